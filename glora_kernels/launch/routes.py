@@ -1,0 +1,82 @@
+"""Which path serves a call: the user's `backend(...)` choice, and what "auto" makes of a device and a dtype."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from glora_kernels.launch import environment
+
+BACKENDS: tuple[str, ...] = ("auto", "eager", "triton", "cuda")
+TRITON_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class _State:
+    """The process-wide choice. A plain attribute, so that torch.compile guards on it and every thread sees it."""
+
+    backend: str = "auto"
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the path of every layer called inside: "auto", "eager", "triton" or "cuda".
+
+    The choice is read at forward and kept for that call's backward, which runs in another thread. It holds for
+    the whole process.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {name!r}")
+    before, _State.backend = _State.backend, name
+    try:
+        yield
+    finally:
+        _State.backend = before
+
+
+def current_backend() -> str:
+    return _State.backend
+
+
+def route(device_type: str, dtype: torch.dtype) -> str:
+    """The path of one call: "eager" or "triton". Pure, but for the user's choice and TRITON_INTERPRET.
+
+    Raises:
+        RuntimeError: a forced backend that cannot serve this device or dtype.
+    """
+    choice = _State.backend
+    if choice == "eager":
+        return "eager"
+    if choice == "auto":
+        return explain(device_type, dtype)[0]
+    if choice == "cuda":
+        raise RuntimeError(
+            "backend('cuda') was asked for, but the CUDA extension serves no layer with a dense base; "
+            "use backend('triton'), 'eager' or 'auto'"
+        )
+    if not environment.has_triton():
+        raise RuntimeError("backend('triton') was asked for, but the triton package is not installed")
+    if dtype not in TRITON_DTYPES:
+        names = ", ".join(str(t).removeprefix("torch.") for t in TRITON_DTYPES)
+        raise RuntimeError(f"backend('triton') accepts {names}; got {str(dtype).removeprefix('torch.')}")
+    if device_type != "cuda" and not (device_type == "cpu" and environment.interpreting()):
+        raise RuntimeError(
+            f"backend('triton') needs a GPU, got tensors on {device_type!r}; on a CPU it runs in Triton's interpreter "
+            "only: set TRITON_INTERPRET=1 before Python starts"
+        )
+    return "triton"
+
+
+def explain(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+    """What "auto" does with a layer of this device and dtype, and why."""
+    if device_type != "cuda":
+        return "eager", f"no Triton code for {device_type!r} devices: the factored path in plain PyTorch"
+    if dtype not in TRITON_DTYPES:
+        return "eager", f"the kernels have no {str(dtype).removeprefix('torch.')}: the factored path in plain PyTorch"
+    if not environment.has_triton():
+        return "eager", "the triton package is not installed: the factored path in plain PyTorch"
+    return "triton", "Triton kernels, forward and backward"

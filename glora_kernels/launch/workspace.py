@@ -1,0 +1,48 @@
+"""One reused buffer a (device, stream): the only place where something of the size of a weight is ever built.
+
+A buffer is scratch between two kernels of one call: it is never saved, and its next user overwrites it. On a
+GPU the stream orders the users; on a CPU each thread has its own.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+_cpu = threading.local()
+_cuda: dict[tuple[int, int], Tensor] = {}
+_captured: list[Tensor] = []
+
+
+def workspace(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A contiguous (rows, cols) view of the buffer, with whatever its last user left in it."""
+    size = rows * cols * dtype.itemsize
+    if device.type == "cuda":
+        buffer = _cuda_buffer(size, device)
+    elif device.type == "cpu":
+        buffer = getattr(_cpu, "buffer", None)
+        if buffer is None or buffer.numel() < size:
+            buffer = _cpu.buffer = torch.empty(size, dtype=torch.uint8)
+    else:
+        buffer = torch.empty(size, dtype=torch.uint8, device=device)
+    return buffer[:size].view(dtype).view(rows, cols)
+
+
+def release() -> None:
+    """Free the buffers of this process (those a CUDA graph has captured stay, for the graph still writes them)."""
+    _cuda.clear()
+    _cpu.__dict__.clear()
+
+
+def _cuda_buffer(size: int, device: torch.device) -> Tensor:
+    stream = torch.cuda.current_stream(device)
+    key = (stream.device_index, stream.cuda_stream)
+    buffer = _cuda.get(key)
+    if buffer is None or buffer.numel() < size:
+        buffer = _cuda[key] = torch.empty(size, dtype=torch.uint8, device=device)
+    # A replayed graph writes to the address it captured: such a buffer must outlive a later, larger one.
+    if torch.cuda.is_current_stream_capturing() and all(kept is not buffer for kept in _captured):
+        _captured.append(buffer)
+    return buffer

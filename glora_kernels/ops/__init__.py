@@ -1,0 +1,6 @@
+"""Floor 3: the registered operators: schema, fake, CPU and GPU implementation, autograd, autocast, flops."""
+
+from glora_kernels.ops.beta import glora_beta
+from glora_kernels.ops.glora import glora_linear
+
+__all__ = ["glora_beta", "glora_linear"]

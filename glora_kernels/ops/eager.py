@@ -1,0 +1,283 @@
+"""The factored path in plain PyTorch: what runs on a CPU, and for any dtype. No dense weight but A=lora's.
+
+With Z = xWᵀ, h = s·x̃·B_downᵀ, σ = Σₖ xₖ and β the x-independent vector of `ops.beta`:
+
+    A none, constant, vector:  y = Z∘(1+a) + h·B_upᵀ + σ·bᵀ + β
+    A lora:                    y = x·W_effᵀ + (the rest as above),  W_eff = W∘(1 + A_up·A_down) in the workspace
+    product variant:           y = Z + P·Uᵀ + (the rest),           P = x·A_downᵀ, U = W·A_up
+
+The products of a forward and backward: 2 the size of W, 3 where A is lora; all others have rank R.
+
+In 16 bits a small adapter must not be rounded away. Its terms are added inside the large product, which rounds
+once; where a 16-bit value is scaled by 1+a, the result is rounded with a dither that keeps the mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glora_kernels.launch.workspace import workspace
+from glora_kernels.ops.common import Call, Needs, Supports, near_zero, wide_dtype
+from glora_kernels.reference.random import keep_mask, round_dithered
+
+_CHUNK = 1 << 18  # elements of W_eff built at a time in fp32: temporaries stay in the cache
+
+
+def forward(
+    x: Tensor, weight: Tensor, beta: Tensor | None, s: Supports, call: Call
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """y (M,N), and what backward may want: h (M,·) = [P | s·x̃·B_downᵀ], σ (M,), U (N,R).
+
+    Args:
+        x: (M, K) in the dtype of the computation.
+        weight: W (N, K) in that dtype, or in another one under autocast.
+        beta: β (N,) in that dtype or fp32, or None.
+        s: the supports A and B.
+        call: scale, dropout, variant.
+    """
+    dtype = x.dtype
+    factored, h, u = _low_rank(x, weight, s, call)
+    sigma = None if s.b is None else x.sum(-1, dtype=wide_dtype(dtype))
+    if s.a is not None:
+        z = x @ cast_weight(weight, dtype).t()
+        return _scale_rows(z, 1 + s.a.to(wide_dtype(dtype)), beta, h, factored, sigma, s.b), h, sigma, u
+    delta = None
+    if h is not None and factored is not None:
+        delta = h @ factored.t() if beta is None else torch.addmm(beta.to(dtype), h, factored.t())
+    if sigma is not None and s.b is not None:
+        outer = sigma[:, None] * s.b.to(sigma.dtype)
+        outer = (outer if delta is not None or beta is None else outer + beta).to(dtype)
+        outer = outer.expand(x.shape[0], weight.shape[0])
+        delta = outer.contiguous() if delta is None else delta.add_(outer)
+    effective = weight_for(weight, s, call, dtype)
+    if delta is None:
+        y = torch.nn.functional.linear(x, effective, None if beta is None else beta.to(dtype))
+    else:
+        y = torch.addmm(delta, x, effective.t(), out=delta)
+    return y, h, sigma, u
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    beta: Tensor | None,
+    s: Supports,
+    y: Tensor | None,
+    h: Tensor | None,
+    sigma: Tensor | None,
+    u: Tensor | None,
+    call: Call,
+    needs: Needs,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `forward`, in the order of `Needs`; None where not wanted.
+
+    dx = (dy∘(1+a))·W_eff + mask∘(S·B_down)/(1-p) + (dy·b)·1ᵀ with S = s·dy·B_up; dβ = Σₘ dy;
+    dB_up = dyᵀh; dB_down = Sᵀx̃; B vector: dyᵀσ; A vector: Σₘ dy∘Z, from y; A lora: H = (dyᵀx)∘W,
+    dA_up = H·A_downᵀ, dA_down = A_upᵀ·H; product variant: dA_up = Wᵀ(dyᵀP), dA_down = (dy·U)ᵀx.
+    """
+    dtype = dy.dtype
+    da = da_up = da_down = db = db_up = db_down = None
+    g = dy.sum(0, dtype=wide_dtype(dtype)) if needs.beta or (needs.a and beta is not None) else None
+    delta = None  # the part of dx beside dy·W_eff
+
+    split = 0  # the columns of h that belong to the product variant's pair
+    if call.matmul and s.a_up is not None and s.a_down is not None:
+        split = s.a_up.shape[1]
+        if needs.a_up:
+            da_up = cast_weight(weight, dtype).t() @ (dy.t() @ _columns(h, 0, split))
+        if (needs.x or needs.a_down) and u is not None:
+            du = dy @ u
+            if needs.a_down:
+                da_down = du.t() @ _given(x)
+            if needs.x:
+                delta = du @ s.a_down.to(dtype)
+    if s.b_up is not None and s.b_down is not None:
+        if needs.b_up or needs.a:
+            db_up = dy.t() @ _columns(h, split, None)
+        if needs.x or needs.b_down:
+            ds = _product(dy, s.b_up.to(dtype), call.scale)
+            keep = _keep(dy.shape[0], s.b_down.shape[1], call)
+            if needs.b_down:
+                db_down = ds.t() @ _drop(_given(x), keep, call.dropout_p)
+            if needs.x:
+                masked = _drop(ds @ s.b_down.to(dtype), keep, call.dropout_p)
+                delta = masked if delta is None else delta.add_(masked)
+    dy_sigma = None
+    if s.b is not None:
+        if needs.b or needs.a:
+            dy_sigma = _wide_columns(dy, _given(sigma))
+            db = dy_sigma if s.b.numel() > 1 else dy_sigma.sum().view(1)
+        if needs.x:
+            b = s.b.to(wide_dtype(dtype))
+            tau = dy.to(b.dtype) @ b if s.b.numel() > 1 else dy.sum(-1, dtype=b.dtype) * b
+            ones = tau.to(dtype)[:, None].expand(dy.shape[0], weight.shape[1])
+            delta = ones.contiguous() if delta is None else delta.add_(ones)
+    if needs.a and s.a is not None:
+        rest = _recovered_rest(g, beta, db_up, s.b_up, dy_sigma, s.b)
+        da = _scale_gradient(dy, _given(y), rest, x, weight, s.a)
+
+    dx = None
+    if needs.x:
+        left = dy if s.a is None else _scale_dy(dy, s.a)
+        effective = weight_for(weight, s, call, dtype)
+        dx = left @ effective if delta is None else torch.addmm(delta, left, effective, out=delta)
+    if not call.matmul and s.a_up is not None and s.a_down is not None and (needs.a_up or needs.a_down):
+        hadamard = workspace(*weight.shape, dtype, weight.device)  # W_eff is no longer needed: G takes its place
+        torch.mm(dy.t(), _given(x), out=hadamard)
+        hadamard.mul_(weight)
+        da_up = hadamard @ s.a_down.to(dtype).t() if needs.a_up else None
+        da_down = s.a_up.to(dtype).t() @ hadamard if needs.a_down else None
+    return (
+        dx,
+        g if needs.beta else None,
+        da,
+        da_up,
+        da_down,
+        db if needs.b else None,
+        db_up if needs.b_up else None,
+        db_down,
+    )
+
+
+def weight_for(weight: Tensor, s: Supports, call: Call, dtype: torch.dtype) -> Tensor:
+    """The weight of the large product: W itself, or W_eff = W∘(1 + A_up·A_down) built in the workspace."""
+    if call.matmul or s.a_up is None or s.a_down is None:
+        return cast_weight(weight, dtype)
+    effective = workspace(*weight.shape, dtype, weight.device)
+    if dtype.itemsize > 2:
+        torch.mm(s.a_up.to(dtype), s.a_down.to(dtype), out=effective)
+        return torch.addcmul(weight, weight, effective, out=effective)
+    rows = max(1, _CHUNK // max(1, weight.shape[1]))
+    up, down = s.a_up.float(), s.a_down.float()
+    for i in range(0, weight.shape[0], rows):
+        part = weight[i : i + rows].float()
+        part = torch.addcmul(part, part, up[i : i + rows] @ down)
+        effective[i : i + rows] = round_dithered(part, dtype, first_row=i)
+    return effective
+
+
+def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """W in the dtype of the computation: itself, or under autocast a copy in the workspace, made again each time."""
+    if weight.dtype == dtype:
+        return weight
+    return workspace(*weight.shape, dtype, weight.device).copy_(weight)
+
+
+def _low_rank(
+    x: Tensor, weight: Tensor, s: Supports, call: Call
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Every low-rank term as one product h·factorᵀ: the factor (N,·), h (M,·), and U of the product variant."""
+    dtype = x.dtype
+    h = factor = u = None
+    if call.matmul and s.a_up is not None and s.a_down is not None:
+        factor = u = cast_weight(weight, dtype) @ s.a_up.to(dtype)
+        h = x @ s.a_down.to(dtype).t()
+    if s.b_up is not None and s.b_down is not None:
+        b_up = s.b_up.to(dtype)
+        dropped = _drop(x, _keep(x.shape[0], x.shape[1], call), call.dropout_p)
+        h_b = _product(dropped, s.b_down.to(dtype).t(), call.scale)
+        h, factor = (h_b, b_up) if h is None else (torch.cat([h, h_b], 1), torch.cat([_given(factor), b_up], 1))
+    return factor, h, u
+
+
+def _scale_rows(
+    z: Tensor,
+    row_scale: Tensor,
+    beta: Tensor | None,
+    h: Tensor | None,
+    factor: Tensor | None,
+    sigma: Tensor | None,
+    b: Tensor | None,
+) -> Tensor:
+    """y = Z∘(1+a) + h·factorᵀ + σ·bᵀ + β. Z is overwritten where it has the width to hold y before rounding."""
+    dtype, wide = z.dtype, row_scale.dtype
+    y = z.to(wide)
+    y = y.mul_(row_scale) if beta is None else torch.addcmul(beta.to(wide), y, row_scale, out=y)
+    if h is not None and factor is not None:
+        torch.addmm(y, h.to(wide), factor.to(wide).t(), out=y)
+    if sigma is not None and b is not None:
+        y.addcmul_(sigma[:, None], b.to(wide))
+    # Z was rounded to 16 bits: rounding Z∘(1+a) to nearest would mostly give Z again where a is small.
+    return y if y.dtype == dtype else round_dithered(y, dtype)
+
+
+def _scale_dy(dy: Tensor, a: Tensor) -> Tensor:
+    """dy∘(1+a); a 16-bit dy rounds with the dither, for the reason given in `_scale_rows`."""
+    wide = wide_dtype(dy.dtype)
+    scaled = dy * (1 + a.to(wide))
+    return scaled if scaled.dtype == dy.dtype else round_dithered(scaled, dy.dtype)
+
+
+def _recovered_rest(
+    g: Tensor | None,
+    beta: Tensor | None,
+    dy_h: Tensor | None,
+    b_up: Tensor | None,
+    dy_sigma: Tensor | None,
+    b: Tensor | None,
+) -> Tensor | None:
+    """Σₘ dy∘(y - Z∘(1+a)) as an (N,) vector, from gradients that exist already: β∘g + Σᵣ B_up∘(dyᵀh) + b∘(dyᵀσ)."""
+    terms = []
+    if beta is not None and g is not None:
+        terms.append(beta.to(g.dtype) * g)
+    if b_up is not None and dy_h is not None:
+        wide = wide_dtype(dy_h.dtype)
+        terms.append((b_up.to(wide) * dy_h.to(wide)).sum(1))
+    if b is not None and dy_sigma is not None:
+        terms.append(b.to(dy_sigma.dtype) * dy_sigma)
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+def _scale_gradient(dy: Tensor, y: Tensor, rest: Tensor | None, x: Tensor | None, weight: Tensor, a: Tensor) -> Tensor:
+    """dA = Σₘ dy∘Z (summed over n as well for a constant), with Z recovered from y where 1+a allows it."""
+    wide = wide_dtype(dy.dtype)
+    scale = 1 + a.to(wide)
+    total = (dy.to(wide) * y).sum(0)
+    if rest is not None:
+        total -= rest
+    exact = scale.abs() < near_zero(dy.dtype)
+    if a.numel() == 1:
+        if bool(exact):
+            z = _given(x) @ cast_weight(weight, dy.dtype).t()
+            return (dy.to(wide) * z).sum().view(1)
+        return total.sum().view(1) / scale
+    da = total / scale
+    if bool(exact.any()):
+        rows = exact.nonzero().squeeze(1)
+        z = _given(x) @ weight[rows].to(dy.dtype).t()
+        da[rows] = (dy[:, rows].to(wide) * z).sum(0)
+    return da
+
+
+def _keep(rows: int, cols: int, call: Call) -> Tensor | None:
+    if call.dropout_p == 0.0:
+        return None
+    return keep_mask(_given(call.seed), rows, cols, call.dropout_p)
+
+
+def _drop(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
+    return x if keep is None else (x * (1.0 / (1.0 - p))).masked_fill_(~keep, 0.0)
+
+
+def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale·(left·right), rounded once."""
+    if scale == 1.0:
+        return left @ right
+    return torch.addmm(left.new_empty(1), left, right, beta=0.0, alpha=scale)
+
+
+def _wide_columns(dy: Tensor, sigma: Tensor) -> Tensor:
+    """dyᵀσ, (N,), accumulated in the dtype of σ."""
+    return dy.t().to(sigma.dtype) @ sigma
+
+
+def _columns(h: Tensor | None, first: int, last: int | None) -> Tensor:
+    return _given(h) if first == 0 and last is None else _given(h)[:, first:last]
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise AssertionError("a tensor that backward needs was not saved by forward")
+    return tensor

@@ -1,0 +1,320 @@
+"""The GLoRA linear operator: forward, gradients, and its registration with PyTorch.
+
+    y = Z∘(1+a) + s·(x̃·B_downᵀ)·B_upᵀ + σ·bᵀ + β,   Z = xWᵀ, σ = Σₖ xₖ, x̃ = mask·x/(1-p)
+
+with Z from W_eff = W∘(1 + A_up·A_down) where A is lora, and x·A_downᵀ·(W·A_up)ᵀ added in the product variant.
+Two ways lead to the same implementation: in eager mode an `autograd.Function` calls it (8 µs a call), under
+torch.compile the registered operator is one node of the graph. What it computes: `ops.eager`, `ops.triton`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from glora_kernels.launch import routes
+from glora_kernels.ops import eager as eager_path
+from glora_kernels.ops import triton as triton_path
+from glora_kernels.ops.common import (
+    LIBRARY,
+    Call,
+    Needs,
+    Supports,
+    autocast_dtype,
+    near_zero,
+    wide_dtype,
+    without_autocast,
+)
+
+_TENSORS = (
+    "Tensor x, Tensor weight, Tensor? beta, Tensor? a, Tensor? a_up, Tensor? a_down, "
+    "Tensor? b, Tensor? b_up, Tensor? b_down"
+)
+_VALUES = "float scale, float dropout_p, Tensor? seed, bool matmul, str route"
+LIBRARY.define(f"glora_linear({_TENSORS}, {_VALUES}) -> (Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define(
+    "glora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor? beta, Tensor? a, Tensor? a_up, "
+    "Tensor? a_down, Tensor? b, Tensor? b_up, Tensor? b_down, Tensor? y, Tensor? h, Tensor? sigma, Tensor? u, "
+    f"{_VALUES}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def glora_linear(
+    x: Tensor,
+    weight: Tensor,
+    beta: Tensor | None = None,
+    *,
+    a: Tensor | None = None,
+    a_up: Tensor | None = None,
+    a_down: Tensor | None = None,
+    b: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    variant: str = "hadamard",
+) -> Tensor:
+    """y = x (W + W∘A + s·B)ᵀ + β, without building W_eff where A is not lora.
+
+    Args:
+        x: (..., K).
+        weight: W (N, K), frozen; any strides. In the dtype of x, or any where autocast settles it.
+        beta: β (N,), the bias with C, D and E in it (`glora_beta`), or None.
+        a: A as a vector (N,) or constant (1,).
+        a_up: A=lora, (N, R); in the product variant (K, R).
+        a_down: A=lora, (R, K).
+        b: B as a vector (N,) or constant (1,).
+        b_up: B=lora, (N, R).
+        b_down: B=lora, (R, K).
+        scale: s, multiplies the low-rank B path only.
+        dropout_p: p in [0, 1), on x in the low-rank B path only.
+        seed: one int64 on the device of x, the key of the dropout mask; needed where p > 0 (`dropout_seed`).
+        variant: "hadamard" (W∘A) or "matmul" (W·A).
+
+    Returns:
+        (..., N) in the dtype of x (of autocast where it is on). The adapters may have another dtype; their
+        gradients come in theirs.
+
+    Raises:
+        ValueError: sizes, devices or a combination of arguments that do not fit, or a weight that requires grad.
+        TypeError: an x that is not floating point, or a dtype that differs from the weight's.
+        RuntimeError: a forced `backend` that cannot serve the call. In backward, PyTorch's own error if y was
+            overwritten in place while a trained vector or constant A needs it.
+    """
+    s = Supports(a, a_up, a_down, b, b_up, b_down)
+    target = autocast_dtype(x)
+    _check(x, weight, beta, s, dropout_p, seed, variant, target)
+    if target is not None and x.dtype != target:
+        x = x.to(target)
+    route = routes.route(x.device.type, x.dtype)
+    values = (scale, dropout_p, seed, variant == "matmul", route)
+    if torch.compiler.is_compiling():
+        return torch.ops.glora_kernels.glora_linear(x, weight, beta, *s, *values)[0]
+    return _GLoRAFunction.apply(x, weight, beta, *s, *values)
+
+
+def dropout_seed(device: torch.device) -> Tensor:
+    """One int64 from torch's own generator of the device: the key of a call's dropout mask.
+
+    A device tensor, so that a replayed CUDA graph draws a new one; activation checkpointing restores the
+    generator and so sees the same mask.
+    """
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    beta: Tensor | None,
+    s: Supports,
+    dropout_p: float,
+    seed: Tensor | None,
+    variant: str,
+    target: torch.dtype | None,
+) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must have {weight.shape[1]} features in its last dimension (in_features); got shape {tuple(x.shape)}"
+        )
+    if target is None and x.dtype != weight.dtype:
+        raise TypeError(f"x and weight must have one dtype outside autocast; got x {x.dtype} and weight {weight.dtype}")
+    device = x.device
+    if weight.device != device:
+        raise ValueError(f"x and weight must be on one device; got x on {device} and weight on {weight.device}")
+    for name, tensor in zip(("beta", *Supports._fields), (beta, *s), strict=True):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"x and {name} must be on one device; got x on {device} and {name} on {tensor.device}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight requires a gradient, but a GLoRA layer's base is frozen and gets none; "
+            "call weight.requires_grad_(False)"
+        )
+    if dropout_p > 0.0 and s.b_up is not None and seed is None:
+        raise ValueError(f"dropout_p={dropout_p} needs a seed: pass seed=dropout_seed(x.device)")
+    if variant == "matmul" and s.a is not None:
+        raise ValueError("variant='matmul' accepts a_up and a_down, not a")
+
+
+def _forward(x: Tensor, weight: Tensor, beta: Tensor | None, s: Supports, call: Call) -> Any:
+    """(y, h, σ, U) of an N-dimensional x by the call's route."""
+    with without_autocast(x.device.type):
+        path = triton_path if call.route == "triton" else eager_path
+        flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        y, *saved = path.forward(flat, weight, beta, s, call)
+        return (y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])), *saved
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    beta: Tensor | None,
+    s: Supports,
+    y: Tensor | None,
+    h: Tensor | None,
+    sigma: Tensor | None,
+    u: Tensor | None,
+    call: Call,
+    needs: Needs,
+) -> list[Tensor | None]:
+    """The gradients in the order of `Needs`, each in the shape and dtype of its tensor."""
+    lead, n, k = dy.shape[:-1], weight.shape[0], weight.shape[1]
+    rows = math.prod(lead)
+    with without_autocast(dy.device.type):
+        path = triton_path if call.route == "triton" else eager_path
+        x2 = None if x is None else x.reshape(rows, k)
+        y2 = None if y is None else y.reshape(rows, n)
+        grads = list(path.backward(dy.reshape(rows, n), x2, weight, beta, s, y2, h, sigma, u, call, needs))
+        if grads[0] is not None:
+            grads[0] = grads[0].view(*lead, k)
+        for i, tensor in enumerate((beta, *s), start=1):
+            grad = grads[i]
+            if grad is not None and tensor is not None and grad.dtype != tensor.dtype:
+                grads[i] = grad.to(tensor.dtype)
+        return grads
+
+
+def _saved(needs: Needs, s: Supports, call: Call, fixed: bool) -> tuple[bool, bool, bool, bool, bool]:
+    """Which of (x, y, h, σ, U) backward will read.
+
+    x is kept only for a gradient that multiplies it, or to compute Z anew where 1+a is near zero. Whether it
+    is, a CPU can look up; a GPU would have to wait for the answer, so there (`fixed`) a trained A keeps x.
+    """
+    lora_a = s.a_up is not None
+    keep_x = needs.b_down or needs.a_down or (needs.a_up and not call.matmul)
+    if needs.a and s.a is not None and not keep_x:
+        keep_x = fixed or bool(((1 + s.a).abs() < near_zero(s.a.dtype)).any())
+    keep_h = needs.b_up or (needs.a and s.b_up is not None) or (call.matmul and needs.a_up)
+    keep_sigma = s.b is not None and (needs.b or needs.a)
+    keep_u = call.matmul and lora_a and (needs.x or needs.a_down)
+    return keep_x, needs.a, keep_h, keep_sigma, keep_u
+
+
+class _GLoRAFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        beta: Any,
+        a: Any,
+        a_up: Any,
+        a_down: Any,
+        b: Any,
+        b_up: Any,
+        b_down: Any,
+        scale: float,
+        dropout_p: float,
+        seed: Any,
+        matmul: bool,
+        route: str,
+    ) -> Tensor:
+        s = Supports(a, a_up, a_down, b, b_up, b_down)
+        call = Call(scale, dropout_p, seed, matmul, route)
+        y, h, sigma, u = _forward(x, weight, beta, s, call)
+        needs = _needs(ctx)
+        if any(needs):
+            keep = _saved(needs, s, call, fixed=route == "triton")
+            kept = (t if k else None for t, k in zip((x, y, h, sigma, u), keep, strict=True))
+            ctx.save_for_backward(weight, beta, *s, seed, *kept)
+            ctx.values = (scale, dropout_p, matmul, route)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight, beta, a, a_up, a_down, b, b_up, b_down, seed, x, y, h, sigma, u = ctx.saved_tensors
+        scale, dropout_p, matmul, route = ctx.values
+        call = Call(scale, dropout_p, seed, matmul, route)
+        s = Supports(a, a_up, a_down, b, b_up, b_down)
+        grads = _backward(dy, x, weight, beta, s, y, h, sigma, u, call, _needs(ctx))
+        return (grads[0], None, *grads[1:], None, None, None, None, None)
+
+
+def _needs(ctx: Any) -> Needs:
+    wanted = ctx.needs_input_grad
+    return Needs(wanted[0], *wanted[2:9])
+
+
+# The registered operators: the same functions behind torch.compile's boundary. An absent result is an empty tensor.
+
+
+def _op(x: Tensor, weight: Tensor, beta: Any, *rest: Any) -> Any:
+    y, *others = _forward(x, weight, beta, Supports(*rest[:6]), Call(*rest[6:]))
+    return y, *(x.new_empty(0) if other is None else other for other in others)
+
+
+def _fake(x: Tensor, weight: Tensor, beta: Any, *rest: Any) -> Any:
+    s, call = Supports(*rest[:6]), Call(*rest[6:])
+    m, n = math.prod(x.shape[:-1]), weight.shape[0]
+    rank = s.a_up.shape[1] if call.matmul and s.a_up is not None else 0
+    total = rank + (0 if s.b_up is None else s.b_up.shape[1])
+    return (
+        x.new_empty(*x.shape[:-1], n),
+        x.new_empty(m, total) if total else x.new_empty(0),
+        x.new_empty(m, dtype=wide_dtype(x.dtype)) if s.b is not None else x.new_empty(0),
+        x.new_empty(n, rank) if rank else x.new_empty(0),
+    )
+
+
+def _op_backward(dy: Tensor, x: Any, weight: Tensor, beta: Any, *rest: Any) -> Any:
+    s, (y, h, sigma, u) = Supports(*rest[:6]), rest[6:10]
+    call, needs = Call(*rest[10:15]), Needs(*rest[15])
+    grads = _backward(dy, x, weight, beta, s, y, h, sigma, u, call, needs)
+    return tuple(dy.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+
+
+def _fake_backward(dy: Tensor, x: Any, weight: Tensor, beta: Any, *rest: Any) -> Any:
+    s, needs = Supports(*rest[:6]), Needs(*rest[15])
+    empty = dy.new_empty
+    dx = empty(*dy.shape[:-1], weight.shape[1]) if needs.x else empty(0)
+    others = (
+        empty(tensor.shape, dtype=tensor.dtype) if need and tensor is not None else empty(0)
+        for tensor, need in zip((beta, *s), needs[1:], strict=True)
+    )
+    return dx, *others
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, beta, *rest = inputs
+    y, h, sigma, u = output
+    ctx.mark_non_differentiable(h, sigma, u)
+    s, call = Supports(*rest[:6]), Call(*rest[6:])
+    keep = _saved(_needs(ctx), s, call, fixed=True)
+    kept = (t if k else None for t, k in zip((x, y, h, sigma, u), keep, strict=True))
+    ctx.save_for_backward(weight, beta, *s, call.seed, *kept)
+    ctx.values = (call.scale, call.dropout_p, call.matmul, call.route)
+
+
+def _op_autograd(ctx: Any, dy: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+    weight, beta, a, a_up, a_down, b, b_up, b_down, seed, x, y, h, sigma, u = ctx.saved_tensors
+    scale, dropout_p, matmul, route = ctx.values
+    needs = _needs(ctx)
+    grads = torch.ops.glora_kernels.glora_linear_backward(
+        dy, x, weight, beta, a, a_up, a_down, b, b_up, b_down, y, h, sigma, u, scale, dropout_p, seed, matmul, route,
+        list(needs),
+    )  # fmt: skip
+    grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    return (grads[0], None, *grads[1:], None, None, None, None, None)
+
+
+def _op_autocast(x: Tensor, weight: Tensor, beta: Any, *rest: Any) -> Any:
+    target = autocast_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.ops.glora_kernels.glora_linear(x if target is None else x.to(target), weight, beta, *rest)
+
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("glora_linear", _op, _device)
+    LIBRARY.impl("glora_linear_backward", _op_backward, _device)
+    LIBRARY.impl("glora_linear", _op_autocast, f"Autocast{_device}")
+torch.library.register_fake("glora_kernels::glora_linear", _fake, lib=LIBRARY)
+torch.library.register_fake("glora_kernels::glora_linear_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd("glora_kernels::glora_linear", _op_autograd, setup_context=_setup_context, lib=LIBRARY)

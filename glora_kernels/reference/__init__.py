@@ -1,0 +1,6 @@
+"""Floor 1: the literal mathematics in eager PyTorch, the oracle everything else is measured against."""
+
+from glora_kernels.reference.glora import effective_bias, effective_weight, glora_linear
+from glora_kernels.reference.random import dither_bits, keep_mask, round_dithered
+
+__all__ = ["dither_bits", "effective_bias", "effective_weight", "glora_linear", "keep_mask", "round_dithered"]

@@ -1,0 +1,91 @@
+"""GLoRA, literally: build W_eff and the bias, then one linear layer. Slow, dense, differentiable by autograd.
+
+    y = x (W + W∘A + s·B)ᵀ + [ b + b∘D + E + W·C ]        variant "hadamard"
+    y = x (W + W·A + s·B)ᵀ + [ b + b∘D + E + W·C ]        variant "matmul", A = A_up·A_down (K,K)
+
+Nothing here is clever on purpose: in float64 it is the truth the factored path and the kernels are
+compared with, and in 16 bits it is the plain way (a dense W_eff) whose error they must not exceed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from glora_kernels.spec import GLoRAConfig
+
+
+def effective_weight(weight: Tensor, params: Mapping[str, Tensor], config: GLoRAConfig) -> Tensor:
+    """W + W∘A + s·B (or W + W·A + s·B), an (N, K) tensor in the dtype of `weight`.
+
+    Args:
+        weight: W, (N, K).
+        params: the supports by the names of `GLoRAConfig.parameter_shapes`.
+        config: which supports exist; its scale s multiplies B="lora" only.
+    """
+    params = {name: value.to(weight.dtype) for name, value in params.items()}
+    effective = weight
+    if config.variant == "matmul" and config.A == "lora":
+        effective = effective + weight @ (params["A_up"] @ params["A_down"])
+    elif config.A == "lora":
+        effective = effective + weight * (params["A_up"] @ params["A_down"])
+    elif config.A == "vector":
+        effective = effective + weight * params["A"][:, None]
+    elif config.A == "constant":
+        effective = effective + weight * params["A"]
+    if config.B == "lora":
+        effective = effective + config.scale * (params["B_up"] @ params["B_down"])
+    elif config.B == "vector":
+        effective = effective + params["B"][:, None]
+    elif config.B == "constant":
+        effective = effective + params["B"]
+    return effective
+
+
+def effective_bias(
+    weight: Tensor, bias: Tensor | None, params: Mapping[str, Tensor], config: GLoRAConfig
+) -> Tensor | None:
+    """b + b∘D + E + W·C, an (N,) tensor; None where there is neither a bias nor C nor E. C sees the base W."""
+    params = {name: value.to(weight.dtype) for name, value in params.items()}
+    effective = None if bias is None else bias.to(weight.dtype)
+    if bias is not None and config.D != "none":
+        effective = effective + effective * params["D"]
+    if config.E != "none":
+        e = params["E"].expand(weight.shape[0])
+        effective = e if effective is None else effective + e
+    if config.C != "none":
+        c = (params["C_up"] @ params["C_down"]).squeeze(-1) if config.C == "lora" else params["C"]
+        wc = weight @ c
+        effective = wc if effective is None else effective + wc
+    return effective
+
+
+def glora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    params: Mapping[str, Tensor],
+    config: GLoRAConfig,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """y = x W_effᵀ + bias, (..., N).
+
+    Args:
+        x: (..., K).
+        weight: W, (N, K).
+        bias: b, (N,), or None.
+        params: the supports by name.
+        config: which supports exist.
+        keep: with dropout, the boolean mask of x's shape that the low-rank B path sees; then B=lora acts on
+            x̃ = keep·x/(1-p) instead of on x. None means no dropout.
+    """
+    full_bias = effective_bias(weight, bias, params, config)
+    if keep is None or config.B != "lora":
+        return torch.nn.functional.linear(x, effective_weight(weight, params, config), full_bias)
+    without_b = GLoRAConfig(config.A, "none", config.C, config.D, config.E, config.rank, variant=config.variant)
+    y = torch.nn.functional.linear(x, effective_weight(weight, params, without_b), full_bias)
+    dropped = torch.where(keep, x / (1.0 - config.dropout), torch.zeros_like(x))
+    b = (params["B_up"] @ params["B_down"]).to(x.dtype)
+    return y + config.scale * torch.nn.functional.linear(dropped, b)

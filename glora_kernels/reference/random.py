@@ -1,0 +1,93 @@
+"""The two random streams of the library in plain PyTorch: dropout masks and rounding dither.
+
+Both are pure functions of a position, so that forward, backward, a recomputation, the eager path and the
+Triton kernels (`kernels/random.py`, the same integers) all see the same bits and nothing is ever stored.
+
+Dropout: Philox-4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011;
+7 rounds is the smallest count that passes BigCrush). One counter yields 128 bits, used as eight 16-bit
+numbers for eight neighbouring columns: p is resolved to 1/65536.
+
+Dither: the additive lattice u(i, j) = frac(i·φ₁ + j·φ₂) in 32-bit integers, (φ₁, φ₂) the inverse powers of
+the plastic number (Roberts, "The unreasonable effectiveness of quasirandom sequences", 2018). Rounding
+fp32 to 16 bits with it keeps the mean: the part of a value below half a unit in the last place survives
+on average, where rounding to nearest would lose it (w·(1+1e-3) is w again in bfloat16).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PHILOX_ROUNDS = 7
+PHILOX_A, PHILOX_B = 0xD2511F53, 0xCD9E8D57
+PHILOX_KEY_A, PHILOX_KEY_B = 0x9E3779B9, 0xBB67AE85
+DITHER_ROW, DITHER_COL = 0xC13FA9A9, 0x91E10DA5  # 2**32/ρ and 2**32/ρ² as odd integers, ρ = 1.3247179572…
+
+_MASK = 0xFFFFFFFF
+
+
+def dropout_threshold(p: float) -> int:
+    """An element is kept where its 16-bit number is at least this; p is resolved to 1/65536."""
+    return round(p * 65536)
+
+
+def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
+    """The dropout mask of a (rows, cols) matrix: True where an element is kept, with probability 1-p.
+
+    Args:
+        seed: one int64, the Philox key, on the device of the mask.
+        rows: M; the row number is the counter's second word.
+        cols: K; column k takes number k % 8 of the counter whose first word is k // 8.
+        p: the probability of dropping, in [0, 1).
+    """
+    groups = (cols + 7) // 8
+    c0 = torch.arange(groups, device=seed.device).repeat(rows)
+    c1 = torch.arange(rows, device=seed.device).repeat_interleave(groups)
+    words = _philox(seed, c0, c1)
+    numbers = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    return (numbers >= dropout_threshold(p)).view(rows, groups * 8)[:, :cols]
+
+
+def _philox(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-7 of the counters (c0, c1, 0, 0); 32-bit words held in int64.
+
+    A 64-bit product of two 32-bit words wraps in int64, which leaves its bits as they are.
+    """
+    c2 = c3 = torch.zeros_like(c0)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(PHILOX_ROUNDS):
+        product_a, product_b = c0 * PHILOX_A, c2 * PHILOX_B
+        c0, c2 = ((product_b >> 32) & _MASK) ^ c1 ^ k0, ((product_a >> 32) & _MASK) ^ c3 ^ k1
+        c1, c3 = product_b & _MASK, product_a & _MASK
+        k0, k1 = (k0 + PHILOX_KEY_A) & _MASK, (k1 + PHILOX_KEY_B) & _MASK
+    return c0, c1, c2, c3
+
+
+def dither_bits(rows: int, cols: int, device: torch.device | str, first_row: int = 0) -> Tensor:
+    """The lattice's 16-bit numbers, (rows, cols) int32 in [0, 65536), from row `first_row` on."""
+    i = _wrap_int32(torch.arange(first_row, first_row + rows, device=device) * DITHER_ROW)
+    j = _wrap_int32(torch.arange(cols, device=device) * DITHER_COL)
+    return ((i[:, None] + j[None, :]) >> 16) & 0xFFFF
+
+
+def _wrap_int32(value: Tensor) -> Tensor:
+    """The low 32 bits of an int64, as the int32 with the same bits (sums of those wrap as unsigned ones do)."""
+    return (((value + 0x80000000) & _MASK) - 0x80000000).to(torch.int32)
+
+
+def round_dithered(value: Tensor, dtype: torch.dtype, first_row: int = 0) -> Tensor:
+    """Round an fp32 matrix to bfloat16 or float16 so that the mean of the result is the value.
+
+    The 16-bit number u is added below the last kept bit before truncating: a value a fraction f of the way
+    between two neighbours goes to the upper one where u < f. Values that `dtype` holds exactly stay.
+    """
+    if dtype == torch.bfloat16:
+        dropped = 16
+    elif dtype == torch.float16:
+        dropped = 13
+    else:
+        return value.to(dtype)
+    bits = dither_bits(value.shape[0], value.shape[1], value.device, first_row) >> (16 - dropped)
+    rounded = ((value.view(torch.int32) + bits) & -(1 << dropped)).view(torch.float32)
+    # An infinity or a NaN has no last place: adding to its bits would make another value of it.
+    return torch.where(torch.isfinite(value), rounded, value).to(dtype)

@@ -1,0 +1,181 @@
+"""The mathematics of GLoRA as data: supports, configurations, parameter shapes and counts.
+
+    y = x (W + W∘A + B)ᵀ + [ b + b∘D + E + W·C ]
+
+A configuration says which of the five supports exist and in which form; this module knows their
+shapes and nothing about tensors, devices or kernels. It imports neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+SUPPORTS: tuple[str, ...] = ("A", "B", "C", "D", "E")
+"""The five support tensors, in the order of the equation."""
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "A": ("lora", "vector", "constant", "none"),
+    "B": ("lora", "vector", "constant", "none"),
+    "C": ("lora", "vector", "none"),
+    "D": ("vector", "constant", "none"),
+    "E": ("vector", "constant", "none"),
+}
+"""The forms each support can take: 4·4·3·3·3 = 432 configurations a layer."""
+
+VARIANTS: tuple[str, ...] = ("hadamard", "matmul")
+INITS: tuple[str, ...] = ("xavier", "kaiming")
+
+
+@dataclass(frozen=True)
+class GLoRAConfig:
+    """One GLoRA configuration: the form of each support, the rank, and the scale of the B path.
+
+    The layer computes ``y = x (W + W∘A + s·B)ᵀ + b + b∘D + E + W·C``, where s = alpha/rank multiplies
+    the low-rank form of B only, and dropout acts on x in that path only.
+
+    Args:
+        A: "lora" (N,R)·(R,K), "vector" (N,) per output row, "constant" (1,) or "none".
+        B: "lora" (N,R)·(R,K), "vector" (N,) added to every weight of a row, "constant" (1,) or "none".
+        C: "lora" (K,R)·(R,1), "vector" (K,) or "none".
+        D: "vector" (N,), "constant" (1,) or "none"; not registered on a layer without a bias.
+        E: "vector" (N,), "constant" (1,) or "none".
+        rank: R of every low-rank support; an integer ≥ 1.
+        alpha: with B="lora", s = alpha/rank; None means s = 1.
+        dropout: probability p in [0, 1) of dropping an element of x in the low-rank B path; the other
+            supports see x itself, so it has no effect where B is not "lora".
+        variant: "hadamard" (W∘A, elementwise, A is (N,K)) or "matmul" (W·A, A is (K,K): "lora" or "none").
+        init: how ``_down`` factors start: "xavier" (GLoRA's own) or "kaiming" (as PEFT's LoRA, a=√5).
+
+    Raises:
+        ValueError: a value outside the accepted ones; the message names the argument, what was given
+            and what is accepted.
+
+    Source: Chavan et al., "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning", 2023.
+    """
+
+    A: str = "vector"
+    B: str = "lora"
+    C: str = "none"
+    D: str = "none"
+    E: str = "vector"
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    variant: str = "hadamard"
+    init: str = "xavier"
+
+    def __post_init__(self) -> None:
+        for name in SUPPORTS:
+            _check_choice(name, getattr(self, name), CHOICES[name])
+        _check_choice("variant", self.variant, VARIANTS)
+        _check_choice("init", self.init, INITS)
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank must be an integer >= 1, got {self.rank!r}")
+        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
+        if self.alpha is not None:
+            if not _is_number(self.alpha) or not abs(self.alpha) < float("inf"):
+                raise ValueError(f"alpha must be a finite number or None, got {self.alpha!r}")
+            if self.B != "lora":
+                raise ValueError(f"alpha scales B='lora' only; got alpha={self.alpha!r} with B={self.B!r}")
+        if self.variant == "matmul" and self.A not in ("lora", "none"):
+            raise ValueError(f"variant='matmul' accepts A='lora' or 'none', got A={self.A!r}")
+
+    @classmethod
+    def lora(cls, rank: int = 8, alpha: float | None = None, dropout: float = 0.0) -> GLoRAConfig:
+        """Plain LoRA, ``y = x Wᵀ + b + s·(x·B_downᵀ)·B_upᵀ`` with s = alpha/rank, initialised as PEFT does."""
+        return cls("none", "lora", "none", "none", "none", rank, alpha, dropout, init="kaiming")
+
+    @property
+    def scale(self) -> float:
+        """s = alpha/rank, the factor on the low-rank B path; 1 where alpha is None."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def parameter_shapes(self, in_features: int, out_features: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
+        """The adapter's parameters for a (N=out_features, K=in_features) layer: name → shape.
+
+        D is left out where the layer has no bias to scale.
+        """
+        n, k, r = out_features, in_features, self.rank
+        a_up = (k, r) if self.variant == "matmul" else (n, r)
+        forms: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
+            "A": {"lora": {"A_up": a_up, "A_down": (r, k)}, "vector": {"A": (n,)}},
+            "B": {"lora": {"B_up": (n, r), "B_down": (r, k)}, "vector": {"B": (n,)}},
+            "C": {"lora": {"C_up": (k, r), "C_down": (r, 1)}, "vector": {"C": (k,)}},
+            "D": {"vector": {"D": (n,)}},
+            "E": {"vector": {"E": (n,)}},
+        }
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in SUPPORTS:
+            form = getattr(self, name)
+            if form == "none" or (name == "D" and not bias):
+                continue
+            shapes |= {name: (1,)} if form == "constant" else forms[name][form]
+        return shapes
+
+    def num_parameters(self, in_features: int, out_features: int, bias: bool = True) -> int:
+        """How many numbers the adapter of one layer trains (the base is not counted)."""
+        total = 0
+        for shape in self.parameter_shapes(in_features, out_features, bias).values():
+            count = 1
+            for size in shape:
+                count *= size
+            total += count
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values; `from_dict` takes it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GLoRAConfig:
+        """The inverse of `to_dict`; an unknown or missing key is an error that names it."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown GLoRAConfig fields {unknown}; accepted: {sorted(known)}")
+        if missing := sorted(known - set(values)):
+            raise ValueError(f"missing GLoRAConfig fields {missing}")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> GLoRAConfig:
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a GLoRAConfig must be a JSON object: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"a GLoRAConfig must be a JSON object, got {text[:80]!r}")
+        return cls.from_dict(values)
+
+
+def all_configs(**common: Any) -> Iterator[GLoRAConfig]:
+    """All 432 support combinations of the elementwise variant; `common` goes to each (rank, ...)."""
+    for forms in itertools.product(*(CHOICES[name] for name in SUPPORTS)):
+        yield GLoRAConfig(*forms, **common)
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a module path matches a glob, as a whole or by its last name ("q_proj" matches "a.b.q_proj")."""
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path.rpartition(".")[2], pattern)
+
+
+def first_match(path: str, patterns: Mapping[str, Any]) -> str | None:
+    """The first pattern, in the mapping's order, that matches the path; None where none does."""
+    return next((pattern for pattern in patterns if matches(path, pattern)), None)
+
+
+def _check_choice(argument: str, value: object, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, accepted))}; got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
