@@ -31,7 +31,7 @@ SHARED_LIMIT = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 
 """Shared memory a block may use, in bytes."""
 
 MATRIX_INSTRUCTION = {
-    "sm_80": r"\bHMMA\b", "sm_89": r"\bHMMA\b", "sm_90": r"\bHGMMA\b", "sm_100": r"\bUTCHMMA\b|\bHMMA\b",
+    "sm_80": r"\bHMMA\b", "sm_89": r"\bHMMA\b", "sm_90": r"\bHGMMA\b|\bHMMA\b", "sm_100": r"\bUTCHMMA\b|\bHMMA\b",
     "gfx942": r"\bv_mfma_",
 }  # fmt: skip
 

@@ -30,12 +30,22 @@ def large_product(arch: str, dtype: torch.dtype, m: int) -> dict[str, int]:
     return {"rows": rows, "cols": 128, "depth": 64, "num_warps": 8 if rows == 128 else 4, "num_stages": stages}
 
 
-def thin_product(arch: str, dtype: torch.dtype) -> dict[str, int]:
-    """Blocks of `_project_kernel` (rows, depth) and `_factor_grad_kernel` (depth of the rows, columns)."""
+def project(arch: str, dtype: torch.dtype) -> dict[str, int]:
+    """Blocks of `_project_kernel`: rows, depth of the reduction.
+
+    32 rows keep it on mma.sync: the dropped x is made in registers, from where wgmma would be serialized, and a
+    kernel that waits for memory gains nothing from wgmma.
+    """
     if arch == "cpu":
         return {"rows": 32, "cols": 32, "num_warps": 4, "num_stages": 1}
-    depth = 64 if dtype == torch.float32 else 128
-    return {"rows": 64, "cols": depth, "num_warps": 4, "num_stages": 2}
+    return {"rows": 32, "cols": 64 if dtype == torch.float32 else 128, "num_warps": 4, "num_stages": 2}
+
+
+def factor_grad(arch: str, dtype: torch.dtype) -> dict[str, int]:
+    """Blocks of `_factor_grad_kernel`: depth of the reduction over the rows, columns."""
+    if arch == "cpu":
+        return {"rows": 32, "cols": 32, "num_warps": 4, "num_stages": 1}
+    return {"rows": 32 if dtype == torch.float32 else 64, "cols": 64, "num_warps": 4, "num_stages": 2}
 
 
 def hadamard_grad(arch: str, dtype: torch.dtype) -> dict[str, int]:

@@ -110,7 +110,7 @@ def project_launch(
     """out (M,R) = scale·drop(x)·Vᵀ for V (R,K), and row_sum (M,) = x·row_weight."""
     m, k = x.shape
     rank = 0 if v is None else v.shape[0]
-    config = configs.thin_product(arch, x.dtype)
+    config = configs.project(arch, x.dtype)
     step = configs.block_r(max(1, rank))
     args = {
         "x_ptr": x, **strides(x, "stride_xm", "stride_xk"),
@@ -132,7 +132,7 @@ def project_launch(
 
 def factor_grad_splits(rows: int, cols: int, rank: int, dtype: object, arch: str) -> int:
     """How many partial sums `factor_grad_launch` writes: the leading size of its `part`."""
-    config = configs.thin_product(arch, dtype)  # type: ignore[arg-type]
+    config = configs.factor_grad(arch, dtype)  # type: ignore[arg-type]
     step = configs.block_r(max(1, rank))
     programs = triton.cdiv(cols, config["cols"]) * max(1, triton.cdiv(rank, step))
     return configs.row_splits(rows, programs, config["rows"])
@@ -153,7 +153,7 @@ def factor_grad_launch(
     """part (splits, C, J): Sᵀ·drop(X) in the first R rows, then Σ X, σᵀX and Σ X∘Y as far as asked for."""
     m, j = x.shape
     rank = 0 if s is None else s.shape[1]
-    config = configs.thin_product(arch, x.dtype)
+    config = configs.factor_grad(arch, x.dtype)
     step = configs.block_r(max(1, rank))
     splits = part.shape[0]
     args = {
