@@ -159,7 +159,8 @@ class GLoRAConfig:
 def all_configs(**common: Any) -> Iterator[GLoRAConfig]:
     """All 432 support combinations of the elementwise variant; `common` goes to each (rank, ...)."""
     for forms in itertools.product(*(CHOICES[name] for name in SUPPORTS)):
-        yield GLoRAConfig(*forms, **common)
+        supports: dict[str, Any] = dict(zip(SUPPORTS, forms, strict=True))
+        yield GLoRAConfig(**supports, **common)
 
 
 def matches(path: str, pattern: str) -> bool:

@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from glora_kernels.kernels.common import _dot, _dropped, _load, _load_vector, _low_rank, _round, _store, _tile_of
+from glora_kernels.kernels.common import (
+    _dot,
+    _dropped,
+    _load,
+    _load_vector,
+    _low_rank,
+    _round,
+    _store,
+    _tile_of,
+)
 
 
 @triton.jit

@@ -89,13 +89,26 @@ def cases(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Launch]]:
     full: dict[str, Any] = {**low, "a": meta(n), "b": meta(n), "sigma": wide(m), "beta": wide(n)}
     yield "fwd lora", launch.glora_fwd_launch(x, w, dy, **{**none, **low}, arch=arch)
     yield "fwd full", launch.glora_fwd_launch(x, w, dy, **full, arch=arch)
-    yield "fwd full, M=32", launch.glora_fwd_launch(
-        meta(32, k), w, meta(32, n), **{**full, "h": meta(32, r), "sigma": wide(32)}, arch=arch
+    yield (
+        "fwd full, M=32",
+        launch.glora_fwd_launch(
+            meta(32, k), w, meta(32, n), **{**full, "h": meta(32, r), "sigma": wide(32)}, arch=arch
+        ),
     )
     wide_rank = {"h": meta(m, 256), "up": meta(n, 256)}
     yield "fwd lora, R=256", launch.glora_fwd_launch(x, w, dy, **{**none, **wide_rank}, arch=arch)
-    yield "fwd lora, W transposed", launch.glora_fwd_launch(x, meta(k, n).t(), dy, **{**none, **low}, arch=arch)
-    plain: dict[str, Any] = {"free_rank": 0, "a": None, "tau": None, "dropout_p": 0.0, "seed": None, "arch": arch}
+    yield (
+        "fwd lora, W transposed",
+        launch.glora_fwd_launch(x, meta(k, n).t(), dy, **{**none, **low}, arch=arch),
+    )
+    plain: dict[str, Any] = {
+        "free_rank": 0,
+        "a": None,
+        "tau": None,
+        "dropout_p": 0.0,
+        "seed": None,
+        "arch": arch,
+    }
     back: dict[str, Any] = {"s": meta(m, r), "down": meta(r, k)}
     yield "dx lora", launch.glora_dx_launch(dy, w, x, **back, **plain)
     scaled = {**plain, "a": meta(n), "tau": wide(m), "dropout_p": 0.1, "seed": seed}
@@ -105,25 +118,44 @@ def cases(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Launch]]:
     project: dict[str, Any] = {"v": meta(r, k), "out": meta(m, r), "row_weight": None, "arch": arch}
     yield "project", launch.project_launch(x, **project, row_sum=wide(m))
     yield "project, dropout", launch.project_launch(x, **project, row_sum=None, dropout_p=0.1, seed=seed)
-    yield "sum of rows", launch.project_launch(
-        w.t(), v=None, out=None, row_sum=meta(k), row_weight=wide(n), arch=arch
+    yield (
+        "sum of rows",
+        launch.project_launch(w.t(), v=None, out=None, row_sum=meta(k), row_weight=wide(n), arch=arch),
     )
     splits = launch.factor_grad_splits(m, n, r, dtype, arch)
-    yield "factor grad, sums", launch.factor_grad_launch(
-        dy, wide(splits, r + 3, n), s=meta(m, r), with_sum=True, sigma=wide(m), y=dy, arch=arch
+    yield (
+        "factor grad, sums",
+        launch.factor_grad_launch(
+            dy, wide(splits, r + 3, n), s=meta(m, r), with_sum=True, sigma=wide(m), y=dy, arch=arch
+        ),
     )
     splits = launch.factor_grad_splits(m, k, r, dtype, arch)
-    yield "factor grad, dropout", launch.factor_grad_launch(
-        x, wide(splits, r, k), s=meta(m, r), with_sum=False, sigma=None, y=None, dropout_p=0.1, seed=seed, arch=arch
+    yield (
+        "factor grad, dropout",
+        launch.factor_grad_launch(
+            x,
+            wide(splits, r, k),
+            s=meta(m, r),
+            with_sum=False,
+            sigma=None,
+            y=None,
+            dropout_p=0.1,
+            seed=seed,
+            arch=arch,
+        ),
     )
     up, down = meta(n, r), meta(r, k)
     yield "weff", launch.weff_launch(w, up, down, meta(n, k), arch=arch)
     n_tiles, k_tiles = launch.hadamard_grad_tiles(n, k, dtype, arch)
-    yield "hadamard grad", launch.hadamard_grad_launch(
-        dy, x, w, a_up=up, a_down=down, dup=wide(k_tiles, n, r), ddown=wide(n_tiles, r, k), arch=arch
+    yield (
+        "hadamard grad",
+        launch.hadamard_grad_launch(
+            dy, x, w, a_up=up, a_down=down, dup=wide(k_tiles, n, r), ddown=wide(n_tiles, r, k), arch=arch
+        ),
     )
-    yield "hadamard grad, near zero", launch.hadamard_grad_launch(
-        dy, x, w, dup=wide(k_tiles, n, 1), near_zero_of=meta(n), near_zero=0.5, arch=arch
+    yield (
+        "hadamard grad, near zero",
+        launch.hadamard_grad_launch(dy, x, w, dup=wide(k_tiles, n, 1), near_zero_of=meta(n), near_zero=0.5, arch=arch),
     )
     yield "beta", launch.beta_launch(w, meta(n), meta(k), meta(n), meta(n), wide(n), arch=arch)
 
@@ -248,7 +280,8 @@ def _read_nvidia(compiled: Any, arch: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
         ptx.write_text(compiled.asm["ptx"])
-        command = [ptxas, "-v", f"--gpu-name={target.group(1) if target else arch}", ptx, "-o", cubin]
+        name = target.group(1) if target else arch
+        command: list[str | Path] = [ptxas, "-v", f"--gpu-name={name}", ptx, "-o", cubin]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         sass = subprocess.run([tools / "nvdisasm", cubin], capture_output=True, text=True, check=True).stdout
     matrix = re.findall(MATRIX_INSTRUCTION[arch], sass)

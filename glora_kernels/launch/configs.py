@@ -27,7 +27,13 @@ def large_product(arch: str, dtype: torch.dtype, m: int) -> dict[str, int]:
     if arch.startswith("gfx"):
         return {"rows": rows, "cols": 128, "depth": 64, "num_warps": 4, "num_stages": 2}
     stages = 4 if arch in ("sm_80", "sm_90", "sm_100") else 3
-    return {"rows": rows, "cols": 128, "depth": 64, "num_warps": 8 if rows == 128 else 4, "num_stages": stages}
+    return {
+        "rows": rows,
+        "cols": 128,
+        "depth": 64,
+        "num_warps": 8 if rows == 128 else 4,
+        "num_stages": stages,
+    }
 
 
 def project(arch: str, dtype: torch.dtype) -> dict[str, int]:

@@ -76,7 +76,10 @@ def explain(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     if device_type != "cuda":
         return "eager", f"no Triton code for {device_type!r} devices: the factored path in plain PyTorch"
     if dtype not in TRITON_DTYPES:
-        return "eager", f"the kernels have no {str(dtype).removeprefix('torch.')}: the factored path in plain PyTorch"
+        return (
+            "eager",
+            f"the kernels have no {str(dtype).removeprefix('torch.')}: the factored path in plain PyTorch",
+        )
     if not environment.has_triton():
         return "eager", "the triton package is not installed: the factored path in plain PyTorch"
     return "triton", "Triton kernels, forward and backward"

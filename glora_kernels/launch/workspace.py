@@ -16,18 +16,19 @@ _cuda: dict[tuple[int, int], Tensor] = {}
 _captured: list[Tensor] = []
 
 
-def workspace(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A contiguous (rows, cols) view of the buffer, with whatever its last user left in it."""
-    size = rows * cols * dtype.itemsize
+def workspace_like(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous view of the buffer in the shape of `weight`, with whatever its last user left in it."""
+    device = weight.device
+    size = weight.numel() * dtype.itemsize
     if device.type == "cuda":
         buffer = _cuda_buffer(size, device)
     elif device.type == "cpu":
-        buffer = getattr(_cpu, "buffer", None)
-        if buffer is None or buffer.numel() < size:
-            buffer = _cpu.buffer = torch.empty(size, dtype=torch.uint8)
+        if not hasattr(_cpu, "buffer") or _cpu.buffer.numel() < size:
+            _cpu.buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = _cpu.buffer
     else:
         buffer = torch.empty(size, dtype=torch.uint8, device=device)
-    return buffer[:size].view(dtype).view(rows, cols)
+    return buffer[:size].view(dtype).view(weight.shape)
 
 
 def release() -> None:

@@ -123,7 +123,8 @@ class _BetaFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[1:5])
-        return (None, *_backward(g, *ctx.saved_tensors, needs, ctx.route), None)
+        weight, bias, c, d, e = ctx.saved_tensors
+        return (None, *_backward(g, weight, bias, c, d, e, needs, ctx.route), None)
 
 
 # The registered operators: the same functions behind torch.compile's boundary.

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glora_kernels.launch.workspace import workspace
+from glora_kernels.launch.workspace import workspace_like
 from glora_kernels.ops.common import Call, Needs, Supports, near_zero, wide_dtype
 from glora_kernels.reference.random import keep_mask, round_dithered
 
@@ -86,7 +86,7 @@ def backward(
     if call.matmul and s.a_up is not None and s.a_down is not None:
         split = s.a_up.shape[1]
         if needs.a_up:
-            da_up = cast_weight(weight, dtype).t() @ (dy.t() @ _columns(h, 0, split))
+            da_up = cast_weight(weight, dtype).t() @ (_columns(h, 0, split).t() @ dy).t()
         if (needs.x or needs.a_down) and u is not None:
             du = dy @ u
             if needs.a_down:
@@ -95,7 +95,7 @@ def backward(
                 delta = du @ s.a_down.to(dtype)
     if s.b_up is not None and s.b_down is not None:
         if needs.b_up or needs.a:
-            db_up = dy.t() @ _columns(h, split, None)
+            db_up = (_columns(h, split, None).t() @ dy).t()  # a third of the time of dyᵀ·h in MKL
         if needs.x or needs.b_down:
             ds = _product(dy, s.b_up.to(dtype), call.scale)
             keep = _keep(dy.shape[0], s.b_down.shape[1], call)
@@ -124,7 +124,7 @@ def backward(
         effective = weight_for(weight, s, call, dtype)
         dx = left @ effective if delta is None else torch.addmm(delta, left, effective, out=delta)
     if not call.matmul and s.a_up is not None and s.a_down is not None and (needs.a_up or needs.a_down):
-        hadamard = workspace(*weight.shape, dtype, weight.device)  # W_eff is no longer needed: G takes its place
+        hadamard = workspace_like(weight, dtype)  # W_eff is no longer needed: G takes its place
         torch.mm(dy.t(), _given(x), out=hadamard)
         hadamard.mul_(weight)
         da_up = hadamard @ s.a_down.to(dtype).t() if needs.a_up else None
@@ -145,7 +145,7 @@ def weight_for(weight: Tensor, s: Supports, call: Call, dtype: torch.dtype) -> T
     """The weight of the large product: W itself, or W_eff = W∘(1 + A_up·A_down) built in the workspace."""
     if call.matmul or s.a_up is None or s.a_down is None:
         return cast_weight(weight, dtype)
-    effective = workspace(*weight.shape, dtype, weight.device)
+    effective = workspace_like(weight, dtype)
     if dtype.itemsize > 2:
         torch.mm(s.a_up.to(dtype), s.a_down.to(dtype), out=effective)
         return torch.addcmul(weight, weight, effective, out=effective)
@@ -162,12 +162,10 @@ def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """W in the dtype of the computation: itself, or under autocast a copy in the workspace, made again each time."""
     if weight.dtype == dtype:
         return weight
-    return workspace(*weight.shape, dtype, weight.device).copy_(weight)
+    return workspace_like(weight, dtype).copy_(weight)
 
 
-def _low_rank(
-    x: Tensor, weight: Tensor, s: Supports, call: Call
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _low_rank(x: Tensor, weight: Tensor, s: Supports, call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Every low-rank term as one product h·factorᵀ: the factor (N,·), h (M,·), and U of the product variant."""
     dtype = x.dtype
     h = factor = u = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from glora_kernels.launch.plan import arch_of
-from glora_kernels.launch.workspace import workspace
+from glora_kernels.launch.workspace import workspace_like
 from glora_kernels.ops.common import Call, Needs, Supports, near_zero, wide_dtype
 
 if TYPE_CHECKING:
@@ -82,7 +82,13 @@ def backward(
         launch.project_launch(dy, v=u.t(), out=out, row_sum=None, row_weight=None, arch=arch).run()
     if ds is not None and s.b_up is not None:
         launch.project_launch(
-            dy, v=s.b_up.t(), out=ds[:, product_rank:], row_sum=None, row_weight=None, scale=call.scale, arch=arch
+            dy,
+            v=s.b_up.t(),
+            out=ds[:, product_rank:],
+            row_sum=None,
+            row_weight=None,
+            scale=call.scale,
+            arch=arch,
         ).run()
     if tau is not None:
         launch.project_launch(dy, v=None, out=None, row_sum=tau, row_weight=s.b, arch=arch).run()
@@ -92,7 +98,12 @@ def backward(
         wants_h = h is not None and h.numel() > 0
         wants_sigma = sigma is not None and sigma.numel() > 0 and s.b is not None
         sums = _sums_over_rows(
-            dy, h if wants_h else None, needs.beta or needs.a, sigma if wants_sigma else None, y if needs.a else None, arch
+            dy,
+            h if wants_h else None,
+            needs.beta or needs.a,
+            sigma if wants_sigma else None,
+            y if needs.a else None,
+            arch,
         )
         columns = rank if wants_h else 0
         factors, extra = sums[:columns], list(sums[columns:])
@@ -113,8 +124,8 @@ def backward(
         beta_grad = None
 
     if needs.b_down and ds is not None and x is not None:
-        masked = {"dropout_p": call.dropout_p, "seed": call.seed}
-        db_down = _sums_over_rows(x, ds[:, product_rank:], False, None, None, arch, **masked)
+        s_b = ds[:, product_rank:]
+        db_down = _sums_over_rows(x, s_b, False, None, None, arch, call.dropout_p, call.seed)
     if call.matmul and needs.a_down and ds is not None and x is not None:
         da_down = _sums_over_rows(x, ds[:, :product_rank], False, None, None, arch)
 
@@ -131,17 +142,13 @@ def backward(
         r = s.a_up.shape[1]
         dup = dy.new_empty(k_tiles, n, r, dtype=torch.float32) if needs.a_up else None
         ddown = dy.new_empty(n_tiles, r, k, dtype=torch.float32) if needs.a_down else None
-        launch.hadamard_grad_launch(
-            dy, x, weight, a_up=s.a_up, a_down=s.a_down, dup=dup, ddown=ddown, arch=arch
-        ).run()
+        launch.hadamard_grad_launch(dy, x, weight, a_up=s.a_up, a_down=s.a_down, dup=dup, ddown=ddown, arch=arch).run()
         da_up = None if dup is None else dup.sum(0)
         da_down = None if ddown is None else ddown.sum(0)
     return dx, beta_grad, da, da_up, da_down, db, db_up, db_down
 
 
-def beta_forward(
-    weight: Tensor, bias: Tensor | None, c: Tensor | None, d: Tensor | None, e: Tensor | None
-) -> Tensor:
+def beta_forward(weight: Tensor, bias: Tensor | None, c: Tensor | None, d: Tensor | None, e: Tensor | None) -> Tensor:
     """β = b∘(1+d) + e + W·c, (N,)."""
     beta = weight.new_empty(weight.shape[0], dtype=wide_dtype(weight.dtype))
     launch.beta_launch(weight, bias, c, d, e, beta, arch=arch_of(weight)).run()
@@ -174,7 +181,7 @@ def _weight_for(weight: Tensor, s: Supports, call: Call, dtype: torch.dtype, arc
     """W itself (the kernels cast it under autocast), or W_eff built in the workspace where A is lora."""
     if call.matmul or s.a_up is None or s.a_down is None:
         return weight
-    effective = workspace(*weight.shape, dtype, weight.device)
+    effective = workspace_like(weight, dtype)
     launch.weff_launch(weight, s.a_up, s.a_down, effective, arch=arch).run()
     return effective
 
@@ -213,7 +220,7 @@ def _scale_gradient(
     weight: Tensor,
     arch: str,
 ) -> Tensor:
-    """dA = Σₘ dy∘Z: recovered from Σ dy∘y less the other terms, over 1+a; from Z itself where 1+a is near zero."""
+    """dA = Σₘ dy∘Z: Σ dy∘y less the other terms, over 1+a; from Z itself where 1+a is near zero."""
     assert s.a is not None
     if beta is not None and g is not None:
         total = total - beta.float() * g
@@ -222,8 +229,8 @@ def _scale_gradient(
     if dy_sigma is not None and s.b is not None:
         total = total - s.b.float() * dy_sigma
     scale = 1 + s.a.float()
-    k_tiles = launch.hadamard_grad_tiles(*weight.shape, dy.dtype, arch)[1]
-    part = dy.new_empty(k_tiles, weight.shape[0], 1, dtype=torch.float32)
+    n, k = weight.shape
+    part = dy.new_empty(launch.hadamard_grad_tiles(n, k, dy.dtype, arch)[1], n, 1, dtype=torch.float32)
     limit = near_zero(dy.dtype)
     launch.hadamard_grad_launch(dy, x, weight, dup=part, near_zero_of=s.a, near_zero=limit, arch=arch).run()
     da = torch.where(scale.abs() < limit, part.sum((0, 2)), total / scale)

@@ -50,7 +50,7 @@ def effective_bias(
     """b + b∘D + E + W·C, an (N,) tensor; None where there is neither a bias nor C nor E. C sees the base W."""
     params = {name: value.to(weight.dtype) for name, value in params.items()}
     effective = None if bias is None else bias.to(weight.dtype)
-    if bias is not None and config.D != "none":
+    if effective is not None and config.D != "none":
         effective = effective + effective * params["D"]
     if config.E != "none":
         e = params["E"].expand(weight.shape[0])

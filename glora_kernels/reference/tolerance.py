@@ -1,0 +1,74 @@
+"""One tolerance for everything: no worse than twice plain PyTorch at the same dtype, plus a small floor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from glora_kernels.reference.glora import glora_linear
+from glora_kernels.spec import GLoRAConfig
+
+FLOOR = 4.0
+"""The floor in units of eps(dtype) times the largest absolute value of the true result."""
+
+
+def literal_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    params: Mapping[str, Tensor],
+    config: GLoRAConfig,
+    dy: Tensor,
+    dtype: torch.dtype,
+    keep: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """y and every gradient of the literal layer at `dtype`: "y", "dx", "dbias" and "d<support>"."""
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(dtype).requires_grad_()
+
+    x, leaves = leaf(x), {name: leaf(value) for name, value in params.items()}
+    b = None if bias is None else leaf(bias)
+    with torch.enable_grad():
+        y = glora_linear(x, weight.detach().to(dtype), b, leaves, config, keep)
+        y.backward(dy.to(dtype))
+    found = {"y": y.detach(), "dx": x.grad, "dbias": None if b is None else b.grad}
+    found |= {f"d{name}": value.grad for name, value in leaves.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def allowed_error(truth: Tensor, literal: Tensor, dtype: torch.dtype, magnitude: float = 0.0) -> float:
+    """The largest absolute error accepted of a result whose float64 value is `truth`.
+
+    Twice the largest error of the literal layer at this dtype, plus FLOOR·eps(dtype)·max|truth|; at float64
+    1e-12 of the largest value. `magnitude` takes the place of max|truth| where the terms of a sum are larger
+    than the sum (`recovered_magnitude`).
+    """
+    if truth.numel() == 0:
+        return 0.0
+    magnitude = max(magnitude, float(truth.abs().max()))
+    if dtype == torch.float64:  # the truth itself is no more exact than that
+        return 1e-12 * max(1.0, magnitude)
+    floor = FLOOR * torch.finfo(dtype).eps * magnitude
+    return 2.0 * largest_error(literal, truth) + floor
+
+
+def recovered_magnitude(dy: Tensor, y: Tensor, a: Tensor) -> float:
+    """The size of the rounding that Σₘ dy∘Z carries when it is recovered from y = Z∘(1+a) + … .
+
+    y is rounded once, each element by up to eps/2·|y|: the errors of the terms dy∘y add up as the root of their
+    squares, over 1+a. Small where y is Z; large where the other terms of y dwarf it.
+    """
+    squares = (dy.double() * y.double()).square()
+    total = squares.sum() if a.numel() == 1 else squares.sum(0)
+    return float((total.sqrt() / (1 + a.double()).abs()).max())
+
+
+def largest_error(value: Tensor, truth: Tensor) -> float:
+    """max |value - truth| in float64; infinite where a NaN appears that the truth has not."""
+    if truth.numel() == 0:
+        return 0.0
+    error = (value.detach().double() - truth.detach().double()).abs()
+    return float("inf") if bool(error.isnan().any()) else float(error.max())
