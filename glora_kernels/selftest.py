@@ -107,7 +107,8 @@ def _case(
 
     keep = None
     if config.dropout and config.B == "lora":
-        (torch.random if device == "cpu" else torch.cuda).set_rng_state(before)
+        restore = torch.random.set_rng_state if device == "cpu" else torch.cuda.set_rng_state
+        restore(before)
         keep = keep_mask(operator.dropout_seed(x.device), m, k, config.dropout)
     step = (x, layer.weight, layer.bias, layer.adapter(), config, dy)
     truth = literal_step(*step, torch.float64, keep)
@@ -115,8 +116,8 @@ def _case(
     for name, value in ours.items():
         assert value is not None
         magnitude = 0.0
-        if name == "dA" and layer.A is not None:
-            magnitude = recovered_magnitude(dy, truth["y"], layer.A.detach())
+        if name == "dA":
+            magnitude = recovered_magnitude(dy, truth["y"], layer.adapter()["A"].detach())
         error, allowed = largest_error(value, truth[name]), allowed_error(truth[name], literal[name], dtype, magnitude)
         kernel = SERVED_BY[name] if route == "triton" else "plain PyTorch"
         if config.variant == "matmul" and name == "dA_up" and route == "triton":

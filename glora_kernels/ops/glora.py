@@ -91,11 +91,10 @@ def glora_linear(
     _check(x, weight, beta, s, dropout_p, seed, variant, target)
     if target is not None and x.dtype != target:
         x = x.to(target)
-    route = routes.route(x.device.type, x.dtype)
-    values = (scale, dropout_p, seed, variant == "matmul", route)
+    call = Call(scale, dropout_p, seed, variant == "matmul", routes.route(x.device.type, x.dtype))
     if torch.compiler.is_compiling():
-        return torch.ops.glora_kernels.glora_linear(x, weight, beta, *s, *values)[0]
-    return _GLoRAFunction.apply(x, weight, beta, *s, *values)
+        return torch.ops.glora_kernels.glora_linear(x, weight, beta, *s, *call)[0]
+    return _GLoRAFunction.apply(x, weight, beta, call, *s)
 
 
 def dropout_seed(device: torch.device) -> Tensor:
@@ -126,10 +125,10 @@ def _check(
     if target is None and x.dtype != weight.dtype:
         raise TypeError(f"x and weight must have one dtype outside autocast; got x {x.dtype} and weight {weight.dtype}")
     device = x.device
-    if weight.device != device:
-        raise ValueError(f"x and weight must be on one device; got x on {device} and weight on {weight.device}")
-    for name, tensor in zip(("beta", *Supports._fields), (beta, *s), strict=True):
+    for tensor in (weight, beta, *s):
         if tensor is not None and tensor.device != device:
+            names = ("weight", "beta", *Supports._fields)
+            name = next(n for n, t in zip(names, (weight, beta, *s), strict=True) if t is tensor)
             raise ValueError(f"x and {name} must be on one device; got x on {device} and {name} on {tensor.device}")
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
@@ -144,11 +143,14 @@ def _check(
 
 def _forward(x: Tensor, weight: Tensor, beta: Tensor | None, s: Supports, call: Call) -> Any:
     """(y, h, σ, U) of an N-dimensional x by the call's route."""
-    with without_autocast(x.device.type):
-        path = triton_path if call.route == "triton" else eager_path
-        flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        y, *saved = path.forward(flat, weight, beta, s, call)
-        return (y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])), *saved
+    path = triton_path if call.route == "triton" else eager_path
+    flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):  # the dtypes are settled
+            y, h, sigma, u = path.forward(flat, weight, beta, s, call)
+    else:
+        y, h, sigma, u = path.forward(flat, weight, beta, s, call)
+    return (y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])), h, sigma, u
 
 
 def _backward(
@@ -167,18 +169,20 @@ def _backward(
     """The gradients in the order of `Needs`, each in the shape and dtype of its tensor."""
     lead, n, k = dy.shape[:-1], weight.shape[0], weight.shape[1]
     rows = math.prod(lead)
+    path = triton_path if call.route == "triton" else eager_path
+    if dy.ndim != 2:
+        dy = dy.reshape(rows, n)
+        x = None if x is None else x.reshape(rows, k)
+        y = None if y is None else y.reshape(rows, n)
     with without_autocast(dy.device.type):
-        path = triton_path if call.route == "triton" else eager_path
-        x2 = None if x is None else x.reshape(rows, k)
-        y2 = None if y is None else y.reshape(rows, n)
-        grads = list(path.backward(dy.reshape(rows, n), x2, weight, beta, s, y2, h, sigma, u, call, needs))
-        if grads[0] is not None:
-            grads[0] = grads[0].view(*lead, k)
-        for i, tensor in enumerate((beta, *s), start=1):
-            grad = grads[i]
-            if grad is not None and tensor is not None and grad.dtype != tensor.dtype:
-                grads[i] = grad.to(tensor.dtype)
-        return grads
+        grads = list(path.backward(dy, x, weight, beta, s, y, h, sigma, u, call, needs))
+    if grads[0] is not None and len(lead) != 1:
+        grads[0] = grads[0].view(*lead, k)
+    for i, tensor in enumerate((beta, *s), start=1):
+        grad = grads[i]
+        if grad is not None and tensor is not None and grad.dtype != tensor.dtype:
+            grads[i] = grad.to(tensor.dtype)
+    return grads
 
 
 def _saved(needs: Needs, s: Supports, call: Call, fixed: bool) -> tuple[bool, bool, bool, bool, bool]:
@@ -198,44 +202,45 @@ def _saved(needs: Needs, s: Supports, call: Call, fixed: bool) -> tuple[bool, bo
 
 
 class _GLoRAFunction(torch.autograd.Function):
+    """Eager mode's way in: few arguments and few calls, since each costs a microsecond a layer."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        beta: Any,
-        a: Any,
-        a_up: Any,
-        a_down: Any,
-        b: Any,
-        b_up: Any,
-        b_down: Any,
-        scale: float,
-        dropout_p: float,
-        seed: Any,
-        matmul: bool,
-        route: str,
+        ctx: Any, x: Tensor, weight: Tensor, beta: Tensor | None, call: Call, *tensors: Tensor | None
     ) -> Tensor:
-        s = Supports(a, a_up, a_down, b, b_up, b_down)
-        call = Call(scale, dropout_p, seed, matmul, route)
+        s = Supports(*tensors)
         y, h, sigma, u = _forward(x, weight, beta, s, call)
-        needs = _needs(ctx)
+        wanted = ctx.needs_input_grad
+        needs = Needs(wanted[0], wanted[2], *wanted[4:])
         if any(needs):
-            keep = _saved(needs, s, call, fixed=route == "triton")
-            kept = (t if k else None for t, k in zip((x, y, h, sigma, u), keep, strict=True))
-            ctx.save_for_backward(weight, beta, *s, seed, *kept)
-            ctx.values = (scale, dropout_p, matmul, route)
+            keep_x, keep_y, keep_h, keep_sigma, keep_u = _saved(needs, s, call, fixed=call.route == "triton")
+            ctx.save_for_backward(
+                weight,
+                beta,
+                *tensors,
+                x if keep_x else None,
+                y if keep_y else None,
+                h if keep_h else None,
+                sigma if keep_sigma else None,
+                u if keep_u else None,
+            )
+            ctx.call, ctx.needs = call, needs
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, beta, a, a_up, a_down, b, b_up, b_down, seed, x, y, h, sigma, u = ctx.saved_tensors
-        scale, dropout_p, matmul, route = ctx.values
-        call = Call(scale, dropout_p, seed, matmul, route)
-        s = Supports(a, a_up, a_down, b, b_up, b_down)
-        grads = _backward(dy, x, weight, beta, s, y, h, sigma, u, call, _needs(ctx))
-        return (grads[0], None, *grads[1:], None, None, None, None, None)
+        # Gradients are recorded here only under create_graph=True, where PyTorch must refuse a second derivative.
+        return _once_differentiable_backward(ctx, dy) if torch.is_grad_enabled() else _function_backward(ctx, dy)
+
+
+def _function_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    weight, beta, a, a_up, a_down, b, b_up, b_down, x, y, h, sigma, u = ctx.saved_tensors
+    s = Supports(a, a_up, a_down, b, b_up, b_down)
+    grads = _backward(dy, x, weight, beta, s, y, h, sigma, u, ctx.call, ctx.needs)
+    return (grads[0], None, grads[1], None, *grads[2:])
+
+
+_once_differentiable_backward = once_differentiable(_function_backward)
 
 
 def _needs(ctx: Any) -> Needs:

@@ -1,0 +1,73 @@
+"""What a GLoRA layer can stand in for: which modules are linear layers, and what makes one unfit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glora_kernels.spec import GLoRAConfig
+
+DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes of a base and of an adapter."""
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def is_linear(module: object) -> bool:
+    """Whether the module is an `nn.Linear`, a transformers `Conv1D`, or derived from one."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def unsupported(linear: nn.Module) -> str | None:
+    """Why a linear layer cannot be replaced by a GLoRALinear, or None where it can."""
+    kind: Any = type(linear)
+    plain: Any = _conv1d_class(linear) or nn.Linear
+    if isinstance(linear, nn.modules.lazy.LazyModuleMixin):
+        return "its sizes are not known yet; run the model once first"
+    if hasattr(linear, "parametrizations"):
+        return "it is parametrized; use torch.nn.utils.parametrize.remove_parametrizations first"
+    if kind.forward is not plain.forward or "forward" in vars(linear):
+        return f"its forward is not that of {plain.__name__}, and would be lost"
+    if any(getattr(linear, hooks) for hooks in _HOOKS):
+        return "it has forward or backward hooks, which would be lost; remove them and register them afterwards"
+    extra = [*(set(linear._parameters) - {"weight", "bias"}), *linear._buffers, *linear._modules]
+    if extra:
+        return f"it holds more than a weight and a bias: {sorted(extra)}"
+    weight = linear._parameters.get("weight")
+    if weight is None:
+        return "its weight is no parameter of its own"
+    for name, tensor in linear._parameters.items():
+        if tensor is not None and type(tensor.data) is not Tensor:
+            return f"its {name} is a {type(tensor.data).__name__}, not a plain tensor"
+    if weight.dtype not in DTYPES:
+        return f"its weight is {_name(weight.dtype)}; accepted: {', '.join(map(_name, DTYPES))}"
+    return None
+
+
+def check_config(config: object) -> None:
+    if not isinstance(config, GLoRAConfig):
+        raise TypeError(f"config must be a GLoRAConfig, got {type(config).__name__}")
+
+
+def check_dtype(argument: str, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        given = _name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
+        raise ValueError(f"{argument} must be one of {', '.join(map(_name, DTYPES))}; got {given}")
+
+
+def is_conv1d(module: object) -> bool:
+    return _conv1d_class(module) is not None
+
+
+def _conv1d_class(module: object) -> type | None:
+    """The Conv1D of transformers in the module's ancestry, by name: importing transformers takes seconds."""
+    for kind in type(module).__mro__:
+        if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+            return kind
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

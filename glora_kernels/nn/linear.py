@@ -1,0 +1,337 @@
+"""The GLoRA layer: a frozen linear layer and its adapter, in place of `nn.Linear` or a transformers `Conv1D`.
+
+    y = x (W + W∘A + s·B)ᵀ + [ b + b∘D + E + W·C ]
+
+The layer owns parameters and state (merged, disabled); the mathematics is in `ops`. The base keeps the names
+`weight` and `bias`, so base checkpoints load; beside them are A, A_up, A_down, ... E.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from glora_kernels.nn.base import check_config, check_dtype, is_conv1d, is_linear, unsupported
+from glora_kernels.ops import glora_beta, glora_linear
+from glora_kernels.ops.common import wide_dtype, without_autocast
+from glora_kernels.ops.glora import dropout_seed
+from glora_kernels.reference import effective_bias, effective_weight
+from glora_kernels.spec import GLoRAConfig
+
+ADAPTER_NAMES: tuple[str, ...] = (
+    "A",
+    "A_up",
+    "A_down",
+    "B",
+    "B_up",
+    "B_down",
+    "C",
+    "C_up",
+    "C_down",
+    "D",
+    "E",
+)
+"""Every name a parameter of an adapter can have; those that a configuration lacks are registered as None."""
+
+_NAMES = ("weight", "bias", *ADAPTER_NAMES)
+
+
+class GLoRALinear(nn.Module):
+    """y = x (W + W∘A + s·B)ᵀ + b + b∘D + E + W·C with W and b frozen; a fresh layer equals its base.
+
+    Shapes: x (..., K), y (..., N), weight (N, K), or (K, N) as stored where the base was a `Conv1D`; bias
+    (N,). The adapter's parameters are those of `GLoRAConfig.parameter_shapes`; without a bias there is no D.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        config: which supports exist, rank, scale, dropout.
+        bias: whether the base has a bias b.
+        device: of all parameters.
+        dtype: of the base: float32, bfloat16, float16 or float64.
+        adapter_dtype: of the adapter; None means the base's. fp32 adapters over a 16-bit base are served.
+
+    Raises:
+        TypeError: `config` is not a GLoRAConfig.
+        ValueError: a size below 1 or a dtype that is not served.
+    """
+
+    in_features: int
+    out_features: int
+    config: GLoRAConfig
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    D: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: GLoRAConfig,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
+        weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        b = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self._register(weight, b, config, adapter_dtype, transposed=False)
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, config: GLoRAConfig, *, adapter_dtype: torch.dtype | None = None
+    ) -> GLoRALinear:
+        """A layer on the parameters of `linear` (the same objects, no copy), which are frozen by this.
+
+        Args:
+            linear: an `nn.Linear`, or a `Conv1D` of transformers, whose weight stays as stored, (K, N).
+            config: which supports exist, rank, scale, dropout.
+            adapter_dtype: of the adapter; None means the weight's.
+
+        Raises:
+            TypeError: `linear` is no linear layer, or `config` is not a GLoRAConfig.
+            ValueError: a linear layer that cannot be replaced (hooks, its own forward, ...), and why.
+        """
+        if not is_linear(linear):
+            raise TypeError(f"from_linear takes an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
+        if reason := unsupported(linear):
+            raise ValueError(f"from_linear cannot take this {type(linear).__name__}: {reason}")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        weight, bias = linear._parameters["weight"], linear._parameters.get("bias")
+        layer._register(weight, bias, config, adapter_dtype, transposed=is_conv1d(linear))
+        layer.reset_adapter()
+        return layer.train(linear.training)
+
+    def _register(
+        self,
+        weight: nn.Parameter | None,
+        bias: nn.Parameter | None,
+        config: GLoRAConfig,
+        adapter_dtype: torch.dtype | None,
+        transposed: bool,
+    ) -> None:
+        check_config(config)
+        if weight is None:
+            raise ValueError("a linear layer without a weight cannot be adapted")
+        for name, dtype in (("dtype", weight.dtype), ("adapter_dtype", adapter_dtype or weight.dtype)):
+            check_dtype(name, dtype)
+        self.out_features, self.in_features = weight.shape[::-1] if transposed else weight.shape
+        self.config = config
+        shapes = config.parameter_shapes(self.in_features, self.out_features, bias is not None)
+        parameters: dict[str, nn.Parameter | None] = {
+            name: nn.Parameter(torch.empty(shapes[name], device=weight.device, dtype=adapter_dtype or weight.dtype))
+            if name in shapes
+            else None
+            for name in ADAPTER_NAMES
+        }
+        for base in (weight, bias):
+            if base is not None:
+                base.requires_grad_(False)
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+        self._transposed = transposed
+        self._base: tuple[Tensor, Tensor | None] | None = None  # while merged: W and b, in host memory
+        self._disabled = 0  # how many `disabled` contexts the layer is in
+        # What a forward would otherwise work out each time.
+        self._has_beta = any(parameters[name] is not None for name in ("C", "C_up", "D", "E"))
+        self._scale = config.scale
+        self._dropout = config.dropout if config.B == "lora" else 0.0
+        self._variant = config.variant
+
+    def reset_parameters(self) -> None:
+        """Initialise the base as `nn.Linear` does, and the adapter. Overwrites a pretrained base."""
+        nn.init.kaiming_uniform_(self.weight.t() if self._transposed else self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1.0 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+        self.reset_adapter()
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        """Make the layer equal to its base: `_down` factors random (`config.init`), everything else zero."""
+        for name, parameter in self.adapter().items():
+            if not name.endswith("_down"):
+                nn.init.zeros_(parameter)
+            elif self.config.init == "kaiming":
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+            else:
+                nn.init.xavier_uniform_(parameter)
+
+    def adapter(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters that exist, by name."""
+        found = {name: getattr(self, name) for name in ADAPTER_NAMES}
+        return {name: parameter for name, parameter in found.items() if parameter is not None}
+
+    @property
+    def merged(self) -> bool:
+        """Whether `weight` and `bias` hold the merged values."""
+        return self._base is not None
+
+    @property
+    def base_bias(self) -> Tensor | None:
+        """b, the bias of the base: `bias`, or while merged the copy of it in host memory."""
+        return self.bias if self._base is None else self._base[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output y, (..., N), of an x (..., K); the errors of `ops.glora_linear`, and one of its own.
+
+        Raises:
+            RuntimeError: the layer is merged, in training mode, and gradients are enabled.
+        """
+        # One dictionary look-up a parameter: attribute access on a module costs ten times as much.
+        p: dict[str, Tensor | None] = self._parameters  # type: ignore[assignment]
+        if len(p) < len(_NAMES):  # data parallel replicas keep their parameters as attributes
+            p = {name: getattr(self, name) for name in _NAMES}
+        weight, bias = p["weight"], p["bias"]
+        assert weight is not None
+        if self._transposed:
+            weight = weight.t()
+        if self._disabled or self._base is not None:
+            if not self._disabled and self.training and torch.is_grad_enabled():
+                raise RuntimeError(
+                    "this layer is merged: its adapter takes no part in forward and would not be trained. To "
+                    "train, call unmerge(); to run the merged weights, call eval() or use torch.no_grad()"
+                )
+            return F.linear(x, weight, bias)
+        beta = bias
+        if self._has_beta:
+            c, c_up = p["C"], p["C_up"]
+            if c_up is not None:
+                c = (c_up * p["C_down"].t()).sum(1)  # type: ignore[union-attr]  # no product for autocast to round
+            beta = glora_beta(weight, bias, c, p["D"], p["E"])
+        dropout_p = self._dropout if self.training else 0.0
+        return glora_linear(
+            x,
+            weight,
+            beta,
+            a=p["A"],
+            a_up=p["A_up"],
+            a_down=p["A_down"],
+            b=p["B"],
+            b_up=p["B_up"],
+            b_down=p["B_down"],
+            scale=self._scale,
+            dropout_p=dropout_p,
+            seed=dropout_seed(x.device) if dropout_p else None,
+            variant=self._variant,
+        )
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Write W_eff into `weight` and b + b∘D + E + W·C into `bias`, in place; the host keeps the base.
+
+        Both are computed in fp32 (float64 for a float64 base) and rounded once. A layer without a bias that
+        needs one gets it until `unmerge`. A weight shared with another module changes there too;
+        `merge(model)` refuses that.
+
+        Raises:
+            RuntimeError: the layer is merged already, or disabled.
+        """
+        if self._base is not None:
+            raise RuntimeError("merge() was called on a layer that is merged already; call unmerge() first")
+        if self._disabled:
+            raise RuntimeError("merge() was called inside disabled(model); leave that context first")
+        weight, bias = self._effective()
+        base = (
+            self.weight.to("cpu", copy=True),
+            None if self.bias is None else self.bias.to("cpu", copy=True),
+        )
+        # Nothing below can fail: a layer is never half merged. copy_ tells autograd, so a backward that is
+        # still to come on the old weight is an error and not a wrong gradient.
+        self.weight.copy_(weight.t() if self._transposed else weight)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+        elif bias is not None:
+            self.bias = nn.Parameter(bias.clone(), requires_grad=False)
+        self._base = base
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base back as it was, bit for bit.
+
+        Raises:
+            RuntimeError: the layer is not merged.
+        """
+        if self._base is None:
+            raise RuntimeError("unmerge() was called on a layer that is not merged")
+        weight, bias = self._base
+        self.weight.copy_(weight)
+        if bias is None or self.bias is None:
+            self.bias = None
+        else:
+            self.bias.copy_(bias)
+        self._base = None
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """A plain `nn.Linear` (N, K) with W_eff and the full bias: frozen, nothing shared with this layer."""
+        weight: Tensor = self.weight.t() if self._transposed else self.weight
+        bias: Tensor | None = self.bias
+        if self._base is None:
+            weight, bias = self._effective()
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta", dtype=weight.dtype)
+        keep = torch.contiguous_format
+        linear.weight = nn.Parameter(weight.clone(memory_format=keep), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.clone(memory_format=keep), requires_grad=False)
+        return linear.train(self.training)
+
+    def _effective(self) -> tuple[Tensor, Tensor | None]:
+        """W_eff (N, K) and the full bias (N,), in the dtypes of `weight` and `bias`; may alias them."""
+        weight = self.weight.t() if self._transposed else self.weight
+        bias = self.bias
+        wide = weight.to(wide_dtype(weight.dtype))
+        adapter: dict[str, Tensor] = {name: parameter.detach() for name, parameter in self.adapter().items()}
+        with without_autocast(weight.device.type):
+            merged = effective_weight(wide, adapter, self.config).to(weight.dtype)
+            beta = effective_bias(wide, bias, adapter, self.config)
+        return merged, None if beta is None else beta.to(weight.dtype if bias is None else bias.dtype)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: Any,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        # Loaded into a merged layer, a base would be lost at unmerge and an adapter would have no effect.
+        if self._base is not None and any(prefix + name in state_dict for name in _NAMES):
+            errors.append(f"{prefix.removesuffix('.') or 'the layer'} is merged; call unmerge() before loading")
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def extra_repr(self) -> str:
+        config = self.config
+        parts = [f"in_features={self.in_features}, out_features={self.out_features}"]
+        parts.append(f"bias={self.base_bias is not None}")
+        supports = [f"{name}={getattr(config, name)}" for name in "ABCDE" if getattr(config, name) != "none"]
+        if self.D is None:
+            supports = [part for part in supports if not part.startswith("D=")]
+        parts += supports
+        if "lora" in (config.A, config.B, config.C):
+            parts.append(f"rank={config.rank}")
+        if config.B == "lora":
+            parts.append(f"scale={config.scale:g}")
+        if self._dropout:
+            parts.append(f"dropout={config.dropout:g}")
+        if config.variant != "hadamard":
+            parts.append(f"variant={config.variant}")
+        if self.merged:
+            parts.append("merged")
+        return ", ".join(parts)

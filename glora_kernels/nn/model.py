@@ -1,0 +1,144 @@
+"""Whole models: find the GLoRA layers in one, merge them, switch them off, count what is trained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+
+from glora_kernels.nn.linear import GLoRALinear
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""The names under which wrappers hold the module they wrap; they are no part of a module's path."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DistributedDataParallel and DataParallel."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    while True:
+        if "_orig_mod" in model._modules:
+            inner = model._modules["_orig_mod"]
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+        else:
+            return model
+        assert inner is not None
+        model = inner
+
+
+def clean(path: str) -> str:
+    """A module path without the names that wrappers put into it."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def named_layers(model: nn.Module) -> dict[str, GLoRALinear]:
+    """The GLoRA layers of an unwrapped model by path; one used at several paths is there by its first."""
+    return {clean(path): m for path, m in model.named_modules() if isinstance(m, GLoRALinear)}
+
+
+def _layers(model: nn.Module, caller: str) -> dict[str, GLoRALinear]:
+    layers = named_layers(unwrap(model))
+    if not layers:
+        raise ValueError(f"{caller}: the model has no GLoRA layer; call inject(model, config) first")
+    return layers
+
+
+def merge(model: nn.Module) -> None:
+    """Merge every GLoRA layer of the model in place, or, where one fails, none.
+
+    Raises:
+        ValueError: the model has no GLoRA layer, or a base weight or bias that would change belongs to
+            another module too (an embedding tied to it, say).
+        RuntimeError: a layer is merged already, or disabled.
+    """
+    layers = _layers(model, "merge")
+    if path := next((path for path, layer in layers.items() if layer.merged), None):
+        raise RuntimeError(f"merge: {path!r} is merged already; call unmerge(model) first")
+    _refuse_tied(unwrap(model), layers)
+    _all_or_none(layers, GLoRALinear.merge, GLoRALinear.unmerge)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Restore the base of every GLoRA layer of the model, bit for bit.
+
+    Raises:
+        ValueError: the model has no GLoRA layer.
+        RuntimeError: a layer is not merged.
+    """
+    layers = _layers(model, "unmerge")
+    if path := next((path for path, layer in layers.items() if not layer.merged), None):
+        raise RuntimeError(f"unmerge: {path!r} is not merged")
+    _all_or_none(layers, GLoRALinear.unmerge, GLoRALinear.merge)
+
+
+def _all_or_none(
+    layers: dict[str, GLoRALinear], act: Callable[[GLoRALinear], None], undo: Callable[[GLoRALinear], None]
+) -> None:
+    done: list[GLoRALinear] = []
+    try:
+        for layer in layers.values():
+            act(layer)
+            done.append(layer)
+    except BaseException:
+        for layer in done:
+            undo(layer)
+        raise
+
+
+def _refuse_tied(model: nn.Module, layers: dict[str, GLoRALinear]) -> None:
+    """An error where merging a layer would change another module's parameter."""
+    owners: dict[object, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(_memory(parameter), []).append(clean(f"{path}.{name}".lstrip(".")))
+    for path, layer in layers.items():
+        changed = {"weight": layer.weight, "bias": layer.bias if layer._has_beta else None}
+        for name, parameter in changed.items():
+            if parameter is not None and len(names := owners[_memory(parameter)]) > 1:
+                raise ValueError(
+                    f"merge: the {name} of {path!r} is shared by {names}, and merging would change all of "
+                    "them; untie it, or replace the layer by to_linear()"
+                )
+
+
+def _memory(tensor: Tensor) -> object:
+    """What two tied parameters have in common, even where they are two Parameter objects."""
+    return (tensor.device, tensor.data_ptr()) if tensor.data_ptr() else id(tensor)
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, every GLoRA layer behaves as its base; merged layers are unmerged meanwhile and merged again.
+
+    Modules trained whole (`inject(..., train=...)`) stay as they are. Nests.
+
+    Raises:
+        ValueError: the model has no GLoRA layer.
+    """
+    layers = _layers(model, "disabled")
+    merged = {path: layer for path, layer in layers.items() if layer.merged}
+    _all_or_none(merged, GLoRALinear.unmerge, GLoRALinear.merge)
+    for layer in layers.values():
+        layer._disabled += 1
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer._disabled -= 1
+        _all_or_none(merged, GLoRALinear.merge, GLoRALinear.unmerge)
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """How many numbers of the model require a gradient; a shared parameter counts once."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def all_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every (path, module) of an unwrapped model, the same module once a path."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        yield clean(path), module

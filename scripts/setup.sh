@@ -1,0 +1,20 @@
+# Sourced by the scripts beside it: a virtual environment in .venv with torch, triton and this package.
+#
+# torch comes first and alone: whatever else asks for it later then finds it there and does not fetch another build.
+# TORCH_VERSION, TRITON_VERSION, PYTHON and VENV choose others than these.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV=${VENV:-.venv}
+TORCH_VERSION=${TORCH_VERSION:-2.13.0}
+TRITON_VERSION=${TRITON_VERSION:-3.7.1}
+
+# install_into_venv EXTRA: the package in editable form with one of its extras.
+install_into_venv() {
+  [ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV"
+  # shellcheck disable=SC1091
+  source "$VENV/bin/activate"
+  export PIP_DISABLE_PIP_VERSION_CHECK=1
+  python -c 'import torch' 2>/dev/null || pip install --quiet "torch==$TORCH_VERSION" "triton==$TRITON_VERSION"
+  pip install --quiet -e ".[$1]"
+}

@@ -1,0 +1,237 @@
+"""The truth, the one tolerance, and problems to try them on.
+
+The truth is written here once more, from the equation and in float64, so that it shares no line with the library:
+
+    y = x (W + W∘A + s·B)ᵀ + [ b + b∘D + E + W·C ]
+
+The tolerance (`check`): the error of a tensor against the float64 truth of the same rounded inputs is at most
+twice the error that eager PyTorch (`reference.glora_linear` and autograd) makes in the same dtype, plus a floor:
+2 machine epsilons for the root mean square over a tensor and 4 for its largest element, each times the root sum of
+squares of the terms that the tensor's elements are sums of. Triton's interpreter (3.7.1) truncates when it casts
+fp32 to bfloat16 where a GPU rounds to nearest, which doubles an error: its bfloat16 floor is twice that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from glora_kernels import reference
+from glora_kernels.launch.routes import backend
+from glora_kernels.ops import glora_beta, glora_linear
+from glora_kernels.spec import GLoRAConfig
+
+FACTOR, FLOOR = 2.0, {"rms": 2.0, "max": 4.0}
+PAIRS = [(a, b) for a in ("lora", "vector", "constant", "none") for b in ("lora", "vector", "constant", "none")]
+"""The 16 forms of (A, B)."""
+
+
+@dataclass
+class Problem:
+    """The inputs of one call, rounded to the dtype they are used in."""
+
+    config: GLoRAConfig
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    params: dict[str, Tensor]
+    dy: Tensor
+    seed: Tensor | None = None
+    trained: frozenset[str] = field(default_factory=frozenset)
+
+    def leaves(self) -> dict[str, Tensor]:
+        found = {"x": self.x, **self.params}
+        return found if self.bias is None else {**found, "bias": self.bias}
+
+    def keep(self) -> Tensor | None:
+        if self.seed is None or self.config.dropout == 0.0 or self.config.B != "lora":
+            return None
+        k = self.x.shape[-1]
+        rows = self.x.numel() // k if k else 0
+        return reference.keep_mask(self.seed, rows, k, self.config.dropout).view(self.x.shape)
+
+
+def problem(
+    config: GLoRAConfig,
+    lead: tuple[int, ...] = (37,),
+    k: int = 20,
+    n: int = 11,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float64,
+    adapters: torch.dtype | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    size: float = 0.3,
+    layout: str = "contiguous",
+) -> Problem:
+    """Random inputs. `size` scales the adapters; layout "strided" makes x, W and dy non-contiguous."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, std: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * std).to(dtype).to(device)
+
+    x, weight, dy = draw(*lead, k), draw(n, k, std=k**-0.5), draw(*lead, n)
+    b = draw(n, std=0.5) if bias else None
+    shapes = config.parameter_shapes(k, n, bias)
+    params = {name: draw(*shape, std=size, dtype=adapters or dtype) for name, shape in shapes.items()}
+    if layout == "strided":
+        wide = draw(*lead, 2 * k + 1)
+        wide[..., 1::2] = x
+        x = wide[..., 1::2]
+        weight = weight.t().contiguous().t()
+        dy = dy.transpose(0, -1).contiguous().transpose(0, -1)
+        assert not x.is_contiguous()
+    drops = config.dropout > 0.0 and config.B == "lora"
+    key = torch.tensor([0x1234_5678_9ABC_DEF + seed], dtype=torch.int64, device=device) if drops else None
+    return Problem(config, x, weight, b, params, dy, key, frozenset(["x", "bias", *params]))
+
+
+def literal(
+    x: Tensor, weight: Tensor, bias: Tensor | None, p: dict[str, Tensor], config: GLoRAConfig,
+    keep: Tensor | None = None, scale: float | None = None, inv_keep: float | None = None,
+) -> Tensor:  # fmt: skip
+    """y by the letter, with every dense matrix in place."""
+    scale = config.scale if scale is None else scale
+    n, k = weight.shape
+    low_rank = torch.zeros(n, k, dtype=weight.dtype, device=weight.device)
+    effective = weight
+    if config.A == "lora" and config.variant == "matmul":
+        effective = effective + torch.einsum("nj,jr,rk->nk", weight, p["A_up"], p["A_down"])
+    elif config.A == "lora":
+        effective = effective + weight * torch.einsum("nr,rk->nk", p["A_up"], p["A_down"])
+    elif config.A != "none":
+        effective = effective + weight * p["A"].reshape(-1, 1)
+    if config.B == "lora":
+        low_rank = torch.einsum("nr,rk->nk", p["B_up"], p["B_down"]) * scale
+    elif config.B != "none":
+        effective = effective + p["B"].reshape(-1, 1).expand(n, k)
+    dropped = x if keep is None else x * keep * (1.0 / (1.0 - config.dropout) if inv_keep is None else inv_keep)
+    y = torch.einsum("...k,nk->...n", x, effective) + torch.einsum("...k,nk->...n", dropped, low_rank)
+    if bias is not None:
+        y = y + bias
+        if config.D != "none":
+            y = y + bias * p["D"]
+    if config.E != "none":
+        y = y + p["E"]
+    if config.C == "lora":
+        y = y + torch.einsum("nk,kr,ro->n", weight, p["C_up"], p["C_down"])
+    elif config.C == "vector":
+        y = y + torch.einsum("nk,k->n", weight, p["C"])
+    return y
+
+
+def _gradients(y: Tensor, dy: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    grads = torch.autograd.grad(y, list(wanted.values()), dy, allow_unused=True)
+    filled = (torch.zeros_like(t) if g is None else g for g, t in zip(grads, wanted.values(), strict=True))
+    return {"y": y.detach(), **dict(zip(wanted, filled, strict=True))}
+
+
+def truth(p: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Every result in float64, and for each element the root sum of squares of its terms.
+
+    All results are multilinear in the inputs, so that the sum of the squared terms is the same formula of the
+    squared inputs.
+    """
+    keep = p.keep()
+
+    def run(power: int) -> dict[str, Tensor]:
+        leaves = {name: (t.detach().double() ** power).requires_grad_() for name, t in p.leaves().items()}
+        params = {name: leaves[name] for name in p.params}
+        scale, inv_keep = p.config.scale**power, (1.0 / (1.0 - p.config.dropout)) ** power
+        weight, dy = p.weight.double() ** power, p.dy.double() ** power
+        y = literal(leaves["x"], weight, leaves.get("bias"), params, p.config, keep, scale, inv_keep)
+        return _gradients(y, dy, leaves)
+
+    return run(1), {name: value.sqrt() for name, value in run(2).items()}
+
+
+def eager(p: Problem, autocast: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The plain way in the problem's own dtype: a dense W_eff and autograd."""
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in p.leaves().items()}
+    params = {name: leaves[name] for name in p.params}
+    with torch.autocast(p.x.device.type, autocast, enabled=autocast is not None):
+        y = reference.glora_linear(leaves["x"], p.weight, leaves.get("bias"), params, p.config, p.keep())
+        y = y if autocast is None else y.to(autocast)
+    return _gradients(y, p.dy.to(y.dtype), leaves)
+
+
+def ours(p: Problem, route: str = "auto", autocast: torch.dtype | None = None, through: Callable | None = None) -> dict:
+    """y and the gradients of the trained leaves through the public operators; None for the others.
+
+    `through` may wrap the function of (x, weight, bias, params) that is called (torch.compile, say).
+    """
+    leaves = {name: t.detach().requires_grad_(name in p.trained) for name, t in p.leaves().items()}
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None, params: dict[str, Tensor], seed: Tensor | None) -> Tensor:
+        return layer(x, weight, bias, params, p.config, seed)
+
+    function = call if through is None else through(call)
+    with backend(route), torch.autocast(p.x.device.type, autocast, enabled=autocast is not None):
+        y = function(leaves["x"], p.weight, leaves.get("bias"), {k: leaves[k] for k in p.params}, p.seed)
+    if y.requires_grad:
+        y.backward(p.dy.to(y.dtype))
+    return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
+def layer(
+    x: Tensor, weight: Tensor, bias: Tensor | None, params: dict[str, Tensor], config: GLoRAConfig,
+    seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """A GLoRA layer out of the two public operators, as `nn` puts it together."""
+    c = (params["C_up"] @ params["C_down"]).squeeze(-1) if config.C == "lora" else params.get("C")
+    beta = glora_beta(weight, bias, c, params.get("D"), params.get("E"))
+    return glora_linear(
+        x, weight, beta, a=params.get("A"), a_up=params.get("A_up"), a_down=params.get("A_down"), b=params.get("B"),
+        b_up=params.get("B_up"), b_down=params.get("B_down"), scale=config.scale,
+        dropout_p=config.dropout if seed is not None else 0.0, seed=seed, variant=config.variant,
+    )  # fmt: skip
+
+
+def check(p: Problem, got: dict, route: str = "", autocast: torch.dtype | None = None) -> None:
+    """Every result of `ours` within the tolerance; gradients exactly where trained, in shape and dtype."""
+    values, scales = truth(p)
+    plain = eager(p, autocast)
+    dtype = autocast or p.x.dtype
+    truncates = route == "triton" and p.x.device.type == "cpu" and dtype == torch.bfloat16
+    eps = torch.finfo(dtype).eps * (2 if truncates else 1)
+    faults = []
+    for name, value in got.items():
+        if name != "y":
+            leaf = p.leaves()[name]
+            assert (value is not None) == (name in p.trained), f"gradient of {name}: {value}"
+            if value is None:
+                continue
+            assert value.shape == leaf.shape, f"{name}: {value.shape} for {leaf.shape}"
+            assert value.dtype == leaf.dtype, f"{name}: {value.dtype} for {leaf.dtype}"
+        if value.numel() == 0:
+            continue
+        assert value.isfinite().all(), f"{name} is not finite ({p.config})"
+        for norm, of in (("rms", _rms), ("max", _largest)):
+            error = of(value.double() - values[name])
+            bound = FACTOR * of(plain[name].double() - values[name]) + FLOOR[norm] * eps * of(scales[name])
+            if not error <= bound:
+                faults.append(f"{name} ({norm}): error {error:.3e} over {bound:.3e}")
+    assert not faults, f"{p.config} {route}: " + "; ".join(faults)
+
+
+def same(left: dict, right: dict) -> bool:
+    """Whether two results are equal bit for bit."""
+    return left.keys() == right.keys() and all(
+        (a is None and b is None) or torch.equal(a, b) for a, b in ((left[k], right[k]) for k in left)
+    )
+
+
+def train_only(p: Problem, names: Iterable[str]) -> Problem:
+    return replace(p, trained=frozenset(names))
+
+
+def _rms(t: Tensor) -> float:
+    return float(t.square().mean().sqrt())
+
+
+def _largest(t: Tensor) -> float:
+    return float(t.abs().max())
