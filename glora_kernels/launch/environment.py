@@ -10,6 +10,7 @@ import sys
 import torch
 
 
+@torch.compiler.assume_constant_result
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1, set before the kernels are imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -20,8 +21,14 @@ def kernels_imported() -> bool:
     return "glora_kernels.kernels" in sys.modules
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def has_triton() -> bool:
+    """Whether the triton package can be imported; looked up once."""
+    return _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
