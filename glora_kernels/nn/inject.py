@@ -71,6 +71,11 @@ def inject(
     root = unwrap(model)
     if named_layers(root):
         raise ValueError(f"inject: the model has GLoRA layers already ({next(iter(named_layers(root)))!r}, ...)")
+    if tuner := next((m for m in root.modules() if type(m).__module__.startswith("peft.tuners.")), None):
+        raise ValueError(
+            f"inject: the model has PEFT layers ({type(tuner).__name__}), whose own factors are linear layers too; "
+            "call merge_and_unload() or unload() on it first"
+        )
     if adapter_dtype is not None:
         check_dtype("adapter_dtype", adapter_dtype)
     configs = _checked_configs(config)

@@ -41,8 +41,8 @@ def forward(
     factored, h, u = _low_rank(x, weight, s, call)
     sigma = None if s.b is None else x.sum(-1, dtype=wide_dtype(dtype))
     if s.a is not None:
-        z = linear(x, cast_weight(weight, dtype))
-        return _scale_rows(z, 1 + s.a.to(wide_dtype(dtype)), beta, h, factored, sigma, s.b), h, sigma, u
+        base = linear(x, cast_weight(weight, dtype), None if beta is None else _cast(beta, dtype))
+        return _scale_rows(base, 1 + s.a.to(wide_dtype(dtype)), beta, h, factored, sigma, s.b), h, sigma, u
     delta = None
     if h is not None and factored is not None:
         delta = linear(h, factored, None if beta is None else _cast(beta, dtype))
@@ -182,7 +182,7 @@ def _low_rank(x: Tensor, weight: Tensor, s: Supports, call: Call) -> tuple[Tenso
 
 
 def _scale_rows(
-    z: Tensor,
+    base: Tensor,
     row_scale: Tensor,
     beta: Tensor | None,
     h: Tensor | None,
@@ -190,15 +190,22 @@ def _scale_rows(
     sigma: Tensor | None,
     b: Tensor | None,
 ) -> Tensor:
-    """y = Z∘(1+a) + h·factorᵀ + σ·bᵀ + β. Z is overwritten where it has the width to hold y before rounding."""
-    dtype, wide = z.dtype, row_scale.dtype
-    y = z.to(wide)
-    y = y.mul_(row_scale) if beta is None else torch.addcmul(beta.to(wide), y, row_scale, out=y)
+    """y = Z∘(1+a) + h·factorᵀ + σ·bᵀ + β from base = Z + β, so that y is the base bit for bit where all are zero.
+
+    The base is overwritten where it has the width to hold y before rounding.
+    """
+    dtype, wide = base.dtype, row_scale.dtype
+    y = base.to(wide)
+    if beta is None:
+        y.mul_(row_scale)
+    else:
+        offset = beta.to(wide) - row_scale * beta.to(dtype).to(wide)
+        torch.addcmul(offset, y, row_scale, out=y)
     if h is not None and factor is not None:
         torch.addmm(y, h.to(wide), factor.to(wide).t(), out=y)
     if sigma is not None and b is not None:
         y.addcmul_(sigma[:, None], b.to(wide))
-    # Z was rounded to 16 bits: rounding Z∘(1+a) to nearest would mostly give Z again where a is small.
+    # A 16-bit base was rounded: rounding base∘(1+a) to nearest would mostly give it again where a is small.
     return y if y.dtype == dtype else round_dithered(y, dtype)
 
 

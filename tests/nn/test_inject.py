@@ -432,3 +432,10 @@ def test_trainable_parameters_counts_shared_ones_once(vit):
     assert gk.trainable_parameters(nn.Linear(3, 2)) == 8
     with pytest.raises(TypeError, match=r"nn\.Module"):
         gk.trainable_parameters([])
+
+
+def test_a_peft_model_is_refused():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"PEFT layers.*merge_and_unload"):
+        gk.inject(model, gk.GLoRAConfig(rank=2))

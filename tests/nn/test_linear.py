@@ -81,12 +81,14 @@ def test_fresh_layer_equals_its_base_bit_for_bit(config, bias, training):
     assert torch.equal(layer(x), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fresh_low_rank_layer_without_bias_equals_its_base_bit_for_bit(dtype):
-    linear = nn.Linear(24, 16, bias=False, dtype=dtype)
-    x = torch.randn(5, 24, dtype=dtype)
+@each_config
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fresh_layer_equals_its_base_in_every_rounding(config, bias, dtype):
+    linear = nn.Linear(512, 96, bias=bias, dtype=dtype)
+    x = torch.randn(33, 512, dtype=dtype)
     expected = linear(x)
-    assert torch.equal(GLoRALinear.from_linear(linear, GLoRAConfig.lora(4))(x), expected)
+    assert torch.equal(GLoRALinear.from_linear(linear, config)(x), expected)
 
 
 @each_config

@@ -1,0 +1,322 @@
+"""The factored path: which gradients, which memory, which shapes, which errors. Float64 unless it is about dtypes."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from helpers import PAIRS, check, layer, ours, problem, same, train_only, truth
+
+from glora_kernels.launch import workspace
+from glora_kernels.ops import glora_beta, glora_linear
+from glora_kernels.spec import GLoRAConfig
+
+FORMS = [(a, b, "hadamard") for a, b in PAIRS] + [("lora", b, "matmul") for b in ("lora", "vector", "constant", "none")]
+forms = pytest.mark.parametrize(("a", "b", "variant"), FORMS)
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def config(a, b, variant="hadamard", cde="none", **more):
+    more = {"alpha": 5.0, **more} if b == "lora" else more
+    return GLoRAConfig(a, b, cde, cde, cde, variant=variant, **{"rank": 3, **more})
+
+
+def exact(p, got, tolerance=1e-12):
+    for name, value in truth(p)[0].items():
+        if name == "y" or name in p.trained:
+            assert got[name] is not None, name
+            assert got[name].shape == value.shape, name
+            assert torch.allclose(got[name], value, rtol=tolerance, atol=tolerance), name
+        else:
+            assert got[name] is None, name
+
+
+@forms
+def test_every_subset_of_gradients(a, b, variant):
+    dropout = 0.25 if b == "lora" else 0.0
+    p = problem(config(a, b, variant, dropout=dropout), (5,), 20, 11, bias=True)
+    for size in range(len(p.trained) + 1):
+        for subset in itertools.combinations(sorted(p.trained), size):
+            some = train_only(p, subset)
+            exact(some, ours(some))
+
+
+@pytest.mark.parametrize("trained", [["A"], ["A", "B_down"], ["A", "x"], ["A", "B_up", "B_down", "x", "bias"]])
+@pytest.mark.parametrize("form", ["vector", "constant"])
+@pytest.mark.parametrize("a", [-1.0, -0.9999, -1.0001, -1 + 2.0**-7])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradient_of_a_where_one_plus_a_is_near_zero(form, a, trained, bias):
+    p = problem(config(form, "lora"), (9,), 20, 11, bias)
+    p.params["A"][::2] = a
+    exact(train_only(p, trained), ours(train_only(p, trained)), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapters", [torch.float32, None])
+@pytest.mark.parametrize("form", ["vector", "constant"])
+@pytest.mark.parametrize("a", [-1.0, -0.99, -0.97, -0.9, -0.7, -0.55, -0.45])
+@pytest.mark.parametrize("b", ["none", "lora"])
+def test_gradient_of_a_in_few_bits(form, a, b, dtype, adapters):
+    """fp32 adapters over a 16-bit x: what forward keeps and what backward asks for must go by the same rule."""
+    p = train_only(problem(config(form, b), (29,), 40, 45, True, dtype, adapters), ["A"])
+    p.params["A"][::3] = a
+    check(p, ours(p), "eager")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["vector", "constant"])
+def test_gradient_of_a_beside_a_large_bias(form, dtype):
+    """dA = Σ dy∘Z has no bias in it: a large one (Qwen's k_proj has entries above 100) must not cost it its digits."""
+    p = problem(config(form, "none"), (29,), 40, 45, True, dtype)
+    p.bias.mul_(200)
+    check(p, ours(p), "eager")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@forms
+def test_in_few_bits(a, b, variant, dtype, layout):
+    p = problem(config(a, b, variant, "vector"), (3, 11), 70, 45, True, dtype, layout=layout)
+    check(p, ours(p), "eager")
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (4,), (2, 3), (2, 3, 2), (0,), (2, 0)])
+@forms
+def test_leading_sizes(a, b, variant, lead):
+    p = problem(config(a, b, variant, "vector"), lead, 20, 11)
+    exact(p, ours(p))
+
+
+@forms
+def test_strides(a, b, variant):
+    p = problem(config(a, b, variant, "vector"), (3, 5), 20, 11, layout="strided")
+    exact(p, ours(p))
+    p.dy = torch.ones((), dtype=torch.float64).expand(p.dy.shape)
+    exact(p, ours(p))
+
+
+@forms
+def test_sum_backward(a, b, variant):
+    p = problem(config(a, b, variant, "vector"), (3, 5), 20, 11)
+    leaves = {n: t.requires_grad_() for n, t in p.leaves().items()}
+    layer(leaves["x"], p.weight, leaves["bias"], {n: leaves[n] for n in p.params}, p.config).sum().backward()
+    p.dy = torch.ones_like(p.dy)
+    for name, value in truth(p)[0].items():
+        assert name == "y" or torch.allclose(leaves[name].grad, value), name
+
+
+def saved(p):
+    """Every tensor that autograd keeps of a forward, adapters and W left out."""
+    kept = []
+    leaves = {name: t.detach().requires_grad_(name in p.trained) for name, t in p.leaves().items()}
+    known = {t.data_ptr() for t in (p.weight, *(leaves[n] for n in (*p.params, *(["bias"] if p.bias is not None else []))))}
+
+    def pack(t):
+        if t.data_ptr() not in known:
+            kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(leaves["x"], p.weight, leaves.get("bias"), {n: leaves[n] for n in p.params}, p.config, p.seed)
+    return kept, leaves["x"], y
+
+
+@forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_of_the_size_of_the_weight_is_saved(a, b, variant, dtype):
+    p = problem(config(a, b, variant, "vector"), (2,), 40, 50, dtype=dtype)
+    kept, _, _ = saved(p)
+    assert kept or (a, b) == ("none", "none")
+    assert all(t.numel() < p.weight.numel() // 4 for t in kept), [t.shape for t in kept]
+    check(p, ours(p), "eager")
+
+
+@pytest.mark.parametrize("a", ["none", "vector", "constant"])
+def test_lora_fa_keeps_no_x(a):
+    """B_down frozen: nothing needs x, and a trained A finds Z in y."""
+    p = problem(config(a, "lora"), (9,), 40, 50)
+    p = train_only(p, p.trained - {"B_down"})
+    kept, x, _ = saved(p)
+    assert all(t.data_ptr() != x.data_ptr() for t in kept)
+    assert sum(t.numel() for t in kept) <= 9 * 3 + (9 * 50 if a != "none" else 0)
+    exact(p, ours(p))
+
+
+def test_lora_keeps_x_and_m_r_only():
+    p = problem(config("none", "lora"), (9,), 40, 50)
+    kept, x, _ = saved(p)
+    assert sorted((t.data_ptr() == x.data_ptr(), tuple(t.shape)) for t in kept) == [(False, (9, 3)), (True, (9, 40))]
+
+
+def test_frozen_adapters_keep_no_activation():
+    """Only dx is wanted: dropout's mask is made again, not stored."""
+    p = train_only(problem(config("none", "lora", dropout=0.25), (9,), 40, 50), ["x"])
+    kept, _, _ = saved(p)
+    assert all(t.numel() <= 1 for t in kept), [t.shape for t in kept]
+    exact(p, ours(p))
+
+
+@forms
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_gradcheck(a, b, variant, dropout):
+    if dropout and b != "lora":
+        dropout = 0.1  # without a low-rank B it has no effect, and must have none
+    p = problem(config(a, b, variant, dropout=dropout), (4,), 6, 5)
+    names = sorted(p.leaves())
+    leaves = [p.leaves()[n].requires_grad_() for n in names]
+
+    def function(*values):
+        of = dict(zip(names, values, strict=True))
+        return layer(of["x"], p.weight, of["bias"], {n: of[n] for n in p.params}, p.config, p.seed)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_y_overwritten_in_place():
+    """A trained vector A reads y in backward; with A none nobody does, and y may be changed."""
+    p = problem(config("vector", "none"), (9,), 20, 11)
+    x, a = p.x.requires_grad_(), p.params["A"].requires_grad_()
+    y = glora_linear(x, p.weight, p.bias, a=a)
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    y = glora_linear(x, p.weight, p.bias)
+    y.mul_(2)
+    y.sum().backward()
+    assert torch.allclose(x.grad, (2 * p.weight.sum(0)).expand(9, 20))
+
+
+def test_second_derivatives_are_refused():
+    p = problem(config("vector", "lora"), (9,), 20, 11)
+    x = p.x.requires_grad_()
+    y = layer(x, p.weight, p.bias, {n: t.requires_grad_() for n, t in p.params.items()}, p.config)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+W, X = torch.zeros(11, 20), torch.zeros(4, 20)
+UP, DOWN, SEED = torch.zeros(11, 3), torch.zeros(3, 20), torch.zeros(1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(("error", "words", "args", "kwargs"), [
+    (ValueError, ("20", "(4, 19)"), (torch.zeros(4, 19), W), {}),
+    (ValueError, ("20", "()"), (torch.zeros(()), W), {}),
+    (TypeError, ("float64", "float32"), (X.double(), W), {}),
+    (TypeError, ("int64",), (X.long(), W), {}),
+    (ValueError, ("frozen", "requires_grad_(False)"), (X, torch.zeros(11, 20, requires_grad=True)), {}),
+    (ValueError, ("seed", "0.1"), (X, W), {"b_up": UP, "b_down": DOWN, "dropout_p": 0.1}),
+    (ValueError, ("weight", "meta"), (X, W.to("meta")), {}),
+    (ValueError, ("b_up", "meta"), (X, W), {"b_up": UP.to("meta"), "b_down": DOWN}),
+    (ValueError, ("beta", "meta"), (X, W, torch.zeros(11, device="meta")), {}),
+    (ValueError, ("matmul",), (X, W), {"a": torch.zeros(11), "variant": "matmul"}),
+    (ValueError, ("variant", "product"), (X, W), {"a_up": UP, "a_down": DOWN, "variant": "product"}),
+    (ValueError, ("dropout_p", "1.0"), (X, W), {"b_up": UP, "b_down": DOWN, "dropout_p": 1.0, "seed": SEED}),
+    (ValueError, ("dropout_p", "-0.5"), (X, W), {"b_up": UP, "b_down": DOWN, "dropout_p": -0.5, "seed": SEED}),
+    (ValueError, ("b_down",), (X, W), {"b_up": UP}),
+    (ValueError, ("b_up",), (X, W), {"b_down": DOWN}),
+    (ValueError, ("a_down",), (X, W), {"a_up": UP}),
+    (ValueError, ("a_up",), (X, W), {"a": torch.zeros(11), "a_up": UP, "a_down": DOWN}),
+    (ValueError, ("b_up",), (X, W), {"b": torch.zeros(11), "b_up": UP, "b_down": DOWN}),
+    (ValueError, ("beta", "(5,)"), (X, W, torch.zeros(5)), {}),
+    (ValueError, ("a", "(5,)"), (X, W), {"a": torch.zeros(5)}),
+    (ValueError, ("b_up", "(5, 3)"), (X, W), {"b_up": torch.zeros(5, 3), "b_down": DOWN}),
+    (ValueError, ("b_down", "(4, 20)"), (X, W), {"b_up": UP, "b_down": torch.zeros(4, 20)}),
+    (ValueError, ("a_down", "(3, 11)"), (X, W), {"a_up": UP, "a_down": torch.zeros(3, 11)}),
+    (ValueError, ("a_up", "(11, 3)"), (X, W), {"a_up": UP, "a_down": DOWN, "variant": "matmul"}),
+])  # fmt: skip
+@pytest.mark.parametrize("route", ["eager", "triton"])
+def test_errors(error, words, args, kwargs, route):
+    """Wrong arguments are refused before a kernel reads past the end of one."""
+    from glora_kernels.launch.routes import backend
+
+    with backend(route), pytest.raises(error) as raised:
+        glora_linear(*args, **kwargs)
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+@pytest.mark.parametrize(("error", "words", "args"), [
+    (ValueError, ("bias",), (W, None, None, torch.zeros(11))),
+    (ValueError, ("c", "(11,)"), (W, None, torch.zeros(11))),
+    (ValueError, ("e", "(20,)"), (W, torch.zeros(11), None, None, torch.zeros(20))),
+    (ValueError, ("e", "meta"), (W, torch.zeros(11), None, None, torch.zeros(11, device="meta"))),
+])  # fmt: skip
+def test_errors_of_beta(error, words, args):
+    with pytest.raises(error) as raised:
+        glora_beta(*args)
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_a_frozen_weight_may_be_trained_elsewhere_under_no_grad():
+    with torch.no_grad():
+        glora_linear(X, torch.zeros(11, 20, requires_grad=True))
+
+
+@forms
+def test_autocast(a, b, variant):
+    """fp32 x, W and adapters: y in bf16, gradients in fp32, and no bf16 copy of W is kept."""
+    p = problem(config(a, b, variant, "vector"), (5,), 48, 40, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        kept, _, y = saved(p)
+    assert y.dtype == torch.bfloat16
+    assert all(t.numel() < p.weight.numel() for t in kept)
+    check(p, ours(p, autocast=torch.bfloat16), "eager", autocast=torch.bfloat16)
+
+
+def test_autocast_leaves_float64_alone():
+    p = problem(config("vector", "lora"), (5,), 20, 11)
+    exact(p, ours(p, autocast=torch.bfloat16))
+
+
+def test_workspace_is_reused():
+    p = problem(config("lora", "none"), (5,), 20, 11)
+    ours(p)
+    first = workspace.workspace(11, 20, torch.float64, p.x.device).data_ptr()
+    ours(p)
+    assert workspace.workspace(11, 20, torch.float64, p.x.device).data_ptr() == first
+
+
+def test_workspace_is_each_threads_own():
+    here = workspace.workspace(4, 4, torch.float32, torch.device("cpu"))
+    there = []
+    thread = threading.Thread(target=lambda: there.append(workspace.workspace(4, 4, torch.float32, here.device)))
+    thread.start()
+    thread.join()
+    assert there[0].data_ptr() != here.data_ptr()
+
+
+def test_inference_before_training():
+    """A workspace made in inference mode must serve training afterwards."""
+    p = problem(config("lora", "lora"), (5,), 20, 11)
+    workspace.release()
+    with torch.inference_mode():
+        layer(p.x, p.weight, p.bias, p.params, p.config)
+    exact(p, ours(p))
+
+
+def test_fake_tensors_leave_no_trace():
+    """A dry run under FakeTensorMode (memory estimators do it) must not leave a fake workspace to the next call."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    p = problem(config("lora", "lora"), (5,), 20, 11)
+    workspace.release()
+    try:
+        with FakeTensorMode() as mode:
+            fake = {n: mode.from_tensor(t) for n, t in p.leaves().items()}
+            params = {n: fake[n] for n in p.params}
+            y = layer(fake["x"], mode.from_tensor(p.weight), fake["bias"], params, p.config)
+            assert y.shape == p.dy.shape
+        exact(p, ours(p))
+    finally:
+        workspace.release()
+
+
+def test_threads():
+    problems = [problem(config(a, b, v, "vector"), (9,), 20 + i, 11 + i, seed=i) for i, (a, b, v) in enumerate(FORMS)]
+    alone = [ours(p) for p in problems]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(ours, problems * 5))
+    assert all(same(got, alone[i % len(problems)]) for i, got in enumerate(together))
