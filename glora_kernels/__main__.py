@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from typing import Any
@@ -51,11 +52,14 @@ def _check(device: str, as_json: bool) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("--device cuda was asked for, but PyTorch sees no GPU", file=sys.stderr)
         return 2
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported, which the first call does
     from glora_kernels import selftest
     from glora_kernels.launch import environment
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if device == "cpu" and environment.has_triton() and not environment.interpreting():
+        # Triton reads this when it is imported, which has happened: start again with it.
+        command = [sys.executable, "-m", "glora_kernels", "check", "--device", "cpu", *(["--json"] if as_json else [])]
+        return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
 
     half = [torch.float32, torch.float16, torch.bfloat16]
     plans = [("eager", [torch.float64, *half])]

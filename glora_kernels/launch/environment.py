@@ -5,31 +5,35 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import sys
 
 import torch
 
 
-@torch.compiler.assume_constant_result
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1, set before the kernels are imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def kernels_imported() -> bool:
-    """Whether the Triton kernels are already loaded, after which TRITON_INTERPRET has no effect on them."""
-    return "glora_kernels.kernels" in sys.modules
-
-
-@torch.compiler.assume_constant_result
 def has_triton() -> bool:
-    """Whether the triton package can be imported; looked up once."""
-    return _has_triton()
-
-
-@functools.cache
-def _has_triton() -> bool:
+    """Whether the triton package is installed."""
     return importlib.util.find_spec("triton") is not None
+
+
+def require_triton() -> None:
+    """Called before the kernels are loaded.
+
+    Raises:
+        RuntimeError: triton is not installed, or was imported before TRITON_INTERPRET was set.
+    """
+    if not has_triton():
+        raise RuntimeError("the Triton kernels need the triton package: pip install triton, or use backend('eager')")
+    import triton.language as tl
+
+    if interpreting() != (type(tl.zeros).__name__ == "InterpretedFunction"):
+        raise RuntimeError(
+            "TRITON_INTERPRET was changed after triton was imported, which leaves half of it interpreted; "
+            "set it before Python starts"
+        )
 
 
 def allow_tf32() -> bool:

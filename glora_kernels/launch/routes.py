@@ -58,8 +58,6 @@ def route(device_type: str, dtype: torch.dtype) -> str:
             "backend('cuda') was asked for, but the CUDA extension serves no layer with a dense base; "
             "use backend('triton'), 'eager' or 'auto'"
         )
-    if not environment.has_triton():
-        raise RuntimeError("backend('triton') was asked for, but the triton package is not installed")
     if dtype not in TRITON_DTYPES:
         names = ", ".join(str(t).removeprefix("torch.") for t in TRITON_DTYPES)
         raise RuntimeError(f"backend('triton') accepts {names}; got {str(dtype).removeprefix('torch.')}")
@@ -80,6 +78,4 @@ def explain(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
             "eager",
             f"the kernels have no {str(dtype).removeprefix('torch.')}: the factored path in plain PyTorch",
         )
-    if not environment.has_triton():
-        return "eager", "the triton package is not installed: the factored path in plain PyTorch"
     return "triton", "Triton kernels, forward and backward"

@@ -22,7 +22,7 @@ from glora_kernels.launch.workspace import workspace_like
 from glora_kernels.ops.common import Call, Needs, Supports, near_zero, wide_dtype
 from glora_kernels.reference.random import keep_mask, round_dithered
 
-_CHUNK = 1 << 18  # elements of W_eff built at a time in fp32: temporaries stay in the cache
+_CHUNK = 1 << 17  # elements at a time where 16-bit values are worked on in fp32: the temporaries stay in the cache
 
 
 def forward(
@@ -150,12 +150,11 @@ def weight_for(weight: Tensor, s: Supports, call: Call, dtype: torch.dtype) -> T
     if dtype.itemsize > 2:
         torch.mm(_cast(s.a_up, dtype), _cast(s.a_down, dtype), out=effective)
         return torch.addcmul(weight, weight, effective, out=effective)
-    rows = max(1, _CHUNK // max(1, weight.shape[1]))
     up, down = s.a_up.float(), s.a_down.float()
-    for i in range(0, weight.shape[0], rows):
-        part = weight[i : i + rows].float()
-        part = torch.addcmul(part, part, up[i : i + rows] @ down)
-        effective[i : i + rows] = round_dithered(part, dtype, first_row=i)
+    for rows in _row_chunks(effective):
+        part = weight[rows].float()
+        part = torch.addcmul(part, part, up[rows] @ down)
+        effective[rows] = round_dithered(part, dtype, first_row=rows.start)
     return effective
 
 
@@ -190,30 +189,45 @@ def _scale_rows(
     sigma: Tensor | None,
     b: Tensor | None,
 ) -> Tensor:
-    """y = Z∘(1+a) + h·factorᵀ + σ·bᵀ + β from base = Z + β, so that y is the base bit for bit where all are zero.
+    """y = Z∘(1+a) + h·factorᵀ + σ·bᵀ + β from base = Z + β, in its place.
 
-    The base is overwritten where it has the width to hold y before rounding.
+    Written as base∘(1+a) + (β - (1+a)∘β) + …, so that y is the base bit for bit where all supports are zero.
     """
     dtype, wide = base.dtype, row_scale.dtype
-    y = base.to(wide)
-    if beta is None:
-        y.mul_(row_scale)
-    else:
-        offset = beta.to(wide) - row_scale * beta.to(dtype).to(wide)
-        torch.addcmul(offset, y, row_scale, out=y)
-    if h is not None and factor is not None:
-        torch.addmm(y, h.to(wide), factor.to(wide).t(), out=y)
-    if sigma is not None and b is not None:
-        y.addcmul_(sigma[:, None], b.to(wide))
-    # A 16-bit base was rounded: rounding base∘(1+a) to nearest would mostly give it again where a is small.
-    return y if y.dtype == dtype else round_dithered(y, dtype)
+    offset = None if beta is None else beta.to(wide) - row_scale * beta.to(dtype).to(wide)
+    for rows in _row_chunks(base):
+        y = base[rows].to(wide)
+        if offset is None:
+            y.mul_(row_scale)
+        else:
+            torch.addcmul(offset, y, row_scale, out=y)
+        if h is not None and factor is not None:
+            torch.addmm(y, h[rows].to(wide), factor.to(wide).t(), out=y)
+        if sigma is not None and b is not None:
+            y.addcmul_(sigma[rows, None], b.to(wide))
+        if dtype != wide:
+            # The base was rounded to 16 bits: rounding base∘(1+a) to nearest would mostly give it again.
+            base[rows] = round_dithered(y, dtype, first_row=rows.start)
+    return base
 
 
 def _scale_dy(dy: Tensor, a: Tensor) -> Tensor:
     """dy∘(1+a); a 16-bit dy rounds with the dither, for the reason given in `_scale_rows`."""
-    wide = wide_dtype(dy.dtype)
-    scaled = dy * (1 + a.to(wide))
-    return scaled if scaled.dtype == dy.dtype else round_dithered(scaled, dy.dtype)
+    dtype = dy.dtype
+    scale = 1 + a.to(wide_dtype(dtype))
+    if scale.dtype == dtype:
+        return dy * scale
+    scaled = torch.empty(dy.shape, dtype=dtype, device=dy.device)
+    for rows in _row_chunks(dy):
+        scaled[rows] = round_dithered(dy[rows] * scale, dtype, first_row=rows.start)
+    return scaled
+
+
+def _row_chunks(matrix: Tensor) -> list[slice]:
+    """All rows at once, or for 16-bit values in chunks, so that their fp32 copies stay in the cache."""
+    rows, cols = matrix.shape
+    step = rows if matrix.dtype.itemsize > 2 else max(1, _CHUNK // max(1, cols))
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, max(1, step))]
 
 
 def _recovered_rest(
@@ -240,7 +254,9 @@ def _scale_gradient(dy: Tensor, y: Tensor, rest: Tensor | None, x: Tensor | None
     """dA = Σₘ dy∘Z (summed over n as well for a constant), with Z recovered from y where 1+a allows it."""
     wide = wide_dtype(dy.dtype)
     scale = 1 + a.to(wide)
-    total = (dy.to(wide) * y).sum(0)
+    total = torch.zeros(dy.shape[1], dtype=wide, device=dy.device)
+    for rows in _row_chunks(dy):
+        total += (dy[rows].to(wide) * y[rows]).sum(0)
     if rest is not None:
         total -= rest
     exact = scale.abs() < near_zero(dy.dtype)
@@ -251,9 +267,9 @@ def _scale_gradient(dy: Tensor, y: Tensor, rest: Tensor | None, x: Tensor | None
         return total.sum().view(1) / scale
     da = total / scale
     if bool(exact.any()):
-        rows = exact.nonzero().squeeze(1)
-        z = linear(_given(x), weight[rows].to(dy.dtype))
-        da[rows] = (dy[:, rows].to(wide) * z).sum(0)
+        near = exact.nonzero().squeeze(1)
+        z = linear(_given(x), weight[near].to(dy.dtype))
+        da[near] = (dy[:, near].to(wide) * z).sum(0)
     return da
 
 

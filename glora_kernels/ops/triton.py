@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from glora_kernels.launch import environment
 from glora_kernels.launch.plan import arch_of
 from glora_kernels.launch.workspace import workspace_like
 from glora_kernels.ops.common import Call, Needs, Supports, near_zero, wide_dtype
@@ -20,8 +21,10 @@ else:
 
     class _Lazy:
         def __getattr__(self, name: str) -> object:
+            environment.require_triton()
             from glora_kernels.launch import glora
 
+            globals()["launch"] = glora
             return getattr(glora, name)
 
     launch = _Lazy()

@@ -15,6 +15,8 @@ on average, where rounding to nearest would lose it (w·(1+1e-3) is w again in b
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -65,29 +67,40 @@ def _philox(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def dither_bits(rows: int, cols: int, device: torch.device | str, first_row: int = 0) -> Tensor:
     """The lattice's 16-bit numbers, (rows, cols) int32 in [0, 65536), from row `first_row` on."""
-    i = _wrap_int32(torch.arange(first_row, first_row + rows, device=device) * DITHER_ROW)
-    j = _wrap_int32(torch.arange(cols, device=device) * DITHER_COL)
-    return ((i[:, None] + j[None, :]) >> 16) & 0xFFFF
-
-
-def _wrap_int32(value: Tensor) -> Tensor:
-    """The low 32 bits of an int64, as the int32 with the same bits (sums of those wrap as unsigned ones do)."""
-    return (((value + 0x80000000) & _MASK) - 0x80000000).to(torch.int32)
+    return _lattice(rows, cols, device, first_row, bits=16)
 
 
 def round_dithered(value: Tensor, dtype: torch.dtype, first_row: int = 0) -> Tensor:
     """Round an fp32 matrix to bfloat16 or float16 so that the mean of the result is the value.
 
-    The 16-bit number u is added below the last kept bit before truncating: a value a fraction f of the way
+    The lattice number u is added below the last kept bit before truncating: a value a fraction f of the way
     between two neighbours goes to the upper one where u < f. Values that `dtype` holds exactly stay.
+
+    Args:
+        value: (rows, cols), contiguous.
+        dtype: bfloat16 or float16; a wider one is an ordinary cast.
+        first_row: the position of the first row in the whole matrix, where `value` is a chunk of it.
     """
-    if dtype == torch.bfloat16:
-        dropped = 16
-    elif dtype == torch.float16:
-        dropped = 13
-    else:
+    if dtype.itemsize > 2:
         return value.to(dtype)
-    bits = dither_bits(value.shape[0], value.shape[1], value.device, first_row) >> (16 - dropped)
-    rounded = ((value.view(torch.int32) + bits) & -(1 << dropped)).view(torch.float32)
-    # An infinity or a NaN has no last place: adding to its bits would make another value of it.
-    return torch.where(torch.isfinite(value), rounded, value).to(dtype)
+    dropped = 16 if dtype == torch.bfloat16 else 13
+    # In place on one integer buffer: this is a memory-bound pass over the data, several of them cost as much as
+    # the matrix product beside it.
+    bits = _lattice(value.shape[0], value.shape[1], value.device, first_row, dropped)
+    rounded = bits.add_(value.view(torch.int32)).bitwise_and_(-(1 << dropped)).view(torch.float32)
+    # A NaN's payload could overflow into another number. Looking first is cheap on a CPU; a GPU would have to wait.
+    if value.device.type != "cpu" or not math.isfinite(value.sum()):
+        rounded = torch.where(torch.isfinite(value), rounded, value)
+    return rounded.to(dtype)
+
+
+def _lattice(rows: int, cols: int, device: torch.device | str, first_row: int, bits: int) -> Tensor:
+    """The upper `bits` bits of the 32-bit lattice, (rows, cols) int32."""
+    i = _wrap_int32(torch.arange(first_row, first_row + rows, device=device) * DITHER_ROW)
+    j = _wrap_int32(torch.arange(cols, device=device) * DITHER_COL)
+    return torch.add(i[:, None], j).bitwise_right_shift_(32 - bits).bitwise_and_((1 << bits) - 1)
+
+
+def _wrap_int32(value: Tensor) -> Tensor:
+    """The low 32 bits of an int64, as the int32 with the same bits (sums of those wrap as unsigned ones do)."""
+    return (((value + 0x80000000) & _MASK) - 0x80000000).to(torch.int32)

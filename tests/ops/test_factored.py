@@ -61,7 +61,7 @@ def test_gradient_of_a_where_one_plus_a_is_near_zero(form, a, trained, bias):
 @pytest.mark.parametrize("b", ["none", "lora"])
 def test_gradient_of_a_in_few_bits(form, a, b, dtype, adapters):
     """fp32 adapters over a 16-bit x: what forward keeps and what backward asks for must go by the same rule."""
-    p = train_only(problem(config(form, b), (29,), 40, 45, True, dtype, adapters), ["A"])
+    p = train_only(problem(config(form, b), (29,), 40, 45, True, dtype, adapters, size=0.1), ["A"])
     p.params["A"][::3] = a
     check(p, ours(p), "eager")
 
@@ -79,7 +79,7 @@ def test_gradient_of_a_beside_a_large_bias(form, dtype):
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 @forms
 def test_in_few_bits(a, b, variant, dtype, layout):
-    p = problem(config(a, b, variant, "vector"), (3, 11), 70, 45, True, dtype, layout=layout)
+    p = problem(config(a, b, variant, "vector"), (3, 11), 70, 45, True, dtype, layout=layout, size=0.1)
     check(p, ours(p), "eager")
 
 
@@ -112,7 +112,9 @@ def saved(p):
     """Every tensor that autograd keeps of a forward, adapters and W left out."""
     kept = []
     leaves = {name: t.detach().requires_grad_(name in p.trained) for name, t in p.leaves().items()}
-    known = {t.data_ptr() for t in (p.weight, *(leaves[n] for n in (*p.params, *(["bias"] if p.bias is not None else []))))}
+    known = {
+        t.data_ptr() for t in (p.weight, *(leaves[n] for n in (*p.params, *(["bias"] if p.bias is not None else []))))
+    }
 
     def pack(t):
         if t.data_ptr() not in known:
@@ -127,7 +129,7 @@ def saved(p):
 @forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_of_the_size_of_the_weight_is_saved(a, b, variant, dtype):
-    p = problem(config(a, b, variant, "vector"), (2,), 40, 50, dtype=dtype)
+    p = problem(config(a, b, variant, "vector"), (2,), 40, 50, dtype=dtype, size=0.1)
     kept, _, _ = saved(p)
     assert kept or (a, b) == ("none", "none")
     assert all(t.numel() < p.weight.numel() // 4 for t in kept), [t.shape for t in kept]
@@ -187,6 +189,21 @@ def test_y_overwritten_in_place():
     y.mul_(2)
     y.sum().backward()
     assert torch.allclose(x.grad, (2 * p.weight.sum(0)).expand(9, 20))
+
+
+def test_seed_overwritten_in_place():
+    """The mask of backward is the mask of forward, or an error: never a third one (the seed is not copied)."""
+    p = problem(config("none", "lora", dropout=0.5), (9,), 20, 11)
+    x = p.x.detach().requires_grad_()
+    y = layer(x, p.weight, p.bias, p.params, p.config, p.seed)
+    expected = truth(p)[0]["x"]
+    p.seed.add_(1)
+    try:
+        y.backward(p.dy)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)  # noqa: PT017
+    else:
+        assert torch.allclose(x.grad, expected)
 
 
 def test_second_derivatives_are_refused():
@@ -258,7 +275,7 @@ def test_a_frozen_weight_may_be_trained_elsewhere_under_no_grad():
 @forms
 def test_autocast(a, b, variant):
     """fp32 x, W and adapters: y in bf16, gradients in fp32, and no bf16 copy of W is kept."""
-    p = problem(config(a, b, variant, "vector"), (5,), 48, 40, dtype=torch.float32)
+    p = problem(config(a, b, variant, "vector"), (5,), 48, 40, dtype=torch.float32, size=0.1)
     with torch.autocast("cpu", torch.bfloat16):
         kept, _, y = saved(p)
     assert y.dtype == torch.bfloat16
@@ -274,15 +291,16 @@ def test_autocast_leaves_float64_alone():
 def test_workspace_is_reused():
     p = problem(config("lora", "none"), (5,), 20, 11)
     ours(p)
-    first = workspace.workspace(11, 20, torch.float64, p.x.device).data_ptr()
+    first = workspace.workspace_like(p.weight, torch.float64).data_ptr()
     ours(p)
-    assert workspace.workspace(11, 20, torch.float64, p.x.device).data_ptr() == first
+    assert workspace.workspace_like(p.weight, torch.float64).data_ptr() == first
+    assert workspace.workspace_like(p.weight[:5], torch.float32).data_ptr() == first
 
 
 def test_workspace_is_each_threads_own():
-    here = workspace.workspace(4, 4, torch.float32, torch.device("cpu"))
+    here = workspace.workspace_like(W, torch.float32)
     there = []
-    thread = threading.Thread(target=lambda: there.append(workspace.workspace(4, 4, torch.float32, here.device)))
+    thread = threading.Thread(target=lambda: there.append(workspace.workspace_like(W, torch.float32)))
     thread.start()
     thread.join()
     assert there[0].data_ptr() != here.data_ptr()
