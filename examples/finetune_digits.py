@@ -188,6 +188,7 @@ def print_table(rows: Rows, device: torch.device) -> None:
             f"{name:14}{spread:>14}{row['trainable_parameters']:>12,}{row['seconds_per_run']:>14.1f}"
             f"{row['peak_memory_bytes'] / 1024:>20,.0f}"
         )
+    print("± standard deviation over the seeds")
     if device.type == "cuda":
         print("* torch.cuda.max_memory_allocated during training")
     else:
@@ -296,7 +297,8 @@ def main() -> None:
     torch.set_num_threads(1)  # products this small gain nothing from more, and wait for them on a busy machine
     width, depth, heads = SIZES[args.model]
     methods = choose_methods(width, args.rank, args.supports)
-    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.sweep:
+        args.out.mkdir(parents=True, exist_ok=True)
     curves, results, adapter = (
         args.out / "curves.png",
         args.out / "results.json",

@@ -124,13 +124,10 @@ def _versions() -> dict[str, str]:
 def _devices() -> list[dict[str, str]]:
     import torch
 
-    found = [{"name": "cpu", "about": f"{platform.machine()}, {torch.get_num_threads()} threads"}]
-    for i in range(torch.cuda.device_count()):
-        from glora_kernels.launch import environment
+    from glora_kernels.launch import environment
 
-        properties = torch.cuda.get_device_properties(i)
-        about = f"{properties.name}, {environment.arch(i)}, {properties.total_memory / 2**30:.0f} GiB"
-        found.append({"name": f"cuda:{i}", "about": about})
+    found = [{"name": "cpu", "about": f"{platform.machine()}, {torch.get_num_threads()} threads"}]
+    found += [{"name": f"cuda:{i}", "about": about} for i, about in enumerate(environment.gpus())]
     if len(found) == 1:
         found.append({"name": "cuda", "about": "none: PyTorch sees no GPU"})
     return found
@@ -179,7 +176,7 @@ def _layers() -> list[dict[str, str]]:
     rows = (
         ("LoRA, A none", "2", "low-rank and bias terms added to the product", f"{large}, {thin}"),
         ("A vector or constant", "2", "rows scaled after the product; dA recovered from y",
-         f"{large}, {thin}, _hadamard_grad_kernel (rows where 1+A is near 0)"),
+         f"{large}, {thin}, _hadamard_grad_kernel (rows that y does not give)"),
         ("A lora", "3", "W_eff in one reused workspace, rebuilt in backward",
          f"_weff_kernel, {large}, {thin}, _hadamard_grad_kernel"),
         ("A lora, product variant", "2", "LoRA with W·A_up in the place of B_up", f"{large}, {thin}"),

@@ -8,7 +8,9 @@ The tolerance (`check`): the error of a tensor against the float64 truth of the 
 twice the error that eager PyTorch (`reference.glora_linear` and autograd) makes in the same dtype, plus a floor:
 2 machine epsilons for the root mean square over a tensor and 4 for its largest element, each times the root sum of
 squares of the terms that the tensor's elements are sums of. Triton's interpreter (3.7.1) truncates when it casts
-fp32 to bfloat16 where a GPU rounds to nearest, which doubles an error: its bfloat16 floor is twice that.
+fp32 to bfloat16 where a GPU rounds to nearest, which doubles an error: its bfloat16 floor is twice that. A single
+number's error may be zero by luck: for a tensor of fewer than 8 elements eager's is the largest over 16 draws of the
+signs of dy.
 """
 
 from __future__ import annotations
@@ -212,10 +214,23 @@ def check(p: Problem, got: dict, route: str = "", autocast: torch.dtype | None =
         assert value.isfinite().all(), f"{name} is not finite ({p.config})"
         for norm, of in (("rms", _rms), ("max", _largest)):
             error = of(value.double() - values[name])
-            bound = FACTOR * of(plain[name].double() - values[name]) + FLOOR[norm] * eps * of(scales[name])
+            floor = FLOOR[norm] * eps * of(scales[name])
+            bound = FACTOR * of(plain[name].double() - values[name]) + floor
+            if error > bound and value.numel() < 8:
+                bound = FACTOR * _unlucky(p, name, autocast) + floor
             if not error <= bound:
                 faults.append(f"{name} ({norm}): error {error:.3e} over {bound:.3e}")
     assert not faults, f"{p.config} {route}: " + "; ".join(faults)
+
+
+def _unlucky(p: Problem, name: str, autocast: torch.dtype | None) -> float:
+    """The largest eager error of one tensor over 16 draws of the signs of dy."""
+    errors = []
+    for i in range(16):
+        signs = torch.randint(0, 2, p.dy.shape, generator=torch.Generator().manual_seed(i)).to(p.dy.device) * 2 - 1
+        drawn = replace(p, dy=p.dy * signs.to(p.dy.dtype))
+        errors.append(_largest(eager(drawn, autocast)[name].double() - truth(drawn)[0][name]))
+    return max(errors)
 
 
 def same(left: dict, right: dict) -> bool:

@@ -6,7 +6,7 @@
 | `_glora_dx_kernel` | (dy∘(1+a))·W + mask∘(S·DOWN)/(1-p) + τ·1ᵀ | dx |
 | `_project_kernel` | s·drop(X)·Vᵀ and X·v | h, P, U, S, σ, τ, Wᵀg |
 | `_factor_grad_kernel` | Sᵀ·drop(X), Σ X, Xᵀσ, Σ X∘Y | dB, dβ, dA of a vector, the product variant's dA |
-| `_hadamard_grad_kernel` | (dyᵀx)∘W, reduced with A_down and A_up | dA of lora; dA where 1+a is near zero |
+| `_hadamard_grad_kernel` | (dyᵀx)∘W, reduced with A_down and A_up | dA of lora; of a vector where y does not give it |
 | `_weff_kernel` | W∘(1 + A_up·A_down) | the weight of y and dx where A is lora |
 | `_beta_kernel` | b∘(1+d) + e + W·c | β |
 

@@ -67,16 +67,14 @@ def _hadamard_grad_kernel(
     stride_ddown_part,
     stride_ddown_r,
     stride_ddown_k,
-    a_ptr,
-    stride_a,
+    marked_ptr,
     M,
     N,
     K,
     R,
-    near_zero,
     HAS_DUP: tl.constexpr,
     HAS_DDOWN: tl.constexpr,
-    NEAR_ZERO_ROWS: tl.constexpr,
+    MARKED_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -86,14 +84,13 @@ def _hadamard_grad_kernel(
 ):
     """H = (Σₘ dy[m,n]·x[m,k])·W[n,k] in registers; dup[k-tile,n,r] = Σₖ H·A_down, ddown[n-tile,r,k] = Σₙ A_up·H.
 
-    With NEAR_ZERO_ROWS it gives dup[k-tile,n,0] = Σₖ H[n,k] = Σₘ dy∘Z instead, and only for tiles with a row
-    where |1+a| is near zero; the others exit, and what their rows hold is not defined.
+    With MARKED_ROWS it gives dup[k-tile,n,0] = Σₖ H[n,k] = Σₘ dy∘Z instead, and only for tiles with a marked row;
+    the others exit, and what their rows hold is not defined.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    if NEAR_ZERO_ROWS:
-        scale = 1.0 + _load_vector(a_ptr, n, stride_a, N)
-        if tl.max(((tl.abs(scale) < near_zero) & (n < N)).to(tl.int32), 0) == 0:
+    if MARKED_ROWS:
+        if tl.max(tl.load(marked_ptr + n, mask=n < N, other=0).to(tl.int32), 0) == 0:
             return
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for m0 in range(0, M, BLOCK_M):
@@ -102,7 +99,7 @@ def _hadamard_grad_kernel(
         x = _load(x_ptr, m, k, stride_xm, stride_xk, M, K)
         acc = _dot(dy, x, acc, PRECISION, UPCAST)
     acc *= _load(w_ptr, n, k, stride_wn, stride_wk, N, K).to(tl.float32)
-    if NEAR_ZERO_ROWS:
+    if MARKED_ROWS:
         rows = dup_ptr + tl.program_id(1).to(tl.int64) * stride_dup_part + n.to(tl.int64) * stride_dup_n
         tl.store(rows, tl.sum(acc, 1), mask=n < N)
     else:

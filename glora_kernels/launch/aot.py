@@ -59,6 +59,8 @@ class Report:
     def faults(self) -> list[str]:
         """Why this compilation is not acceptable; empty where it is."""
         found = [self.error] if self.error else []
+        if not self.error and min(self.registers, self.stack, self.spill, self.shared) < 0:
+            found.append("the compiler's report could not be read")
         if self.stack > 0 or self.spill > 0:
             found.append(f"{self.stack} bytes of stack, {self.spill} spilled")
         if self.serialized:
@@ -68,6 +70,8 @@ class Report:
         expects = self.dtype != "fp32" and not self.case.startswith(("sum", "weff", "beta"))
         if not self.error and expects and self.matrix_count == 0:
             found.append("no matrix instruction")
+        if self.matrix_instruction == "HGMMA" and self.waits >= self.matrix_count:
+            found.append("a wait after every wgmma")
         return found
 
 
@@ -155,7 +159,7 @@ def cases(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Launch]]:
     )
     yield (
         "hadamard grad, near zero",
-        launch.hadamard_grad_launch(dy, x, w, dup=wide(k_tiles, n, 1), near_zero_of=meta(n), near_zero=0.5, arch=arch),
+        launch.hadamard_grad_launch(dy, x, w, dup=wide(k_tiles, n, 1), marked=meta(n, dtype=torch.int8), arch=arch),
     )
     yield "beta", launch.beta_launch(w, meta(n), meta(k), meta(n), meta(n), wide(n), arch=arch)
 
@@ -263,7 +267,8 @@ def _task(task: tuple[str, str, int]) -> Report:
 
 def _signature_type(value: object) -> str:
     if isinstance(value, Tensor):
-        names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
+        names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
+                 torch.int8: "i8"}  # fmt: skip
         return "*" + names[value.dtype]
     if isinstance(value, float):
         return "fp32"

@@ -38,7 +38,7 @@ def require_triton() -> None:
 
 def allow_tf32() -> bool:
     """Whether fp32 products may use TF32: PyTorch's own switch for matrix products decides."""
-    return torch.backends.cuda.matmul.allow_tf32
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @functools.cache
@@ -48,3 +48,12 @@ def arch(device_index: int) -> str:
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def gpus() -> list[str]:
+    """One line a GPU: its name, architecture and memory."""
+    lines = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        lines.append(f"{properties.name}, {arch(i)}, {properties.total_memory / 2**30:.0f} GiB")
+    return lines

@@ -207,14 +207,12 @@ def hadamard_grad_launch(
     a_down: Tensor | None = None,
     dup: Tensor | None = None,
     ddown: Tensor | None = None,
-    near_zero_of: Tensor | None = None,
-    near_zero: float = 0.0,
+    marked: Tensor | None = None,
     arch: str,
 ) -> Launch:
     """H = (dyᵀx)∘W reduced to dup (k-tiles,N,R) = H·A_downᵀ and ddown (n-tiles,R,K) = A_upᵀ·H.
 
-    With `near_zero_of` (the vector or constant a): dup (k-tiles,N,1) = Σₖ H in the tiles with a row where
-    |1+a| < near_zero, undefined elsewhere.
+    With `marked` (N,) int8: dup (k-tiles,N,1) = Σₖ H in the tiles with a marked row, undefined elsewhere.
     """
     (m, n), k = dy.shape, x.shape[1]
     rank = 1 if a_up is None else a_up.shape[1]
@@ -227,9 +225,9 @@ def hadamard_grad_launch(
         "down_ptr": a_down, **strides(a_down, "stride_dr", "stride_dk"),
         "dup_ptr": dup, **strides(dup, "stride_dup_part", "stride_dup_n", "stride_dup_r"),
         "ddown_ptr": ddown, **strides(ddown, "stride_ddown_part", "stride_ddown_r", "stride_ddown_k"),
-        "a_ptr": near_zero_of, "stride_a": vector_stride(near_zero_of),
-        "M": m, "N": n, "K": k, "R": rank, "near_zero": float(near_zero),
-        "HAS_DUP": dup is not None, "HAS_DDOWN": ddown is not None, "NEAR_ZERO_ROWS": near_zero_of is not None,
+        "marked_ptr": marked,
+        "M": m, "N": n, "K": k, "R": rank,
+        "HAS_DUP": dup is not None, "HAS_DDOWN": ddown is not None, "MARKED_ROWS": marked is not None,
         **precision(x.dtype),
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"], "BLOCK_M": config["depth"],
         "BLOCK_R": configs.block_r(rank),

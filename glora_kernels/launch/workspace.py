@@ -11,6 +11,10 @@ import threading
 import torch
 from torch import Tensor
 
+workspace_lock = threading.RLock()
+"""On a GPU, held from building something in the buffer until its reader is launched: two host threads on one
+stream would otherwise launch in any order."""
+
 _cpu = threading.local()
 _cuda: dict[tuple[int, int], Tensor] = {}
 _captured: list[Tensor] = []
@@ -20,7 +24,9 @@ def workspace_like(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous view of the buffer in the shape of `weight`, with whatever its last user left in it."""
     device = weight.device
     size = weight.numel() * dtype.itemsize
-    if device.type == "cuda":
+    if type(weight.data) is not Tensor:  # a fake or wrapped tensor must leave nothing behind in the buffer
+        buffer = torch.empty(size, dtype=torch.uint8, device=device)
+    elif device.type == "cuda":
         buffer = _cuda_buffer(size, device)
     elif device.type == "cpu":
         if not hasattr(_cpu, "buffer") or _cpu.buffer.numel() < size:

@@ -51,6 +51,17 @@ def glora_beta(
     """
     if c is None and d is None and e is None:
         return bias
+    n, k = weight.shape
+    for name, tensor, shapes in (
+        ("bias", bias, ((n,),)),
+        ("c", c, ((k,),)),
+        ("d", d, ((n,), (1,))),
+        ("e", e, ((n,), (1,))),
+    ):
+        if tensor is not None and tensor.shape not in shapes:
+            raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}; got {tuple(tensor.shape)}")
+        if tensor is not None and tensor.device != weight.device:
+            raise ValueError(f"weight and {name} must be on one device; got {weight.device} and {tensor.device}")
     if d is not None and bias is None:
         raise ValueError("d scales the bias: it cannot be given where bias is None")
     if c is None and d is None and e is not None:  # one addition: PyTorch's own costs less than a call of ours

@@ -60,24 +60,21 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize == 2 else dtype
 
 
-def near_zero(dtype: torch.dtype) -> float:
-    """Where |1+a| is below this, Σ dy∘Z is computed from Z itself and not recovered from y = Z∘(1+a) + ….
-
-    Recovering divides the rounding error of y by 1+a; 16-bit values have none to spare.
-    """
-    return 0.5 if dtype.itemsize == 2 else 2.0**-6
-
-
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype autocast wants for a matrix product of x, or None: the rule F.linear follows."""
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.is_floating_point() and x.dtype != torch.float64:
+    if (
+        device_type != "meta"
+        and torch.is_autocast_enabled(device_type)
+        and x.is_floating_point()
+        and x.dtype != torch.float64
+    ):
         return torch.get_autocast_dtype(device_type)
     return None
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Inside an operator the dtypes are settled: a product in fp32 must stay one."""
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from glora_kernels.launch.workspace import workspace_like
-from glora_kernels.ops.common import Call, Needs, Supports, near_zero, wide_dtype
+from glora_kernels.ops import recover
+from glora_kernels.ops.common import Call, Needs, Supports, wide_dtype
 from glora_kernels.reference.random import keep_mask, round_dithered
 
 _CHUNK = 1 << 17  # elements at a time where 16-bit values are worked on in fp32: the temporaries stay in the cache
@@ -43,14 +44,7 @@ def forward(
     if s.a is not None:
         base = linear(x, cast_weight(weight, dtype), None if beta is None else _cast(beta, dtype))
         return _scale_rows(base, 1 + s.a.to(wide_dtype(dtype)), beta, h, factored, sigma, s.b), h, sigma, u
-    delta = None
-    if h is not None and factored is not None:
-        delta = linear(h, factored, None if beta is None else _cast(beta, dtype))
-    if sigma is not None and s.b is not None:
-        outer = sigma[:, None] * s.b.to(sigma.dtype)
-        outer = (outer if delta is not None or beta is None else outer + beta).to(dtype)
-        outer = outer.expand(x.shape[0], weight.shape[0])
-        delta = outer.contiguous() if delta is None else delta.add_(outer)
+    delta = _added_terms(x, weight.shape[0], beta, h, factored, sigma, s.b)
     effective = weight_for(weight, s, call, dtype)
     if delta is None:
         y = linear(x, effective, None if beta is None else _cast(beta, dtype))
@@ -116,8 +110,9 @@ def backward(
             ones = tau.to(dtype)[:, None].expand(dy.shape[0], weight.shape[1])
             delta = ones.contiguous() if delta is None else delta.add_(ones)
     if needs.a and s.a is not None:
-        rest = _recovered_rest(g, beta, db_up, s.b_up, dy_sigma, s.b)
-        da = _scale_gradient(dy, _given(y), rest, x, weight, s.a)
+        rest = recover.rest_of_gradient(g, beta, db_up, dy_sigma, s)
+        exact = recover.ill_conditioned_rows(_given(y), beta, h, sigma, s)
+        da = _scale_gradient(dy, _given(y), rest, exact, x, weight, s.a)
 
     dx = None
     if needs.x:
@@ -180,6 +175,38 @@ def _low_rank(x: Tensor, weight: Tensor, s: Supports, call: Call) -> tuple[Tenso
     return factor, h, u
 
 
+def _added_terms(
+    x: Tensor,
+    n: int,
+    beta: Tensor | None,
+    h: Tensor | None,
+    factor: Tensor | None,
+    sigma: Tensor | None,
+    b: Tensor | None,
+) -> Tensor | None:
+    """h·factorᵀ + σ·bᵀ + β, (M,N), what the large product is added to; None where that is β as it is, or nothing."""
+    dtype, wide = x.dtype, wide_dtype(x.dtype)
+    if h is None and sigma is None and (beta is None or beta.dtype == dtype):
+        return None
+    if h is not None and factor is not None and sigma is None and (dtype == wide or beta is None):
+        return linear(h, factor, beta)
+    delta = torch.empty(x.shape[0], n, dtype=dtype, device=x.device)
+    for rows in _row_chunks(delta):
+        part = delta[rows] if dtype == wide else torch.empty(delta[rows].shape, dtype=wide, device=x.device)
+        if beta is None:
+            part.zero_()
+        else:
+            part.copy_(beta.expand_as(part))
+        if h is not None and factor is not None:
+            torch.addmm(part, h[rows].to(wide), factor.to(wide).t(), out=part)
+        if sigma is not None and b is not None:
+            part.addcmul_(sigma[rows, None], b.to(wide))
+        if dtype != wide:
+            # Beside a bias on the 16-bit grid, rounding to nearest would lose a small E or B.
+            delta[rows] = round_dithered(part, dtype, first_row=rows.start)
+    return delta
+
+
 def _scale_rows(
     base: Tensor,
     row_scale: Tensor,
@@ -230,47 +257,21 @@ def _row_chunks(matrix: Tensor) -> list[slice]:
     return [slice(i, min(i + step, rows)) for i in range(0, rows, max(1, step))]
 
 
-def _recovered_rest(
-    g: Tensor | None,
-    beta: Tensor | None,
-    dy_h: Tensor | None,
-    b_up: Tensor | None,
-    dy_sigma: Tensor | None,
-    b: Tensor | None,
-) -> Tensor | None:
-    """Σₘ dy∘(y - Z∘(1+a)) as an (N,) vector, from gradients that exist already: β∘g + Σᵣ B_up∘(dyᵀh) + b∘(dyᵀσ)."""
-    terms = []
-    if beta is not None and g is not None:
-        terms.append(beta.to(g.dtype) * g)
-    if b_up is not None and dy_h is not None:
-        wide = wide_dtype(dy_h.dtype)
-        terms.append((b_up.to(wide) * dy_h.to(wide)).sum(1))
-    if b is not None and dy_sigma is not None:
-        terms.append(b.to(dy_sigma.dtype) * dy_sigma)
-    return sum(terms[1:], terms[0]) if terms else None
-
-
-def _scale_gradient(dy: Tensor, y: Tensor, rest: Tensor | None, x: Tensor | None, weight: Tensor, a: Tensor) -> Tensor:
-    """dA = Σₘ dy∘Z (summed over n as well for a constant), with Z recovered from y where 1+a allows it."""
+def _scale_gradient(
+    dy: Tensor, y: Tensor, rest: Tensor | None, exact: Tensor, x: Tensor | None, weight: Tensor, a: Tensor
+) -> Tensor:
+    """dA = Σₘ dy∘Z (summed over n as well for a constant): recovered from y, from Z itself in the `exact` rows."""
     wide = wide_dtype(dy.dtype)
-    scale = 1 + a.to(wide)
     total = torch.zeros(dy.shape[1], dtype=wide, device=dy.device)
     for rows in _row_chunks(dy):
         total += (dy[rows].to(wide) * y[rows]).sum(0)
-    if rest is not None:
-        total -= rest
-    exact = scale.abs() < near_zero(dy.dtype)
-    if a.numel() == 1:
-        if bool(exact):
-            z = linear(_given(x), cast_weight(weight, dy.dtype))
-            return (dy.to(wide) * z).sum().view(1)
-        return total.sum().view(1) / scale
-    da = total / scale
+    exact_total = None
     if bool(exact.any()):
         near = exact.nonzero().squeeze(1)
         z = linear(_given(x), weight[near].to(dy.dtype))
-        da[near] = (dy[:, near].to(wide) * z).sum(0)
-    return da
+        exact_total = torch.zeros_like(total)
+        exact_total[near] = (dy[:, near].to(wide) * z).sum(0)
+    return recover.gradient(total, rest, exact, exact_total, a)
 
 
 def _keep(rows: int, cols: int, call: Call) -> Tensor | None:

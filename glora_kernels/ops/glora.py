@@ -10,6 +10,8 @@ torch.compile the registered operator is one node of the graph. What it computes
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glora_kernels.launch import routes
+from glora_kernels.launch.workspace import workspace_lock
 from glora_kernels.ops import eager as eager_path
+from glora_kernels.ops import recover
 from glora_kernels.ops import triton as triton_path
 from glora_kernels.ops.common import (
     LIBRARY,
@@ -25,11 +29,12 @@ from glora_kernels.ops.common import (
     Needs,
     Supports,
     autocast_dtype,
-    near_zero,
     wide_dtype,
     without_autocast,
 )
+from glora_kernels.spec import VARIANTS
 
+_NO_GUARD = nullcontext()
 _TENSORS = (
     "Tensor x, Tensor weight, Tensor? beta, Tensor? a, Tensor? a_up, Tensor? a_down, "
     "Tensor? b, Tensor? b_up, Tensor? b_down"
@@ -118,10 +123,9 @@ def _check(
 ) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
-    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"x must have {weight.shape[1]} features in its last dimension (in_features); got shape {tuple(x.shape)}"
-        )
+    n, k = weight.shape
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise ValueError(f"x must have {k} features in its last dimension (in_features); got shape {tuple(x.shape)}")
     if target is None and x.dtype != weight.dtype:
         raise TypeError(f"x and weight must have one dtype outside autocast; got x {x.dtype} and weight {weight.dtype}")
     device = x.device
@@ -135,20 +139,53 @@ def _check(
             "weight requires a gradient, but a GLoRA layer's base is frozen and gets none; "
             "call weight.requires_grad_(False)"
         )
-    if dropout_p > 0.0 and s.b_up is not None and seed is None:
-        raise ValueError(f"dropout_p={dropout_p} needs a seed: pass seed=dropout_seed(x.device)")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}; got {variant!r}")
+    if beta is not None and beta.shape != (n,):
+        raise ValueError(f"beta must have shape {(n,)}; got {tuple(beta.shape)}")
+    _check_form("a", n, k, s.a, s.a_up, s.a_down, k if variant == "matmul" else n)
+    _check_form("b", n, k, s.b, s.b_up, s.b_down, n)
     if variant == "matmul" and s.a is not None:
         raise ValueError("variant='matmul' accepts a_up and a_down, not a")
+    if dropout_p != 0.0:
+        if not 0.0 <= dropout_p < 1.0:
+            raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
+        if s.b_up is not None and seed is None:
+            raise ValueError(f"dropout_p={dropout_p} needs a seed: pass seed=dropout_seed(x.device)")
+
+
+def _check_form(
+    name: str, n: int, k: int, vector: Tensor | None, up: Tensor | None, down: Tensor | None, up_rows: int
+) -> None:
+    """One support comes as a vector or constant, or as a pair of factors, in the sizes of the layer."""
+    if vector is not None:
+        if up is not None or down is not None:
+            raise ValueError(f"{name} and {name}_up, {name}_down are two forms of one support; give one of them")
+        if vector.shape != (n,) and vector.shape != (1,):
+            raise ValueError(f"{name} must have shape {(n,)} or (1,); got {tuple(vector.shape)}")
+    elif up is not None or down is not None:
+        if up is None or down is None:
+            missing = f"{name}_up" if up is None else f"{name}_down"
+            raise ValueError(f"{name}_up and {name}_down come together; {missing} is missing")
+        if up.ndim != 2 or down.ndim != 2 or up.shape != (up_rows, down.shape[0]) or down.shape[1] != k:
+            raise ValueError(
+                f"{name}_up must be ({up_rows}, R) and {name}_down (R, {k}) with one rank R; "
+                f"got {tuple(up.shape)} and {tuple(down.shape)}"
+            )
+
+
+def _workspace_guard(x: Tensor, weight: Tensor, s: Supports, call: Call) -> AbstractContextManager[object]:
+    """Held while a call builds a weight in the workspace and reads it, where host threads may share a stream."""
+    if x.is_cuda and ((s.a_up is not None and not call.matmul) or weight.dtype != x.dtype):
+        return workspace_lock
+    return _NO_GUARD
 
 
 def _forward(x: Tensor, weight: Tensor, beta: Tensor | None, s: Supports, call: Call) -> Any:
     """(y, h, σ, U) of an N-dimensional x by the call's route."""
     path = triton_path if call.route == "triton" else eager_path
     flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):  # the dtypes are settled
-            y, h, sigma, u = path.forward(flat, weight, beta, s, call)
-    else:
+    with without_autocast(x.device.type), _workspace_guard(x, weight, s, call):
         y, h, sigma, u = path.forward(flat, weight, beta, s, call)
     return (y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])), h, sigma, u
 
@@ -174,7 +211,7 @@ def _backward(
         dy = dy.reshape(rows, n)
         x = None if x is None else x.reshape(rows, k)
         y = None if y is None else y.reshape(rows, n)
-    with without_autocast(dy.device.type):
+    with without_autocast(dy.device.type), _workspace_guard(dy, weight, s, call):
         grads = list(path.backward(dy, x, weight, beta, s, y, h, sigma, u, call, needs))
     if grads[0] is not None and len(lead) != 1:
         grads[0] = grads[0].view(*lead, k)
@@ -185,16 +222,19 @@ def _backward(
     return grads
 
 
-def _saved(needs: Needs, s: Supports, call: Call, fixed: bool) -> tuple[bool, bool, bool, bool, bool]:
+def _saved(
+    needs: Needs, s: Supports, call: Call, needs_z: Callable[[], bool] | None
+) -> tuple[bool, bool, bool, bool, bool]:
     """Which of (x, y, h, σ, U) backward will read.
 
-    x is kept only for a gradient that multiplies it, or to compute Z anew where 1+a is near zero. Whether it
-    is, a CPU can look up; a GPU would have to wait for the answer, so there (`fixed`) a trained A keeps x.
+    x is kept only for a gradient that multiplies it, or to compute Z anew in rows of A where y does not give it
+    (`ops.recover`). Whether there are any, a CPU can look up through `needs_z`; a GPU would have to wait for the
+    answer, so there, and while tracing, `needs_z` is None and a trained A keeps x.
     """
     lora_a = s.a_up is not None
     keep_x = needs.b_down or needs.a_down or (needs.a_up and not call.matmul)
     if needs.a and s.a is not None and not keep_x:
-        keep_x = fixed or bool(((1 + s.a).abs() < near_zero(s.a.dtype)).any())
+        keep_x = needs_z is None or needs_z()
     keep_h = needs.b_up or (needs.a and s.b_up is not None) or (call.matmul and needs.a_up)
     keep_sigma = s.b is not None and (needs.b or needs.a)
     keep_u = call.matmul and lora_a and (needs.x or needs.a_down)
@@ -213,18 +253,25 @@ class _GLoRAFunction(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         needs = Needs(wanted[0], wanted[2], *wanted[4:])
         if any(needs):
-            keep_x, keep_y, keep_h, keep_sigma, keep_u = _saved(needs, s, call, fixed=call.route == "triton")
+
+            def needs_z() -> bool:
+                flat = y if y.ndim == 2 else y.reshape(math.prod(y.shape[:-1]), y.shape[-1])
+                return bool(recover.ill_conditioned_rows(flat, beta, h, sigma, s).any())
+
+            looks = call.route == "eager" and type(y) is Tensor  # a fake tensor has no values to look at
+            keep_x, keep_y, keep_h, keep_sigma, keep_u = _saved(needs, s, call, needs_z if looks else None)
             ctx.save_for_backward(
                 weight,
                 beta,
                 *tensors,
+                call.seed,
                 x if keep_x else None,
                 y if keep_y else None,
                 h if keep_h else None,
                 sigma if keep_sigma else None,
                 u if keep_u else None,
             )
-            ctx.call, ctx.needs = call, needs
+            ctx.call, ctx.needs = call._replace(seed=None), needs  # saved, so that a change of it is noticed
         return y
 
     @staticmethod
@@ -234,9 +281,10 @@ class _GLoRAFunction(torch.autograd.Function):
 
 
 def _function_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    weight, beta, a, a_up, a_down, b, b_up, b_down, x, y, h, sigma, u = ctx.saved_tensors
+    weight, beta, a, a_up, a_down, b, b_up, b_down, seed, x, y, h, sigma, u = ctx.saved_tensors
     s = Supports(a, a_up, a_down, b, b_up, b_down)
-    grads = _backward(dy, x, weight, beta, s, y, h, sigma, u, ctx.call, ctx.needs)
+    call = ctx.call if seed is None else ctx.call._replace(seed=seed)
+    grads = _backward(dy, x, weight, beta, s, y, h, sigma, u, call, ctx.needs)
     return (grads[0], None, grads[1], None, *grads[2:])
 
 
@@ -273,7 +321,13 @@ def _op_backward(dy: Tensor, x: Any, weight: Tensor, beta: Any, *rest: Any) -> A
     s, (y, h, sigma, u) = Supports(*rest[:6]), rest[6:10]
     call, needs = Call(*rest[10:15]), Needs(*rest[15])
     grads = _backward(dy, x, weight, beta, s, y, h, sigma, u, call, needs)
-    return tuple(dy.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+    return tuple(dy.new_empty(0) if grad is None else _owned(grad) for grad in grads)
+
+
+def _owned(grad: Tensor) -> Tensor:
+    """The gradient in memory of its own: results of an operator may not share any."""
+    grad = grad.contiguous()
+    return grad if grad.untyped_storage().nbytes() == grad.numel() * grad.element_size() else grad.clone()
 
 
 def _fake_backward(dy: Tensor, x: Any, weight: Tensor, beta: Any, *rest: Any) -> Any:
@@ -292,7 +346,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     y, h, sigma, u = output
     ctx.mark_non_differentiable(h, sigma, u)
     s, call = Supports(*rest[:6]), Call(*rest[6:])
-    keep = _saved(_needs(ctx), s, call, fixed=True)
+    keep = _saved(_needs(ctx), s, call, None)
     kept = (t if k else None for t, k in zip((x, y, h, sigma, u), keep, strict=True))
     ctx.save_for_backward(weight, beta, *s, call.seed, *kept)
     ctx.values = (call.scale, call.dropout_p, call.matmul, call.route)

@@ -13,7 +13,8 @@ from torch import Tensor
 from glora_kernels.launch import environment
 from glora_kernels.launch.plan import arch_of
 from glora_kernels.launch.workspace import workspace_like
-from glora_kernels.ops.common import Call, Needs, Supports, near_zero, wide_dtype
+from glora_kernels.ops import recover
+from glora_kernels.ops.common import Call, Needs, Supports, wide_dtype
 
 if TYPE_CHECKING:
     from glora_kernels.launch import glora as launch
@@ -98,8 +99,8 @@ def backward(
 
     # Everything that is summed over the rows of dy, in one read: [dyᵀP | dyᵀh], g, dyᵀσ, Σ dy∘y.
     if needs.a or needs.beta or needs.b or needs.b_up or (call.matmul and needs.a_up):
-        wants_h = h is not None and h.numel() > 0
-        wants_sigma = sigma is not None and sigma.numel() > 0 and s.b is not None
+        wants_h = h is not None
+        wants_sigma = sigma is not None and s.b is not None
         sums = _sums_over_rows(
             dy,
             h if wants_h else None,
@@ -119,9 +120,13 @@ def backward(
         if call.matmul and needs.a_up:
             du = factors[:product_rank].t().to(dy.dtype)
             da_up = _sums_over_rows(weight, du, False, None, None, arch).t()
-        if needs.a and s.a is not None and x is not None:
-            b_part = factors[product_rank:] if s.b_up is not None else None
-            da = _scale_gradient(extra.pop(0), g, beta, b_part, s, dy_sigma, dy, x, weight, arch)
+        if needs.a and s.a is not None and x is not None and y is not None:
+            rest = recover.rest_of_gradient(g, beta, factors.t() if s.b_up is not None else None, dy_sigma, s)
+            exact = recover.ill_conditioned_rows(y, beta, h, sigma, s).contiguous()
+            part = dy.new_empty(launch.hadamard_grad_tiles(n, k, dy.dtype, arch)[1], n, 1, dtype=torch.float32)
+            marked = exact.view(torch.int8)
+            launch.hadamard_grad_launch(dy, x, weight, dup=part, marked=marked, arch=arch).run()
+            da = recover.gradient(extra.pop(0), rest, exact, part.sum((0, 2)), s.a)
         beta_grad = g if needs.beta else None
     else:
         beta_grad = None
@@ -209,32 +214,3 @@ def _sums_over_rows(
         x, part, s=s, with_sum=with_sum, sigma=sigma, y=y, dropout_p=dropout_p, seed=seed, arch=arch
     ).run()
     return part[0] if splits == 1 else part.sum(0)
-
-
-def _scale_gradient(
-    total: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    dy_h: Tensor | None,
-    s: Supports,
-    dy_sigma: Tensor | None,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    arch: str,
-) -> Tensor:
-    """dA = Σₘ dy∘Z: Σ dy∘y less the other terms, over 1+a; from Z itself where 1+a is near zero."""
-    assert s.a is not None
-    if beta is not None and g is not None:
-        total = total - beta.float() * g
-    if dy_h is not None and s.b_up is not None:
-        total = total - (s.b_up.t().float() * dy_h).sum(0)
-    if dy_sigma is not None and s.b is not None:
-        total = total - s.b.float() * dy_sigma
-    scale = 1 + s.a.float()
-    n, k = weight.shape
-    part = dy.new_empty(launch.hadamard_grad_tiles(n, k, dy.dtype, arch)[1], n, 1, dtype=torch.float32)
-    limit = near_zero(dy.dtype)
-    launch.hadamard_grad_launch(dy, x, weight, dup=part, near_zero_of=s.a, near_zero=limit, arch=arch).run()
-    da = torch.where(scale.abs() < limit, part.sum((0, 2)), total / scale)
-    return da if s.a.numel() > 1 else da.sum().view(1)

@@ -39,31 +39,19 @@ def literal_step(
     return {name: value for name, value in found.items() if value is not None}
 
 
-def allowed_error(truth: Tensor, literal: Tensor, dtype: torch.dtype, magnitude: float = 0.0) -> float:
+def allowed_error(truth: Tensor, literal: Tensor, dtype: torch.dtype) -> float:
     """The largest absolute error accepted of a result whose float64 value is `truth`.
 
     Twice the largest error of the literal layer at this dtype, plus FLOOR·eps(dtype)·max|truth|; at float64
-    1e-12 of the largest value. `magnitude` takes the place of max|truth| where the terms of a sum are larger
-    than the sum (`recovered_magnitude`).
+    1e-12 of the largest value.
     """
     if truth.numel() == 0:
         return 0.0
-    magnitude = max(magnitude, float(truth.abs().max()))
+    magnitude = float(truth.abs().max())
     if dtype == torch.float64:  # the truth itself is no more exact than that
         return 1e-12 * max(1.0, magnitude)
     floor = FLOOR * torch.finfo(dtype).eps * magnitude
     return 2.0 * largest_error(literal, truth) + floor
-
-
-def recovered_magnitude(dy: Tensor, y: Tensor, a: Tensor) -> float:
-    """The size of the rounding that Σₘ dy∘Z carries when it is recovered from y = Z∘(1+a) + … .
-
-    y is rounded once, each element by up to eps/2·|y|: the errors of the terms dy∘y add up as the root of their
-    squares, over 1+a. Small where y is Z; large where the other terms of y dwarf it.
-    """
-    squares = (dy.double() * y.double()).square()
-    total = squares.sum() if a.numel() == 1 else squares.sum(0)
-    return float((total.sqrt() / (1 + a.double()).abs()).max())
 
 
 def largest_error(value: Tensor, truth: Tensor) -> float:

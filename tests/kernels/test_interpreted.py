@@ -184,7 +184,7 @@ def test_small_adapters_survive_16_bits(a, b, variant, dtype, size, device):
     """
     if dtype == torch.bfloat16 and device == "cpu":
         pytest.skip("Triton's interpreter truncates to bfloat16: the mean it loses is its own")
-    shape = dict(lead=(256,), k=64, n=64, bias=False, dtype=dtype, device=device)
+    shape = {"lead": (256,), "k": 64, "n": 64, "bias": False, "dtype": dtype, "device": device}
     p = train_only(problem(GLoRAConfig(a, b, E="none", rank=4, variant=variant), **shape), ["x"])
     for name, t in p.params.items():
         t.copy_(t.sign() * ((size / 2) ** 0.5 if name.endswith(("up", "down")) else size))

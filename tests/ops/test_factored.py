@@ -133,7 +133,6 @@ def test_nothing_of_the_size_of_the_weight_is_saved(a, b, variant, dtype):
     kept, _, _ = saved(p)
     assert kept or (a, b) == ("none", "none")
     assert all(t.numel() < p.weight.numel() // 4 for t in kept), [t.shape for t in kept]
-    check(p, ours(p), "eager")
 
 
 @pytest.mark.parametrize("a", ["none", "vector", "constant"])

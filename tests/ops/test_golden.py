@@ -12,7 +12,7 @@ from helpers import Problem, eager, layer, ours, problem, truth
 from glora_kernels.reference import effective_bias, effective_weight
 from glora_kernels.spec import GLoRAConfig, all_configs
 
-GOLDEN = {k: v for k, v in np.load(Path(__file__).parents[1] / "data" / "glora_432.npz").items()}
+GOLDEN = dict(np.load(Path(__file__).parents[1] / "data" / "glora_432.npz"))
 EXACT = 1e-12
 RANK, K, N = 4, 12, 7
 # By the forms of A and B, 27 configurations each: a test a case would spend its time in pytest.
@@ -87,7 +87,9 @@ def test_golden(a, b, bias):
 @pytest.mark.parametrize(("a", "b"), AB)
 def test_another_shape(a, b, bias):
     """The same for random data of another shape, a scale that is not 1, and the gradient of a trained bias."""
-    for i, config in enumerate(c for c in all_configs(rank=3) if (c.A, c.B) == (a, b)):
+    for i, config in enumerate(all_configs(rank=3)):
+        if (config.A, config.B) != (a, b):  # noqa: SIM300
+            continue
         alpha = 5.0 if b == "lora" else None
         config = GLoRAConfig(config.A, config.B, config.C, config.D, config.E, rank=3, alpha=alpha)
         assert_literal(problem(config, (3, 3), 20, 11, bias, seed=i))

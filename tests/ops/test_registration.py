@@ -57,8 +57,8 @@ def needs_of(p):
 
 def backward_args(p, route):
     args = [t.detach() if isinstance(t, torch.Tensor) else t for t in forward_args(p, route, grad=False)]
-    y, h, sigma, u = OPS.glora_linear(*args)
-    return (p.dy, *args[:9], y, h, sigma, u, *args[9:], needs_of(p))
+    saved = (t if t.numel() else None for t in OPS.glora_linear(*args))  # as autograd hands them on
+    return (p.dy, *args[:9], *saved, *args[9:], needs_of(p))
 
 
 def beta_args(p, route, grad):

@@ -1,0 +1,130 @@
+"""The rules of the house: layers import downward only, files stay small, public names are these."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import glora_kernels
+
+ROOT = Path(glora_kernels.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+FLOORS = {
+    "spec": 0, "reference": 1, "quant": 1, "launch.environment": 1, "kernels": 2, "launch": 2, "ops": 3, "nn": 4,
+    "integrations": 5, "selftest": 5, "__main__": 6, "__init__": 6,
+}  # fmt: skip
+PUBLIC = {
+    "GLoRAConfig", "GLoRALinear", "backend", "disabled", "inject", "load_adapter", "merge", "save_adapter",
+    "trainable_parameters", "unmerge", "__version__",
+}  # fmt: skip
+LATER = {"ShareLoRAConfig", "accelerate", "decelerate", "quantize"}
+"""Names of the design that do not exist yet; each moves to PUBLIC when it does."""
+
+files = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def floor(module: str) -> int:
+    """The floor of the longest prefix of a module's name that has one."""
+    parts = module.split(".")
+    for end in range(len(parts), 0, -1):
+        if ".".join(parts[:end]) in FLOORS:
+            return FLOORS[".".join(parts[:end])]
+    raise AssertionError(f"glora_kernels.{module} has no floor: give it one in FLOORS")
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at whatever depth, `from package import module` resolved to the module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            base = node.module or ""
+            for alias in node.names:
+                inside = ROOT.parent.joinpath(*base.split("."), alias.name)
+                is_module = inside.is_dir() or inside.with_suffix(".py").exists()
+                found.add(f"{base}.{alias.name}" if is_module else base)
+    return found
+
+
+@files
+def test_layers_import_only_downward(path):
+    here = floor(module_of(path))
+    for name in imports(path):
+        if name == "glora_kernels":
+            assert here >= FLOORS["selftest"], f"{path.name} imports the whole package"
+        if name.startswith("glora_kernels."):
+            assert floor(name.removeprefix("glora_kernels.")) <= here, f"{path.name} imports {name}, which is above it"
+
+
+@files
+def test_the_package_imports_no_test_and_no_framework(path):
+    roots = {name.split(".")[0] for name in imports(path)}
+    forbidden = {"tests", "benchmarks", "examples", "peft", "transformers", "bitsandbytes", "pytest", "helpers"}
+    if module_of(path).split(".")[0] == "integrations":
+        forbidden -= {"peft", "transformers", "bitsandbytes"}
+    assert not roots & forbidden
+
+
+def test_the_specification_needs_no_torch():
+    assert not {name.split(".")[0] for name in imports(ROOT / "spec.py")} & {"torch", "triton", "numpy"}
+
+
+@files
+def test_triton_is_imported_by_kernels_and_launchers_only(path):
+    module = module_of(path)
+    if any(name.split(".")[0] == "triton" for name in imports(path)):
+        assert module.split(".")[0] in ("kernels", "launch", "__main__", "selftest"), module
+
+
+@files
+def test_environment_variables_are_read_in_one_module(path):
+    if module_of(path) != "launch.environment":
+        assert not re.search(
+            r"os\.environ(\.get|\[)|os\.getenv|get_device_properties|get_device_capability", path.read_text()
+        )
+
+
+@files
+def test_files_are_short_and_finished(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 500
+    assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", text)
+    assert not re.search(r"except( Exception)?:\s*\n\s*pass\b", text)
+    assert ast.get_docstring(ast.parse(text)) or not text.strip(), "a module without a docstring"
+
+
+def test_tests_are_short_too():
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        assert len(path.read_text().splitlines()) <= 600, path
+
+
+def test_kernels_are_private_and_have_launchers():
+    text = "".join(p.read_text() for p in (ROOT / "kernels").glob("*.py"))
+    launchers = (ROOT / "launch" / "glora.py").read_text()
+    kernels = re.findall(r"^def (\w+_kernel)\(", text, re.M)
+    assert len(kernels) >= 7
+    for name in kernels:
+        assert name.startswith("_")
+        assert f"def {name.removeprefix('_').removesuffix('_kernel')}_launch(" in launchers
+    assert "atomic" not in re.sub(r'"""[\s\S]*?"""', "", text), "sums must not differ from run to run"
+
+
+def test_public_names():
+    assert set(glora_kernels.__all__) == PUBLIC
+    for name in PUBLIC:
+        assert getattr(glora_kernels, name) is not None
+    for name in LATER:
+        assert not hasattr(glora_kernels, name), f"{name} exists now: move it to PUBLIC"
+    with pytest.raises(AttributeError, match="nonsense"):
+        glora_kernels.nonsense  # noqa: B018
+    assert glora_kernels.__version__.count(".") >= 1

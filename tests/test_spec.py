@@ -1,0 +1,164 @@
+"""The configuration: what it accepts, the shapes it gives, and its way to JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from glora_kernels.spec import CHOICES, GLoRAConfig, all_configs, first_match, matches
+
+K, N, R = 20, 11, 3
+
+
+def test_all_432():
+    configs = list(all_configs(rank=R))
+    assert len(configs) == len(set(configs)) == 432 == math.prod(len(c) for c in CHOICES.values())
+    assert {c.rank for c in configs} == {R}
+    assert {c.variant for c in configs} == {"hadamard"}
+
+
+def test_defaults():
+    config = GLoRAConfig()
+    assert (config.A, config.B, config.C, config.D, config.E) == ("vector", "lora", "none", "none", "vector")
+    assert (config.rank, config.alpha, config.dropout, config.variant) == (8, None, 0.0, "hadamard")
+    assert config.init == "xavier"
+    assert config.scale == 1.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rank = 4
+
+
+def test_lora():
+    config = GLoRAConfig.lora(rank=8, alpha=16, dropout=0.05)
+    assert (config.A, config.B, config.C, config.D, config.E) == ("none", "lora", "none", "none", "none")
+    assert (config.rank, config.alpha, config.dropout, config.init) == (8, 16, 0.05, "kaiming")
+    assert config.scale == 2.0
+    assert config.parameter_shapes(K, N) == {"B_up": (N, 8), "B_down": (8, K)}
+
+
+@pytest.mark.parametrize(
+    ("alpha", "rank", "scale"), [(None, 4, 1.0), (16, 8, 2.0), (1, 3, 1 / 3), (0, 4, 0.0), (-2.0, 4, -0.5)]
+)
+def test_scale(alpha, rank, scale):
+    assert GLoRAConfig(rank=rank, alpha=alpha).scale == scale
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ({"A": "matrix"}, ("A", "'matrix'", "'lora'", "'vector'", "'constant'", "'none'")),
+    ({"A": None}, ("A", "None")),
+    ({"B": "LORA"}, ("B", "'LORA'", "'lora'")),
+    ({"C": "constant"}, ("C", "'constant'", "'lora'", "'vector'", "'none'")),
+    ({"D": "lora"}, ("D", "'lora'", "'vector'", "'constant'")),
+    ({"E": "lora"}, ("E", "'lora'", "'vector'", "'constant'")),
+    ({"rank": 0}, ("rank", "0", ">= 1")),
+    ({"rank": -1}, ("rank", "-1")),
+    ({"rank": 2.0}, ("rank", "2.0", "integer")),
+    ({"rank": True}, ("rank", "True")),
+    ({"rank": "8"}, ("rank", "'8'")),
+    ({"dropout": 1.0}, ("dropout", "1.0", "[0, 1)")),
+    ({"dropout": -0.1}, ("dropout", "-0.1")),
+    ({"dropout": math.nan}, ("dropout", "nan")),
+    ({"dropout": "0.1"}, ("dropout", "'0.1'")),
+    ({"dropout": None}, ("dropout", "None")),
+    ({"alpha": math.inf}, ("alpha", "inf")),
+    ({"alpha": math.nan}, ("alpha", "nan")),
+    ({"alpha": "16"}, ("alpha", "'16'")),
+    ({"alpha": True}, ("alpha", "True")),
+    ({"B": "vector", "alpha": 16}, ("alpha", "16", "'vector'")),
+    ({"B": "none", "alpha": 1.0}, ("alpha", "'none'")),
+    ({"variant": "product"}, ("variant", "'product'", "'hadamard'", "'matmul'")),
+    ({"variant": "matmul", "A": "vector"}, ("variant", "'vector'", "'lora'", "'none'")),
+    ({"variant": "matmul", "A": "constant"}, ("variant", "'constant'")),
+    ({"init": "zeros"}, ("init", "'zeros'", "'xavier'", "'kaiming'")),
+])  # fmt: skip
+def test_errors_name_the_argument_what_was_given_and_what_is_accepted(arguments, words):
+    with pytest.raises(ValueError) as raised:
+        GLoRAConfig(**arguments)
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+SHAPES = {
+    ("A", "lora"): {"A_up": (N, R), "A_down": (R, K)}, ("A", "vector"): {"A": (N,)}, ("A", "constant"): {"A": (1,)},
+    ("B", "lora"): {"B_up": (N, R), "B_down": (R, K)}, ("B", "vector"): {"B": (N,)}, ("B", "constant"): {"B": (1,)},
+    ("C", "lora"): {"C_up": (K, R), "C_down": (R, 1)}, ("C", "vector"): {"C": (K,)},
+    ("D", "vector"): {"D": (N,)}, ("D", "constant"): {"D": (1,)},
+    ("E", "vector"): {"E": (N,)}, ("E", "constant"): {"E": (1,)},
+}  # fmt: skip
+COUNTS = {
+    ("A", "lora"): R * (N + K), ("A", "vector"): N, ("A", "constant"): 1,
+    ("B", "lora"): R * (N + K), ("B", "vector"): N, ("B", "constant"): 1,
+    ("C", "lora"): R * (K + 1), ("C", "vector"): K,
+    ("D", "vector"): N, ("D", "constant"): 1, ("E", "vector"): N, ("E", "constant"): 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_shapes_and_counts(bias):
+    for config in all_configs(rank=R):
+        forms = {name: getattr(config, name) for name in "ABCDE"}
+        if not bias:
+            forms["D"] = "none"
+        expected = {}
+        for item in forms.items():
+            expected |= SHAPES.get(item, {})
+        assert config.parameter_shapes(K, N, bias) == expected
+        assert config.num_parameters(K, N, bias) == sum(COUNTS.get(item, 0) for item in forms.items())
+
+
+def test_shapes_of_the_product_variant():
+    config = GLoRAConfig("lora", "none", E="none", rank=R, variant="matmul")
+    assert config.parameter_shapes(K, N) == {"A_up": (K, R), "A_down": (R, K)}
+    assert config.num_parameters(K, N) == 2 * K * R
+
+
+def test_llama_7b_counts():
+    """DESIGN section 2: LoRA on all linears, r = 64."""
+    layers = [(4096, 4096)] * 4 + [(4096, 11008)] * 2 + [(11008, 4096)]
+    assert 32 * sum(GLoRAConfig.lora(64).num_parameters(k, n, False) for k, n in layers) == 159_907_840
+
+
+@pytest.mark.parametrize("config", [
+    GLoRAConfig(), GLoRAConfig.lora(4, 8, 0.1), GLoRAConfig("lora", "lora", variant="matmul", alpha=0.5),
+    *all_configs(rank=5),
+])  # fmt: skip
+def test_json_round_trip(config):
+    assert GLoRAConfig.from_dict(config.to_dict()) == config
+    assert GLoRAConfig.from_json(config.to_json()) == config
+    assert json.loads(config.to_json()) == config.to_dict()
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("{", ("JSON",)), ("[1]", ("JSON object", "[1]")), ("null", ("JSON object",)),
+    (json.dumps({**GLoRAConfig().to_dict(), "gamma": 1}), ("unknown", "gamma", "alpha")),
+    (json.dumps({k: v for k, v in GLoRAConfig().to_dict().items() if k != "rank"}), ("missing", "rank")),
+    (json.dumps({**GLoRAConfig().to_dict(), "rank": 0}), ("rank", "0")),
+])  # fmt: skip
+def test_bad_json(text, words):
+    with pytest.raises(ValueError) as raised:
+        GLoRAConfig.from_json(text)
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+@pytest.mark.parametrize(("path", "pattern", "expected"), [
+    ("model.layers.0.q_proj", "q_proj", True),
+    ("model.layers.0.q_proj", "*.q_proj", True),
+    ("model.layers.0.q_proj", "model.layers.0.*", True),
+    ("model.layers.10.q_proj", "model.layers.1.*", False),
+    ("model.layers.0.q_proj", "*_proj", True),
+    ("model.layers.0.q_proj", "layers", False),
+    ("model.layers.0.q_proj", "Q_PROJ", False),
+    ("q_proj", "q_proj", True),
+    ("q_proj_extra", "q_proj", False),
+    ("a.b", "[ab].[ab]", True),
+    ("a.b", "*", True),
+])  # fmt: skip
+def test_matches(path, pattern, expected):
+    assert matches(path, pattern) is expected
+
+
+def test_first_match_goes_by_the_order_of_the_mapping():
+    assert first_match("blocks.0.fc", {"blocks.0.*": 1, "*": 2}) == "blocks.0.*"
+    assert first_match("blocks.0.fc", {"*": 2, "blocks.0.*": 1}) == "*"
+    assert first_match("blocks.1.fc", {"blocks.0.*": 1}) is None
