@@ -193,8 +193,17 @@ def layer(
     )  # fmt: skip
 
 
-def check(p: Problem, got: dict, route: str = "", autocast: torch.dtype | None = None) -> None:
-    """Every result of `ours` within the tolerance; gradients exactly where trained, in shape and dtype."""
+def check(
+    p: Problem,
+    got: dict,
+    route: str = "",
+    autocast: torch.dtype | None = None,
+    loosened: dict[str, float] | None = None,
+) -> None:
+    """Every result of `ours` within the tolerance; gradients exactly where trained, in shape and dtype.
+
+    `loosened` multiplies the bound of a result whose documented promise is a weaker one.
+    """
     values, scales = truth(p)
     plain = eager(p, autocast)
     dtype = autocast or p.x.dtype
@@ -218,6 +227,7 @@ def check(p: Problem, got: dict, route: str = "", autocast: torch.dtype | None =
             bound = FACTOR * of(plain[name].double() - values[name]) + floor
             if error > bound and value.numel() < 8:
                 bound = FACTOR * _unlucky(p, name, autocast) + floor
+            bound *= (loosened or {}).get(name, 1.0)
             if not error <= bound:
                 faults.append(f"{name} ({norm}): error {error:.3e} over {bound:.3e}")
     assert not faults, f"{p.config} {route}: " + "; ".join(faults)

@@ -105,6 +105,9 @@ def cases(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Launch]]:
         "fwd lora, W transposed",
         launch.glora_fwd_launch(x, meta(k, n).t(), dy, **{**none, **low}, arch=arch),
     )
+    # Under autocast W and the adapters stay fp32 and the kernels cast what they load.
+    mixed: dict[str, Any] = {**full, "up": wide(n, r), "a": wide(n), "b": wide(n)}
+    yield "fwd full, W fp32", launch.glora_fwd_launch(x, wide(n, k), dy, **mixed, arch=arch)
     plain: dict[str, Any] = {
         "free_rank": 0,
         "a": None,
@@ -117,6 +120,8 @@ def cases(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Launch]]:
     yield "dx lora", launch.glora_dx_launch(dy, w, x, **back, **plain)
     scaled = {**plain, "a": meta(n), "tau": wide(m), "dropout_p": 0.1, "seed": seed}
     yield "dx full, dropout", launch.glora_dx_launch(dy, w, x, **back, **scaled)
+    mixed = {"s": meta(m, r), "down": wide(r, k), **scaled, "a": wide(n)}
+    yield "dx full, dropout, W fp32", launch.glora_dx_launch(dy, wide(n, k), x, **mixed)
     two: dict[str, Any] = {"s": meta(m, 2 * r), "down": meta(2 * r, k)}
     yield "dx product variant", launch.glora_dx_launch(dy, w, x, **two, **{**plain, "free_rank": r})
     project: dict[str, Any] = {"v": meta(r, k), "out": meta(m, r), "row_weight": None, "arch": arch}

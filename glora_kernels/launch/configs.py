@@ -17,8 +17,11 @@ def block_r(rank: int) -> int:
     return max(16, min(MAX_BLOCK_R, 1 << (rank - 1).bit_length()))
 
 
-def large_product(arch: str, dtype: torch.dtype, m: int) -> dict[str, int]:
-    """Blocks of `_glora_fwd_kernel` and `_glora_dx_kernel`: rows, columns, depth of the reduction."""
+def large_product(arch: str, dtype: torch.dtype, m: int, weight_dtype: torch.dtype | None = None) -> dict[str, int]:
+    """Blocks of `_glora_fwd_kernel` and `_glora_dx_kernel`: rows, columns, depth of the reduction.
+
+    Under autocast the weight may be wider than x (`weight_dtype`) and fills the stages in its own width.
+    """
     if arch == "cpu":
         return {"rows": 32, "cols": 32, "depth": 32, "num_warps": 4, "num_stages": 1}
     if dtype == torch.float32:
@@ -27,6 +30,8 @@ def large_product(arch: str, dtype: torch.dtype, m: int) -> dict[str, int]:
     if arch.startswith("gfx"):
         return {"rows": rows, "cols": 128, "depth": 64, "num_warps": 4, "num_stages": 2}
     stages = 4 if arch in ("sm_80", "sm_90", "sm_100") else 3
+    if weight_dtype is not None and weight_dtype.itemsize > dtype.itemsize:
+        stages = 2
     return {
         "rows": rows,
         "cols": 128,

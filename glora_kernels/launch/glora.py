@@ -35,7 +35,7 @@ def glora_fwd_launch(
     """y (M,N) = (x·Wᵀ)∘(1+a) + h·upᵀ + σ·bᵀ + β."""
     (m, k), n = x.shape, weight.shape[0]
     rank = 0 if h is None else h.shape[1]
-    config = configs.large_product(arch, x.dtype, m)
+    config = configs.large_product(arch, x.dtype, m, weight.dtype)
     args = {
         "x_ptr": x, **strides(x, "stride_xm", "stride_xk"),
         "w_ptr": weight, **strides(weight, "stride_wn", "stride_wk"),
@@ -73,7 +73,7 @@ def glora_dx_launch(
     """dx (M,K) = (dy∘(1+a))·W + S·down, masked from column `free_rank` of S on, + τ·1ᵀ."""
     (m, n), k = dy.shape, weight.shape[1]
     rank = 0 if s is None else s.shape[1]
-    config = configs.large_product(arch, dy.dtype, m)
+    config = configs.large_product(arch, dy.dtype, m, weight.dtype)
     args = {
         "dy_ptr": dy, **strides(dy, "stride_dym", "stride_dyn"),
         "w_ptr": weight, **strides(weight, "stride_wn", "stride_wk"),

@@ -6,7 +6,9 @@ GPU the stream orders the users; on a CPU each thread has its own.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,41 +17,56 @@ workspace_lock = threading.RLock()
 """On a GPU, held from building something in the buffer until its reader is launched: two host threads on one
 stream would otherwise launch in any order."""
 
-_cpu = threading.local()
 _cuda: dict[tuple[int, int], Tensor] = {}
-_captured: list[Tensor] = []
+
+
+class _Thread(threading.local):
+    buffer: Tensor | None = None
+    private: int = 0
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def private_workspace() -> Iterator[None]:
+    """Inside, this thread's calls take fresh memory in the place of a reused GPU buffer."""
+    _thread.private += 1
+    try:
+        yield
+    finally:
+        _thread.private -= 1
 
 
 def workspace_like(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous view of the buffer in the shape of `weight`, with whatever its last user left in it."""
     device = weight.device
     size = weight.numel() * dtype.itemsize
-    if type(weight.data) is not Tensor:  # a fake or wrapped tensor must leave nothing behind in the buffer
+    if type(weight.data) is not Tensor or device.type not in ("cpu", "cuda"):
+        # A fake or wrapped tensor must leave nothing behind in the buffer.
         buffer = torch.empty(size, dtype=torch.uint8, device=device)
     elif device.type == "cuda":
         buffer = _cuda_buffer(size, device)
-    elif device.type == "cpu":
-        if not hasattr(_cpu, "buffer") or _cpu.buffer.numel() < size:
-            _cpu.buffer = torch.empty(size, dtype=torch.uint8)
-        buffer = _cpu.buffer
     else:
-        buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        if _thread.buffer is None or _thread.buffer.numel() < size:
+            _thread.buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
+        buffer = _thread.buffer
     return buffer[:size].view(dtype).view(weight.shape)
 
 
 def release() -> None:
-    """Free the buffers of this process (those a CUDA graph has captured stay, for the graph still writes them)."""
+    """Free the GPU buffers of this process and the CPU buffer of this thread."""
     _cuda.clear()
-    _cpu.__dict__.clear()
+    _thread.buffer = None
 
 
 def _cuda_buffer(size: int, device: torch.device) -> Tensor:
+    # A captured graph writes to the same address at every replay: it gets memory from its own pool, which reuses it.
+    if _thread.private or torch.cuda.is_current_stream_capturing():
+        return torch.empty(size, dtype=torch.uint8, device=device)
     stream = torch.cuda.current_stream(device)
     key = (stream.device_index, stream.cuda_stream)
     buffer = _cuda.get(key)
     if buffer is None or buffer.numel() < size:
         buffer = _cuda[key] = torch.empty(size, dtype=torch.uint8, device=device)
-    # A replayed graph writes to the address it captured: such a buffer must outlive a later, larger one.
-    if torch.cuda.is_current_stream_capturing() and all(kept is not buffer for kept in _captured):
-        _captured.append(buffer)
     return buffer

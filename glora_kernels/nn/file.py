@@ -118,7 +118,7 @@ def read(path: Path) -> Adapter:
         if not isinstance(about, dict) or about.get("format") != FORMAT:
             raise bad(f"is no adapter of this library: its metadata lacks format={FORMAT!r}")
         version = about.get("format_version", "")
-        if not version.isdecimal() or int(version) > VERSION:
+        if not isinstance(version, str) or not version.isdecimal() or int(version) > VERSION:
             raise bad(f"has format version {version!r}; this library reads versions up to {VERSION}: upgrade it")
         data += file.read()
     try:

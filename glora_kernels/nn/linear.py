@@ -316,6 +316,10 @@ class GLoRALinear(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: one made inside `disabled(model)` would otherwise never leave it."""
+        return self.__dict__ | {"_disabled": 0}
+
     def extra_repr(self) -> str:
         config = self.config
         parts = [f"in_features={self.in_features}, out_features={self.out_features}"]
@@ -334,4 +338,6 @@ class GLoRALinear(nn.Module):
             parts.append(f"variant={config.variant}")
         if self.merged:
             parts.append("merged")
+        if self._disabled:
+            parts.append("disabled")
         return ", ".join(parts)

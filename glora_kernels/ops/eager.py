@@ -111,7 +111,7 @@ def backward(
             delta = ones.contiguous() if delta is None else delta.add_(ones)
     if needs.a and s.a is not None:
         rest = recover.rest_of_gradient(g, beta, db_up, dy_sigma, s)
-        exact = recover.ill_conditioned_rows(_given(y), beta, h, sigma, s)
+        exact = None if x is None else recover.ill_conditioned_rows(_given(y), beta, h, sigma, s, x_is_kept=True)
         da = _scale_gradient(dy, _given(y), rest, exact, x, weight, s.a)
 
     dx = None
@@ -258,7 +258,7 @@ def _row_chunks(matrix: Tensor) -> list[slice]:
 
 
 def _scale_gradient(
-    dy: Tensor, y: Tensor, rest: Tensor | None, exact: Tensor, x: Tensor | None, weight: Tensor, a: Tensor
+    dy: Tensor, y: Tensor, rest: Tensor | None, exact: Tensor | None, x: Tensor | None, weight: Tensor, a: Tensor
 ) -> Tensor:
     """dA = Σₘ dy∘Z (summed over n as well for a constant): recovered from y, from Z itself in the `exact` rows."""
     wide = wide_dtype(dy.dtype)
@@ -266,7 +266,7 @@ def _scale_gradient(
     for rows in _row_chunks(dy):
         total += (dy[rows].to(wide) * y[rows]).sum(0)
     exact_total = None
-    if bool(exact.any()):
+    if exact is not None and bool(exact.any()):
         near = exact.nonzero().squeeze(1)
         z = linear(_given(x), weight[near].to(dy.dtype))
         exact_total = torch.zeros_like(total)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glora_kernels.launch import routes
-from glora_kernels.launch.workspace import workspace_lock
+from glora_kernels.launch.workspace import private_workspace, workspace_lock
 from glora_kernels.ops import eager as eager_path
 from glora_kernels.ops import recover
 from glora_kernels.ops import triton as triton_path
@@ -256,9 +256,9 @@ class _GLoRAFunction(torch.autograd.Function):
 
             def needs_z() -> bool:
                 flat = y if y.ndim == 2 else y.reshape(math.prod(y.shape[:-1]), y.shape[-1])
-                return bool(recover.ill_conditioned_rows(flat, beta, h, sigma, s).any())
+                return bool(recover.ill_conditioned_rows(flat, beta, h, sigma, s, x_is_kept=False).any())
 
-            looks = call.route == "eager" and type(y) is Tensor  # a fake tensor has no values to look at
+            looks = y.device.type == "cpu" and call.route == "eager" and type(y) is Tensor  # a fake one has no values
             keep_x, keep_y, keep_h, keep_sigma, keep_u = _saved(needs, s, call, needs_z if looks else None)
             ctx.save_for_backward(
                 weight,
@@ -281,7 +281,15 @@ class _GLoRAFunction(torch.autograd.Function):
 
 
 def _function_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    weight, beta, a, a_up, a_down, b, b_up, b_down, seed, x, y, h, sigma, u = ctx.saved_tensors
+    try:
+        weight, beta, a, a_up, a_down, b, b_up, b_down, seed, x, y, h, sigma, u = ctx.saved_tensors
+    except RuntimeError as error:
+        if ctx.needs.a and "inplace operation" in str(error):
+            raise RuntimeError(
+                "the output of a GLoRA layer with a trained vector or constant A was overwritten in place (an "
+                "activation or dropout with inplace=True, or +=), but its backward needs it; use the out-of-place form"
+            ) from error
+        raise
     s = Supports(a, a_up, a_down, b, b_up, b_down)
     call = ctx.call if seed is None else ctx.call._replace(seed=seed)
     grads = _backward(dy, x, weight, beta, s, y, h, sigma, u, call, ctx.needs)
@@ -300,7 +308,8 @@ def _needs(ctx: Any) -> Needs:
 
 
 def _op(x: Tensor, weight: Tensor, beta: Any, *rest: Any) -> Any:
-    y, *others = _forward(x, weight, beta, Supports(*rest[:6]), Call(*rest[6:]))
+    with private_workspace():  # a graph that PyTorch captures must own all memory it writes
+        y, *others = _forward(x, weight, beta, Supports(*rest[:6]), Call(*rest[6:]))
     return y, *(x.new_empty(0) if other is None else other for other in others)
 
 
@@ -320,7 +329,8 @@ def _fake(x: Tensor, weight: Tensor, beta: Any, *rest: Any) -> Any:
 def _op_backward(dy: Tensor, x: Any, weight: Tensor, beta: Any, *rest: Any) -> Any:
     s, (y, h, sigma, u) = Supports(*rest[:6]), rest[6:10]
     call, needs = Call(*rest[10:15]), Needs(*rest[15])
-    grads = _backward(dy, x, weight, beta, s, y, h, sigma, u, call, needs)
+    with private_workspace():
+        grads = _backward(dy, x, weight, beta, s, y, h, sigma, u, call, needs)
     return tuple(dy.new_empty(0) if grad is None else _owned(grad) for grad in grads)
 
 

@@ -18,11 +18,14 @@ _SAMPLED_ROWS = 64
 _TINY = 2.0**-10
 
 
-def ill_conditioned_rows(y: Tensor, beta: Tensor | None, h: Tensor | None, sigma: Tensor | None, s: Supports) -> Tensor:
+def ill_conditioned_rows(
+    y: Tensor, beta: Tensor | None, h: Tensor | None, sigma: Tensor | None, s: Supports, x_is_kept: bool
+) -> Tensor:
     """Where rms(y[:,n]) > limit·rms(Z[:,n]·(1+a[n])), or 1+a is next to nothing: (N,) bool.
 
-    The limit is 2 for 16-bit values and 4 for wider ones, so that dA carries at most so many times the rounding
-    error it would have from Z. Judged by up to 128 rows of y, evenly spread: it decides about accuracy only.
+    The limit bounds how many times larger the rounding error of dA may be than from Z: 2 where x is kept anyway; 8
+    for 16-bit and 64 for wider values where it would be kept for this alone. Judged by up to 128 rows of y, evenly
+    spread: it decides about accuracy only.
     """
     assert s.a is not None
     wide = wide_dtype(y.dtype)
@@ -39,7 +42,7 @@ def ill_conditioned_rows(y: Tensor, beta: Tensor | None, h: Tensor | None, sigma
         return tiny.expand(y.shape[1])
     sample = y[::step].to(wide)
     own = (sample - sum(terms[1:], terms[0])).square().sum(0)
-    limit = 2.0 if y.dtype.itemsize == 2 else 4.0
+    limit = 2.0 if x_is_kept else (8.0 if y.dtype.itemsize == 2 else 64.0)
     return tiny | (sample.square().sum(0) > limit**2 * own)
 
 
@@ -58,9 +61,9 @@ def rest_of_gradient(
     return sum(terms[1:], terms[0]) if terms else None
 
 
-def gradient(total: Tensor, rest: Tensor | None, exact: Tensor, exact_total: Tensor | None, a: Tensor) -> Tensor:
+def gradient(total: Tensor, rest: Tensor | None, exact: Tensor | None, exact_total: Tensor | None, a: Tensor) -> Tensor:
     """dA from Σₘ dy∘y and `rest`, (N,); with `exact_total` = Σₘ dy∘Z in the rows that `exact` marks."""
     da = (total if rest is None else total - rest) / (1 + a.to(total.dtype))
-    if exact_total is not None:
+    if exact is not None and exact_total is not None:
         da = torch.where(exact, exact_total, da)
     return da if a.numel() > 1 else da.sum().view(1)

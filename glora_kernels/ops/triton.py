@@ -122,7 +122,7 @@ def backward(
             da_up = _sums_over_rows(weight, du, False, None, None, arch).t()
         if needs.a and s.a is not None and x is not None and y is not None:
             rest = recover.rest_of_gradient(g, beta, factors.t() if s.b_up is not None else None, dy_sigma, s)
-            exact = recover.ill_conditioned_rows(y, beta, h, sigma, s).contiguous()
+            exact = recover.ill_conditioned_rows(y, beta, h, sigma, s, x_is_kept=True).contiguous()
             part = dy.new_empty(launch.hadamard_grad_tiles(n, k, dy.dtype, arch)[1], n, 1, dtype=torch.float32)
             marked = exact.view(torch.int8)
             launch.hadamard_grad_launch(dy, x, weight, dup=part, marked=marked, arch=arch).run()

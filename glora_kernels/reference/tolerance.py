@@ -39,15 +39,16 @@ def literal_step(
     return {name: value for name, value in found.items() if value is not None}
 
 
-def allowed_error(truth: Tensor, literal: Tensor, dtype: torch.dtype) -> float:
+def allowed_error(truth: Tensor, literal: Tensor, dtype: torch.dtype, size: float = 0.0) -> float:
     """The largest absolute error accepted of a result whose float64 value is `truth`.
 
     Twice the largest error of the literal layer at this dtype, plus FLOOR·eps(dtype)·max|truth|; at float64
-    1e-12 of the largest value.
+    1e-12 of the largest value. `size` takes the place of a smaller max|truth| where the result is one sum of many
+    terms: the root of the sum of their squares.
     """
     if truth.numel() == 0:
         return 0.0
-    magnitude = float(truth.abs().max())
+    magnitude = max(size, float(truth.abs().max()))
     if dtype == torch.float64:  # the truth itself is no more exact than that
         return 1e-12 * max(1.0, magnitude)
     floor = FLOOR * torch.finfo(dtype).eps * magnitude

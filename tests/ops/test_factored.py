@@ -58,12 +58,20 @@ def test_gradient_of_a_where_one_plus_a_is_near_zero(form, a, trained, bias):
 @pytest.mark.parametrize("adapters", [torch.float32, None])
 @pytest.mark.parametrize("form", ["vector", "constant"])
 @pytest.mark.parametrize("a", [-1.0, -0.99, -0.97, -0.9, -0.7, -0.55, -0.45])
-@pytest.mark.parametrize("b", ["none", "lora"])
-def test_gradient_of_a_in_few_bits(form, a, b, dtype, adapters):
-    """fp32 adapters over a 16-bit x: what forward keeps and what backward asks for must go by the same rule."""
-    p = train_only(problem(config(form, b), (29,), 40, 45, True, dtype, adapters, size=0.1), ["A"])
+@pytest.mark.parametrize("x_is_kept", [True, False])
+def test_gradient_of_a_in_few_bits(form, a, x_is_kept, dtype, adapters):
+    """fp32 adapters over a 16-bit x: what forward keeps and what backward asks for must go by the same rule.
+
+    Where B_down trains, x is at hand and dA is as good as from Z. Else dA may carry up to 8 (16 bits) or 64 times
+    the rounding of y rather than cost the memory of x; one more doubling for the sample that decides.
+    """
+    p = problem(config(form, "lora"), (29,), 40, 45, True, dtype, adapters, size=0.1)
+    p = train_only(p, ["A", "B_down"] if x_is_kept else ["A"])
     p.params["A"][::3] = a
-    check(p, ours(p), "eager")
+    if x_is_kept:
+        check(p, ours(p), "eager")
+    else:
+        check(p, ours(p), "eager", loosened={"A": 2 * (8 if dtype == torch.bfloat16 else 64)})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -182,8 +190,9 @@ def test_y_overwritten_in_place():
     x, a = p.x.requires_grad_(), p.params["A"].requires_grad_()
     y = glora_linear(x, p.weight, p.bias, a=a)
     y.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="overwritten in place") as caught:
         y.sum().backward()
+    assert "modified by an inplace operation" in str(caught.value.__cause__)
     y = glora_linear(x, p.weight, p.bias)
     y.mul_(2)
     y.sum().backward()
