@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import glora_kernels as gk
 from benchmarks import small_adapters
 from benchmarks.cases import DTYPES, Shape
 from glora_kernels import backend
@@ -39,3 +41,25 @@ def test_the_error_is_near_its_floor(support: str, form: str) -> None:
         found = small_adapters.survival(case, small_adapters.ways(case)["ours"])
     assert found["y"].error <= 2.0 * small_adapters.floor(case)["y"].error
     assert found["dx"].error <= 2.0 * small_adapters.floor(case)["dx"].error
+
+
+@pytest.mark.parametrize("support", ["E", "B"])
+def test_a_small_adapter_beside_a_large_bias_survives(support: str) -> None:
+    """β is rounded inside the sum with everything else, or with the dither: rounding b + E by itself loses E."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 96).bfloat16()
+    with torch.no_grad():
+        linear.bias.normal_(std=10.0)
+    x = torch.randn(512, 64).bfloat16()
+    base = linear(x).double()
+    layer = gk.GLoRALinear.from_linear(linear, gk.GLoRAConfig("none", "lora" if support == "B" else "none", E="vector"))
+    with torch.no_grad():
+        if support == "E":
+            layer.E.fill_(1e-2)
+            delta = layer.E.double().expand(512, 96)
+        else:
+            layer.B_up.normal_(std=1e-2)
+            delta = x.double() @ (layer.B_up.double() @ layer.B_down.double()).t()
+        arrived = layer(x).double() - base
+    share = float((arrived * delta).sum() / (delta * delta).sum())
+    assert 0.85 < share < 1.15

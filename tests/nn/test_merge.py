@@ -348,3 +348,16 @@ def test_disabled_unmerges_and_merges_again(vit, full, randomize):
     assert model.blocks[0].attn.q_proj.merged
     assert not model.embed.merged
     assert torch.equal(model(x), merged)
+
+
+def test_a_copy_made_while_disabled_is_not_disabled():
+    layer = gk.GLoRALinear(6, 5, gk.GLoRAConfig("vector", "none", "none", "none", "none"))
+    with torch.no_grad():
+        layer.A.fill_(0.5)
+    x = torch.randn(3, 6)
+    with gk.disabled(layer):
+        assert "disabled" in repr(layer)
+        copied, base = copy.deepcopy(layer), layer(x)
+    assert "disabled" not in repr(copied)
+    assert torch.equal(copied(x), layer(x))
+    assert not torch.equal(copied(x), base)
