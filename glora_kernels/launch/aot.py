@@ -8,6 +8,7 @@ matrix instructions out of the machine code. It needs no GPU, and a process with
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -221,7 +222,14 @@ def run(
 def markdown(reports: list[Report]) -> str:
     """The reports as a table, one line a kernel form, dtype and architecture."""
     head = "| kernel | form | dtype | arch | blocks | registers | stack | spill | shared | matrix instructions | ok |"
-    lines = [head, "|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "# Ahead-of-time compilation",
+        "",
+        f"triton {importlib.metadata.version('triton')}; `python -m glora_kernels.launch.aot`. Sizes in bytes.",
+        "",
+        head,
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for r in reports:
         matrix = f"{r.matrix_count} {r.matrix_instruction}" if r.matrix_count else "–"
         verdict = "; ".join(r.faults) or "yes"

@@ -197,13 +197,8 @@ def _added_terms(
             part.zero_()
         else:
             part.copy_(beta.expand_as(part))
-        if h is not None and factor is not None:
-            torch.addmm(part, h[rows].to(wide), factor.to(wide).t(), out=part)
-        if sigma is not None and b is not None:
-            part.addcmul_(sigma[rows, None], b.to(wide))
-        if dtype != wide:
-            # Beside a bias on the 16-bit grid, rounding to nearest would lose a small E or B.
-            delta[rows] = round_dithered(part, dtype, first_row=rows.start)
+        # Beside a bias on the 16-bit grid, rounding to nearest would lose a small E or B.
+        _finish_rows(delta, rows, part, h, factor, sigma, b)
     return delta
 
 
@@ -228,14 +223,28 @@ def _scale_rows(
             y.mul_(row_scale)
         else:
             torch.addcmul(offset, y, row_scale, out=y)
-        if h is not None and factor is not None:
-            torch.addmm(y, h[rows].to(wide), factor.to(wide).t(), out=y)
-        if sigma is not None and b is not None:
-            y.addcmul_(sigma[rows, None], b.to(wide))
-        if dtype != wide:
-            # The base was rounded to 16 bits: rounding base∘(1+a) to nearest would mostly give it again.
-            base[rows] = round_dithered(y, dtype, first_row=rows.start)
+        # A 16-bit base was rounded: rounding base∘(1+a) to nearest would mostly give it again.
+        _finish_rows(base, rows, y, h, factor, sigma, b)
     return base
+
+
+def _finish_rows(
+    out: Tensor,
+    rows: slice,
+    part: Tensor,
+    h: Tensor | None,
+    factor: Tensor | None,
+    sigma: Tensor | None,
+    b: Tensor | None,
+) -> None:
+    """out[rows] = part + h·factorᵀ + σ·bᵀ, with the dither where `out` is narrower; else `part` is out[rows]."""
+    wide = part.dtype
+    if h is not None and factor is not None:
+        torch.addmm(part, h[rows].to(wide), factor.to(wide).t(), out=part)
+    if sigma is not None and b is not None:
+        part.addcmul_(sigma[rows, None], b.to(wide))
+    if out.dtype != wide:
+        out[rows] = round_dithered(part, out.dtype, first_row=rows.start)
 
 
 def _scale_dy(dy: Tensor, a: Tensor) -> Tensor:
