@@ -92,8 +92,8 @@ for m, n, k, r in [(1, 1, 1, 1), (70000, 4097, 4095, 17)]:
     nt, kt = launch.hadamard_grad_tiles(n, k, dtype, arch)
     launches.append(launch.hadamard_grad_launch(y, wide_x, w, a_up=up, a_down=down, dup=wide(kt, n, r),
                                                 ddown=wide(nt, r, k), arch=arch))
-    launches.append(launch.hadamard_grad_launch(y, x, w, dup=wide(kt, n, 1), near_zero_of=meta(1), near_zero=0.5,
-                                                arch=arch))
+    marked = torch.empty(n, dtype=torch.int8, device="meta")
+    launches.append(launch.hadamard_grad_launch(y, x, w, dup=wide(kt, n, 1), marked=marked, arch=arch))
     for one in launches:
         compiled = aot.compile_launch(one, arch)
         assert compiled.metadata.shared <= aot.SHARED_LIMIT[arch], str(one)
