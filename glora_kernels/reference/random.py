@@ -26,7 +26,7 @@ PHILOX_KEY_A, PHILOX_KEY_B = 0x9E3779B9, 0xBB67AE85
 DITHER_ROW, DITHER_COL = 0xC13FA9A9, 0x91E10DA5  # 2**32/ρ and 2**32/ρ² as odd integers, ρ = 1.3247179572…
 
 _MASK = 0xFFFFFFFF
-_CHUNK = 1 << 15  # counters at a time: the words of a chunk stay in the cache
+_CHUNK = 1 << 16  # counters at a time: their words stay in the cache, and there are enough for every thread
 
 
 def dropout_threshold(p: float) -> int:
