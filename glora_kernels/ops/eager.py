@@ -9,7 +9,8 @@ With Z = xWᵀ, h = s·x̃·B_downᵀ, σ = Σₖ xₖ and β the x-independent 
 The products of a forward and backward: 2 the size of W, 3 where A is lora; all others have rank R.
 
 In 16 bits a small adapter must not be rounded away. Its terms are added inside the large product, which rounds
-once; where a 16-bit value is scaled by 1+a, the result is rounded with a dither that keeps the mean.
+once; where a 16-bit value is scaled by 1+a, or a small term is added to a bias, the result is rounded with a dither
+that keeps the mean.
 """
 
 from __future__ import annotations

@@ -88,8 +88,8 @@ def glora_linear(
     Raises:
         ValueError: sizes, devices or a combination of arguments that do not fit, or a weight that requires grad.
         TypeError: an x that is not floating point, or a dtype that differs from the weight's.
-        RuntimeError: a forced `backend` that cannot serve the call. In backward, PyTorch's own error if y was
-            overwritten in place while a trained vector or constant A needs it.
+        RuntimeError: a forced `backend` that cannot serve the call. In backward: y was overwritten in place while
+            a trained vector or constant A needs it.
     """
     s = Supports(a, a_up, a_down, b, b_up, b_down)
     target = autocast_dtype(x)
