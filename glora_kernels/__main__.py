@@ -134,7 +134,7 @@ def _devices() -> list[dict[str, str]]:
 
 
 def _built() -> dict[str, str]:
-    from glora_kernels.launch import environment
+    from glora_kernels.launch import environment, routes
 
     interpreter = "on (TRITON_INTERPRET=1)" if environment.interpreting() else "off"
     state = "compiled at the first call on a GPU" if environment.has_triton() else "unavailable: no triton package"
@@ -142,14 +142,8 @@ def _built() -> dict[str, str]:
         "Triton kernels": state,
         "Triton interpreter": interpreter,
         "CUDA extension": "not part of this version; no layer needs it",
-        "backend": _backend(),
+        "backend": routes.current_backend(),
     }
-
-
-def _backend() -> str:
-    from glora_kernels.launch import routes
-
-    return routes.current_backend()
 
 
 def _routes() -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from glora_kernels.launch import routes
 from glora_kernels.ops import triton as triton_path
-from glora_kernels.ops.common import LIBRARY, wide_dtype, without_autocast
+from glora_kernels.ops.common import LIBRARY, check_vector, wide_dtype, without_autocast
 
 LIBRARY.define("glora_beta(Tensor weight, Tensor? bias, Tensor? c, Tensor? d, Tensor? e, str route) -> Tensor")
 LIBRARY.define(
@@ -47,21 +47,16 @@ def glora_beta(
         c, d and e are absent.
 
     Raises:
-        ValueError: d without a bias.
+        ValueError: a size or device that does not fit, or d without a bias.
     """
     if c is None and d is None and e is None:
         return bias
     n, k = weight.shape
-    for name, tensor, shapes in (
-        ("bias", bias, ((n,),)),
-        ("c", c, ((k,),)),
-        ("d", d, ((n,), (1,))),
-        ("e", e, ((n,), (1,))),
-    ):
-        if tensor is not None and tensor.shape not in shapes:
-            raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}; got {tuple(tensor.shape)}")
-        if tensor is not None and tensor.device != weight.device:
-            raise ValueError(f"weight and {name} must be on one device; got {weight.device} and {tensor.device}")
+    for name, tensor, size in (("bias", bias, n), ("c", c, k), ("d", d, n), ("e", e, n)):
+        if tensor is not None:
+            check_vector(name, tensor, size, constant=name in "de")
+            if tensor.device != weight.device:
+                raise ValueError(f"weight and {name} must be on one device; got {weight.device} and {tensor.device}")
     if d is not None and bias is None:
         raise ValueError("d scales the bias: it cannot be given where bias is None")
     if c is None and d is None and e is not None:  # one addition: PyTorch's own costs less than a call of ours

@@ -55,6 +55,20 @@ class Call(NamedTuple):
     route: str
 
 
+def given(tensor: Tensor | None) -> Tensor:
+    """A tensor that the call's own rules say is there: anything else is a fault of ours, and no silent None."""
+    if tensor is None:
+        raise AssertionError("a tensor that backward needs was not saved by forward")
+    return tensor
+
+
+def check_vector(name: str, tensor: Tensor, size: int, constant: bool) -> None:
+    """A vector of the given size, or where `constant` allows it one number."""
+    if tensor.shape != (size,) and not (constant and tensor.shape == (1,)):
+        accepted = f"{(size,)} or (1,)" if constant else f"{(size,)}"
+        raise ValueError(f"{name} must have shape {accepted}; got {tuple(tensor.shape)}")
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums and scales are taken in: fp32 for 16-bit values."""
     return torch.float32 if dtype.itemsize == 2 else dtype

@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 from glora_kernels.launch.workspace import workspace_like
 from glora_kernels.ops import recover
-from glora_kernels.ops.common import Call, Needs, Supports, wide_dtype
+from glora_kernels.ops.common import Call, Needs, Supports, given, wide_dtype
 from glora_kernels.reference.random import keep_mask, round_dithered
 
 _CHUNK = 1 << 17  # elements at a time where 16-bit values are worked on in fp32: the temporaries stay in the cache
@@ -86,7 +86,7 @@ def backward(
         if (needs.x or needs.a_down) and u is not None:
             du = dy @ u
             if needs.a_down:
-                da_down = du.t() @ _given(x)
+                da_down = du.t() @ given(x)
             if needs.x:
                 delta = du @ _cast(s.a_down, dtype)
     if s.b_up is not None and s.b_down is not None:
@@ -96,14 +96,14 @@ def backward(
             ds = _scaled(torch.mm(dy, _cast(s.b_up, dtype)), call.scale)
             keep = _keep(dy.shape[0], s.b_down.shape[1], call)
             if needs.b_down:
-                db_down = ds.t() @ _drop(_given(x), keep, call.dropout_p)
+                db_down = ds.t() @ _drop(given(x), keep, call.dropout_p)
             if needs.x:
                 masked = _drop(ds @ _cast(s.b_down, dtype), keep, call.dropout_p)
                 delta = masked if delta is None else delta.add_(masked)
     dy_sigma = None
     if s.b is not None:
         if needs.b or needs.a:
-            dy_sigma = _wide_columns(dy, _given(sigma))
+            dy_sigma = dy.t().to(given(sigma).dtype) @ given(sigma)
             db = dy_sigma if s.b.numel() > 1 else dy_sigma.sum().view(1)
         if needs.x:
             b = s.b.to(wide_dtype(dtype))
@@ -112,8 +112,8 @@ def backward(
             delta = ones.contiguous() if delta is None else delta.add_(ones)
     if needs.a and s.a is not None:
         rest = recover.rest_of_gradient(g, beta, db_up, dy_sigma, s)
-        exact = None if x is None else recover.ill_conditioned_rows(_given(y), beta, h, sigma, s, x_is_kept=True)
-        da = _scale_gradient(dy, _given(y), rest, exact, x, weight, s.a)
+        exact = None if x is None else recover.ill_conditioned_rows(given(y), beta, h, sigma, s, x_is_kept=True)
+        da = _scale_gradient(dy, given(y), rest, exact, x, weight, s.a)
 
     dx = None
     if needs.x:
@@ -122,7 +122,7 @@ def backward(
         dx = left @ effective if delta is None else torch.addmm(delta, left, effective, out=delta)
     if not call.matmul and s.a_up is not None and s.a_down is not None and (needs.a_up or needs.a_down):
         hadamard = workspace_like(weight, dtype)  # W_eff is no longer needed: G takes its place
-        torch.mm(dy.t(), _given(x), out=hadamard)
+        torch.mm(dy.t(), given(x), out=hadamard)
         hadamard.mul_(weight)
         da_up = hadamard @ _cast(s.a_down, dtype).t() if needs.a_up else None
         da_down = _cast(s.a_up, dtype).t() @ hadamard if needs.a_down else None
@@ -172,7 +172,7 @@ def _low_rank(x: Tensor, weight: Tensor, s: Supports, call: Call) -> tuple[Tenso
         b_up = _cast(s.b_up, dtype)
         dropped = _drop(x, _keep(x.shape[0], x.shape[1], call), call.dropout_p)
         h_b = _scaled(linear(dropped, _cast(s.b_down, dtype)), call.scale)
-        h, factor = (h_b, b_up) if h is None else (torch.cat([h, h_b], 1), torch.cat([_given(factor), b_up], 1))
+        h, factor = (h_b, b_up) if h is None else (torch.cat([h, h_b], 1), torch.cat([given(factor), b_up], 1))
     return factor, h, u
 
 
@@ -278,7 +278,7 @@ def _scale_gradient(
     exact_total = None
     if exact is not None and bool(exact.any()):
         near = exact.nonzero().squeeze(1)
-        z = linear(_given(x), weight[near].to(dy.dtype))
+        z = linear(given(x), weight[near].to(dy.dtype))
         exact_total = torch.zeros_like(total)
         exact_total[near] = (dy[:, near].to(wide) * z).sum(0)
     return recover.gradient(total, rest, exact, exact_total, a)
@@ -287,7 +287,7 @@ def _scale_gradient(
 def _keep(rows: int, cols: int, call: Call) -> Tensor | None:
     if call.dropout_p == 0.0:
         return None
-    return keep_mask(_given(call.seed), rows, cols, call.dropout_p)
+    return keep_mask(given(call.seed), rows, cols, call.dropout_p)
 
 
 def _drop(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
@@ -302,16 +302,5 @@ def _scaled(product: Tensor, scale: float) -> Tensor:
     return product if scale == 1.0 else product.mul_(scale)
 
 
-def _wide_columns(dy: Tensor, sigma: Tensor) -> Tensor:
-    """dyᵀσ, (N,), accumulated in the dtype of σ."""
-    return dy.t().to(sigma.dtype) @ sigma
-
-
 def _columns(h: Tensor | None, first: int, last: int | None) -> Tensor:
-    return _given(h) if first == 0 and last is None else _given(h)[:, first:last]
-
-
-def _given(tensor: Tensor | None) -> Tensor:
-    if tensor is None:
-        raise AssertionError("a tensor that backward needs was not saved by forward")
-    return tensor
+    return given(h) if first == 0 and last is None else given(h)[:, first:last]

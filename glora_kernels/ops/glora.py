@@ -29,6 +29,7 @@ from glora_kernels.ops.common import (
     Needs,
     Supports,
     autocast_dtype,
+    check_vector,
     wide_dtype,
     without_autocast,
 )
@@ -141,8 +142,8 @@ def _check(
         )
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}; got {variant!r}")
-    if beta is not None and beta.shape != (n,):
-        raise ValueError(f"beta must have shape {(n,)}; got {tuple(beta.shape)}")
+    if beta is not None:
+        check_vector("beta", beta, n, constant=False)
     _check_form("a", n, k, s.a, s.a_up, s.a_down, k if variant == "matmul" else n)
     _check_form("b", n, k, s.b, s.b_up, s.b_down, n)
     if variant == "matmul" and s.a is not None:
@@ -161,8 +162,7 @@ def _check_form(
     if vector is not None:
         if up is not None or down is not None:
             raise ValueError(f"{name} and {name}_up, {name}_down are two forms of one support; give one of them")
-        if vector.shape != (n,) and vector.shape != (1,):
-            raise ValueError(f"{name} must have shape {(n,)} or (1,); got {tuple(vector.shape)}")
+        check_vector(name, vector, n, constant=True)
     elif up is not None or down is not None:
         if up is None or down is None:
             missing = f"{name}_up" if up is None else f"{name}_down"

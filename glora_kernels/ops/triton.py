@@ -14,7 +14,7 @@ from glora_kernels.launch import environment
 from glora_kernels.launch.plan import arch_of
 from glora_kernels.launch.workspace import workspace_like
 from glora_kernels.ops import recover
-from glora_kernels.ops.common import Call, Needs, Supports, wide_dtype
+from glora_kernels.ops.common import Call, Needs, Supports, given, wide_dtype
 
 if TYPE_CHECKING:
     from glora_kernels.launch import glora as launch
@@ -120,22 +120,22 @@ def backward(
         if call.matmul and needs.a_up:
             du = factors[:product_rank].t().to(dy.dtype)
             da_up = _sums_over_rows(weight, du, False, None, None, arch).t()
-        if needs.a and s.a is not None and x is not None and y is not None:
+        if needs.a and s.a is not None:
             rest = recover.rest_of_gradient(g, beta, factors.t() if s.b_up is not None else None, dy_sigma, s)
-            exact = recover.ill_conditioned_rows(y, beta, h, sigma, s, x_is_kept=True).contiguous()
+            exact = recover.ill_conditioned_rows(given(y), beta, h, sigma, s, x_is_kept=True).contiguous()
             part = dy.new_empty(launch.hadamard_grad_tiles(n, k, dy.dtype, arch)[1], n, 1, dtype=torch.float32)
             marked = exact.view(torch.int8)
-            launch.hadamard_grad_launch(dy, x, weight, dup=part, marked=marked, arch=arch).run()
+            launch.hadamard_grad_launch(dy, given(x), weight, dup=part, marked=marked, arch=arch).run()
             da = recover.gradient(extra.pop(0), rest, exact, part.sum((0, 2)), s.a)
         beta_grad = g if needs.beta else None
     else:
         beta_grad = None
 
-    if needs.b_down and ds is not None and x is not None:
-        s_b = ds[:, product_rank:]
-        db_down = _sums_over_rows(x, s_b, False, None, None, arch, call.dropout_p, call.seed)
-    if call.matmul and needs.a_down and ds is not None and x is not None:
-        da_down = _sums_over_rows(x, ds[:, :product_rank], False, None, None, arch)
+    if needs.b_down:
+        s_b = given(ds)[:, product_rank:]
+        db_down = _sums_over_rows(given(x), s_b, False, None, None, arch, call.dropout_p, call.seed)
+    if call.matmul and needs.a_down:
+        da_down = _sums_over_rows(given(x), given(ds)[:, :product_rank], False, None, None, arch)
 
     if needs.x:
         dx = dy.new_empty(m, k)
@@ -145,12 +145,14 @@ def backward(
             dy, effective, dx, s=ds, down=down, free_rank=product_rank, a=s.a, tau=tau,
             dropout_p=call.dropout_p if s.b_down is not None else 0.0, seed=call.seed, arch=arch,
         ).run()  # fmt: skip
-    if not call.matmul and (needs.a_up or needs.a_down) and s.a_up is not None and x is not None:
+    if not call.matmul and (needs.a_up or needs.a_down) and s.a_up is not None:
         n_tiles, k_tiles = launch.hadamard_grad_tiles(n, k, dy.dtype, arch)
         r = s.a_up.shape[1]
         dup = dy.new_empty(k_tiles, n, r, dtype=torch.float32) if needs.a_up else None
         ddown = dy.new_empty(n_tiles, r, k, dtype=torch.float32) if needs.a_down else None
-        launch.hadamard_grad_launch(dy, x, weight, a_up=s.a_up, a_down=s.a_down, dup=dup, ddown=ddown, arch=arch).run()
+        launch.hadamard_grad_launch(
+            dy, given(x), weight, a_up=s.a_up, a_down=s.a_down, dup=dup, ddown=ddown, arch=arch
+        ).run()
         da_up = None if dup is None else dup.sum(0)
         da_down = None if ddown is None else ddown.sum(0)
     return dx, beta_grad, da, da_up, da_down, db, db_up, db_down
