@@ -1,10 +1,13 @@
-"""The layers of `benchmarks.ratios` as pytest-benchmark tests.
+"""The battery's linear layers as pytest-benchmark tests: on a card all of them, on a CPU a few small ones.
 
     pytest benchmarks --benchmark-only
+    pytest benchmarks --benchmark-only -k "lora and q and 8192"
     pytest benchmarks --benchmark-only --benchmark-compare   # against a run stored by --benchmark-autosave
 
-Grouped by case and pass, so that a group holds what competes: the frozen layer, ours, the literal formula and
-PEFT's. A contestant is compared with float64 before it is timed; no speed is asserted.
+Grouped by operator and pass at one shape, so that a group holds what competes. A contestant is compared with float64
+before it is timed; what cannot be built here is skipped with the reason; no speed is asserted. The table's times are
+the host's, around a synchronised run over all input sets; the device's own figures (events, medians with p20 and p80,
+TFLOP/s, GB/s, the fraction of the floor, bytes, launches, host µs) are in `extra_info` of a JSON report.
 """
 
 from __future__ import annotations
@@ -13,38 +16,48 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cases
-from benchmarks.cases import Contestant, Problem, Shape
-from benchmarks.ratios import CASES
+from benchmarks import battery, devices, runner
+from benchmarks.battery import Entry
+from benchmarks.devices import Device
+from benchmarks.floor import Ceilings
+from benchmarks.peers import Unavailable
+from benchmarks.stage import ROUNDS
 
-SHAPE = Shape(m=256, k=512, n=512, r=8)
-BUILDERS = {"frozen": cases.frozen, "ours": cases.ours, "eager": cases.eager, "peft": cases.peft}
-
-
-@pytest.fixture(params=CASES)
-def problem(request: pytest.FixtureRequest) -> Problem:
-    return cases.make_problem(SHAPE, cases.case_config(request.param, SHAPE.r))
+KIND = devices.get("auto").kind
+CASES = list(dict.fromkeys(which for group in battery.pytest_groups(KIND) for which in group.row_keys()))
 
 
-@pytest.fixture(params=BUILDERS)
-def contestant(request: pytest.FixtureRequest, problem: Problem) -> Contestant:
-    if request.param == "frozen":
-        return cases.frozen(problem)
+@pytest.fixture(scope="session")
+def device() -> Device:
+    return devices.get("auto")
+
+
+@pytest.fixture(scope="session")
+def ceilings(device: Device) -> Ceilings:
+    return device.ceilings()
+
+
+@pytest.mark.parametrize(
+    ("entry", "direction", "mode"), CASES, ids=[f"{entry.key} {d} {m}".replace("|", "-") for entry, d, m in CASES]
+)
+def test_linear(benchmark: Any, device: Device, ceilings: Ceilings, entry: Entry, direction: str, mode: str) -> None:
+    group = battery.Group((entry,), (direction,), (mode,))
+    values = runner.make_values(group, device)
     try:
-        found = BUILDERS[request.param](problem)
-    except (ImportError, ValueError) as reason:
+        found = runner.check_entry(entry, values, device)
+    except Unavailable as reason:
         pytest.skip(str(reason))
-    cases.check(found, problem)
-    return found
+    facts = runner.facts(found, values, device)
+    values.forget()
+    steps = runner.steps(found.contestant, values, direction)
+    call = device.prepare(steps, mode)
+    seconds = [s / len(steps) for s in device.interleaved({"": call}, ROUNDS[device.kind])[""]]
+    benchmark.group = f"linear {direction} {mode}, {entry.layer or ''} {entry.n}x{entry.k} M={entry.m}"
+    benchmark.extra_info.update(runner.row_figures(entry, direction, seconds, ceilings), **facts)
+    benchmark.extra_info.update(case=entry.case, impl=entry.impl, max_rel_err=found.max_rel_err, input_sets=len(steps))
 
+    def synchronised() -> None:
+        call()
+        device.synchronize()
 
-def test_forward(benchmark: Any, contestant: Contestant, problem: Problem) -> None:
-    benchmark.group = f"{cases.config_case(problem.config)} fwd"
-    benchmark.extra_info.update(impl=contestant.impl, shape=str(SHAPE))
-    benchmark(contestant.forward, problem.x)
-
-
-def test_forward_backward(benchmark: Any, contestant: Contestant, problem: Problem) -> None:
-    benchmark.group = f"{cases.config_case(problem.config)} fwd_bwd"
-    benchmark.extra_info.update(impl=contestant.impl, shape=str(SHAPE))
-    benchmark(cases.step, contestant, problem.x, problem.dy)
+    benchmark.pedantic(synchronised, rounds=5, warmup_rounds=1)

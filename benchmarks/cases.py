@@ -2,19 +2,22 @@
 
 A `Problem` holds one shape, one configuration and the values: x, dy, W, b and the supports. From it come the
 contestants, each a `Contestant` with one call signature: the frozen linear layer (the floor), ours, the
-literal formula in eager PyTorch, and PEFT's layer. `check` compares one with float64 before it is timed.
+literal formula in eager PyTorch, and PEFT's layer; `benchmarks.peers` has the rest. `check` compares one with
+float64 before it is timed.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from glora_kernels import GLoRAConfig, GLoRALinear, reference
+from glora_kernels.reference.tolerance import allowed_error, largest_error, literal_step
 from glora_kernels.spec import SUPPORTS
 
 STD = 0.02
@@ -40,7 +43,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Problem:
-    """The values of one case. `params` holds the supports by the names of the configuration."""
+    """The values of one case. `params` holds the supports by the names of the configuration.
+
+    base: the frozen layer itself where it is no nn.Linear on `weight` (a 4-bit one; `weight` is then unpacked).
+    """
 
     shape: Shape
     config: GLoRAConfig
@@ -49,6 +55,7 @@ class Problem:
     weight: Tensor
     bias: Tensor | None
     params: dict[str, Tensor]
+    base: nn.Module | None = None
 
 
 @dataclass
@@ -65,12 +72,13 @@ class Contestant:
         return self.case if self.impl == "ours" or self.case == "frozen" else f"{self.case} ({self.impl})"
 
 
-def case_config(case: str, rank: int) -> GLoRAConfig:
-    """The configuration a case's name stands for: "lora" (alpha = 2R) or "glora:<A>,<B>,<C>,<D>,<E>"."""
+def case_config(case: str, rank: int, dropout: float = 0.0) -> GLoRAConfig:
+    """The configuration a case's name stands for: "frozen", "lora" (alpha = 2R) or "glora:<A>,<B>,<C>,<D>,<E>"."""
     if case == "lora":
-        return GLoRAConfig.lora(rank=rank, alpha=2 * rank)
-    a, b, c, d, e = case.removeprefix("glora:").split(",")
-    return GLoRAConfig(a, b, c, d, e, rank)
+        return GLoRAConfig.lora(rank=rank, alpha=2 * rank, dropout=dropout)
+    forms = ["none"] * 5 if case == "frozen" else case.removeprefix("glora:").split(",")
+    a, b, c, d, e = forms
+    return GLoRAConfig(a, b, c, d, e, rank, dropout=dropout)
 
 
 def config_case(config: GLoRAConfig) -> str:
@@ -87,29 +95,42 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def make_problem(shape: Shape, config: GLoRAConfig, bias: bool = True, seed: int = 0) -> Problem:
     """Random values: x and dy ~ N(0,1), W ~ N(0,1/K), b and every support ~ N(0, 0.02²)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(shape.device).manual_seed(seed)
+    x, dy = random_inputs(shape, generator)
+    weight = _normal(shape, generator, shape.n, shape.k, std=shape.k**-0.5)
+    b = _normal(shape, generator, shape.n, std=STD) if bias else None
+    sizes = config.parameter_shapes(shape.k, shape.n, bias)
+    params = {name: _normal(shape, generator, *size, std=STD) for name, size in sizes.items()}
+    return Problem(shape, config, x, dy, weight, b, params)
 
-    def normal(*size: int, std: float = 1.0) -> Tensor:
-        return torch.randn(*size, generator=generator).mul_(std).to(shape.device, shape.dtype)
 
-    x, dy = normal(shape.m, shape.k), normal(shape.m, shape.n)
-    weight = normal(shape.n, shape.k, std=shape.k**-0.5)
-    b = normal(shape.n, std=STD) if bias else None
-    shapes = config.parameter_shapes(shape.k, shape.n, bias)
-    params = {name: normal(*size, std=STD) for name, size in shapes.items()}
-    return Problem(shape, config, x.requires_grad_(), dy, weight, b, params)
+def random_inputs(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One x, which requires a gradient, and one dy, both N(0,1)."""
+    x = _normal(shape, generator, shape.m, shape.k)
+    return x.requires_grad_(), _normal(shape, generator, shape.m, shape.n)
+
+
+def adapter_values(shape: Shape, config: GLoRAConfig, bias: bool, seed: int = 2) -> dict[str, Tensor]:
+    """The supports of a configuration, N(0, 0.02²): the same values for the same shapes."""
+    generator = torch.Generator(shape.device).manual_seed(seed)
+    sizes = config.parameter_shapes(shape.k, shape.n, bias)
+    return {name: _normal(shape, generator, *size, std=STD) for name, size in sizes.items()}
+
+
+def _normal(shape: Shape, generator: torch.Generator, *size: int, std: float = 1.0) -> Tensor:
+    return torch.randn(*size, generator=generator, device=shape.device).mul_(std).to(shape.dtype)
 
 
 def frozen(problem: Problem) -> Contestant:
     """The base alone: nn.Linear with weight and bias frozen. x requires a gradient, so 2 GEMMs."""
-    return Contestant("frozen", "eager", _base(problem))
+    return Contestant("frozen", "eager", base_layer(problem))
 
 
 def ours(problem: Problem) -> Contestant:
     """`GLoRALinear` over the base, with the problem's adapter values."""
-    layer = GLoRALinear.from_linear(_base(problem), problem.config)
+    layer = GLoRALinear.from_linear(base_layer(problem), problem.config)
     params = {name: getattr(layer, name) for name in problem.params}
-    _copy(params, problem.params)
+    copy_values(params, problem.params)
     return Contestant(config_case(problem.config), "ours", layer, params)
 
 
@@ -132,27 +153,32 @@ def peft(problem: Problem) -> Contestant:
     """
     library = importlib.import_module("peft")
     config, case = problem.config, config_case(problem.config)
-    if case == "lora":
-        adapter = library.LoraConfig(
-            r=config.rank, lora_alpha=config.scale * config.rank, lora_dropout=0.0, target_modules=["linear"]
-        )
-    elif config.A != config.B or config.D != config.E or config.variant != "hadamard":
-        raise ValueError(f"PEFT ties A to B and D to E, and has no product variant: no layer for {case}")
-    else:
-        if not hasattr(library, "GloraConfig"):
-            raise ImportError(f"peft {library.__version__} has no GLoRA")
-        adapter = library.GloraConfig(
-            r=config.rank,
-            config_A_B=config.A,
-            config_C=config.C,
-            config_D_E=config.D,
-            target_modules=["linear"],
-        )
-    model = library.get_peft_model(_Wrapper(_base(problem)), adapter, autocast_adapter_dtype=False)
+    adapter = peft_config(library, config, case, ["linear"])
+    model = library.get_peft_model(_Wrapper(base_layer(problem)), adapter, autocast_adapter_dtype=False)
     layer = model.base_model.model.linear
-    params = _peft_parameters(layer, config)
-    _copy(params, problem.params)
+    params = peft_parameters(layer, config)
+    copy_values(params, problem.params)
     return Contestant(case, "peft", layer, params)
+
+
+def peft_config(library: Any, config: GLoRAConfig, case: str, modules: Sequence[str]) -> Any:
+    """PEFT's configuration for these modules; raises as `peft` does."""
+    if case == "lora":
+        alpha = config.scale * config.rank
+        return library.LoraConfig(
+            r=config.rank, lora_alpha=alpha, lora_dropout=config.dropout, target_modules=list(modules)
+        )
+    if config.A != config.B or config.D != config.E or config.variant != "hadamard":
+        raise ValueError(f"PEFT ties A to B and D to E, and has no product variant: no layer for {case}")
+    if not hasattr(library, "GloraConfig"):
+        raise ImportError(f"peft {library.__version__} has no GLoRA")
+    return library.GloraConfig(
+        r=config.rank,
+        config_A_B=config.A,
+        config_C=config.C,
+        config_D_E=config.D,
+        target_modules=list(modules),
+    )
 
 
 def unavailable() -> dict[str, str]:
@@ -176,34 +202,73 @@ def step(contestant: Contestant, x: Tensor, dy: Tensor) -> Tensor:
     return y
 
 
-def check(contestant: Contestant, problem: Problem) -> float:
-    """Compare y, dx and every adapter gradient with float64; the largest relative error.
+def gradients(contestant: Contestant, x: Tensor, dy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """y, and the gradients of x and of every trainable tensor ("x" and the names of `params`).
 
-    An error is max|value - truth| / max|truth|. It may be twice that of the literal formula at the same
-    dtype, plus one unit in the last place.
+    `torch.autograd.grad` hands them over as they are: nothing is accumulated into `.grad`.
+    """
+    inputs = {"x": x, **contestant.params}
+    y = contestant.forward(x)
+    return y, dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), dy), strict=True))
+
+
+Expected = dict[str, tuple[Tensor, float]]
+"""By result ("y", "dx", "d<support>"): its float64 value, and the largest absolute error that is accepted."""
+
+
+def expectations(problem: Problem, keep: Tensor | None = None) -> Expected:
+    """The literal formula in float64, and by the project's one tolerance what may differ from it.
+
+    Everything is compared, on the device it lives on: float64 products of the largest layer take a data-centre card a
+    fraction of a second, and a sample of rows and columns would leave tiles unseen.
+
+    Args:
+        problem: the case.
+        keep: the dropout mask, where the configuration has dropout.
+    """
+    values = (problem.x, problem.weight, problem.bias, problem.params, problem.config, problem.dy)
+    exact = literal_step(*values, torch.float64, keep)
+    plain = literal_step(*values, problem.shape.dtype, keep)
+    dtype = problem.shape.dtype
+    return {name: (value, allowed_error(value, plain[name], dtype)) for name, value in exact.items()}
+
+
+def check(contestant: Contestant, problem: Problem, expected: Expected | None = None) -> float:
+    """Compare y, dx and every adapter gradient with float64; the largest error over the largest value.
+
+    What is accepted is the project's tolerance: twice the error of the literal formula at the same dtype, plus a
+    small floor (`glora_kernels.reference.tolerance`).
+
+    Args:
+        contestant: what is about to be timed.
+        problem: the case it was made from.
+        expected: of `expectations`, where they are known already.
 
     Raises:
         AssertionError: something is worse than that; the message says what and by how much.
     """
-    truth = _results(eager(_double(problem)), _double(problem))
-    allowed = _results(eager(problem), problem)
+    if expected is None:
+        expected = expectations(problem)
+    y, found = gradients(contestant, problem.x, problem.dy)
+    results = {"y": y.detach()} | {f"d{name}": value for name, value in found.items()}
     worst = 0.0
-    for name, value in _results(contestant, problem).items():
-        error, literal = _error(value, truth[name]), _error(allowed[name], truth[name])
-        limit = 2.0 * literal + torch.finfo(problem.shape.dtype).eps
+    for name, value in results.items():
+        exact, limit = expected[name]
+        error = largest_error(value.reshape(exact.shape), exact)
+        size = max(float(exact.abs().max()), torch.finfo(torch.float64).tiny)
         if not error <= limit:
             raise AssertionError(
-                f"{contestant.name}, {problem.shape}: error of {name} is {error:.3g}, more than {limit:.3g} "
-                f"(the literal formula in the same dtype has {literal:.3g})"
+                f"{contestant.name}, {problem.shape}: {name} is off by {error / size:.3g} of its largest value, "
+                f"more than {limit / size:.3g} (twice the literal formula in the same dtype and a floor)"
             )
-        worst = max(worst, error)
+        worst = max(worst, error / size)
     return worst
 
 
 class _Wrapper(nn.Module):
     """The smallest model with a module for PEFT to find."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Module) -> None:
         super().__init__()
         self.linear = linear
 
@@ -211,8 +276,10 @@ class _Wrapper(nn.Module):
         return self.linear(x)
 
 
-def _base(problem: Problem) -> nn.Linear:
-    """A frozen nn.Linear that shares the problem's weight and bias."""
+def base_layer(problem: Problem) -> nn.Module:
+    """The frozen layer: the problem's own, or an nn.Linear that shares its weight and bias."""
+    if problem.base is not None:
+        return problem.base
     n, k = problem.weight.shape
     linear = nn.Linear(k, n, bias=problem.bias is not None, device="meta")
     linear.weight = nn.Parameter(problem.weight, requires_grad=False)
@@ -221,7 +288,7 @@ def _base(problem: Problem) -> nn.Linear:
     return linear
 
 
-def _peft_parameters(layer: nn.Module, config: GLoRAConfig) -> dict[str, Tensor]:
+def peft_parameters(layer: nn.Module, config: GLoRAConfig) -> dict[str, Tensor]:
     """PEFT's parameters by our names."""
     if config_case(config) == "lora":
         down, up = layer.get_submodule("lora_A.default"), layer.get_submodule("lora_B.default")
@@ -237,30 +304,9 @@ def _peft_parameters(layer: nn.Module, config: GLoRAConfig) -> dict[str, Tensor]
 
 
 @torch.no_grad()
-def _copy(params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+def copy_values(params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Write the values into parameters of the same names."""
     if set(params) != set(values):
         raise AssertionError(f"parameters {sorted(params)} cannot take the values of {sorted(values)}")
     for name, parameter in params.items():
         parameter.copy_(values[name].reshape(parameter.shape))
-
-
-def _double(problem: Problem) -> Problem:
-    wide = {name: value.double() for name, value in problem.params.items()}
-    bias = None if problem.bias is None else problem.bias.double()
-    x = problem.x.detach().double().requires_grad_()
-    return Problem(problem.shape, problem.config, x, problem.dy.double(), problem.weight.double(), bias, wide)
-
-
-def _results(contestant: Contestant, problem: Problem) -> dict[str, Tensor]:
-    y = step(contestant, problem.x, problem.dy)
-    results = {"y": y.detach(), "dx": problem.x.grad}
-    results |= {f"d{name}": parameter.grad for name, parameter in contestant.params.items()}
-    missing = [name for name, value in results.items() if value is None]
-    if missing:
-        raise AssertionError(f"{contestant.name}: no {', '.join(missing)}")
-    return {name: value for name, value in results.items() if value is not None}
-
-
-def _error(value: Tensor, truth: Tensor) -> float:
-    difference = value.detach().double().reshape(truth.shape) - truth
-    return float(difference.abs().max() / truth.abs().max().clamp_min(torch.finfo(torch.float64).tiny))

@@ -1,147 +1,287 @@
-"""Everything a CPU can measure, in order: products, small adapters, host cost, time over frozen.
+"""The one command that measures a machine, a card or a CPU, in stages that can be interrupted and resumed.
 
-    python -m benchmarks.report            # a few minutes
-    python -m benchmarks.report --quick    # a fast pass with few rounds
+    python -m benchmarks.report                         # everything, for the card if there is one
+    python -m benchmarks.report --quick --minutes 8     # on a card: the target table only
+    python -m benchmarks.report --minutes 9             # as much as fits; run it again to go on
+    python -m benchmarks.report --device cpu
 
-Writes cpu.json (device, versions, date, commit, sections), cpu.md (the same as tables) and PNGs into --out,
-which is benchmarks/results unless given. A peer that is not installed is listed under "unavailable" with the
-reason.
+On a card: `pytest -m gpu`, then the battery, stage by stage, each a process of its own that ends within nine minutes;
+then <slug>.json, <slug>_detail.json, <slug>.md and PNGs in --out (benchmarks/results unless given). On a CPU: products,
+small adapters, host cost and ratios, then the small battery, into cpu.json, cpu.md and PNGs. A finished row is on the
+disk at once, in <slug>.stage.jsonl; a run with the same device, commit and source goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import importlib.util
-import json
-import os
 import platform
 import subprocess
-from collections.abc import Callable
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import cases, host, products, ratios, small_adapters
-from benchmarks.cases import Shape
+from benchmarks import assemble, battery, cases, devices, peers, plots, schema, sections, stage, surroundings
+from benchmarks.battery import Stage
+from benchmarks.devices import Device
+from benchmarks.floor import Ceilings
+from benchmarks.stage import DEVICE_LOST, DONE, OUT_OF_TIME
+from benchmarks.store import Store
 
 RESULTS = Path(__file__).parent / "results"
-SECTIONS: dict[str, tuple[str, Any]] = {
-    "products": ("Matrix products and saved memory", products),
-    "small_adapters": ("Small adapters in 16 bits", small_adapters),
-    "host": ("Host cost of one call", host),
-    "ratios": ("Time over the frozen layer", ratios),
-}
-"""By section: its heading, and the module with `measure` and `show`."""
+STAGE_MINUTES = 8.5
+GRACE_S = 60.0
+"""How long after its time a stage may take to end by itself before it is killed."""
+START_S = 12.0
+"""What a process takes before it measures: part of its time."""
+LEAST_S = 30.0
+"""With less than this left no stage is started."""
+RESERVE_S = 20.0
 
 
-def measurements(quick: bool) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What each section runs."""
-    if quick:
-        return {
-            "products": products.measure,
-            "small_adapters": lambda: small_adapters.measure(("bf16",), 256),
-            "host": lambda: host.measure(rounds=30),
-            "ratios": lambda: ratios.measure(Shape(), rounds=5),
-        }
+class Report:
+    """One run: a device, a battery, a store, and the time there is.
+
+    Args:
+        device: what is measured.
+        scale: "cuda", "cpu" or "tiny" (of the tests).
+        out: where the files go.
+        minutes: all the time there is, or None.
+        chosen: the stages to run, or None for all (with quick: those of the target table).
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        scale: str,
+        out: Path,
+        minutes: float | None = None,
+        quick: bool = False,
+        chosen: list[str] | None = None,
+        rounds: int | None = None,
+    ) -> None:
+        self.device, self.scale, self.out, self.quick = device, scale, out, quick
+        self.chosen, self.rounds = chosen, rounds
+        self.end = None if minutes is None else time.monotonic() + 60 * minutes
+        self.path = stage.store_path(out, device, scale)
+        self.header = surroundings.header(device, scale)
+
+    def store(self) -> Store:
+        """The store as it is on the disk now."""
+        return Store(self.path, self.header)
+
+    def left_s(self) -> float:
+        """Seconds left for measuring; RESERVE_S are kept for writing the files."""
+        return float("inf") if self.end is None else self.end - time.monotonic() - RESERVE_S
+
+    def stages(self) -> list[Stage]:
+        """The stages to run, in order."""
+        listed = battery.stages(self.scale)
+        if self.chosen is not None:
+            return [stage.find(self.scale, name) for name in self.chosen]
+        return [one for one in listed if one.quick] if self.quick else listed
+
+    def run_stages(self) -> bool:
+        """Run every stage to its end, as far as the time goes; whether all are complete."""
+        listed = self.stages()
+        for i, one in enumerate(listed, start=1):
+            print(f"[{i}/{len(listed)}] {one.name}: {one.title}", flush=True)
+            if not self._run_stage(one):
+                return False
+        return True
+
+    def _run_stage(self, one: Stage) -> bool:
+        restarts = 0
+        while not stage.complete(one, self.store(), self.scale):
+            if self.left_s() < LEAST_S:
+                return False
+            before = len(self.store().lines)
+            code = self._process(one, min(STAGE_MINUTES, self.left_s() / 60))
+            if code == DONE and stage.complete(one, self.store(), self.scale):
+                break
+            if code == OUT_OF_TIME and self.end is None:
+                print("  its time is up; going on in a new process", flush=True)
+            elif code == OUT_OF_TIME:
+                if self.left_s() < LEAST_S:
+                    return False
+            elif code == DEVICE_LOST:
+                print("  going on in a new process", flush=True)
+            else:
+                print(f"  the stage's process ended with {code}; going on in a new one", flush=True)
+            restarts = 0 if len(self.store().lines) > before + 1 else restarts + 1
+            if restarts > 3:
+                print(f"  stage {one.name} makes no progress; left", flush=True)
+                return self.end is None
+        return True
+
+    def _process(self, one: Stage, minutes: float) -> int | None:
+        command = [sys.executable, "-m", "benchmarks.stage", "--stage", one.name, "--out", str(self.out.resolve())]
+        command += ["--minutes", f"{minutes - START_S / 60:.3f}", "--device", self.device.kind, "--scale", self.scale]
+        command += ["--go-on"]  # this process has compared what the rows there were measured with
+        command += [] if self.rounds is None else ["--rounds", str(self.rounds)]
+        limit = 60 * minutes + (GRACE_S if self.end is None else min(GRACE_S, max(5.0, self.left_s() - 60 * minutes)))
+        try:
+            return subprocess.run(command, cwd=surroundings.ROOT, timeout=limit).returncode
+        except subprocess.TimeoutExpired:
+            return None
+
+    def tests(self) -> None:
+        """`pytest -m gpu`, once a battery; its outcome is noted, and a failure does not stop the measurements: every
+        row has a check of its own."""
+        store = self.store()
+        if store.note("tests") is not None:
+            return
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"]
+        shown = "pytest -m gpu"
+        print(shown, flush=True)
+        begin = time.monotonic()
+        try:
+            limit = min(60 * STAGE_MINUTES, 0.6 * self.left_s())
+            done = subprocess.run(command, cwd=surroundings.ROOT, timeout=limit, capture_output=True, text=True)
+            tail = done.stdout.strip().splitlines()[-40:]
+            result = f"exit code {done.returncode}, {tail[-1] if tail else 'no output'}"
+            print("\n".join(tail), flush=True)
+        except subprocess.TimeoutExpired:
+            result = f"not finished in {time.monotonic() - begin:.0f} s"
+        print(f"  {result}", flush=True)
+        store.add("note", name="tests", value={"command": shown, "result": result})
+
+    def pictures(self, name: str) -> dict[str, str]:
+        """Draw what the store allows; the titles by file name. Nothing without matplotlib."""
+        if importlib.util.find_spec("matplotlib") is None:
+            print("no pictures: matplotlib is not installed", flush=True)
+            return {}
+        store = self.store()
+        rates = store.note("ceilings")
+        if rates is None:
+            return {}
+        found = Ceilings(rates["tflops"], rates["gbps"])
+        return plots.draw_all(assemble.row_lines(store), store.of("model"), found, self.out, name)
+
+    def write(self) -> list[Path]:
+        """The result files of a card, from whatever rows there are."""
+        store, name = self.store(), schema.slug(self.device.name())
+        if store.note("ceilings") is None:
+            print("nothing measured yet; no result file", flush=True)
+            return []
+        files = [self.out / f"{name}.json", self.out / f"{name}_detail.json", self.out / f"{name}.md"]
+        schema.write(files[0], assemble.result(store))
+        schema.write(files[1], assemble.detail(store))
+        pictures = self.pictures(name)
+        files[2].write_text(assemble.markdown(store, pictures))
+        return [*files, *(self.out / picture for picture in pictures)]
+
+
+def run(out: Path, quick: bool, minutes: float | None = None, with_battery: bool = True) -> dict[str, Any]:
+    """Measure everything a CPU measures and write cpu.json, cpu.md and PNGs into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    device = devices.get("cpu")
+    report = Report(device, "cpu", out, minutes, quick)
+    found: dict[str, Any] = _cpu_surroundings(device) | {"quick": quick, "unavailable": cases.unavailable()}
+    found["sections"] = measured = {}
+    todo = sections.measurements(quick)
+    for i, name in enumerate(sections.SECTIONS, start=1):
+        title, module = sections.SECTIONS[name]
+        store = report.store()
+        known = store.note(f"section {name} {quick}")
+        print(f"[{i}/{len(sections.SECTIONS)}] {title}{'' if known is None else ' (there already)'}", flush=True)
+        if known is None:
+            known = todo[name]()
+            store.add("note", name=f"section {name} {quick}", value=known)
+        measured[name] = known
+        print(f"{module.show(known)}\n", flush=True)
+    complete = report.run_stages() if with_battery else True
+    if not complete:
+        _say_resume(report)
+    write_cpu(report, found)
+    return found
+
+
+def write_cpu(report: Report, found: dict[str, Any]) -> None:
+    """cpu.json, cpu.md and the pictures, from the sections and the battery's rows."""
+    store, out = report.store(), report.out
+    pictures = sections.draw(found["sections"], out)
+    if not pictures:
+        found["unavailable"]["plots"] = "matplotlib is not installed"
+    lines = [*_cpu_title(found), *sections.markdown(found["sections"]), ""]
+    if store.of("row"):
+        result = assemble.result(store)
+        found["battery"] = {name: result[name] for name in ("ceilings", "unavailable", "rows", "models")}
+        found["battery"]["errors"] = assemble.errors(store)
+        pictures |= report.pictures("cpu")
+        lines += assemble.battery_lines(store)
+    if found["unavailable"]:
+        lines += ["## Unavailable in the sections above", ""]
+        lines += [f"- {peer}: {why}" for peer, why in found["unavailable"].items()] + [""]
+    lines += [f"![{title}]({name})" for name, title in pictures.items()]
+    schema.write(out / "cpu.json", found)
+    (out / "cpu.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+def _cpu_surroundings(device: Device) -> dict[str, Any]:
     return {
-        "products": products.measure,
-        "small_adapters": small_adapters.measure,
-        "host": host.measure,
-        "ratios": lambda: ratios.measure(Shape(), rounds=30),
-    }
-
-
-def surroundings() -> dict[str, Any]:
-    """What the figures were taken on."""
-    return {
-        "device": {"name": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "device": {"name": device.name(), **device.details()},
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "peft": _version("peft"),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "triton": surroundings.version("triton"),
+        "peft": surroundings.version("peft"),
+        "date": surroundings.now(),
+        "commit": surroundings.commit(),
     }
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The report as tables."""
-    device = report["device"]
-    lines = [
-        "# Measured on a CPU",
-        "",
-        f"{device['name']}, {device['cores']} cores, {device['threads']} threads; torch {report['torch']}, "
-        f"triton {report['triton']}, peft {report['peft']}; {report['date']}, commit {report['commit']}.",
-    ]
-    for name, (title, module) in SECTIONS.items():
-        lines += ["", f"## {title}", "", f"`python -m {module.__name__}`", ""]
-        lines.append(module.show(report["sections"][name]))
-    if report["unavailable"]:
-        lines += ["", "## Unavailable", ""]
-        lines += [f"- {peer}: {why}" for peer, why in report["unavailable"].items()]
-    return "\n".join(lines) + "\n"
+def _cpu_title(found: dict[str, Any]) -> list[str]:
+    device = found["device"]
+    versions = f"torch {found['torch']}, triton {found['triton']}, peft {found['peft']}"
+    where = f"{device['name']}, {device['cores']} cores, {device['threads']} threads"
+    return ["# Measured on a CPU", "", f"{where}; {versions}; {found['date']}, commit {found['commit']}."]
 
 
-def run(out: Path, quick: bool) -> dict[str, Any]:
-    """Measure everything and write the files into `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = surroundings() | {
-        "quick": quick,
-        "unavailable": cases.unavailable(),
-        "sections": {},
-    }
-    todo = measurements(quick)
-    for i, name in enumerate(SECTIONS, start=1):
-        title, module = SECTIONS[name]
-        print(f"[{i}/{len(SECTIONS)}] {title}", flush=True)
-        result = todo[name]()
-        report["sections"][name] = result
-        print(f"{module.show(result)}\n", flush=True)
-    if importlib.util.find_spec("matplotlib") is None:
-        report["unavailable"]["plots"] = "matplotlib is not installed"
-    else:
-        ratios.plot(report["sections"]["ratios"], out / "cpu_over_frozen.png")
-        small_adapters.plot(report["sections"]["small_adapters"], out / "cpu_small_adapters.png")
-    (out / "cpu.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "cpu.md").write_text(markdown(report))
-    return report
+def _say_resume(report: Report) -> None:
+    again = " ".join(["python -m benchmarks.report", *sys.argv[1:]])
+    print(
+        f"\nNot complete: the time is up. What is there is in {report.path.name}; the same command goes on:\n  {again}"
+    )
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of the checkout, marked where files differ from it; None outside a checkout."""
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+def _run_card(args: argparse.Namespace, device: Device) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    report = Report(device, "cuda", args.out, args.minutes, args.quick, args.stages, args.rounds)
+    store = report.store()
+    print(store.message or f"{device.name()}: {len(store.of('row'))} rows there already", flush=True)
+    for peer, reason in peers.unavailable().items():
+        print(f"  {peer}: {reason}", flush=True)
+    if not (args.no_tests or args.quick):
+        report.tests()
+    complete = report.run_stages()
+    files = report.write()
+    rows = [line["row"] for line in assemble.row_lines(report.store())]
+    print("\n" + assemble.target_text(rows) + "\n", flush=True)
+    for error in assemble.errors(report.store())[:20]:
+        print(f"left out: {error['what']}: {error['reason']}")
+    print(f"written: {', '.join(path.name for path in files)}")
+    if not complete:
+        _say_resume(report)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, one 16-bit dtype")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="a card if there is one")
+    parser.add_argument("--minutes", type=float, help="all the time there is; without it everything is measured")
+    parser.add_argument("--quick", action="store_true", help="target table only, no tests; on a CPU fewer rounds too")
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these stages of a card's battery")
+    parser.add_argument("--rounds", type=int, help="timed rounds of every group of a card's battery")
+    parser.add_argument("--no-tests", action="store_true", help="leave out pytest -m gpu")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="benchmarks/results unless given")
     args = parser.parse_args()
-    run(args.out, args.quick)
+    device = devices.get(args.device)
+    if device.kind == "cuda":
+        _run_card(args, device)
+        return
+    run(args.out, args.quick, args.minutes)
     print(f"written: {', '.join(sorted(path.name for path in args.out.glob('cpu*')))}")
 
 

@@ -13,6 +13,7 @@ from glora_kernels.nn import (
     save_adapter,
     trainable_parameters,
     unmerge,
+    warmup,
 )
 from glora_kernels.spec import GLoRAConfig
 
@@ -28,6 +29,7 @@ __all__ = [
     "save_adapter",
     "trainable_parameters",
     "unmerge",
+    "warmup",
 ]
 
 __version__: str

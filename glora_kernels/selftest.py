@@ -98,7 +98,7 @@ def _case(
             parameter.copy_(random(*parameter.shape, std=0.3 * (k**-0.5 if name == "B" else 1.0)))
     layer.bias.requires_grad_()
     x, dy = random(m, k).requires_grad_(), random(m, n)
-    before = torch.random.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state()
+    before = torch.random.get_rng_state()
     with routes.backend(route):
         y = layer(x)
         y.backward(dy)
@@ -107,9 +107,8 @@ def _case(
 
     keep = None
     if config.dropout and config.B == "lora":
-        restore = torch.random.set_rng_state if device == "cpu" else torch.cuda.set_rng_state
-        restore(before)
-        keep = keep_mask(operator.dropout_seed(x.device), m, k, config.dropout)
+        torch.random.set_rng_state(before)
+        keep = keep_mask(operator.dropout_seed(x.device).to(x.device), m, k, config.dropout)
     step = (x, layer.weight, layer.bias, layer.adapter(), config, dy)
     truth = literal_step(*step, torch.float64, keep)
     literal = literal_step(*step, dtype, keep)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from glora_kernels import reference
 from glora_kernels.launch.routes import backend
-from glora_kernels.ops import glora_beta, glora_linear
+from glora_kernels.ops import glora_linear, glora_wc
 from glora_kernels.spec import GLoRAConfig
 
 FACTOR, FLOOR = 2.0, {"rms": 2.0, "max": 4.0}
@@ -184,12 +184,13 @@ def layer(
     seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """A GLoRA layer out of the two public operators, as `nn` puts it together."""
-    c = (params["C_up"] @ params["C_down"]).squeeze(-1) if config.C == "lora" else params.get("C")
-    beta = glora_beta(weight, bias, c, params.get("D"), params.get("E"))
+    wc = None
+    if config.C != "none":
+        wc = glora_wc(weight, params.get("C"), c_up=params.get("C_up"), c_down=params.get("C_down"))
     return glora_linear(
-        x, weight, beta, a=params.get("A"), a_up=params.get("A_up"), a_down=params.get("A_down"), b=params.get("B"),
-        b_up=params.get("B_up"), b_down=params.get("B_down"), scale=config.scale,
-        dropout_p=config.dropout if seed is not None else 0.0, seed=seed, variant=config.variant,
+        x, weight, bias, a=params.get("A"), a_up=params.get("A_up"), a_down=params.get("A_down"), b=params.get("B"),
+        b_up=params.get("B_up"), b_down=params.get("B_down"), wc=wc, d=params.get("D"), e=params.get("E"),
+        scale=config.scale, dropout_p=config.dropout if seed is not None else 0.0, seed=seed, variant=config.variant,
     )  # fmt: skip
 
 

@@ -1,14 +1,18 @@
 """Floor 2: the Triton kernels. They allocate nothing and choose nothing; `launch` does.
 
-| kernel | computes | used for |
-|---|---|---|
-| `_glora_fwd_kernel` | (x·Wᵀ)∘(1+a) + h·UPᵀ + σ·bᵀ + β | y |
-| `_glora_dx_kernel` | (dy∘(1+a))·W + mask∘(S·DOWN)/(1-p) + τ·1ᵀ | dx |
-| `_project_kernel` | s·drop(X)·Vᵀ and X·v | h, P, U, S, σ, τ, Wᵀg |
-| `_factor_grad_kernel` | Sᵀ·drop(X), Σ X, Xᵀσ, Σ X∘Y | dB, dβ, dA of a vector, the product variant's dA |
-| `_hadamard_grad_kernel` | (dyᵀx)∘W, reduced with A_down and A_up | dA of lora; of a vector where y does not give it |
-| `_weff_kernel` | W∘(1 + A_up·A_down) | the weight of y and dx where A is lora |
-| `_beta_kernel` | b∘(1+d) + e + W·c | β |
+| kernel | file | computes | used for |
+|---|---|---|---|
+| `_prepare_kernel` | prepare | s·drop(x)·Vᵀ, Σₖ x; W·A_up or W∘(1+A) | h, P, σ; U or W_eff, in one launch |
+| `_glora_fwd_kernel` | glora | (x·Wᵀ)∘(1+a) + P·Uᵀ + h·B_upᵀ + σ·bᵀ + β | y |
+| `_added_terms_kernel` | prepare | h, σ, and y's terms beside the vendor's product | y on the library route |
+| `_dy_kernel` | sums | dy·B_up, dy·b; dyᵀh, Σ dy, dyᵀσ, Σ dy∘y | one read of dy: S, τ, and dB_up, g, dB, dA |
+| `_x_kernel` | sums | Sᵀ·drop(x); S·B_down | one read of x: dB_down; dx's terms on the library route |
+| `_hadamard_grad_kernel` | weight | (dyᵀx)∘W, reduced with A_down and A_up | dA of lora; W_eff and dB_down on the way |
+| `_glora_dx_kernel` | glora | (dy∘(1+a))·W + mask∘(S·B_down)/(1-p) + τ·1ᵀ | dx |
+| `_finish_kernel` | finish | sums of partial sums, as gradients | every gradient; dA of a vector from y |
+| `_totals_kernel` | finish | Σₙ | gradients of constants |
+| `_wc_kernel` | weight | W·c | C's share of β |
+| `_wc_grad_kernel`, `_c_grad_kernel` | weight | Wᵀg, and its factors' gradients | dC |
 
 Conventions: a pointer, then its strides; sizes; scalars; flags; BLOCK_*. A constant (1,) is a vector with
 stride 0. Presence is a flag. Sums are fp32, with one cast at the store. Nothing is added with atomics: what

@@ -49,9 +49,67 @@ def _load_vector(ptr, index, stride, size):
 
 
 @triton.jit
+def _load_shift(
+    bias_ptr,
+    stride_bias,
+    wc_ptr,
+    d_ptr,
+    stride_d,
+    e_ptr,
+    stride_e,
+    n,
+    N,
+    HAS_BIAS: tl.constexpr,
+    HAS_WC: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_E: tl.constexpr,
+):
+    """β[n] = b[n]·(1+d[n]) + e[n] + wc[n] in fp32, of the terms there are."""
+    beta = tl.zeros_like(n).to(tl.float32)
+    if HAS_BIAS:
+        beta += _load_vector(bias_ptr, n, stride_bias, N)
+        if HAS_D:
+            beta += beta * _load_vector(d_ptr, n, stride_d, N)
+    if HAS_E:
+        beta += _load_vector(e_ptr, n, stride_e, N)
+    if HAS_WC:
+        beta += _load_vector(wc_ptr, n, 1, N)
+    return beta
+
+
+@triton.jit
+def _seed(seed, IS_POINTER: tl.constexpr):
+    """The key of the dropout mask: a number from the host, or behind a pointer where a graph must redraw it."""
+    if IS_POINTER:
+        return tl.load(seed)
+    else:
+        return seed
+
+
+@triton.jit
+def _load_banded(ptr, stride_band, rows, cols, stride_row, stride_col, num_rows, num_cols, BANDS: tl.constexpr):
+    """Σ_band ptr[band, rows, cols] in fp32: what several programs computed of one thin product, in a fixed order."""
+    value = _load(ptr, rows, cols, stride_row, stride_col, num_rows, num_cols).to(tl.float32)
+    for band in tl.static_range(1, BANDS):
+        part = ptr + tl.cast(stride_band, tl.int64) * band
+        value += _load(part, rows, cols, stride_row, stride_col, num_rows, num_cols).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _load_banded_vector(ptr, stride_band, index, size, BANDS: tl.constexpr):
+    """Σ_band ptr[band, index] in fp32."""
+    value = _load_vector(ptr, index, 1, size)
+    for band in tl.static_range(1, BANDS):
+        value += _load_vector(ptr + tl.cast(stride_band, tl.int64) * band, index, 1, size)
+    return value
+
+
+@triton.jit
 def _low_rank(
     acc,
     left_ptr,
+    stride_left_band,
     stride_left_row,
     stride_left_r,
     right_ptr,
@@ -61,18 +119,90 @@ def _low_rank(
     cols,
     num_rows,
     num_cols,
-    first_r,
-    last_r,
+    R,
+    BANDS: tl.constexpr,
+    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """acc[i, j] + Σ_{first_r ≤ r < last_r} left[i, r]·right[j, r]."""
-    for r0 in tl.range(first_r, last_r, BLOCK_R, num_stages=1):
+    """acc[i, j] + Σ_{r < R} left[i, r]·right[j, r], multiplied in DTYPE and added in fp32."""
+    for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
         r = r0 + tl.arange(0, BLOCK_R)
-        left = _load(left_ptr, rows, r, stride_left_row, stride_left_r, num_rows, last_r)
-        right = _load(right_ptr, r, cols, stride_right_r, stride_right_row, last_r, num_cols)
-        acc = _dot(left, right.to(left.dtype), acc, PRECISION, UPCAST)
+        left = _load_banded(
+            left_ptr, stride_left_band, rows, r, stride_left_row, stride_left_r, num_rows, R, BANDS
+        )  # fmt: skip
+        right = _load(right_ptr, r, cols, stride_right_r, stride_right_row, R, num_cols)
+        acc = _dot(left.to(DTYPE), right.to(DTYPE), acc, PRECISION, UPCAST)
+    return acc
+
+
+@triton.jit
+def _column_parts(tile, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
+    """A tile as PARTS (1, 2 or 4) tiles of neighbouring columns, so that what is added to it needs few registers."""
+    if PARTS == 1:
+        return (tile,)
+    else:
+        left, right = tl.reshape(tile, (ROWS, 2, COLS // 2)).permute(0, 2, 1).split()
+        if PARTS == 2:
+            return (left, right)
+        else:
+            a, b = tl.reshape(left, (ROWS, 2, COLS // 4)).permute(0, 2, 1).split()
+            c, d = tl.reshape(right, (ROWS, 2, COLS // 4)).permute(0, 2, 1).split()
+            return (a, b, c, d)
+
+
+@triton.jit
+def _product_tile(
+    left,
+    stride_left_row,
+    stride_left_depth,
+    right,
+    stride_right_depth,
+    stride_right_col,
+    scale_ptr,
+    stride_scale,
+    row,
+    col,
+    num_rows,
+    num_cols,
+    depth,
+    HAS_SCALE: tl.constexpr,
+    TMA: tl.constexpr,
+    RIGHT_IS_COLS_FIRST: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """The (ROWS, COLS) tile at (row, col) of (left∘(1+scale))·right, scale along the reduction.
+
+    With TMA, left and right are tensor descriptors, `right` stored (cols, depth) or (depth, cols); without, they are
+    pointers, read by cp.async.
+    """
+    i = row + tl.arange(0, ROWS)
+    j = col + tl.arange(0, COLS)
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    for d0 in range(0, depth, DEPTH):
+        d = d0 + tl.arange(0, DEPTH)
+        if TMA:
+            x = left.load([row, d0])
+        else:
+            x = _load(left, i, d, stride_left_row, stride_left_depth, num_rows, depth)
+        if HAS_SCALE:
+            scale = 1.0 + _load_vector(scale_ptr, d, stride_scale, depth)[None, :]
+            # Rounding x·(1+a) to nearest would give x again where a is small.
+            x = _round(x.to(tl.float32) * scale, i, d, DTYPE)
+        if TMA:
+            if RIGHT_IS_COLS_FIRST:
+                w = right.load([col, d0]).T
+            else:
+                w = right.load([d0, col])
+        else:
+            w = _load(right, d, j, stride_right_depth, stride_right_col, depth, num_cols).to(DTYPE)
+        acc = _dot(x, w, acc, PRECISION, UPCAST)
     return acc
 
 

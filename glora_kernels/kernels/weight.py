@@ -3,23 +3,30 @@
 import triton
 import triton.language as tl
 
-from glora_kernels.kernels.common import _dot, _load, _load_vector, _round, _store
+from glora_kernels.kernels.common import (
+    _dot,
+    _dropped,
+    _load,
+    _load_banded,
+    _load_vector,
+    _round,
+    _seed,
+    _store,
+    _tile_of,
+)
 
 
 @triton.jit
-def _weff_kernel(
-    w_ptr,
-    stride_wn,
-    stride_wk,
+def _weff_tile(
+    w,
     up_ptr,
     stride_un,
     stride_ur,
     down_ptr,
     stride_dr,
     stride_dk,
-    out_ptr,
-    stride_on,
-    stride_ok,
+    n,
+    k,
     N,
     K,
     R,
@@ -29,20 +36,18 @@ def _weff_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """W_eff[n,k] = W[n,k]·(1 + Σᵣ A_up[n,r]·A_down[r,k]), in fp32, rounded with the dither."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    """w[n,k]·(1 + Σᵣ A_up[n,r]·A_down[r,k]) of the fp32 tile w, in fp32."""
     a = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
         r = r0 + tl.arange(0, BLOCK_R)
-        up = _load(up_ptr, n, r, stride_un, stride_ur, N, R).to(tl.float32)
-        down = _load(down_ptr, r, k, stride_dr, stride_dk, R, K).to(tl.float32)
+        # In the adapter's own dtype: a product of two 16-bit numbers is exact in fp32.
+        up = _load(up_ptr, n, r, stride_un, stride_ur, N, R)
+        down = _load(down_ptr, r, k, stride_dr, stride_dk, R, K)
         a = _dot(up, down, a, PRECISION, UPCAST)
-    w = _load(w_ptr, n, k, stride_wn, stride_wk, N, K).to(tl.float32)
-    _store(out_ptr, _round(w + w * a, n, k, out_ptr.dtype.element_ty), n, k, stride_on, stride_ok, N, K)
+    return w + w * a
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "threshold"])
 def _hadamard_grad_kernel(
     dy_ptr,
     stride_dym,
@@ -61,101 +66,200 @@ def _hadamard_grad_kernel(
     stride_dk,
     dup_ptr,
     stride_dup_part,
-    stride_dup_n,
-    stride_dup_r,
     ddown_ptr,
     stride_ddown_part,
-    stride_ddown_r,
-    stride_ddown_k,
-    marked_ptr,
+    weff_ptr,
+    s_ptr,
+    stride_sb,
+    stride_sm,
+    stride_sr,
+    db_down_ptr,
+    seed,
     M,
     N,
     K,
     R,
+    B_RANK,
+    threshold,
+    inv_keep,
     HAS_DUP: tl.constexpr,
     HAS_DDOWN: tl.constexpr,
-    MARKED_ROWS: tl.constexpr,
+    HAS_WEFF: tl.constexpr,
+    HAS_DB_DOWN: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    SEED_IS_POINTER: tl.constexpr,
+    BANDS: tl.constexpr,
+    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """H = (Σₘ dy[m,n]·x[m,k])·W[n,k] in registers; dup[k-tile,n,r] = Σₖ H·A_down, ddown[n-tile,r,k] = Σₙ A_up·H.
 
-    With MARKED_ROWS it gives dup[k-tile,n,0] = Σₖ H[n,k] = Σₘ dy∘Z instead, and only for tiles with a marked row;
-    the others exit, and what their rows hold is not defined.
+    The programs hold each tile of W and of x anyway: with `weff` they leave W_eff for dx behind, and with `db_down`
+    one more row of tiles, S in the place of dy, gives dB_down[r,k] = Σₘ S[m,r]·drop(x)[m,k].
     """
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    if MARKED_ROWS:
-        if tl.max(tl.load(marked_ptr + n, mask=n < N, other=0).to(tl.int32), 0) == 0:
-            return
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for m0 in range(0, M, BLOCK_M):
-        m = m0 + tl.arange(0, BLOCK_M)
-        dy = _load(dy_ptr, n, m, stride_dyn, stride_dym, N, M)
-        x = _load(x_ptr, m, k, stride_xm, stride_xk, M, K)
-        acc = _dot(dy, x, acc, PRECISION, UPCAST)
-    acc *= _load(w_ptr, n, k, stride_wn, stride_wk, N, K).to(tl.float32)
-    if MARKED_ROWS:
-        rows = dup_ptr + tl.program_id(1).to(tl.int64) * stride_dup_part + n.to(tl.int64) * stride_dup_n
-        tl.store(rows, tl.sum(acc, 1), mask=n < N)
-    else:
-        h = acc.to(x_ptr.dtype.element_ty)
+    num_n = tl.cdiv(N, BLOCK_N)
+    num_k = tl.cdiv(K, BLOCK_K)
+    i, j = _tile_of(tl.program_id(0), num_n + (1 if HAS_DB_DOWN else 0), num_k, GROUP)
+    k = j * BLOCK_K + tl.arange(0, BLOCK_K)
+    if HAS_DB_DOWN:
+        if i == num_n:
+            b = tl.arange(0, BLOCK_B)
+            db = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
+            for m0 in range(0, M, BLOCK_M):
+                m = m0 + tl.arange(0, BLOCK_M)
+                x = _load(x_ptr, m, k, stride_xm, stride_xk, M, K)
+                if HAS_DROPOUT:
+                    x = _dropped(
+                        x, _seed(seed, SEED_IS_POINTER), m, j * BLOCK_K, threshold, inv_keep, BLOCK_M, BLOCK_K
+                    )  # fmt: skip
+                s = _load_banded(s_ptr, stride_sb, b, m, stride_sr, stride_sm, B_RANK, M, BANDS)
+                db = _dot(s.to(DTYPE), x, db, PRECISION, UPCAST)
+            _store(db_down_ptr, db, b, k, K, 1, B_RANK, K)
+    if i < num_n:
+        n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for m0 in range(0, M, BLOCK_M):
+            m = m0 + tl.arange(0, BLOCK_M)
+            dy = _load(dy_ptr, n, m, stride_dyn, stride_dym, N, M)
+            x = _load(x_ptr, m, k, stride_xm, stride_xk, M, K)
+            acc = _dot(dy, x, acc, PRECISION, UPCAST)
+        w = _load(w_ptr, n, k, stride_wn, stride_wk, N, K).to(tl.float32)
+        h = (acc * w).to(DTYPE)
         if HAS_DUP:
-            part = dup_ptr + tl.program_id(1).to(tl.int64) * stride_dup_part
+            part = dup_ptr + tl.cast(j, tl.int64) * stride_dup_part
             for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
                 r = r0 + tl.arange(0, BLOCK_R)
-                down = _load(down_ptr, k, r, stride_dk, stride_dr, K, R).to(h.dtype)
+                down = _load(down_ptr, k, r, stride_dk, stride_dr, K, R).to(DTYPE)
                 value = _dot(h, down, tl.zeros((BLOCK_N, BLOCK_R), tl.float32), PRECISION, UPCAST)
-                _store(part, value, n, r, stride_dup_n, stride_dup_r, N, R)
+                _store(part, value, n, r, R, 1, N, R)
         if HAS_DDOWN:
-            part = ddown_ptr + tl.program_id(0).to(tl.int64) * stride_ddown_part
+            part = ddown_ptr + tl.cast(i, tl.int64) * stride_ddown_part
             for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
                 r = r0 + tl.arange(0, BLOCK_R)
-                up = _load(up_ptr, r, n, stride_ur, stride_un, R, N).to(h.dtype)
+                up = _load(up_ptr, r, n, stride_ur, stride_un, R, N).to(DTYPE)
                 value = _dot(up, h, tl.zeros((BLOCK_R, BLOCK_K), tl.float32), PRECISION, UPCAST)
-                _store(part, value, r, k, stride_ddown_r, stride_ddown_k, R, K)
+                _store(part, value, r, k, K, 1, R, K)
+        if HAS_WEFF:
+            w = _weff_tile(
+                w, up_ptr, stride_un, stride_ur, down_ptr, stride_dr, stride_dk, n, k, N, K, R,
+                PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_R,
+            )  # fmt: skip
+            _store(weff_ptr, _round(w, n, k, DTYPE), n, k, K, 1, N, K)
 
 
 @triton.jit
-def _beta_kernel(
+def _wc_kernel(
     w_ptr,
     stride_wn,
     stride_wk,
-    bias_ptr,
-    stride_bias,
     c_ptr,
     stride_c,
-    d_ptr,
-    stride_d,
-    e_ptr,
-    stride_e,
-    beta_ptr,
+    c_up_ptr,
+    stride_cuk,
+    stride_cur,
+    c_down_ptr,
+    stride_cd,
+    wc_ptr,
     N,
     K,
-    HAS_BIAS: tl.constexpr,
-    HAS_C: tl.constexpr,
-    HAS_D: tl.constexpr,
-    HAS_E: tl.constexpr,
+    R,
+    LOW_RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """wc[n] = Σₖ W[n,k]·c[k], c given or c[k] = Σᵣ C_up[k,r]·C_down[r]."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        if LOW_RANK:
+            up = _load(c_up_ptr, k, r, stride_cuk, stride_cur, K, R).to(tl.float32)
+            c = tl.sum(up * _load_vector(c_down_ptr, r, stride_cd, R)[None, :], 1)
+        else:
+            c = _load_vector(c_ptr, k, stride_c, K)
+        w = _load(w_ptr, n, k, stride_wn, stride_wk, N, K).to(tl.float32)
+        total += tl.sum(w * c[None, :], 1)
+    tl.store(wc_ptr + n, total, mask=n < N)
+
+
+@triton.jit
+def _wc_grad_kernel(
+    w_ptr,
+    stride_wn,
+    stride_wk,
+    g_ptr,
+    stride_g,
+    part_ptr,
+    stride_part,
+    N,
+    K,
+    rows_per_split,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """β[n] = b[n]·(1+d[n]) + e[n] + Σₖ W[n,k]·c[k]."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    beta = tl.zeros((BLOCK_N,), tl.float32)
-    if HAS_C:
+    """part[split,k] = Σₙ W[n,k]·g[n] over the rows n of a split."""
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    split = tl.program_id(1)
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, N)
+    total = tl.zeros((BLOCK_K,), tl.float32)
+    for n0 in range(first, last, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        w = _load(w_ptr, n, k, stride_wn, stride_wk, last, K).to(tl.float32)
+        total += tl.sum(w * _load_vector(g_ptr, n, stride_g, last)[:, None], 0)
+    tl.store(part_ptr + tl.cast(split, tl.int64) * stride_part + k, total, mask=k < K)
+
+
+@triton.jit
+def _c_grad_kernel(
+    part_ptr,
+    stride_part,
+    c_up_ptr,
+    stride_cuk,
+    stride_cur,
+    c_down_ptr,
+    stride_cd,
+    dc_ptr,
+    dc_up_ptr,
+    dc_down_ptr,
+    K,
+    R,
+    splits,
+    HAS_DC: tl.constexpr,
+    HAS_DUP: tl.constexpr,
+    HAS_DDOWN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """dc[k] = Σ_split part, dC_up[k,r] = dc[k]·C_down[r] and, by the last program alone, dC_down[r] = Σₖ C_up·dc."""
+    i = tl.program_id(0)
+    blocks = tl.cdiv(K, BLOCK_K)
+    r = tl.arange(0, BLOCK_R)
+    if i < blocks:
+        k = i * BLOCK_K + tl.arange(0, BLOCK_K)
+        dc = tl.zeros((BLOCK_K,), tl.float32)
+        for split in range(splits):
+            dc += _load_vector(part_ptr + tl.cast(split, tl.int64) * stride_part, k, 1, K)
+        if HAS_DC:
+            tl.store(dc_ptr + k, dc.to(dc_ptr.dtype.element_ty), mask=k < K)
+        if HAS_DUP:
+            value = dc[:, None] * _load_vector(c_down_ptr, r, stride_cd, R)[None, :]
+            _store(dc_up_ptr, value, k, r, R, 1, K, R)
+    elif HAS_DDOWN:
+        total = tl.zeros((BLOCK_R,), tl.float32)
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            w = _load(w_ptr, n, k, stride_wn, stride_wk, N, K).to(tl.float32)
-            beta += tl.sum(w * _load_vector(c_ptr, k, stride_c, K)[None, :], 1)
-    if HAS_BIAS:
-        bias = _load_vector(bias_ptr, n, stride_bias, N)
-        if HAS_D:
-            bias += bias * _load_vector(d_ptr, n, stride_d, N)
-        beta += bias
-    if HAS_E:
-        beta += _load_vector(e_ptr, n, stride_e, N)
-    tl.store(beta_ptr + n, beta.to(beta_ptr.dtype.element_ty), mask=n < N)
+            dc = tl.zeros((BLOCK_K,), tl.float32)
+            for split in range(splits):
+                dc += _load_vector(part_ptr + tl.cast(split, tl.int64) * stride_part, k, 1, K)
+            total += tl.sum(_load(c_up_ptr, k, r, stride_cuk, stride_cur, K, R).to(tl.float32) * dc[:, None], 0)
+        tl.store(dc_down_ptr + r, total.to(dc_down_ptr.dtype.element_ty), mask=r < R)

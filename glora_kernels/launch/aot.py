@@ -8,13 +8,15 @@ matrix instructions out of the machine code. It needs no GPU, and a process with
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
+import io
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 from glora_kernels.launch import environment
+from glora_kernels.launch.aot_cases import cases
 from glora_kernels.launch.plan import Launch
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
@@ -35,6 +38,13 @@ MATRIX_INSTRUCTION = {
     "sm_80": r"\bHMMA\b", "sm_89": r"\bHMMA\b", "sm_90": r"\bHGMMA\b|\bHMMA\b", "sm_100": r"\bUTCHMMA\b|\bHMMA\b",
     "gfx942": r"\bv_mfma_",
 }  # fmt: skip
+
+
+_WITHOUT_PRODUCT = ("prepare, W_eff of a vector", "finish lora", "totals", "wc", "c grad")
+"""Forms that only read and add."""
+
+_LARGE = ("_glora_fwd_kernel", "_glora_dx_kernel", "_hadamard_grad_kernel")
+"""Kernels that wait for the matrix unit, so that its instructions must be issued in batches."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,9 @@ class Report:
     shared: int
     matrix_instruction: str
     matrix_count: int
-    waits: int
+    batch: int
+    tma: int
+    async_copies: int
     serialized: bool
     error: str = ""
 
@@ -65,114 +77,24 @@ class Report:
         if self.stack > 0 or self.spill > 0:
             found.append(f"{self.stack} bytes of stack, {self.spill} spilled")
         if self.serialized:
-            found.append("wgmma serialized (C7515)")
+            found.append("wgmma serialized (C7511, C7515 …)")
         if self.shared > SHARED_LIMIT[self.arch]:
             found.append(f"{self.shared} bytes of shared memory, over the card's {SHARED_LIMIT[self.arch]}")
-        expects = self.dtype != "fp32" and not self.case.startswith(("sum", "weff", "beta"))
+        expects = self.dtype != "fp32" and not self.case.startswith(_WITHOUT_PRODUCT)
         if not self.error and expects and self.matrix_count == 0:
             found.append("no matrix instruction")
-        if self.matrix_instruction == "HGMMA" and self.waits >= self.matrix_count:
+        if self.kernel in _LARGE and "HGMMA" in self.matrix_instruction and self.batch < 2:
             found.append("a wait after every wgmma")
         return found
 
 
-def cases(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Launch]]:
-    """Every kernel in every form the launchers use that changes its code, on LLaMA-like sizes."""
-    from glora_kernels.launch import glora as launch
+def compile_launch(launch: Launch, arch: str) -> tuple[Any, str]:
+    """Compile as the JIT would: pointers and multiples of 16 marked divisible, ones and absent pointers folded in.
 
-    m, n, k, r = 4096, 4096, 14336, 16
-
-    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def wide(*shape: int) -> Tensor:
-        return meta(*shape, dtype=torch.float32)
-
-    x, w, dy, seed = meta(m, k), meta(n, k), meta(m, n), meta(1, dtype=torch.int64)
-    none: dict[str, Any] = {"h": None, "up": None, "a": None, "b": None, "sigma": None, "beta": None}
-    low: dict[str, Any] = {"h": meta(m, r), "up": meta(n, r)}
-    full: dict[str, Any] = {**low, "a": meta(n), "b": meta(n), "sigma": wide(m), "beta": wide(n)}
-    yield "fwd lora", launch.glora_fwd_launch(x, w, dy, **{**none, **low}, arch=arch)
-    yield "fwd full", launch.glora_fwd_launch(x, w, dy, **full, arch=arch)
-    yield (
-        "fwd full, M=32",
-        launch.glora_fwd_launch(
-            meta(32, k), w, meta(32, n), **{**full, "h": meta(32, r), "sigma": wide(32)}, arch=arch
-        ),
-    )
-    wide_rank = {"h": meta(m, 256), "up": meta(n, 256)}
-    yield "fwd lora, R=256", launch.glora_fwd_launch(x, w, dy, **{**none, **wide_rank}, arch=arch)
-    yield (
-        "fwd lora, W transposed",
-        launch.glora_fwd_launch(x, meta(k, n).t(), dy, **{**none, **low}, arch=arch),
-    )
-    # Under autocast W and the adapters stay fp32 and the kernels cast what they load.
-    mixed: dict[str, Any] = {**full, "up": wide(n, r), "a": wide(n), "b": wide(n)}
-    yield "fwd full, W fp32", launch.glora_fwd_launch(x, wide(n, k), dy, **mixed, arch=arch)
-    plain: dict[str, Any] = {
-        "free_rank": 0,
-        "a": None,
-        "tau": None,
-        "dropout_p": 0.0,
-        "seed": None,
-        "arch": arch,
-    }
-    back: dict[str, Any] = {"s": meta(m, r), "down": meta(r, k)}
-    yield "dx lora", launch.glora_dx_launch(dy, w, x, **back, **plain)
-    scaled = {**plain, "a": meta(n), "tau": wide(m), "dropout_p": 0.1, "seed": seed}
-    yield "dx full, dropout", launch.glora_dx_launch(dy, w, x, **back, **scaled)
-    mixed = {"s": meta(m, r), "down": wide(r, k), **scaled, "a": wide(n)}
-    yield "dx full, dropout, W fp32", launch.glora_dx_launch(dy, wide(n, k), x, **mixed)
-    two: dict[str, Any] = {"s": meta(m, 2 * r), "down": meta(2 * r, k)}
-    yield "dx product variant", launch.glora_dx_launch(dy, w, x, **two, **{**plain, "free_rank": r})
-    project: dict[str, Any] = {"v": meta(r, k), "out": meta(m, r), "row_weight": None, "arch": arch}
-    yield "project", launch.project_launch(x, **project, row_sum=wide(m))
-    yield "project, dropout", launch.project_launch(x, **project, row_sum=None, dropout_p=0.1, seed=seed)
-    yield (
-        "sum of rows",
-        launch.project_launch(w.t(), v=None, out=None, row_sum=meta(k), row_weight=wide(n), arch=arch),
-    )
-    splits = launch.factor_grad_splits(m, n, r, dtype, arch)
-    yield (
-        "factor grad, sums",
-        launch.factor_grad_launch(
-            dy, wide(splits, r + 3, n), s=meta(m, r), with_sum=True, sigma=wide(m), y=dy, arch=arch
-        ),
-    )
-    splits = launch.factor_grad_splits(m, k, r, dtype, arch)
-    yield (
-        "factor grad, dropout",
-        launch.factor_grad_launch(
-            x,
-            wide(splits, r, k),
-            s=meta(m, r),
-            with_sum=False,
-            sigma=None,
-            y=None,
-            dropout_p=0.1,
-            seed=seed,
-            arch=arch,
-        ),
-    )
-    up, down = meta(n, r), meta(r, k)
-    yield "weff", launch.weff_launch(w, up, down, meta(n, k), arch=arch)
-    n_tiles, k_tiles = launch.hadamard_grad_tiles(n, k, dtype, arch)
-    yield (
-        "hadamard grad",
-        launch.hadamard_grad_launch(
-            dy, x, w, a_up=up, a_down=down, dup=wide(k_tiles, n, r), ddown=wide(n_tiles, r, k), arch=arch
-        ),
-    )
-    yield (
-        "hadamard grad, near zero",
-        launch.hadamard_grad_launch(dy, x, w, dup=wide(k_tiles, n, 1), marked=meta(n, dtype=torch.int8), arch=arch),
-    )
-    yield "beta", launch.beta_launch(w, meta(n), meta(k), meta(n), meta(n), wide(n), arch=arch)
-
-
-def compile_launch(launch: Launch, arch: str) -> Any:
-    """Compile as the JIT would: pointers and multiples of 16 marked divisible, ones and absent pointers folded in."""
+    Returns the compiled kernel and what ptxas said about it, with the very options Triton gives it.
+    """
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -181,7 +103,10 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     signature, constants, attrs = {}, {}, {}
     for i, name in enumerate(names):
         value = launch.args[name]
-        if name in constexpr_names or value is None or (isinstance(value, int) and value == 1):
+        if type(value).__name__ == "TensorDescriptor":
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_signature_type(value.base)[1:]}[{block}]>"
+        elif name in constexpr_names or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[(i,)] = "constexpr", value
         else:
             signature[name] = _signature_type(value)
@@ -189,7 +114,11 @@ def compile_launch(launch: Launch, arch: str) -> Any:
                 attrs[(i,)] = [["tt.divisibility", 16]]
     target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
-    return triton.compile(source, target=target, options=dict(launch.options))
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+        knobs.compilation.always_compile = True  # what comes out of the cache has no log
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=target, options=dict(launch.options))
+    return compiled, log.getvalue()
 
 
 def report(name: str, launch: Launch, dtype: str, arch: str) -> Report:
@@ -198,18 +127,18 @@ def report(name: str, launch: Launch, dtype: str, arch: str) -> Report:
     config = f"{blocks} w{launch.options['num_warps']} s{launch.options['num_stages']}"
     head = (launch.kernel.__name__, name, dtype, arch, config)
     try:
-        compiled = compile_launch(launch, arch)
+        compiled, log = compile_launch(launch, arch)
     except Exception as error:
-        return Report(*head, -1, -1, -1, -1, "", 0, 0, False, f"{type(error).__name__}: {str(error)[:500]}")
-    read = _read_amd if arch.startswith("gfx") else _read_nvidia
-    return Report(*head, **read(compiled, arch))
+        return Report(*head, -1, -1, -1, -1, "", 0, 0, 0, 0, False, f"{type(error).__name__}: {str(error)[:500]}")
+    read = _read_amd(compiled, arch) if arch.startswith("gfx") else _read_nvidia(compiled, log, arch)
+    return Report(*head, **read)
 
 
 def run(
     archs: Iterable[str], dtypes: Iterable[str], jobs: int, progress: Callable[[int, int], None] | None = None
 ) -> list[Report]:
     """All reports, `jobs` compilations at a time."""
-    tasks = [(arch, dtype, i) for arch in archs for dtype in dtypes for i in range(_case_count())]
+    tasks = [(arch, dtype, i) for arch in archs for dtype in dtypes for i in range(_case_count(dtype))]
     reports = []
     with ProcessPoolExecutor(jobs) as pool:
         for done, result in enumerate(pool.map(_task, tasks), start=1):
@@ -221,21 +150,23 @@ def run(
 
 def markdown(reports: list[Report]) -> str:
     """The reports as a table, one line a kernel form, dtype and architecture."""
-    head = "| kernel | form | dtype | arch | blocks | registers | stack | spill | shared | matrix instructions | ok |"
+    columns = ("kernel", "form", "dtype", "arch", "blocks", "registers", "stack", "spill", "shared",
+               "matrix instructions", "TMA", "ok")  # fmt: skip
+    head = f"| {' | '.join(columns)} |"
     lines = [
         "# Ahead-of-time compilation",
         "",
         f"triton {importlib.metadata.version('triton')}; `python -m glora_kernels.launch.aot`. Sizes in bytes.",
         "",
         head,
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in reports:
         matrix = f"{r.matrix_count} {r.matrix_instruction}" if r.matrix_count else "–"
         verdict = "; ".join(r.faults) or "yes"
         lines.append(
             f"| `{r.kernel}` | {r.case} | {r.dtype} | {r.arch} | {r.config} | {r.registers} | {r.stack} | {r.spill} "
-            f"| {r.shared} | {matrix} | {verdict} |"
+            f"| {r.shared} | {matrix} | {r.tma or '–'} | {verdict} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -268,8 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if faulty else 0
 
 
-def _case_count() -> int:
-    return sum(1 for _ in cases(torch.float16, "sm_90"))
+def _case_count(dtype: str) -> int:
+    return sum(1 for _ in cases(DTYPES[dtype], "sm_90"))
 
 
 def _task(task: tuple[str, str, int]) -> Report:
@@ -289,30 +220,37 @@ def _signature_type(value: object) -> str:
     return "i32" if abs(value) < 2**31 else "i64"
 
 
-def _read_nvidia(compiled: Any, arch: str) -> dict[str, Any]:
+def _read_nvidia(compiled: Any, log: str, arch: str) -> dict[str, Any]:
     from triton import backends
 
-    tools = Path(next(iter(backends.__path__))) / "nvidia" / "bin"
-    ptxas = tools / ("ptxas-blackwell" if arch == "sm_100" and (tools / "ptxas-blackwell").exists() else "ptxas")
-    target = re.search(r"^\.target\s+(\w+)", compiled.asm["ptx"], re.M)
+    disassembler = Path(next(iter(backends.__path__))) / "nvidia" / "bin" / "nvdisasm"
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
-        ptx.write_text(compiled.asm["ptx"])
-        name = target.group(1) if target else arch
-        command: list[str | Path] = [ptxas, "-v", f"--gpu-name={name}", ptx, "-o", cubin]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        sass = subprocess.run([tools / "nvdisasm", cubin], capture_output=True, text=True, check=True).stdout
+        cubin = Path(folder, "k.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        command: list[str | Path] = [disassembler, cubin]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     matrix = re.findall(MATRIX_INSTRUCTION[arch], sass)
     return {
         "registers": _number(r"Used (\d+) registers", log),
         "stack": _number(r"(\d+) bytes stack frame", log),
         "spill": _number(r"(\d+) bytes spill stores", log),
         "shared": compiled.metadata.shared,
-        "matrix_instruction": matrix[0] if matrix else "",
+        "matrix_instruction": " + ".join(sorted(set(matrix))),
         "matrix_count": len(matrix),
-        "waits": len(re.findall(r"WARPGROUP\.DEPBAR", sass)),
-        "serialized": "C7515" in log,
+        "batch": _longest_batch(sass),
+        "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
+        "tma": len(re.findall(r"\bUTMALDG\b|\bUTMASTG\b", sass)),
+        "serialized": "instructions are serialized" in log,
     }
+
+
+def _longest_batch(sass: str) -> int:
+    """The most wgmma in a row that no wait separates: those of a main loop's step, where it is not serialized."""
+    longest = run = 0
+    for instruction in re.findall(r"\bHGMMA\b|WARPGROUP\.DEPBAR", sass):
+        run = run + 1 if instruction == "HGMMA" else 0
+        longest = max(longest, run)
+    return longest
 
 
 def _read_amd(compiled: Any, arch: str) -> dict[str, Any]:
@@ -325,7 +263,9 @@ def _read_amd(compiled: Any, arch: str) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "matrix_instruction": "v_mfma" if matrix else "",
         "matrix_count": len(matrix),
-        "waits": 0,
+        "batch": 0,
+        "tma": 0,
+        "async_copies": 0,
         "serialized": False,
     }
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
+import re
+from pathlib import Path
 
 import torch
+
+TABLES_VARIABLE = "GLORA_KERNELS_TABLES"
+"""The environment variable that names the directory of this user's measured tables (`tables_directory`)."""
 
 
 def interpreting() -> bool:
@@ -57,3 +63,41 @@ def gpus() -> list[str]:
         properties = torch.cuda.get_device_properties(i)
         lines.append(f"{properties.name}, {arch(i)}, {properties.total_memory / 2**30:.0f} GiB")
     return lines
+
+
+@functools.cache
+def device_name(index: int) -> str:
+    """The name of a GPU as its driver gives it: "NVIDIA H100 80GB HBM3"."""
+    return str(torch.cuda.get_device_properties(index).name)
+
+
+def device_of(architecture: str) -> str | None:
+    """The name of the first GPU of this machine with that architecture, or None where there is none."""
+    indices = (i for i in range(torch.cuda.device_count()) if arch(i) == architecture)
+    return next((device_name(i) for i in indices), None)
+
+
+def l2_bytes(index: int) -> int:
+    """The size of a GPU's L2 cache; 50 MiB where PyTorch does not tell."""
+    return int(getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 0)) or 50 << 20
+
+
+def slug(name: str) -> str:
+    """The name of a device as that of its file: "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def tables_directory() -> Path:
+    """Where `python -m glora_kernels tune` puts its tables, <device>.json each, and the launchers look for them.
+
+    GLORA_KERNELS_TABLES names it; unset or empty it is ~/.cache/glora_kernels.
+    """
+    return Path(os.environ.get(TABLES_VARIABLE) or Path.home() / ".cache" / "glora_kernels").expanduser()
+
+
+def version(package: str) -> str:
+    """The version of an installed package, or "not installed"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +11,9 @@ import torch
 from torch import Tensor
 
 from glora_kernels.launch import environment
+from glora_kernels.reference.random import dropout_threshold
+
+_SIZES = ("BLOCK_", "BANDS", "PARTS", "GROUP")
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,17 @@ class Launch:
     options: dict[str, int] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Launch on the current stream of the device of the arguments; nothing for an empty grid."""
+        """Launch on the current stream of the device of the arguments; nothing for an empty grid.
+
+        Inside `planning` it is noted instead.
+        """
         if 0 in self.grid:
             return
-        device = next(arg.device for arg in self.args.values() if isinstance(arg, Tensor))
+        if _Planning.steps is not None:
+            _Planning.steps.append(self)
+            return
+        bases = (getattr(arg, "base", arg) for arg in self.args.values())  # of a descriptor, or the tensor itself
+        device = next(base.device for base in bases if isinstance(base, Tensor))
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self.kernel[self.grid](**self.args, **self.options)
@@ -32,19 +44,71 @@ class Launch:
             self.kernel[self.grid](**self.args, **self.options)
 
     def __str__(self) -> str:
-        constants = {name: value for name, value in self.args.items() if name.isupper() and name not in "MNKRJ"}
-        return f"{self.kernel.__name__}{list(self.grid)} {constants} {self.options}"
+        flags = ", ".join(name for name, value in self.args.items() if value is True)
+        blocks = ", ".join(f"{name}={value}" for name, value in self.args.items() if name.startswith(_SIZES))
+        compiler = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.kernel.__name__}{list(self.grid)} {blocks}; {compiler}; {flags or 'no flags'}"
+
+
+@dataclass(frozen=True)
+class LibraryProduct:
+    """A product left·right of the vendor's library, added to `out` where `accumulates`: a step beside our launches."""
+
+    left: Tensor
+    right: Tensor
+    out: Tensor
+    accumulates: bool
+
+    def run(self) -> None:
+        if _Planning.steps is not None:
+            _Planning.steps.append(self)
+        elif self.accumulates:
+            torch.addmm(self.out, self.left, self.right, out=self.out)
+        else:
+            torch.mm(self.left, self.right, out=self.out)
+
+    def __str__(self) -> str:
+        (m, k), n = self.left.shape, self.right.shape[1]
+        return f"library product {m}x{n}x{k}{', added' if self.accumulates else ''}"
+
+
+class _Planning:
+    steps: list[Launch | LibraryProduct] | None = None
+    arch: str = ""
+
+
+@contextlib.contextmanager
+def planning(arch: str) -> Iterator[list[Launch | LibraryProduct]]:
+    """Inside, the operators' steps are collected and not run: what a card of `arch` would be given, without one.
+
+    For meta tensors, and one thread: `python -m glora_kernels info --layer`, and the tests of launch counts.
+    """
+    before = _Planning.steps, _Planning.arch
+    _Planning.steps, _Planning.arch = [], arch
+    try:
+        yield _Planning.steps
+    finally:
+        _Planning.steps, _Planning.arch = before
 
 
 def arch_of(tensor: Tensor) -> str:
     """The architecture that the configurations are chosen for: a GPU's, or "cpu" in the interpreter."""
+    if _Planning.steps is not None:
+        return _Planning.arch
     return environment.arch(tensor.device.index or 0) if tensor.device.type == "cuda" else "cpu"
 
 
-def precision(dtype: torch.dtype) -> dict[str, Any]:
+def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
     """How products are taken: fp32 exactly, unless PyTorch itself may use TF32; UPCAST in the interpreter."""
+    import triton.language as tl
+
+    names = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     ieee = dtype != torch.float32 or not environment.allow_tf32()
-    return {"PRECISION": "ieee" if ieee else "tf32", "UPCAST": environment.interpreting()}
+    return {
+        "DTYPE": names[dtype],
+        "PRECISION": "ieee" if ieee else "tf32",
+        "UPCAST": environment.interpreting(),
+    }
 
 
 def strides(tensor: Tensor | None, *names: str) -> dict[str, int]:
@@ -56,3 +120,40 @@ def strides(tensor: Tensor | None, *names: str) -> dict[str, int]:
 def vector_stride(tensor: Tensor | None) -> int:
     """The stride that reads a vector (N,), or repeats a constant (1,)."""
     return 0 if tensor is None or tensor.numel() == 1 else tensor.stride(0)
+
+
+def descriptor(tensor: Tensor, rows: int, cols: int) -> Any | None:
+    """A descriptor of (rows, cols) blocks of a matrix whose rows are contiguous, or None where TMA cannot read it.
+
+    TMA wants a base and row stride in multiples of 16 bytes, and counts rows and columns in 32 bits.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    size = tensor.dtype.itemsize
+    fits = (
+        min(tensor.shape) > 0
+        and max(tensor.shape) < 2**31
+        and tensor.stride(1) == 1
+        and tensor.stride(0) * size % 16 == 0
+        and tensor.stride(0) >= tensor.shape[1]
+        and tensor.data_ptr() % 16 == 0
+    )
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, cols]) if fits else None
+
+
+def dropout(p: float, seed: Tensor | int | None) -> dict[str, Any]:
+    """The arguments of a kernel that drops: the key as a number where it is known on the host, else as a pointer."""
+    on_device = isinstance(seed, Tensor) and seed.device.type != "cpu"
+    value = int(seed) if isinstance(seed, Tensor) and not on_device else seed
+    return {
+        "seed": 0 if p == 0.0 or value is None else value,
+        "threshold": dropout_threshold(p),
+        "inv_keep": 1.0 / (1.0 - p),
+        "HAS_DROPOUT": p > 0.0,
+        "SEED_IS_POINTER": on_device and p > 0.0,
+    }
+
+
+def options(config: dict[str, int]) -> dict[str, int]:
+    """The compiler's options of a configuration."""
+    return {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}

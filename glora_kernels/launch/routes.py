@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from glora_kernels.launch import environment
+from glora_kernels.launch import cost, environment, tables
+from glora_kernels.launch.configs import Shape
 
 BACKENDS: tuple[str, ...] = ("auto", "eager", "triton", "cuda")
 TRITON_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
@@ -79,3 +80,20 @@ def explain(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
             f"the kernels have no {str(dtype).removeprefix('torch.')}: the factored path in plain PyTorch",
         )
     return "triton", "Triton kernels, forward and backward"
+
+
+def product_route(
+    arch: str, dtype: torch.dtype, shape: Shape, weight_dtype: torch.dtype, *, backward: bool, scales: bool
+) -> str:
+    """How the Triton path takes its large product: "fused" into our own kernel, or by the vendor's "library".
+
+    Pure. A measured table decides where it has an entry near the shape, the cost model (`launch.cost`) elsewhere. A
+    weight wider than x (autocast) and an unknown card take the fused kernel, which needs nothing cast or guessed.
+    """
+    measured = tables.route(arch, dtype, shape, backward=backward, scales=scales)
+    if measured is not None and weight_dtype == dtype:
+        return measured
+    if arch not in cost.CARDS or weight_dtype != dtype:
+        return "fused"
+    predicted = cost.predict(arch, dtype, shape, backward=backward, scales=scales)
+    return min(predicted, key=lambda name: predicted[name])

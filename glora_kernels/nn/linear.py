@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glora_kernels.nn.base import check_config, check_dtype, is_conv1d, is_linear, unsupported
-from glora_kernels.ops import glora_beta, glora_linear
+from glora_kernels.ops import glora_linear, glora_wc
 from glora_kernels.ops.common import wide_dtype, without_autocast
 from glora_kernels.ops.glora import dropout_seed
 from glora_kernels.reference import effective_bias, effective_weight
@@ -145,8 +145,8 @@ class GLoRALinear(nn.Module):
         self._transposed = transposed
         self._base: tuple[Tensor, Tensor | None] | None = None  # while merged: W and b, in host memory
         self._disabled = 0  # how many `disabled` contexts the layer is in
+        self._has_beta = any(parameters[name] is not None for name in ("C", "C_up", "D", "E"))  # merging changes b
         # What a forward would otherwise work out each time.
-        self._has_beta = any(parameters[name] is not None for name in ("C", "C_up", "D", "E"))
         self._scale = config.scale
         self._dropout = config.dropout if config.B == "lora" else 0.0
         self._variant = config.variant
@@ -206,23 +206,23 @@ class GLoRALinear(nn.Module):
                     "train, call unmerge(); to run the merged weights, call eval() or use torch.no_grad()"
                 )
             return F.linear(x, weight, bias)
-        beta = bias
-        if self._has_beta:
-            c, c_up = p["C"], p["C_up"]
-            if c_up is not None:
-                c = (c_up * p["C_down"].t()).sum(1)  # type: ignore[union-attr]  # no product for autocast to round
-            beta = glora_beta(weight, bias, c, p["D"], p["E"])
+        c, c_up, wc = p["C"], p["C_up"], None
+        if c is not None or c_up is not None:
+            wc = glora_wc(weight, c, c_up=c_up, c_down=p["C_down"])
         dropout_p = self._dropout if self.training else 0.0
         return glora_linear(
             x,
             weight,
-            beta,
+            bias,
             a=p["A"],
             a_up=p["A_up"],
             a_down=p["A_down"],
             b=p["B"],
             b_up=p["B_up"],
             b_down=p["B_down"],
+            wc=wc,
+            d=p["D"],
+            e=p["E"],
             scale=self._scale,
             dropout_p=dropout_p,
             seed=dropout_seed(x.device) if dropout_p else None,

@@ -1,4 +1,4 @@
-"""What the operators share: the tensors of a call by name, which gradients are wanted, and autocast."""
+"""What the operators share: the tensors of a call by name, the vector β, checks of sizes, and autocast."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ LIBRARY = torch.library.Library("glora_kernels", "DEF")
 
 
 class Supports(NamedTuple):
-    """The forms of A and B in one call; an absent one is None.
+    """The tensors of one call beside x and W; an absent one is None.
 
     a (N,) or (1,): A as a vector or constant. a_up (N,R), a_down (R,K): A=lora (in the product variant a_up is
-    (K,R)). b (N,) or (1,): B as a vector or constant. b_up (N,R), b_down (R,K): B=lora.
+    (K,R)). b (N,) or (1,): B as a vector or constant. b_up (N,R), b_down (R,K): B=lora. bias (N,): of the base.
+    wc (N,): W·c, normally in fp32 (`ops.wc`). d (N,) or (1,), only beside a bias. e (N,) or (1,).
     """
 
     a: Tensor | None = None
@@ -26,25 +27,33 @@ class Supports(NamedTuple):
     b: Tensor | None = None
     b_up: Tensor | None = None
     b_down: Tensor | None = None
+    bias: Tensor | None = None
+    wc: Tensor | None = None
+    d: Tensor | None = None
+    e: Tensor | None = None
 
 
 class Needs(NamedTuple):
-    """Which gradients a backward must produce, in the order it returns them."""
+    """Which gradients a backward must produce, in the order it returns them: x, then the order of `Supports`."""
 
     x: bool
-    beta: bool
     a: bool
     a_up: bool
     a_down: bool
     b: bool
     b_up: bool
     b_down: bool
+    bias: bool
+    wc: bool
+    d: bool
+    e: bool
 
 
 class Call(NamedTuple):
     """The values of one call that are no tensors, and the dropout seed.
 
-    scale: s on the low-rank B path. dropout_p: p of that path. seed: one int64, or None where p = 0.
+    scale: s on the low-rank B path. dropout_p: p of that path. seed: one int64 on the CPU or the device of x, or
+    None where p = 0.
     matmul: A=lora is the product variant. route: "eager" or "triton".
     """
 
@@ -62,11 +71,59 @@ def given(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a `to` that does nothing costs a microsecond
+
+
+def shift(s: Supports, dtype: torch.dtype) -> Tensor | None:
+    """β = bias∘(1+d) + e + wc of a computation in `dtype`: what is added to every row of y.
+
+    (N,), or (1,) where it is a constant e alone; in fp32 over 16 bits, where a small e must survive its addition to
+    the bias. The bias itself where d, e and wc are absent, None where all are.
+    """
+    if s.d is None and s.e is None and s.wc is None:
+        return s.bias
+    wide = wide_dtype(dtype)
+    beta = None if s.bias is None else cast(s.bias, wide)
+    if beta is not None and s.d is not None:
+        beta = torch.addcmul(beta, beta, cast(s.d, wide))
+    for term in (s.e, s.wc):
+        if term is not None:
+            beta = cast(term, wide) if beta is None else beta + cast(term, wide)
+    return beta
+
+
 def check_vector(name: str, tensor: Tensor, size: int, constant: bool) -> None:
     """A vector of the given size, or where `constant` allows it one number."""
     if tensor.shape != (size,) and not (constant and tensor.shape == (1,)):
         accepted = f"{(size,)} or (1,)" if constant else f"{(size,)}"
         raise ValueError(f"{name} must have shape {accepted}; got {tuple(tensor.shape)}")
+
+
+def check_form(
+    name: str,
+    size: int,
+    constant: bool,
+    rows: int,
+    cols: int,
+    vector: Tensor | None,
+    up: Tensor | None,
+    down: Tensor | None,
+) -> None:
+    """One support comes as a vector of `size` (or a constant), or as a pair of factors (rows, R) and (R, cols)."""
+    if vector is not None:
+        if up is not None or down is not None:
+            raise ValueError(f"{name} and {name}_up, {name}_down are two forms of one support; give one of them")
+        check_vector(name, vector, size, constant)
+    elif up is not None or down is not None:
+        if up is None or down is None:
+            missing = f"{name}_up" if up is None else f"{name}_down"
+            raise ValueError(f"{name}_up and {name}_down come together; {missing} is missing")
+        if up.ndim != 2 or down.ndim != 2 or up.shape != (rows, down.shape[0]) or down.shape[1] != cols:
+            raise ValueError(
+                f"{name}_up must be ({rows}, R) and {name}_down (R, {cols}) with one rank R; "
+                f"got {tuple(up.shape)} and {tuple(down.shape)}"
+            )
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

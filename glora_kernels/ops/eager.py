@@ -1,6 +1,6 @@
 """The factored path in plain PyTorch: what runs on a CPU, and for any dtype. No dense weight but A=lora's.
 
-With Z = xWᵀ, h = s·x̃·B_downᵀ, σ = Σₖ xₖ and β the x-independent vector of `ops.beta`:
+With Z = xWᵀ, h = s·x̃·B_downᵀ, σ = Σₖ xₖ and β = bias∘(1+d) + e + wc (`common.shift`):
 
     A none, constant, vector:  y = Z∘(1+a) + h·B_upᵀ + σ·bᵀ + β
     A lora:                    y = x·W_effᵀ + (the rest as above),  W_eff = W∘(1 + A_up·A_down) in the workspace
@@ -15,40 +15,42 @@ that keeps the mean.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from glora_kernels.launch.workspace import workspace_like
 from glora_kernels.ops import recover
-from glora_kernels.ops.common import Call, Needs, Supports, given, wide_dtype
+from glora_kernels.ops.common import Call, Needs, Supports, cast, given, shift, wide_dtype
 from glora_kernels.reference.random import keep_mask, round_dithered
 
 _CHUNK = 1 << 17  # elements at a time where 16-bit values are worked on in fp32: the temporaries stay in the cache
 
 
 def forward(
-    x: Tensor, weight: Tensor, beta: Tensor | None, s: Supports, call: Call
+    x: Tensor, weight: Tensor, s: Supports, call: Call
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y (M,N), and what backward may want: h (M,·) = [P | s·x̃·B_downᵀ], σ (M,), U (N,R).
 
     Args:
         x: (M, K) in the dtype of the computation.
         weight: W (N, K) in that dtype, or in another one under autocast.
-        beta: β (N,) in that dtype or fp32, or None.
-        s: the supports A and B.
+        s: the supports, and the vectors that β is made of.
         call: scale, dropout, variant.
     """
     dtype = x.dtype
+    beta = shift(s, dtype)
     factored, h, u = _low_rank(x, weight, s, call)
     sigma = None if s.b is None else x.sum(-1, dtype=wide_dtype(dtype))
     if s.a is not None:
-        base = linear(x, cast_weight(weight, dtype), None if beta is None else _cast(beta, dtype))
+        base = linear(x, cast_weight(weight, dtype), None if beta is None else cast(beta, dtype))
         return _scale_rows(base, 1 + s.a.to(wide_dtype(dtype)), beta, h, factored, sigma, s.b), h, sigma, u
     delta = _added_terms(x, weight.shape[0], beta, h, factored, sigma, s.b)
     effective = weight_for(weight, s, call, dtype)
     if delta is None:
-        y = linear(x, effective, None if beta is None else _cast(beta, dtype))
+        y = linear(x, effective, None if beta is None else cast(beta, dtype))
     else:
         y = torch.addmm(delta, x, effective.t(), out=delta)
     return y, h, sigma, u
@@ -58,7 +60,6 @@ def backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
-    beta: Tensor | None,
     s: Supports,
     y: Tensor | None,
     h: Tensor | None,
@@ -69,13 +70,15 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `forward`, in the order of `Needs`; None where not wanted.
 
-    dx = (dy∘(1+a))·W_eff + mask∘(S·B_down)/(1-p) + (dy·b)·1ᵀ with S = s·dy·B_up; dβ = Σₘ dy;
-    dB_up = dyᵀh; dB_down = Sᵀx̃; B vector: dyᵀσ; A vector: Σₘ dy∘Z, from y; A lora: H = (dyᵀx)∘W,
-    dA_up = H·A_downᵀ, dA_down = A_upᵀ·H; product variant: dA_up = Wᵀ(dyᵀP), dA_down = (dy·U)ᵀx.
+    dx = (dy∘(1+a))·W_eff + mask∘(S·B_down)/(1-p) + (dy·b)·1ᵀ with S = s·dy·B_up; dB_up = dyᵀh; dB_down = Sᵀx̃;
+    B vector: dyᵀσ; A vector: Σₘ dy∘Z, from y; A lora: H = (dyᵀx)∘W, dA_up = H·A_downᵀ, dA_down = A_upᵀ·H; product
+    variant: dA_up = Wᵀ(dyᵀP), dA_down = (dy·U)ᵀx. With g = Σₘ dy: ∂bias = g∘(1+d), ∂wc = g, ∂d = g∘bias, ∂e = g.
     """
     dtype = dy.dtype
     da = da_up = da_down = db = db_up = db_down = None
-    g = dy.sum(0, dtype=wide_dtype(dtype)) if needs.beta or (needs.a and beta is not None) else None
+    beta = shift(s, dtype) if needs.a else None
+    wants_g = beta is not None or needs.bias or needs.wc or needs.d or needs.e
+    g = dy.sum(0, dtype=wide_dtype(dtype)) if wants_g else None
     delta = None  # the part of dx beside dy·W_eff
 
     split = 0  # the columns of h that belong to the product variant's pair
@@ -88,17 +91,17 @@ def backward(
             if needs.a_down:
                 da_down = du.t() @ given(x)
             if needs.x:
-                delta = du @ _cast(s.a_down, dtype)
+                delta = du @ cast(s.a_down, dtype)
     if s.b_up is not None and s.b_down is not None:
         if needs.b_up or needs.a:
             db_up = (_columns(h, split, None).t() @ dy).t()  # a third of the time of dyᵀ·h in MKL
         if needs.x or needs.b_down:
-            ds = _scaled(torch.mm(dy, _cast(s.b_up, dtype)), call.scale)
-            keep = _keep(dy.shape[0], s.b_down.shape[1], call)
+            ds = _scaled(torch.mm(dy, cast(s.b_up, dtype)), call.scale)
+            keep = _keep(dy.shape[0], s.b_down.shape[1], call, dy.device)
             if needs.b_down:
                 db_down = ds.t() @ _drop(given(x), keep, call.dropout_p)
             if needs.x:
-                masked = _drop(ds @ _cast(s.b_down, dtype), keep, call.dropout_p)
+                masked = _drop(ds @ cast(s.b_down, dtype), keep, call.dropout_p)
                 delta = masked if delta is None else delta.add_(masked)
     dy_sigma = None
     if s.b is not None:
@@ -124,17 +127,47 @@ def backward(
         hadamard = workspace_like(weight, dtype)  # W_eff is no longer needed: G takes its place
         torch.mm(dy.t(), given(x), out=hadamard)
         hadamard.mul_(weight)
-        da_up = hadamard @ _cast(s.a_down, dtype).t() if needs.a_up else None
-        da_down = _cast(s.a_up, dtype).t() @ hadamard if needs.a_down else None
+        da_up = hadamard @ cast(s.a_down, dtype).t() if needs.a_up else None
+        da_down = cast(s.a_up, dtype).t() @ hadamard if needs.a_down else None
+    db = db if needs.b else None
+    db_up = db_up if needs.b_up else None
+    return dx, da, da_up, da_down, db, db_up, db_down, *_shift_gradients(g, s, needs)
+
+
+def wc_forward(weight: Tensor, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None) -> Tensor:
+    """W·c (N,) in the wide dtype, with c (K,) or C_up·C_down multiplied out in that dtype."""
+    wide = wide_dtype(weight.dtype)
+    c = cast(given(c), wide) if c_up is None else (cast(c_up, wide) @ cast(given(c_down), wide)).squeeze(1)
+    if weight.dtype == wide:
+        return weight @ c
+    wc = torch.empty(weight.shape[0], dtype=wide, device=weight.device)
+    for rows, part in _wide_chunks(weight):
+        torch.mv(part, c, out=wc[rows])
+    return wc
+
+
+def wc_backward(
+    g: Tensor,
+    weight: Tensor,
+    c: Tensor | None,
+    c_up: Tensor | None,
+    c_down: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dc = Wᵀg, dC_up = dc·C_downᵀ, dC_down = C_upᵀ·dc, in the wide dtype; None where not wanted."""
+    wide = wide_dtype(weight.dtype)
+    g = cast(g, wide)
+    if weight.dtype == wide:
+        dc = weight.t() @ g
+    else:
+        dc = torch.zeros(weight.shape[1], dtype=wide, device=weight.device)
+        for rows, part in _wide_chunks(weight):
+            dc.addmv_(part.t(), g[rows])
+    need_c, need_up, need_down = needs
     return (
-        dx,
-        g if needs.beta else None,
-        da,
-        da_up,
-        da_down,
-        db if needs.b else None,
-        db_up if needs.b_up else None,
-        db_down,
+        dc if need_c else None,
+        dc.unsqueeze(1) * cast(given(c_down), wide).t() if need_up else None,
+        cast(given(c_up), wide).t() @ dc.unsqueeze(1) if need_down else None,
     )
 
 
@@ -144,7 +177,7 @@ def weight_for(weight: Tensor, s: Supports, call: Call, dtype: torch.dtype) -> T
         return cast_weight(weight, dtype)
     effective = workspace_like(weight, dtype)
     if dtype.itemsize > 2:
-        torch.mm(_cast(s.a_up, dtype), _cast(s.a_down, dtype), out=effective)
+        torch.mm(cast(s.a_up, dtype), cast(s.a_down, dtype), out=effective)
         return torch.addcmul(weight, weight, effective, out=effective)
     up, down = s.a_up.float(), s.a_down.float()
     for rows in _row_chunks(effective):
@@ -166,12 +199,12 @@ def _low_rank(x: Tensor, weight: Tensor, s: Supports, call: Call) -> tuple[Tenso
     dtype = x.dtype
     h = factor = u = None
     if call.matmul and s.a_up is not None and s.a_down is not None:
-        factor = u = cast_weight(weight, dtype) @ _cast(s.a_up, dtype)
-        h = linear(x, _cast(s.a_down, dtype))
+        factor = u = cast_weight(weight, dtype) @ cast(s.a_up, dtype)
+        h = linear(x, cast(s.a_down, dtype))
     if s.b_up is not None and s.b_down is not None:
-        b_up = _cast(s.b_up, dtype)
-        dropped = _drop(x, _keep(x.shape[0], x.shape[1], call), call.dropout_p)
-        h_b = _scaled(linear(dropped, _cast(s.b_down, dtype)), call.scale)
+        b_up = cast(s.b_up, dtype)
+        dropped = _drop(x, _keep(x.shape[0], x.shape[1], call, x.device), call.dropout_p)
+        h_b = _scaled(linear(dropped, cast(s.b_down, dtype)), call.scale)
         h, factor = (h_b, b_up) if h is None else (torch.cat([h, h_b], 1), torch.cat([given(factor), b_up], 1))
     return factor, h, u
 
@@ -267,6 +300,29 @@ def _row_chunks(matrix: Tensor) -> list[slice]:
     return [slice(i, min(i + step, rows)) for i in range(0, rows, max(1, step))]
 
 
+def _wide_chunks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """A 16-bit matrix as fp32 chunks of its rows, each in the same memory: exact, and nothing of its size."""
+    chunks = _row_chunks(matrix)
+    buffer = torch.empty(chunks[0].stop, matrix.shape[1], dtype=wide_dtype(matrix.dtype), device=matrix.device)
+    for rows in chunks:
+        yield rows, buffer[: rows.stop - rows.start].copy_(matrix[rows])
+
+
+def _shift_gradients(g: Tensor | None, s: Supports, needs: Needs) -> tuple[Tensor | None, ...]:
+    """(∂bias, ∂wc, ∂d, ∂e) from g = Σₘ dy; the last two summed where d or e is a constant. Some may be g itself."""
+    if g is None:
+        return None, None, None, None
+    dbias = dd = de = None
+    if needs.bias:
+        dbias = g if s.d is None else torch.addcmul(g, g, cast(s.d, g.dtype))
+    if needs.d and s.d is not None:
+        dd = g * cast(given(s.bias), g.dtype)
+        dd = dd if s.d.numel() > 1 else dd.sum().view(1)
+    if needs.e and s.e is not None:
+        de = g if s.e.numel() > 1 else g.sum().view(1)
+    return dbias, g if needs.wc else None, dd, de
+
+
 def _scale_gradient(
     dy: Tensor, y: Tensor, rest: Tensor | None, exact: Tensor | None, x: Tensor | None, weight: Tensor, a: Tensor
 ) -> Tensor:
@@ -284,18 +340,15 @@ def _scale_gradient(
     return recover.gradient(total, rest, exact, exact_total, a)
 
 
-def _keep(rows: int, cols: int, call: Call) -> Tensor | None:
+def _keep(rows: int, cols: int, call: Call, device: torch.device) -> Tensor | None:
     if call.dropout_p == 0.0:
         return None
-    return keep_mask(given(call.seed), rows, cols, call.dropout_p)
+    seed = given(call.seed).to(device, non_blocking=True)  # the mask is made where its seed is
+    return keep_mask(seed, rows, cols, call.dropout_p)
 
 
 def _drop(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
     return x if keep is None else (x * (1.0 / (1.0 - p))).masked_fill_(~keep, 0.0)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a `to` that does nothing costs a microsecond
 
 
 def _scaled(product: Tensor, scale: float) -> Tensor:

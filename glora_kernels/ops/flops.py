@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import glora_kernels.ops.beta
-import glora_kernels.ops.glora  # both define the operators  # noqa: F401
+import glora_kernels.ops.glora
+import glora_kernels.ops.wc  # both define the operators  # noqa: F401
 
 Shape = Sequence[int]
 
@@ -43,7 +43,7 @@ def backward_flops(
 ) -> int:
     """The products of `ops.eager.backward` for the wanted gradients, in the order of `Needs`."""
     (n, k), m = weight, math.prod(dy[:-1])
-    need_x, _, need_a, need_a_up, need_a_down, _, need_b_up, need_b_down = needs
+    need_x, need_a, need_a_up, need_a_down, _, need_b_up, need_b_down = needs[:7]
     flops = 2 * m * n * k if need_x else 0
     if a_down is not None:
         r = a_down[0]
@@ -60,30 +60,42 @@ def backward_flops(
     return flops
 
 
+def wc_flops(weight: Shape, c_up: Shape | None) -> int:
+    """W·c, and C_up·C_down where C is lora."""
+    return 2 * math.prod(weight) + (0 if c_up is None else 2 * math.prod(c_up))
+
+
+def wc_backward_flops(weight: Shape, c_up: Shape | None, needs: Sequence[bool]) -> int:
+    """Wᵀg, and the two rank-R products."""
+    _, need_up, need_down = needs
+    pair = 0 if c_up is None else 2 * math.prod(c_up) * (need_up + need_down)
+    return (2 * math.prod(weight) if any(needs) else 0) + pair
+
+
 @register_flop_formula(torch.ops.glora_kernels.glora_linear)
 def _glora_linear_flops(
-    x: Shape, weight: Shape, beta: Any, a: Any, a_up: Any, a_down: Any, b: Any, b_up: Any, b_down: Any,
-    scale: float, dropout_p: float, seed: Any, matmul: bool, *rest: Any, **kwargs: Any,
+    x: Shape, weight: Shape, a: Any, a_up: Any, a_down: Any, b: Any, b_up: Any, b_down: Any, bias: Any, wc: Any, d: Any,
+    e: Any, scale: float, dropout_p: float, seed: Any, matmul: bool, *rest: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     return forward_flops(x, weight, a_up, a_down, b_up, matmul)
 
 
 @register_flop_formula(torch.ops.glora_kernels.glora_linear_backward)
 def _glora_linear_backward_flops(
-    dy: Shape, x: Any, weight: Shape, beta: Any, a: Any, a_up: Any, a_down: Any, b: Any, b_up: Any, b_down: Any,
-    y: Any, h: Any, sigma: Any, u: Any, scale: float, dropout_p: float, seed: Any, matmul: bool, route: str,
-    needs: Sequence[bool], *rest: Any, **kwargs: Any,
+    dy: Shape, x: Any, weight: Shape, a: Any, a_up: Any, a_down: Any, b: Any, b_up: Any, b_down: Any, bias: Any,
+    wc: Any, d: Any, e: Any, y: Any, h: Any, sigma: Any, u: Any, scale: float, dropout_p: float, seed: Any,
+    matmul: bool, route: str, needs: Sequence[bool], *rest: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     return backward_flops(dy, weight, a_down, b_up, matmul, needs)
 
 
-@register_flop_formula(torch.ops.glora_kernels.glora_beta)
-def _glora_beta_flops(weight: Shape, bias: Any, c: Any, *rest: Any, **kwargs: Any) -> int:
-    return 0 if c is None else 2 * math.prod(weight)
+@register_flop_formula(torch.ops.glora_kernels.glora_wc)
+def _glora_wc_flops(weight: Shape, c: Any, c_up: Any, *rest: Any, **kwargs: Any) -> int:
+    return wc_flops(weight, c_up)
 
 
-@register_flop_formula(torch.ops.glora_kernels.glora_beta_backward)
-def _glora_beta_backward_flops(
-    g: Shape, weight: Shape, bias: Any, c: Any, d: Any, e: Any, needs: Sequence[bool], *rest: Any, **kwargs: Any
+@register_flop_formula(torch.ops.glora_kernels.glora_wc_backward)
+def _glora_wc_backward_flops(
+    g: Shape, weight: Shape, c: Any, c_up: Any, c_down: Any, needs: Sequence[bool], *rest: Any, **kwargs: Any
 ) -> int:
-    return 2 * math.prod(weight) if needs[1] else 0
+    return wc_backward_flops(weight, c_up, needs)

@@ -1,6 +1,6 @@
 """The GLoRA linear operator: forward, gradients, and its registration with PyTorch.
 
-    y = Z∘(1+a) + s·(x̃·B_downᵀ)·B_upᵀ + σ·bᵀ + β,   Z = xWᵀ, σ = Σₖ xₖ, x̃ = mask·x/(1-p)
+    y = Z∘(1+a) + s·(x̃·B_downᵀ)·B_upᵀ + σ·bᵀ + β,   Z = xWᵀ, σ = Σₖ xₖ, x̃ = mask·x/(1-p), β = bias∘(1+d) + e + wc
 
 with Z from W_eff = W∘(1 + A_up·A_down) where A is lora, and x·A_downᵀ·(W·A_up)ᵀ added in the product variant.
 Two ways lead to the same implementation: in eager mode an `autograd.Function` calls it (8 µs a call), under
@@ -29,30 +29,32 @@ from glora_kernels.ops.common import (
     Needs,
     Supports,
     autocast_dtype,
+    check_form,
     check_vector,
+    shift,
     wide_dtype,
     without_autocast,
 )
 from glora_kernels.spec import VARIANTS
 
 _NO_GUARD = nullcontext()
-_TENSORS = (
-    "Tensor x, Tensor weight, Tensor? beta, Tensor? a, Tensor? a_up, Tensor? a_down, "
-    "Tensor? b, Tensor? b_up, Tensor? b_down"
-)
+_N = len(Supports._fields)
+_AB = Supports._fields.index("bias")  # before it the forms of A and B, from it on the terms of β
+_SUPPORTS = ", ".join(f"Tensor? {name}" for name in Supports._fields)
 _VALUES = "float scale, float dropout_p, Tensor? seed, bool matmul, str route"
-LIBRARY.define(f"glora_linear({_TENSORS}, {_VALUES}) -> (Tensor, Tensor, Tensor, Tensor)")
+_GRADIENTS = ", ".join("Tensor" for _ in Needs._fields)
+LIBRARY.define(f"glora_linear(Tensor x, Tensor weight, {_SUPPORTS}, {_VALUES}) -> (Tensor, Tensor, Tensor, Tensor)")
 LIBRARY.define(
-    "glora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor? beta, Tensor? a, Tensor? a_up, "
-    "Tensor? a_down, Tensor? b, Tensor? b_up, Tensor? b_down, Tensor? y, Tensor? h, Tensor? sigma, Tensor? u, "
-    f"{_VALUES}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"glora_linear_backward(Tensor dy, Tensor? x, Tensor weight, {_SUPPORTS}, Tensor? y, Tensor? h, Tensor? sigma, "
+    f"Tensor? u, {_VALUES}, bool[] needs) -> ({_GRADIENTS})"
 )
+_SEEDS = 2**62, 2**63 - 1
 
 
 def glora_linear(
     x: Tensor,
     weight: Tensor,
-    beta: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     a: Tensor | None = None,
     a_up: Tensor | None = None,
@@ -60,26 +62,36 @@ def glora_linear(
     b: Tensor | None = None,
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
+    wc: Tensor | None = None,
+    d: Tensor | None = None,
+    e: Tensor | None = None,
     scale: float = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     variant: str = "hadamard",
 ) -> Tensor:
-    """y = x (W + W∘A + s·B)ᵀ + β, without building W_eff where A is not lora.
+    """y = x (W + W∘A + s·B)ᵀ + bias∘(1+d) + e + wc, without building W_eff where A is not lora.
+
+    The gradients, with g = Σₘ dy: ∂bias = g∘(1+d), ∂wc = g, ∂d = g∘bias, ∂e = g, summed where d or e is a constant;
+    those of x, A and B: `ops.eager.backward`.
 
     Args:
         x: (..., K).
         weight: W (N, K), frozen; any strides. In the dtype of x, or any where autocast settles it.
-        beta: β (N,), the bias with C, D and E in it (`glora_beta`), or None.
+        bias: of the base (N,), or None.
         a: A as a vector (N,) or constant (1,).
         a_up: A=lora, (N, R); in the product variant (K, R).
         a_down: A=lora, (R, K).
         b: B as a vector (N,) or constant (1,).
         b_up: B=lora, (N, R).
         b_down: B=lora, (R, K).
+        wc: W·c (N,), the part of C (`glora_wc`), in fp32 over 16 bits.
+        d: D as a vector (N,) or constant (1,); needs a bias.
+        e: E as a vector (N,) or constant (1,).
         scale: s, multiplies the low-rank B path only.
         dropout_p: p in [0, 1), on x in the low-rank B path only.
-        seed: one int64 on the device of x, the key of the dropout mask; needed where p > 0 (`dropout_seed`).
+        seed: one int64, the key of the dropout mask, on the CPU or on the device of x; needed where p > 0
+            (`dropout_seed`). One on the CPU is a constant to a CUDA graph that captures the call.
         variant: "hadamard" (W∘A) or "matmul" (W·A).
 
     Returns:
@@ -87,35 +99,46 @@ def glora_linear(
         gradients come in theirs.
 
     Raises:
-        ValueError: sizes, devices or a combination of arguments that do not fit, or a weight that requires grad.
+        ValueError: sizes, devices or a combination of arguments that do not fit (d without a bias is one), a seed
+            that is not one int64, or a weight that requires grad.
         TypeError: an x that is not floating point, or a dtype that differs from the weight's.
         RuntimeError: a forced `backend` that cannot serve the call. In backward: y was overwritten in place while
             a trained vector or constant A needs it.
     """
-    s = Supports(a, a_up, a_down, b, b_up, b_down)
+    s = Supports(a, a_up, a_down, b, b_up, b_down, bias, wc, d, e)
     target = autocast_dtype(x)
-    _check(x, weight, beta, s, dropout_p, seed, variant, target)
+    _check(x, weight, s, dropout_p, seed, variant, target)
     if target is not None and x.dtype != target:
         x = x.to(target)
     call = Call(scale, dropout_p, seed, variant == "matmul", routes.route(x.device.type, x.dtype))
     if torch.compiler.is_compiling():
-        return torch.ops.glora_kernels.glora_linear(x, weight, beta, *s, *call)[0]
-    return _GLoRAFunction.apply(x, weight, beta, call, *s)
+        return torch.ops.glora_kernels.glora_linear(x, weight, *s, *call)[0]
+    return _GLoRAFunction.apply(x, weight, call, *s)
 
 
 def dropout_seed(device: torch.device) -> Tensor:
-    """One int64 from torch's own generator of the device: the key of a call's dropout mask.
+    """One int64, the key of the dropout mask of one call on `device`.
 
-    A device tensor, so that a replayed CUDA graph draws a new one; activation checkpointing restores the
-    generator and so sees the same mask.
+    Drawn on the host, from torch's CPU generator, whatever the device: the GPU has nothing to do for it, and a kernel
+    gets it as a number. Activation checkpointing restores that generator, and so sees the same mask. Bit 62 is set,
+    so that the number has one integer type as a kernel's argument.
+
+    On the device while a CUDA graph is captured or torch.compile traces: a number drawn on the host would be a
+    constant there, and every replay would drop the same elements.
     """
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if torch.compiler.is_compiling() or (device.type == "cuda" and _capturing()):
+        return torch.randint(*_SEEDS, (1,), dtype=torch.int64, device=device)
+    return torch.randint(*_SEEDS, (1,), dtype=torch.int64, device="cpu")
+
+
+def _capturing() -> bool:
+    # A fake tensor of a GPU may be met where there is none, and the question itself is an error there.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _check(
     x: Tensor,
     weight: Tensor,
-    beta: Tensor | None,
     s: Supports,
     dropout_p: float,
     seed: Tensor | None,
@@ -130,10 +153,10 @@ def _check(
     if target is None and x.dtype != weight.dtype:
         raise TypeError(f"x and weight must have one dtype outside autocast; got x {x.dtype} and weight {weight.dtype}")
     device = x.device
-    for tensor in (weight, beta, *s):
+    for tensor in (weight, *s):
         if tensor is not None and tensor.device != device:
-            names = ("weight", "beta", *Supports._fields)
-            name = next(n for n, t in zip(names, (weight, beta, *s), strict=True) if t is tensor)
+            names = ("weight", *Supports._fields)
+            name = next(n for n, t in zip(names, (weight, *s), strict=True) if t is tensor)
             raise ValueError(f"x and {name} must be on one device; got x on {device} and {name} on {tensor.device}")
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
@@ -142,10 +165,18 @@ def _check(
         )
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}; got {variant!r}")
-    if beta is not None:
-        check_vector("beta", beta, n, constant=False)
-    _check_form("a", n, k, s.a, s.a_up, s.a_down, k if variant == "matmul" else n)
-    _check_form("b", n, k, s.b, s.b_up, s.b_down, n)
+    check_form("a", n, True, k if variant == "matmul" else n, k, s.a, s.a_up, s.a_down)
+    check_form("b", n, True, n, k, s.b, s.b_up, s.b_down)
+    if s.bias is not None:
+        check_vector("bias", s.bias, n, constant=False)
+    elif s.d is not None:
+        raise ValueError("d scales the bias: it cannot be given where bias is None")
+    if s.wc is not None:
+        check_vector("wc", s.wc, n, constant=False)
+    if s.d is not None:
+        check_vector("d", s.d, n, constant=True)
+    if s.e is not None:
+        check_vector("e", s.e, n, constant=True)
     if variant == "matmul" and s.a is not None:
         raise ValueError("variant='matmul' accepts a_up and a_down, not a")
     if dropout_p != 0.0:
@@ -153,25 +184,13 @@ def _check(
             raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
         if s.b_up is not None and seed is None:
             raise ValueError(f"dropout_p={dropout_p} needs a seed: pass seed=dropout_seed(x.device)")
-
-
-def _check_form(
-    name: str, n: int, k: int, vector: Tensor | None, up: Tensor | None, down: Tensor | None, up_rows: int
-) -> None:
-    """One support comes as a vector or constant, or as a pair of factors, in the sizes of the layer."""
-    if vector is not None:
-        if up is not None or down is not None:
-            raise ValueError(f"{name} and {name}_up, {name}_down are two forms of one support; give one of them")
-        check_vector(name, vector, n, constant=True)
-    elif up is not None or down is not None:
-        if up is None or down is None:
-            missing = f"{name}_up" if up is None else f"{name}_down"
-            raise ValueError(f"{name}_up and {name}_down come together; {missing} is missing")
-        if up.ndim != 2 or down.ndim != 2 or up.shape != (up_rows, down.shape[0]) or down.shape[1] != k:
-            raise ValueError(
-                f"{name}_up must be ({up_rows}, R) and {name}_down (R, {k}) with one rank R; "
-                f"got {tuple(up.shape)} and {tuple(down.shape)}"
-            )
+    if seed is not None and (
+        seed.dtype != torch.int64 or seed.numel() != 1 or (seed.device != device and seed.device.type != "cpu")
+    ):
+        raise ValueError(
+            f"seed must be one int64 on the CPU or on the device of x, {device}; "
+            f"got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+        )
 
 
 def _workspace_guard(x: Tensor, weight: Tensor, s: Supports, call: Call) -> AbstractContextManager[object]:
@@ -181,12 +200,12 @@ def _workspace_guard(x: Tensor, weight: Tensor, s: Supports, call: Call) -> Abst
     return _NO_GUARD
 
 
-def _forward(x: Tensor, weight: Tensor, beta: Tensor | None, s: Supports, call: Call) -> Any:
+def _forward(x: Tensor, weight: Tensor, s: Supports, call: Call) -> Any:
     """(y, h, σ, U) of an N-dimensional x by the call's route."""
     path = triton_path if call.route == "triton" else eager_path
     flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     with without_autocast(x.device.type), _workspace_guard(x, weight, s, call):
-        y, h, sigma, u = path.forward(flat, weight, beta, s, call)
+        y, h, sigma, u = path.forward(flat, weight, s, call)
     return (y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])), h, sigma, u
 
 
@@ -194,7 +213,6 @@ def _backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
-    beta: Tensor | None,
     s: Supports,
     y: Tensor | None,
     h: Tensor | None,
@@ -212,10 +230,10 @@ def _backward(
         x = None if x is None else x.reshape(rows, k)
         y = None if y is None else y.reshape(rows, n)
     with without_autocast(dy.device.type), _workspace_guard(dy, weight, s, call):
-        grads = list(path.backward(dy, x, weight, beta, s, y, h, sigma, u, call, needs))
+        grads = list(path.backward(dy, x, weight, s, y, h, sigma, u, call, needs))
     if grads[0] is not None and len(lead) != 1:
         grads[0] = grads[0].view(*lead, k)
-    for i, tensor in enumerate((beta, *s), start=1):
+    for i, tensor in enumerate(s, start=1):
         grad = grads[i]
         if grad is not None and tensor is not None and grad.dtype != tensor.dtype:
             grads[i] = grad.to(tensor.dtype)
@@ -245,33 +263,35 @@ class _GLoRAFunction(torch.autograd.Function):
     """Eager mode's way in: few arguments and few calls, since each costs a microsecond a layer."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, beta: Tensor | None, call: Call, *tensors: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, call: Call, *tensors: Tensor | None) -> Tensor:
         s = Supports(*tensors)
-        y, h, sigma, u = _forward(x, weight, beta, s, call)
+        y, h, sigma, u = _forward(x, weight, s, call)
         wanted = ctx.needs_input_grad
-        needs = Needs(wanted[0], wanted[2], *wanted[4:])
+        needs = Needs(wanted[0], *wanted[3:])
         if any(needs):
 
             def needs_z() -> bool:
                 flat = y if y.ndim == 2 else y.reshape(math.prod(y.shape[:-1]), y.shape[-1])
+                beta = shift(s, y.dtype)
                 return bool(recover.ill_conditioned_rows(flat, beta, h, sigma, s, x_is_kept=False).any())
 
-            looks = y.device.type == "cpu" and call.route == "eager" and type(y) is Tensor  # a fake one has no values
+            # A fake y has no values to look at.
+            looks = needs.a and y.device.type == "cpu" and call.route == "eager" and type(y) is Tensor
             keep_x, keep_y, keep_h, keep_sigma, keep_u = _saved(needs, s, call, needs_z if looks else None)
+            reads_shift = needs.a or needs.bias or needs.wc or needs.d or needs.e
             ctx.save_for_backward(
                 weight,
-                beta,
-                *tensors,
+                *tensors[:_AB],
                 call.seed,
                 x if keep_x else None,
                 y if keep_y else None,
                 h if keep_h else None,
                 sigma if keep_sigma else None,
                 u if keep_u else None,
+                *(tensors[_AB:] if reads_shift else ()),
             )
-            ctx.call, ctx.needs = call._replace(seed=None), needs  # saved, so that a change of it is noticed
+            ctx.needs = needs
+            ctx.call = call if call.seed is None else call._replace(seed=None)  # saved: a change of it is noticed
         return y
 
     @staticmethod
@@ -282,7 +302,7 @@ class _GLoRAFunction(torch.autograd.Function):
 
 def _function_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     try:
-        weight, beta, a, a_up, a_down, b, b_up, b_down, seed, x, y, h, sigma, u = ctx.saved_tensors
+        weight, *rest = ctx.saved_tensors
     except RuntimeError as error:
         if ctx.needs.a and "inplace operation" in str(error):
             raise RuntimeError(
@@ -290,10 +310,10 @@ def _function_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
                 "activation or dropout with inplace=True, or +=), but its backward needs it; use the out-of-place form"
             ) from error
         raise
-    s = Supports(a, a_up, a_down, b, b_up, b_down)
+    seed, x, y, h, sigma, u, *terms = rest[_AB:]
     call = ctx.call if seed is None else ctx.call._replace(seed=seed)
-    grads = _backward(dy, x, weight, beta, s, y, h, sigma, u, call, ctx.needs)
-    return (grads[0], None, grads[1], None, *grads[2:])
+    grads = _backward(dy, x, weight, Supports(*rest[:_AB], *terms), y, h, sigma, u, call, ctx.needs)
+    return (grads[0], None, None, *grads[1:])
 
 
 _once_differentiable_backward = once_differentiable(_function_backward)
@@ -301,20 +321,20 @@ _once_differentiable_backward = once_differentiable(_function_backward)
 
 def _needs(ctx: Any) -> Needs:
     wanted = ctx.needs_input_grad
-    return Needs(wanted[0], *wanted[2:9])
+    return Needs(wanted[0], *wanted[2 : 2 + _N])
 
 
 # The registered operators: the same functions behind torch.compile's boundary. An absent result is an empty tensor.
 
 
-def _op(x: Tensor, weight: Tensor, beta: Any, *rest: Any) -> Any:
+def _op(x: Tensor, weight: Tensor, *rest: Any) -> Any:
     with private_workspace():  # a graph that PyTorch captures must own all memory it writes
-        y, *others = _forward(x, weight, beta, Supports(*rest[:6]), Call(*rest[6:]))
+        y, *others = _forward(x, weight, Supports(*rest[:_N]), Call(*rest[_N:]))
     return y, *(x.new_empty(0) if other is None else other for other in others)
 
 
-def _fake(x: Tensor, weight: Tensor, beta: Any, *rest: Any) -> Any:
-    s, call = Supports(*rest[:6]), Call(*rest[6:])
+def _fake(x: Tensor, weight: Tensor, *rest: Any) -> Any:
+    s, call = Supports(*rest[:_N]), Call(*rest[_N:])
     m, n = math.prod(x.shape[:-1]), weight.shape[0]
     rank = s.a_up.shape[1] if call.matmul and s.a_up is not None else 0
     total = rank + (0 if s.b_up is None else s.b_up.shape[1])
@@ -326,58 +346,64 @@ def _fake(x: Tensor, weight: Tensor, beta: Any, *rest: Any) -> Any:
     )
 
 
-def _op_backward(dy: Tensor, x: Any, weight: Tensor, beta: Any, *rest: Any) -> Any:
-    s, (y, h, sigma, u) = Supports(*rest[:6]), rest[6:10]
-    call, needs = Call(*rest[10:15]), Needs(*rest[15])
+def _op_backward(dy: Tensor, x: Any, weight: Tensor, *rest: Any) -> Any:
+    s, (y, h, sigma, u), (*values, needs) = Supports(*rest[:_N]), rest[_N : _N + 4], rest[_N + 4 :]
     with private_workspace():
-        grads = _backward(dy, x, weight, beta, s, y, h, sigma, u, call, needs)
-    return tuple(dy.new_empty(0) if grad is None else _owned(grad) for grad in grads)
+        grads = _backward(dy, x, weight, s, y, h, sigma, u, Call(*values), Needs(*needs))
+    return _owned([dy.new_empty(0) if grad is None else grad for grad in grads])
 
 
-def _owned(grad: Tensor) -> Tensor:
-    """The gradient in memory of its own: results of an operator may not share any."""
-    grad = grad.contiguous()
-    return grad if grad.untyped_storage().nbytes() == grad.numel() * grad.element_size() else grad.clone()
+def _owned(grads: list[Tensor]) -> tuple[Tensor, ...]:
+    """Each gradient in memory of its own: results of an operator may share none, and ∂bias, ∂wc and ∂e may be one."""
+    taken = set()
+    for i, grad in enumerate(grads):
+        grad = grad.contiguous()
+        storage = grad.untyped_storage()
+        if storage.nbytes() != grad.numel() * grad.element_size() or storage.data_ptr() in taken:
+            grad = grad.clone()
+        grads[i] = grad
+        taken.add(grad.untyped_storage().data_ptr())
+    return tuple(grads)
 
 
-def _fake_backward(dy: Tensor, x: Any, weight: Tensor, beta: Any, *rest: Any) -> Any:
-    s, needs = Supports(*rest[:6]), Needs(*rest[15])
+def _fake_backward(dy: Tensor, x: Any, weight: Tensor, *rest: Any) -> Any:
+    s, needs = Supports(*rest[:_N]), Needs(*rest[-1])
     empty = dy.new_empty
     dx = empty(*dy.shape[:-1], weight.shape[1]) if needs.x else empty(0)
     others = (
         empty(tensor.shape, dtype=tensor.dtype) if need and tensor is not None else empty(0)
-        for tensor, need in zip((beta, *s), needs[1:], strict=True)
+        for tensor, need in zip(s, needs[1:], strict=True)
     )
     return dx, *others
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, beta, *rest = inputs
+    x, weight, *rest = inputs
     y, h, sigma, u = output
     ctx.mark_non_differentiable(h, sigma, u)
-    s, call = Supports(*rest[:6]), Call(*rest[6:])
+    s, call = Supports(*rest[:_N]), Call(*rest[_N:])
     keep = _saved(_needs(ctx), s, call, None)
     kept = (t if k else None for t, k in zip((x, y, h, sigma, u), keep, strict=True))
-    ctx.save_for_backward(weight, beta, *s, call.seed, *kept)
+    ctx.save_for_backward(weight, *s, call.seed, *kept)
     ctx.values = (call.scale, call.dropout_p, call.matmul, call.route)
 
 
 def _op_autograd(ctx: Any, dy: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-    weight, beta, a, a_up, a_down, b, b_up, b_down, seed, x, y, h, sigma, u = ctx.saved_tensors
+    weight, *rest = ctx.saved_tensors
+    seed, x, y, h, sigma, u = rest[_N:]
     scale, dropout_p, matmul, route = ctx.values
     needs = _needs(ctx)
     grads = torch.ops.glora_kernels.glora_linear_backward(
-        dy, x, weight, beta, a, a_up, a_down, b, b_up, b_down, y, h, sigma, u, scale, dropout_p, seed, matmul, route,
-        list(needs),
-    )  # fmt: skip
+        dy, x, weight, *rest[:_N], y, h, sigma, u, scale, dropout_p, seed, matmul, route, list(needs)
+    )
     grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    return (grads[0], None, *grads[1:], None, None, None, None, None)
+    return (grads[0], None, *grads[1:], *(None for _ in Call._fields))
 
 
-def _op_autocast(x: Tensor, weight: Tensor, beta: Any, *rest: Any) -> Any:
+def _op_autocast(x: Tensor, weight: Tensor, *rest: Any) -> Any:
     target = autocast_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        return torch.ops.glora_kernels.glora_linear(x if target is None else x.to(target), weight, beta, *rest)
+        return torch.ops.glora_kernels.glora_linear(x if target is None else x.to(target), weight, *rest)
 
 
 for _device in ("CPU", "CUDA"):

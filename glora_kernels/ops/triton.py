@@ -1,61 +1,100 @@
 """The path of the Triton kernels: allocates results and partial sums, and launches. Same signatures as `ops.eager`.
 
+Forward: `_prepare_kernel` where there is anything low-rank, then `_glora_fwd_kernel`. Backward: `_dy_kernel`,
+`_x_kernel` (or `_hadamard_grad_kernel` where A is lora, which leaves W_eff), `_glora_dx_kernel`, `_finish_kernel`.
+On the "library" route (`launch.routes.product_route`) the vendor's product takes the place of the two large kernels.
+
 The kernels are imported at the first call, so that importing the package touches no GPU and needs no triton.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from glora_kernels.launch import environment
-from glora_kernels.launch.plan import arch_of
+from glora_kernels.launch import environment, routes
+from glora_kernels.launch.configs import Shape
+from glora_kernels.launch.plan import LibraryProduct, arch_of
 from glora_kernels.launch.workspace import workspace_like
-from glora_kernels.ops import recover
 from glora_kernels.ops.common import Call, Needs, Supports, given, wide_dtype
 
 if TYPE_CHECKING:
-    from glora_kernels.launch import glora as launch
+    from glora_kernels.launch import glora as large
+    from glora_kernels.launch import low_rank as thin
+    from glora_kernels.launch import weight as around
 else:
 
     class _Lazy:
-        def __getattr__(self, name: str) -> object:
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def __getattr__(self, attribute: str) -> object:
             environment.require_triton()
-            from glora_kernels.launch import glora
+            from glora_kernels.launch import glora, low_rank, weight
 
-            globals()["launch"] = glora
-            return getattr(glora, name)
+            globals().update(large=glora, thin=low_rank, around=weight)
+            return getattr(globals()[self._name], attribute)
 
-    launch = _Lazy()
+    large, thin, around = _Lazy("large"), _Lazy("thin"), _Lazy("around")
+
+
+MAX_RANK = 256
 
 
 def forward(
-    x: Tensor, weight: Tensor, beta: Tensor | None, s: Supports, call: Call
+    x: Tensor, weight: Tensor, s: Supports, call: Call
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """y (M,N), and what backward may want: h (M,·) = [P | s·x̃·B_downᵀ], σ (M,), U (N,R). See `ops.eager.forward`."""
-    arch = arch_of(x)
-    m, n = x.shape[0], weight.shape[0]
-    product_rank, rank = _ranks(s, call)
-    h = x.new_empty(m, rank) if rank else None
-    sigma = x.new_empty(m, dtype=torch.float32) if s.b is not None else None
-    u = x.new_empty(n, product_rank) if product_rank else None
-    if h is not None and u is not None and s.a_up is not None:
-        launch.project_launch(weight, v=s.a_up.t(), out=u, row_sum=None, row_weight=None, arch=arch).run()
-        p = h[:, :product_rank]
-        launch.project_launch(x, v=s.a_down, out=p, row_sum=sigma, row_weight=None, arch=arch).run()
-    if h is not None and s.b_down is not None:
-        launch.project_launch(
-            x, v=s.b_down, out=h[:, product_rank:], row_sum=None, row_weight=None, scale=call.scale,
-            dropout_p=call.dropout_p, seed=call.seed, arch=arch,
-        ).run()  # fmt: skip
-    if sigma is not None and not product_rank:
-        launch.project_launch(x, v=None, out=None, row_sum=sigma, row_weight=None, arch=arch).run()
+    """y (M,N), and what backward may want: h (M,·) = [P | s·x̃·B_downᵀ], σ (M,), U (N,P). See `ops.eager.forward`."""
+    arch, shape = arch_of(x), _shape(x, weight, s, call)
+    m, n = shape.m, shape.n
+    p, r = _ranks(s, call)
+    rank = p + r
+    lora = s.a_up is not None and not call.matmul
+    u = x.new_empty(n, p) if p else None
+    weff = workspace_like(weight, x.dtype) if lora else None
     y = x.new_empty(m, n)
-    up = _beside(u, s.b_up, 1, x.dtype)
-    effective = _weight_for(weight, s, call, x.dtype, arch)
-    launch.glora_fwd_launch(x, effective, y, h=h, up=up, a=s.a, b=s.b, sigma=sigma, beta=beta, arch=arch).run()
+    factors: dict[str, Any] = {"a_up": s.a_up, "a_down": s.a_down, "u": u, "weff": weff}
+    dropped: dict[str, Any] = {"dropout_p": call.dropout_p, "seed": call.seed, "scale": call.scale, "arch": arch}
+    terms: dict[str, Any] = {"a": s.a, "b": s.b, "bias": s.bias, "wc": s.wc, "d": s.d, "e": s.e, "u": u, "up": s.b_up}
+    effective = weight if weff is None else weff
+
+    if _route(x, weight, s, shape, arch, backward=False) == "library":
+        h = x.new_empty(m, rank) if rank else None
+        sigma = x.new_empty(m, dtype=torch.float32) if s.b is not None else None
+        if u is not None or weff is not None:
+            thin.prepare_launch(x, weight, **factors, arch=arch).run()
+        scaled = s.a is not None
+        added = scaled or any(t is not None for t in (h, sigma, s.bias, s.wc, s.e))
+        if scaled or not added:
+            LibraryProduct(x, effective.t(), y, accumulates=False).run()
+        if added:
+            a_down = s.a_down if p else None
+            thin.added_terms_launch(
+                x, y, read_z=scaled, a_down=a_down, b_down=s.b_down, h=h, sigma=sigma, **terms, **dropped
+            ).run()  # fmt: skip
+        if added and not scaled:
+            LibraryProduct(x, effective.t(), y, accumulates=True).run()
+        return y, h, sigma, u
+
+    bands, width = thin.prepare_bands(shape, x.dtype, arch)
+    narrow = x.dtype if bands == 1 else torch.float32
+    h_bands = x.new_empty(bands, m, rank, dtype=narrow) if rank else None
+    sigma_bands = x.new_empty(bands, m, dtype=torch.float32) if s.b is not None else None
+    if any(t is not None for t in (h_bands, sigma_bands, weff)):
+        thin.prepare_launch(
+            x, weight, **factors, b_down=s.b_down, h=h_bands, sigma=sigma_bands, band_width=width, **dropped
+        ).run()
+    summed = bands > 1
+    h = (x.new_empty(m, rank) if summed else given(h_bands)[0]) if rank else None
+    sigma = None
+    if sigma_bands is not None:
+        sigma = sigma_bands.new_empty(m) if summed else sigma_bands[0]
+    large.glora_fwd_launch(
+        x, effective, y, h=h_bands, sigma=sigma_bands, **terms,
+        h_sum=h if summed else None, sigma_sum=sigma if summed else None, arch=arch,
+    ).run()  # fmt: skip
     return y, h, sigma, u
 
 
@@ -63,7 +102,6 @@ def backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
-    beta: Tensor | None,
     s: Supports,
     y: Tensor | None,
     h: Tensor | None,
@@ -73,146 +111,176 @@ def backward(
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `forward`, in the order of `Needs`; None where not wanted. See `ops.eager.backward`."""
-    arch = arch_of(dy)
-    m, (n, k) = dy.shape[0], weight.shape
-    product_rank, rank = _ranks(s, call)
-    dx = da = da_up = da_down = db = db_up = db_down = None
+    arch, shape = arch_of(dy), _shape(dy, weight, s, call)
+    m, n, k = shape.m, shape.n, shape.k
+    p, r = _ranks(s, call)
+    lora = s.a_up is not None and not call.matmul
+    needs_hadamard = lora and (needs.a_up or needs.a_down)
+    dropped: dict[str, Any] = {"dropout_p": call.dropout_p if r else 0.0, "seed": call.seed, "arch": arch}
 
-    # S = [dy·U | s·dy·B_up] and τ = dy·b.
-    ds = dy.new_empty(m, rank) if rank and (needs.x or needs.a_down or needs.b_down) else None
-    tau = dy.new_empty(m, dtype=torch.float32) if s.b is not None and needs.x else None
-    if ds is not None and u is not None:
-        out = ds[:, :product_rank]
-        launch.project_launch(dy, v=u.t(), out=out, row_sum=None, row_weight=None, arch=arch).run()
-    if ds is not None and s.b_up is not None:
-        launch.project_launch(
-            dy,
-            v=s.b_up.t(),
-            out=ds[:, product_rank:],
-            row_sum=None,
-            row_weight=None,
-            scale=call.scale,
-            arch=arch,
-        ).run()
-    if tau is not None:
-        launch.project_launch(dy, v=None, out=None, row_sum=tau, row_weight=s.b, arch=arch).run()
-
-    # Everything that is summed over the rows of dy, in one read: [dyᵀP | dyᵀh], g, dyᵀσ, Σ dy∘y.
-    if needs.a or needs.beta or needs.b or needs.b_up or (call.matmul and needs.a_up):
-        wants_h = h is not None
-        wants_sigma = sigma is not None and s.b is not None
-        sums = _sums_over_rows(
-            dy,
-            h if wants_h else None,
-            needs.beta or needs.a,
-            sigma if wants_sigma else None,
-            y if needs.a else None,
-            arch,
-        )
-        columns = rank if wants_h else 0
-        factors, extra = sums[:columns], list(sums[columns:])
-        g = extra.pop(0) if needs.beta or needs.a else None
-        dy_sigma = extra.pop(0) if wants_sigma else None
-        if needs.b_up:
-            db_up = factors[product_rank:].t()
-        if needs.b and s.b is not None and dy_sigma is not None:
-            db = dy_sigma.sum().view(1) if s.b.numel() == 1 else dy_sigma
-        if call.matmul and needs.a_up:
-            du = factors[:product_rank].t().to(dy.dtype)
-            da_up = _sums_over_rows(weight, du, False, None, None, arch).t()
-        if needs.a and s.a is not None:
-            rest = recover.rest_of_gradient(g, beta, factors.t() if s.b_up is not None else None, dy_sigma, s)
-            exact = recover.ill_conditioned_rows(given(y), beta, h, sigma, s, x_is_kept=True).contiguous()
-            part = dy.new_empty(launch.hadamard_grad_tiles(n, k, dy.dtype, arch)[1], n, 1, dtype=torch.float32)
-            marked = exact.view(torch.int8)
-            launch.hadamard_grad_launch(dy, given(x), weight, dup=part, marked=marked, arch=arch).run()
-            da = recover.gradient(extra.pop(0), rest, exact, part.sum((0, 2)), s.a)
-        beta_grad = g if needs.beta else None
-    else:
-        beta_grad = None
-
-    if needs.b_down:
-        s_b = given(ds)[:, product_rank:]
-        db_down = _sums_over_rows(given(x), s_b, False, None, None, arch, call.dropout_p, call.seed)
-    if call.matmul and needs.a_down:
-        da_down = _sums_over_rows(given(x), given(ds)[:, :product_rank], False, None, None, arch)
-
-    if needs.x:
-        dx = dy.new_empty(m, k)
-        down = _beside(s.a_down if call.matmul else None, s.b_down, 0, dy.dtype)
-        effective = _weight_for(weight, s, call, dy.dtype, arch)
-        launch.glora_dx_launch(
-            dy, effective, dx, s=ds, down=down, free_rank=product_rank, a=s.a, tau=tau,
-            dropout_p=call.dropout_p if s.b_down is not None else 0.0, seed=call.seed, arch=arch,
+    # One read of dy: S = [dy·U | s·dy·B_up] and τ = dy·b along N, the gradients' partial sums along M.
+    want_s = p + r > 0 and (needs.x or needs.b_down or (p > 0 and needs.a_down))
+    with_factor = needs.b_up or (needs.a and r > 0) or (p > 0 and needs.a_up)
+    has_shift = s.bias is not None or s.wc is not None or s.e is not None
+    with_g = needs.bias or needs.wc or needs.d or needs.e or (needs.a and has_shift)
+    with_sigma = s.b is not None and (needs.b or needs.a)
+    rows = (p + r) * with_factor + with_g + with_sigma + needs.a
+    splits, bands, width = thin.dy_sizes(shape, dy.dtype, arch)
+    ds = dy.new_empty(bands, m, p + r, dtype=torch.float32) if want_s else None
+    tau = dy.new_empty(bands, m, dtype=torch.float32) if s.b is not None and needs.x else None
+    part = dy.new_empty(splits, rows, n, dtype=torch.float32) if rows else None
+    if ds is not None or tau is not None or part is not None:
+        thin.dy_launch(
+            dy, y=given(y) if needs.a else None, u=u, up=s.b_up, b=s.b if tau is not None else None,
+            h=given(h) if with_factor else None, sigma=given(sigma) if with_sigma else None, s=ds, tau=tau, part=part,
+            with_g=with_g, p=p, r=r, shape=shape, bands=(bands, width), scale=call.scale, arch=arch,
         ).run()  # fmt: skip
-    if not call.matmul and (needs.a_up or needs.a_down) and s.a_up is not None:
-        n_tiles, k_tiles = launch.hadamard_grad_tiles(n, k, dy.dtype, arch)
-        r = s.a_up.shape[1]
-        dup = dy.new_empty(k_tiles, n, r, dtype=torch.float32) if needs.a_up else None
-        ddown = dy.new_empty(n_tiles, r, k, dtype=torch.float32) if needs.a_down else None
-        launch.hadamard_grad_launch(
-            dy, given(x), weight, a_up=s.a_up, a_down=s.a_down, dup=dup, ddown=ddown, arch=arch
-        ).run()
-        da_up = None if dup is None else dup.sum(0)
-        da_down = None if ddown is None else ddown.sum(0)
-    return dx, beta_grad, da, da_up, da_down, db, db_up, db_down
+
+    sums: list[around.Sum] = []
+    da_up = da_down = db_down = weff = None
+    if needs_hadamard and s.a_up is not None and s.a_down is not None:
+        n_tiles, k_tiles = around.hadamard_grad_tiles(shape._replace(r=s.a_up.shape[1]), dy.dtype, arch)
+        rank = s.a_up.shape[1]
+        dup = dy.new_empty(k_tiles, n, rank, dtype=torch.float32) if needs.a_up else None
+        ddown = dy.new_empty(n_tiles, rank, k, dtype=torch.float32) if needs.a_down else None
+        db_down = _like(s.b_down) if needs.b_down else None
+        weff = workspace_like(weight, dy.dtype) if needs.x else None
+        around.hadamard_grad_launch(
+            dy, given(x), weight, a_up=s.a_up, a_down=s.a_down, dup=dup, ddown=ddown, weff=weff,
+            s=ds if db_down is not None else None, db_down=db_down, **dropped,
+        ).run()  # fmt: skip
+        if dup is not None:
+            da_up = _like(s.a_up)
+            sums.append(around.Sum(dup, da_up))
+        if ddown is not None:
+            da_down = _like(s.a_down)
+            sums.append(around.Sum(ddown, da_down))
+
+    # The input's gradient, and one read of x for what multiplies it.
+    library = needs.x and _route(dy, weight, s, shape, arch, backward=True) == "library"
+    row_scale = s.a
+    if needs.x and weff is None and (lora or (library and s.a is not None)):
+        weff = workspace_like(weight, dy.dtype)
+        pair: dict[str, Any] = {"a_up": s.a_up, "a_down": s.a_down} if lora else {"a": s.a}
+        thin.prepare_launch(dy, weight, **pair, weff=weff, arch=arch).run()
+        row_scale = None
+    effective = weight if weff is None else weff
+    dx = dy.new_empty(m, k) if needs.x else None
+    down: dict[str, Any] = {"a_down": s.a_down if p else None, "b_down": s.b_down}
+    want_p, want_v = p > 0 and needs.a_down, needs.b_down and db_down is None
+    adds_to_dx = library and (ds is not None or tau is not None)
+    if want_p or want_v or adds_to_dx:
+        x_splits = thin.x_splits(shape, dy.dtype, arch)
+        x_part = dy.new_empty(x_splits, p * want_p + r * want_v, k, dtype=torch.float32) if want_p or want_v else None
+        source = given(x) if x_part is not None else given(dx)
+        thin.x_launch(
+            source, s=ds, p=p, r=r, part=x_part, want_p=want_p, want_v=want_v, dx=dx if adds_to_dx else None,
+            **(down if adds_to_dx else {}), tau=tau if adds_to_dx else None, shape=shape, splits=x_splits, **dropped,
+        ).run()  # fmt: skip
+        if want_p and x_part is not None:
+            da_down = _like(s.a_down)
+            sums.append(around.Sum(x_part[:, :p], da_down))
+        if want_v and x_part is not None:
+            db_down = _like(s.b_down)
+            sums.append(around.Sum(x_part[:, p * want_p :], db_down))
+    if dx is not None and library:
+        LibraryProduct(dy, effective, dx, accumulates=adds_to_dx).run()
+    elif dx is not None:
+        large.glora_dx_launch(dy, effective, dx, s=ds, **down, a=row_scale, tau=tau, **dropped).run()
+
+    # Partial sums become gradients.
+    wanted = {
+        "da": (needs.a, s.a), "db": (needs.b, s.b), "dbias": (needs.bias, s.bias), "dwc": (needs.wc, s.wc),
+        "dd": (needs.d, s.d), "de": (needs.e, s.e), "db_up": (needs.b_up, s.b_up),
+    }  # fmt: skip
+    grads = {name: _like(tensor) for name, (need, tensor) in wanted.items() if need and tensor is not None}
+    constants = [name for name, grad in grads.items() if grad.numel() == 1 and n != 1]
+    vectors = dy.new_empty(len(constants), n, dtype=torch.float32) if constants else None
+    outputs = dict(grads)
+    for i, name in enumerate(constants):
+        outputs[name] = given(vectors)[i]
+    if p and needs.a_up:
+        outputs["du"] = dy.new_empty(n, p)
+    if outputs or sums:
+        recovers = needs.a
+        around.finish_launch(
+            part=part if outputs else None, p=p, r=r, with_factor=with_factor, with_g=with_g, with_sigma=with_sigma,
+            outputs=outputs, up=s.b_up if recovers else None, a=s.a if recovers else None, b=s.b if recovers else None,
+            bias=s.bias if recovers or needs.d else None, wc=s.wc if recovers else None,
+            d=s.d if recovers or needs.bias else None, e=s.e if recovers else None,
+            dy=dy if recovers else None, y=y if recovers else None, x=given(x) if recovers else None,
+            weight=weight if recovers else None, h=h if recovers and r else None,
+            sigma=sigma if recovers and s.b is not None else None,
+            sums=tuple(sums), device_of=dy, arch=arch,
+        ).run()  # fmt: skip
+    if vectors is not None:
+        # One launch: the adapters of a layer have one dtype, and any other is cast where gradients are returned.
+        totals = vectors.new_empty(len(constants), dtype=grads[constants[0]].dtype)
+        around.totals_launch(vectors, totals).run()
+        grads |= {name: totals[i : i + 1] for i, name in enumerate(constants)}
+    if p and needs.a_up:
+        da_up = _gradient_through_weight(weight, outputs["du"], given(s.a_up), arch)
+    get = grads.get
+    return (
+        dx, get("da"), da_up, da_down, get("db"), get("db_up"), db_down, get("dbias"), get("dwc"), get("dd"), get("de")
+    )  # fmt: skip
 
 
-def beta_forward(weight: Tensor, bias: Tensor | None, c: Tensor | None, d: Tensor | None, e: Tensor | None) -> Tensor:
-    """β = b∘(1+d) + e + W·c, (N,)."""
-    beta = weight.new_empty(weight.shape[0], dtype=wide_dtype(weight.dtype))
-    launch.beta_launch(weight, bias, c, d, e, beta, arch=arch_of(weight)).run()
-    return beta
+def wc_forward(weight: Tensor, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None) -> Tensor:
+    """W·c (N,), with c (K,) or C_up (K,R)·C_down (R,1)."""
+    wc = weight.new_empty(weight.shape[0], dtype=wide_dtype(weight.dtype))
+    around.wc_launch(weight, c, c_up, c_down, wc, arch=arch_of(weight)).run()
+    return wc
 
 
-def beta_backward_c(g: Tensor, weight: Tensor, c: Tensor) -> Tensor:
-    """dc = Wᵀg, (K,)."""
-    dc = torch.empty_like(c, memory_format=torch.contiguous_format)
-    launch.project_launch(
-        weight.t(), v=None, out=None, row_sum=dc, row_weight=g.contiguous(), arch=arch_of(weight)
+def wc_backward(
+    g: Tensor, weight: Tensor, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dc = Wᵀg, or dC_up = dc·C_downᵀ and dC_down = C_upᵀ·dc; `needs` in this order."""
+    arch = arch_of(weight)
+    splits = around.wc_grad_splits(weight, arch)
+    part = weight.new_empty(splits, weight.shape[1], dtype=torch.float32)
+    around.wc_grad_launch(weight, g, part, arch=arch).run()
+    grads = [_like(t) if need and t is not None else None for need, t in zip(needs, (c, c_up, c_down), strict=True)]
+    around.c_grad_launch(part, c_up=c_up, c_down=c_down, dc=grads[0], dc_up=grads[1], dc_down=grads[2], arch=arch).run()
+    return grads[0], grads[1], grads[2]
+
+
+def _gradient_through_weight(weight: Tensor, du: Tensor, a_up: Tensor, arch: str) -> Tensor:
+    """dA_up (K,P) of the product variant: Wᵀ·du."""
+    n, k = weight.shape
+    shape = Shape(n, k, k, du.shape[1])
+    splits = thin.x_splits(shape, du.dtype, arch)
+    part = du.new_empty(splits, du.shape[1], k, dtype=torch.float32)
+    thin.x_launch(
+        weight, s=du[None], p=0, r=du.shape[1], part=part, want_v=True, shape=shape, splits=splits, arch=arch
     ).run()
-    return dc
+    out = du.new_empty(du.shape[1], k, dtype=a_up.dtype)
+    around.finish_launch(outputs={}, sums=(around.Sum(part, out),), device_of=du, arch=arch).run()
+    return out.t()
+
+
+def _route(x: Tensor, weight: Tensor, s: Supports, shape: Shape, arch: str, backward: bool) -> str:
+    return routes.product_route(arch, x.dtype, shape, weight.dtype, backward=backward, scales=s.a is not None)
+
+
+def _shape(x: Tensor, weight: Tensor, s: Supports, call: Call) -> Shape:
+    n, k = weight.shape
+    return Shape(x.shape[0], n, k, max(_ranks(s, call)))
 
 
 def _ranks(s: Supports, call: Call) -> tuple[int, int]:
-    """(columns of h of the product variant's pair, columns in all)."""
-    product_rank = s.a_up.shape[1] if call.matmul and s.a_up is not None else 0
-    return product_rank, product_rank + (0 if s.b_up is None else s.b_up.shape[1])
+    """(P, R): the columns of h of the product variant's pair, and of B=lora."""
+    p = s.a_up.shape[1] if call.matmul and s.a_up is not None else 0
+    r = 0 if s.b_up is None else s.b_up.shape[1]
+    if p + r > MAX_RANK:
+        raise RuntimeError(
+            f"the Triton kernels hold a rank of up to {MAX_RANK} (of both pairs together in the product variant) in "
+            f"registers; got {p + r}: use backend('eager')"
+        )
+    return p, r
 
 
-def _beside(first: Tensor | None, second: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor | None:
-    """The factors of both low-rank pairs as one; a lone one as it is (the kernels cast what they load)."""
-    if first is None or second is None:
-        return second if first is None else first
-    return torch.cat([first.to(dtype), second.to(dtype)], dim)
-
-
-def _weight_for(weight: Tensor, s: Supports, call: Call, dtype: torch.dtype, arch: str) -> Tensor:
-    """W itself (the kernels cast it under autocast), or W_eff built in the workspace where A is lora."""
-    if call.matmul or s.a_up is None or s.a_down is None:
-        return weight
-    effective = workspace_like(weight, dtype)
-    launch.weff_launch(weight, s.a_up, s.a_down, effective, arch=arch).run()
-    return effective
-
-
-def _sums_over_rows(
-    x: Tensor,
-    s: Tensor | None,
-    with_sum: bool,
-    sigma: Tensor | None,
-    y: Tensor | None,
-    arch: str,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """(C, J) in fp32: Sᵀ·drop(X), then Σ X, σᵀX, Σ X∘Y as far as given. Partial sums are added in a fixed order."""
-    m, j = x.shape
-    rank = 0 if s is None else s.shape[1]
-    rows = rank + with_sum + (sigma is not None) + (y is not None)
-    splits = launch.factor_grad_splits(m, j, rank, x.dtype, arch)
-    part = x.new_empty(splits, rows, j, dtype=torch.float32)
-    launch.factor_grad_launch(
-        x, part, s=s, with_sum=with_sum, sigma=sigma, y=y, dropout_p=dropout_p, seed=seed, arch=arch
-    ).run()
-    return part[0] if splits == 1 else part.sum(0)
+def _like(tensor: Tensor | None) -> Tensor:
+    """Memory for a gradient."""
+    return torch.empty_like(given(tensor), memory_format=torch.contiguous_format)

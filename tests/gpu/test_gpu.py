@@ -103,9 +103,12 @@ def test_a_replayed_graph_draws_a_new_mask():
     x, w = torch.ones(64, 64, device="cuda"), torch.zeros(64, 64, device="cuda")
     up = torch.eye(64, device="cuda")
     graph = torch.cuda.CUDAGraph()
+    assert dropout_seed(x.device).device.type == "cpu"
     glora_linear(x, w, b_up=up, b_down=up, dropout_p=0.5, seed=dropout_seed(x.device))
     with torch.cuda.graph(graph):
-        y = glora_linear(x, w, b_up=up, b_down=up, dropout_p=0.5, seed=dropout_seed(x.device))
+        seed = dropout_seed(x.device)
+        y = glora_linear(x, w, b_up=up, b_down=up, dropout_p=0.5, seed=seed)
+    assert seed.is_cuda
     masks = []
     for _ in range(3):
         graph.replay()
@@ -125,6 +128,26 @@ def test_the_mask_of_the_kernels(p, dtype):
     keep = reference.keep_mask(seed, 1000, 256, p)
     assert torch.equal(y != 0, keep)
     assert abs(keep.double().mean() - (1 - p)) < 5 * (p * (1 - p) / keep.numel()) ** 0.5
+
+
+def test_a_seed_on_the_host_gives_the_mask_of_one_on_the_device():
+    for route in ("triton", "eager"):
+        p = problem(config("vector", "lora", dropout=0.5), (64,), 256, 136, True, torch.float32, device="cuda")
+        on_device = ours(p, route)
+        key = p.seed.cpu()
+        leaves = {n: t.detach().requires_grad_() for n, t in p.leaves().items()}
+        with routes.backend(route):
+            y = layer(leaves["x"], p.weight, leaves["bias"], {n: leaves[n] for n in p.params}, p.config, key)
+            y.backward(p.dy)
+        assert same(on_device, {"y": y.detach(), **{n: t.grad for n, t in leaves.items()}})
+
+
+def test_drawing_a_seed_leaves_the_device_alone():
+    """Its generator is not even advanced, but under capture (`test_a_replayed_graph_draws_a_new_mask`)."""
+    before = torch.cuda.get_rng_state()
+    seed = dropout_seed(torch.device("cuda"))
+    assert seed.device.type == "cpu"
+    assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("a", ["none", "vector", "lora"])

@@ -8,51 +8,87 @@ import triton
 
 from glora_kernels.launch import configs, environment
 from glora_kernels.launch.aot import ARCHS, SHARED_LIMIT
-from glora_kernels.launch.plan import Launch, precision, strides, vector_stride
+from glora_kernels.launch.plan import Launch, arithmetic, descriptor, strides, vector_stride
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EVERY = [*ARCHS, "sm_86", "sm_120", "gfx90a", "cpu"]
 
 
-def tables(arch, dtype):
-    yield from (configs.large_product(arch, dtype, m) for m in (1, 16, 64, 65, 128, 8192))
-    yield configs.project(arch, dtype)
-    yield configs.factor_grad(arch, dtype)
-    yield configs.hadamard_grad(arch, dtype)
-    yield configs.elementwise(arch)
+SHAPES = [configs.Shape(m, n, k, r) for m in (1, 16, 64, 65, 2048, 8192)
+          for n, k, r in ((4096, 4096, 16), (1024, 4096, 64), (4096, 14336, 256), (768, 3072, 8))]  # fmt: skip
+FLAGS = ("tma", "persistent", "warp_specialize")
+
+
+def every_config(arch, dtype):
+    for kernel in configs.KERNELS:
+        for shape in SHAPES:
+            yield configs.choose(kernel, arch, dtype, shape)
+            if kernel in ("fwd", "dx"):
+                yield configs.choose(kernel, arch, dtype, shape, torch.float32)
+    for rows, cols in ((1, 1), (8192, 4096)):
+        yield configs.large_product(arch, dtype, rows, cols, tma=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", EVERY)
 def test_blocks_can_be_launched(arch, dtype):
-    for config in tables(arch, dtype):
+    for config in every_config(arch, dtype):
         for name, value in config.items():
+            if name in FLAGS:
+                assert value in (False, True)
+                continue
             assert isinstance(value, int)
             assert value >= 1
             if name != "num_stages":
                 assert value & (value - 1) == 0, (name, value)
         for name in ("rows", "cols", "depth"):
             assert config.get(name, 16) >= 16, "the smallest side a matrix product takes"
-        assert config["cols"] % 8 == 0, "a random counter serves eight columns"
+        assert config["cols"] // config.get("parts", 1) % 8 == 0, "a random counter serves eight columns"
         assert config["num_warps"] in (1, 2, 4, 8)
-    assert list(tables(arch, dtype)) == list(tables(arch, dtype))
+    assert list(every_config(arch, dtype)) == list(every_config(arch, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_operand_tiles_fit_shared_memory(arch, dtype):
-    for m in (1, 64, 8192):
-        c = configs.large_product(arch, dtype, m)
-        tiles = (c["rows"] + c["cols"]) * c["depth"] * dtype.itemsize
-        assert tiles * max(1, c["num_stages"] - 1) <= SHARED_LIMIT[arch]
+    for shape in SHAPES:
+        for kernel in ("fwd", "dx"):
+            c = configs.choose(kernel, arch, dtype, shape)
+            tiles = (c["rows"] + c["cols"]) * c["depth"] * dtype.itemsize
+            assert tiles * max(1, c["num_stages"] - 1) <= SHARED_LIMIT[arch]
+
+
+def test_descriptors_only_where_the_card_has_them():
+    for arch in EVERY:
+        for config in every_config(arch, torch.bfloat16):
+            assert not config.get("tma") or arch in ("sm_90", "sm_100", "cpu")
+            assert not config.get("warp_specialize") or config["tma"]
+    assert configs.choose("fwd", "sm_90", torch.bfloat16, SHAPES[-1])["tma"]
+    assert not configs.choose("fwd", "sm_90", torch.bfloat16, SHAPES[-1], torch.float32)["tma"], "W wider than x"
+
+
+@pytest.mark.parametrize("rows", [1, 48, 512, 2048, 8192, 100_000])
+@pytest.mark.parametrize("depth", [1, 70, 768, 4096, 14336])
+@pytest.mark.parametrize("step", [32, 128])
+def test_bands_cover_the_reduction_once(rows, depth, step):
+    number, width = configs.bands("sm_90", rows, 32, depth, step)
+    assert 1 <= number <= configs.MAX_BANDS
+    assert width % step == 0
+    assert (number - 1) * width < depth <= number * width, "every band has something in it"
+    assert number == 1 or number * -(-rows // 32) <= configs.programs("sm_90")
+
+
+def test_a_few_rows_are_cut_into_bands_and_many_are_not():
+    assert configs.bands("sm_90", 512, 32, 4096, 128)[0] > 1
+    assert configs.bands("sm_90", 8192, 32, 4096, 128)[0] == 1
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 15, 16, 17, 31, 33, 63, 64, 65, 100, 256, 1000])
 def test_block_r(rank):
     block = configs.block_r(rank)
     assert block & (block - 1) == 0
-    assert 16 <= block <= configs.MAX_BLOCK_R
-    assert block >= min(rank, configs.MAX_BLOCK_R)
+    assert 16 <= block <= 256
+    assert block >= min(rank, 256)
     assert block == 16 or block < 2 * rank
 
 
@@ -102,10 +138,10 @@ def tf32():
 
 def test_precision(tf32):
     torch.backends.cuda.matmul.allow_tf32 = False
-    assert precision(torch.float32)["PRECISION"] == "ieee"
+    assert arithmetic(torch.float32)["PRECISION"] == "ieee"
     torch.backends.cuda.matmul.allow_tf32 = True
-    assert precision(torch.float32)["PRECISION"] == "tf32"
-    assert precision(torch.bfloat16)["PRECISION"] == "ieee"
+    assert arithmetic(torch.float32)["PRECISION"] == "tf32"
+    assert arithmetic(torch.bfloat16)["PRECISION"] == "ieee"
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
@@ -114,3 +150,14 @@ def test_the_newer_switch_for_tf32(value, expected, tf32):
     """PyTorch ≥ 2.9: after `fp32_precision` was set, reading `allow_tf32` is an error."""
     torch.backends.cuda.matmul.fp32_precision = value
     assert environment.allow_tf32() is expected
+
+
+def test_descriptors_of_what_tma_can_read():
+    """16-byte aligned rows that follow each other; anything else is read by pointers."""
+    whole = torch.zeros(6, 64, dtype=torch.float16)
+    found = descriptor(whole, 2, 32)
+    assert (found.shape, found.strides, found.block_shape) == ([6, 64], [64, 1], [2, 32])
+    assert descriptor(whole[:, :40], 2, 32).shape == [6, 40]
+    for not_for_tma in (whole.t(), whole[:, 1:], whole[:, ::2], torch.zeros(6, 63, dtype=torch.float16),
+                        torch.zeros(64, dtype=torch.float16).expand(6, 64), whole[:0]):  # fmt: skip
+        assert descriptor(not_for_tma, 2, 32) is None

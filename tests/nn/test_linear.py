@@ -488,6 +488,7 @@ def test_public_names():
             "save_adapter",
             "trainable_parameters",
             "unmerge",
+            "warmup",
         ]
     )
     assert all(hasattr(gk, name) for name in gk.__all__)

@@ -11,7 +11,9 @@ import torch
 from helpers import PAIRS, check, layer, ours, problem, same, train_only, truth
 
 from glora_kernels.launch import workspace
-from glora_kernels.ops import glora_beta, glora_linear
+from glora_kernels.ops import glora_linear, glora_wc
+from glora_kernels.ops.common import Supports, shift
+from glora_kernels.ops.glora import dropout_seed
 from glora_kernels.spec import GLoRAConfig
 
 FORMS = [(a, b, "hadamard") for a, b in PAIRS] + [("lora", b, "matmul") for b in ("lora", "vector", "constant", "none")]
@@ -89,6 +91,56 @@ def test_gradient_of_a_beside_a_large_bias(form, dtype):
 def test_in_few_bits(a, b, variant, dtype, layout):
     p = problem(config(a, b, variant, "vector"), (3, 11), 70, 45, True, dtype, layout=layout, size=0.1)
     check(p, ours(p), "eager")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("c", ["lora", "vector", "none"])
+@pytest.mark.parametrize(("d", "e"), list(itertools.product(["vector", "constant", "none"], repeat=2)))
+@pytest.mark.parametrize("a", ["none", "vector"])
+def test_every_form_of_c_d_and_e(a, c, d, e, bias, dtype):
+    """Each of them alone and beside the others, with a gradient and without."""
+    p = problem(GLoRAConfig(a, "none", c, d, e, rank=3), (29,), 40, 45, bias, dtype, size=0.1)
+    for trained in (p.trained, p.trained - {"bias"}, frozenset({"x", "bias"}), p.trained - {"C", "C_up", "D"}):
+        some = train_only(p, trained & p.leaves().keys())
+        got = ours(some)
+        if dtype == torch.float64:
+            exact(some, got)
+        else:
+            check(some, got, "eager")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["lora", "vector"])
+def test_wc_is_not_rounded_to_16_bits(form, dtype):
+    """Neither W·c, nor c = C_up·C_down, nor a gradient of fp32 factors."""
+    config = GLoRAConfig("none", "none", form, "none", "none", rank=3)
+    p = problem(config, (5,), 70, 450, False, dtype, torch.float32)
+    leaves = {n: t.requires_grad_() for n, t in p.params.items()}
+    double = {n: t.detach().double().requires_grad_() for n, t in p.params.items()}
+    g = torch.randn(450, generator=torch.Generator().manual_seed(0))
+    for weight in (p.weight, p.weight.t().contiguous().t()):
+        got = glora_wc(weight, leaves.get("C"), c_up=leaves.get("C_up"), c_down=leaves.get("C_down"))
+        c = double["C_up"] @ double["C_down"] if form == "lora" else double["C"][:, None]
+        expected = (weight.double() @ c).squeeze(1)
+        assert got.dtype == torch.float32
+        values = torch.autograd.grad(got, list(leaves.values()), g)
+        truths = torch.autograd.grad(expected, list(double.values()), g.double())
+        for value, true in zip((got, *values), (expected, *truths), strict=True):
+            assert (value - true).abs().max() < 1e-5 * true.abs().max()
+
+
+def test_shift_is_the_bias_itself_where_nothing_changes_it():
+    bias = torch.zeros(11)
+    assert shift(Supports(bias=bias), torch.bfloat16) is bias
+    assert shift(Supports(), torch.float32) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_shift_over_16_bits_keeps_a_small_e(dtype):
+    beta = shift(Supports(bias=torch.ones(11, dtype=dtype), e=torch.full((11,), 2.0**-14).to(dtype)), dtype)
+    assert beta.dtype == torch.float32
+    assert torch.equal(beta, torch.full((11,), 1 + 2.0**-14))
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (4,), (2, 3), (2, 3, 2), (0,), (2, 0)])
@@ -214,6 +266,37 @@ def test_seed_overwritten_in_place():
         assert torch.allclose(x.grad, expected)
 
 
+def test_the_seed_is_drawn_on_the_host():
+    """Bit 62 is always set, whatever the device; a seed of CPU memory serves an x of any."""
+    torch.manual_seed(1)
+    seeds = [dropout_seed(torch.device(device)) for device in ("cpu", "meta", "cuda") for _ in range(50)]
+    assert {(s.device.type, s.dtype, s.shape) for s in seeds} == {("cpu", torch.int64, (1,))}
+    assert all(s.item() >> 62 == 1 for s in seeds)
+    assert len({s.item() for s in seeds}) == len(seeds)
+    torch.manual_seed(1)
+    assert dropout_seed(torch.device("cuda")).equal(seeds[0]), "it follows torch.manual_seed"
+    glora_linear(
+        X.to("meta"), W.to("meta"), **{**LORA, "b_up": UP.to("meta"), "b_down": DOWN.to("meta")}, seed=seeds[0]
+    )
+
+
+def test_the_seed_of_traced_code_is_drawn_on_the_device():
+    """Drawn while tracing on the host, it would be a constant of the graph: one mask for ever."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    draw = torch.compile(lambda x: dropout_seed(x.device), backend=record, fullgraph=True)
+    assert draw(torch.zeros(1, device="meta")).device.type == "meta"
+    first, second = draw(X), draw(X)
+    assert first >> 62 == second >> 62 == 1
+    assert first != second
+    assert len(graphs) == 2
+
+
 def test_second_derivatives_are_refused():
     p = problem(config("vector", "lora"), (9,), 20, 11)
     x = p.x.requires_grad_()
@@ -225,6 +308,7 @@ def test_second_derivatives_are_refused():
 
 W, X = torch.zeros(11, 20), torch.zeros(4, 20)
 UP, DOWN, SEED = torch.zeros(11, 3), torch.zeros(3, 20), torch.zeros(1, dtype=torch.int64)
+LORA = {"b_up": UP, "b_down": DOWN, "dropout_p": 0.5}
 
 
 @pytest.mark.parametrize(("error", "words", "args", "kwargs"), [
@@ -236,7 +320,8 @@ UP, DOWN, SEED = torch.zeros(11, 3), torch.zeros(3, 20), torch.zeros(1, dtype=to
     (ValueError, ("seed", "0.1"), (X, W), {"b_up": UP, "b_down": DOWN, "dropout_p": 0.1}),
     (ValueError, ("weight", "meta"), (X, W.to("meta")), {}),
     (ValueError, ("b_up", "meta"), (X, W), {"b_up": UP.to("meta"), "b_down": DOWN}),
-    (ValueError, ("beta", "meta"), (X, W, torch.zeros(11, device="meta")), {}),
+    (ValueError, ("bias", "meta"), (X, W, torch.zeros(11, device="meta")), {}),
+    (ValueError, ("e", "meta"), (X, W, torch.zeros(11)), {"e": torch.zeros(11, device="meta")}),
     (ValueError, ("matmul",), (X, W), {"a": torch.zeros(11), "variant": "matmul"}),
     (ValueError, ("variant", "product"), (X, W), {"a_up": UP, "a_down": DOWN, "variant": "product"}),
     (ValueError, ("dropout_p", "1.0"), (X, W), {"b_up": UP, "b_down": DOWN, "dropout_p": 1.0, "seed": SEED}),
@@ -246,7 +331,14 @@ UP, DOWN, SEED = torch.zeros(11, 3), torch.zeros(3, 20), torch.zeros(1, dtype=to
     (ValueError, ("a_down",), (X, W), {"a_up": UP}),
     (ValueError, ("a_up",), (X, W), {"a": torch.zeros(11), "a_up": UP, "a_down": DOWN}),
     (ValueError, ("b_up",), (X, W), {"b": torch.zeros(11), "b_up": UP, "b_down": DOWN}),
-    (ValueError, ("beta", "(5,)"), (X, W, torch.zeros(5)), {}),
+    (ValueError, ("bias", "(5,)"), (X, W, torch.zeros(5)), {}),
+    (ValueError, ("wc", "(1,)"), (X, W), {"wc": torch.zeros(1)}),
+    (ValueError, ("d", "bias"), (X, W), {"d": torch.zeros(11)}),
+    (ValueError, ("d", "(20,)"), (X, W, torch.zeros(11)), {"d": torch.zeros(20)}),
+    (ValueError, ("e", "(20,)"), (X, W, torch.zeros(11)), {"e": torch.zeros(20)}),
+    (ValueError, ("seed", "int32"), (X, W), {**LORA, "seed": SEED.int()}),
+    (ValueError, ("seed", "(2,)"), (X, W), {**LORA, "seed": torch.zeros(2, dtype=torch.int64)}),
+    (ValueError, ("seed", "meta", "cpu"), (X, W), {**LORA, "seed": SEED.to("meta")}),
     (ValueError, ("a", "(5,)"), (X, W), {"a": torch.zeros(5)}),
     (ValueError, ("b_up", "(5, 3)"), (X, W), {"b_up": torch.zeros(5, 3), "b_down": DOWN}),
     (ValueError, ("b_down", "(4, 20)"), (X, W), {"b_up": UP, "b_down": torch.zeros(4, 20)}),
@@ -263,15 +355,23 @@ def test_errors(error, words, args, kwargs, route):
     assert all(word in str(raised.value) for word in words), raised.value
 
 
-@pytest.mark.parametrize(("error", "words", "args"), [
-    (ValueError, ("bias",), (W, None, None, torch.zeros(11))),
-    (ValueError, ("c", "(11,)"), (W, None, torch.zeros(11))),
-    (ValueError, ("e", "(20,)"), (W, torch.zeros(11), None, None, torch.zeros(20))),
-    (ValueError, ("e", "meta"), (W, torch.zeros(11), None, None, torch.zeros(11, device="meta"))),
+C_UP, C_DOWN = torch.zeros(20, 3), torch.zeros(3, 1)
+
+
+@pytest.mark.parametrize(("words", "args", "kwargs"), [
+    (("c_up", "c_down"), (W,), {}),
+    (("c", "(11,)"), (W, torch.zeros(11)), {}),
+    (("c", "(1,)"), (W, torch.zeros(1)), {}),
+    (("c", "meta"), (W, torch.zeros(20, device="meta")), {}),
+    (("c_down", "meta"), (W,), {"c_up": C_UP, "c_down": C_DOWN.to("meta")}),
+    (("c_down", "missing"), (W,), {"c_up": C_UP}),
+    (("c_up", "two forms"), (W, torch.zeros(20)), {"c_up": C_UP, "c_down": C_DOWN}),
+    (("(20, R)", "(11, 3)"), (W,), {"c_up": UP, "c_down": C_DOWN}),
+    (("(R, 1)", "(3, 20)"), (W,), {"c_up": C_UP, "c_down": DOWN}),
 ])  # fmt: skip
-def test_errors_of_beta(error, words, args):
-    with pytest.raises(error) as raised:
-        glora_beta(*args)
+def test_errors_of_wc(words, args, kwargs):
+    with pytest.raises(ValueError) as raised:
+        glora_wc(*args, **kwargs)
     assert all(word in str(raised.value) for word in words), raised.value
 
 

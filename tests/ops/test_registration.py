@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from glora_kernels.launch.routes import backend
-from glora_kernels.ops import glora_beta, glora_linear
+from glora_kernels.ops import glora_linear, glora_wc
 from glora_kernels.spec import GLoRAConfig
 
 OPS = torch.ops.glora_kernels
@@ -25,6 +25,8 @@ FORMS = [
     ("lora", "lora", "matmul", 0.25),
 ]
 forms = pytest.mark.parametrize(("a", "b", "variant", "dropout"), FORMS)
+NAMES = ("A", "A_up", "A_down", "B", "B_up", "B_down", "bias", "wc", "D", "E")
+"""Where the operators have which of a problem's tensors."""
 ROUTES = [
     "eager",
     pytest.param(
@@ -42,29 +44,31 @@ def build(a, b, variant, dropout, lead=(5,), dtype=torch.float32, **more):
 
 def forward_args(p, route, grad=True):
     """The arguments of torch.ops.glora_kernels.glora_linear."""
-    of = {n: t.detach().requires_grad_(grad) for n, t in p.params.items()}
-    names = ("A", "A_up", "A_down", "B", "B_up", "B_down")
-    x, beta = p.x.detach().requires_grad_(grad), p.bias.detach().requires_grad_(grad)
+    of = {n: t.detach().requires_grad_(grad) for n, t in p.leaves().items()}
+    if "C_up" in of:
+        wc = glora_wc(p.weight, c_up=of["C_up"].detach(), c_down=of["C_down"].detach())
+        of["wc"] = wc.requires_grad_(grad)
     drop = p.config.dropout if p.seed is not None else 0.0
-    supports = (of.get(n) for n in names)
-    return (x, p.weight, beta, *supports, p.config.scale, drop, p.seed, p.config.variant == "matmul", route)
+    supports = (of.get(n) for n in NAMES)
+    return (of["x"], p.weight, *supports, p.config.scale, drop, p.seed, p.config.variant == "matmul", route)
 
 
-def needs_of(p):
-    has = [True, True, *(n in p.params for n in ("A", "A_up", "A_down", "B", "B_up", "B_down"))]
-    return has
+def needs_of(args):
+    """Every gradient there is, by the arguments of the forward operator."""
+    return [True, *(t is not None for t in args[2:12])]
 
 
 def backward_args(p, route):
     args = [t.detach() if isinstance(t, torch.Tensor) else t for t in forward_args(p, route, grad=False)]
     saved = (t if t.numel() else None for t in OPS.glora_linear(*args))  # as autograd hands them on
-    return (p.dy, *args[:9], *saved, *args[9:], needs_of(p))
+    return (p.dy, *args[:12], *saved, *args[12:], needs_of(args))
 
 
-def beta_args(p, route, grad):
-    c = torch.randn(20, generator=torch.Generator().manual_seed(1), dtype=p.x.dtype)
-    tensors = (p.bias, c, p.params["D"], p.params["E"])
-    return (p.weight, *(t.detach().requires_grad_(grad) for t in tensors), route)
+def wc_args(p, route, grad, form="lora"):
+    """The arguments of torch.ops.glora_kernels.glora_wc."""
+    c = torch.randn(20, generator=torch.Generator().manual_seed(1), dtype=p.x.dtype).requires_grad_(grad)
+    factors = (p.params[name].detach().requires_grad_(grad) for name in ("C_up", "C_down"))
+    return (p.weight, *((None, *factors) if form == "lora" else (c, None, None)), route)
 
 
 @routes
@@ -103,18 +107,26 @@ def test_results_of_rank_one_share_no_memory(route):
 
 
 @routes
-@pytest.mark.parametrize("absent", [(), (0,), (1, 2), (3,)])
-def test_opcheck_beta(route, absent):
-    p = build("none", "none", "hadamard", 0.0)
-    args = list(beta_args(p, route, grad=True))
-    for i in absent:
-        args[1 + i] = None
-    if args[1] is None:
-        args[3] = None
-    torch.library.opcheck(OPS.glora_beta.default, tuple(args))
+@pytest.mark.parametrize("form", ["lora", "vector"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_wc(form, dtype, route):
+    args = wc_args(build("none", "none", "hadamard", 0.0, dtype=dtype), route, True, form)
+    torch.library.opcheck(OPS.glora_wc.default, args)
     args = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
-    needs = [t is not None for t in args[1:5]]
-    torch.library.opcheck(OPS.glora_beta_backward.default, (torch.randn(11), *args[:5], needs, route))
+    everything = [t is not None for t in args[1:4]]
+    for needs in (everything, [False, False, everything[2]]):
+        torch.library.opcheck(OPS.glora_wc_backward.default, (torch.randn(11), *args[:4], needs, route))
+
+
+@routes
+@pytest.mark.parametrize(("d", "e"), [("none", "vector"), ("none", "constant"), ("constant", "none")])
+def test_opcheck_of_bias_wc_d_and_e(d, e, route):
+    """∂bias, ∂wc and ∂e may be one sum: each result has memory of its own."""
+    p = problem(GLoRAConfig("none", "none", "lora", d, e, rank=3), (5,), 20, 11, dtype=torch.float32)
+    torch.library.opcheck(OPS.glora_linear.default, forward_args(p, route))
+    torch.library.opcheck(OPS.glora_linear_backward.default, backward_args(p, route))
+    results = [t for t in OPS.glora_linear_backward(*backward_args(p, route)) if t.numel()]
+    assert len({t.untyped_storage().data_ptr() for t in results}) == len(results) == 4
 
 
 @routes
@@ -259,49 +271,23 @@ BIG = 2 * M * K * N
 def test_flops_are_counted(a, b, variant, forward, backward):
     """Products of the size of the weight: 2 in all, 3 where A is lora; the rest has a rank in it."""
     p = problem(GLoRAConfig(a, b, E="none", rank=R, variant=variant), (M,), K, N, False, torch.float32)
-    args = [t.detach() if isinstance(t, torch.Tensor) else t for t in forward_args_without_beta(p)]
+    args = forward_args(p, "eager", grad=False)
     with FlopCounterMode(display=False) as counter:
         y, h, sigma, u = OPS.glora_linear(*args)
     assert counter.get_total_flops() == forward
-    needs = [True, False, *(n in p.params for n in ("A", "A_up", "A_down", "B", "B_up", "B_down"))]
     with FlopCounterMode(display=False) as counter:
-        OPS.glora_linear_backward(p.dy, *args[:9], y, h, sigma, u, *args[9:], needs)
+        OPS.glora_linear_backward(p.dy, *args[:12], y, h, sigma, u, *args[12:], needs_of(args))
     assert counter.get_total_flops() == backward
 
 
-def forward_args_without_beta(p):
-    names = ("A", "A_up", "A_down", "B", "B_up", "B_down")
-    return (
-        p.x,
-        p.weight,
-        None,
-        *(p.params.get(n) for n in names),
-        1.0,
-        0.0,
-        None,
-        p.config.variant == "matmul",
-        "eager",
-    )
-
-
-def test_flops_of_beta():
+@pytest.mark.parametrize(("form", "pair"), [("vector", 0), ("lora", 2 * K * R)])
+def test_flops_of_wc(form, pair):
     p = build("none", "none", "hadamard", 0.0)
-    args = beta_args(p, "eager", False)
+    args = wc_args(p, "eager", False, form)
     with FlopCounterMode(display=False) as counter:
-        OPS.glora_beta(*args)
-    assert counter.get_total_flops() == 2 * math.prod(p.weight.shape)
-
-
-def test_beta_is_the_bias_itself_where_nothing_changes_it():
-    bias = torch.zeros(11)
-    assert glora_beta(torch.zeros(11, 20), bias) is bias
-    assert glora_beta(torch.zeros(11, 20), None) is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_beta_over_16_bits_keeps_a_small_e(dtype):
-    beta = glora_beta(
-        torch.zeros(11, 20, dtype=dtype), torch.ones(11, dtype=dtype), e=torch.full((11,), 2.0**-14).to(dtype)
-    )
-    assert beta.dtype == torch.float32
-    assert torch.equal(beta, torch.full((11,), 1 + 2.0**-14))
+        OPS.glora_wc(*args)
+    assert counter.get_total_flops() == 2 * math.prod(p.weight.shape) + pair
+    needs = [t is not None for t in args[1:4]]
+    with FlopCounterMode(display=False) as counter:
+        OPS.glora_wc_backward(torch.randn(11), *args[:4], needs, "eager")
+    assert counter.get_total_flops() == 2 * math.prod(p.weight.shape) + 2 * pair

@@ -1,0 +1,244 @@
+"""What is measured, as data: entries (one implementation of one layer at one size), groups, stages.
+
+A group is one layer shape and one M: its entries are timed in the same interleaved rounds, so that a card whose
+clock moves moves it for all of them, and every group holds the frozen layer. A stage is a list of groups that a
+process of its own works through. The order is by worth: the rows of the target table come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+LLAMA = {
+    "q": (4096, 4096),
+    "k": (1024, 4096),
+    "v": (1024, 4096),
+    "o": (4096, 4096),
+    "gate": (14336, 4096),
+    "up": (14336, 4096),
+    "down": (4096, 14336),
+}
+"""The seven linears of a LLaMA-3-8B decoder layer: (N, K)."""
+
+VIT = ((2304, 768), (768, 768), (3072, 768), (768, 3072))
+"""ViT-B/16: qkv, proj, fc1, fc2. They have a bias."""
+
+VIT_TOKENS = 197
+FROZEN, LORA = "frozen", "lora"
+VECTOR_LORA = "glora:vector,lora,none,none,none"
+FULL = "glora:vector,lora,vector,vector,vector"
+LORA_LORA = "glora:lora,lora,none,none,none"
+VECTORS = "glora:vector,vector,none,none,none"
+IMPLS = ("ours", "eager", "compile", "peft", "bnb", "unsloth", "lorafusion")
+PASSES = ("fwd", "fwd_bwd")
+MODES = ("eager", "graph")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One implementation of one layer: what is built and checked once, and timed in every pass and mode.
+
+    case: "frozen", "lora" or "glora:<A>,<B>,<C>,<D>,<E>", with the prefix "nf4-" on a 4-bit base.
+    layer: the name of a LLaMA-3-8B linear, or None. r, p: None for frozen layers.
+    """
+
+    case: str
+    impl: str
+    m: int
+    n: int
+    k: int
+    r: int | None = None
+    p: float | None = None
+    layer: str | None = None
+    bias: bool = False
+    dtype: str = "bf16"
+
+    @property
+    def adapter(self) -> str:
+        """The case without what it says of the base."""
+        return self.case.removeprefix("nf4-")
+
+    @property
+    def frozen(self) -> bool:
+        return self.adapter == FROZEN
+
+    @property
+    def key(self) -> str:
+        fields = (self.case, self.impl, self.layer, self.dtype, self.m, self.n, self.k, self.r, self.p, self.bias)
+        return "|".join("-" if value is None else str(value) for value in fields)
+
+    def __str__(self) -> str:
+        rank = "" if self.r is None else f" r={self.r}"
+        drop = f" p={self.p:g}" if self.p else ""
+        bias = " bias" if self.bias else ""
+        where = self.layer or f"{self.n}x{self.k}"
+        return f"{self.case} ({self.impl}){rank}{drop}{bias}, {where}, M={self.m}, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Entries of one shape and one M, timed against each other. The first is the frozen layer."""
+
+    entries: tuple[Entry, ...]
+    passes: tuple[str, ...] = ("fwd_bwd",)
+    modes: tuple[str, ...] = MODES
+
+    @property
+    def key(self) -> str:
+        first = self.entries[0]
+        names = ";".join(sorted({f"{e.case},{e.impl},{e.r},{e.p}" for e in self.entries}))
+        return f"{first.layer or f'{first.n}x{first.k}'}|{first.m}|{'+'.join(self.passes)}|{names}"
+
+    def row_keys(self) -> Iterator[tuple[Entry, str, str]]:
+        for entry in self.entries:
+            for direction in self.passes:
+                for mode in self.modes:
+                    yield entry, direction, mode
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named list of groups; `models` names a model-level measurement instead (see `benchmarks.model`)."""
+
+    name: str
+    title: str
+    groups: tuple[Group, ...] = ()
+    models: str | None = None
+    quick: bool = False
+
+
+def row_key(entry: Entry, direction: str, mode: str) -> str:
+    """What identifies a row: the entry, the pass and the mode."""
+    return f"{entry.key}|{direction}|{mode}"
+
+
+Contender = tuple[str, str, float]
+"""case, impl, p."""
+
+TARGET: tuple[Contender, ...] = (
+    (LORA, "ours", 0.0),
+    (LORA, "ours", 0.1),
+    (VECTOR_LORA, "ours", 0.0),
+    (FULL, "ours", 0.0),
+    (LORA_LORA, "ours", 0.0),
+    (VECTORS, "ours", 0.0),
+    (LORA, "peft", 0.0),
+    (VECTORS, "peft", 0.0),
+    (LORA_LORA, "peft", 0.0),
+)
+SMALL_M: tuple[Contender, ...] = ((LORA, "ours", 0.0), (VECTOR_LORA, "ours", 0.0), (LORA, "peft", 0.0))
+DROPPED: tuple[Contender, ...] = ((VECTOR_LORA, "ours", 0.1), (LORA, "peft", 0.1), (LORA, "eager", 0.1))
+RANKED: tuple[Contender, ...] = (
+    (LORA, "ours", 0.0),
+    (VECTOR_LORA, "ours", 0.0),
+    (LORA_LORA, "ours", 0.0),
+    (LORA, "peft", 0.0),
+)
+BY_M: tuple[Contender, ...] = (*RANKED, (FULL, "ours", 0.0), (LORA_LORA, "peft", 0.0))
+EAGER: tuple[Contender, ...] = tuple((case, "eager", 0.0) for case in (LORA, VECTOR_LORA, FULL, LORA_LORA, VECTORS))
+COMPILED: tuple[Contender, ...] = tuple((case, "compile", 0.0) for case in (LORA, VECTOR_LORA, LORA_LORA))
+OTHERS: tuple[Contender, ...] = ((LORA, "unsloth", 0.0), (LORA, "lorafusion", 0.0))
+
+
+def group(
+    contenders: Iterable[Contender],
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    layer: str | None = None,
+    bias: bool | None = None,
+    dtype: str = "bf16",
+    passes: Sequence[str] = ("fwd_bwd",),
+    modes: Sequence[str] = MODES,
+    nf4: bool = False,
+) -> Group:
+    """Contenders of one shape behind the frozen layer.
+
+    bias: whether the layers have one; None means where the case needs it (D stands beside a bias), with a second
+    frozen layer that has one too.
+    """
+    found = [Entry(FROZEN, "eager", m, n, k, layer=layer, bias=bool(bias), dtype=dtype)]
+    if nf4:
+        found.append(replace(found[0], case="nf4-frozen", impl="bnb"))
+    for case, impl, p in contenders:
+        needs = case.removeprefix("nf4-") == FULL if bias is None else bias
+        found.append(Entry(case, impl, m, n, k, r, p, layer, needs, dtype))
+    if bias is None and any(entry.bias for entry in found):
+        found.insert(1, replace(found[0], bias=True))
+    return Group(tuple(found), tuple(passes), tuple(modes))
+
+
+def _llama(contenders: Iterable[Contender], m: int, r: int = 16, **options: object) -> tuple[Group, ...]:
+    listed = tuple(contenders)
+    return tuple(group(listed, m, n, k, r, name, **options) for name, (n, k) in LLAMA.items())  # type: ignore[arg-type]
+
+
+def gpu_stages() -> list[Stage]:
+    """The battery of a card. The stages marked quick give the target table."""
+    nf4 = tuple((f"nf4-{case}", impl, 0.0) for case, impl in ((LORA, "peft"), (LORA, "ours"), (VECTOR_LORA, "ours")))
+    other_m = tuple(g for m in (4096, 1024, 16384, 2048, 512) for g in _llama(BY_M, m))
+    vit = tuple(
+        group(BY_M, 64 * VIT_TOKENS, n, k, r, None, bias=True, passes=PASSES if r == 16 else ("fwd_bwd",))
+        for r in (16, 8, 64)
+        for n, k in VIT
+    )
+    return [
+        Stage("target", "LLaMA-3-8B linears, M=8192, r=16", _llama(TARGET, 8192), quick=True),
+        Stage("small-m", "the same, M=2048 and M=512", _llama(SMALL_M, 2048) + _llama(SMALL_M, 512), quick=True),
+        Stage("dropout", "p=0.1", _llama(DROPPED, 8192)),
+        Stage("model", "one LLaMA-3-8B decoder layer", models="layer"),
+        Stage("ranks", "r=8 and r=64", _llama(RANKED, 8192, 8) + _llama(RANKED, 8192, 64)),
+        Stage("by-m", "M from 512 to 16384", other_m),
+        Stage("growth", "decoder layers: 1, 2, 4, 8", models="growth"),
+        Stage("nf4", "4-bit base, M=8192", _llama(nf4, 8192, nf4=True)),
+        Stage("eager", "eager PyTorch", _llama(EAGER, 8192)),
+        Stage("others", "Unsloth and LoRAFusion, which may patch others on import", _llama(OTHERS, 8192)),
+        Stage("vit", f"ViT-B/16 linears, M={64 * VIT_TOKENS}", vit),
+        Stage("forward", "forward alone, M=8192", _llama(TARGET, 8192, passes=("fwd",))),
+        Stage("compile", "torch.compile of eager PyTorch", _llama(COMPILED, 8192)),
+    ]
+
+
+def cpu_stages() -> list[Stage]:
+    """The same questions at sizes a CPU answers in about two minutes, in fp32 and without graphs."""
+
+    def small(contenders: Iterable[Contender], m: int, n: int, k: int, r: int, **options: object) -> Group:
+        return group(contenders, m, n, k, r, dtype="fp32", modes=("eager",), **options)  # type: ignore[arg-type]
+
+    core = (*TARGET, (LORA, "eager", 0.0), (LORA_LORA, "eager", 0.0))
+    return [
+        Stage("target", "M=512, N=K=1024, r=8", (small(core, 512, 1024, 1024, 8, passes=PASSES),), quick=True),
+        Stage("by-m", "M from 64 to 2048", tuple(small(BY_M, m, 1024, 1024, 8) for m in (64, 256, 1024, 2048))),
+        Stage("ranks", "r from 4 to 64", tuple(small(RANKED, 512, 1024, 1024, r) for r in (4, 16, 32, 64))),
+        Stage("vit", "ViT-B/16, one image", tuple(small(RANKED, VIT_TOKENS, n, k, 8, bias=True) for n, k in VIT)),
+        Stage("model", "one small decoder layer", models="layer"),
+        Stage("growth", "small decoder layers: 1, 2, 4, 8", models="growth"),
+    ]
+
+
+def tiny_stages() -> list[Stage]:
+    """A few seconds on a CPU: what the tests run end to end."""
+    few = ((LORA, "ours", 0.0), (LORA, "ours", 0.1), (VECTOR_LORA, "ours", 0.0), (FULL, "ours", 0.0))
+    shapes = [(8, 24, 16), (16, 24, 16)]
+    groups = tuple(group(few, m, n, k, 2, dtype="fp32", modes=("eager",)) for m, n, k in shapes)
+    return [
+        Stage("target", "tiny", groups[:1], quick=True),
+        Stage("by-m", "tiny, another M", groups[1:]),
+        Stage("model", "a tiny decoder layer", models="layer"),
+    ]
+
+
+def stages(scale: str) -> list[Stage]:
+    """The stages of "cuda", "cpu" or "tiny"."""
+    return {"cuda": gpu_stages, "cpu": cpu_stages, "tiny": tiny_stages}[scale]()
+
+
+def pytest_groups(scale: str) -> list[Group]:
+    """What `pytest benchmarks` runs: on a card every group, on a CPU the small ones."""
+    if scale == "cuda":
+        return [g for stage in gpu_stages() for g in stage.groups]
+    sizes = ((256, 512, 512), (197, 768, 768))
+    listed = (*TARGET, *EAGER)
+    return [group(listed, m, n, k, 8, dtype="fp32", passes=PASSES, modes=("eager",)) for m, n, k in sizes]

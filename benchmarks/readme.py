@@ -1,0 +1,146 @@
+"""Rewrites the measured parts of README.md from benchmarks/results, between markers.
+
+    python -m benchmarks.readme           # rewrite
+    python -m benchmarks.readme --check   # exit code 1 if README.md is not what the results give
+
+The markers are HTML comments, measured:cpu:begin and measured:cpu:end, and the same with gpu; what stands between them
+is generated, all else is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import assemble
+from benchmarks.ratios import CASES
+from benchmarks.schema import FIELDS
+from benchmarks.timing import table
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = Path(__file__).parent / "results"
+LABELS = {
+    "lora": "LoRA",
+    "glora:vector,lora,none,none,none": "GLoRA, A = vector, B = lora",
+    "glora:vector,lora,vector,vector,vector": "GLoRA, A = vector, B = lora, C = D = E = vector",
+    "glora:lora,lora,none,none,none": "GLoRA, A = B = lora",
+    "glora:vector,vector,none,none,none": "GLoRA, A = B = vector",
+}
+CPU_PICTURES = {
+    "cpu_over_frozen.png": "time over the frozen layer",
+    "cpu_growth.png": "growth with M, r and the number of layers",
+}
+GPU_PICTURES = {"by_m": "time over the frozen layer by M", "roofline": "roofline", "saved": "bytes saved for backward"}
+GPU_PICTURES |= {"growth": "growth with M, r and the number of layers"}
+
+
+def cpu_text(results: Path) -> str:
+    """The CPU part: where, the ratios, pictures."""
+    report = json.loads((results / "cpu.json").read_text())
+    device, ratios = report["device"], report["sections"]["ratios"]
+    found = {(row["case"], row["impl"]): row["over_frozen"] for row in ratios["rows"]}
+    rows = [
+        {"": LABELS[case], "here": _two(found.get((case, "ours"))), "PEFT": _two(found.get((case, "peft")))}
+        for case in CASES
+    ]
+    text = (
+        f"{device['name']}, {device['cores']} cores, torch {report['torch']}, PEFT {report['peft']}; "
+        f"{report['date'][:10]}, commit {report['commit']}. {ratios['shape']}, forward and backward: the median over "
+        f"{ratios['rounds']} interleaved rounds of the time over the frozen layer's in the same round. `python -m "
+        "benchmarks.report` wrote this, and the tables in [benchmarks/results/cpu.md](benchmarks/results/cpu.md) with "
+        "percentiles and versions.\n\n"
+    )
+    return text + table(rows) + _pictures(results, CPU_PICTURES)
+
+
+def gpu_text(results: Path) -> str:
+    """The GPU part: for each device its facts, target table, models and pictures; without one the empty table."""
+    reports = gpu_reports(results)
+    command = "`python -m benchmarks.report` on a machine with a GPU measures it and fills this in."
+    if not reports:
+        intro = f"Not measured yet. {command} The target table for an H100:"
+        return f"{intro}\n\n{assemble.target_text([])}"
+    parts = []
+    for slug, report in reports.items():
+        head = {**report, "packages": _packages(results, slug)}
+        rates = {"tflops": report["ceilings"]["bf16_tflops"], "gbps": report["ceilings"]["copy_gbps"]}
+        lines = [*assemble.facts(head, rates), "", assemble.target_text(report["rows"])]
+        if report["models"]:
+            lines += ["", "Decoder layers, forward and backward, eager mode, every linear adapted:", ""]
+            lines += [table(assemble.model_rows(report["models"]))]
+        if report["unavailable"]:
+            named = "; ".join(f"{impl}: {why}" for impl, why in report["unavailable"].items())
+            lines += ["", f"Not measured: {named}."]
+        lines += [
+            "",
+            f"Every row: [benchmarks/results/{slug}.md](benchmarks/results/{slug}.md); `python -m benchmarks.report`.",
+        ]
+        pictures = {f"{slug}_{name}.png": title for name, title in GPU_PICTURES.items()}
+        parts.append("\n".join(lines) + _pictures(results, pictures))
+    return "\n\n".join(parts)
+
+
+def gpu_reports(results: Path) -> dict[str, dict[str, Any]]:
+    """The result files of cards, by slug."""
+    found = {}
+    for path in sorted(results.glob("*.json")):
+        value = json.loads(path.read_text())
+        if isinstance(value, dict) and set(value) == set(FIELDS):
+            found[path.stem] = value
+    return found
+
+
+def replaced(text: str, parts: Mapping[str, str]) -> str:
+    """The text with what stands between the markers of each part replaced.
+
+    Raises:
+        ValueError: the markers of a part do not stand there exactly once each.
+    """
+    for name, part in parts.items():
+        begin, end = (f"<!-- measured:{name}:{which} -->" for which in ("begin", "end"))
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"README.md must have {begin} and {end} once each")
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        inside = f"{begin}\n\n{part.strip()}\n\n{end}"
+        text = pattern.sub(lambda _, inside=inside: inside, text)  # type: ignore[misc]
+    return text
+
+
+def expected(text: str, results: Path = RESULTS) -> str:
+    """README.md as the results have it."""
+    return replaced(text, {"cpu": cpu_text(results), "gpu": gpu_text(results)})
+
+
+def _packages(results: Path, slug: str) -> dict[str, str]:
+    path = results / f"{slug}_detail.json"
+    return json.loads(path.read_text())["header"]["packages"] if path.exists() else {}
+
+
+def _pictures(results: Path, titles: Mapping[str, str]) -> str:
+    there = [(name, title) for name, title in titles.items() if (results / name).exists()]
+    return "".join(f"\n\n![{title}](benchmarks/results/{name})" for name, title in there)
+
+
+def _two(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if README.md is out of date")
+    args = parser.parse_args()
+    before = README.read_text()
+    after = expected(before)
+    if args.check:
+        raise SystemExit(int(before != after))
+    README.write_text(after)
+    print("README.md is up to date" if before == after else "README.md rewritten")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""`python -m glora_kernels tune`: measure launch configurations for one's own shapes, and keep them in a table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from glora_kernels.commands import text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from glora_kernels.launch.trials import Data
+    from glora_kernels.launch.tune import Pass
+
+HELP = "measure launch configurations for your own shapes on this GPU, and keep them in a table that launches read"
+DESCRIPTION = """Measure launch configurations and routes for your own shapes on this GPU, and write what was found to a
+table, which every later process on such a GPU reads by itself. Only configurations that give the same result and are
+faster by more than noise are kept. A run that was stopped goes on where it was; nothing else ever tunes."""
+LAYERS: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {
+    "llama-3-8b": (8192, ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))),
+    "vit-b-16": (12608, ((768, 768), (2304, 768), (3072, 768), (768, 3072))),
+}
+"""Tokens (of vit-b-16: 64 images of 197), and the different (N, K) of a model's layers."""
+
+KERNELS = ("fwd", "dx", "prepare", "added_terms", "dy", "x", "hadamard_grad")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.add_argument("--layers", choices=sorted(LAYERS), help="the shapes of a known model's layers")
+    parser.add_argument("--tokens", type=text.positive, help="M of --layers (default: 8192, of vit-b-16 64 x 197)")
+    parser.add_argument(
+        "--shape", type=text.sizes, action="append", default=[], metavar="MxNxK",
+        help="tokens x out_features x in_features; repeatable",
+    )  # fmt: skip
+    parser.add_argument("--rank", type=text.positive, default=16, help="R (default: 16)")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: bf16")
+    parser.add_argument(
+        "--kernels", nargs="+", choices=(*KERNELS, "routes"), default=[*KERNELS, "routes"], metavar="KERNEL",
+        help=f"which of {', '.join(KERNELS)}, and routes (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the table (default: where launches look for it)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin nothing new after this long (default: 8)")
+    parser.add_argument("--again", action="store_true", help="measure anew what is in the table already")
+    parser.add_argument(
+        "--list", action="store_true", help="print what would be tried, and measure nothing; needs no GPU"
+    )
+    parser.add_argument(
+        "--arch", type=text.architecture, help="with --list: the card's (default: this GPU's, else sm_90)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from glora_kernels.launch import environment, tables, tune
+    from glora_kernels.launch.configs import Shape
+
+    found = list(args.shape)
+    if args.layers:
+        tokens, layers = LAYERS[args.layers]
+        found += [(args.tokens or tokens, n, k) for n, k in layers]
+    if not found:
+        print("tune: say which shapes: --layers llama-3-8b, or --shape MxNxK", file=sys.stderr)
+        return 2
+    shapes = [Shape(m, n, k, args.rank) for m, n, k in dict.fromkeys(found)]
+    kernels = [name for name in KERNELS if name in args.kernels]
+    if args.list:
+        here = environment.arch(torch.cuda.current_device()) if torch.cuda.is_available() else "sm_90"
+        return _list(shapes, args.dtype, args.arch or here, kernels)
+    if not torch.cuda.is_available() or not environment.has_triton():
+        lacks = "PyTorch sees no GPU here" if environment.has_triton() else "the triton package is not installed"
+        print(
+            f"tune measures Triton kernels on a GPU, and {lacks}; `tune --list` shows what it would try",
+            file=sys.stderr,
+        )
+        return 2
+    machine = tune.this_gpu()
+    path = args.out or environment.tables_directory() / f"{environment.slug(machine.name)}.json"
+    passes = whole_pass if "routes" in args.kernels else None
+    print(f"{machine.name} ({machine.arch}): {len(shapes)} shapes, table {path}", file=sys.stderr)
+    try:
+        result = tune.run(
+            shapes, args.dtype, path, machine=machine, passes=passes, kernels=kernels, again=args.again,
+            minutes=args.minutes,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"\nstopped; what was measured is in {path}, and the same command goes on from there", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError) as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 1
+    tables.reload()
+    for outcome in result.outcomes:
+        print(tune.describe(outcome) + ("" if outcome.measured else "  (measured before)"))
+    better = [outcome for outcome in result.outcomes if outcome.gain > 0]
+    print(f"{len(better)} of {len(result.outcomes)} are faster than the default; table: {path}")
+    for line in result.failed:
+        print(f"failed, left at its default: {line}", file=sys.stderr)
+    if result.left:
+        print(f"{len(result.left)} left after {args.minutes:g} minutes: the same command goes on", file=sys.stderr)
+    return 1 if result.failed else 0
+
+
+def whole_pass(data: Data, backward: bool, scales: bool) -> Pass:
+    """One forward, or one backward with all gradients, of LoRA with a bias (`scales`: with A as a vector)."""
+    from glora_kernels.launch import tables
+    from glora_kernels.ops import triton as path
+    from glora_kernels.ops.common import Call, Needs, Supports
+
+    x, w, dy = data["x"], data["w"], data["dy"]
+    s = Supports(a=data["a"] if scales else None, b_up=data["up"], b_down=data["b_down"], bias=data["bias"])
+    call = Call(2.0, 0.0, None, False, "triton")
+
+    def forward() -> dict[str, Tensor]:
+        y, h, _, _ = path.forward(x, w, s, call)
+        return {"y": y} | ({} if h is None else {"h": h})
+
+    if not backward:
+        return forward
+    with tables.using(None):
+        y, h, sigma, u = path.forward(x, w, s, call)
+    needs = Needs(True, *(name in ("b_up", "b_down") or (scales and name == "a") for name in Supports._fields))
+
+    def both() -> dict[str, Tensor]:
+        grads = path.backward(dy, x, w, s, y, h, sigma, u, call, needs)
+        return {name: grad for name, grad in zip(Needs._fields, grads, strict=True) if grad is not None}
+
+    return both
+
+
+def _list(shapes: list, dtype: str, arch: str, kernels: list[str]) -> int:  # type: ignore[type-arg]
+    from glora_kernels.launch import tables, tune
+
+    print(f"on {arch}, {dtype}; the first of each kernel is its default\n")
+    for shape in shapes:
+        rows = []
+        for kernel in kernels:
+            for config in tune.candidates(kernel, arch, tables.DTYPES[dtype], shape):
+                rows.append((kernel, " ".join(f"{name}={value}" for name, value in config.items())))
+        print(f"M={shape.m} N={shape.n} K={shape.k} R={shape.r}")
+        print(text.table(["kernel", "configuration"], rows))
+    print(f"about {tune.compilations(shapes, dtype, arch, kernels)} compilations")
+    return 0

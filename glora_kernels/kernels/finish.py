@@ -1,0 +1,255 @@
+"""The end of a backward: partial sums become gradients, in one launch and a fixed order."""
+
+import triton
+import triton.language as tl
+
+from glora_kernels.kernels.common import _dot, _load, _load_shift, _load_vector, _store
+
+
+@triton.jit
+def _sum_tile(
+    part_ptr,
+    stride_part,
+    out_ptr,
+    tile,
+    splits,
+    SIZE_I,
+    SIZE_J,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """out[i,j] = Σ_split part[split,i,j] of one tile; part and out contiguous in (i,j)."""
+    across = tl.cdiv(SIZE_J, BLOCK_J)
+    i = (tile // across) * BLOCK_I + tl.arange(0, BLOCK_I)
+    j = (tile % across) * BLOCK_J + tl.arange(0, BLOCK_J)
+    total = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+    for split in range(splits):
+        total += _load(part_ptr + tl.cast(split, tl.int64) * stride_part, i, j, SIZE_J, 1, SIZE_I, SIZE_J)
+    _store(out_ptr, total, i, j, SIZE_J, 1, SIZE_I, SIZE_J)
+
+
+@triton.jit
+def _vector_sum(part_ptr, stride_part, n, N, splits):
+    """Σ_split part[split, n] in fp32."""
+    total = tl.zeros_like(n).to(tl.float32)
+    for split in range(splits):
+        total += _load_vector(part_ptr + tl.cast(split, tl.int64) * stride_part, n, 1, N)
+    return total
+
+
+@triton.jit
+def _finish_kernel(
+    part_ptr,
+    stride_part,
+    stride_pc,
+    du_ptr,
+    db_up_ptr,
+    da_ptr,
+    db_ptr,
+    dbias_ptr,
+    dwc_ptr,
+    dd_ptr,
+    de_ptr,
+    up_ptr,
+    stride_upn,
+    stride_upr,
+    a_ptr,
+    stride_a,
+    b_ptr,
+    stride_b,
+    bias_ptr,
+    stride_bias,
+    wc_ptr,
+    d_ptr,
+    stride_d,
+    e_ptr,
+    stride_e,
+    dy_ptr,
+    stride_dym,
+    stride_dyn,
+    y_ptr,
+    stride_ym,
+    stride_yn,
+    x_ptr,
+    stride_xm,
+    stride_xk,
+    w_ptr,
+    stride_wn,
+    stride_wk,
+    h_ptr,
+    stride_hm,
+    stride_hr,
+    sigma_ptr,
+    first_part_ptr,
+    stride_first,
+    first_out_ptr,
+    second_part_ptr,
+    stride_second,
+    second_out_ptr,
+    M,
+    N,
+    K,
+    P,
+    R,
+    splits,
+    column_programs,
+    first_programs,
+    first_splits,
+    FIRST_I,
+    FIRST_J,
+    second_splits,
+    SECOND_I,
+    SECOND_J,
+    sample_step,
+    HAS_COLUMNS: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    HAS_G: tl.constexpr,
+    HAS_SIGMA: tl.constexpr,
+    HAS_DU: tl.constexpr,
+    HAS_DB_UP: tl.constexpr,
+    HAS_DA: tl.constexpr,
+    HAS_DB: tl.constexpr,
+    HAS_DBIAS: tl.constexpr,
+    HAS_DWC: tl.constexpr,
+    HAS_DD: tl.constexpr,
+    HAS_DE: tl.constexpr,
+    HAS_UP: tl.constexpr,
+    HAS_B: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_WC: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_E: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    HAS_SECOND: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SAMPLES: tl.constexpr,
+):
+    """The sums of `_dy_kernel` over its splits, as gradients, and up to two more sums of partial sums.
+
+    db_up = dyᵀh, db = dyᵀσ, dwc = e = g, dbias = g∘(1+d), dd = g∘bias, and for a vector or constant A
+    da = Σₘ dy∘Z = (Σₘ dy∘y - rest)/(1+a), rest = β∘g + Σᵣ B_up∘(dyᵀh) + b∘(dyᵀσ); Z is computed for the columns
+    where y hardly holds it (the rule of `ops.recover.ill_conditioned_rows`, looked at per block of columns).
+    """
+    pid = tl.program_id(0)
+    if HAS_COLUMNS:
+        if pid < column_programs:
+            n = pid * BLOCK_N + tl.arange(0, BLOCK_N)
+            rest = tl.zeros((BLOCK_N,), tl.float32)
+            if HAS_FACTOR:
+                for c0 in tl.range(0, P + R, BLOCK_C, num_stages=1):
+                    c = c0 + tl.arange(0, BLOCK_C)
+                    total = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+                    for split in range(splits):
+                        part = part_ptr + tl.cast(split, tl.int64) * stride_part
+                        total += _load(part, c, n, stride_pc, 1, P + R, N)
+                    if HAS_DU:
+                        mask = (c[:, None] < P) & (n[None, :] < N)
+                        offsets = n.to(tl.int64)[None, :] * P + c[:, None]
+                        tl.store(du_ptr + offsets, total.to(du_ptr.dtype.element_ty), mask=mask)
+                    r = c - P
+                    inside = (r[:, None] >= 0) & (r[:, None] < R) & (n[None, :] < N)
+                    if HAS_DB_UP:
+                        offsets = n.to(tl.int64)[None, :] * R + r[:, None]
+                        tl.store(db_up_ptr + offsets, total.to(db_up_ptr.dtype.element_ty), mask=inside)
+                    if HAS_DA and HAS_UP:
+                        offsets = n.to(tl.int64)[None, :] * stride_upn + r.to(tl.int64)[:, None] * stride_upr
+                        up = tl.load(up_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+                        rest += tl.sum(up * total, 0)
+            row = part_ptr
+            if HAS_FACTOR:
+                row += tl.cast(P + R, tl.int64) * stride_pc
+            if HAS_G:
+                g = _vector_sum(row, stride_part, n, N, splits)
+                row += stride_pc
+                if HAS_DWC:
+                    tl.store(dwc_ptr + n, g.to(dwc_ptr.dtype.element_ty), mask=n < N)
+                if HAS_DE:
+                    tl.store(de_ptr + n, g.to(de_ptr.dtype.element_ty), mask=n < N)
+                if HAS_DBIAS:
+                    scaled = g
+                    if HAS_D:
+                        scaled += g * _load_vector(d_ptr, n, stride_d, N)
+                    tl.store(dbias_ptr + n, scaled.to(dbias_ptr.dtype.element_ty), mask=n < N)
+                if HAS_DD:
+                    dd = g * _load_vector(bias_ptr, n, stride_bias, N)
+                    tl.store(dd_ptr + n, dd.to(dd_ptr.dtype.element_ty), mask=n < N)
+            if HAS_SIGMA:
+                db = _vector_sum(row, stride_part, n, N, splits)
+                row += stride_pc
+                if HAS_DB:
+                    tl.store(db_ptr + n, db.to(db_ptr.dtype.element_ty), mask=n < N)
+            if HAS_DA:
+                total = _vector_sum(row, stride_part, n, N, splits)
+                beta = _load_shift(
+                    bias_ptr, stride_bias, wc_ptr, d_ptr, stride_d, e_ptr, stride_e, n, N,
+                    HAS_BIAS, HAS_WC, HAS_D, HAS_E,
+                )  # fmt: skip
+                if HAS_BIAS or HAS_WC or HAS_E:
+                    rest += beta * g
+                if HAS_B:
+                    b = _load_vector(b_ptr, n, stride_b, N)
+                    rest += b * db
+                scale = 1.0 + _load_vector(a_ptr, n, stride_a, N)
+                # y against its part Z∘(1+a), in some of its rows.
+                seen = tl.arange(0, SAMPLES) * sample_step
+                y = _load(y_ptr, seen, n, stride_ym, stride_yn, M, N).to(tl.float32)
+                own = y
+                if HAS_BIAS or HAS_WC or HAS_E:
+                    own -= beta[None, :]
+                if HAS_UP:
+                    for r0 in tl.range(0, R, BLOCK_C, num_stages=1):
+                        r = r0 + tl.arange(0, BLOCK_C)
+                        h = _load(h_ptr + P * stride_hr, seen, r, stride_hm, stride_hr, M, R).to(DTYPE)
+                        up = _load(up_ptr, r, n, stride_upr, stride_upn, R, N).to(DTYPE)
+                        own -= _dot(h, up, tl.zeros((SAMPLES, BLOCK_N), tl.float32), PRECISION, UPCAST)
+                if HAS_B:
+                    own -= _load_vector(sigma_ptr, seen, 1, M)[:, None] * b[None, :]
+                inside = seen[:, None] < M
+                own_size = tl.sum(tl.where(inside, own * own, 0.0), 0)
+                size = tl.sum(tl.where(inside, y * y, 0.0), 0)
+                marked = ((tl.abs(scale) < 0.0009765625) | (size > 4.0 * own_size)) & (n < N)
+                da = (total - rest) / tl.where(marked, 1.0, scale)
+                if tl.max(marked.to(tl.int32), 0) > 0:
+                    exact = tl.zeros((BLOCK_N,), tl.float32)
+                    for m0 in range(0, M, BLOCK_M):
+                        m = m0 + tl.arange(0, BLOCK_M)
+                        z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                        for k0 in range(0, K, BLOCK_K):
+                            k = k0 + tl.arange(0, BLOCK_K)
+                            x = _load(x_ptr, m, k, stride_xm, stride_xk, M, K)
+                            w = _load(w_ptr, k, n, stride_wk, stride_wn, K, N).to(DTYPE)
+                            z = _dot(x, w, z, PRECISION, UPCAST)
+                        dy = _load(dy_ptr, m, n, stride_dym, stride_dyn, M, N).to(tl.float32)
+                        exact += tl.sum(dy * z, 0)
+                    da = tl.where(marked, exact, da)
+                tl.store(da_ptr + n, da.to(da_ptr.dtype.element_ty), mask=n < N)
+    if HAS_FIRST:
+        if (pid >= column_programs) & (pid < column_programs + first_programs):
+            _sum_tile(
+                first_part_ptr, stride_first, first_out_ptr, pid - column_programs, first_splits, FIRST_I, FIRST_J,
+                BLOCK_I, BLOCK_N,
+            )  # fmt: skip
+    if HAS_SECOND:
+        if pid >= column_programs + first_programs:
+            _sum_tile(
+                second_part_ptr, stride_second, second_out_ptr, pid - column_programs - first_programs,
+                second_splits, SECOND_I, SECOND_J, BLOCK_I, BLOCK_N,
+            )  # fmt: skip
+
+
+@triton.jit
+def _totals_kernel(vectors_ptr, out_ptr, N, BLOCK_N: tl.constexpr):
+    """out[i] = Σₙ vectors[i,n]: the gradients of constants, one program each."""
+    row = vectors_ptr + tl.program_id(0).to(tl.int64) * N
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for n0 in range(0, N, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        total += tl.load(row + n, mask=n < N, other=0.0)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(total, 0).to(out_ptr.dtype.element_ty))

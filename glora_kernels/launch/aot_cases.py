@@ -1,0 +1,177 @@
+"""Every kernel in every form that changes its code, as launches on meta tensors of LLaMA-like sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glora_kernels.launch.configs import Shape
+
+M, N, K, R = 8192, 4096, 14336, 16
+SEED = 2**62 + 1
+
+
+BF16_ONLY = frozenset([
+    "fwd plain", "fwd full, M=48, 8 bands", "fwd lora, R=256", "fwd product variant", "fwd lora, W transposed",
+    "fwd full, unaligned", "dx plain", "dx lora", "dx A vector", "dx product variant", "dx lora, W transposed",
+    "prepare", "prepare, R=256, dropout", "prepare, W_eff of a vector", "added terms", "dy lora, R=16", "dy lora, R=64",
+    "x lora", "x lora, R=64, dropout", "hadamard grad", "finish lora", "wc",
+])  # fmt: skip
+"""Forms compiled for bf16 alone: other flags or sizes of kernels that every dtype compiles in their fullest form."""
+
+
+def cases(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
+    """(name, Launch) of each form. They import the kernels, and so Triton."""
+    for part in (_large, _thin, _weight):
+        for name, launch in part(dtype, arch):
+            if dtype == torch.bfloat16 or name not in BF16_ONLY:
+                yield name, launch
+
+
+def _large(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
+    from glora_kernels.launch.glora import glora_dx_launch, glora_fwd_launch
+
+    make = _Make(dtype)
+    x, w, y = make(M, K), make(N, K), make(M, N)
+    low: dict[str, Any] = {"h": make(1, M, R), "up": make(N, R), "arch": arch}
+    full: dict[str, Any] = {
+        **low, "a": make(N), "b": make(N), "sigma": make.wide(1, M), "bias": make(N), "wc": make.wide(N),
+        "d": make(N), "e": make(N),
+    }  # fmt: skip
+    yield "fwd plain", glora_fwd_launch(x, w, y, arch=arch)
+    yield "fwd lora", glora_fwd_launch(x, w, y, **low)
+    yield "fwd full", glora_fwd_launch(x, w, y, **full)
+    few: dict[str, Any] = {"h": make.wide(8, 48, R), "sigma": make.wide(8, 48), "h_sum": make(48, R)}
+    few |= {"sigma_sum": make.wide(48)}
+    yield "fwd full, M=48, 8 bands", glora_fwd_launch(make(48, K), w, make(48, N), **{**full, **few})
+    yield "fwd lora, R=256", glora_fwd_launch(x, w, y, h=make(1, M, 256), up=make(N, 256), arch=arch)
+    two: dict[str, Any] = {"h": make(1, M, 2 * R), "u": make(N, R), "up": make(N, R)}
+    yield "fwd product variant", glora_fwd_launch(x, w, y, **two, arch=arch)
+    yield "fwd lora, W transposed", glora_fwd_launch(x, make(K, N).t(), y, **low)
+    yield "fwd full, unaligned", glora_fwd_launch(make(M, K + 1), make(N, K + 1), make(M, N), **full)
+    # Under autocast W and the adapters stay fp32 and the kernels cast what they load.
+    mixed: dict[str, Any] = {**full, "up": make.wide(N, R), "a": make.wide(N), "b": make.wide(N)}
+    yield "fwd full, W fp32", glora_fwd_launch(x, make.wide(N, K), y, **mixed)
+
+    back: dict[str, Any] = {"s": make.wide(2, M, R), "b_down": make(R, K), "arch": arch}
+    drop: dict[str, Any] = {"dropout_p": 0.1, "seed": SEED}
+    scaled: dict[str, Any] = {**back, **drop, "a": make(N), "tau": make.wide(2, M)}
+    yield "dx plain", glora_dx_launch(y, w, x, arch=arch)
+    yield "dx lora", glora_dx_launch(y, w, x, **back)
+    yield "dx lora, dropout", glora_dx_launch(y, w, x, **back, **drop)
+    yield "dx A vector", glora_dx_launch(y, w, x, **back, a=make(N))
+    yield "dx full, dropout", glora_dx_launch(y, w, x, **{**scaled, "seed": make.seed()})
+    yield "dx full, W fp32", glora_dx_launch(y, make.wide(N, K), x, **{**scaled, "a": make.wide(N)})
+    pair: dict[str, Any] = {"s": make.wide(2, M, 2 * R), "a_down": make(R, K), "b_down": make(R, K), "arch": arch}
+    yield "dx product variant", glora_dx_launch(y, w, x, **pair)
+    yield "dx lora, W transposed", glora_dx_launch(y, make(K, N).t(), x, **back)
+
+
+def _thin(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
+    from glora_kernels.launch import low_rank as thin
+
+    make = _Make(dtype)
+    x, w, y = make(M, K), make(N, K), make(M, N)
+    drop: dict[str, Any] = {"dropout_p": 0.1, "seed": SEED, "arch": arch}
+    down = make(R, K)
+    rows: dict[str, Any] = {"b_down": down, "h": make(1, M, R)}
+    yield "prepare", thin.prepare_launch(x, w, **rows, sigma=make.wide(1, M), arch=arch)
+    yield "prepare, dropout", thin.prepare_launch(x, w, **rows, **drop)
+    wide_rank: dict[str, Any] = {"b_down": make(256, K), "h": make(1, M, 256)}
+    yield "prepare, R=256, dropout", thin.prepare_launch(x, w, **wide_rank, **drop)
+    pair: dict[str, Any] = {"a_up": make(N, R), "a_down": down}
+    yield "prepare, W_eff", thin.prepare_launch(x, w, **rows, **pair, weff=make(N, K), arch=arch)
+    yield "prepare, W_eff of a vector", thin.prepare_launch(x, w, a=make(N), weff=make(N, K), arch=arch)
+    product: dict[str, Any] = {"a_up": make(K, R), "a_down": down, "u": make(N, R), "h": make(1, M, 2 * R)}
+    yield "prepare, product variant", thin.prepare_launch(x, w, **{**rows, **product}, **drop)
+    terms: dict[str, Any] = {
+        "b_down": down, "h": make(M, R), "up": make(N, R), "b": make(N), "sigma": make.wide(M), "bias": make(N),
+        "wc": make.wide(N), "d": make(N), "e": make(N),
+    }  # fmt: skip
+    yield "added terms", thin.added_terms_launch(x, y, read_z=False, **terms, **drop)
+    yield "added terms, scaled", thin.added_terms_launch(x, y, read_z=True, a=make(N), **terms, arch=arch)
+
+    for r in (R, 64, 256):
+        shape = Shape(M, N, K, r)
+        splits, bands, width = thin.dy_sizes(shape, dtype, arch)
+        sums: dict[str, Any] = {
+            "s": make.wide(bands, M, r),
+            "up": make(N, r),
+            "h": make(M, r),
+            "p": 0,
+            "r": r,
+            "shape": shape,
+        }
+        sums |= {"bands": (bands, width), "arch": arch}
+        yield f"dy lora, R={r}", thin.dy_launch(y, **sums, part=make.wide(splits, r, N))
+        if r == R:
+            extra: dict[str, Any] = {"y": y, "b": make(N), "sigma": make.wide(M), "tau": make.wide(bands, M)}
+            yield "dy full", thin.dy_launch(y, **sums, **extra, with_g=True, part=make.wide(splits, r + 3, N))
+        splits = thin.x_splits(shape, dtype, arch)
+        into: dict[str, Any] = {"s": make.wide(bands, M, r), "part": make.wide(splits, r, K), "want_v": True}
+        into |= {"p": 0, "r": r, "shape": shape, "splits": splits}
+        yield f"x lora, R={r}, dropout", thin.x_launch(x, **into, **drop)
+        if r == R:
+            yield "x lora", thin.x_launch(x, **into, arch=arch)
+            yield (
+                "x lora, terms of dx",
+                thin.x_launch(x, **into, dx=make(M, K), b_down=down, tau=make.wide(bands, M), **drop),
+            )
+
+
+def _weight(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
+    from glora_kernels.launch import low_rank as thin
+    from glora_kernels.launch import weight as around
+
+    make = _Make(dtype)
+    x, w, y = make(M, K), make(N, K), make(M, N)
+    shape = Shape(M, N, K, R)
+    n_tiles, k_tiles = around.hadamard_grad_tiles(shape, dtype, arch)
+    pair: dict[str, Any] = {"a_up": make(N, R), "a_down": make(R, K)}
+    sums: dict[str, Any] = {"dup": make.wide(k_tiles, N, R), "ddown": make.wide(n_tiles, R, K)}
+    yield "hadamard grad", around.hadamard_grad_launch(y, x, w, **pair, **sums, arch=arch)
+    more: dict[str, Any] = {"weff": make(N, K), "s": make.wide(2, M, R), "db_down": make(R, K)}
+    more |= {"dropout_p": 0.1, "seed": SEED, "arch": arch}
+    yield "hadamard grad, W_eff, dB_down", around.hadamard_grad_launch(y, x, w, **pair, **sums, **more)
+
+    splits = thin.dy_sizes(shape, dtype, arch)[0]
+    factor = around.Sum(make.wide(4, R, K), make(R, K))
+    base: dict[str, Any] = {"p": 0, "r": R, "with_factor": True, "sums": (factor,), "device_of": y, "arch": arch}
+    yield "finish lora", around.finish_launch(**base, part=make.wide(splits, R, N), outputs={"db_up": make(N, R)})
+    outputs = {name: make(N) for name in ("da", "db", "dbias", "dd", "de")} | {"dwc": make.wide(N)}
+    yield "finish full", around.finish_launch(
+        **base, part=make.wide(splits, R + 3, N), outputs={**outputs, "db_up": make(N, R)}, with_g=True,
+        with_sigma=True, up=make(N, R), a=make(N), b=make(N), bias=make(N), wc=make.wide(N), d=make(N), e=make(N),
+        dy=y, y=y, x=x, weight=w, h=make(M, R), sigma=make.wide(M),
+    )  # fmt: skip
+    yield "totals", around.totals_launch(make.wide(2, N), make.wide(2))
+    yield "wc", around.wc_launch(w, make(K), None, None, make.wide(N), arch=arch)
+    c_up, c_down = make(K, R), make(R, 1)
+    yield "wc low-rank", around.wc_launch(w, None, c_up, c_down, make.wide(N), arch=arch)
+    splits = around.wc_grad_splits(w, arch)
+    yield "wc grad", around.wc_grad_launch(w, make.wide(N), make.wide(splits, K), arch=arch)
+    yield (
+        "c grad",
+        around.c_grad_launch(
+            make.wide(splits, K), c_up=c_up, c_down=c_down, dc=None, dc_up=make(K, R), dc_down=make(R, 1), arch=arch
+        ),
+    )
+
+
+class _Make:
+    """Meta tensors of a dtype, or fp32 with `wide`."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._dtype, device="meta")
+
+    def wide(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device="meta")
+
+    def seed(self) -> Tensor:
+        return torch.empty(1, dtype=torch.int64, device="meta")

@@ -1,0 +1,248 @@
+"""The launchers of the thin products. They allocate nothing; the sizes of what they fill are theirs.
+
+Partial sums: `bands` (number, width) of a reduction that the reader adds, `splits` of rows that `finish_launch` adds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton import cdiv
+
+from glora_kernels.kernels.prepare import _added_terms_kernel, _prepare_kernel
+from glora_kernels.kernels.sums import _dy_kernel, _x_kernel
+from glora_kernels.launch import configs, tables
+from glora_kernels.launch.configs import Shape
+from glora_kernels.launch.plan import Launch, arithmetic, dropout, options, strides, vector_stride
+
+
+def prepare_bands(shape: Shape, dtype: torch.dtype, arch: str) -> tuple[int, int]:
+    """(number, width) of the bands of K over which h and σ are partial sums."""
+    config = tables.choose("prepare", arch, dtype, shape)
+    return configs.bands(arch, shape.m, config["rows"], shape.k, config["depth"])
+
+
+def prepare_launch(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    a_up: Tensor | None = None,
+    a_down: Tensor | None = None,
+    b_down: Tensor | None = None,
+    a: Tensor | None = None,
+    h: Tensor | None = None,
+    sigma: Tensor | None = None,
+    u: Tensor | None = None,
+    weff: Tensor | None = None,
+    band_width: int = 0,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    arch: str,
+    config: dict[str, int] | None = None,
+) -> Launch:
+    """h (bands,M,P+R) = [x·a_downᵀ | s·drop(x)·b_downᵀ], σ (bands,M) = Σₖ x; U (N,P) = W·a_up or W_eff (N,K).
+
+    `weff` is W∘(1 + a_up·a_down), or W∘(1+a) where `a` is given; then a_up and a_down take no part in h.
+    """
+    m, (n, k) = x.shape[0], weight.shape  # x is read only for h and σ
+    into_p = a_down is not None and u is not None
+    p = 0 if a_down is None else a_down.shape[0]
+    r = 0 if b_down is None else b_down.shape[0]
+    config = config or tables.choose("prepare", arch, x.dtype, Shape(m, n, k, max(p if into_p else 0, r)))
+    around = tables.choose("weight", arch, x.dtype, Shape(m, n, k, p))
+    bands = h.shape[0] if h is not None else (0 if sigma is None else sigma.shape[0])
+    row_programs = cdiv(m, config["rows"]) * bands
+    weight_programs = cdiv(n, around["rows"]) if u is not None else 0
+    if weff is not None:
+        weight_programs = cdiv(n, around["rows"]) * cdiv(k, around["cols"])
+    args = {
+        "x_ptr": x, **strides(x, "stride_xm", "stride_xk"),
+        "w_ptr": weight, **strides(weight, "stride_wn", "stride_wk"),
+        "a_up_ptr": a_up, **strides(a_up, "stride_aun", "stride_aur"),
+        "a_down_ptr": a_down, **strides(a_down, "stride_adr", "stride_adk"),
+        "b_down_ptr": b_down, **strides(b_down, "stride_bdr", "stride_bdk"),
+        "a_ptr": a, "stride_a": vector_stride(a),
+        "h_ptr": h, **strides(h, "stride_hb", "stride_hm", "stride_hr"),
+        "sigma_ptr": sigma, "stride_sigma": 0 if sigma is None else sigma.stride(0),
+        "u_ptr": u, **strides(u, "stride_un", "stride_ur"),
+        "weff_ptr": weff,
+        # P is also the rank of A where W_eff is built: a call has h's P columns or W_eff, never both.
+        "M": m, "N": n, "K": k, "P": p, "R": r,
+        "row_programs": row_programs, "band_width": band_width or k, "scale": float(scale),
+        **dropout(dropout_p if b_down is not None else 0.0, seed),
+        "HAS_ROWS": row_programs > 0, "HAS_P": into_p, "HAS_V": b_down is not None, "HAS_SUM": sigma is not None,
+        "HAS_U": u is not None, "HAS_WEFF": weff is not None, "HAS_A": a is not None,
+        **arithmetic(x.dtype),
+        "BLOCK_M": config["rows"], "BLOCK_K": config["depth"], "BLOCK_P": configs.block_r(max(1, p)) if into_p else 16,
+        "BLOCK_R": configs.block_r(max(1, r)), "BLOCK_A": configs.block_r(max(1, p), 64),
+        "BLOCK_WN": around["rows"], "BLOCK_WK": around["cols"],
+    }  # fmt: skip
+    return Launch(_prepare_kernel, (row_programs + weight_programs,), args, options(config))
+
+
+def added_terms_launch(
+    x: Tensor,
+    y: Tensor,
+    *,
+    read_z: bool,
+    a_down: Tensor | None = None,
+    b_down: Tensor | None = None,
+    h: Tensor | None = None,
+    u: Tensor | None = None,
+    up: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    sigma: Tensor | None = None,
+    bias: Tensor | None = None,
+    wc: Tensor | None = None,
+    d: Tensor | None = None,
+    e: Tensor | None = None,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    arch: str,
+    config: dict[str, int] | None = None,
+) -> Launch:
+    """y (M,N) = [y∘(1+a) with `read_z`] + P·Uᵀ + h·upᵀ + σ·bᵀ + β in place, filling h (M,P+R) and σ (M,)."""
+    (m, k), n = x.shape, y.shape[1]
+    p, r = 0 if a_down is None else a_down.shape[0], 0 if b_down is None else b_down.shape[0]
+    config = config or tables.choose("added_terms", arch, x.dtype, Shape(m, n, k, max(p, r)))
+    args = {
+        "x_ptr": x, **strides(x, "stride_xm", "stride_xk"),
+        "a_down_ptr": a_down, **strides(a_down, "stride_adr", "stride_adk"),
+        "b_down_ptr": b_down, **strides(b_down, "stride_bdr", "stride_bdk"),
+        "y_ptr": y, **strides(y, "stride_ym", "stride_yn"),
+        "h_ptr": h, **strides(h, "stride_hm", "stride_hr"),
+        "u_ptr": u, **strides(u, "stride_un", "stride_ur"),
+        "up_ptr": up, **strides(up, "stride_upn", "stride_upr"),
+        "a_ptr": a, "stride_a": vector_stride(a),
+        "b_ptr": b, "stride_b": vector_stride(b),
+        "sigma_ptr": sigma,
+        "bias_ptr": bias, "stride_bias": 0 if bias is None else bias.stride(0),
+        "wc_ptr": wc,
+        "d_ptr": d, "stride_d": vector_stride(d),
+        "e_ptr": e, "stride_e": vector_stride(e),
+        "M": m, "N": n, "K": k, "P": p, "R": r, "scale": float(scale),
+        **dropout(dropout_p if b_down is not None else 0.0, seed),
+        "HAS_A": a is not None, "HAS_B": b is not None, "HAS_P": a_down is not None, "HAS_V": b_down is not None,
+        "HAS_BIAS": bias is not None, "HAS_WC": wc is not None, "HAS_D": d is not None, "HAS_E": e is not None,
+        "READ_Z": read_z,
+        **arithmetic(x.dtype),
+        "BLOCK_M": config["rows"], "BLOCK_N": config["cols"], "BLOCK_K": config["depth"],
+        "BLOCK_P": configs.block_r(max(1, p)), "BLOCK_R": configs.block_r(max(1, r)),
+    }  # fmt: skip
+    return Launch(_added_terms_kernel, (cdiv(m, config["rows"]),), args, options(config))
+
+
+def dy_sizes(shape: Shape, dtype: torch.dtype, arch: str) -> tuple[int, int, int]:
+    """(splits of M, bands of N, width of a band): the leading sizes of the partial sums of `dy_launch`."""
+    config = tables.choose("dy", arch, dtype, shape)
+    number, width = configs.bands(arch, shape.m, config["rows"], shape.n, config["cols"])
+    return cdiv(shape.m, config["rows"]), number, width
+
+
+def dy_launch(
+    dy: Tensor,
+    *,
+    y: Tensor | None = None,
+    u: Tensor | None = None,
+    up: Tensor | None = None,
+    b: Tensor | None = None,
+    h: Tensor | None = None,
+    sigma: Tensor | None = None,
+    s: Tensor | None = None,
+    tau: Tensor | None = None,
+    part: Tensor | None = None,
+    with_g: bool = False,
+    p: int,
+    r: int,
+    shape: Shape,
+    bands: tuple[int, int],
+    scale: float = 1.0,
+    arch: str,
+    config: dict[str, int] | None = None,
+) -> Launch:
+    """S (bands,M,p+r) = [dy·U | s·dy·up], τ (bands,M) = dy·b, and part (splits,C,N), C = p+r + the sums asked for.
+
+    part[i,c] is Σₘ h[m,c]·dy where h (M,p+r) is given, then Σₘ dy (`with_g`), Σₘ σ·dy and Σₘ dy∘y.
+    """
+    m, n = dy.shape
+    config = config or tables.choose("dy", arch, dy.dtype, shape)
+    args = {
+        "dy_ptr": dy, **strides(dy, "stride_dym", "stride_dyn"),
+        "y_ptr": y, **strides(y, "stride_ym", "stride_yn"),
+        "u_ptr": u, **strides(u, "stride_un", "stride_ur"),
+        "up_ptr": up, **strides(up, "stride_upn", "stride_upr"),
+        "b_ptr": b, "stride_b": vector_stride(b),
+        "h_ptr": h, **strides(h, "stride_hm", "stride_hr"),
+        "sigma_ptr": sigma,
+        "s_ptr": s, **strides(s, "stride_sb", "stride_sm", "stride_sr"),
+        "tau_ptr": tau, "stride_tau": 0 if tau is None else tau.stride(0),
+        "part_ptr": part,
+        "stride_part": 0 if part is None else part.stride(0), "stride_pc": 0 if part is None else part.stride(1),
+        "M": m, "N": n, "P": p, "R": r, "band_width": bands[1], "scale": float(scale),
+        "HAS_S": s is not None, "HAS_U": u is not None, "HAS_UP": up is not None, "HAS_TAU": tau is not None,
+        "HAS_FACTOR": h is not None, "HAS_G": with_g, "HAS_SIGMA": sigma is not None, "HAS_Y": y is not None,
+        **arithmetic(dy.dtype),
+        "BLOCK_M": config["rows"], "BLOCK_N": config["cols"],
+        "BLOCK_P": configs.block_r(max(1, p)), "BLOCK_R": configs.block_r(max(1, r)),
+        "BLOCK_H": configs.block_r(max(1, p + r)),
+    }  # fmt: skip
+    return Launch(_dy_kernel, (cdiv(m, config["rows"]), bands[0]), args, options(config))
+
+
+def x_splits(shape: Shape, dtype: torch.dtype, arch: str) -> int:
+    """How many partial sums over M `x_launch` writes."""
+    config = tables.choose("x", arch, dtype, shape)
+    return configs.row_splits(shape.m, cdiv(shape.k, config["cols"]), config["rows"])
+
+
+def x_launch(
+    x: Tensor,
+    *,
+    s: Tensor | None,
+    p: int,
+    r: int,
+    part: Tensor | None = None,
+    want_p: bool = False,
+    want_v: bool = False,
+    dx: Tensor | None = None,
+    a_down: Tensor | None = None,
+    b_down: Tensor | None = None,
+    tau: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    shape: Shape,
+    splits: int,
+    arch: str,
+    config: dict[str, int] | None = None,
+) -> Launch:
+    """part (splits,C,K): Sᵀx of the first p columns of S (bands,M,p+r) with `want_p`, Sᵀ·drop(x) of the others.
+
+    With `dx` (M,K) also dx = S[:, :p]·a_down + mask∘(S[:, p:]·b_down)/(1-p) + τ·1ᵀ; x only gives the sizes then, unless
+    a part is wanted.
+    """
+    m, k = x.shape
+    config = config or tables.choose("x", arch, x.dtype, shape)
+    bands = s.shape[0] if s is not None else (1 if tau is None else tau.shape[0])
+    args = {
+        "x_ptr": x, **strides(x, "stride_xm", "stride_xk"),
+        "s_ptr": s, **strides(s, "stride_sb", "stride_sm", "stride_sr"),
+        "tau_ptr": tau, "stride_tau": 0 if tau is None else tau.stride(0),
+        "a_down_ptr": a_down, **strides(a_down, "stride_adr", "stride_adk"),
+        "b_down_ptr": b_down, **strides(b_down, "stride_bdr", "stride_bdk"),
+        "dx_ptr": dx, **strides(dx, "stride_dxm", "stride_dxk"),
+        "part_ptr": part,
+        "stride_part": 0 if part is None else part.stride(0), "stride_pc": 0 if part is None else part.stride(1),
+        "M": m, "K": k, "P": p, "R": r,
+        "rows_per_split": cdiv(cdiv(m, splits), config["rows"]) * config["rows"],
+        **dropout(dropout_p, seed),
+        "HAS_P": want_p, "HAS_V": want_v, "WRITE_DX": dx is not None,
+        "HAS_DOWN_P": a_down is not None, "HAS_DOWN_V": b_down is not None, "HAS_TAU": tau is not None,
+        "BANDS": bands,
+        **arithmetic(x.dtype),
+        "BLOCK_M": config["rows"], "BLOCK_K": config["cols"],
+        "BLOCK_P": configs.block_r(max(1, p)), "BLOCK_R": configs.block_r(max(1, r)),
+    }  # fmt: skip
+    return Launch(_x_kernel, (cdiv(k, config["cols"]), splits), args, options(config))

@@ -1,0 +1,34 @@
+"""Progress of something that takes a while: a bar where tqdm is installed, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def progress(items: Sequence[T], label: str, show: bool = True) -> Iterator[T]:
+    """The items, with how far along they are on stderr; nothing there without `show`."""
+    if not show or not items:
+        yield from items
+    elif importlib.util.find_spec("tqdm") is not None:
+        from tqdm import tqdm
+
+        yield from tqdm(items, desc=label, leave=False)
+    else:
+        for i, item in enumerate(items, start=1):
+            print(f"{label}: {i}/{len(items)}", file=sys.stderr, flush=True)
+            yield item
+
+
+def note(line: str) -> None:
+    """A line on stderr that leaves a running bar whole."""
+    if importlib.util.find_spec("tqdm") is not None:
+        from tqdm import tqdm
+
+        tqdm.write(line, file=sys.stderr)
+    else:
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,108 @@
+"""How long things take, compared fairly: every round times each once, so that a card that slows down slows all.
+
+A contender is a list of steps, one for each of several input sets that together exceed the L2 cache, so that no step
+finds its input there.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Step = Callable[[], object]
+Timer = Callable[[Sequence[Sequence[Step]], int], list[list[float]]]
+"""(contenders, rounds) → milliseconds a step of each contender, by round."""
+
+_GRAPH_STEPS = 8
+"""The fewest steps in a graph, so that the start of its replay does not count."""
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def ratio(times: Sequence[float], other: Sequence[float]) -> float:
+    """The median over the rounds of one's time over the other's."""
+    return statistics.median(a / b for a, b in zip(times, other, strict=True))
+
+
+def graph_timer(contenders: Sequence[Sequence[Step]], rounds: int) -> list[list[float]]:
+    """On the current GPU, by replays of CUDA graphs: what the kernels take, without the host's time between them.
+
+    A contender's steps must not allocate what is read later: a graph has memory of its own.
+    """
+    side = torch.cuda.Stream()
+    graphs = []
+    for steps in contenders:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiled and warm before anything is captured
+            for step in steps:
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            for _ in range(_repeats(steps)):
+                for step in steps:
+                    step()
+        graphs.append(graph)
+    torch.cuda.synchronize()
+    calls = [(graph.replay, _repeats(steps) * len(steps)) for graph, steps in zip(graphs, contenders, strict=True)]
+    return _event_rounds(calls, rounds)
+
+
+def event_timer(contenders: Sequence[Sequence[Step]], rounds: int) -> list[list[float]]:
+    """On the current GPU, step by step as a program runs them: where the card waits for the host, that counts."""
+
+    def in_turn(steps: Sequence[Step]) -> Callable[[], None]:
+        def run() -> None:
+            for step in steps:
+                step()
+
+        return run
+
+    return _event_rounds([(in_turn(steps), len(steps)) for steps in contenders], rounds)
+
+
+def clock_timer(contenders: Sequence[Sequence[Step]], rounds: int) -> list[list[float]]:
+    """On the CPU, by its clock."""
+    times: list[list[float]] = [[] for _ in contenders]
+    for turn in range(-1, rounds):  # the first warms up
+        for i in _order(len(contenders), turn):
+            begin = time.perf_counter()
+            for step in contenders[i]:
+                step()
+            if turn >= 0:
+                times[i].append(1e3 * (time.perf_counter() - begin) / len(contenders[i]))
+    return times
+
+
+def _event_rounds(calls: Sequence[tuple[Callable[[], Any], int]], rounds: int) -> list[list[float]]:
+    """Milliseconds a step by CUDA events; the host never waits between the rounds, so that the card never does."""
+    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
+    for turn in range(-2, rounds):  # the first two warm up
+        for i in _order(len(calls), turn):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            calls[i][0]()
+            end.record()
+            if turn >= 0:
+                events[i].append((begin, end))
+    torch.cuda.synchronize()
+    return [
+        [begin.elapsed_time(end) / steps for begin, end in pairs]
+        for pairs, (_, steps) in zip(events, calls, strict=True)
+    ]
+
+
+def _order(count: int, turn: int) -> list[int]:
+    start = turn % count if count else 0
+    return [*range(start, count), *range(start)]
+
+
+def _repeats(steps: Sequence[Step]) -> int:
+    return -(-_GRAPH_STEPS // len(steps))

@@ -1,0 +1,154 @@
+"""Compile every kernel of a model before its first step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from glora_kernels.launch import routes
+from glora_kernels.launch.progress import progress as shown
+from glora_kernels.nn.linear import GLoRALinear
+from glora_kernels.nn.model import named_layers, unwrap
+
+_DIVISOR = 16
+"""Triton compiles a kernel anew for sizes that are no multiple of this."""
+
+
+def warmup(
+    model: nn.Module,
+    tokens: int | Iterable[int] = 8192,
+    dtype: torch.dtype | None = None,
+    training: bool = True,
+    progress: bool = True,
+) -> list[str]:
+    """Run each different GLoRA layer of the model once on zeros, so that its kernels are compiled before step one.
+
+    Layers are alike where sizes, dtypes, device, layout, supports, dropout and what requires a gradient are. Nothing of
+    the model changes: no gradient is left, no hook runs, the generators of the CPU and the GPU and every `training`
+    flag are as before. What stays is compiled code, and the workspaces that the layers will use.
+
+    Triton compiles for a number of tokens that is a multiple of 16 and for one that is not separately, and a last batch
+    is seldom like the others. An integer therefore stands for both: 8192 also warms 8191. A list is taken as it is;
+    give one where the steps differ much in size, since the configuration of a launch goes by it.
+
+    In training the input wants a gradient, as in all layers but the first of a model. Layers that are merged or
+    disabled are left out, and so are those that no Triton kernel serves: on a CPU nothing is compiled (but in Triton's
+    interpreter under `backend("triton")`, where the steps are run all the same), and nothing is done.
+
+    Args:
+        model: a model with GLoRA layers, also inside torch.compile or DistributedDataParallel.
+        tokens: rows of the layers' input, batch times sequence; an integer or several.
+        dtype: of the activations. None: that of each layer's weight. Another than the weight's, float16 or bfloat16,
+            stands for training under autocast.
+        training: forward and backward in training mode; False: forward alone, in evaluation mode.
+        progress: show how far it is, on stderr.
+
+    Returns:
+        One line for each run: which layers, with how many tokens.
+
+    Raises:
+        TypeError: `model` is no module, or `tokens` no integers.
+        ValueError: the model has no GLoRA layer, tokens below 1, or a dtype that autocast does not offer.
+    """
+    layers = named_layers(unwrap(model))
+    if not layers:
+        raise ValueError("warmup: the model has no GLoRA layer; call inject(model, config) first")
+    sizes = _sizes(tokens)
+    groups: dict[object, list[GLoRALinear]] = {}
+    for layer in layers.values():
+        _check_dtype(layer, dtype)
+        served = not layer.merged and not layer._disabled and _is_served(layer, dtype)
+        if served:
+            groups.setdefault(_signature(layer), []).append(layer)
+    lines = []
+    plan = [(alike, size) for alike in groups.values() for size in sizes]
+    for alike, size in shown(plan, "compiling", progress):
+        _run(alike[0], size, dtype, training)
+        count = f"{len(alike)} layer{'' if len(alike) == 1 else 's'}"
+        what = "forward and backward" if training else "forward"
+        lines.append(f"{count} like ({alike[0].extra_repr()}): {what} with {size} tokens")
+    return lines
+
+
+def _sizes(tokens: int | Iterable[int]) -> list[int]:
+    several = not isinstance(tokens, int)
+    given = list(tokens) if isinstance(tokens, Iterable) else [tokens]
+    for size in given:
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"tokens must be an integer >= 1, or several, got {tokens!r}")
+        if size < 1:
+            raise ValueError(f"tokens must be >= 1, got {size}")
+    if not given:
+        raise ValueError("tokens must be an integer >= 1, or several, got none")
+    if not several:
+        size = given[0]
+        given.append(size - 1 if size % _DIVISOR == 0 else size - size % _DIVISOR)
+    return list(dict.fromkeys(size for size in given if size > 0))
+
+
+def _check_dtype(layer: GLoRALinear, dtype: torch.dtype | None) -> None:
+    if dtype not in (None, layer.weight.dtype, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"dtype must be None, that of the weights ({layer.weight.dtype}), or torch.float16 or torch.bfloat16 for "
+            f"autocast; got {dtype}"
+        )
+
+
+def _is_served(layer: GLoRALinear, dtype: torch.dtype | None) -> bool:
+    """Whether Triton kernels serve the layer where it is."""
+    device = layer.weight.device.type
+    return device != "meta" and routes.route(device, dtype or layer.weight.dtype) == "triton"
+
+
+def _signature(layer: GLoRALinear) -> tuple[object, ...]:
+    """What the code of a layer's kernels, and their launches, depend on."""
+    weight, config = layer.weight, layer.config
+    parameters = [
+        (name, tuple(p.shape), p.dtype, p.requires_grad)
+        for name, p in (("bias", layer.bias), *layer.adapter().items())
+        if p is not None
+    ]
+    layout = (tuple(weight.shape), weight.stride(), weight.dtype, weight.device, layer._transposed)
+    return (*layout, *parameters, config.variant, layer._dropout > 0)
+
+
+def _run(layer: GLoRALinear, tokens: int, dtype: torch.dtype | None, training: bool) -> None:
+    """One forward, and backward, without a trace: on parameters that share the layer's memory, and without hooks."""
+    weight, was = layer.weight, layer.training
+    device = weight.device
+    autocast: Any = contextlib.nullcontext()
+    if dtype is not None and dtype != weight.dtype:
+        autocast = torch.autocast(device.type, dtype=dtype)
+    x = torch.zeros(tokens, layer.in_features, device=device, dtype=weight.dtype, requires_grad=training)
+    own: dict[str, Tensor] = {
+        name: parameter.detach().requires_grad_(training and parameter.requires_grad)
+        for name, parameter in layer.named_parameters()
+    }
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []), torch.set_grad_enabled(training), autocast:
+        layer.training = training
+        try:
+            y = functional_call(_Bare(layer), {f"layer.{name}": value for name, value in own.items()}, (x,))
+        finally:
+            layer.training = was
+        if training:
+            wanted = [x, *(value for value in own.values() if value.requires_grad)]
+            torch.autograd.grad(y, wanted, torch.zeros_like(y), allow_unused=True)
+    if on_gpu:
+        torch.cuda.synchronize(device)
+
+
+class _Bare(nn.Module):
+    """A layer called without its hooks."""
+
+    def __init__(self, layer: GLoRALinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer.forward(x)

@@ -1,0 +1,136 @@
+"""W·c, the part of a GLoRA layer that C is, and its gradients.
+
+    wc = W·c,   c = C_up·C_down where C is lora
+    dc = Wᵀg,  dC_up = dc·C_downᵀ,  dC_down = C_upᵀ·dc,   g = ∂wc
+
+C multiplies the base W, never the adapted one. W·c does not depend on x, and yet is computed anew at each forward: a
+changed parameter leaves no trace that would tell when an old one is stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from glora_kernels.launch import routes
+from glora_kernels.ops import eager as eager_path
+from glora_kernels.ops import triton as triton_path
+from glora_kernels.ops.common import LIBRARY, cast, check_form, wide_dtype, without_autocast
+
+LIBRARY.define("glora_wc(Tensor weight, Tensor? c, Tensor? c_up, Tensor? c_down, str route) -> Tensor")
+LIBRARY.define(
+    "glora_wc_backward(Tensor g, Tensor weight, Tensor? c, Tensor? c_up, Tensor? c_down, bool[] needs, str route) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+def glora_wc(
+    weight: Tensor, c: Tensor | None = None, *, c_up: Tensor | None = None, c_down: Tensor | None = None
+) -> Tensor:
+    """W·c, or W·(C_up·C_down), which `glora_linear` adds to every row of y.
+
+    Args:
+        weight: W (N, K), frozen; any strides.
+        c: C as a vector, (K,).
+        c_up: C=lora, (K, R).
+        c_down: C=lora, (R, 1).
+
+    Returns:
+        (N,), in fp32 over a 16-bit weight: neither c nor the result is rounded to 16 bits.
+
+    Raises:
+        ValueError: a size or device that does not fit, or not exactly one form of C.
+        RuntimeError: a forced `backend` that cannot serve the call.
+    """
+    k = weight.shape[1]
+    if c is None and c_up is None and c_down is None:
+        raise ValueError("glora_wc needs c, or c_up and c_down")
+    check_form("c", k, False, k, 1, c, c_up, c_down)
+    for name, tensor in (("c", c), ("c_up", c_up), ("c_down", c_down)):
+        if tensor is not None and tensor.device != weight.device:
+            raise ValueError(f"weight and {name} must be on one device; got {weight.device} and {tensor.device}")
+    route = routes.route(weight.device.type, weight.dtype)
+    if torch.compiler.is_compiling():
+        return torch.ops.glora_kernels.glora_wc(weight, c, c_up, c_down, route)
+    return _WCFunction.apply(weight, c, c_up, c_down, route)
+
+
+def _forward(weight: Tensor, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None, route: str) -> Tensor:
+    path = triton_path if route == "triton" else eager_path
+    with without_autocast(weight.device.type):
+        return path.wc_forward(weight, c, c_up, c_down)
+
+
+def _backward(
+    g: Tensor,
+    weight: Tensor,
+    c: Tensor | None,
+    c_up: Tensor | None,
+    c_down: Tensor | None,
+    needs: Sequence[bool],
+    route: str,
+) -> tuple[Tensor | None, ...]:
+    """(dc, dC_up, dC_down), each in the dtype of its tensor; None where not wanted."""
+    path = triton_path if route == "triton" else eager_path
+    with without_autocast(weight.device.type):
+        grads = path.wc_backward(g, weight, c, c_up, c_down, needs)
+    return tuple(
+        None if grad is None or tensor is None else cast(grad, tensor.dtype)
+        for grad, tensor in zip(grads, (c, c_up, c_down), strict=True)
+    )
+
+
+class _WCFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, c: Any, c_up: Any, c_down: Any, route: str) -> Tensor:
+        ctx.save_for_backward(weight, c, c_up, c_down)
+        ctx.route = route
+        return _forward(weight, c, c_up, c_down, route)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        weight, c, c_up, c_down = ctx.saved_tensors
+        return (None, *_backward(g, weight, c, c_up, c_down, ctx.needs_input_grad[1:4], ctx.route), None)
+
+
+# The registered operators: the same functions behind torch.compile's boundary. An absent result is an empty tensor.
+
+
+def _op_backward(g: Tensor, weight: Tensor, c: Any, c_up: Any, c_down: Any, needs: list[bool], route: str) -> Any:
+    grads = _backward(g, weight, c, c_up, c_down, needs, route)
+    return tuple(g.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+
+
+def _fake(weight: Tensor, c: Any, c_up: Any, c_down: Any, route: str) -> Tensor:
+    return weight.new_empty(weight.shape[0], dtype=wide_dtype(weight.dtype))
+
+
+def _fake_backward(g: Tensor, weight: Tensor, c: Any, c_up: Any, c_down: Any, needs: list[bool], route: str) -> Any:
+    return tuple(
+        g.new_empty(tensor.shape, dtype=tensor.dtype) if need and tensor is not None else g.new_empty(0)
+        for tensor, need in zip((c, c_up, c_down), needs, strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.route = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _op_autograd(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[1:4])
+    grads = torch.ops.glora_kernels.glora_wc_backward(g.contiguous(), *ctx.saved_tensors, needs, ctx.route)
+    return (None, *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None)
+
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("glora_wc", _forward, _device)
+    LIBRARY.impl("glora_wc_backward", _op_backward, _device)
+torch.library.register_fake("glora_kernels::glora_wc", _fake, lib=LIBRARY)
+torch.library.register_fake("glora_kernels::glora_wc_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd("glora_kernels::glora_wc", _op_autograd, setup_context=_setup_context, lib=LIBRARY)

@@ -1,0 +1,200 @@
+"""The fused kernels as a card would be given them: launch counts, the shipped configurations, both routes.
+
+Nothing here needs a card. A plan (`launch.plan.planning`) holds the steps of a call on meta tensors, and the
+configurations of a card run in the interpreter where `arch_of` is told that it is one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import PAIRS, check, ours, problem
+from ops.test_golden import AB, GOLDEN, RANK, golden_gradient, golden_problem
+
+from glora_kernels import kernels
+from glora_kernels.launch import routes
+from glora_kernels.launch.plan import Launch, LibraryProduct, planning
+from glora_kernels.ops import triton as triton_path
+from glora_kernels.ops.common import Call, Needs, Supports
+from glora_kernels.spec import GLoRAConfig, all_configs
+
+FORMS = [(a, b, "hadamard") for a, b in PAIRS] + [("lora", b, "matmul") for b in ("none", "lora", "vector", "constant")]
+ROUTES = ("fused", "library")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the card's own configurations run in tests/gpu")
+
+
+def choose_route(monkeypatch, name: str) -> None:
+    monkeypatch.setattr(routes, "product_route", lambda *args, **kwargs: name)
+
+
+# Launch counts.
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def supports(config: GLoRAConfig, n: int, k: int, bias: bool, dtype: torch.dtype) -> Supports:
+    shapes = config.parameter_shapes(k, n, bias)
+    names = {"A": "a", "A_up": "a_up", "A_down": "a_down", "B": "b", "B_up": "b_up", "B_down": "b_down",
+             "D": "d", "E": "e"}  # fmt: skip
+    tensors = {names[name]: meta(*shape, dtype=dtype) for name, shape in shapes.items() if name in names}
+    wc = meta(n, dtype=torch.float32) if config.C != "none" else None
+    return Supports(**tensors, bias=meta(n, dtype=dtype) if bias else None, wc=wc)
+
+
+def plan(
+    config: GLoRAConfig, m: int, n: int, k: int, bias: bool, arch: str = "sm_90", dtype: torch.dtype = torch.bfloat16
+):
+    """The steps of forward and of backward; the bias is frozen, as it is in a layer."""
+    s = supports(config, n, k, bias, dtype)
+    seed = torch.tensor([2**62 + 1]) if config.dropout else None
+    call = Call(config.scale, config.dropout, seed, config.variant == "matmul", "triton")
+    needs = Needs(True, *(t is not None and name != "bias" for name, t in zip(Supports._fields, s, strict=True)))
+    x, w, dy = meta(m, k, dtype=dtype), meta(n, k, dtype=dtype), meta(m, n, dtype=dtype)
+    with planning(arch) as forward:
+        results = triton_path.forward(x, w, s, call)
+    with planning(arch) as backward:
+        grads = triton_path.backward(dy, x, w, s, *results, call, needs)
+    for grad, tensor, need in zip(grads, (x, *s), needs, strict=True):
+        assert (grad is not None) == need
+        assert not need or (grad.shape == tensor.shape and grad.dtype == tensor.dtype)
+    return forward, backward
+
+
+def totals(steps) -> int:
+    return sum(getattr(getattr(step, "kernel", None), "__name__", "") == "_totals_kernel" for step in steps)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+@pytest.mark.parametrize("m", [1, 512, 8192])
+def test_every_configuration_takes_two_launches_forward_and_four_backward(m, bias, monkeypatch):
+    """W·c comes on top (`ops.wc`), and one launch where the gradients of constants are summed."""
+    choose_route(monkeypatch, "fused")
+    for config in all_configs(rank=16):
+        forward, backward = plan(config, m, 4096, 1024, bias)
+        constants = "constant" in (config.A, config.B, config.E) or (config.D == "constant" and bias)
+        assert len(forward) <= 2, f"{config}: {list(map(str, forward))}"
+        assert totals(backward) == constants
+        assert len(backward) - totals(backward) <= 4, f"{config}: {list(map(str, backward))}"
+        assert all(isinstance(step, Launch) for step in (*forward, *backward))
+
+
+@pytest.mark.parametrize("config", [
+    GLoRAConfig.lora(rank=16), GLoRAConfig.lora(rank=16, dropout=0.1), GLoRAConfig("vector", "lora", E="none", rank=16),
+    GLoRAConfig("vector", "vector", E="none", rank=16),
+])  # fmt: skip
+def test_the_library_route_takes_no_more(config, monkeypatch):
+    choose_route(monkeypatch, "library")
+    forward, backward = plan(config, 8192, 4096, 1024, False)
+    assert len(forward) <= 2
+    assert len(backward) <= (5 if config.A == "vector" else 4)  # the scaled weight of dx is a launch of its own
+    for steps in (forward, backward):
+        assert sum(isinstance(step, LibraryProduct) for step in steps) == 1
+
+
+def test_dropout_adds_no_launch():
+    for a in ("none", "vector", "lora"):
+        plain = plan(GLoRAConfig(a, "lora", E="none", rank=16), 2048, 4096, 4096, False)
+        dropped = plan(GLoRAConfig(a, "lora", E="none", rank=16, dropout=0.1), 2048, 4096, 4096, False)
+        assert [len(steps) for steps in plain] == [len(steps) for steps in dropped]
+
+
+def test_alpha_p_and_the_seed_do_not_change_what_is_compiled():
+    """Between two calls only numbers differ that Triton does not specialise: floats, and what is marked so."""
+
+    def arguments(alpha: float, p: float, key: int) -> list[dict[str, object]]:
+        torch.manual_seed(key)
+        steps = itertools.chain(*plan(GLoRAConfig.lora(rank=16, alpha=alpha, dropout=p), 2048, 4096, 4096, False))
+        return [{n: v for n, v in step.args.items() if isinstance(v, (bool, int, float, str))} for step in steps]
+
+    differing = set()
+    for one, other in zip(arguments(16.0, 0.1, 1), arguments(3.0, 0.35, 2), strict=True):
+        assert one.keys() == other.keys()
+        differing |= {name for name in one if one[name] != other[name] and not isinstance(one[name], float)}
+    assert differing <= {"seed", "threshold"}
+    assert "threshold" in differing
+    for path in Path(kernels.__file__).parent.glob("*.py"):
+        for decorator, parameters in re.findall(r"(@triton\.jit.*)\ndef _\w+_kernel\(([^:]*):", path.read_text()):
+            if re.search(r"\bseed\b", parameters):
+                assert decorator == '@triton.jit(do_not_specialize=["seed", "threshold"])', path
+
+
+def test_a_rank_over_the_limit_is_refused():
+    with pytest.raises(RuntimeError, match=r"up to 256.*got 257"):
+        plan(GLoRAConfig.lora(rank=257), 64, 512, 512, False)
+
+
+# The shipped configurations and the two routes, in the interpreter.
+
+
+@interpreted
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(("a", "b", "variant"), [("none", "lora", "hadamard"), ("vector", "lora", "hadamard"),
+                                                 ("lora", "lora", "hadamard"), ("lora", "lora", "matmul"),
+                                                 ("constant", "vector", "hadamard")])  # fmt: skip
+def test_the_configurations_of_a_card(arch, a, b, variant, monkeypatch, poison):
+    """Descriptors, several tiles, ragged edges, several bands and splits: what a card runs, number by number."""
+    monkeypatch.setattr(triton_path, "arch_of", lambda tensor: arch)
+    config = GLoRAConfig(a, b, "vector", "vector", "vector", rank=20, variant=variant,
+                         dropout=0.25 if b == "lora" else 0.0)  # fmt: skip
+    p = problem(config, (150,), 200, 264, True, torch.float16, size=0.05)
+    check(p, ours(p, "triton"), "triton")
+
+
+@interpreted
+def test_the_widest_tile(monkeypatch, poison):
+    """128x256 with four parts, which only large outputs take: here by force."""
+    from glora_kernels.launch import configs
+
+    monkeypatch.setattr(triton_path, "arch_of", lambda tensor: "sm_90")
+    monkeypatch.setitem(configs.PROGRAMS, "sm_90", 1)
+    config = GLoRAConfig("vector", "lora", "vector", "vector", "vector", rank=4, dropout=0.25)
+    p = problem(config, (130,), 264, 272, True, torch.float16, size=0.05)
+    check(p, ours(p, "triton"), "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("a", "b", "variant"), FORMS)
+def test_the_library_route(a, b, variant, dtype, device, monkeypatch, poison):
+    choose_route(monkeypatch, "library")
+    config = GLoRAConfig(a, b, "vector", "vector", "vector", rank=4, variant=variant,
+                         dropout=0.25 if b == "lora" else 0.0)  # fmt: skip
+    p = problem(config, (37,), 70, 45, True, dtype, device=device, size=0.1)
+    check(p, ours(p, "triton"), "triton")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_plain_layer(route, device, monkeypatch):
+    """No support at all, with and without a bias: the frozen layer."""
+    choose_route(monkeypatch, route)
+    for bias in (True, False):
+        p = problem(GLoRAConfig("none", "none", E="none"), (37,), 72, 48, bias, torch.float32, device=device)
+        check(p, ours(p, "triton"), "triton")
+
+
+# The golden file.
+
+
+@pytest.mark.parametrize(("a", "b"), AB)
+def test_golden_cases_through_the_kernels(a, b, device):
+    """The original implementation's y and gradients, by the kernels in fp32."""
+    for i, row in enumerate(GOLDEN["configs"]):
+        if (row[0], row[1]) != (a, b):
+            continue
+        config = GLoRAConfig(*map(str, row), rank=RANK)
+        p = golden_problem(config, bias=True)
+        p.x, p.weight, p.dy = (t.float().to(device) for t in (p.x, p.weight, p.dy))
+        p.bias = p.bias.float().to(device)
+        p.params = {name: t.float().to(device) for name, t in p.params.items()}
+        got = ours(p, "triton")
+        expected = {"y": GOLDEN["y"][0, i], "x": GOLDEN["dx"][0, i]}
+        expected |= {name: golden_gradient(name, t.shape, (0, i)) for name, t in p.params.items()}
+        for name, value in expected.items():
+            value = torch.as_tensor(value)
+            error = float((got[name].cpu().double() - value).norm() / value.norm())
+            assert error < 2e-5, f"{config} {name}: {error}"

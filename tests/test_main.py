@@ -1,0 +1,229 @@
+"""The command line: what each command prints and returns."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from glora_kernels.__main__ import COMMANDS, main
+from glora_kernels.launch import configs, environment, tables
+from glora_kernels.launch.configs import Shape
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+LAYER = ["info", "--layer", "8192x4096x4096", "--arch", "sm_90"]
+
+
+def out(capsys, *args, status=0):
+    assert main(list(args)) == status
+    return capsys.readouterr().out
+
+
+def steps(capsys, *args):
+    found = json.loads(out(capsys, *LAYER, "--json", *args))
+    return {name: [step["kernel"] for step in found[name]["steps"]] for name in ("forward", "backward")}, found
+
+
+@pytest.fixture(autouse=True)
+def own_tables(monkeypatch, tmp_path):
+    monkeypatch.setenv(environment.TABLES_VARIABLE, str(tmp_path / "tables"))
+    tables.reload()
+    yield
+    tables.reload()
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    options = re.findall(r"^  (--[\w-]+)", text, re.M)
+    assert len(options) >= 2
+    assert all(re.search(rf"^  {name}\b.*\n?.*\w{{3,}}", text, re.M) for name in options)
+    assert len(text) > 300
+
+
+@pytest.mark.parametrize(
+    "args", [[], ["nonsense"], ["info", "--layer", "8x8"], ["tune", "--rank", "0"], ["info", "--arch", "90"]]
+)
+def test_bad_arguments(args, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(args)
+    assert end.value.code == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_info(capsys):
+    text = out(capsys, "info")
+    for part in ("torch", "cpu", "Triton kernels", "table for", "A lora, product variant"):
+        assert part in text
+    facts = json.loads(out(capsys, "info", "--json"))
+    assert set(facts) == {"versions", "devices", "built", "tables", "routes", "layers"}
+
+
+def test_info_names_kernels_that_exist(capsys):
+    folder = environment.Path(tables.__file__).parent.parent / "kernels"
+    known = set(re.findall(r"^def (_\w+_kernel)\(", "".join(p.read_text() for p in folder.glob("*.py")), re.M))
+    named = set(re.findall(r"_\w+_kernel", out(capsys, "info")))
+    assert named <= known
+    assert len(named) >= 10
+
+
+@no_gpu
+def test_info_says_which_tables_there_are(capsys, monkeypatch, tmp_path):
+    assert "none: every card takes its defaults" in out(capsys, "info")
+    shape = Shape(8192, 4096, 4096, 16)
+    config = configs.choose("fwd", "sm_90", torch.bfloat16, shape) | {"num_stages": 3}
+    row = tables.Config("fwd", "bf16", shape, config, 1.0, 2.0)
+    tables.write(tables.Table("Card", "sm_90", "2.11.0", "3.6.0", "2026-01-01", (row,)), tmp_path / "card.json")
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path)
+    tables.reload()
+    assert "1 configurations, 0 routes; torch 2.11.0, triton 3.6.0, 2026-01-01" in out(capsys, "info")
+    _, found = steps(capsys)
+    first = next(step for step in found["forward"]["steps"] if step["kernel"] == "_glora_fwd_kernel")
+    assert (first["source"], first["stages"]) == ("shipped table card.json", 3)
+    assert all(step["source"] == "default" for step in found["backward"]["steps"])
+    (tmp_path / "card.json").write_text("{}")
+    assert "unusable: " in out(capsys, "info")
+    tables.reload()
+    assert main(LAYER) == 2
+    assert "device is missing" in capsys.readouterr().err
+
+
+def test_the_steps_of_lora(capsys):
+    names, found = steps(capsys)
+    assert names["forward"] == ["_prepare_kernel", "_glora_fwd_kernel"]
+    assert names["backward"] == ["_dy_kernel", "_x_kernel", "_glora_dx_kernel", "_finish_kernel"]
+    assert (found["forward"]["launches"], found["backward"]["launches"]) == (2, 4)
+    for name in ("forward", "backward"):
+        for step in found[name]["steps"]:
+            path, line = step["file"].rsplit(":", 1)
+            text = (environment.Path(tables.__file__).parents[2] / path).read_text().splitlines()
+            assert any(f"def {step['kernel']}(" in text[int(line) - 1 + i] for i in range(3)), step
+    product = found["forward"]["steps"][1]
+    config = configs.choose("fwd", "sm_90", torch.bfloat16, Shape(8192, 4096, 4096, 16))
+    assert (product["warps"], product["stages"]) == (config["num_warps"], config["num_stages"])
+    assert product["blocks"].startswith(f"M={config['rows']} N={config['cols']} K={config['depth']}")
+    assert product["features"] == "tma, persistent"
+    assert product["grid"] == "132"
+
+
+@pytest.mark.parametrize(
+    ("case", "extra", "forward", "backward"),
+    [
+        ("glora:none,lora,vector,none,none", [], "_wc_kernel", "_c_grad_kernel"),
+        ("glora:lora,lora,lora,vector,vector", ["--bias"], "_prepare_kernel", "_hadamard_grad_kernel"),
+        ("glora:constant,constant,none,none,constant", [], "_glora_fwd_kernel", "_totals_kernel"),
+        ("glora:lora,lora,none,none,none", ["--variant", "matmul", "--rank", "8"], "_prepare_kernel", "_x_kernel"),
+        ("glora:none,none,none,none,none", [], "_glora_fwd_kernel", "_glora_dx_kernel"),
+    ],
+)
+def test_the_steps_of_other_cases(case, extra, forward, backward, capsys):
+    names, found = steps(capsys, "--case", case, *extra)
+    assert forward in names["forward"]
+    assert backward in names["backward"]
+    assert found["forward"]["route"] in ("fused", "library")
+    text = out(capsys, *LAYER, "--case", case, *extra)
+    assert all(name in text for both in names.values() for name in both)
+    assert "route fused (cost model)" in text or "route library (cost model)" in text
+
+
+def test_the_library_route_is_shown(capsys, monkeypatch):
+    shape = Shape(8192, 4096, 4096, 16)
+    rows = (
+        tables.Route("fwd", "bf16", shape, False, "library", 2.0, 1.0),
+        tables.Route("dx", "bf16", shape, False, "library", 2.0, 1.0),
+    )
+    with tables.using(tables.Table("Card", "sm_90", "2", "3", "today", (), rows)):
+        names, found = steps(capsys)
+        text = out(capsys, *LAYER)
+    assert names["forward"] == ["_added_terms_kernel", "library product 8192x4096x4096, added"]
+    assert found["backward"]["route"] == "library"
+    assert "forward: 1 launch, 1 library product; route library (given table)" in text
+
+
+def test_other_cards_and_sizes(capsys):
+    text = out(capsys, "info", "--layer", "48x4096x4097", "--arch", "sm_80", "--dtype", "fp16", "--dropout", "0.1")
+    assert "tma" not in text
+    assert "dropout 0.1" in text
+    text = out(capsys, "info", "--layer", "48x4096x4097", "--arch", "sm_90")
+    assert "default for pointers" in text, "rows that TMA cannot read"
+    with pytest.warns(UserWarning, match="sm_79"):
+        assert "default of an unknown card" in out(capsys, "info", "--layer", "64x64x64", "--arch", "sm_79")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--case", "dora"], "--case must be lora or glora:A,B,C,D,E"),
+        (["--case", "glora:lora,lora"], "--case must be lora or glora:A,B,C,D,E"),
+        (["--case", "glora:full,lora,none,none,none"], "A must be one of"),
+        (["--dropout", "1.5"], "dropout must be a number"),
+        (["--rank", "300"], "rank of up to 256"),
+    ],
+)
+def test_a_layer_that_there_is_not(args, message, capsys):
+    assert main([*LAYER, *args]) == 2
+    assert message in capsys.readouterr().err
+
+
+@no_gpu
+def test_tune_needs_a_gpu(capsys):
+    assert main(["tune", "--layers", "llama-3-8b"]) == 2
+    assert "PyTorch sees no GPU here" in capsys.readouterr().err
+    assert main(["tune"]) == 2
+    assert "--shape MxNxK" in capsys.readouterr().err
+
+
+def test_tune_lists_without_a_gpu(capsys):
+    text = out(capsys, "tune", "--layers", "llama-3-8b", "--list", "--arch", "sm_90")
+    assert text.count("M=8192") == 4
+    assert int(re.search(r"about (\d+) compilations", text).group(1)) > 20
+    text = out(
+        capsys, "tune", "--shape", "64x32x16", "--shape", "128x32x16", "--list", "--kernels", "x", "--arch", "sm_80"
+    )
+    assert "M=64 N=32 K=16 R=16" in text
+    assert "M=128" in text
+    assert not re.search(r"^(fwd|dx) ", text, re.M)
+
+
+def test_tune_says_what_it_gained(capsys, monkeypatch, tmp_path):
+    from glora_kernels.launch import tune
+
+    machine = tune.Machine("Test Card", "sm_90", "cpu", lambda contenders, rounds: [
+        [1.0 / steps[0].__self__.options["num_stages"]] * rounds for steps in contenders
+    ])  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "this_gpu", lambda: machine)
+    path = tmp_path / "t.json"
+    args = ["tune", "--shape", "32x48x64", "--rank", "4", "--dtype", "fp16", "--kernels", "x", "--out", str(path)]
+    text = out(capsys, *args)
+    assert re.search(r"^x +32x48x64 r=4 .* 50.0% less", text, re.M)
+    assert "1 of 1 are faster than the default" in text
+    assert tables.read(path).configs[0].config["num_stages"] == 4
+    assert "(measured before)" in out(capsys, *args)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "run", stop)
+    assert main(args) == 130
+    assert str(path) in capsys.readouterr().err
+
+
+def test_bench(capsys):
+    text = out(capsys, "bench", "--device", "cpu", "--layer", "16x24x32", "--rank", "2", "--rounds", "3", "--bias")
+    rows = re.findall(r"^(forward[ +\w]*?) +([\d.]+) +([\d.]+) +([\d.]+)$", text, re.M)
+    assert [row[0] for row in rows] == ["forward", "forward + backward"]
+    assert all(float(number) > 0 for row in rows for number in row[1:])
+    assert main(["bench", "--case", "dora"]) == 2
+
+
+@no_gpu
+@pytest.mark.parametrize("command", ["bench", "check"])
+def test_a_gpu_that_is_not_there(command, capsys):
+    assert main([command, "--device", "cuda"]) == 2
+    assert "PyTorch sees no GPU" in capsys.readouterr().err
