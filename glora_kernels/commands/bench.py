@@ -14,14 +14,14 @@ HELP = "time one layer over the frozen F.linear here, forward and backward (a qu
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layer", type=text.sizes, metavar="MxNxK",
-        help="tokens x out_features x in_features (default: 8192x4096x4096 on a GPU, 1024x1024x1024 on a CPU)",
+        help="tokens x out_features x in_features (default: 8192x4096x4096 on a GPU, 512x1024x1024 on a CPU)",
     )  # fmt: skip
     text.add_case(parser)
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
-    parser.add_argument("--rounds", type=text.positive, default=30, help="interleaved rounds (default: 30)")
+    parser.add_argument("--rounds", type=text.positive, default=20, help="interleaved rounds (default: 20)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    m, n, k = args.layer or ((8192, 4096, 4096) if device == "cuda" else (1024, 1024, 1024))
+    m, n, k = args.layer or ((8192, 4096, 4096) if device == "cuda" else (512, 1024, 1024))
     dtype = DTYPES[args.dtype or ("bf16" if device == "cuda" else "fp32")]
     linear = nn.Linear(k, n, bias=args.bias, device=device, dtype=dtype)
     layer = GLoRALinear.from_linear(linear, config)

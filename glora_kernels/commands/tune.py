@@ -12,6 +12,7 @@ from glora_kernels.commands import text
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from glora_kernels.launch.configs import Shape
     from glora_kernels.launch.trials import Data
     from glora_kernels.launch.tune import Pass
 
@@ -132,7 +133,7 @@ def whole_pass(data: Data, backward: bool, scales: bool) -> Pass:
     return both
 
 
-def _list(shapes: list, dtype: str, arch: str, kernels: list[str]) -> int:  # type: ignore[type-arg]
+def _list(shapes: list[Shape], dtype: str, arch: str, kernels: list[str]) -> int:
     from glora_kernels.launch import tables, tune
 
     print(f"on {arch}, {dtype}; the first of each kernel is its default\n")

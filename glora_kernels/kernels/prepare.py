@@ -270,10 +270,10 @@ def _added_terms_kernel(
             acc *= 1.0 + _load_vector(a_ptr, n, stride_a, N)[None, :]
         if HAS_P:
             u = _load(u_ptr, p, n, stride_ur, stride_un, P, N).to(DTYPE)
-            acc = _dot(p_acc.to(DTYPE), u, acc, PRECISION, UPCAST)
+            acc += _dot(p_acc.to(DTYPE), u, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION, UPCAST)
         if HAS_V:
             up = _load(up_ptr, r, n, stride_upr, stride_upn, R, N).to(DTYPE)
-            acc = _dot(v_acc.to(DTYPE), up, acc, PRECISION, UPCAST)
+            acc += _dot(v_acc.to(DTYPE), up, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION, UPCAST)
         if HAS_B:
             acc += sigma[:, None] * _load_vector(b_ptr, n, stride_b, N)[None, :]
         if HAS_BIAS or HAS_WC or HAS_E:

@@ -72,7 +72,7 @@ def large_product(
     if arch == "cpu":
         return _interpreted("fwd") | {"tma": tma and not mixed}
     if dtype == torch.float32:
-        return {"rows": 64, "cols": 64, "depth": 32, "num_warps": 4, "num_stages": 2, **plain}
+        return {"rows": 64, "cols": 64, "depth": 32, "num_warps": 8, "num_stages": 2, **plain}
     tall = 128 if rows > 64 else 64
     warps = 8 if tall == 128 else 4
     if arch.startswith("gfx"):
@@ -95,21 +95,26 @@ def into_rank(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     32 rows keep it on mma.sync: the dropped x is made in registers, from where wgmma would be serialized, and a
     kernel that waits for memory gains nothing from wgmma.
     """
-    depth = 64 if dtype == torch.float32 else 128
+    depth = 32 if dtype == torch.float32 else 128
     if shape.r > 64:
         depth = 32
     return {"rows": 32, "cols": 128, "depth": depth, "num_warps": 4, "num_stages": 2}
 
 
 def dy_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
-    """Blocks of `_dy_kernel`: rows and columns of dy at a time. More rows mean fewer partial sums along M."""
-    rows = 128 if shape.m >= 2048 else 64
-    if dtype == torch.float32 or arch.startswith("gfx"):
-        rows = 64
+    """Blocks of `_dy_kernel`: rows and columns of dy at a time.
+
+    Every program leaves one partial sum (R, N) behind, written and read in fp32: with 256 rows that is R/128 of the
+    bytes of a 16-bit dy itself.
+    """
+    thin = dtype != torch.float32 and not arch.startswith("gfx")
     if shape.r > 64:  # the factors fill registers and shared memory
-        rows = 64 if dtype != torch.float32 and arch in ("sm_80", "sm_90", "sm_100") else 32
+        rows = 64 if thin and arch in ("sm_80", "sm_90", "sm_100") else 32
         return {"rows": rows, "cols": 32, "num_warps": 8, "num_stages": 1 if arch.startswith("gfx") else 2}
-    return {"rows": rows, "cols": 64, "num_warps": 8 if shape.r > 16 else 4, "num_stages": 2}
+    if shape.r > 16 or not thin or shape.m < 4096:
+        rows = 128 if thin and shape.m >= 2048 else 64
+        return {"rows": rows, "cols": 64, "num_warps": 8 if shape.r > 16 else 4, "num_stages": 2}
+    return {"rows": 256, "cols": 64, "num_warps": 8, "num_stages": 2}
 
 
 def x_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
@@ -118,25 +123,28 @@ def x_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     if shape.r > 64:
         cols = 32
     stages = 1 if shape.r > 64 and arch.startswith("gfx") else 2
-    return {"rows": 32 if dtype == torch.float32 else 64, "cols": cols, "num_warps": 4, "num_stages": stages}
+    warps = 8 if shape.r > 64 and dtype == torch.float32 else 4
+    return {"rows": 32 if dtype == torch.float32 else 64, "cols": cols, "num_warps": warps, "num_stages": stages}
 
 
 def hadamard_grad(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Blocks of `_hadamard_grad_kernel`: weight rows and columns, depth of the reduction over the tokens."""
     if dtype == torch.float32:
-        return {"rows": 64, "cols": 64, "depth": 32, "num_warps": 4, "num_stages": 2}
+        return {"rows": 64, "cols": 64, "depth": 32, "num_warps": 8, "num_stages": 2}
     stages = 2 if arch.startswith("gfx") else 3
     return {"rows": 128, "cols": 128, "depth": 64, "num_warps": 8, "num_stages": stages}
 
 
 def finish(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Blocks of `_finish_kernel`: columns of the gradients, and of the product that is seldom taken anew."""
-    return {"rows": 32, "cols": 32, "depth": 32, "num_warps": 8 if arch == "sm_100" else 4, "num_stages": 2}
+    wide = arch == "sm_100" or dtype == torch.float32  # else the seldom product spills
+    return {"rows": 32, "cols": 32, "depth": 32, "num_warps": 8 if wide else 4, "num_stages": 2}
 
 
 def weight_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Blocks of W where it is read once: W_eff, U, W·c and Wᵀg."""
-    return {"rows": 32, "cols": 128, "num_warps": 4, "num_stages": 2}
+    cols = 64 if arch == "sm_100" or dtype == torch.float32 else 128
+    return {"rows": 32, "cols": cols, "num_warps": 4, "num_stages": 2}
 
 
 def bands(arch: str, rows: int, block: int, depth: int, step: int) -> tuple[int, int]:

@@ -92,7 +92,8 @@ def tables_directory() -> Path:
 
     GLORA_KERNELS_TABLES names it; unset or empty it is ~/.cache/glora_kernels.
     """
-    return Path(os.environ.get(TABLES_VARIABLE) or Path.home() / ".cache" / "glora_kernels").expanduser()
+    # Unlike Path's, this expanduser is no error where there is no home.
+    return Path(os.path.expanduser(os.environ.get(TABLES_VARIABLE) or "~/.cache/glora_kernels"))
 
 
 def version(package: str) -> str:

@@ -132,7 +132,7 @@ def _found(
             row = nearest(rows, shape)
             if row is not None:
                 return row.config, label
-    if arch not in configs.PROGRAMS and arch not in _warned and not sources(arch):
+    if arch not in configs.PROGRAMS and arch not in _warned and not _State.only and not sources(arch):
         _warned.add(arch)
         warnings.warn(
             f"glora_kernels has no launch configurations made for {arch!r}: its kernels run with conservative ones, "
@@ -205,7 +205,7 @@ def _loaded(arch: str) -> tuple[Source, ...]:
         name = f"{environment.slug(device)}.json"
         user = environment.tables_directory() / name
         paths = [(f"your table {user}", user), (f"shipped table {name}", SHIPPED / name)]
-    found = [Source(label, read(path)) for label, path in paths if path.is_file()]
+    found = [Source(label, read(path)) for label, path in paths if os.path.isfile(path)]
     return tuple(source for source in found if source.table.arch == arch)
 
 

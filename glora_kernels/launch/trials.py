@@ -233,11 +233,15 @@ def _hadamard_grad(form: str, data: Data, config: dict[str, int]) -> Trial:
     n_tiles, k_tiles = -(-n // config["rows"]), -(-k // config["cols"])
     out: dict[str, Any] = {
         "dup": data.out("dup", k_tiles, n, r, wide=True), "ddown": data.out("ddown", n_tiles, r, k, wide=True),
-        "weff": data.out("weff", n, k), "db_down": data.out("db_down", r, k),
+        "weff": data.out("weff", n, k),
     }  # fmt: skip
+    terms: dict[str, Any] = {}
+    if r <= 64:  # above, dB_down is another kernel's
+        out["db_down"], terms["s"] = data.out("db_down", r, k), data["s"]
+        terms |= DROPOUT if form == "full" else {}
     launch = hadamard_grad_launch(
-        data["dy"], data["x"], data["w"], a_up=data["a_up"], a_down=data["a_down"], s=data["s"], **out,
-        **(DROPOUT if form == "full" else {}), arch=data.arch, config=config,
+        data["dy"], data["x"], data["w"], a_up=data["a_up"], a_down=data["a_down"], **out, **terms,
+        arch=data.arch, config=config,
     )  # fmt: skip
     return Trial(launch, out, frozenset({"dup", "ddown"}))
 

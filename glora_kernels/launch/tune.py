@@ -2,7 +2,8 @@
 
 `candidates` says which configurations a kernel is tried with; `run` tries them, and writes after each kernel of each
 shape, so that a run that was cut short goes on where it stopped. A candidate whose result differs from the default's,
-or that does not compile, is discarded; one is adopted only where it is faster by more than noise.
+or that does not compile, is discarded; one is adopted only where it is faster by more than noise, and no slower in the
+forms of the kernel that other layers use.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ VARIATIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "dx": _LARGE,
     "prepare": _INTO_RANK,
     "added_terms": ({"cols": 64}, {"cols": 256}, *_INTO_RANK),
-    "dy": ({"num_stages": 3}, {"num_warps": 8}, {"rows": 64}, {"cols": 128}, {"cols": 32, "num_stages": 3},
-           {"rows": 32}),
+    "dy": ({"num_stages": 3}, {"num_warps": 8}, {"rows": 128}, {"rows": 128, "num_warps": 4}, {"cols": 128},
+           {"cols": 32, "num_stages": 3}, {"rows": 64, "num_warps": 4}),
     "x": ({"num_stages": 3}, {"num_stages": 4}, {"rows": 32, "num_stages": 4}, {"rows": 128}, {"cols": 64},
           {"num_warps": 8}),
     "hadamard_grad": ({"num_stages": 4}, {"num_stages": 2}, {"depth": 32, "num_stages": 5},
@@ -296,7 +297,7 @@ def _measure_kernel(kernel: str, shape: Shape, dtype_name: str, machine: Machine
         for i in sorted(range(1, len(fit)), key=lambda i: gains[i]):
             if gains[i] >= 1 - NOISE:
                 break
-            reason = _other_forms(kernel, sets[0], default, fit[i], dtype, machine)
+            reason = _other_forms(kernel, sets, default, fit[i], dtype, machine)
             if not reason:
                 best = i
                 break
@@ -305,15 +306,20 @@ def _measure_kernel(kernel: str, shape: Shape, dtype_name: str, machine: Machine
 
 
 def _other_forms(
-    kernel: str, data: Data, default: dict[str, int], config: dict[str, int], dtype: torch.dtype, machine: Machine
+    kernel: str, sets: list[Data], default: dict[str, int], config: dict[str, int], dtype: torch.dtype, machine: Machine
 ) -> str:
-    """Why a configuration cannot serve the forms that were not timed; "" where it can."""
+    """Why a configuration cannot serve the other forms: it fails, errs, or is slower there; "" where it can."""
     for form in FORMS[kernel][1:]:
-        expected, _ = _attempt(kernel, form, data, default, machine)
-        if expected is not None:  # else no configuration is worse there than the default
-            reason = _compare(kernel, form, data, config, expected, dtype, machine)
-            if reason:
-                return f"in the form {form!r}: {reason}"
+        expected, _ = _attempt(kernel, form, sets[0], default, machine)
+        if expected is None:  # where the default fails too, nothing is lost
+            continue
+        reason = _compare(kernel, form, sets[0], config, expected, dtype, machine)
+        if not reason:
+            both = [[trial(kernel, form, data, c).launch.run for data in sets] for c in (default, config)]
+            slower = timing.ratio(*reversed(machine.timer(both, ROUNDS))) - 1
+            reason = f"{100 * slower:.1f}% slower than the default" if slower > NOISE else ""
+        if reason:
+            return f"in the form {form!r}: {reason}"
     return ""
 
 
@@ -360,7 +366,6 @@ def _measure_route(
     direction, scales = task.split()[1], task.endswith("scaled")
     dtype = tables.DTYPES[dtype_name]
     sets = [Data(shape, dtype, machine.device, machine.arch, seed) for seed in range(_sets(shape, dtype, machine))]
-    whole = [passes(data, direction == "dx", scales) for data in sets]
 
     def on(route: str, one: Pass) -> Pass:
         def step() -> dict[str, Tensor]:
@@ -370,15 +375,14 @@ def _measure_route(
         step.__name__ = route
         return step
 
-    results, reasons = {}, {}
-    for route in tables.ROUTES:
-        try:
+    route, results = "", {}
+    try:
+        whole = [passes(data, direction == "dx", scales) for data in sets]
+        for route in tables.ROUTES:
             results[route] = on(route, whole[0])()
             machine.synchronize()
-        except Exception as error:
-            reasons[route] = _why(error, machine)
-    if reasons:
-        raise _Failed("; ".join(f"{route}: {reason}" for route, reason in reasons.items()))
+    except Exception as error:
+        raise _Failed(f"{route} {_why(error, machine)}".lstrip()) from error
     difference = disagreement(results["library"], results["fused"], dtype, slack=8)
     if difference:
         raise _Failed(f"the two routes differ: {difference}")

@@ -195,7 +195,7 @@ def _check(
 
 def _workspace_guard(x: Tensor, weight: Tensor, s: Supports, call: Call) -> AbstractContextManager[object]:
     """Held while a call builds a weight in the workspace and reads it, where host threads may share a stream."""
-    if x.is_cuda and ((s.a_up is not None and not call.matmul) or weight.dtype != x.dtype):
+    if x.is_cuda and (s.a is not None or (s.a_up is not None and not call.matmul) or weight.dtype != x.dtype):
         return workspace_lock
     return _NO_GUARD
 

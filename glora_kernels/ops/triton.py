@@ -9,7 +9,7 @@ The kernels are imported at the first call, so that importing the package touche
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ else:
 
 
 MAX_RANK = 256
+MAX_RANK_BESIDE_HADAMARD = 64
+"""Up to here dB_down takes one more row of tiles in `_hadamard_grad_kernel`; above, a read of x of its own."""
 
 
 def forward(
@@ -115,48 +117,33 @@ def backward(
     m, n, k = shape.m, shape.n, shape.k
     p, r = _ranks(s, call)
     lora = s.a_up is not None and not call.matmul
-    needs_hadamard = lora and (needs.a_up or needs.a_down)
     dropped: dict[str, Any] = {"dropout_p": call.dropout_p if r else 0.0, "seed": call.seed, "arch": arch}
-
-    # One read of dy: S = [dy·U | s·dy·B_up] and τ = dy·b along N, the gradients' partial sums along M.
-    want_s = p + r > 0 and (needs.x or needs.b_down or (p > 0 and needs.a_down))
-    with_factor = needs.b_up or (needs.a and r > 0) or (p > 0 and needs.a_up)
-    has_shift = s.bias is not None or s.wc is not None or s.e is not None
-    with_g = needs.bias or needs.wc or needs.d or needs.e or (needs.a and has_shift)
-    with_sigma = s.b is not None and (needs.b or needs.a)
-    rows = (p + r) * with_factor + with_g + with_sigma + needs.a
-    splits, bands, width = thin.dy_sizes(shape, dy.dtype, arch)
-    ds = dy.new_empty(bands, m, p + r, dtype=torch.float32) if want_s else None
-    tau = dy.new_empty(bands, m, dtype=torch.float32) if s.b is not None and needs.x else None
-    part = dy.new_empty(splits, rows, n, dtype=torch.float32) if rows else None
-    if ds is not None or tau is not None or part is not None:
-        thin.dy_launch(
-            dy, y=given(y) if needs.a else None, u=u, up=s.b_up, b=s.b if tau is not None else None,
-            h=given(h) if with_factor else None, sigma=given(sigma) if with_sigma else None, s=ds, tau=tau, part=part,
-            with_g=with_g, p=p, r=r, shape=shape, bands=(bands, width), scale=call.scale, arch=arch,
-        ).run()  # fmt: skip
-
     sums: list[around.Sum] = []
+    read = _read_dy(dy, s, y, h, sigma, u, call, needs, shape, arch)
+    ds, tau = read.ds, read.tau
+
+    # A of lora: its gradient, and on the way W_eff for dx and the gradient of B_down.
     da_up = da_down = db_down = weff = None
-    if needs_hadamard and s.a_up is not None and s.a_down is not None:
-        n_tiles, k_tiles = around.hadamard_grad_tiles(shape._replace(r=s.a_up.shape[1]), dy.dtype, arch)
-        rank = s.a_up.shape[1]
+    if lora and (needs.a_up or needs.a_down):
+        a_up, a_down = given(s.a_up), given(s.a_down)
+        rank = a_up.shape[1]
+        n_tiles, k_tiles = around.hadamard_grad_tiles(shape._replace(r=rank), dy.dtype, arch)
         dup = dy.new_empty(k_tiles, n, rank, dtype=torch.float32) if needs.a_up else None
         ddown = dy.new_empty(n_tiles, rank, k, dtype=torch.float32) if needs.a_down else None
-        db_down = _like(s.b_down) if needs.b_down else None
+        db_down = _like(s.b_down) if needs.b_down and r <= MAX_RANK_BESIDE_HADAMARD else None
         weff = workspace_like(weight, dy.dtype) if needs.x else None
         around.hadamard_grad_launch(
-            dy, given(x), weight, a_up=s.a_up, a_down=s.a_down, dup=dup, ddown=ddown, weff=weff,
-            s=ds if db_down is not None else None, db_down=db_down, **dropped,
+            dy, given(x), weight, a_up=a_up, a_down=a_down, dup=dup, ddown=ddown, weff=weff,
+            s=None if db_down is None else ds, db_down=db_down, **dropped,
         ).run()  # fmt: skip
         if dup is not None:
-            da_up = _like(s.a_up)
+            da_up = _like(a_up)
             sums.append(around.Sum(dup, da_up))
         if ddown is not None:
-            da_down = _like(s.a_down)
+            da_down = _like(a_down)
             sums.append(around.Sum(ddown, da_down))
 
-    # The input's gradient, and one read of x for what multiplies it.
+    # One read of x for what multiplies it, and the input's gradient.
     library = needs.x and _route(dy, weight, s, shape, arch, backward=True) == "library"
     row_scale = s.a
     if needs.x and weff is None and (lora or (library and s.a is not None)):
@@ -168,62 +155,124 @@ def backward(
     dx = dy.new_empty(m, k) if needs.x else None
     down: dict[str, Any] = {"a_down": s.a_down if p else None, "b_down": s.b_down}
     want_p, want_v = p > 0 and needs.a_down, needs.b_down and db_down is None
+    columns = p * want_p + r * want_v
     adds_to_dx = library and (ds is not None or tau is not None)
-    if want_p or want_v or adds_to_dx:
-        x_splits = thin.x_splits(shape, dy.dtype, arch)
-        x_part = dy.new_empty(x_splits, p * want_p + r * want_v, k, dtype=torch.float32) if want_p or want_v else None
-        source = given(x) if x_part is not None else given(dx)
+    if columns or adds_to_dx:
+        splits = thin.x_splits(shape, dy.dtype, arch)
+        part = dy.new_empty(splits, columns, k, dtype=torch.float32) if columns else None
+        terms: dict[str, Any] = {"dx": dx, "tau": tau, **down} if adds_to_dx else {}
         thin.x_launch(
-            source, s=ds, p=p, r=r, part=x_part, want_p=want_p, want_v=want_v, dx=dx if adds_to_dx else None,
-            **(down if adds_to_dx else {}), tau=tau if adds_to_dx else None, shape=shape, splits=x_splits, **dropped,
+            given(dx) if part is None else given(x), s=ds, p=p, r=r, part=part, want_p=want_p, want_v=want_v, **terms,
+            shape=shape, splits=splits, **dropped,
         ).run()  # fmt: skip
-        if want_p and x_part is not None:
+        if part is not None and want_p:
             da_down = _like(s.a_down)
-            sums.append(around.Sum(x_part[:, :p], da_down))
-        if want_v and x_part is not None:
+            sums.append(around.Sum(part[:, :p], da_down))
+        if part is not None and want_v:
             db_down = _like(s.b_down)
-            sums.append(around.Sum(x_part[:, p * want_p :], db_down))
+            sums.append(around.Sum(part[:, p * want_p :], db_down))
     if dx is not None and library:
         LibraryProduct(dy, effective, dx, accumulates=adds_to_dx).run()
     elif dx is not None:
         large.glora_dx_launch(dy, effective, dx, s=ds, **down, a=row_scale, tau=tau, **dropped).run()
 
-    # Partial sums become gradients.
-    wanted = {
-        "da": (needs.a, s.a), "db": (needs.b, s.b), "dbias": (needs.bias, s.bias), "dwc": (needs.wc, s.wc),
-        "dd": (needs.d, s.d), "de": (needs.e, s.e), "db_up": (needs.b_up, s.b_up),
-    }  # fmt: skip
-    grads = {name: _like(tensor) for name, (need, tensor) in wanted.items() if need and tensor is not None}
-    constants = [name for name, grad in grads.items() if grad.numel() == 1 and n != 1]
-    vectors = dy.new_empty(len(constants), n, dtype=torch.float32) if constants else None
-    outputs = dict(grads)
-    for i, name in enumerate(constants):
-        outputs[name] = given(vectors)[i]
+    grads = _finish(read, sums, dy, x, weight, s, y, h, sigma, needs, p, r, arch)
     if p and needs.a_up:
-        outputs["du"] = dy.new_empty(n, p)
-    if outputs or sums:
-        recovers = needs.a
-        around.finish_launch(
-            part=part if outputs else None, p=p, r=r, with_factor=with_factor, with_g=with_g, with_sigma=with_sigma,
-            outputs=outputs, up=s.b_up if recovers else None, a=s.a if recovers else None, b=s.b if recovers else None,
-            bias=s.bias if recovers or needs.d else None, wc=s.wc if recovers else None,
-            d=s.d if recovers or needs.bias else None, e=s.e if recovers else None,
-            dy=dy if recovers else None, y=y if recovers else None, x=given(x) if recovers else None,
-            weight=weight if recovers else None, h=h if recovers and r else None,
-            sigma=sigma if recovers and s.b is not None else None,
-            sums=tuple(sums), device_of=dy, arch=arch,
-        ).run()  # fmt: skip
-    if vectors is not None:
-        # One launch: the adapters of a layer have one dtype, and any other is cast where gradients are returned.
-        totals = vectors.new_empty(len(constants), dtype=grads[constants[0]].dtype)
-        around.totals_launch(vectors, totals).run()
-        grads |= {name: totals[i : i + 1] for i, name in enumerate(constants)}
-    if p and needs.a_up:
-        da_up = _gradient_through_weight(weight, outputs["du"], given(s.a_up), arch)
+        da_up = _gradient_through_weight(weight, grads["du"], given(s.a_up), arch)
     get = grads.get
     return (
         dx, get("da"), da_up, da_down, get("db"), get("db_up"), db_down, get("dbias"), get("dwc"), get("dd"), get("de")
     )  # fmt: skip
+
+
+class _Read(NamedTuple):
+    """What one read of dy gave: S (bands,M,P+R), τ (bands,M), and partial sums along M with what they hold."""
+
+    ds: Tensor | None
+    tau: Tensor | None
+    part: Tensor | None
+    with_factor: bool
+    with_g: bool
+    with_sigma: bool
+
+
+def _read_dy(
+    dy: Tensor,
+    s: Supports,
+    y: Tensor | None,
+    h: Tensor | None,
+    sigma: Tensor | None,
+    u: Tensor | None,
+    call: Call,
+    needs: Needs,
+    shape: Shape,
+    arch: str,
+) -> _Read:
+    """S = [dy·U | s·dy·B_up] and τ = dy·b along N; dyᵀ[P|h], Σ dy, dyᵀσ and Σ dy∘y along M, as far as wanted."""
+    p, r = _ranks(s, call)
+    want_s = p + r > 0 and (needs.x or needs.b_down or (p > 0 and needs.a_down))
+    with_factor = needs.b_up or (needs.a and r > 0) or (p > 0 and needs.a_up)
+    has_shift = s.bias is not None or s.wc is not None or s.e is not None
+    with_g = needs.bias or needs.wc or needs.d or needs.e or (needs.a and has_shift)
+    with_sigma = s.b is not None and (needs.b or needs.a)
+    rows = (p + r) * with_factor + with_g + with_sigma + needs.a
+    splits, bands, width = thin.dy_sizes(shape, dy.dtype, arch)
+    ds = dy.new_empty(bands, shape.m, p + r, dtype=torch.float32) if want_s else None
+    tau = dy.new_empty(bands, shape.m, dtype=torch.float32) if s.b is not None and needs.x else None
+    part = dy.new_empty(splits, rows, shape.n, dtype=torch.float32) if rows else None
+    if ds is not None or tau is not None or part is not None:
+        thin.dy_launch(
+            dy, y=given(y) if needs.a else None, u=u, up=s.b_up, b=None if tau is None else s.b,
+            h=given(h) if with_factor else None, sigma=given(sigma) if with_sigma else None, s=ds, tau=tau, part=part,
+            with_g=with_g, p=p, r=r, shape=shape, bands=(bands, width), scale=call.scale, arch=arch,
+        ).run()  # fmt: skip
+    return _Read(ds, tau, part, with_factor, with_g, with_sigma)
+
+
+def _finish(
+    read: _Read,
+    sums: list[around.Sum],
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    s: Supports,
+    y: Tensor | None,
+    h: Tensor | None,
+    sigma: Tensor | None,
+    needs: Needs,
+    p: int,
+    r: int,
+    arch: str,
+) -> dict[str, Tensor]:
+    """Partial sums become gradients: da, db, db_up, dbias, dwc, dd, de, and du = dyᵀP of the product variant."""
+    n = dy.shape[1]
+    wanted = {
+        "da": (needs.a, s.a), "db": (needs.b, s.b), "db_up": (needs.b_up, s.b_up), "dbias": (needs.bias, s.bias),
+        "dwc": (needs.wc, s.wc), "dd": (needs.d, s.d), "de": (needs.e, s.e),
+    }  # fmt: skip
+    grads = {name: _like(tensor) for name, (need, tensor) in wanted.items() if need and tensor is not None}
+    if p and needs.a_up:
+        grads["du"] = dy.new_empty(n, p)
+    constants = [name for name, grad in grads.items() if grad.numel() == 1 and n != 1]
+    vectors = dy.new_empty(len(constants), n, dtype=torch.float32)
+    outputs = grads | dict(zip(constants, vectors, strict=True))
+    if outputs or sums:
+        # Z of a row where y hardly holds it is computed anew, from all of this.
+        rest: dict[str, Any] = {"up": s.b_up, "a": s.a, "b": s.b, "dy": dy, "y": y, "x": given(x), "weight": weight,
+                                "h": h if r else None, "sigma": sigma} if needs.a else {}  # fmt: skip
+        shift: dict[str, Any] = {"bias": s.bias if needs.d else None, "d": s.d if needs.bias else None}
+        if needs.a:
+            shift = {"bias": s.bias, "wc": s.wc, "d": s.d, "e": s.e}
+        around.finish_launch(
+            part=read.part if outputs else None, p=p, r=r, with_factor=read.with_factor, with_g=read.with_g,
+            with_sigma=read.with_sigma, outputs=outputs, **shift, **rest, sums=tuple(sums), device_of=dy, arch=arch,
+        ).run()  # fmt: skip
+    if constants:
+        # One launch: the adapters of a layer have one dtype, and any other is cast where gradients are returned.
+        totals = vectors.new_empty(len(constants), dtype=grads[constants[0]].dtype)
+        around.totals_launch(vectors, totals).run()
+        grads |= {name: totals[i : i + 1] for i, name in enumerate(constants)}
+    return grads
 
 
 def wc_forward(weight: Tensor, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None) -> Tensor:

@@ -313,5 +313,7 @@ def test_where_tables_are(monkeypatch, tmp_path):
     monkeypatch.delenv(environment.TABLES_VARIABLE)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert environment.tables_directory() == tmp_path / ".cache" / "glora_kernels"
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert not environment.tables_directory().is_file(), "a user without a home"
     assert environment.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert environment.slug("AMD Instinct MI300X (OAM)") == "amd-instinct-mi300x-oam"

@@ -12,7 +12,7 @@ from glora_kernels.launch import configs, environment, tables, trials, tune
 from glora_kernels.launch.aot import ARCHS, SHARED_LIMIT
 from glora_kernels.launch.configs import Shape
 from glora_kernels.launch.plan import Launch
-from glora_kernels.launch.timing import clock_timer, ratio
+from glora_kernels.launch.timing import clock_timer, event_timer, graph_timer, ratio
 from glora_kernels.launch.tune import Machine, candidates
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter")
@@ -187,6 +187,18 @@ def test_a_candidate_must_serve_the_forms_that_are_not_timed(tmp_path, monkeypat
 
 
 @interpreted
+def test_a_candidate_must_not_slow_the_other_forms(tmp_path):
+    def cost(step):
+        slow = step.__self__.args["HAS_DROPOUT"] and stages_of(step) == 4
+        return 9.0 if slow else 1.0 / stages_of(step)
+
+    path = tmp_path / "t.json"
+    (outcome,) = run(path, Clock(cost)).outcomes
+    assert tables.read(path).configs[0].config["num_stages"] == 3
+    assert any("in the form 'full': 1700.0% slower than the default" in line for line in outcome.discarded)
+
+
+@interpreted
 def test_a_default_that_fails_is_reported_and_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(trials.Trial, "results", lambda self: 1 / 0)
     result = run(tmp_path / "t.json", kernels=("x", "dy"))
@@ -334,3 +346,41 @@ def test_sets_go_past_the_cache():
     assert tune._sets(LARGE, BF16, sized) == 2
     assert tune._sets(Shape(1024, 1024, 1024, 16), BF16, sized) == 16
     assert tune._sets(LARGE, BF16, machine(l2_bytes=1 << 40, memory_bytes=1 << 20)) == 2
+
+
+@pytest.mark.gpu
+def test_a_graph_times_what_the_card_does():
+    x = torch.randn(4096, 4096, device="cuda", dtype=BF16)
+    out = torch.empty_like(x)
+
+    def products(count):
+        def step():
+            for _ in range(count):
+                torch.mm(x, x, out=out)
+
+        return step
+
+    one, four = graph_timer([[products(1)] * 2, [products(4)] * 2], 10)
+    assert len(one) == len(four) == 10
+    assert all(value > 0 for value in one)
+    assert 3 < ratio(four, one) < 5
+    events = event_timer([[products(1)] * 4], 10)[0]
+    assert 0.5 < sorted(events)[5] / sorted(one)[5] < 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the kernels are interpreted")
+def test_tuning_on_a_card(tmp_path):
+    card, path, shape = tune.this_gpu(), tmp_path / "card.json", Shape(2048, 1024, 512, 16)
+    result = tune.run([shape], "bf16", path, machine=card, kernels=KERNELS, passes=whole_pass, show=False, minutes=4)
+    assert result.failed == []
+    found = tables.read(path)
+    assert (found.device, found.arch) == (card.name, card.arch)
+    assert len(found.configs) + len(found.routes) + len(result.left) == len(KERNELS) + 4
+    for row in found.configs:
+        assert 0.001 < row.ms <= row.default_ms * 1.05 < 10
+    with tables.using(found):
+        fwd = next(row for row in found.configs if row.kernel == "fwd")
+        assert tables.choose("fwd", card.arch, BF16, shape) == fwd.config
+        whole_pass(trials.Data(shape, BF16, "cuda", card.arch, 0), backward=True, scales=True)()
+        torch.cuda.synchronize()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 
 import pytest
 import torch
 from torch import nn
 
 import glora_kernels as gk
+import glora_kernels.kernels
 from glora_kernels.launch.plan import Launch
-from glora_kernels.nn import warmup as module
+from glora_kernels.nn.warmup import _sizes
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter")
 CONFIG = gk.GLoRAConfig("vector", "lora", "none", "none", "vector", rank=4, dropout=0.5)
@@ -19,7 +22,7 @@ CONFIG = gk.GLoRAConfig("vector", "lora", "none", "none", "vector", rank=4, drop
 @pytest.fixture
 def model():
     """Three layers, of which the first and the last are alike."""
-    net = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32), nn.Linear(32, 48))
+    net = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 24))
     return gk.inject(net, CONFIG, target_modules=["0", "1", "2"])
 
 
@@ -43,14 +46,14 @@ def warmup(model, *args, **kwargs):
 
 @interpreted
 def test_each_different_layer_once_and_both_divisibilities(model, launched):
-    lines = warmup(model, 32)
+    lines = warmup(model, 16)
     assert len(lines) == 4
-    assert lines[0].startswith("2 layers like (in_features=32, out_features=48")
-    assert lines[0].endswith("forward and backward with 32 tokens")
-    assert "31 tokens" in lines[1]
-    assert lines[2].startswith("1 layer like (in_features=48")
-    assert [m for name, m in launched if name == "_glora_fwd_kernel"] == [32, 31, 32, 31]
-    assert [m for name, m in launched if name == "_glora_dx_kernel"] == [32, 31, 32, 31]
+    assert lines[0].startswith("2 layers like (in_features=16, out_features=24")
+    assert lines[0].endswith("forward and backward with 16 tokens")
+    assert "15 tokens" in lines[1]
+    assert lines[2].startswith("1 layer like (in_features=24")
+    assert [m for name, m in launched if name == "_glora_fwd_kernel"] == [16, 15, 16, 15]
+    assert [m for name, m in launched if name == "_glora_dx_kernel"] == [16, 15, 16, 15]
     assert "_finish_kernel" in {name for name, _ in launched}
 
 
@@ -60,7 +63,7 @@ def test_what_it_launches_is_what_a_step_launches(model, launched):
     warmed = set(launched)
     launched.clear()
     with gk.backend("triton"):
-        model(torch.randn(24, 32, requires_grad=True)).sum().backward()
+        model(torch.randn(24, 16, requires_grad=True)).sum().backward()
     assert set(launched) <= warmed
     assert len(set(launched)) >= 6
 
@@ -77,7 +80,7 @@ def test_inference_runs_no_backward(model, launched):
     [(8192, [8192, 8191]), (8191, [8191, 8176]), (16, [16, 15]), (15, [15]), (1, [1]), ([64, 7, 64], [64, 7])],
 )
 def test_numbers_of_tokens(tokens, sizes):
-    assert module._sizes(tokens) == sizes
+    assert _sizes(tokens) == sizes
     if isinstance(tokens, int) and tokens >= 16:
         assert len({size % 16 == 0 for size in sizes}) == 2
 
@@ -133,7 +136,7 @@ def test_what_makes_layers_different(model):
     assert len(warmup(model, [16])) == 3
     model[2].B_up.requires_grad_(True)
     assert len(warmup(model, [16])) == 2
-    model[2].weight = nn.Parameter(torch.zeros(32, 48).t(), requires_grad=False)
+    model[2].weight = nn.Parameter(torch.zeros(16, 24).t(), requires_grad=False)
     assert len(warmup(model, [16])) == 3, "another layout of the weight"
 
 
@@ -162,7 +165,7 @@ def test_on_a_cpu_there_is_nothing_to_compile(model, launched):
 def test_errors(model):
     with pytest.raises(ValueError, match="no GLoRA layer"):
         gk.warmup(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="must be an nn.Module"):
+    with pytest.raises(TypeError, match=r"must be an nn\.Module"):
         gk.warmup("model")
     for tokens in (0, -1, [8, 0]):
         with pytest.raises(ValueError, match="tokens must be >= 1"):
@@ -184,3 +187,30 @@ def test_progress_is_shown_unless_it_is_unwanted(model, capsys):
     with gk.backend("triton"):
         gk.warmup(model, [16])
     assert "compiling" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the kernels are interpreted")
+@pytest.mark.parametrize("tokens", [256, 255])
+def test_after_it_a_step_compiles_nothing(tokens):
+    names = [module.name for module in pkgutil.iter_modules(glora_kernels.kernels.__path__, "glora_kernels.kernels.")]
+    found = [item for name in names for item in vars(importlib.import_module(name)).items()]
+    kernels = {name: kernel for name, kernel in found if name.endswith("_kernel")}
+
+    def compiled():
+        return {
+            name: sum(len(caches[0]) for caches in kernel.device_caches.values()) for name, kernel in kernels.items()
+        }
+
+    config = gk.GLoRAConfig("vector", "lora", "lora", "vector", "vector", rank=8, dropout=0.1)
+    net = nn.Sequential(nn.Linear(128, 192), nn.Linear(192, 128)).to("cuda", torch.bfloat16)
+    net = gk.inject(net, config, target_modules=["0", "1"])
+    state = torch.cuda.get_rng_state()
+    assert len(gk.warmup(net, 256, progress=False)) == 4
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    before = compiled()
+    assert before["_glora_fwd_kernel"] + before["_added_terms_kernel"] >= 2
+    y = net(torch.randn(tokens, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True))
+    y.backward(torch.randn_like(y))  # not of a sum, whose gradient is one number seen everywhere
+    torch.cuda.synchronize()
+    assert compiled() == before
