@@ -20,12 +20,11 @@ SHAPES = ((37, 70, 45, 3), (64, 128, 96, 16))
 
 SERVED_BY = {
     "y": "_glora_fwd_kernel", "dx": "_glora_dx_kernel", "dA_up": "_hadamard_grad_kernel",
-    "dA_down": "_hadamard_grad_kernel", "dA": "_factor_grad_kernel", "dB": "_factor_grad_kernel",
-    "dB_up": "_factor_grad_kernel", "dB_down": "_factor_grad_kernel",
-    "dC": "_project_kernel", "dC_up": "_project_kernel", "dC_down": "_project_kernel",
-    "dbias": "_factor_grad_kernel", "dD": "_factor_grad_kernel", "dE": "_factor_grad_kernel",
+    "dA_down": "_hadamard_grad_kernel", "dA": "_finish_kernel", "dB": "_dy_kernel", "dB_up": "_dy_kernel",
+    "dB_down": "_x_kernel", "dC": "_wc_grad_kernel", "dC_up": "_c_grad_kernel", "dC_down": "_c_grad_kernel",
+    "dbias": "_dy_kernel", "dD": "_dy_kernel", "dE": "_dy_kernel",
 }  # fmt: skip
-"""Which kernel of the Triton path has the last word on a result (W_eff, h, σ and β enter through y and dx)."""
+"""Which kernel of the Triton path makes a result (h, σ, W_eff and W·c enter through y and dx)."""
 
 
 @dataclass
@@ -124,7 +123,9 @@ def _case(
         error, allowed = largest_error(value, truth[name]), allowed_error(truth[name], literal[name], dtype, size)
         kernel = SERVED_BY[name] if route == "triton" else "plain PyTorch"
         if config.variant == "matmul" and name == "dA_up" and route == "triton":
-            kernel = "_factor_grad_kernel"
+            kernel = "_x_kernel"
+        if config.variant == "hadamard" and config.A == "lora" and name == "dB_down" and route == "triton":
+            kernel = "_hadamard_grad_kernel"
         label = str(dtype).removeprefix("torch.")
         row = rows.setdefault((label, name + kernel), Row(route, label, name, kernel))
         row.cases += 1

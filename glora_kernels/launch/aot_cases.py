@@ -71,33 +71,33 @@ def _large(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
 
 
 def _thin(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
-    from glora_kernels.launch import low_rank as thin
+    from glora_kernels.launch import prepare, sums
 
     make = _Make(dtype)
     x, w, y = make(M, K), make(N, K), make(M, N)
     drop: dict[str, Any] = {"dropout_p": 0.1, "seed": SEED, "arch": arch}
     down = make(R, K)
     rows: dict[str, Any] = {"b_down": down, "h": make(1, M, R)}
-    yield "prepare", thin.prepare_launch(x, w, **rows, sigma=make.wide(1, M), arch=arch)
-    yield "prepare, dropout", thin.prepare_launch(x, w, **rows, **drop)
+    yield "prepare", prepare.prepare_launch(x, w, **rows, sigma=make.wide(1, M), arch=arch)
+    yield "prepare, dropout", prepare.prepare_launch(x, w, **rows, **drop)
     wide_rank: dict[str, Any] = {"b_down": make(256, K), "h": make(1, M, 256)}
-    yield "prepare, R=256, dropout", thin.prepare_launch(x, w, **wide_rank, **drop)
+    yield "prepare, R=256, dropout", prepare.prepare_launch(x, w, **wide_rank, **drop)
     pair: dict[str, Any] = {"a_up": make(N, R), "a_down": down}
-    yield "prepare, W_eff", thin.prepare_launch(x, w, **rows, **pair, weff=make(N, K), arch=arch)
-    yield "prepare, W_eff of a vector", thin.prepare_launch(x, w, a=make(N), weff=make(N, K), arch=arch)
+    yield "prepare, W_eff", prepare.prepare_launch(x, w, **rows, **pair, weff=make(N, K), arch=arch)
+    yield "prepare, W_eff of a vector", prepare.prepare_launch(x, w, a=make(N), weff=make(N, K), arch=arch)
     product: dict[str, Any] = {"a_up": make(K, R), "a_down": down, "u": make(N, R), "h": make(1, M, 2 * R)}
-    yield "prepare, product variant", thin.prepare_launch(x, w, **{**rows, **product}, **drop)
+    yield "prepare, product variant", prepare.prepare_launch(x, w, **{**rows, **product}, **drop)
     terms: dict[str, Any] = {
         "b_down": down, "h": make(M, R), "up": make(N, R), "b": make(N), "sigma": make.wide(M), "bias": make(N),
         "wc": make.wide(N), "d": make(N), "e": make(N),
     }  # fmt: skip
-    yield "added terms", thin.added_terms_launch(x, y, read_z=False, **terms, **drop)
-    yield "added terms, scaled", thin.added_terms_launch(x, y, read_z=True, a=make(N), **terms, arch=arch)
+    yield "added terms", prepare.added_terms_launch(x, y, read_z=False, **terms, **drop)
+    yield "added terms, scaled", prepare.added_terms_launch(x, y, read_z=True, a=make(N), **terms, arch=arch)
 
     for r in (R, 64, 256):
         shape = Shape(M, N, K, r)
-        splits, bands, width = thin.dy_sizes(shape, dtype, arch)
-        sums: dict[str, Any] = {
+        splits, bands, width = sums.dy_sizes(shape, dtype, arch)
+        both: dict[str, Any] = {
             "s": make.wide(bands, M, r),
             "up": make(N, r),
             "h": make(M, r),
@@ -105,25 +105,25 @@ def _thin(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
             "r": r,
             "shape": shape,
         }
-        sums |= {"bands": (bands, width), "arch": arch}
-        yield f"dy lora, R={r}", thin.dy_launch(y, **sums, part=make.wide(splits, r, N))
+        both |= {"bands": (bands, width), "arch": arch}
+        yield f"dy lora, R={r}", sums.dy_launch(y, **both, part=make.wide(splits, r, N))
         if r == R:
             extra: dict[str, Any] = {"y": y, "b": make(N), "sigma": make.wide(M), "tau": make.wide(bands, M)}
-            yield "dy full", thin.dy_launch(y, **sums, **extra, with_g=True, part=make.wide(splits, r + 3, N))
-        splits = thin.x_splits(shape, dtype, arch)
+            yield "dy full", sums.dy_launch(y, **both, **extra, with_g=True, part=make.wide(splits, r + 3, N))
+        splits = sums.x_splits(shape, dtype, arch)
         into: dict[str, Any] = {"s": make.wide(bands, M, r), "part": make.wide(splits, r, K), "want_v": True}
         into |= {"p": 0, "r": r, "shape": shape, "splits": splits}
-        yield f"x lora, R={r}, dropout", thin.x_launch(x, **into, **drop)
+        yield f"x lora, R={r}, dropout", sums.x_launch(x, **into, **drop)
         if r == R:
-            yield "x lora", thin.x_launch(x, **into, arch=arch)
+            yield "x lora", sums.x_launch(x, **into, arch=arch)
             yield (
                 "x lora, terms of dx",
-                thin.x_launch(x, **into, dx=make(M, K), b_down=down, tau=make.wide(bands, M), **drop),
+                sums.x_launch(x, **into, dx=make(M, K), b_down=down, tau=make.wide(bands, M), **drop),
             )
 
 
 def _weight(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
-    from glora_kernels.launch import low_rank as thin
+    from glora_kernels.launch import finish, sums
     from glora_kernels.launch import weight as around
 
     make = _Make(dtype)
@@ -131,23 +131,23 @@ def _weight(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
     shape = Shape(M, N, K, R)
     n_tiles, k_tiles = around.hadamard_grad_tiles(shape, dtype, arch)
     pair: dict[str, Any] = {"a_up": make(N, R), "a_down": make(R, K)}
-    sums: dict[str, Any] = {"dup": make.wide(k_tiles, N, R), "ddown": make.wide(n_tiles, R, K)}
-    yield "hadamard grad", around.hadamard_grad_launch(y, x, w, **pair, **sums, arch=arch)
+    parts: dict[str, Any] = {"dup": make.wide(k_tiles, N, R), "ddown": make.wide(n_tiles, R, K)}
+    yield "hadamard grad", around.hadamard_grad_launch(y, x, w, **pair, **parts, arch=arch)
     more: dict[str, Any] = {"weff": make(N, K), "s": make.wide(2, M, R), "db_down": make(R, K)}
     more |= {"dropout_p": 0.1, "seed": SEED, "arch": arch}
-    yield "hadamard grad, W_eff, dB_down", around.hadamard_grad_launch(y, x, w, **pair, **sums, **more)
+    yield "hadamard grad, W_eff, dB_down", around.hadamard_grad_launch(y, x, w, **pair, **parts, **more)
 
-    splits = thin.dy_sizes(shape, dtype, arch)[0]
-    factor = around.Sum(make.wide(4, R, K), make(R, K))
+    splits = sums.dy_sizes(shape, dtype, arch)[0]
+    factor = finish.Sum(make.wide(4, R, K), make(R, K))
     base: dict[str, Any] = {"p": 0, "r": R, "with_factor": True, "sums": (factor,), "device_of": y, "arch": arch}
-    yield "finish lora", around.finish_launch(**base, part=make.wide(splits, R, N), outputs={"db_up": make(N, R)})
+    yield "finish lora", finish.finish_launch(**base, part=make.wide(splits, R, N), outputs={"db_up": make(N, R)})
     outputs = {name: make(N) for name in ("da", "db", "dbias", "dd", "de")} | {"dwc": make.wide(N)}
-    yield "finish full", around.finish_launch(
+    yield "finish full", finish.finish_launch(
         **base, part=make.wide(splits, R + 3, N), outputs={**outputs, "db_up": make(N, R)}, with_g=True,
         with_sigma=True, up=make(N, R), a=make(N), b=make(N), bias=make(N), wc=make.wide(N), d=make(N), e=make(N),
         dy=y, y=y, x=x, weight=w, h=make(M, R), sigma=make.wide(M),
     )  # fmt: skip
-    yield "totals", around.totals_launch(make.wide(2, N), make.wide(2))
+    yield "totals", finish.totals_launch(make.wide(2, N), make.wide(2))
     yield "wc", around.wc_launch(w, make(K), None, None, make.wide(N), arch=arch)
     c_up, c_down = make(K, R), make(R, 1)
     yield "wc low-rank", around.wc_launch(w, None, c_up, c_down, make.wide(N), arch=arch)

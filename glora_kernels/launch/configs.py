@@ -18,7 +18,7 @@ KERNELS: tuple[str, ...] = ("fwd", "dx", "prepare", "added_terms", "dy", "x", "h
 MAX_BANDS = 8
 """The most parts of the reduction over which h, S, σ and τ are partial sums that the next kernel adds."""
 
-PROGRAMS = {"cpu": 2, "sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+PROGRAMS = {"cpu": 2, "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 """Multiprocessors of the largest card of an architecture."""
 
 
@@ -72,7 +72,8 @@ def large_product(
     if arch == "cpu":
         return _interpreted("fwd") | {"tma": tma and not mixed}
     if dtype == torch.float32:
-        return {"rows": 64, "cols": 64, "depth": 32, "num_warps": 8, "num_stages": 2, **plain}
+        warps = 8 if arch == "sm_90" else 4  # what does not spill
+        return {"rows": 64, "cols": 64, "depth": 32, "num_warps": warps, "num_stages": 2, **plain}
     tall = 128 if rows > 64 else 64
     warps = 8 if tall == 128 else 4
     if arch.startswith("gfx"):
@@ -95,9 +96,12 @@ def into_rank(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     32 rows keep it on mma.sync: the dropped x is made in registers, from where wgmma would be serialized, and a
     kernel that waits for memory gains nothing from wgmma.
     """
-    depth = 32 if dtype == torch.float32 else 128
+    depth = 64 if arch == "sm_100" else 128
     if shape.r > 64:
         depth = 32
+    if dtype == torch.float32:
+        cols = 32 if arch.startswith("gfx") else 64
+        return {"rows": 32, "cols": cols, "depth": 32, "num_warps": 8, "num_stages": 2}
     return {"rows": 32, "cols": 128, "depth": depth, "num_warps": 4, "num_stages": 2}
 
 
@@ -121,7 +125,7 @@ def x_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Blocks of `_x_kernel`: rows of x at a time, columns."""
     cols = 64 if shape.r > 16 or dtype == torch.float32 else 128
     if shape.r > 64:
-        cols = 32
+        cols = 16 if dtype == torch.float32 else 32
     stages = 1 if shape.r > 64 and arch.startswith("gfx") else 2
     warps = 8 if shape.r > 64 and dtype == torch.float32 else 4
     return {"rows": 32 if dtype == torch.float32 else 64, "cols": cols, "num_warps": warps, "num_stages": stages}
@@ -130,21 +134,24 @@ def x_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
 def hadamard_grad(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Blocks of `_hadamard_grad_kernel`: weight rows and columns, depth of the reduction over the tokens."""
     if dtype == torch.float32:
-        return {"rows": 64, "cols": 64, "depth": 32, "num_warps": 8, "num_stages": 2}
+        warps = 8 if arch in ("sm_90", "sm_100") else 4  # what does not spill
+        return {"rows": 64, "cols": 64, "depth": 32, "num_warps": warps, "num_stages": 2}
     stages = 2 if arch.startswith("gfx") else 3
     return {"rows": 128, "cols": 128, "depth": 64, "num_warps": 8, "num_stages": stages}
 
 
 def finish(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Blocks of `_finish_kernel`: columns of the gradients, and of the product that is seldom taken anew."""
-    wide = arch == "sm_100" or dtype == torch.float32  # else the seldom product spills
-    return {"rows": 32, "cols": 32, "depth": 32, "num_warps": 8 if wide else 4, "num_stages": 2}
+    wide = dtype == torch.float32  # in fp32 the seldom product spills at the sizes that 16 bits take
+    cols = 16 if wide and arch == "sm_90" else 32
+    warps = 8 if wide and arch in ("sm_80", "sm_89") else 4
+    return {"rows": 32, "cols": cols, "depth": 32, "num_warps": warps, "num_stages": 2}
 
 
 def weight_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Blocks of W where it is read once: W_eff, U, W·c and Wᵀg."""
-    cols = 64 if arch == "sm_100" or dtype == torch.float32 else 128
-    return {"rows": 32, "cols": cols, "num_warps": 4, "num_stages": 2}
+    cols = 32 if dtype == torch.float32 else (64 if arch == "sm_100" else 128)
+    return {"rows": 16 if dtype == torch.float32 else 32, "cols": cols, "num_warps": 4, "num_stages": 2}
 
 
 def bands(arch: str, rows: int, block: int, depth: int, step: int) -> tuple[int, int]:

@@ -151,7 +151,7 @@ def _dx(form: str, data: Data, config: dict[str, int]) -> Trial:
 
 
 def _prepare(form: str, data: Data, config: dict[str, int]) -> Trial:
-    from glora_kernels.launch.low_rank import prepare_launch
+    from glora_kernels.launch.prepare import prepare_launch
 
     m, n, k, r = data.shape
     bands, width = configs.bands(data.arch, m, config["rows"], k, config["depth"])
@@ -170,7 +170,7 @@ def _prepare(form: str, data: Data, config: dict[str, int]) -> Trial:
 
 
 def _added_terms(form: str, data: Data, config: dict[str, int]) -> Trial:
-    from glora_kernels.launch.low_rank import added_terms_launch
+    from glora_kernels.launch.prepare import added_terms_launch
 
     m, n, _, r = data.shape
     y = data.out("y", m, n)
@@ -187,7 +187,7 @@ def _added_terms(form: str, data: Data, config: dict[str, int]) -> Trial:
 
 
 def _dy(form: str, data: Data, config: dict[str, int]) -> Trial:
-    from glora_kernels.launch.low_rank import dy_launch
+    from glora_kernels.launch.sums import dy_launch
 
     m, n, _, r = data.shape
     number, width = configs.bands(data.arch, m, config["rows"], n, config["cols"])
@@ -209,7 +209,7 @@ def _dy(form: str, data: Data, config: dict[str, int]) -> Trial:
 
 
 def _x(form: str, data: Data, config: dict[str, int]) -> Trial:
-    from glora_kernels.launch.low_rank import x_launch
+    from glora_kernels.launch.sums import x_launch
 
     m, _, k, r = data.shape
     splits = configs.row_splits(m, -(-k // config["cols"]), config["rows"])

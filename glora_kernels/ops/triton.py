@@ -9,6 +9,7 @@ The kernels are imported at the first call, so that importing the package touche
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,23 +22,26 @@ from glora_kernels.launch.workspace import workspace_like
 from glora_kernels.ops.common import Call, Needs, Supports, given, wide_dtype
 
 if TYPE_CHECKING:
+    from glora_kernels.launch import finish as end
     from glora_kernels.launch import glora as large
-    from glora_kernels.launch import low_rank as thin
+    from glora_kernels.launch import prepare as before
+    from glora_kernels.launch import sums as reads
     from glora_kernels.launch import weight as around
 else:
 
     class _Lazy:
-        def __init__(self, name: str) -> None:
-            self._name = name
+        """A module of launchers, loaded with the kernels at its first use, which then takes this object's place."""
+
+        def __init__(self, alias: str, name: str) -> None:
+            self._alias, self._name = alias, name
 
         def __getattr__(self, attribute: str) -> object:
             environment.require_triton()
-            from glora_kernels.launch import glora, low_rank, weight
+            module = globals()[self._alias] = importlib.import_module(f"glora_kernels.launch.{self._name}")
+            return getattr(module, attribute)
 
-            globals().update(large=glora, thin=low_rank, around=weight)
-            return getattr(globals()[self._name], attribute)
-
-    large, thin, around = _Lazy("large"), _Lazy("thin"), _Lazy("around")
+    end, large, before = _Lazy("end", "finish"), _Lazy("large", "glora"), _Lazy("before", "prepare")
+    reads, around = _Lazy("reads", "sums"), _Lazy("around", "weight")
 
 
 MAX_RANK = 256
@@ -66,26 +70,26 @@ def forward(
         h = x.new_empty(m, rank) if rank else None
         sigma = x.new_empty(m, dtype=torch.float32) if s.b is not None else None
         if u is not None or weff is not None:
-            thin.prepare_launch(x, weight, **factors, arch=arch).run()
+            before.prepare_launch(x, weight, **factors, arch=arch).run()
         scaled = s.a is not None
         added = scaled or any(t is not None for t in (h, sigma, s.bias, s.wc, s.e))
         if scaled or not added:
             LibraryProduct(x, effective.t(), y, accumulates=False).run()
         if added:
             a_down = s.a_down if p else None
-            thin.added_terms_launch(
+            before.added_terms_launch(
                 x, y, read_z=scaled, a_down=a_down, b_down=s.b_down, h=h, sigma=sigma, **terms, **dropped
             ).run()  # fmt: skip
         if added and not scaled:
             LibraryProduct(x, effective.t(), y, accumulates=True).run()
         return y, h, sigma, u
 
-    bands, width = thin.prepare_bands(shape, x.dtype, arch)
+    bands, width = before.prepare_bands(shape, x.dtype, arch)
     narrow = x.dtype if bands == 1 else torch.float32
     h_bands = x.new_empty(bands, m, rank, dtype=narrow) if rank else None
     sigma_bands = x.new_empty(bands, m, dtype=torch.float32) if s.b is not None else None
     if any(t is not None for t in (h_bands, sigma_bands, weff)):
-        thin.prepare_launch(
+        before.prepare_launch(
             x, weight, **factors, b_down=s.b_down, h=h_bands, sigma=sigma_bands, band_width=width, **dropped
         ).run()
     summed = bands > 1
@@ -118,7 +122,7 @@ def backward(
     p, r = _ranks(s, call)
     lora = s.a_up is not None and not call.matmul
     dropped: dict[str, Any] = {"dropout_p": call.dropout_p if r else 0.0, "seed": call.seed, "arch": arch}
-    sums: list[around.Sum] = []
+    sums: list[end.Sum] = []
     read = _read_dy(dy, s, y, h, sigma, u, call, needs, shape, arch)
     ds, tau = read.ds, read.tau
 
@@ -138,10 +142,10 @@ def backward(
         ).run()  # fmt: skip
         if dup is not None:
             da_up = _like(a_up)
-            sums.append(around.Sum(dup, da_up))
+            sums.append(end.Sum(dup, da_up))
         if ddown is not None:
             da_down = _like(a_down)
-            sums.append(around.Sum(ddown, da_down))
+            sums.append(end.Sum(ddown, da_down))
 
     # One read of x for what multiplies it, and the input's gradient.
     library = needs.x and _route(dy, weight, s, shape, arch, backward=True) == "library"
@@ -149,7 +153,7 @@ def backward(
     if needs.x and weff is None and (lora or (library and s.a is not None)):
         weff = workspace_like(weight, dy.dtype)
         pair: dict[str, Any] = {"a_up": s.a_up, "a_down": s.a_down} if lora else {"a": s.a}
-        thin.prepare_launch(dy, weight, **pair, weff=weff, arch=arch).run()
+        before.prepare_launch(dy, weight, **pair, weff=weff, arch=arch).run()
         row_scale = None
     effective = weight if weff is None else weff
     dx = dy.new_empty(m, k) if needs.x else None
@@ -158,19 +162,19 @@ def backward(
     columns = p * want_p + r * want_v
     adds_to_dx = library and (ds is not None or tau is not None)
     if columns or adds_to_dx:
-        splits = thin.x_splits(shape, dy.dtype, arch)
+        splits = reads.x_splits(shape, dy.dtype, arch)
         part = dy.new_empty(splits, columns, k, dtype=torch.float32) if columns else None
         terms: dict[str, Any] = {"dx": dx, "tau": tau, **down} if adds_to_dx else {}
-        thin.x_launch(
+        reads.x_launch(
             given(dx) if part is None else given(x), s=ds, p=p, r=r, part=part, want_p=want_p, want_v=want_v, **terms,
             shape=shape, splits=splits, **dropped,
         ).run()  # fmt: skip
         if part is not None and want_p:
             da_down = _like(s.a_down)
-            sums.append(around.Sum(part[:, :p], da_down))
+            sums.append(end.Sum(part[:, :p], da_down))
         if part is not None and want_v:
             db_down = _like(s.b_down)
-            sums.append(around.Sum(part[:, p * want_p :], db_down))
+            sums.append(end.Sum(part[:, p * want_p :], db_down))
     if dx is not None and library:
         LibraryProduct(dy, effective, dx, accumulates=adds_to_dx).run()
     elif dx is not None:
@@ -216,12 +220,12 @@ def _read_dy(
     with_g = needs.bias or needs.wc or needs.d or needs.e or (needs.a and has_shift)
     with_sigma = s.b is not None and (needs.b or needs.a)
     rows = (p + r) * with_factor + with_g + with_sigma + needs.a
-    splits, bands, width = thin.dy_sizes(shape, dy.dtype, arch)
+    splits, bands, width = reads.dy_sizes(shape, dy.dtype, arch)
     ds = dy.new_empty(bands, shape.m, p + r, dtype=torch.float32) if want_s else None
     tau = dy.new_empty(bands, shape.m, dtype=torch.float32) if s.b is not None and needs.x else None
     part = dy.new_empty(splits, rows, shape.n, dtype=torch.float32) if rows else None
     if ds is not None or tau is not None or part is not None:
-        thin.dy_launch(
+        reads.dy_launch(
             dy, y=given(y) if needs.a else None, u=u, up=s.b_up, b=None if tau is None else s.b,
             h=given(h) if with_factor else None, sigma=given(sigma) if with_sigma else None, s=ds, tau=tau, part=part,
             with_g=with_g, p=p, r=r, shape=shape, bands=(bands, width), scale=call.scale, arch=arch,
@@ -231,7 +235,7 @@ def _read_dy(
 
 def _finish(
     read: _Read,
-    sums: list[around.Sum],
+    sums: list[end.Sum],
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
@@ -263,14 +267,14 @@ def _finish(
         shift: dict[str, Any] = {"bias": s.bias if needs.d else None, "d": s.d if needs.bias else None}
         if needs.a:
             shift = {"bias": s.bias, "wc": s.wc, "d": s.d, "e": s.e}
-        around.finish_launch(
+        end.finish_launch(
             part=read.part if outputs else None, p=p, r=r, with_factor=read.with_factor, with_g=read.with_g,
             with_sigma=read.with_sigma, outputs=outputs, **shift, **rest, sums=tuple(sums), device_of=dy, arch=arch,
         ).run()  # fmt: skip
     if constants:
         # One launch: the adapters of a layer have one dtype, and any other is cast where gradients are returned.
         totals = vectors.new_empty(len(constants), dtype=grads[constants[0]].dtype)
-        around.totals_launch(vectors, totals).run()
+        end.totals_launch(vectors, totals).run()
         grads |= {name: totals[i : i + 1] for i, name in enumerate(constants)}
     return grads
 
@@ -299,13 +303,13 @@ def _gradient_through_weight(weight: Tensor, du: Tensor, a_up: Tensor, arch: str
     """dA_up (K,P) of the product variant: Wᵀ·du."""
     n, k = weight.shape
     shape = Shape(n, k, k, du.shape[1])
-    splits = thin.x_splits(shape, du.dtype, arch)
+    splits = reads.x_splits(shape, du.dtype, arch)
     part = du.new_empty(splits, du.shape[1], k, dtype=torch.float32)
-    thin.x_launch(
+    reads.x_launch(
         weight, s=du[None], p=0, r=du.shape[1], part=part, want_v=True, shape=shape, splits=splits, arch=arch
     ).run()
     out = du.new_empty(du.shape[1], k, dtype=a_up.dtype)
-    around.finish_launch(outputs={}, sums=(around.Sum(part, out),), device_of=du, arch=arch).run()
+    end.finish_launch(outputs={}, sums=(end.Sum(part, out),), device_of=du, arch=arch).run()
     return out.t()
 
 

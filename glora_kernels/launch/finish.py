@@ -1,0 +1,114 @@
+"""The launchers of the end of a backward: partial sums become gradients. They allocate nothing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+from triton import cdiv
+
+from glora_kernels.kernels.finish import _finish_kernel, _totals_kernel
+from glora_kernels.launch import configs, tables
+from glora_kernels.launch.configs import Shape
+from glora_kernels.launch.plan import Launch, arithmetic, options, strides, vector_stride
+
+SAMPLES = 64
+"""Rows of y by which `_finish_kernel` judges whether y holds enough of Z."""
+
+
+class Sum(NamedTuple):
+    """One sum for `finish_launch`: out (I,J) = Σ part (splits,I,J), both contiguous in (I,J)."""
+
+    part: Tensor
+    out: Tensor
+
+
+def finish_launch(
+    *,
+    part: Tensor | None = None,
+    p: int = 0,
+    r: int = 0,
+    with_factor: bool = False,
+    with_g: bool = False,
+    with_sigma: bool = False,
+    outputs: dict[str, Tensor],
+    up: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    bias: Tensor | None = None,
+    wc: Tensor | None = None,
+    d: Tensor | None = None,
+    e: Tensor | None = None,
+    dy: Tensor | None = None,
+    y: Tensor | None = None,
+    x: Tensor | None = None,
+    weight: Tensor | None = None,
+    h: Tensor | None = None,
+    sigma: Tensor | None = None,
+    sums: tuple[Sum, ...] = (),
+    device_of: Tensor,
+    arch: str,
+) -> Launch:
+    """The gradients named in `outputs` (du, db_up, da, db, dbias, dwc, dd, de) from `dy_launch`'s part, and `sums`.
+
+    `with_factor`, `with_g` and `with_sigma` say what `part` holds; dA needs its Σ dy∘y, dy, y, x and W as well.
+    """
+    n = 0 if part is None else part.shape[2]
+    k = 0 if x is None else x.shape[1]
+    m = 0 if dy is None else dy.shape[0]
+    config = tables.choose("finish", arch, device_of.dtype, Shape(m, n, k, r))
+    rows, cols = config["rows"], config["cols"]
+    column_programs = cdiv(n, cols) if part is not None and outputs else 0
+    first, second = (*sums, None, None)[:2]
+
+    def tiles(item: Sum | None) -> int:
+        return 0 if item is None else cdiv(item.out.shape[0], rows) * cdiv(item.out.shape[1], cols)
+
+    segments: dict[str, object] = {}
+    for name, item in (("first", first), ("second", second)):
+        i, j = (0, 0) if item is None else item.out.shape
+        segments |= {
+            f"{name}_part_ptr": None if item is None else item.part,
+            f"stride_{name}": 0 if item is None else item.part.stride(0),
+            f"{name}_out_ptr": None if item is None else item.out,
+            f"{name}_splits": 0 if item is None else item.part.shape[0],
+            f"{name.upper()}_I": i, f"{name.upper()}_J": j, f"HAS_{name.upper()}": item is not None,
+        }  # fmt: skip
+    gradients = ("du", "db_up", "da", "db", "dbias", "dwc", "dd", "de")
+    args = {
+        "part_ptr": part,
+        "stride_part": 0 if part is None else part.stride(0), "stride_pc": 0 if part is None else part.stride(1),
+        **{f"{name}_ptr": outputs.get(name) for name in gradients},
+        "up_ptr": up, **strides(up, "stride_upn", "stride_upr"),
+        "a_ptr": a, "stride_a": vector_stride(a),
+        "b_ptr": b, "stride_b": vector_stride(b),
+        "bias_ptr": bias, "stride_bias": 0 if bias is None else bias.stride(0),
+        "wc_ptr": wc,
+        "d_ptr": d, "stride_d": vector_stride(d),
+        "e_ptr": e, "stride_e": vector_stride(e),
+        "dy_ptr": dy, **strides(dy, "stride_dym", "stride_dyn"),
+        "y_ptr": y, **strides(y, "stride_ym", "stride_yn"),
+        "x_ptr": x, **strides(x, "stride_xm", "stride_xk"),
+        "w_ptr": weight, **strides(weight, "stride_wn", "stride_wk"),
+        "h_ptr": h, **strides(h, "stride_hm", "stride_hr"),
+        "sigma_ptr": sigma,
+        **segments,
+        "M": m, "N": n, "K": k, "P": p, "R": r,
+        "splits": 0 if part is None else part.shape[0],
+        "column_programs": column_programs, "first_programs": tiles(first),
+        "sample_step": max(1, m // SAMPLES),
+        "HAS_COLUMNS": column_programs > 0, "HAS_FACTOR": with_factor, "HAS_G": with_g, "HAS_SIGMA": with_sigma,
+        **{f"HAS_{name.upper()}": name in outputs for name in gradients},
+        "HAS_UP": up is not None, "HAS_B": b is not None, "HAS_BIAS": bias is not None, "HAS_WC": wc is not None,
+        "HAS_D": d is not None, "HAS_E": e is not None,
+        **arithmetic(device_of.dtype),
+        "BLOCK_N": cols, "BLOCK_C": configs.block_r(max(1, p + r), 64), "BLOCK_I": rows,
+        "BLOCK_M": rows, "BLOCK_K": config["depth"], "SAMPLES": SAMPLES,
+    }  # fmt: skip
+    return Launch(_finish_kernel, (column_programs + tiles(first) + tiles(second),), args, options(config))
+
+
+def totals_launch(vectors: Tensor, out: Tensor) -> Launch:
+    """out (I,) = Σₙ vectors (I,N) in fp32: the gradients of constants."""
+    args = {"vectors_ptr": vectors, "out_ptr": out, "N": vectors.shape[1], "BLOCK_N": 1024}
+    return Launch(_totals_kernel, (vectors.shape[0],), args, {"num_warps": 4, "num_stages": 1})
