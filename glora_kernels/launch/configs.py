@@ -75,7 +75,7 @@ def large_product(
         warps = 8 if arch == "sm_90" else 4  # what does not spill
         return {"rows": 64, "cols": 64, "depth": 32, "num_warps": warps, "num_stages": 2, **plain}
     tall = 128 if rows > 64 else 64
-    warps = 8 if tall == 128 else 4
+    warps = 8 if tall == 128 or arch == "sm_89" else 4
     if arch.startswith("gfx"):
         return {"rows": tall, "cols": 128, "depth": 64, "num_warps": 4, "num_stages": 2, **plain}
     if arch not in ("sm_90", "sm_100") or mixed or not tma:
@@ -127,7 +127,7 @@ def x_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     if shape.r > 64:
         cols = 16 if dtype == torch.float32 else 32
     stages = 1 if shape.r > 64 and arch.startswith("gfx") else 2
-    warps = 8 if shape.r > 64 and dtype == torch.float32 else 4
+    warps = 8 if (shape.r > 64 and dtype == torch.float32) or arch == "sm_89" else 4
     return {"rows": 32 if dtype == torch.float32 else 64, "cols": cols, "num_warps": warps, "num_stages": stages}
 
 
@@ -143,8 +143,8 @@ def hadamard_grad(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]
 def finish(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Blocks of `_finish_kernel`: columns of the gradients, and of the product that is seldom taken anew."""
     wide = dtype == torch.float32  # in fp32 the seldom product spills at the sizes that 16 bits take
-    cols = 16 if wide and arch == "sm_90" else 32
-    warps = 8 if wide and arch in ("sm_80", "sm_89") else 4
+    cols = 16 if wide and arch in ("sm_89", "sm_90") else 32
+    warps = 8 if wide and arch == "sm_80" else 4
     return {"rows": 32, "cols": cols, "depth": 32, "num_warps": warps, "num_stages": 2}
 
 
