@@ -127,7 +127,12 @@ TARGET: tuple[Contender, ...] = (
     (VECTORS, "peft", 0.0),
     (LORA_LORA, "peft", 0.0),
 )
-SMALL_M: tuple[Contender, ...] = ((LORA, "ours", 0.0), (VECTOR_LORA, "ours", 0.0), (LORA, "peft", 0.0))
+SMALL_M: tuple[Contender, ...] = (
+    (LORA, "ours", 0.0),
+    (VECTOR_LORA, "ours", 0.0),
+    (LORA, "peft", 0.0),
+    (LORA, "eager", 0.0),
+)
 DROPPED: tuple[Contender, ...] = ((VECTOR_LORA, "ours", 0.1), (LORA, "peft", 0.1), (LORA, "eager", 0.1))
 RANKED: tuple[Contender, ...] = (
     (LORA, "ours", 0.0),
@@ -188,12 +193,12 @@ def gpu_stages() -> list[Stage]:
         Stage("target", "LLaMA-3-8B linears, M=8192, r=16", _llama(TARGET, 8192), quick=True),
         Stage("small-m", "the same, M=2048 and M=512", _llama(SMALL_M, 2048) + _llama(SMALL_M, 512), quick=True),
         Stage("dropout", "p=0.1", _llama(DROPPED, 8192)),
+        Stage("eager", "eager PyTorch", _llama(EAGER, 8192)),
         Stage("model", "one LLaMA-3-8B decoder layer", models="layer"),
         Stage("ranks", "r=8 and r=64", _llama(RANKED, 8192, 8) + _llama(RANKED, 8192, 64)),
         Stage("by-m", "M from 512 to 16384", other_m),
         Stage("growth", "decoder layers: 1, 2, 4, 8", models="growth"),
         Stage("nf4", "4-bit base, M=8192", _llama(nf4, 8192, nf4=True)),
-        Stage("eager", "eager PyTorch", _llama(EAGER, 8192)),
         Stage("others", "Unsloth and LoRAFusion, which may patch others on import", _llama(OTHERS, 8192)),
         Stage("vit", f"ViT-B/16 linears, M={64 * VIT_TOKENS}", vit),
         Stage("forward", "forward alone, M=8192", _llama(TARGET, 8192, passes=("fwd",))),

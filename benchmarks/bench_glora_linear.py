@@ -44,7 +44,7 @@ def test_linear(benchmark: Any, device: Device, ceilings: Ceilings, entry: Entry
     group = battery.Group((entry,), (direction,), (mode,))
     values = runner.make_values(group, device)
     try:
-        found = runner.check_entry(entry, values, device)
+        found = runner.check_entry(entry, values)
     except Unavailable as reason:
         pytest.skip(str(reason))
     facts = runner.facts(found, values, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -135,14 +136,6 @@ class Device:
         self.synchronize()
         return 1e6 * spent
 
-    def rng_state(self) -> Tensor:
-        """The state of torch's generator of this device."""
-        return torch.random.get_rng_state()
-
-    def set_rng_state(self, state: Tensor) -> None:
-        """Put a state of `rng_state` back."""
-        torch.random.set_rng_state(state)
-
     def details(self) -> dict[str, Any]:
         """What else is worth knowing of the device."""
         return {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
@@ -163,3 +156,12 @@ def get(kind: str) -> Device:
     from benchmarks.gpu import Cuda
 
     return Cuda()
+
+
+def chosen(kind: str) -> Device:
+    """`get` for a command line: where there is no such device, the reason on stderr and exit code 2."""
+    try:
+        return get(kind)
+    except RuntimeError as reason:
+        print(reason, file=sys.stderr)
+        raise SystemExit(2) from None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.devices import Call, Device
 from benchmarks.floor import Ceilings
+from glora_kernels.ops.glora import seeds_on_device
 
 
 class Cuda(Device):
@@ -80,7 +81,11 @@ class Cuda(Device):
         torch.cuda.empty_cache()
 
     def prepare(self, steps: Sequence[Call], mode: str) -> Call:
-        """In eager mode the steps themselves; otherwise the replay of a graph that holds them."""
+        """In eager mode the steps themselves; otherwise the replay of a graph that holds them.
+
+        The last warm-up draws dropout keys on the device, as the capture will: that is another compiled kernel of
+        ours, and nothing may be compiled during capture.
+        """
         if mode != "graph":
             return super().prepare(steps, mode)
         run = super().prepare(steps, "eager")
@@ -88,6 +93,8 @@ class Cuda(Device):
         self._side.wait_stream(here)
         with torch.cuda.stream(self._side):
             for _ in range(3):
+                run()
+            with seeds_on_device():
                 run()
         here.wait_stream(self._side)
         torch.cuda.synchronize()
@@ -136,12 +143,6 @@ class Cuda(Device):
         events = profiler.events() or []
         count = sum(event.device_type == DeviceType.CUDA for event in events)
         return count or None
-
-    def rng_state(self) -> Tensor:
-        return torch.cuda.get_rng_state()
-
-    def set_rng_state(self, state: Tensor) -> None:
-        torch.cuda.set_rng_state(state)
 
     def details(self) -> dict[str, Any]:
         """Multiprocessors, L2 bytes, memory, compute capability."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from benchmarks.schema import FIELDS
 from benchmarks.timing import table
 
 ROOT = Path(__file__).parents[1]
+WIDTH = 140
 README = ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results"
 LABELS = {
@@ -53,9 +55,9 @@ def cpu_text(results: Path) -> str:
         f"{report['date'][:10]}, commit {report['commit']}. {ratios['shape']}, forward and backward: the median over "
         f"{ratios['rounds']} interleaved rounds of the time over the frozen layer's in the same round. `python -m "
         "benchmarks.report` wrote this, and the tables in [benchmarks/results/cpu.md](benchmarks/results/cpu.md) with "
-        "percentiles and versions.\n\n"
+        "percentiles and versions."
     )
-    return text + table(rows) + _pictures(results, CPU_PICTURES)
+    return f"{wrapped(text)}\n\n{table(rows)}" + _pictures(results, CPU_PICTURES)
 
 
 def gpu_text(results: Path) -> str:
@@ -64,12 +66,12 @@ def gpu_text(results: Path) -> str:
     command = "`python -m benchmarks.report` on a machine with a GPU measures it and fills this in."
     if not reports:
         intro = f"Not measured yet. {command} The target table for an H100:"
-        return f"{intro}\n\n{assemble.target_text([])}"
+        return f"{wrapped(intro)}\n\n{_targets([])}"
     parts = []
     for slug, report in reports.items():
         head = {**report, "packages": _packages(results, slug)}
         rates = {"tflops": report["ceilings"]["bf16_tflops"], "gbps": report["ceilings"]["copy_gbps"]}
-        lines = [*assemble.facts(head, rates), "", assemble.target_text(report["rows"])]
+        lines = [*map(wrapped, assemble.facts(head, rates)), "", _targets(report["rows"])]
         if report["models"]:
             lines += ["", "Decoder layers, forward and backward, eager mode, every linear adapted:", ""]
             lines += [table(assemble.model_rows(report["models"]))]
@@ -111,9 +113,29 @@ def replaced(text: str, parts: Mapping[str, str]) -> str:
     return text
 
 
+def wrapped(text: str) -> str:
+    """A paragraph in lines of WIDTH columns; code is not broken."""
+    kept = re.sub(r"`[^`]*`", lambda code: code.group().replace(" ", "\0"), text)
+    return textwrap.fill(kept, WIDTH, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
+
+
 def expected(text: str, results: Path = RESULTS) -> str:
     """README.md as the results have it."""
     return replaced(text, {"cpu": cpu_text(results), "gpu": gpu_text(results)})
+
+
+def update() -> bool:
+    """Rewrite README.md; whether it changed."""
+    before = README.read_text()
+    after = expected(before)
+    if after != before:
+        README.write_text(after)
+    return after != before
+
+
+def _targets(rows: Sequence[Mapping[str, Any]]) -> str:
+    intro, _, lines = assemble.target_text(rows).partition("\n\n")
+    return f"{wrapped(intro)}\n\n{lines}"
 
 
 def _packages(results: Path, slug: str) -> dict[str, str]:
@@ -134,12 +156,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if README.md is out of date")
     args = parser.parse_args()
-    before = README.read_text()
-    after = expected(before)
     if args.check:
-        raise SystemExit(int(before != after))
-    README.write_text(after)
-    print("README.md is up to date" if before == after else "README.md rewritten")
+        text = README.read_text()
+        raise SystemExit(int(text != expected(text)))
+    print("README.md rewritten" if update() else "README.md is up to date")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@
 On a card: `pytest -m gpu`, then the battery, stage by stage, each a process of its own that ends within nine minutes;
 then <slug>.json, <slug>_detail.json, <slug>.md and PNGs in --out (benchmarks/results unless given). On a CPU: products,
 small adapters, host cost and ratios, then the small battery, into cpu.json, cpu.md and PNGs. A finished row is on the
-disk at once, in <slug>.stage.jsonl; a run with the same device, commit and source goes on from there.
+disk at once, in <slug>.stage.jsonl; a run with the same device, source and versions goes on from there, and one that
+finds everything there measures nothing: delete that file to measure again. README.md is rewritten from
+benchmarks/results (benchmarks.readme) where --out is that folder.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import assemble, battery, cases, devices, peers, plots, schema, sections, stage, surroundings
+from benchmarks import assemble, battery, cases, devices, peers, plots, readme, schema, sections, stage, surroundings
 from benchmarks.battery import Stage
 from benchmarks.devices import Device
 from benchmarks.floor import Ceilings
@@ -175,12 +178,17 @@ class Report:
         return [*files, *(self.out / picture for picture in pictures)]
 
 
-def run(out: Path, quick: bool, minutes: float | None = None, with_battery: bool = True) -> dict[str, Any]:
-    """Measure everything a CPU measures and write cpu.json, cpu.md and PNGs into `out`."""
+def run(out: Path, quick: bool, minutes: float | None = None, with_battery: bool = True) -> dict[str, Any] | None:
+    """Measure everything a CPU measures and write cpu.json, cpu.md and PNGs into `out`.
+
+    None where the time was up before the last section: nothing is written then but the store, to go on from.
+    """
     out.mkdir(parents=True, exist_ok=True)
     device = devices.get("cpu")
     report = Report(device, "cpu", out, minutes, quick)
-    found: dict[str, Any] = _cpu_surroundings(device) | {"quick": quick, "unavailable": cases.unavailable()}
+    print(_begun(report), flush=True)
+    found: dict[str, Any] = _cpu_surroundings(device, report.store().header)
+    found |= {"quick": quick, "unavailable": cases.unavailable()}
     found["sections"] = measured = {}
     todo = sections.measurements(quick)
     for i, name in enumerate(sections.SECTIONS, start=1):
@@ -189,6 +197,10 @@ def run(out: Path, quick: bool, minutes: float | None = None, with_battery: bool
         known = store.note(f"section {name} {quick}")
         print(f"[{i}/{len(sections.SECTIONS)}] {title}{'' if known is None else ' (there already)'}", flush=True)
         if known is None:
+            if report.left_s() < LEAST_S:
+                print("\nNo result files yet: they need every section.", end="")
+                _say_resume(report)
+                return None
             known = todo[name]()
             store.add("note", name=f"section {name} {quick}", value=known)
         measured[name] = known
@@ -221,15 +233,24 @@ def write_cpu(report: Report, found: dict[str, Any]) -> None:
     (out / "cpu.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
-def _cpu_surroundings(device: Device) -> dict[str, Any]:
+def _begun(report: Report) -> str:
+    """What a run starts from."""
+    store = report.store()
+    if store.message or len(store.lines) == 1:  # the header
+        return store.message or f"{report.device.name()}: nothing measured yet"
+    file, date = report.path.name, store.header.get("date")
+    return f"{report.device.name()}: {len(store.of('row'))} rows there, begun {date}; delete {file} to begin afresh"
+
+
+def _cpu_surroundings(device: Device, head: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "device": {"name": device.name(), **device.details()},
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": surroundings.version("triton"),
         "peft": surroundings.version("peft"),
-        "date": surroundings.now(),
-        "commit": surroundings.commit(),
+        "date": head["date"],
+        "commit": head["commit"],
     }
 
 
@@ -247,11 +268,11 @@ def _say_resume(report: Report) -> None:
     )
 
 
-def _run_card(args: argparse.Namespace, device: Device) -> None:
+def _run_card(args: argparse.Namespace, device: Device) -> bool:
+    """The battery of a card; whether result files were written."""
     args.out.mkdir(parents=True, exist_ok=True)
     report = Report(device, "cuda", args.out, args.minutes, args.quick, args.stages, args.rounds)
-    store = report.store()
-    print(store.message or f"{device.name()}: {len(store.of('row'))} rows there already", flush=True)
+    print(_begun(report), flush=True)
     for peer, reason in peers.unavailable().items():
         print(f"  {peer}: {reason}", flush=True)
     if not (args.no_tests or args.quick):
@@ -262,9 +283,11 @@ def _run_card(args: argparse.Namespace, device: Device) -> None:
     print("\n" + assemble.target_text(rows) + "\n", flush=True)
     for error in assemble.errors(report.store())[:20]:
         print(f"left out: {error['what']}: {error['reason']}")
-    print(f"written: {', '.join(path.name for path in files)}")
+    if files:
+        print(f"written: {', '.join(path.name for path in files)}")
     if not complete:
         _say_resume(report)
+    return bool(files)
 
 
 def main() -> None:
@@ -272,17 +295,33 @@ def main() -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="a card if there is one")
     parser.add_argument("--minutes", type=float, help="all the time there is; without it everything is measured")
     parser.add_argument("--quick", action="store_true", help="target table only, no tests; on a CPU fewer rounds too")
-    parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these stages of a card's battery")
-    parser.add_argument("--rounds", type=int, help="timed rounds of every group of a card's battery")
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these stages (a card's battery only)")
+    parser.add_argument("--rounds", type=int, help="timed rounds of every group (a card's battery only)")
     parser.add_argument("--no-tests", action="store_true", help="leave out pytest -m gpu")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="benchmarks/results unless given")
     args = parser.parse_args()
-    device = devices.get(args.device)
+    device = devices.chosen(args.device)
     if device.kind == "cuda":
-        _run_card(args, device)
-        return
-    run(args.out, args.quick, args.minutes)
-    print(f"written: {', '.join(sorted(path.name for path in args.out.glob('cpu*')))}")
+        written = _run_card(args, device)
+    else:
+        given = {"--stages": args.stages, "--rounds": args.rounds}
+        wrong = [name for name, value in given.items() if value is not None]
+        if wrong:
+            print(f"{' and '.join(wrong)}: for a card's battery only, and this is a CPU", file=sys.stderr)
+            raise SystemExit(2)
+        written = run(args.out, args.quick, args.minutes) is not None
+        if written:
+            print(f"written: {', '.join(sorted(p.name for p in args.out.glob('cpu*') if p.suffix != '.jsonl'))}")
+    if written:
+        _tell_readme(args.out)
+
+
+def _tell_readme(out: Path) -> None:
+    """Rewrite README.md from the committed results; elsewhere say what does it."""
+    if out.resolve() == RESULTS.resolve():
+        print("README.md rewritten" if readme.update() else "README.md is up to date")
+    else:
+        print(f"README.md shows {RESULTS}: put the files there and run `python -m benchmarks.readme` to see them in it")
 
 
 if __name__ == "__main__":

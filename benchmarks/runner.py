@@ -128,7 +128,7 @@ def _checked(
         with _recorded(device, store, entry, [key for key in wanted if key in missing], say):
             if values is None:
                 values = make_values(group, device)
-            found = check_entry(entry, values, device)
+            found = check_entry(entry, values)
             found.facts |= facts(found, values, device)
             found.facts["steps"] = {d: steps(found.contestant, values, d) for d in group.passes}
             yield found
@@ -136,10 +136,10 @@ def _checked(
         values.forget()
 
 
-def check_entry(entry: Entry, values: Values, device: Device) -> Measured:
+def check_entry(entry: Entry, values: Values) -> Measured:
     """Build a contestant and compare it with float64 on the first input set.
 
-    With dropout, ours is compared under its own mask, drawn again from the same state of the generator. The mask of a
+    With dropout, ours is compared under its own mask, drawn before from the same state of the generators. The mask of a
     peer is not known: the peer is compared without dropout, in the same process.
 
     Raises:
@@ -151,7 +151,7 @@ def check_entry(entry: Entry, values: Values, device: Device) -> Measured:
     if not entry.p:
         return Measured(entry, contestant, cases.check(contestant, problem, values.expected(entry, problem)))
     if entry.impl == "ours":
-        return Measured(entry, contestant, _check_dropout(contestant, problem, device))
+        return Measured(entry, contestant, _check_dropout(contestant, problem))
     plain = values.of(entry, p=0.0)
     error = cases.check(peers.build(replace(entry, p=0.0), plain), plain, values.expected(entry, plain))
     return Measured(entry, contestant, error, "compared without dropout: its mask is not known")
@@ -186,15 +186,14 @@ def row_figures(entry: Entry, direction: str, seconds: list[float], ceilings: Ce
     }
 
 
-def _check_dropout(contestant: Contestant, problem: Problem, device: Device) -> float:
+def _check_dropout(contestant: Contestant, problem: Problem) -> float:
     from glora_kernels.ops.glora import dropout_seed
     from glora_kernels.reference.random import keep_mask
 
     x, p = problem.x, problem.config.dropout
-    before = device.rng_state()
-    keep = keep_mask(dropout_seed(x.device), x.shape[0], x.shape[1], p)
-    expected = cases.expectations(problem, keep)
-    device.set_rng_state(before)
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):  # the key is drawn on the host, or on a card
+        seed = dropout_seed(x.device)
+    expected = cases.expectations(problem, keep_mask(seed.to(x.device), x.shape[0], x.shape[1], p))
     return cases.check(contestant, problem, expected)
 
 

@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--go-on", action="store_true", help="take the rows there as they are: the caller compared")
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    device = devices.get(args.device)
+    device = devices.chosen(args.device)
     scale = args.scale or device.kind
     path = store_path(args.out, device, scale)
     store = Store(path, header_of(path) if args.go_on else surroundings.header(device, scale))

@@ -1,7 +1,8 @@
 """Where a battery's rows wait until it is complete: JSON lines, one flushed line for whatever is finished.
 
 A process that is killed loses what it was measuring and nothing else. The first line says what the rows were
-measured with; a file of another device, commit or source is put aside and the battery starts afresh.
+measured with; a file of another device or source is put aside and the battery starts afresh. The commit does not
+count: `source` is a digest of the code itself.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Store:
         header: what the rows are measured with. A file that starts with other values of IDENTITY is put aside.
     """
 
-    IDENTITY = ("device", "commit", "source", "torch", "triton", "scale")
+    IDENTITY = ("device", "source", "torch", "triton", "scale")
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
         self.path = path

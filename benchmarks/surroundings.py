@@ -16,6 +16,8 @@ import torch
 from benchmarks.devices import Device
 
 ROOT = Path(__file__).parents[1]
+WRITTEN = ("benchmarks/results", "README.md")
+"""What a run rewrites in the checkout."""
 
 
 def version(package: str) -> str | None:
@@ -27,16 +29,22 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the checkout, marked where files differ from it.
+    """The commit of the checkout, marked "-dirty" where tracked files differ from it.
 
-    Outside a checkout (a copy on another machine) what GLORA_COMMIT says, or None.
+    What a battery itself rewrites, its results and README.md, does not count. Outside a checkout (a copy on another
+    machine) what GLORA_COMMIT says, or None.
     """
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        name = _git("describe", "--always", "--abbrev=12")
+        differs = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in WRITTEN))
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("GLORA_COMMIT") or None
-    return done.stdout.strip()
+    return f"{name}-dirty" if differs else name
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "--no-optional-locks", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def source_digest() -> str:

@@ -11,6 +11,8 @@ def _sum_tile(
     part_ptr,
     stride_part,
     out_ptr,
+    stride_out_i,
+    stride_out_j,
     tile,
     splits,
     SIZE_I,
@@ -18,14 +20,14 @@ def _sum_tile(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """out[i,j] = Σ_split part[split,i,j] of one tile; part and out contiguous in (i,j)."""
+    """out[i,j] = Σ_split part[split,i,j] of one tile; part contiguous in (i,j)."""
     across = tl.cdiv(SIZE_J, BLOCK_J)
     i = (tile // across) * BLOCK_I + tl.arange(0, BLOCK_I)
     j = (tile % across) * BLOCK_J + tl.arange(0, BLOCK_J)
     total = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
     for split in range(splits):
         total += _load(part_ptr + tl.cast(split, tl.int64) * stride_part, i, j, SIZE_J, 1, SIZE_I, SIZE_J)
-    _store(out_ptr, total, i, j, SIZE_J, 1, SIZE_I, SIZE_J)
+    _store(out_ptr, total, i, j, stride_out_i, stride_out_j, SIZE_I, SIZE_J)
 
 
 @triton.jit
@@ -37,11 +39,19 @@ def _vector_sum(part_ptr, stride_part, n, N, splits):
     return total
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "splits", "factor_splits", "first_splits", "second_splits", "sample_step", "column_programs", "first_programs",
+        "FIRST_I", "SECOND_I",
+    ]
+)  # fmt: skip
 def _finish_kernel(
     part_ptr,
     stride_part,
     stride_pc,
+    factor_ptr,
+    stride_factor_part,
+    stride_factor_c,
     du_ptr,
     db_up_ptr,
     da_ptr,
@@ -83,15 +93,20 @@ def _finish_kernel(
     first_part_ptr,
     stride_first,
     first_out_ptr,
+    stride_first_i,
+    stride_first_j,
     second_part_ptr,
     stride_second,
     second_out_ptr,
+    stride_second_i,
+    stride_second_j,
     M,
     N,
     K,
     P,
     R,
     splits,
+    factor_splits,
     column_programs,
     first_programs,
     first_splits,
@@ -133,6 +148,8 @@ def _finish_kernel(
 ):
     """The sums of `_dy_kernel` over its splits, as gradients, and up to two more sums of partial sums.
 
+    factor[split,c,n] holds dyᵀ[P|h], part[split,·,n] what is there of Σ dy, dyᵀσ and Σ dy∘y, in this order.
+
     db_up = dyᵀh, db = dyᵀσ, dwc = e = g, dbias = g∘(1+d), dd = g∘bias, and for a vector or constant A
     da = Σₘ dy∘Z = (Σₘ dy∘y - rest)/(1+a), rest = β∘g + Σᵣ B_up∘(dyᵀh) + b∘(dyᵀσ); Z is computed for the columns
     where y hardly holds it (the rule of `ops.recover.ill_conditioned_rows`, looked at per block of columns).
@@ -146,9 +163,9 @@ def _finish_kernel(
                 for c0 in tl.range(0, P + R, BLOCK_C, num_stages=1):
                     c = c0 + tl.arange(0, BLOCK_C)
                     total = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
-                    for split in range(splits):
-                        part = part_ptr + tl.cast(split, tl.int64) * stride_part
-                        total += _load(part, c, n, stride_pc, 1, P + R, N)
+                    for split in range(factor_splits):
+                        part = factor_ptr + tl.cast(split, tl.int64) * stride_factor_part
+                        total += _load(part, c, n, stride_factor_c, 1, P + R, N)
                     if HAS_DU:
                         mask = (c[:, None] < P) & (n[None, :] < N)
                         offsets = n.to(tl.int64)[None, :] * P + c[:, None]
@@ -163,8 +180,6 @@ def _finish_kernel(
                         up = tl.load(up_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
                         rest += tl.sum(up * total, 0)
             row = part_ptr
-            if HAS_FACTOR:
-                row += tl.cast(P + R, tl.int64) * stride_pc
             if HAS_G:
                 g = _vector_sum(row, stride_part, n, N, splits)
                 row += stride_pc
@@ -233,23 +248,31 @@ def _finish_kernel(
     if HAS_FIRST:
         if (pid >= column_programs) & (pid < column_programs + first_programs):
             _sum_tile(
-                first_part_ptr, stride_first, first_out_ptr, pid - column_programs, first_splits, FIRST_I, FIRST_J,
+                first_part_ptr, stride_first, first_out_ptr, stride_first_i, stride_first_j,
+                pid - column_programs, first_splits, FIRST_I, FIRST_J,
                 BLOCK_I, BLOCK_N,
             )  # fmt: skip
     if HAS_SECOND:
         if pid >= column_programs + first_programs:
             _sum_tile(
-                second_part_ptr, stride_second, second_out_ptr, pid - column_programs - first_programs,
+                second_part_ptr, stride_second, second_out_ptr, stride_second_i, stride_second_j,
+                pid - column_programs - first_programs,
                 second_splits, SECOND_I, SECOND_J, BLOCK_I, BLOCK_N,
             )  # fmt: skip
 
 
 @triton.jit
-def _totals_kernel(vectors_ptr, out_ptr, N, BLOCK_N: tl.constexpr):
-    """out[i] = Σₙ vectors[i,n]: the gradients of constants, one program each."""
-    row = vectors_ptr + tl.program_id(0).to(tl.int64) * N
+def _total(vectors_ptr, out_ptr, i, N, BLOCK_N: tl.constexpr):
+    """out[i] = Σₙ vectors[i,n]."""
+    row = vectors_ptr + tl.cast(i, tl.int64) * N
     total = tl.zeros((BLOCK_N,), tl.float32)
     for n0 in range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         total += tl.load(row + n, mask=n < N, other=0.0)
-    tl.store(out_ptr + tl.program_id(0), tl.sum(total, 0).to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + i, tl.sum(total, 0).to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _totals_kernel(vectors_ptr, out_ptr, N, BLOCK_N: tl.constexpr):
+    """out[i] = Σₙ vectors[i,n]: the gradients of constants, one program each, where `_glora_dx_kernel` does not run."""
+    _total(vectors_ptr, out_ptr, tl.program_id(0), N, BLOCK_N)

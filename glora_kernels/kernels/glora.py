@@ -22,6 +22,7 @@ from glora_kernels.kernels.common import (
     _store,
     _tile_of,
 )
+from glora_kernels.kernels.finish import _total
 
 
 @triton.jit
@@ -84,7 +85,6 @@ def _glora_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
 ):
@@ -113,7 +113,7 @@ def _glora_fwd_kernel(
                 part += _low_rank(
                     tl.zeros_like(part),
                     h_ptr, stride_hb, stride_hm, stride_hr, u_ptr, stride_un, stride_ur, m, n, M, N, P,
-                    BANDS, DTYPE, PRECISION, UPCAST, BLOCK_P,
+                    BANDS, DTYPE, PRECISION, UPCAST, BLOCK_R,
                 )  # fmt: skip
             if HAS_UP:
                 part += _low_rank(
@@ -170,6 +170,8 @@ def _glora_dx_kernel(
     stride_a,
     tau_ptr,
     stride_tau,
+    vectors_ptr,
+    totals_ptr,
     seed,
     M,
     N,
@@ -184,6 +186,7 @@ def _glora_dx_kernel(
     HAS_UP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     SEED_IS_POINTER: tl.constexpr,
+    TOTALS: tl.constexpr,
     BANDS: tl.constexpr,
     TMA: tl.constexpr,
     W_IS_ROW_MAJOR: tl.constexpr,
@@ -195,14 +198,14 @@ def _glora_dx_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """dx[m,k] = Σₙ dy[m,n]·(1+a[n])·W[n,k] + Σₚ S[m,p]·A_down[p,k] + mask∘(Σᵣ S[m,P+r]·B_down[r,k])/(1-p) + τ[m].
 
     S (BANDS, M, P+R) and τ (BANDS, M) are summed over their bands. The first P columns of S belong to the product
-    variant, whose input is never dropped.
+    variant, whose input is never dropped. The last program also sums TOTALS vectors (N,) that the launch before left:
+    the gradients of constants, which would otherwise take a launch of their own.
     """
     num_i = tl.cdiv(M, BLOCK_M)
     num_j = tl.cdiv(K, BLOCK_K)
@@ -222,7 +225,7 @@ def _glora_dx_kernel(
                 part += _low_rank(
                     tl.zeros_like(part),
                     s_ptr, stride_sb, stride_sm, stride_sr, a_down_ptr, stride_adk, stride_adr, m, k, M, K, P,
-                    BANDS, DTYPE, PRECISION, UPCAST, BLOCK_P,
+                    BANDS, DTYPE, PRECISION, UPCAST, BLOCK_R,
                 )  # fmt: skip
             if HAS_UP:
                 if HAS_DROPOUT:
@@ -245,3 +248,7 @@ def _glora_dx_kernel(
                 dx.store([i * BLOCK_M, k0], part.to(DTYPE))
             else:
                 _store(dx, part, m, k, stride_dxm, stride_dxk, M, K)
+    if TOTALS > 0:
+        if tl.program_id(0) == tl.num_programs(0) - 1:
+            for t in range(TOTALS):
+                _total(vectors_ptr, totals_ptr, t, N, 1024)

@@ -62,7 +62,7 @@ def _into_rank(
     return p_acc, v_acc, total + 0.0  # one use of a loop's sum: Triton 3.7 asserts it in a pass
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+@triton.jit(do_not_specialize=["seed", "threshold", "row_programs", "band_width"])
 def _prepare_kernel(
     x_ptr,
     stride_xm,

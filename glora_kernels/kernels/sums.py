@@ -21,7 +21,7 @@ from glora_kernels.kernels.common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["band_width"])
 def _dy_kernel(
     dy_ptr,
     stride_dym,
@@ -133,7 +133,7 @@ def _dy_kernel(
         tl.store(tau_ptr + tl.cast(band, tl.int64) * stride_tau + m, tau, mask=m < M)
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+@triton.jit(do_not_specialize=["seed", "threshold", "rows_per_split"])
 def _x_kernel(
     x_ptr,
     stride_xm,

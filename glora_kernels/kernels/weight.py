@@ -40,9 +40,12 @@ def _weff_tile(
     a = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
         r = r0 + tl.arange(0, BLOCK_R)
-        # In the adapter's own dtype: a product of two 16-bit numbers is exact in fp32.
+        # In the adapter's own dtype, if it has one: a product of two 16-bit numbers is exact in fp32.
         up = _load(up_ptr, n, r, stride_un, stride_ur, N, R)
         down = _load(down_ptr, r, k, stride_dr, stride_dk, R, K)
+        if up.dtype != down.dtype:
+            up = up.to(tl.float32)
+            down = down.to(tl.float32)
         a = _dot(up, down, a, PRECISION, UPCAST)
     return w + w * a
 

@@ -246,7 +246,7 @@ def _read_nvidia(compiled: Any, log: str, arch: str) -> dict[str, Any]:
 
 
 def _longest_batch(sass: str) -> int:
-    """The most wgmma in a row without a wait for all of them: those of a main loop's step, where it is not serialized."""
+    """The most wgmma in a row without a wait for all of them: a main loop's step, where it is not serialized."""
     longest = run = 0
     for instruction in re.findall(r"\bHGMMA\b|WARPGROUP\.DEPBAR\.LE gsb0, 0x0", sass):
         run = run + 1 if instruction == "HGMMA" else 0

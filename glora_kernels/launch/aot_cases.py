@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora_kernels.launch.configs import Shape
+from glora_kernels.launch.configs import MAX_FACTOR_RANK, Shape
 
 M, N, K, R = 8192, 4096, 14336, 16
 SEED = 2**62 + 1
@@ -18,7 +18,9 @@ BF16_ONLY = frozenset([
     "fwd plain", "fwd full, M=48, 8 bands", "fwd lora, R=256", "fwd product variant", "fwd lora, W transposed",
     "fwd full, unaligned", "dx plain", "dx lora", "dx A vector", "dx product variant", "dx lora, W transposed",
     "prepare", "prepare, R=256, dropout", "prepare, W_eff of a vector", "added terms", "dy lora, R=16", "dy lora, R=64",
-    "x lora", "x lora, R=64, dropout", "hadamard grad", "finish lora", "wc",
+    "x lora", "x lora, R=64, dropout", "hadamard grad", "hadamard grad, R=64", "finish lora", "wc",
+    "dx full, M=512, R=64", "dx full, M=48, R=64", "fwd full, M=512", "dy, M=512", "prepare, R=64, dropout",
+    "added terms, R=64",
 ])  # fmt: skip
 """Forms compiled for bf16 alone: other flags or sizes of kernels that every dtype compiles in their fullest form."""
 
@@ -67,6 +69,17 @@ def _large(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
     yield "dx full, W fp32", glora_dx_launch(y, make.wide(N, K), x, **{**scaled, "a": make.wide(N)})
     pair: dict[str, Any] = {"s": make.wide(2, M, 2 * R), "a_down": make(R, K), "b_down": make(R, K), "arch": arch}
     yield "dx product variant", glora_dx_launch(y, w, x, **pair)
+    totals: dict[str, Any] = {"vectors": make.wide(3, N), "totals": make(3)}
+    yield "dx full, dropout, constants", glora_dx_launch(y, w, x, **{**scaled, **totals, "a": make(1)})
+    for rows in (512, 48):
+        few_rows: dict[str, Any] = {"s": make.wide(8, rows, 64), "tau": make.wide(8, rows), "b_down": make(64, K)}
+        small = {**scaled, **few_rows}
+        yield f"dx full, M={rows}, R=64", glora_dx_launch(make(rows, N), make(N, 1024), make(rows, 1024), **{
+            **small, "b_down": make(64, 1024)})  # fmt: skip
+    yield (
+        "fwd full, M=512",
+        glora_fwd_launch(make(512, K), w, make(512, N), **{**full, "h": make(1, 512, R), "sigma": make.wide(1, 512)}),
+    )
     yield "dx lora, W transposed", glora_dx_launch(y, make(K, N).t(), x, **back)
 
 
@@ -83,6 +96,8 @@ def _thin(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
     wide_rank: dict[str, Any] = {"b_down": make(256, K), "h": make(1, M, 256)}
     yield "prepare, R=256, dropout", prepare.prepare_launch(x, w, **wide_rank, **drop)
     pair: dict[str, Any] = {"a_up": make(N, R), "a_down": down}
+    rank_64: dict[str, Any] = {"b_down": make(64, K), "h": make(1, M, 64)}
+    yield "prepare, R=64, dropout", prepare.prepare_launch(x, w, **rank_64, **drop)
     yield "prepare, W_eff", prepare.prepare_launch(x, w, **rows, **pair, weff=make(N, K), arch=arch)
     yield "prepare, W_eff of a vector", prepare.prepare_launch(x, w, a=make(N), weff=make(N, K), arch=arch)
     product: dict[str, Any] = {"a_up": make(K, R), "a_down": down, "u": make(N, R), "h": make(1, M, 2 * R)}
@@ -94,6 +109,14 @@ def _thin(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
     yield "added terms", prepare.added_terms_launch(x, y, read_z=False, **terms, **drop)
     yield "added terms, scaled", prepare.added_terms_launch(x, y, read_z=True, a=make(N), **terms, arch=arch)
 
+    terms |= {"b_down": make(64, K), "h": make(M, 64), "up": make(N, 64)}
+    yield "added terms, R=64", prepare.added_terms_launch(x, y, read_z=False, **terms, **drop)
+
+    few = Shape(512, N, K, R)
+    splits, bands, width = sums.dy_sizes(few, dtype, arch)
+    small: dict[str, Any] = {"s": make.wide(bands, 512, R), "up": make(N, R), "h": make(512, R), "p": 0, "r": R}
+    small |= {"shape": few, "bands": (bands, width), "part": make.wide(splits, R, N), "arch": arch}
+    yield "dy, M=512", sums.dy_launch(make(512, N), **small)
     for r in (R, 64, 256):
         shape = Shape(M, N, K, r)
         splits, bands, width = sums.dy_sizes(shape, dtype, arch)
@@ -106,7 +129,10 @@ def _thin(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
             "shape": shape,
         }
         both |= {"bands": (bands, width), "arch": arch}
-        yield f"dy lora, R={r}", sums.dy_launch(y, **both, part=make.wide(splits, r, N))
+        if r > MAX_FACTOR_RANK:  # dyᵀh has a launch of its own there, of `_x_kernel`
+            yield f"dy lora, R={r}", sums.dy_launch(y, **{**both, "h": None})
+        else:
+            yield f"dy lora, R={r}", sums.dy_launch(y, **both, part=make.wide(splits, r, N))
         if r == R:
             extra: dict[str, Any] = {"y": y, "b": make(N), "sigma": make.wide(M), "tau": make.wide(bands, M)}
             yield "dy full", sums.dy_launch(y, **both, **extra, with_g=True, part=make.wide(splits, r + 3, N))
@@ -136,14 +162,20 @@ def _weight(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
     more: dict[str, Any] = {"weff": make(N, K), "s": make.wide(2, M, R), "db_down": make(R, K)}
     more |= {"dropout_p": 0.1, "seed": SEED, "arch": arch}
     yield "hadamard grad, W_eff, dB_down", around.hadamard_grad_launch(y, x, w, **pair, **parts, **more)
+    wide_tiles = around.hadamard_grad_tiles(Shape(M, N, K, 64), dtype, arch)
+    wide_pair: dict[str, Any] = {"a_up": make(N, 64), "a_down": make(64, K), "ddown": make.wide(wide_tiles[0], 64, K)}
+    wide_pair |= {"dup": make.wide(wide_tiles[1], N, 64)}
+    more |= {"s": make.wide(2, M, 64), "db_down": make(64, K)}
+    yield "hadamard grad, R=64", around.hadamard_grad_launch(y, x, w, **wide_pair, **more)
 
     splits = sums.dy_sizes(shape, dtype, arch)[0]
-    factor = finish.Sum(make.wide(4, R, K), make(R, K))
-    base: dict[str, Any] = {"p": 0, "r": R, "with_factor": True, "sums": (factor,), "device_of": y, "arch": arch}
-    yield "finish lora", finish.finish_launch(**base, part=make.wide(splits, R, N), outputs={"db_up": make(N, R)})
+    extra = finish.Sum(make.wide(4, R, K), make(R, K))
+    base: dict[str, Any] = {"p": 0, "r": R, "sums": (extra,), "device_of": y, "arch": arch}
+    base["factor"] = make.wide(splits, R, N)
+    yield "finish lora", finish.finish_launch(**base, outputs={"db_up": make(N, R)})
     outputs = {name: make(N) for name in ("da", "db", "dbias", "dd", "de")} | {"dwc": make.wide(N)}
     yield "finish full", finish.finish_launch(
-        **base, part=make.wide(splits, R + 3, N), outputs={**outputs, "db_up": make(N, R)}, with_g=True,
+        **base, part=make.wide(splits, 3, N), outputs={**outputs, "db_up": make(N, R)}, with_g=True,
         with_sigma=True, up=make(N, R), a=make(N), b=make(N), bias=make(N), wc=make.wide(N), d=make(N), e=make(N),
         dy=y, y=y, x=x, weight=w, h=make(M, R), sigma=make.wide(M),
     )  # fmt: skip

@@ -15,6 +15,9 @@ import torch
 KERNELS: tuple[str, ...] = ("fwd", "dx", "prepare", "added_terms", "dy", "x", "hadamard_grad", "finish", "weight")
 """The kernels with a configuration of their own; "weight" serves W_eff, U and W·c."""
 
+MAX_FACTOR_RANK = 32
+"""Up to this rank `_dy_kernel` takes dyᵀh as well; above, its partial sums would move more than reading dy again."""
+
 MAX_BANDS = 8
 """The most parts of the reduction over which h, S, σ and τ are partial sums that the next kernel adds."""
 
@@ -108,8 +111,8 @@ def into_rank(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
 def dy_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Blocks of `_dy_kernel`: rows and columns of dy at a time.
 
-    Every program leaves one partial sum (R, N) behind, written and read in fp32: with 256 rows that is R/128 of the
-    bytes of a 16-bit dy itself.
+    Every program leaves one partial sum (R, N) behind, written and read in fp32: with 256 rows that is R/64 of the
+    bytes of a 16-bit dy itself. So above `MAX_FACTOR_RANK` dyᵀh is taken by `_x_kernel`, from a second read of dy.
     """
     thin = dtype != torch.float32 and not arch.startswith("gfx")
     if shape.r > 64:  # the factors fill registers and shared memory
@@ -127,7 +130,7 @@ def x_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     if shape.r > 64:
         cols = 16 if dtype == torch.float32 else 32
     stages = 1 if shape.r > 64 and arch.startswith("gfx") else 2
-    warps = 8 if (shape.r > 64 and dtype == torch.float32) or arch == "sm_89" else 4
+    warps = 8 if shape.r > 64 or arch == "sm_89" else 4
     return {"rows": 32 if dtype == torch.float32 else 64, "cols": cols, "num_warps": warps, "num_stages": stages}
 
 
@@ -141,11 +144,12 @@ def hadamard_grad(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]
 
 
 def finish(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
-    """Blocks of `_finish_kernel`: columns of the gradients, and of the product that is seldom taken anew."""
-    wide = dtype == torch.float32  # in fp32 the seldom product spills at the sizes that 16 bits take
-    cols = 16 if wide and arch in ("sm_89", "sm_90") else 32
-    warps = 8 if wide and arch == "sm_80" else 4
-    return {"rows": 32, "cols": cols, "depth": 32, "num_warps": warps, "num_stages": 2}
+    """Blocks of `_finish_kernel`: rows and columns of the gradients; tokens and depth of the product seldom made."""
+    if dtype == torch.float32:  # it spills at the sizes that 16 bits take
+        cols = 16 if arch in ("sm_89", "sm_90") else 32
+        warps = 8 if arch == "sm_80" else 4
+        return {"rows": 32, "cols": cols, "tokens": 32, "depth": 32, "num_warps": warps, "num_stages": 2}
+    return {"rows": 32, "cols": 32, "tokens": 128, "depth": 64, "num_warps": 4, "num_stages": 2}
 
 
 def weight_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
@@ -175,6 +179,8 @@ def row_splits(rows: int, blocks: int, block: int) -> int:
 def _interpreted(kernel: str) -> dict[str, int]:
     """Small blocks for the interpreter; the large products take descriptors there where the operands allow it."""
     config = {"rows": 32, "cols": 32, "depth": 32, "num_warps": 4, "num_stages": 1}
+    if kernel == "finish":
+        config["tokens"] = 32
     if kernel in ("fwd", "dx"):
         config |= {"tma": True, "persistent": True, "warp_specialize": False, "parts": 2}
     return config

@@ -55,8 +55,9 @@ def predict(arch: str, dtype: torch.dtype, shape: Shape, *, backward: bool, scal
     out, inner = (m * k, m * n) if backward else (m * n, m * k)
     product = 2 * m * n * k / ((card.tflops_fp32 if wide else card.tflops) * 1e9)
     bytes_ms = 1.0 / (card.gbps * 1e6)
-    fused = product / (card.share_fp32 if wide else card.share)
-    library = product + LAUNCH_MS
+    moved = size * (out + inner + n * k) * bytes_ms  # each matrix once: the floor of a few rows
+    fused = max(product / (card.share_fp32 if wide else card.share), moved)
+    library = max(product, moved) + LAUNCH_MS
     # The terms that are added to the product: written, read again by it; or read, scaled and written.
     library += 2 * size * out * bytes_ms
     if backward:

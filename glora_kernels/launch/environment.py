@@ -56,6 +56,12 @@ def arch(device_index: int) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+@functools.cache
+def multiprocessors(device_index: int) -> int:
+    """How many a GPU has: 132 on an H100 SXM, 114 on an H100 PCIe."""
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
 def gpus() -> list[str]:
     """One line a GPU: its name, architecture and memory."""
     lines = []

@@ -17,7 +17,7 @@ SAMPLES = 64
 
 
 class Sum(NamedTuple):
-    """One sum for `finish_launch`: out (I,J) = Σ part (splits,I,J), both contiguous in (I,J)."""
+    """One sum for `finish_launch`: out (I,J), of any strides, = Σ part (splits,I,J), contiguous in (I,J)."""
 
     part: Tensor
     out: Tensor
@@ -26,9 +26,9 @@ class Sum(NamedTuple):
 def finish_launch(
     *,
     part: Tensor | None = None,
+    factor: Tensor | None = None,
     p: int = 0,
     r: int = 0,
-    with_factor: bool = False,
     with_g: bool = False,
     with_sigma: bool = False,
     outputs: dict[str, Tensor],
@@ -49,16 +49,19 @@ def finish_launch(
     device_of: Tensor,
     arch: str,
 ) -> Launch:
-    """The gradients named in `outputs` (du, db_up, da, db, dbias, dwc, dd, de) from `dy_launch`'s part, and `sums`.
+    """The gradients named in `outputs` (du, db_up, da, db, dbias, dwc, dd, de), and up to two `sums`.
 
-    `with_factor`, `with_g` and `with_sigma` say what `part` holds; dA needs its Σ dy∘y, dy, y, x and W as well.
+    factor (splits,p+r,N) is dyᵀ[P|h]; part (splits,·,N) holds Σ dy (`with_g`), dyᵀσ (`with_sigma`) and, for dA, Σ dy∘y;
+    dA needs dy, y, x and W as well.
     """
-    n = 0 if part is None else part.shape[2]
+    if len(sums) > 2:
+        raise ValueError(f"a launch takes up to two sums, got {len(sums)}")
+    n = next((t.shape[2] for t in (part, factor) if t is not None), 0)
     k = 0 if x is None else x.shape[1]
     m = 0 if dy is None else dy.shape[0]
     config = tables.choose("finish", arch, device_of.dtype, Shape(m, n, k, r))
     rows, cols = config["rows"], config["cols"]
-    column_programs = cdiv(n, cols) if part is not None and outputs else 0
+    column_programs = cdiv(n, cols) if outputs else 0
     first, second = (*sums, None, None)[:2]
 
     def tiles(item: Sum | None) -> int:
@@ -71,6 +74,7 @@ def finish_launch(
             f"{name}_part_ptr": None if item is None else item.part,
             f"stride_{name}": 0 if item is None else item.part.stride(0),
             f"{name}_out_ptr": None if item is None else item.out,
+            **strides(None if item is None else item.out, f"stride_{name}_i", f"stride_{name}_j"),
             f"{name}_splits": 0 if item is None else item.part.shape[0],
             f"{name.upper()}_I": i, f"{name.upper()}_J": j, f"HAS_{name.upper()}": item is not None,
         }  # fmt: skip
@@ -78,6 +82,9 @@ def finish_launch(
     args = {
         "part_ptr": part,
         "stride_part": 0 if part is None else part.stride(0), "stride_pc": 0 if part is None else part.stride(1),
+        "factor_ptr": factor,
+        "stride_factor_part": 0 if factor is None else factor.stride(0),
+        "stride_factor_c": 0 if factor is None else factor.stride(1),
         **{f"{name}_ptr": outputs.get(name) for name in gradients},
         "up_ptr": up, **strides(up, "stride_upn", "stride_upr"),
         "a_ptr": a, "stride_a": vector_stride(a),
@@ -95,15 +102,16 @@ def finish_launch(
         **segments,
         "M": m, "N": n, "K": k, "P": p, "R": r,
         "splits": 0 if part is None else part.shape[0],
+        "factor_splits": 0 if factor is None else factor.shape[0],
         "column_programs": column_programs, "first_programs": tiles(first),
         "sample_step": max(1, m // SAMPLES),
-        "HAS_COLUMNS": column_programs > 0, "HAS_FACTOR": with_factor, "HAS_G": with_g, "HAS_SIGMA": with_sigma,
+        "HAS_COLUMNS": column_programs > 0, "HAS_FACTOR": factor is not None, "HAS_G": with_g, "HAS_SIGMA": with_sigma,
         **{f"HAS_{name.upper()}": name in outputs for name in gradients},
         "HAS_UP": up is not None, "HAS_B": b is not None, "HAS_BIAS": bias is not None, "HAS_WC": wc is not None,
         "HAS_D": d is not None, "HAS_E": e is not None,
         **arithmetic(device_of.dtype),
         "BLOCK_N": cols, "BLOCK_C": configs.block_r(max(1, p + r), 64), "BLOCK_I": rows,
-        "BLOCK_M": rows, "BLOCK_K": config["depth"], "SAMPLES": SAMPLES,
+        "BLOCK_M": config["tokens"], "BLOCK_K": config["depth"], "SAMPLES": SAMPLES,
     }  # fmt: skip
     return Launch(_finish_kernel, (column_programs + tiles(first) + tiles(second),), args, options(config))
 

@@ -11,11 +11,14 @@ from torch import Tensor
 from triton import cdiv
 
 from glora_kernels.kernels.glora import _glora_dx_kernel, _glora_fwd_kernel
-from glora_kernels.launch import configs, tables
+from glora_kernels.launch import configs, environment, tables
 from glora_kernels.launch.plan import Launch, arithmetic, descriptor, dropout, options, strides, vector_stride
 
 GROUP = 8
 """Row tiles that share their columns in the L2 (`kernels.common._tile_of`)."""
+
+RANK_STEP = 16
+"""Columns of the low-rank term at a time, at any rank: more of them spill beside the product's accumulator."""
 
 
 def glora_fwd_launch(
@@ -69,9 +72,9 @@ def glora_fwd_launch(
         "WARP_SPECIALIZE": bool(config["warp_specialize"]), "PARTS": config["parts"],
         **arithmetic(x.dtype),
         "BLOCK_M": rows, "BLOCK_N": cols, "BLOCK_K": depth,
-        "BLOCK_P": configs.block_r(max(1, p), 64), "BLOCK_R": configs.block_r(max(1, r), 64), "GROUP": GROUP,
+        "BLOCK_R": RANK_STEP, "GROUP": GROUP,
     }  # fmt: skip
-    return Launch(_glora_fwd_kernel, _grid(m, n, config, arch), args, options(config))
+    return Launch(_glora_fwd_kernel, _grid(y, config, arch), args, options(config))
 
 
 def glora_dx_launch(
@@ -84,12 +87,17 @@ def glora_dx_launch(
     b_down: Tensor | None = None,
     a: Tensor | None = None,
     tau: Tensor | None = None,
+    vectors: Tensor | None = None,
+    totals: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
     arch: str,
     config: dict[str, int] | None = None,
 ) -> Launch:
-    """dx (M,K) = (dy∘(1+a))·W + S[:, :P]·a_down + mask∘(S[:, P:]·b_down)/(1-p) + τ·1ᵀ, S (bands,M,P+R), τ (bands,M)."""
+    """dx (M,K) = (dy∘(1+a))·W + S[:, :P]·a_down + mask∘(S[:, P:]·b_down)/(1-p) + τ·1ᵀ, S (bands,M,P+R), τ (bands,M).
+
+    `totals` (I,) receives the sums over N of `vectors` (I,N), which the launch before must have left.
+    """
     (m, n), k = dy.shape, weight.shape[1]
     p, r = 0 if a_down is None else a_down.shape[0], 0 if b_down is None else b_down.shape[0]
     bands = s.shape[0] if s is not None else (1 if tau is None else tau.shape[0])
@@ -104,6 +112,7 @@ def glora_dx_launch(
         "b_down_ptr": b_down, **strides(b_down, "stride_bdr", "stride_bdk"),
         "a_ptr": a, "stride_a": vector_stride(a),
         "tau_ptr": tau, "stride_tau": 0 if tau is None else tau.stride(0),
+        "vectors_ptr": vectors, "totals_ptr": totals, "TOTALS": 0 if vectors is None else vectors.shape[0],
         "M": m, "N": n, "K": k, "P": p, "R": r,
         **dropout(dropout_p if b_down is not None else 0.0, seed),
         "HAS_A": a is not None, "HAS_TAU": tau is not None, "HAS_U": a_down is not None, "HAS_UP": b_down is not None,
@@ -111,9 +120,9 @@ def glora_dx_launch(
         "WARP_SPECIALIZE": bool(config["warp_specialize"]), "PARTS": config["parts"],
         **arithmetic(dy.dtype),
         "BLOCK_M": rows, "BLOCK_N": depth, "BLOCK_K": cols,
-        "BLOCK_P": configs.block_r(max(1, p), 64), "BLOCK_R": configs.block_r(max(1, r), 64), "GROUP": GROUP,
+        "BLOCK_R": RANK_STEP, "GROUP": GROUP,
     }  # fmt: skip
-    return Launch(_glora_dx_kernel, _grid(m, k, config, arch), args, options(config))
+    return Launch(_glora_dx_kernel, _grid(dx, config, arch), args, options(config))
 
 
 def _operands(
@@ -141,6 +150,10 @@ def _operands(
     return dict(zip(names, (left, base, out), strict=True)), config
 
 
-def _grid(rows: int, cols: int, config: dict[str, int], arch: str) -> tuple[int]:
-    tiles = cdiv(rows, config["rows"]) * cdiv(cols, config["cols"])
-    return (min(tiles, configs.programs(arch)) if config["persistent"] else tiles,)
+def _grid(out: Tensor, config: dict[str, int], arch: str) -> tuple[int]:
+    """One program a tile, or where persistent one a multiprocessor of the card the tensor is on."""
+    tiles = cdiv(out.shape[0], config["rows"]) * cdiv(out.shape[1], config["cols"])
+    if not config["persistent"]:
+        return (tiles,)
+    here = environment.multiprocessors(out.device.index or 0) if out.is_cuda else configs.programs(arch)
+    return (min(tiles, here),)

@@ -83,17 +83,28 @@ def explain(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
 
 
 def product_route(
-    arch: str, dtype: torch.dtype, shape: Shape, weight_dtype: torch.dtype, *, backward: bool, scales: bool
+    arch: str,
+    dtype: torch.dtype,
+    shape: Shape,
+    weight_dtype: torch.dtype,
+    *,
+    backward: bool,
+    scales: bool,
+    builds: bool = False,
 ) -> str:
     """How the Triton path takes its large product: "fused" into our own kernel, or by the vendor's "library".
 
-    Pure. A measured table decides where it has an entry near the shape, the cost model (`launch.cost`) elsewhere. A
-    weight wider than x (autocast) and an unknown card take the fused kernel, which needs nothing cast or guessed.
+    A function of its arguments and the tables read at start. A measured table decides where it has an entry near the
+    shape, else the cost model (`launch.cost`). A weight wider than x (autocast) and an unknown card take the fused
+    kernel, which needs nothing cast or guessed; so does a call that builds W_eff, unmeasured (`builds`: A is lora),
+    which the library's route would cost one more launch a pass.
     """
+    if weight_dtype != dtype:
+        return "fused"
     measured = tables.route(arch, dtype, shape, backward=backward, scales=scales)
-    if measured is not None and weight_dtype == dtype:
+    if measured is not None:
         return measured
-    if arch not in cost.CARDS or weight_dtype != dtype:
+    if builds or arch not in cost.CARDS:
         return "fused"
     predicted = cost.predict(arch, dtype, shape, backward=backward, scales=scales)
     return min(predicted, key=lambda name: predicted[name])

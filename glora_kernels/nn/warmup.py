@@ -14,6 +14,7 @@ from glora_kernels.launch import routes
 from glora_kernels.launch.progress import progress as shown
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import named_layers, unwrap
+from glora_kernels.ops.glora import seeds_on_device
 
 _DIVISOR = 16
 """Triton compiles a kernel anew for sizes that are no multiple of this."""
@@ -69,6 +70,9 @@ def warmup(
     plan = [(alike, size) for alike in groups.values() for size in sizes]
     for alike, size in shown(plan, "compiling", progress):
         _run(alike[0], size, dtype, training)
+        if alike[0]._dropout and training and alike[0].weight.device.type == "cuda":
+            with seeds_on_device():  # as a CUDA graph or torch.compile will call them
+                _run(alike[0], size, dtype, training)
         count = f"{len(alike)} layer{'' if len(alike) == 1 else 's'}"
         what = "forward and backward" if training else "forward"
         lines.append(f"{count} like ({alike[0].extra_repr()}): {what} with {size} tokens")

@@ -119,9 +119,15 @@ def check_form(
         if up is None or down is None:
             missing = f"{name}_up" if up is None else f"{name}_down"
             raise ValueError(f"{name}_up and {name}_down come together; {missing} is missing")
-        if up.ndim != 2 or down.ndim != 2 or up.shape != (rows, down.shape[0]) or down.shape[1] != cols:
+        if (
+            up.ndim != 2
+            or down.ndim != 2
+            or up.shape != (rows, down.shape[0])
+            or down.shape[1] != cols
+            or not len(down)
+        ):
             raise ValueError(
-                f"{name}_up must be ({rows}, R) and {name}_down (R, {cols}) with one rank R; "
+                f"{name}_up must be ({rows}, R) and {name}_down (R, {cols}) with one rank R >= 1; "
                 f"got {tuple(up.shape)} and {tuple(down.shape)}"
             )
 

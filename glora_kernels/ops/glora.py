@@ -9,8 +9,9 @@ torch.compile the registered operator is one node of the graph. What it computes
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -124,11 +125,26 @@ def dropout_seed(device: torch.device) -> Tensor:
     so that the number has one integer type as a kernel's argument.
 
     On the device while a CUDA graph is captured or torch.compile traces: a number drawn on the host would be a
-    constant there, and every replay would drop the same elements.
+    constant there, and every replay would drop the same elements. A key behind a pointer is another compiled kernel,
+    and a capture is no time to compile: see `seeds_on_device`.
     """
-    if torch.compiler.is_compiling() or (device.type == "cuda" and _capturing()):
+    if torch.compiler.is_compiling() or (device.type == "cuda" and (_Seeds.on_device or _capturing())):
         return torch.randint(*_SEEDS, (1,), dtype=torch.int64, device=device)
     return torch.randint(*_SEEDS, (1,), dtype=torch.int64, device="cpu")
+
+
+class _Seeds:
+    on_device = False
+
+
+@contextlib.contextmanager
+def seeds_on_device() -> Iterator[None]:
+    """Inside, `dropout_seed` draws on the device, as under capture: to compile for a CUDA graph before capturing it."""
+    before, _Seeds.on_device = _Seeds.on_device, True
+    try:
+        yield
+    finally:
+        _Seeds.on_device = before
 
 
 def _capturing() -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from glora_kernels.launch import environment, routes
-from glora_kernels.launch.configs import Shape
+from glora_kernels.launch.configs import MAX_FACTOR_RANK, Shape
 from glora_kernels.launch.plan import LibraryProduct, arch_of
 from glora_kernels.launch.workspace import workspace_like
 from glora_kernels.ops.common import Call, Needs, Supports, given, wide_dtype
@@ -53,7 +53,7 @@ def forward(
     x: Tensor, weight: Tensor, s: Supports, call: Call
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y (M,N), and what backward may want: h (M,·) = [P | s·x̃·B_downᵀ], σ (M,), U (N,P). See `ops.eager.forward`."""
-    arch, shape = arch_of(x), _shape(x, weight, s, call)
+    arch, shape, s = arch_of(x), _shape(x, weight, s, call), _plain(s)
     m, n = shape.m, shape.n
     p, r = _ranks(s, call)
     rank = p + r
@@ -66,7 +66,7 @@ def forward(
     terms: dict[str, Any] = {"a": s.a, "b": s.b, "bias": s.bias, "wc": s.wc, "d": s.d, "e": s.e, "u": u, "up": s.b_up}
     effective = weight if weff is None else weff
 
-    if _route(x, weight, s, shape, arch, backward=False) == "library":
+    if _route(x, weight, s, call, shape, arch, backward=False) == "library":
         h = x.new_empty(m, rank) if rank else None
         sigma = x.new_empty(m, dtype=torch.float32) if s.b is not None else None
         if u is not None or weff is not None:
@@ -117,7 +117,7 @@ def backward(
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `forward`, in the order of `Needs`; None where not wanted. See `ops.eager.backward`."""
-    arch, shape = arch_of(dy), _shape(dy, weight, s, call)
+    arch, shape, s = arch_of(dy), _shape(dy, weight, s, call), _plain(s)
     m, n, k = shape.m, shape.n, shape.k
     p, r = _ranks(s, call)
     lora = s.a_up is not None and not call.matmul
@@ -148,7 +148,7 @@ def backward(
             sums.append(end.Sum(ddown, da_down))
 
     # One read of x for what multiplies it, and the input's gradient.
-    library = needs.x and _route(dy, weight, s, shape, arch, backward=True) == "library"
+    library = needs.x and _route(dy, weight, s, call, shape, arch, backward=True) == "library"
     row_scale = s.a
     if needs.x and weff is None and (lora or (library and s.a is not None)):
         weff = workspace_like(weight, dy.dtype)
@@ -175,12 +175,16 @@ def backward(
         if part is not None and want_v:
             db_down = _like(s.b_down)
             sums.append(end.Sum(part[:, p * want_p :], db_down))
+    # Before dx, whose launch sums the gradients of constants on the way.
+    grads, vectors, totals = _finish(read, sums, dy, x, weight, s, y, h, sigma, needs, p, r, arch)
     if dx is not None and library:
         LibraryProduct(dy, effective, dx, accumulates=adds_to_dx).run()
     elif dx is not None:
-        large.glora_dx_launch(dy, effective, dx, s=ds, **down, a=row_scale, tau=tau, **dropped).run()
-
-    grads = _finish(read, sums, dy, x, weight, s, y, h, sigma, needs, p, r, arch)
+        large.glora_dx_launch(
+            dy, effective, dx, s=ds, **down, a=row_scale, tau=tau, vectors=vectors, totals=totals, **dropped
+        ).run()
+    if vectors is not None and totals is not None and (dx is None or library):
+        end.totals_launch(vectors, totals).run()
     if p and needs.a_up:
         da_up = _gradient_through_weight(weight, grads["du"], given(s.a_up), arch)
     get = grads.get
@@ -190,12 +194,12 @@ def backward(
 
 
 class _Read(NamedTuple):
-    """What one read of dy gave: S (bands,M,P+R), τ (bands,M), and partial sums along M with what they hold."""
+    """What reading dy gave: S (bands,M,P+R), τ (bands,M), and partial sums along M: of dyᵀ[P|h], and of the rest."""
 
     ds: Tensor | None
     tau: Tensor | None
     part: Tensor | None
-    with_factor: bool
+    factor: Tensor | None
     with_g: bool
     with_sigma: bool
 
@@ -219,7 +223,8 @@ def _read_dy(
     has_shift = s.bias is not None or s.wc is not None or s.e is not None
     with_g = needs.bias or needs.wc or needs.d or needs.e or (needs.a and has_shift)
     with_sigma = s.b is not None and (needs.b or needs.a)
-    rows = (p + r) * with_factor + with_g + with_sigma + needs.a
+    here = with_factor and p + r <= MAX_FACTOR_RANK
+    rows = (p + r) * here + with_g + with_sigma + needs.a
     splits, bands, width = reads.dy_sizes(shape, dy.dtype, arch)
     ds = dy.new_empty(bands, shape.m, p + r, dtype=torch.float32) if want_s else None
     tau = dy.new_empty(bands, shape.m, dtype=torch.float32) if s.b is not None and needs.x else None
@@ -227,10 +232,20 @@ def _read_dy(
     if ds is not None or tau is not None or part is not None:
         reads.dy_launch(
             dy, y=given(y) if needs.a else None, u=u, up=s.b_up, b=None if tau is None else s.b,
-            h=given(h) if with_factor else None, sigma=given(sigma) if with_sigma else None, s=ds, tau=tau, part=part,
+            h=given(h) if here else None, sigma=given(sigma) if with_sigma else None, s=ds, tau=tau, part=part,
             with_g=with_g, p=p, r=r, shape=shape, bands=(bands, width), scale=call.scale, arch=arch,
         ).run()  # fmt: skip
-    return _Read(ds, tau, part, with_factor, with_g, with_sigma)
+    factor = None
+    if here and part is not None:
+        factor, part = part[:, : p + r], part[:, p + r :]
+    elif with_factor:
+        across = Shape(shape.m, shape.n, shape.n, p + r)
+        parts = reads.x_splits(across, dy.dtype, arch)
+        factor = dy.new_empty(parts, p + r, shape.n, dtype=torch.float32)
+        reads.x_launch(
+            dy, s=given(h)[None], p=0, r=p + r, part=factor, want_v=True, shape=across, splits=parts, arch=arch
+        ).run()
+    return _Read(ds, tau, part, factor, with_g, with_sigma)
 
 
 def _finish(
@@ -247,8 +262,11 @@ def _finish(
     p: int,
     r: int,
     arch: str,
-) -> dict[str, Tensor]:
-    """Partial sums become gradients: da, db, db_up, dbias, dwc, dd, de, and du = dyᵀP of the product variant."""
+) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+    """Partial sums become gradients: da, db, db_up, dbias, dwc, dd, de, and du = dyᵀP of the product variant.
+
+    Those of constants come as vectors (I,N), with their totals (I,) still to be summed: None where there are none.
+    """
     n = dy.shape[1]
     wanted = {
         "da": (needs.a, s.a), "db": (needs.b, s.b), "db_up": (needs.b_up, s.b_up), "dbias": (needs.bias, s.bias),
@@ -268,19 +286,21 @@ def _finish(
         if needs.a:
             shift = {"bias": s.bias, "wc": s.wc, "d": s.d, "e": s.e}
         end.finish_launch(
-            part=read.part if outputs else None, p=p, r=r, with_factor=read.with_factor, with_g=read.with_g,
-            with_sigma=read.with_sigma, outputs=outputs, **shift, **rest, sums=tuple(sums), device_of=dy, arch=arch,
+            part=read.part, factor=read.factor, p=p, r=r, with_g=read.with_g, with_sigma=read.with_sigma,
+            outputs=outputs, **shift, **rest, sums=tuple(sums[:2]), device_of=dy, arch=arch,
         ).run()  # fmt: skip
-    if constants:
-        # One launch: the adapters of a layer have one dtype, and any other is cast where gradients are returned.
-        totals = vectors.new_empty(len(constants), dtype=grads[constants[0]].dtype)
-        end.totals_launch(vectors, totals).run()
-        grads |= {name: totals[i : i + 1] for i, name in enumerate(constants)}
-    return grads
+        if len(sums) > 2:
+            end.finish_launch(outputs={}, sums=tuple(sums[2:]), device_of=dy, arch=arch).run()
+    if not constants:
+        return grads, None, None
+    # In one dtype: that of a layer's adapters. Any other is cast where gradients are returned.
+    totals = vectors.new_empty(len(constants), dtype=grads[constants[0]].dtype)
+    return grads | {name: totals[i : i + 1] for i, name in enumerate(constants)}, vectors, totals
 
 
 def wc_forward(weight: Tensor, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None) -> Tensor:
     """W·c (N,), with c (K,) or C_up (K,R)·C_down (R,1)."""
+    _check_rank(0 if c_up is None else c_up.shape[1])
     wc = weight.new_empty(weight.shape[0], dtype=wide_dtype(weight.dtype))
     around.wc_launch(weight, c, c_up, c_down, wc, arch=arch_of(weight)).run()
     return wc
@@ -308,13 +328,29 @@ def _gradient_through_weight(weight: Tensor, du: Tensor, a_up: Tensor, arch: str
     reads.x_launch(
         weight, s=du[None], p=0, r=du.shape[1], part=part, want_v=True, shape=shape, splits=splits, arch=arch
     ).run()
-    out = du.new_empty(du.shape[1], k, dtype=a_up.dtype)
-    end.finish_launch(outputs={}, sums=(end.Sum(part, out),), device_of=du, arch=arch).run()
-    return out.t()
+    da_up = _like(a_up)
+    end.finish_launch(outputs={}, sums=(end.Sum(part, da_up.t()),), device_of=du, arch=arch).run()
+    return da_up
 
 
-def _route(x: Tensor, weight: Tensor, s: Supports, shape: Shape, arch: str, backward: bool) -> str:
-    return routes.product_route(arch, x.dtype, shape, weight.dtype, backward=backward, scales=s.a is not None)
+def _plain(s: Supports) -> Supports:
+    """The kernels read W·c without a stride: `ops.wc` makes it so, and what anybody else passes is copied."""
+    return s if s.wc is None or s.wc.is_contiguous() else s._replace(wc=s.wc.contiguous())
+
+
+def _check_rank(rank: int) -> None:
+    if rank > MAX_RANK:
+        raise RuntimeError(
+            f"the Triton kernels hold a rank of up to {MAX_RANK} (of both pairs together in the product variant) in "
+            f"registers; got {rank}: use backend('eager')"
+        )
+
+
+def _route(x: Tensor, weight: Tensor, s: Supports, call: Call, shape: Shape, arch: str, backward: bool) -> str:
+    builds = s.a_up is not None and not call.matmul
+    return routes.product_route(
+        arch, x.dtype, shape, weight.dtype, backward=backward, scales=s.a is not None, builds=builds
+    )
 
 
 def _shape(x: Tensor, weight: Tensor, s: Supports, call: Call) -> Shape:
@@ -326,11 +362,7 @@ def _ranks(s: Supports, call: Call) -> tuple[int, int]:
     """(P, R): the columns of h of the product variant's pair, and of B=lora."""
     p = s.a_up.shape[1] if call.matmul and s.a_up is not None else 0
     r = 0 if s.b_up is None else s.b_up.shape[1]
-    if p + r > MAX_RANK:
-        raise RuntimeError(
-            f"the Triton kernels hold a rank of up to {MAX_RANK} (of both pairs together in the product variant) in "
-            f"registers; got {p + r}: use backend('eager')"
-        )
+    _check_rank(p + r)
     return p, r
 
 

@@ -71,6 +71,13 @@ def test_the_quick_stages_come_first_and_hold_the_target_table() -> None:
                     assert (target.case, "peft", target.m, layer, target.p, mode) in made
 
 
+def test_every_target_has_eager_pytorch_beside_it() -> None:
+    rows = [which for stage in battery.gpu_stages() for group in stage.groups for which in group.row_keys()]
+    made = {(e.case, e.m, e.layer, e.r, e.p) for e, direction, mode in rows if (e.impl, mode) == ("eager", "eager")}
+    for target in targets.TARGETS:
+        assert {(target.case, target.m, layer, targets.RANK, target.p) for layer in LLAMA} <= made
+
+
 def test_the_battery_covers_what_was_promised() -> None:
     entries = [entry for stage in battery.gpu_stages() for group in stage.groups for entry in group.entries]
     assert {entry.impl for entry in entries} == set(battery.IMPLS)
@@ -98,3 +105,15 @@ def test_the_target_table_sums_the_seven() -> None:
     assert targets.measured(rows, targets.TARGETS[0], "eager") is None
     assert targets.measured(rows[1:], targets.TARGETS[0], "graph") is None  # six are not seven
     assert all(line["measured, CUDA graph"] == "" for line in targets.table_rows([]))
+
+
+def test_the_target_table_has_the_specification_s_figures() -> None:
+    """Floors with their digits, second goals, what is saved, and eager mode over eager PyTorch."""
+    rows = seven(LORA, "ours", 8192, 0.9, mode="eager") + seven(LORA, "eager", 8192, 1.0, mode="eager")
+    for row in rows:
+        row["saved_bytes"] = 8192 * 16 * 2
+    lines = [list(line.values()) for line in targets.table_rows(rows)]
+    assert lines[0] == ["LoRA", "1.033", "≤ 1.08, then 1.06", "", "", "0.900"]
+    assert lines[1] == ["LoRA, p = 0.1", "1.033", "≤ 1.10, then 1.08", "", "", ""]
+    assert [line[1] for line in lines[2:5]] == ["1.07", "1.10", "1.565"]
+    assert lines[-1] == [targets.SAVED, "R·M", "", "", "1.000", ""]

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.devices import Call
 from benchmarks.gpu import Cuda
+from glora_kernels.ops import glora
 
 
 class FakeStream:
@@ -71,17 +73,23 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_graph_is_warmed_up_beside_and_captured_once(log: list[str]) -> None:
+    """The last warm-up draws dropout keys where the capture will: nothing is compiled during it."""
     device = Cuda()
-    replay = device.prepare([lambda: log.append("a"), lambda: log.append("b")], "graph")
+
+    def step(name: str) -> Call:
+        return lambda: log.append(f"{'card' if glora._Seeds.on_device else 'host'} {name}")
+
+    replay = device.prepare([step("a"), step("b")], "graph")
     assert log == [
         "wait",
         "stream begin",
-        *["a", "b"] * 3,
+        *["host a", "host b"] * 3,
+        *["card a", "card b"],
         "stream end",
         "wait",
         "capture begin",
-        "a",
-        "b",
+        "host a",
+        "host b",
         "capture end",
     ]
     log.clear()

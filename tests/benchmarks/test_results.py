@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import rows
 
-from benchmarks import readme, schema
+from benchmarks import readme, schema, surroundings
 from benchmarks.schema import SchemaError
 from benchmarks.store import Store
 
@@ -95,7 +96,7 @@ def test_the_store_survives_a_cut_line(tmp_path: Path) -> None:
     assert again.message is None
 
 
-@pytest.mark.parametrize("field", ["device", "commit", "source"])
+@pytest.mark.parametrize("field", ["device", "source", "torch"])
 def test_the_store_starts_afresh_for_another_source(tmp_path: Path, field: str) -> None:
     path = tmp_path / "a.jsonl"
     Store(path, HEADER).add("row", key="one", row={}, detail={})
@@ -104,6 +105,35 @@ def test_the_store_starts_afresh_for_another_source(tmp_path: Path, field: str) 
     assert other.message is not None
     assert field in other.message
     assert (tmp_path / "a.old.jsonl").exists()
+
+
+def test_another_commit_of_the_same_source_goes_on(tmp_path: Path) -> None:
+    """A finished run rewrites tracked results, and they are committed: the rows stay what they are."""
+    path = tmp_path / "a.jsonl"
+    Store(path, HEADER).add("row", key="one", row={}, detail={})
+    again = Store(path, HEADER | {"commit": "c-dirty"})
+    assert again.settled() == {"one"}
+    assert again.header["commit"] == "c"
+
+
+def test_results_and_the_readme_do_not_make_a_commit_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=n", "-c", "user.email=e@e", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    for name in ("README.md", "benchmarks/results/cpu.json", "code.py"):
+        (tmp_path / name).write_text("before")
+    for arguments in (("init",), ("add", "."), ("commit", "-m", "m")):
+        git(*arguments)
+    monkeypatch.setattr(surroundings, "ROOT", tmp_path)
+    clean = surroundings.commit()
+    assert clean
+    for name in ("README.md", "benchmarks/results/cpu.json", "untracked"):
+        (tmp_path / name).write_text("after")
+    assert surroundings.commit() == clean
+    (tmp_path / "code.py").write_text("after")
+    assert surroundings.commit() == f"{clean}-dirty"
 
 
 def test_a_store_of_rubbish_starts_afresh(tmp_path: Path) -> None:
@@ -134,6 +164,14 @@ def test_the_readme_with_a_gpu_result(tmp_path: Path) -> None:
     for part in ("NVIDIA H100 80GB HBM3", "580.1", "0123456789ab", "1.050", "≤ 1.08", "h100_by_m.png", "h100.md"):
         assert part in text
     assert "h100_roofline.png" not in text
+
+
+def test_paragraphs_are_wrapped() -> None:
+    text = " ".join(f"word{i} `some code of {i}`" for i in range(40))
+    lines = readme.wrapped(text).split("\n")
+    assert " ".join(lines) == text
+    assert max(map(len, lines)) <= readme.WIDTH
+    assert all(line.count("`") % 2 == 0 for line in lines)
 
 
 def test_markers_must_stand_once() -> None:

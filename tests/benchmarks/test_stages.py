@@ -7,12 +7,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import assemble, battery, devices, model, plots, report, runner, schema, stage, surroundings
+from benchmarks import assemble, battery, devices, model, plots, report, runner, schema, sections, stage, surroundings
 from benchmarks.battery import Entry, Group
 from benchmarks.cases import Contestant
 from benchmarks.devices import Device
@@ -111,6 +112,7 @@ def test_a_card_gets_its_files(
     shown = capsys.readouterr().out
     assert "3 passed" in shown
     assert "the same command goes on" in shown
+    assert "python -m benchmarks.readme" in shown  # these are not the committed results
     result = json.loads((tmp_path / "h100.json").read_text())
     schema.check_report(result)
     assert result["device"] == "NVIDIA H100 80GB HBM3"
@@ -177,7 +179,7 @@ def test_dropout_of_ours_is_checked_under_its_own_mask() -> None:
     entry = Entry("lora", "ours", 16, 24, 16, 2, 0.5, dtype="fp32")
     group = Group((Entry("frozen", "eager", 16, 24, 16, dtype="fp32"), entry), modes=("eager",))
     values = runner.make_values(group, Quiet())
-    found = runner.check_entry(entry, values, Quiet())
+    found = runner.check_entry(entry, values)
     assert found.max_rel_err < 1e-5
     with pytest.raises(AssertionError, match="is off by"):
         runner.cases.check(found.contestant, values.of(entry))  # without the mask it is another function
@@ -214,6 +216,62 @@ def test_no_card_is_an_error_with_a_reason() -> None:
         devices.get("cuda")
     with pytest.raises(ValueError, match="graph"):
         devices.get("cpu").prepare([lambda: None], "graph")
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["report", *arguments])
+    report.main()
+
+
+def test_the_command_without_a_card_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, "--device", "cuda", "--out", str(tmp_path))
+    error = capsys.readouterr().err
+    assert "sees no CUDA device" in error
+    assert error.count("\n") == 1
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, "--device", "cpu", "--stages", "target", "--rounds", "3", "--out", str(tmp_path))
+    assert "--stages and --rounds" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cpu_out_of_time_between_sections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A section that took all the time is kept, and no later one begins."""
+    clock = [0.0]
+
+    def slow() -> dict[str, Any]:
+        clock[0] += 1e3
+        return {"there": True}
+
+    monkeypatch.setattr(report.time, "monotonic", lambda: clock[0])
+    names = list(sections.SECTIONS)
+    monkeypatch.setattr(sections, "SECTIONS", {name: (name, SimpleNamespace(show=str)) for name in names})
+    monkeypatch.setattr(sections, "measurements", lambda quick: dict.fromkeys(names, slow))
+    command(monkeypatch, "--device", "cpu", "--minutes", "5", "--out", str(tmp_path))
+    shown = capsys.readouterr().out
+    assert "the same command goes on" in shown
+    assert "README.md" not in shown
+    assert [path.name for path in tmp_path.iterdir()] == ["cpu.stage.jsonl"]
+    notes = Store(tmp_path / "cpu.stage.jsonl", surroundings.header(devices.get("cpu"), "cpu")).of("note")
+    assert [note["name"] for note in notes] == [f"section {names[0]} False"]
+
+
+def test_the_readme_is_rewritten_from_the_committed_results_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    updates: list[bool] = []
+    monkeypatch.setattr(report.readme, "update", lambda: updates.append(True) or True)
+    report._tell_readme(tmp_path)
+    assert not updates
+    assert "python -m benchmarks.readme" in capsys.readouterr().out
+    report._tell_readme(report.RESULTS)
+    assert updates == [True]
+    assert "rewritten" in capsys.readouterr().out
 
 
 def test_the_help_of_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

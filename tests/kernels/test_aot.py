@@ -37,8 +37,9 @@ def reports(tmp_path: Path, *options: str) -> list[aot.Report]:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("arch", aot.ARCHS)
+@pytest.mark.parametrize(("arch", "dtype"), [
+    (arch, dtype) for arch in aot.ARCHS for dtype in aot.DTYPES if arch != "sm_89" or dtype == "bf16"
+])  # fmt: skip
 def test_every_kernel_compiles_without_a_fault(arch, dtype, tmp_path):
     found = reports(tmp_path, "--arch", arch, "--dtype", dtype)
     assert all((r.arch, r.dtype) == (arch, dtype) for r in found)

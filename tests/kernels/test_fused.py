@@ -17,7 +17,7 @@ from ops.test_golden import AB, GOLDEN, RANK, golden_gradient, golden_problem
 
 from glora_kernels import kernels
 from glora_kernels.launch import routes
-from glora_kernels.launch.plan import Launch, LibraryProduct, planning
+from glora_kernels.launch.plan import LibraryProduct, planning
 from glora_kernels.ops import triton as triton_path
 from glora_kernels.ops.common import Call, Needs, Supports
 from glora_kernels.spec import GLoRAConfig, all_configs
@@ -66,22 +66,23 @@ def plan(
     return forward, backward
 
 
-def totals(steps) -> int:
-    return sum(getattr(getattr(step, "kernel", None), "__name__", "") == "_totals_kernel" for step in steps)
-
-
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
-@pytest.mark.parametrize("m", [1, 512, 8192])
-def test_every_configuration_takes_two_launches_forward_and_four_backward(m, bias, monkeypatch):
-    """W·c comes on top (`ops.wc`), and one launch where the gradients of constants are summed."""
-    choose_route(monkeypatch, "fused")
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 4096, 1024), (512, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096)]
+)
+def test_every_configuration_takes_two_launches_forward_and_four_backward(m, n, k, bias):
+    """On the routes that are chosen, a product of the library counted as one; W·c comes on top (`ops.wc`).
+
+    Not held to: where the library's product takes dx, a scaled weight for a vector or constant A is one more, and the
+    sum of a constant's gradient, which our own product would take on the way.
+    """
     for config in all_configs(rank=16):
-        forward, backward = plan(config, m, 4096, 1024, bias)
-        constants = "constant" in (config.A, config.B, config.E) or (config.D == "constant" and bias)
+        forward, backward = plan(config, m, n, k, bias)
         assert len(forward) <= 2, f"{config}: {list(map(str, forward))}"
-        assert totals(backward) == constants
-        assert len(backward) - totals(backward) <= 4, f"{config}: {list(map(str, backward))}"
-        assert all(isinstance(step, Launch) for step in (*forward, *backward))
+        library = any(isinstance(step, LibraryProduct) for step in backward)
+        scales = config.A in ("vector", "constant")
+        sums = "constant" in (config.A, config.B, config.E) or (config.D == "constant" and bias)
+        assert len(backward) <= 4 + library * (scales + sums), f"{config}: {list(map(str, backward))}"
 
 
 @pytest.mark.parametrize("config", [
@@ -121,7 +122,7 @@ def test_alpha_p_and_the_seed_do_not_change_what_is_compiled():
     for path in Path(kernels.__file__).parent.glob("*.py"):
         for decorator, parameters in re.findall(r"(@triton\.jit.*)\ndef _\w+_kernel\(([^:]*):", path.read_text()):
             if re.search(r"\bseed\b", parameters):
-                assert decorator == '@triton.jit(do_not_specialize=["seed", "threshold"])', path
+                assert decorator.startswith('@triton.jit(do_not_specialize=["seed", "threshold"'), path
 
 
 def test_a_rank_over_the_limit_is_refused():
@@ -165,6 +166,25 @@ def test_the_library_route(a, b, variant, dtype, device, monkeypatch, poison):
     config = GLoRAConfig(a, b, "vector", "vector", "vector", rank=4, variant=variant,
                          dropout=0.25 if b == "lora" else 0.0)  # fmt: skip
     p = problem(config, (37,), 70, 45, True, dtype, device=device, size=0.1)
+    check(p, ours(p, "triton"), "triton")
+
+
+@pytest.mark.parametrize("rank", [33, 65, 128])
+@pytest.mark.parametrize(("a", "b", "variant"), [("none", "lora", "hadamard"), ("vector", "lora", "hadamard"),
+                                                 ("lora", "lora", "hadamard"), ("lora", "lora", "matmul")])  # fmt: skip
+def test_large_ranks(a, b, variant, rank, device, poison):
+    """dyᵀh by a read of its own, dB_down beside dA by another, three sums at the end."""
+    config = GLoRAConfig(a, b, "lora", "constant", "vector", rank=rank, variant=variant, dropout=0.25)
+    p = problem(config, (37,), 72, 48, True, torch.float32, device=device, size=0.1)
+    check(p, ours(p, "triton"), "triton")
+
+
+def test_factors_of_two_dtypes(device):
+    """A_up and A_down need not share one."""
+    p = problem(
+        GLoRAConfig("lora", "none", E="none", rank=4), (37,), 72, 48, True, torch.float16, device=device, size=0.1
+    )
+    p.params["A_up"] = p.params["A_up"].float()
     check(p, ours(p, "triton"), "triton")
 
 
