@@ -172,13 +172,13 @@ def _routes() -> list[dict[str, str]]:
 
 def _layers() -> list[dict[str, str]]:
     """What a forward and backward of each kind of layer does: GEMM-sized products, and with which kernels on a GPU."""
-    forward, backward = "_prepare_kernel, _glora_fwd_kernel", "_dy_kernel, _x_kernel, _glora_dx_kernel, _finish_kernel"
+    forward, backward = "_prepare_kernel, _glora_fwd_kernel", "_dy_kernel, _x_kernel, _finish_kernel, _glora_dx_kernel"
     rows = (
         ("LoRA, A none", "2", "low-rank and bias terms added to the product", f"{forward}; {backward}"),
         ("A vector or constant", "2", "rows scaled after the product; dA recovered from y",
-         f"{forward}; {backward} (constants: and _totals_kernel)"),
+         f"{forward}; {backward}"),
         ("A lora", "3", "W_eff in one reused workspace, rebuilt in backward",
-         f"{forward}; _dy_kernel, _hadamard_grad_kernel, _glora_dx_kernel, _finish_kernel"),
+         f"{forward}; _dy_kernel, _hadamard_grad_kernel, _finish_kernel, _glora_dx_kernel"),
         ("A lora, product variant", "2", "LoRA with W·A_up in the place of B_up", f"{forward}; {backward}"),
         ("C", "+0", "W read once more in each pass", "_wc_kernel; _wc_grad_kernel, _c_grad_kernel"),
         ("D or E", "+0", "one vector, made where it is added", "none of their own"),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora_kernels.launch.configs import MAX_FACTOR_RANK, Shape
+from glora_kernels.launch.configs import MAX_FACTOR_RANK, TOTALS_BESIDE_DX, Shape
 
 M, N, K, R = 8192, 4096, 14336, 16
 SEED = 2**62 + 1
@@ -70,7 +70,8 @@ def _large(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
     pair: dict[str, Any] = {"s": make.wide(2, M, 2 * R), "a_down": make(R, K), "b_down": make(R, K), "arch": arch}
     yield "dx product variant", glora_dx_launch(y, w, x, **pair)
     totals: dict[str, Any] = {"vectors": make.wide(3, N), "totals": make(3)}
-    yield "dx full, dropout, constants", glora_dx_launch(y, w, x, **{**scaled, **totals, "a": make(1)})
+    if arch in TOTALS_BESIDE_DX:
+        yield "dx full, dropout, constants", glora_dx_launch(y, w, x, **{**scaled, **totals, "a": make(1)})
     for rows in (512, 48):
         few_rows: dict[str, Any] = {"s": make.wide(8, rows, 64), "tau": make.wide(8, rows), "b_down": make(64, K)}
         small = {**scaled, **few_rows}

@@ -15,6 +15,9 @@ import torch
 KERNELS: tuple[str, ...] = ("fwd", "dx", "prepare", "added_terms", "dy", "x", "hadamard_grad", "finish", "weight")
 """The kernels with a configuration of their own; "weight" serves W_eff, U and W·c."""
 
+TOTALS_BESIDE_DX = ("sm_90", "sm_100", "cpu")
+"""Where `_glora_dx_kernel` also sums the gradients of constants; elsewhere its pointers leave no register for that."""
+
 MAX_FACTOR_RANK = 32
 """Up to this rank `_dy_kernel` takes dyᵀh as well; above, its partial sums would move more than reading dy again."""
 
@@ -78,7 +81,7 @@ def large_product(
         warps = 8 if arch == "sm_90" else 4  # what does not spill
         return {"rows": 64, "cols": 64, "depth": 32, "num_warps": warps, "num_stages": 2, **plain}
     tall = 128 if rows > 64 else 64
-    warps = 8 if tall == 128 or arch == "sm_89" else 4
+    warps = 8 if tall == 128 or arch in ("sm_80", "sm_89") else 4
     if arch.startswith("gfx"):
         return {"rows": tall, "cols": 128, "depth": 64, "num_warps": 4, "num_stages": 2, **plain}
     if arch not in ("sm_90", "sm_100") or mixed or not tma:
@@ -99,7 +102,7 @@ def into_rank(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     32 rows keep it on mma.sync: the dropped x is made in registers, from where wgmma would be serialized, and a
     kernel that waits for memory gains nothing from wgmma.
     """
-    depth = 64 if arch == "sm_100" else 128
+    depth = 64 if arch == "sm_100" or shape.r > 16 else 128
     if shape.r > 64:
         depth = 32
     if dtype == torch.float32:

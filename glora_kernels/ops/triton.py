@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from glora_kernels.launch import environment, routes
-from glora_kernels.launch.configs import MAX_FACTOR_RANK, Shape
+from glora_kernels.launch.configs import MAX_FACTOR_RANK, TOTALS_BESIDE_DX, Shape
 from glora_kernels.launch.plan import LibraryProduct, arch_of
 from glora_kernels.launch.workspace import workspace_like
 from glora_kernels.ops.common import Call, Needs, Supports, given, wide_dtype
@@ -177,13 +177,15 @@ def backward(
             sums.append(end.Sum(part[:, p * want_p :], db_down))
     # Before dx, whose launch sums the gradients of constants on the way.
     grads, vectors, totals = _finish(read, sums, dy, x, weight, s, y, h, sigma, needs, p, r, arch)
+    beside_dx = dx is not None and not library and arch in TOTALS_BESIDE_DX
     if dx is not None and library:
         LibraryProduct(dy, effective, dx, accumulates=adds_to_dx).run()
     elif dx is not None:
         large.glora_dx_launch(
-            dy, effective, dx, s=ds, **down, a=row_scale, tau=tau, vectors=vectors, totals=totals, **dropped
-        ).run()
-    if vectors is not None and totals is not None and (dx is None or library):
+            dy, effective, dx, s=ds, **down, a=row_scale, tau=tau, vectors=vectors if beside_dx else None,
+            totals=totals if beside_dx else None, **dropped,
+        ).run()  # fmt: skip
+    if vectors is not None and totals is not None and not beside_dx:
         end.totals_launch(vectors, totals).run()
     if p and needs.a_up:
         da_up = _gradient_through_weight(weight, grads["du"], given(s.a_up), arch)

@@ -1,4 +1,4 @@
-"""The cost model and the choice it makes between the two routes: pure, monotonous, and never for a card it knows not."""
+"""The cost model and the choice between the two routes: pure, monotonous, and no guess about an unknown card."""
 
 from __future__ import annotations
 
