@@ -27,13 +27,11 @@ from torch import Tensor
 
 from glora_kernels.launch import environment
 from glora_kernels.launch.aot_cases import cases
+from glora_kernels.launch.configs import SHARED_LIMIT
 from glora_kernels.launch.plan import Launch
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SHARED_LIMIT = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-"""Shared memory a block may use, in bytes."""
-
 MATRIX_INSTRUCTION = {
     "sm_80": r"\bHMMA\b", "sm_89": r"\bHMMA\b", "sm_90": r"\bHGMMA\b|\bHMMA\b", "sm_100": r"\bUTCHMMA\b|\bHMMA\b",
     "gfx942": r"\bv_mfma_",

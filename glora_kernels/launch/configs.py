@@ -28,6 +28,12 @@ PROGRAMS = {"cpu": 2, "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm
 """Multiprocessors of the largest card of an architecture."""
 
 
+SHARED_LIMIT = {
+    "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536,
+}  # fmt: skip
+"""Shared memory that a block may use, in bytes."""
+
+
 class Shape(NamedTuple):
     """One call: x (M,K), W (N,K), rank R (of the larger low-rank pair, 0 without one)."""
 

@@ -32,9 +32,6 @@ ROUNDS = 25
 MOST = 8
 """The most candidates of a kernel, the default among them."""
 
-SHARED = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-"""Shared memory a block may use, in bytes; the smallest of them where a card is not known."""
-
 Pass = Callable[[], dict[str, Tensor]]
 Passes = Callable[[Data, bool, bool], Pass]
 """(data, backward, scales) → one whole forward or backward of a layer, on whatever route is forced."""
@@ -73,7 +70,7 @@ def candidates(kernel: str, arch: str, dtype: torch.dtype, shape: Shape) -> list
     if kernel not in VARIATIONS:
         raise ValueError(f"kernel must be one of {', '.join(map(repr, VARIATIONS))}; got {kernel!r}")
     default = configs.choose(kernel, arch, dtype, shape)
-    limit = SHARED.get(arch, min(SHARED.values()))
+    limit = configs.SHARED_LIMIT.get(arch, min(configs.SHARED_LIMIT.values()))
     found = [default]
     for changes in VARIATIONS[kernel]:
         changed = {name: value for name, value in changes.items() if name in default}

@@ -15,7 +15,7 @@ from helpers import PAIRS, check, layer, ours, problem, same, train_only
 from glora_kernels import reference
 from glora_kernels.launch import environment, routes
 from glora_kernels.ops import glora_linear
-from glora_kernels.ops.glora import dropout_seed
+from glora_kernels.ops.glora import dropout_seed, seeds_on_device
 from glora_kernels.spec import GLoRAConfig
 
 pytestmark = pytest.mark.gpu
@@ -66,15 +66,15 @@ def test_twenty_runs_give_the_same_bits(a, b, variant, dtype):
 
 @forms
 def test_cuda_graph(a, b, variant):
-    """Forward and backward captured once; a replay sees new inputs and new parameters, and makes a new mask."""
-    p = problem(config(a, b, variant), (129,), 256, 136, True, torch.bfloat16, device="cuda", size=0.05)
+    """Forward and backward captured once; a replay sees new inputs and new parameters."""
+    p = problem(config(a, b, variant, dropout=0.1), (129,), 256, 136, True, torch.bfloat16, device="cuda", size=0.05)
     leaves = {n: t.detach().requires_grad_() for n, t in p.leaves().items()}
 
     def step():
         for t in leaves.values():
             t.grad = None
         params = {n: leaves[n] for n in p.params}
-        y = layer(leaves["x"], p.weight, leaves["bias"], params, p.config)
+        y = layer(leaves["x"], p.weight, leaves["bias"], params, p.config, p.seed)
         y.backward(p.dy)
         return {"y": y.detach(), **{n: t.grad for n, t in leaves.items()}}
 
@@ -104,7 +104,8 @@ def test_a_replayed_graph_draws_a_new_mask():
     up = torch.eye(64, device="cuda")
     graph = torch.cuda.CUDAGraph()
     assert dropout_seed(x.device).device.type == "cpu"
-    glora_linear(x, w, b_up=up, b_down=up, dropout_p=0.5, seed=dropout_seed(x.device))
+    with seeds_on_device():
+        glora_linear(x, w, b_up=up, b_down=up, dropout_p=0.5, seed=dropout_seed(x.device))
     with torch.cuda.graph(graph):
         seed = dropout_seed(x.device)
         y = glora_linear(x, w, b_up=up, b_down=up, dropout_p=0.5, seed=seed)
@@ -116,6 +117,32 @@ def test_a_replayed_graph_draws_a_new_mask():
         masks.append(y != 0)
     assert not torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[1], masks[2])
+
+
+@pytest.mark.parametrize(("a", "b", "variant"), [
+    ("none", "lora", "hadamard"), ("vector", "lora", "hadamard"), ("lora", "lora", "hadamard"),
+    ("constant", "constant", "hadamard"),
+])  # fmt: skip
+def test_the_profiler_counts_the_planned_launches(a, b, variant):
+    """What a card is given is what the plan says, and no other GPU operation."""
+    from kernels.test_fused import plan
+
+    c = GLoRAConfig(a, b, "none", "none", "none", 16, dropout=0.1 if b == "lora" else 0.0, variant=variant)
+    p = problem(c, (2048,), 1024, 1024, False, torch.bfloat16, device="cuda", size=0.05)
+    leaves = {n: t.detach().requires_grad_() for n, t in p.leaves().items()}
+
+    def step():
+        y = layer(leaves["x"], p.weight, None, {n: leaves[n] for n in p.params}, c, p.seed)
+        torch.autograd.grad(y, list(leaves.values()), p.dy)
+
+    step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    seen = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    planned = sum(len(steps) for steps in plan(c, 2048, 1024, 1024, False, environment.arch(0)))
+    assert len(seen) == planned, seen
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -73,6 +73,7 @@ sys.path.insert(0, "tests")
 import torch
 from kernels.test_fused import plan
 from glora_kernels.launch import aot, routes
+from glora_kernels.launch.configs import SHARED_LIMIT
 from glora_kernels.ops.common import Supports
 from glora_kernels.spec import GLoRAConfig
 arch, name, route = sys.argv[1:]
@@ -89,7 +90,7 @@ for m, n, k in [(1, 1, 1), (70000, 4097, 4095)]:
             for step in steps:
                 if hasattr(step, "kernel"):
                     compiled, _ = aot.compile_launch(step, arch)
-                    assert compiled.metadata.shared <= aot.SHARED_LIMIT[arch], str(step)
+                    assert compiled.metadata.shared <= SHARED_LIMIT[arch], str(step)
 print("all compiled")
 """
 

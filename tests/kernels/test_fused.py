@@ -128,6 +128,19 @@ def test_alpha_p_and_the_seed_do_not_change_what_is_compiled():
 def test_a_rank_over_the_limit_is_refused():
     with pytest.raises(RuntimeError, match=r"up to 256.*got 257"):
         plan(GLoRAConfig.lora(rank=257), 64, 512, 512, False)
+    with planning("sm_90"), pytest.raises(RuntimeError, match=r"up to 256.*got 300"):
+        triton_path.wc_forward(meta(64, 64), None, meta(64, 300), meta(300, 1))
+
+
+def test_a_strided_wc_is_read_as_it_is(device):
+    """`ops.wc` makes a contiguous one; the public operator takes any."""
+    from glora_kernels.ops import glora_linear
+
+    x, w = torch.randn(5, 16, device=device), torch.randn(8, 16, device=device)
+    wc = torch.randn(16, device=device)[::2]
+    with routes.backend("triton"):
+        y = glora_linear(x, w, wc=wc)
+    assert torch.allclose(y, x @ w.t() + wc, atol=1e-4)
 
 
 # The shipped configurations and the two routes, in the interpreter.

@@ -7,7 +7,8 @@ import torch
 import triton
 
 from glora_kernels.launch import configs, environment
-from glora_kernels.launch.aot import ARCHS, SHARED_LIMIT
+from glora_kernels.launch.aot import ARCHS
+from glora_kernels.launch.configs import SHARED_LIMIT
 from glora_kernels.launch.plan import Launch, arithmetic, descriptor, strides, vector_stride
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

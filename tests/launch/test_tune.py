@@ -9,8 +9,8 @@ import torch
 
 from glora_kernels.commands.tune import KERNELS, whole_pass
 from glora_kernels.launch import configs, environment, tables, trials, tune
-from glora_kernels.launch.aot import ARCHS, SHARED_LIMIT
-from glora_kernels.launch.configs import Shape
+from glora_kernels.launch.aot import ARCHS
+from glora_kernels.launch.configs import SHARED_LIMIT, Shape
 from glora_kernels.launch.plan import Launch
 from glora_kernels.launch.timing import clock_timer, event_timer, graph_timer, ratio
 from glora_kernels.launch.tune import Machine, candidates

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from helpers import ours, problem, truth
+from helpers import layer, ours, problem, truth
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -291,3 +291,34 @@ def test_flops_of_wc(form, pair):
     with FlopCounterMode(display=False) as counter:
         OPS.glora_wc_backward(torch.randn(11), *args[:4], needs, "eager")
     assert counter.get_total_flops() == 2 * math.prod(p.weight.shape) + 2 * pair
+
+
+def test_a_compiled_layer_is_one_node_and_two_with_c():
+    """Of the graph that torch.compile sees, forward and backward: nothing else of ours, and no decomposition."""
+    from collections import Counter
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    seen: list[Counter[str]] = []
+
+    def record(module, inputs):
+        seen.append(
+            Counter(str(n.target) for n in module.graph.nodes if n.op == "call_function" and "glora" in str(n.target))
+        )
+        return module.forward
+
+    for c, expected in (("none", 1), ("vector", 2)):
+        torch._dynamo.reset()
+        seen.clear()
+        p = problem(GLoRAConfig("vector", "lora", c, "none", "vector", rank=3), (7,), 20, 11, dtype=torch.float32)
+        leaves = {n: t.detach().requires_grad_() for n, t in p.leaves().items()}
+        params = {n: leaves[n] for n in p.params}
+        compiled = torch.compile(
+            lambda x, b, params=params, p=p: layer(x, p.weight, b, params, p.config),
+            backend=aot_autograd(fw_compiler=record, bw_compiler=record), fullgraph=True,
+        )  # fmt: skip
+        compiled(leaves["x"], leaves["bias"]).backward(p.dy)
+        forward, backward = seen
+        assert sum(forward.values()) == sum(backward.values()) == expected, (forward, backward)
+        assert forward["glora_kernels.glora_linear.default"] == 1
+        assert backward["glora_kernels.glora_linear_backward.default"] == 1
