@@ -137,7 +137,7 @@ def run(
     archs: Iterable[str], dtypes: Iterable[str], jobs: int, progress: Callable[[int, int], None] | None = None
 ) -> list[Report]:
     """All reports, `jobs` compilations at a time."""
-    tasks = [(arch, dtype, i) for arch in archs for dtype in dtypes for i in range(_case_count(dtype))]
+    tasks = [(arch, dtype, i) for arch in archs for dtype in dtypes for i in range(_case_count(dtype, arch))]
     reports = []
     with ProcessPoolExecutor(jobs) as pool:
         for done, result in enumerate(pool.map(_task, tasks), start=1):
@@ -198,8 +198,8 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if faulty else 0
 
 
-def _case_count(dtype: str) -> int:
-    return sum(1 for _ in cases(DTYPES[dtype], "sm_90"))
+def _case_count(dtype: str, arch: str) -> int:
+    return sum(1 for _ in cases(DTYPES[dtype], arch))
 
 
 def _task(task: tuple[str, str, int]) -> Report:
