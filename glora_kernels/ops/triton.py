@@ -177,7 +177,7 @@ def backward(
             sums.append(end.Sum(part[:, p * want_p :], db_down))
     # Before dx, whose launch sums the gradients of constants on the way.
     grads, vectors, totals = _finish(read, sums, dy, x, weight, s, y, h, sigma, needs, p, r, arch)
-    beside_dx = dx is not None and not library and arch in TOTALS_BESIDE_DX
+    beside_dx = dx is not None and m > 0 and not library and arch in TOTALS_BESIDE_DX
     if dx is not None and library:
         LibraryProduct(dy, effective, dx, accumulates=adds_to_dx).run()
     elif dx is not None:
