@@ -114,7 +114,8 @@ def into_rank(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     if dtype == torch.float32:
         cols = 32 if arch.startswith("gfx") else 64
         return {"rows": 32, "cols": cols, "depth": 32, "num_warps": 8, "num_stages": 2}
-    return {"rows": 32, "cols": 128, "depth": depth, "num_warps": 4, "num_stages": 2}
+    warps = 8 if shape.r > 16 and arch == "sm_89" else 4
+    return {"rows": 32, "cols": 128, "depth": depth, "num_warps": warps, "num_stages": 2}
 
 
 def dy_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
@@ -148,7 +149,7 @@ def hadamard_grad(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]
     if dtype == torch.float32:
         warps = 8 if arch in ("sm_90", "sm_100") else 4  # what does not spill
         return {"rows": 64, "cols": 64, "depth": 32, "num_warps": warps, "num_stages": 2}
-    stages = 2 if arch.startswith("gfx") else 3
+    stages = 3 if arch in ("sm_80", "sm_90", "sm_100") else 2
     return {"rows": 128, "cols": 128, "depth": 64, "num_warps": 8, "num_stages": stages}
 
 
