@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.floor import Ceilings
-from benchmarks.timing import median
 
 Call = Callable[[], object]
 
@@ -95,7 +95,7 @@ class Device:
         """The median of single calls after a warm-up, in seconds."""
         for _ in range(3):
             call()
-        return median([self.elapsed(call, 1) for _ in range(times)])
+        return statistics.median([self.elapsed(call, 1) for _ in range(times)])
 
     def interleaved(self, calls: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
         """Seconds a call of each, one entry a round; every round times each once, in an order that rotates."""

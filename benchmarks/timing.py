@@ -31,11 +31,6 @@ class Spread:
         return cls(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])
 
 
-def median(values: Sequence[float]) -> float:
-    """The middle value."""
-    return statistics.median(values)
-
-
 def interleaved(
     calls: Mapping[str, Callable[[], object]], rounds: int, inner: int = 1, warmup: int = 2, label: str = ""
 ) -> dict[str, list[float]]:

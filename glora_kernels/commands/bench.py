@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from typing import Any
 
@@ -67,7 +68,12 @@ def run(args: argparse.Namespace) -> int:
     for name, contenders in passes.items():
         frozen, ours = timer(contenders, args.rounds)
         rows.append(
-            (name, f"{timing.median(frozen):.3f}", f"{timing.median(ours):.3f}", f"{timing.ratio(ours, frozen):.3f}")
+            (
+                name,
+                f"{statistics.median(frozen):.3f}",
+                f"{statistics.median(ours):.3f}",
+                f"{timing.ratio(ours, frozen):.3f}",
+            )
         )
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     name = str(dtype).removeprefix("torch.")

@@ -49,6 +49,15 @@ def _load_vector(ptr, index, stride, size):
 
 
 @triton.jit
+def _vector_sum(part_ptr, stride_part, index, size, splits):
+    """Σ_split part[split, index] in fp32."""
+    total = tl.zeros_like(index).to(tl.float32)
+    for split in range(splits):
+        total += _load_vector(part_ptr + tl.cast(split, tl.int64) * stride_part, index, 1, size)
+    return total
+
+
+@triton.jit
 def _load_shift(
     bias_ptr,
     stride_bias,
@@ -107,7 +116,6 @@ def _load_banded_vector(ptr, stride_band, index, size, BANDS: tl.constexpr):
 
 @triton.jit
 def _low_rank(
-    acc,
     left_ptr,
     stride_left_band,
     stride_left_row,
@@ -124,9 +132,16 @@ def _low_rank(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """acc[i, j] + Σ_{r < R} left[i, r]·right[j, r], multiplied in DTYPE and added in fp32."""
+    """Σ_{r < R} left[i, r]·right[j, r], (ROWS, COLS), multiplied in DTYPE and added in fp32.
+
+    From zeros, for the caller to add: one accumulator for this and a large product makes ptxas serialize the wgmma of
+    that product (C7511).
+    """
+    acc = tl.zeros((ROWS, COLS), tl.float32)
     for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
         r = r0 + tl.arange(0, BLOCK_R)
         left = _load_banded(

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from glora_kernels.kernels.common import _dot, _load, _load_shift, _load_vector, _store
+from glora_kernels.kernels.common import _dot, _load, _load_shift, _load_vector, _store, _vector_sum
 
 
 @triton.jit
@@ -28,15 +28,6 @@ def _sum_tile(
     for split in range(splits):
         total += _load(part_ptr + tl.cast(split, tl.int64) * stride_part, i, j, SIZE_J, 1, SIZE_I, SIZE_J)
     _store(out_ptr, total, i, j, stride_out_i, stride_out_j, SIZE_I, SIZE_J)
-
-
-@triton.jit
-def _vector_sum(part_ptr, stride_part, n, N, splits):
-    """Σ_split part[split, n] in fp32."""
-    total = tl.zeros_like(n).to(tl.float32)
-    for split in range(splits):
-        total += _load_vector(part_ptr + tl.cast(split, tl.int64) * stride_part, n, 1, N)
-    return total
 
 
 @triton.jit(

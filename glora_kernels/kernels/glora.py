@@ -3,7 +3,6 @@
 Both are persistent: a grid of as many programs as the card runs at once walks the tiles, or of one program a tile.
 Operands come through tensor descriptors (TMA, `TMA`) or by pointers (cp.async). The low-rank term is one more step of
 the reduction, taken after the product is scaled; it is added, and the result stored, in PARTS of the tile's columns.
-It starts from zeros and is then added: one accumulator for both products makes ptxas serialize wgmma (C7511).
 """
 
 import triton
@@ -111,15 +110,13 @@ def _glora_fwd_kernel(
                 part *= 1.0 + _load_vector(a_ptr, n, stride_a, N)[None, :]
             if HAS_U:
                 part += _low_rank(
-                    tl.zeros_like(part),
                     h_ptr, stride_hb, stride_hm, stride_hr, u_ptr, stride_un, stride_ur, m, n, M, N, P,
-                    BANDS, DTYPE, PRECISION, UPCAST, BLOCK_R,
+                    BANDS, DTYPE, PRECISION, UPCAST, BLOCK_M, BLOCK_N // PARTS, BLOCK_R,
                 )  # fmt: skip
             if HAS_UP:
                 part += _low_rank(
-                    tl.zeros_like(part),
                     h_ptr + P * stride_hr, stride_hb, stride_hm, stride_hr, up_ptr, stride_upn, stride_upr, m, n,
-                    M, N, R, BANDS, DTYPE, PRECISION, UPCAST, BLOCK_R,
+                    M, N, R, BANDS, DTYPE, PRECISION, UPCAST, BLOCK_M, BLOCK_N // PARTS, BLOCK_R,
                 )  # fmt: skip
             if HAS_B:
                 sigma = _load_banded_vector(sigma_ptr, stride_sigma, m, M, BANDS)
@@ -223,25 +220,19 @@ def _glora_dx_kernel(
             k = k0 + tl.arange(0, BLOCK_K // PARTS)
             if HAS_U:
                 part += _low_rank(
-                    tl.zeros_like(part),
                     s_ptr, stride_sb, stride_sm, stride_sr, a_down_ptr, stride_adk, stride_adr, m, k, M, K, P,
-                    BANDS, DTYPE, PRECISION, UPCAST, BLOCK_R,
+                    BANDS, DTYPE, PRECISION, UPCAST, BLOCK_M, BLOCK_K // PARTS, BLOCK_R,
                 )  # fmt: skip
             if HAS_UP:
+                term = _low_rank(
+                    s_ptr + P * stride_sr, stride_sb, stride_sm, stride_sr, b_down_ptr, stride_bdk, stride_bdr, m, k,
+                    M, K, R, BANDS, DTYPE, PRECISION, UPCAST, BLOCK_M, BLOCK_K // PARTS, BLOCK_R,
+                )  # fmt: skip
                 if HAS_DROPOUT:
-                    term = _low_rank(
-                        tl.zeros_like(part), s_ptr + P * stride_sr, stride_sb, stride_sm, stride_sr,
-                        b_down_ptr, stride_bdk, stride_bdr, m, k, M, K, R, BANDS, DTYPE, PRECISION, UPCAST, BLOCK_R,
-                    )  # fmt: skip
-                    part += _dropped(
+                    term = _dropped(
                         term, _seed(seed, SEED_IS_POINTER), m, k0, threshold, inv_keep, BLOCK_M, BLOCK_K // PARTS
                     )  # fmt: skip
-                else:
-                    part += _low_rank(
-                    tl.zeros_like(part),
-                    s_ptr + P * stride_sr, stride_sb, stride_sm, stride_sr, b_down_ptr, stride_bdk,
-                        stride_bdr, m, k, M, K, R, BANDS, DTYPE, PRECISION, UPCAST, BLOCK_R,
-                    )  # fmt: skip
+                part += term
             if HAS_TAU:
                 part += _load_banded_vector(tau_ptr, stride_tau, m, M, BANDS)[:, None]
             if TMA:

@@ -210,15 +210,15 @@ def _x_kernel(
             term = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
             if HAS_DOWN_V:
                 term = _low_rank(
-                    term, s_ptr + P * stride_sr, stride_sb, stride_sm, stride_sr, b_down_ptr, stride_bdk, stride_bdr,
-                    m, k, last, K, R, BANDS, DTYPE, PRECISION, UPCAST, BLOCK_R,
+                    s_ptr + P * stride_sr, stride_sb, stride_sm, stride_sr, b_down_ptr, stride_bdk, stride_bdr,
+                    m, k, last, K, R, BANDS, DTYPE, PRECISION, UPCAST, BLOCK_M, BLOCK_K, BLOCK_R,
                 )  # fmt: skip
                 if HAS_DROPOUT:
                     term = _dropped(term, _seed(seed, SEED_IS_POINTER), m, k0, threshold, inv_keep, BLOCK_M, BLOCK_K)
             if HAS_DOWN_P:
-                term = _low_rank(
-                    term, s_ptr, stride_sb, stride_sm, stride_sr, a_down_ptr, stride_adk, stride_adr,
-                    m, k, last, K, P, BANDS, DTYPE, PRECISION, UPCAST, BLOCK_P,
+                term += _low_rank(
+                    s_ptr, stride_sb, stride_sm, stride_sr, a_down_ptr, stride_adk, stride_adr,
+                    m, k, last, K, P, BANDS, DTYPE, PRECISION, UPCAST, BLOCK_M, BLOCK_K, BLOCK_P,
                 )  # fmt: skip
             if HAS_TAU:
                 term += _load_banded_vector(tau_ptr, stride_tau, m, last, BANDS)[:, None]

@@ -13,6 +13,7 @@ from glora_kernels.kernels.common import (
     _seed,
     _store,
     _tile_of,
+    _vector_sum,
 )
 
 
@@ -249,9 +250,7 @@ def _c_grad_kernel(
     r = tl.arange(0, BLOCK_R)
     if i < blocks:
         k = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        dc = tl.zeros((BLOCK_K,), tl.float32)
-        for split in range(splits):
-            dc += _load_vector(part_ptr + tl.cast(split, tl.int64) * stride_part, k, 1, K)
+        dc = _vector_sum(part_ptr, stride_part, k, K, splits)
         if HAS_DC:
             tl.store(dc_ptr + k, dc.to(dc_ptr.dtype.element_ty), mask=k < K)
         if HAS_DUP:
@@ -261,8 +260,6 @@ def _c_grad_kernel(
         total = tl.zeros((BLOCK_R,), tl.float32)
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            dc = tl.zeros((BLOCK_K,), tl.float32)
-            for split in range(splits):
-                dc += _load_vector(part_ptr + tl.cast(split, tl.int64) * stride_part, k, 1, K)
+            dc = _vector_sum(part_ptr, stride_part, k, K, splits)
             total += tl.sum(_load(c_up_ptr, k, r, stride_cuk, stride_cur, K, R).to(tl.float32) * dc[:, None], 0)
         tl.store(dc_down_ptr + r, total.to(dc_down_ptr.dtype.element_ty), mask=r < R)

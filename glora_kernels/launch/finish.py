@@ -10,7 +10,7 @@ from triton import cdiv
 from glora_kernels.kernels.finish import _finish_kernel, _totals_kernel
 from glora_kernels.launch import configs, tables
 from glora_kernels.launch.configs import Shape
-from glora_kernels.launch.plan import Launch, arithmetic, options, strides, vector_stride
+from glora_kernels.launch.plan import Launch, arithmetic, leading_stride, options, shift, strides, vector_stride
 
 SAMPLES = 64
 """Rows of y by which `_finish_kernel` judges whether y holds enough of Z."""
@@ -81,18 +81,15 @@ def finish_launch(
     gradients = ("du", "db_up", "da", "db", "dbias", "dwc", "dd", "de")
     args = {
         "part_ptr": part,
-        "stride_part": 0 if part is None else part.stride(0), "stride_pc": 0 if part is None else part.stride(1),
+        "stride_part": leading_stride(part), "stride_pc": 0 if part is None else part.stride(1),
         "factor_ptr": factor,
-        "stride_factor_part": 0 if factor is None else factor.stride(0),
+        "stride_factor_part": leading_stride(factor),
         "stride_factor_c": 0 if factor is None else factor.stride(1),
         **{f"{name}_ptr": outputs.get(name) for name in gradients},
         "up_ptr": up, **strides(up, "stride_upn", "stride_upr"),
         "a_ptr": a, "stride_a": vector_stride(a),
         "b_ptr": b, "stride_b": vector_stride(b),
-        "bias_ptr": bias, "stride_bias": 0 if bias is None else bias.stride(0),
-        "wc_ptr": wc,
-        "d_ptr": d, "stride_d": vector_stride(d),
-        "e_ptr": e, "stride_e": vector_stride(e),
+        **shift(bias, wc, d, e),
         "dy_ptr": dy, **strides(dy, "stride_dym", "stride_dyn"),
         "y_ptr": y, **strides(y, "stride_ym", "stride_yn"),
         "x_ptr": x, **strides(x, "stride_xm", "stride_xk"),
@@ -107,8 +104,7 @@ def finish_launch(
         "sample_step": max(1, m // SAMPLES),
         "HAS_COLUMNS": column_programs > 0, "HAS_FACTOR": factor is not None, "HAS_G": with_g, "HAS_SIGMA": with_sigma,
         **{f"HAS_{name.upper()}": name in outputs for name in gradients},
-        "HAS_UP": up is not None, "HAS_B": b is not None, "HAS_BIAS": bias is not None, "HAS_WC": wc is not None,
-        "HAS_D": d is not None, "HAS_E": e is not None,
+        "HAS_UP": up is not None, "HAS_B": b is not None,
         **arithmetic(device_of.dtype),
         "BLOCK_N": cols, "BLOCK_C": configs.block_r(max(1, p + r), 64), "BLOCK_I": rows,
         "BLOCK_M": config["tokens"], "BLOCK_K": config["depth"], "SAMPLES": SAMPLES,

@@ -12,7 +12,17 @@ from triton import cdiv
 
 from glora_kernels.kernels.glora import _glora_dx_kernel, _glora_fwd_kernel
 from glora_kernels.launch import configs, environment, tables
-from glora_kernels.launch.plan import Launch, arithmetic, descriptor, dropout, options, strides, vector_stride
+from glora_kernels.launch.plan import (
+    Launch,
+    arithmetic,
+    descriptor,
+    dropout,
+    leading_stride,
+    options,
+    shift,
+    strides,
+    vector_stride,
+)
 
 GROUP = 8
 """Row tiles that share their columns in the L2 (`kernels.common._tile_of`)."""
@@ -59,15 +69,11 @@ def glora_fwd_launch(
         "up_ptr": up, **strides(up, "stride_upn", "stride_upr"),
         "a_ptr": a, "stride_a": vector_stride(a),
         "b_ptr": b, "stride_b": vector_stride(b),
-        "sigma_ptr": sigma, "stride_sigma": 0 if sigma is None else sigma.stride(0),
-        "bias_ptr": bias, "stride_bias": 0 if bias is None else bias.stride(0),
-        "wc_ptr": wc,
-        "d_ptr": d, "stride_d": vector_stride(d),
-        "e_ptr": e, "stride_e": vector_stride(e),
+        "sigma_ptr": sigma, "stride_sigma": leading_stride(sigma),
+        **shift(bias, wc, d, e),
         "h_sum_ptr": h_sum, "sigma_sum_ptr": sigma_sum,
         "M": m, "N": n, "K": k, "P": p, "R": r,
         "HAS_A": a is not None, "HAS_B": b is not None, "HAS_U": u is not None, "HAS_UP": up is not None,
-        "HAS_BIAS": bias is not None, "HAS_WC": wc is not None, "HAS_D": d is not None, "HAS_E": e is not None,
         "BANDS": bands, "TMA": tma, "W_IS_ROW_MAJOR": weight.stride(1) == 1,
         "WARP_SPECIALIZE": bool(config["warp_specialize"]), "PARTS": config["parts"],
         **arithmetic(x.dtype),
@@ -111,7 +117,7 @@ def glora_dx_launch(
         "a_down_ptr": a_down, **strides(a_down, "stride_adr", "stride_adk"),
         "b_down_ptr": b_down, **strides(b_down, "stride_bdr", "stride_bdk"),
         "a_ptr": a, "stride_a": vector_stride(a),
-        "tau_ptr": tau, "stride_tau": 0 if tau is None else tau.stride(0),
+        "tau_ptr": tau, "stride_tau": leading_stride(tau),
         "vectors_ptr": vectors, "totals_ptr": totals, "TOTALS": 0 if vectors is None else vectors.shape[0],
         "M": m, "N": n, "K": k, "P": p, "R": r,
         **dropout(dropout_p if b_down is not None else 0.0, seed),

@@ -122,6 +122,22 @@ def vector_stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None or tensor.numel() == 1 else tensor.stride(0)
 
 
+def leading_stride(tensor: Tensor | None) -> int:
+    """The stride between bands, splits or the entries of a vector; zero where it is absent."""
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def shift(bias: Tensor | None, wc: Tensor | None, d: Tensor | None, e: Tensor | None) -> dict[str, Any]:
+    """The arguments of `kernels.common._load_shift`: β = bias∘(1+d) + e + wc, of the terms there are."""
+    return {
+        "bias_ptr": bias, "stride_bias": leading_stride(bias),
+        "wc_ptr": wc,
+        "d_ptr": d, "stride_d": vector_stride(d),
+        "e_ptr": e, "stride_e": vector_stride(e),
+        "HAS_BIAS": bias is not None, "HAS_WC": wc is not None, "HAS_D": d is not None, "HAS_E": e is not None,
+    }  # fmt: skip
+
+
 def descriptor(tensor: Tensor, rows: int, cols: int) -> Any | None:
     """A descriptor of (rows, cols) blocks of a matrix whose rows are contiguous, or None where TMA cannot read it.
 

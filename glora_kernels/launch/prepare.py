@@ -12,7 +12,16 @@ from triton import cdiv
 from glora_kernels.kernels.prepare import _added_terms_kernel, _prepare_kernel
 from glora_kernels.launch import configs, tables
 from glora_kernels.launch.configs import Shape
-from glora_kernels.launch.plan import Launch, arithmetic, dropout, options, strides, vector_stride
+from glora_kernels.launch.plan import (
+    Launch,
+    arithmetic,
+    dropout,
+    leading_stride,
+    options,
+    shift,
+    strides,
+    vector_stride,
+)
 
 
 def prepare_bands(shape: Shape, dtype: torch.dtype, arch: str) -> tuple[int, int]:
@@ -63,7 +72,7 @@ def prepare_launch(
         "b_down_ptr": b_down, **strides(b_down, "stride_bdr", "stride_bdk"),
         "a_ptr": a, "stride_a": vector_stride(a),
         "h_ptr": h, **strides(h, "stride_hb", "stride_hm", "stride_hr"),
-        "sigma_ptr": sigma, "stride_sigma": 0 if sigma is None else sigma.stride(0),
+        "sigma_ptr": sigma, "stride_sigma": leading_stride(sigma),
         "u_ptr": u, **strides(u, "stride_un", "stride_ur"),
         "weff_ptr": weff,
         # P is also the rank of A where W_eff is built: a call has h's P columns or W_eff, never both.
@@ -118,14 +127,10 @@ def added_terms_launch(
         "a_ptr": a, "stride_a": vector_stride(a),
         "b_ptr": b, "stride_b": vector_stride(b),
         "sigma_ptr": sigma,
-        "bias_ptr": bias, "stride_bias": 0 if bias is None else bias.stride(0),
-        "wc_ptr": wc,
-        "d_ptr": d, "stride_d": vector_stride(d),
-        "e_ptr": e, "stride_e": vector_stride(e),
+        **shift(bias, wc, d, e),
         "M": m, "N": n, "K": k, "P": p, "R": r, "scale": float(scale),
         **dropout(dropout_p if b_down is not None else 0.0, seed),
         "HAS_A": a is not None, "HAS_B": b is not None, "HAS_P": a_down is not None, "HAS_V": b_down is not None,
-        "HAS_BIAS": bias is not None, "HAS_WC": wc is not None, "HAS_D": d is not None, "HAS_E": e is not None,
         "READ_Z": read_z,
         **arithmetic(x.dtype),
         "BLOCK_M": config["rows"], "BLOCK_N": config["cols"], "BLOCK_K": config["depth"],

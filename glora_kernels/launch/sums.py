@@ -12,7 +12,7 @@ from triton import cdiv
 from glora_kernels.kernels.sums import _dy_kernel, _x_kernel
 from glora_kernels.launch import configs, tables
 from glora_kernels.launch.configs import Shape
-from glora_kernels.launch.plan import Launch, arithmetic, dropout, options, strides, vector_stride
+from glora_kernels.launch.plan import Launch, arithmetic, dropout, leading_stride, options, strides, vector_stride
 
 
 def dy_sizes(shape: Shape, dtype: torch.dtype, arch: str) -> tuple[int, int, int]:
@@ -58,9 +58,9 @@ def dy_launch(
         "h_ptr": h, **strides(h, "stride_hm", "stride_hr"),
         "sigma_ptr": sigma,
         "s_ptr": s, **strides(s, "stride_sb", "stride_sm", "stride_sr"),
-        "tau_ptr": tau, "stride_tau": 0 if tau is None else tau.stride(0),
+        "tau_ptr": tau, "stride_tau": leading_stride(tau),
         "part_ptr": part,
-        "stride_part": 0 if part is None else part.stride(0), "stride_pc": 0 if part is None else part.stride(1),
+        "stride_part": leading_stride(part), "stride_pc": 0 if part is None else part.stride(1),
         "M": m, "N": n, "P": p, "R": r, "band_width": bands[1], "scale": float(scale),
         "HAS_S": s is not None, "HAS_U": u is not None, "HAS_UP": up is not None, "HAS_TAU": tau is not None,
         "HAS_FACTOR": h is not None, "HAS_G": with_g, "HAS_SIGMA": sigma is not None, "HAS_Y": y is not None,
@@ -109,12 +109,12 @@ def x_launch(
     args = {
         "x_ptr": x, **strides(x, "stride_xm", "stride_xk"),
         "s_ptr": s, **strides(s, "stride_sb", "stride_sm", "stride_sr"),
-        "tau_ptr": tau, "stride_tau": 0 if tau is None else tau.stride(0),
+        "tau_ptr": tau, "stride_tau": leading_stride(tau),
         "a_down_ptr": a_down, **strides(a_down, "stride_adr", "stride_adk"),
         "b_down_ptr": b_down, **strides(b_down, "stride_bdr", "stride_bdk"),
         "dx_ptr": dx, **strides(dx, "stride_dxm", "stride_dxk"),
         "part_ptr": part,
-        "stride_part": 0 if part is None else part.stride(0), "stride_pc": 0 if part is None else part.stride(1),
+        "stride_part": leading_stride(part), "stride_pc": 0 if part is None else part.stride(1),
         "M": m, "K": k, "P": p, "R": r,
         "rows_per_split": cdiv(cdiv(m, splits), config["rows"]) * config["rows"],
         **dropout(dropout_p, seed),

@@ -21,10 +21,6 @@ _GRAPH_STEPS = 8
 """The fewest steps in a graph, so that the start of its replay does not count."""
 
 
-def median(values: Sequence[float]) -> float:
-    return statistics.median(values)
-
-
 def ratio(times: Sequence[float], other: Sequence[float]) -> float:
     """The median over the rounds of one's time over the other's."""
     return statistics.median(a / b for a, b in zip(times, other, strict=True))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -288,7 +289,7 @@ def _measure_kernel(kernel: str, shape: Shape, dtype_name: str, machine: Machine
                 fit.append(config)
         steps = [[trial(kernel, timed, data, config).launch.run for data in sets] for config in fit]
         times = machine.timer(steps, ROUNDS)
-        milliseconds = [timing.median(values) for values in times]
+        milliseconds = [statistics.median(values) for values in times]
         gains = [timing.ratio(values, times[0]) for values in times]
         best = 0
         for i in sorted(range(1, len(fit)), key=lambda i: gains[i]):
@@ -384,7 +385,7 @@ def _measure_route(
     if difference:
         raise _Failed(f"the two routes differ: {difference}")
     times = machine.timer([[on(route, one) for one in whole] for route in tables.ROUTES], ROUNDS)
-    fused, library = (timing.median(values) for values in times)
+    fused, library = (statistics.median(values) for values in times)
     best = "library" if timing.ratio(times[1], times[0]) < 1 else "fused"
     return tables.Route(direction, dtype_name, shape, scales, best, fused, library), []
 

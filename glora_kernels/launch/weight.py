@@ -10,7 +10,7 @@ from glora_kernels.kernels.weight import _c_grad_kernel, _hadamard_grad_kernel, 
 from glora_kernels.launch import configs, tables
 from glora_kernels.launch.configs import Shape
 from glora_kernels.launch.glora import GROUP
-from glora_kernels.launch.plan import Launch, arithmetic, dropout, options, strides
+from glora_kernels.launch.plan import Launch, arithmetic, dropout, leading_stride, options, strides
 
 
 def hadamard_grad_tiles(shape: Shape, dtype: torch.dtype, arch: str) -> tuple[int, int]:
@@ -50,8 +50,8 @@ def hadamard_grad_launch(
         "w_ptr": weight, **strides(weight, "stride_wn", "stride_wk"),
         "up_ptr": a_up, **strides(a_up, "stride_un", "stride_ur"),
         "down_ptr": a_down, **strides(a_down, "stride_dr", "stride_dk"),
-        "dup_ptr": dup, "stride_dup_part": 0 if dup is None else dup.stride(0),
-        "ddown_ptr": ddown, "stride_ddown_part": 0 if ddown is None else ddown.stride(0),
+        "dup_ptr": dup, "stride_dup_part": leading_stride(dup),
+        "ddown_ptr": ddown, "stride_ddown_part": leading_stride(ddown),
         "weff_ptr": weff,
         "s_ptr": s, **strides(s, "stride_sb", "stride_sm", "stride_sr"),
         "db_down_ptr": db_down,
@@ -76,9 +76,9 @@ def wc_launch(
     config = tables.choose("weight", arch, weight.dtype, Shape(0, n, k, rank))
     args = {
         "w_ptr": weight, **strides(weight, "stride_wn", "stride_wk"),
-        "c_ptr": c, "stride_c": 0 if c is None else c.stride(0),
+        "c_ptr": c, "stride_c": leading_stride(c),
         "c_up_ptr": c_up, **strides(c_up, "stride_cuk", "stride_cur"),
-        "c_down_ptr": c_down, "stride_cd": 0 if c_down is None else c_down.stride(0),
+        "c_down_ptr": c_down, "stride_cd": leading_stride(c_down),
         "wc_ptr": wc, "N": n, "K": k, "R": rank, "LOW_RANK": c_up is not None,
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"], "BLOCK_R": configs.block_r(max(1, rank)),
     }  # fmt: skip
@@ -123,7 +123,7 @@ def c_grad_launch(
     args = {
         "part_ptr": part, "stride_part": part.stride(0),
         "c_up_ptr": c_up, **strides(c_up, "stride_cuk", "stride_cur"),
-        "c_down_ptr": c_down, "stride_cd": 0 if c_down is None else c_down.stride(0),
+        "c_down_ptr": c_down, "stride_cd": leading_stride(c_down),
         "dc_ptr": dc, "dc_up_ptr": dc_up, "dc_down_ptr": dc_down,
         "K": k, "R": rank, "splits": splits,
         "HAS_DC": dc is not None, "HAS_DUP": dc_up is not None, "HAS_DDOWN": dc_down is not None,

@@ -145,7 +145,6 @@ class GLoRALinear(nn.Module):
         self._transposed = transposed
         self._base: tuple[Tensor, Tensor | None] | None = None  # while merged: W and b, in host memory
         self._disabled = 0  # how many `disabled` contexts the layer is in
-        self._has_beta = any(parameters[name] is not None for name in ("C", "C_up", "D", "E"))  # merging changes b
         # What a forward would otherwise work out each time.
         self._scale = config.scale
         self._dropout = config.dropout if config.B == "lora" else 0.0

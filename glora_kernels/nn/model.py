@@ -94,8 +94,9 @@ def _refuse_tied(model: nn.Module, layers: dict[str, GLoRALinear]) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(_memory(parameter), []).append(clean(f"{path}.{name}".lstrip(".")))
+    shifts = {"C", "C_up", "D", "E"}
     for path, layer in layers.items():
-        changed = {"weight": layer.weight, "bias": layer.bias if layer._has_beta else None}
+        changed = {"weight": layer.weight, "bias": layer.bias if not shifts.isdisjoint(layer.adapter()) else None}
         for name, parameter in changed.items():
             if parameter is not None and len(names := owners[_memory(parameter)]) > 1:
                 raise ValueError(
