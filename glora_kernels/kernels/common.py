@@ -20,6 +20,15 @@ def _dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _pick(values, g):
+    """values[g] of a tuple, with g known at run time only."""
+    value = values[0]
+    for i in tl.static_range(1, len(values)):
+        value = tl.where(g == i, values[i], value)
+    return value
+
+
+@triton.jit
 def _tile_of(pid, num_i, num_j, GROUP: tl.constexpr):
     """The (i, j) tile of a program: columns of GROUP row tiles, so that neighbours share operands in the L2."""
     per_group = GROUP * num_j
@@ -169,6 +178,7 @@ def _column_parts(tile, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.conste
 
 @triton.jit
 def _product_tile(
+    acc,
     left,
     stride_left_row,
     stride_left_depth,
@@ -192,14 +202,13 @@ def _product_tile(
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """The (ROWS, COLS) tile at (row, col) of (left∘(1+scale))·right, scale along the reduction.
+    """acc + the (ROWS, COLS) tile at (row, col) of (left∘(1+scale))·right, scale along the reduction.
 
     With TMA, left and right are tensor descriptors, `right` stored (cols, depth) or (depth, cols); without, they are
     pointers, read by cp.async.
     """
     i = row + tl.arange(0, ROWS)
     j = col + tl.arange(0, COLS)
-    acc = tl.zeros((ROWS, COLS), tl.float32)
     for d0 in range(0, depth, DEPTH):
         d = d0 + tl.arange(0, DEPTH)
         if TMA:

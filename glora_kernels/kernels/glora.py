@@ -98,6 +98,7 @@ def _glora_fwd_kernel(
         i, j = _tile_of(tile, num_i, num_j, GROUP)
         m = i * BLOCK_M + tl.arange(0, BLOCK_M)
         acc = _product_tile(
+            tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
             x, stride_xm, stride_xk, w, stride_wk, stride_wn, None, 0, i * BLOCK_M, j * BLOCK_N, M, N, K,
             False, TMA, W_IS_ROW_MAJOR, DTYPE, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
@@ -210,6 +211,7 @@ def _glora_dx_kernel(
         i, j = _tile_of(tile, num_i, num_j, GROUP)
         m = i * BLOCK_M + tl.arange(0, BLOCK_M)
         acc = _product_tile(
+            tl.zeros((BLOCK_M, BLOCK_K), tl.float32),
             dy, stride_dym, stride_dyn, w, stride_wn, stride_wk, a_ptr, stride_a, i * BLOCK_M, j * BLOCK_K, M, K, N,
             HAS_A, TMA, not W_IS_ROW_MAJOR, DTYPE, PRECISION, UPCAST, BLOCK_M, BLOCK_K, BLOCK_N,
         )  # fmt: skip

@@ -76,7 +76,7 @@ def _dy_kernel(
     """One read of dy for all that is made from it: S and τ along N, the gradients' sums along M.
 
     Over a band of N: S[band,m] = [Σₙ dy·U | s·Σₙ dy·B_up] (P+R) and τ[band,m] = Σₙ dy·b[n]. Over the rows of program
-    i: part[i,c,n] = Σₘ h[m,c]·dy[m,n] for c < P+R; then, as far as present, Σₘ dy, Σₘ σ[m]·dy and Σₘ dy∘y.
+    i: part[i,·,n] is, as far as present, Σₘ dy, Σₘ σ[m]·dy and Σₘ dy∘y, then Σₘ h[m,c]·dy[m,n] for c < P+R.
     """
     i = tl.program_id(0)
     band = tl.program_id(1)
@@ -109,11 +109,10 @@ def _dy_kernel(
             tau += tl.sum(dy.to(tl.float32) * _load_vector(b_ptr, n, stride_b, N)[None, :], 1)
         if HAS_FACTOR:
             value = _dot(h, dy, tl.zeros((BLOCK_H, BLOCK_N), tl.float32), PRECISION, UPCAST)
-            _store(part_ptr, value, c, n, stride_pc, 1, P + R, N)
+            after = tl.cast(stride_pc, tl.int64) * (HAS_G + HAS_SIGMA + HAS_Y)
+            _store(part_ptr + after, value, c, n, stride_pc, 1, P + R, N)
         if HAS_G or HAS_SIGMA or HAS_Y:
             row = part_ptr + n.to(tl.int64)
-            if HAS_FACTOR:
-                row += tl.cast(P + R, tl.int64) * stride_pc
         if HAS_G:
             tl.store(row, tl.sum(dy.to(tl.float32), 0), mask=n < N)
             row += stride_pc

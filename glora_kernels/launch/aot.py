@@ -98,18 +98,14 @@ def compile_launch(launch: Launch, arch: str) -> tuple[Any, str]:
 
     names = launch.kernel.arg_names
     constexpr_names = {names[i] for i in launch.kernel.constexprs}
-    signature, constants, attrs = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    attrs: dict[Any, Any] = {}
     for i, name in enumerate(names):
-        value = launch.args[name]
-        if type(value).__name__ == "TensorDescriptor":
-            block = ", ".join(map(str, value.block_shape))
-            signature[name] = f"tensordesc<{_signature_type(value.base)[1:]}[{block}]>"
-        elif name in constexpr_names or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[(i,)] = "constexpr", value
+        if name in constexpr_names:
+            signature[name], constants[(i,)] = "constexpr", launch.args[name]
         else:
-            signature[name] = _signature_type(value)
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-                attrs[(i,)] = [["tt.divisibility", 16]]
+            signature[name] = _argument((i,), launch.args[name], constants, attrs)
     target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
@@ -206,6 +202,21 @@ def _task(task: tuple[str, str, int]) -> Report:
     arch, dtype, index = task
     name, launch = list(cases(DTYPES[dtype], arch))[index]
     return report(name, launch, dtype, arch)
+
+
+def _argument(path: tuple[int, ...], value: Any, constants: dict[Any, Any], attrs: dict[Any, Any]) -> Any:
+    """The type of one argument, or of each entry of a tuple, as the JIT would specialize it."""
+    if isinstance(value, tuple):
+        return tuple(_argument((*path, i), entry, constants, attrs) for i, entry in enumerate(value))
+    if type(value).__name__ == "TensorDescriptor":
+        block = ", ".join(map(str, value.block_shape))
+        return f"tensordesc<{_signature_type(value.base)[1:]}[{block}]>"
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        attrs[path] = [["tt.divisibility", 16]]
+    return _signature_type(value)
 
 
 def _signature_type(value: object) -> str:

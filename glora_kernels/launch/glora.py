@@ -80,7 +80,7 @@ def glora_fwd_launch(
         "BLOCK_M": rows, "BLOCK_N": cols, "BLOCK_K": depth,
         "BLOCK_R": RANK_STEP, "GROUP": GROUP,
     }  # fmt: skip
-    return Launch(_glora_fwd_kernel, _grid(y, config, arch), args, options(config))
+    return Launch(_glora_fwd_kernel, product_grid(_tiles(y, config), y, config, arch), args, options(config))
 
 
 def glora_dx_launch(
@@ -128,7 +128,7 @@ def glora_dx_launch(
         "BLOCK_M": rows, "BLOCK_N": depth, "BLOCK_K": cols,
         "BLOCK_R": RANK_STEP, "GROUP": GROUP,
     }  # fmt: skip
-    return Launch(_glora_dx_kernel, _grid(dx, config, arch), args, options(config))
+    return Launch(_glora_dx_kernel, product_grid(_tiles(dx, config), dx, config, arch), args, options(config))
 
 
 def _operands(
@@ -156,10 +156,13 @@ def _operands(
     return dict(zip(names, (left, base, out), strict=True)), config
 
 
-def _grid(out: Tensor, config: dict[str, int], arch: str) -> tuple[int]:
+def product_grid(tiles: int, out: Tensor, config: dict[str, int], arch: str) -> tuple[int]:
     """One program a tile, or where persistent one a multiprocessor of the card the tensor is on."""
-    tiles = cdiv(out.shape[0], config["rows"]) * cdiv(out.shape[1], config["cols"])
     if not config["persistent"]:
         return (tiles,)
     here = environment.multiprocessors(out.device.index or 0) if out.is_cuda else configs.programs(arch)
     return (min(tiles, here),)
+
+
+def _tiles(out: Tensor, config: dict[str, int]) -> int:
+    return cdiv(out.shape[0], config["rows"]) * cdiv(out.shape[1], config["cols"])

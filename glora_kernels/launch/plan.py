@@ -35,7 +35,8 @@ class Launch:
         if _Planning.steps is not None:
             _Planning.steps.append(self)
             return
-        bases = (getattr(arg, "base", arg) for arg in self.args.values())  # of a descriptor, or the tensor itself
+        values = (v for arg in self.args.values() for v in (arg if isinstance(arg, tuple) else (arg,)))
+        bases = (getattr(value, "base", value) for value in values)  # of a descriptor, or the tensor itself
         device = next(base.device for base in bases if isinstance(base, Tensor))
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):

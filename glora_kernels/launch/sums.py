@@ -45,7 +45,7 @@ def dy_launch(
 ) -> Launch:
     """S (bands,M,p+r) = [dy·U | s·dy·up], τ (bands,M) = dy·b, and part (splits,C,N), C = p+r + the sums asked for.
 
-    part[i,c] is Σₘ h[m,c]·dy where h (M,p+r) is given, then Σₘ dy (`with_g`), Σₘ σ·dy and Σₘ dy∘y.
+    part[i,·] is Σₘ dy (`with_g`), Σₘ σ·dy and Σₘ dy∘y, then Σₘ h[m,c]·dy where h (M,p+r) is given.
     """
     m, n = dy.shape
     config = config or tables.choose("dy", arch, dy.dtype, shape)

@@ -155,3 +155,16 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
+
+
+def owned(grads: list[Tensor]) -> tuple[Tensor, ...]:
+    """Each gradient in memory of its own: results of an operator may share none, and ∂bias, ∂wc and ∂e may be one."""
+    taken = set()
+    for i, grad in enumerate(grads):
+        grad = grad.contiguous()
+        storage = grad.untyped_storage()
+        if storage.nbytes() != grad.numel() * grad.element_size() or storage.data_ptr() in taken:
+            grad = grad.clone()
+        grads[i] = grad
+        taken.add(grad.untyped_storage().data_ptr())
+    return tuple(grads)

@@ -47,7 +47,7 @@ def forward(
     if s.a is not None:
         base = linear(x, cast_weight(weight, dtype), None if beta is None else cast(beta, dtype))
         return _scale_rows(base, 1 + s.a.to(wide_dtype(dtype)), beta, h, factored, sigma, s.b), h, sigma, u
-    delta = _added_terms(x, weight.shape[0], beta, h, factored, sigma, s.b)
+    delta = added_terms(x, weight.shape[0], beta, h, factored, sigma, s.b)
     effective = weight_for(weight, s, call, dtype)
     if delta is None:
         y = linear(x, effective, None if beta is None else cast(beta, dtype))
@@ -209,7 +209,7 @@ def _low_rank(x: Tensor, weight: Tensor, s: Supports, call: Call) -> tuple[Tenso
     return factor, h, u
 
 
-def _added_terms(
+def added_terms(
     x: Tensor,
     n: int,
     beta: Tensor | None,

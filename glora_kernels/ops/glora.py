@@ -32,6 +32,7 @@ from glora_kernels.ops.common import (
     autocast_dtype,
     check_form,
     check_vector,
+    owned,
     shift,
     wide_dtype,
     without_autocast,
@@ -366,20 +367,7 @@ def _op_backward(dy: Tensor, x: Any, weight: Tensor, *rest: Any) -> Any:
     s, (y, h, sigma, u), (*values, needs) = Supports(*rest[:_N]), rest[_N : _N + 4], rest[_N + 4 :]
     with private_workspace():
         grads = _backward(dy, x, weight, s, y, h, sigma, u, Call(*values), Needs(*needs))
-    return _owned([dy.new_empty(0) if grad is None else grad for grad in grads])
-
-
-def _owned(grads: list[Tensor]) -> tuple[Tensor, ...]:
-    """Each gradient in memory of its own: results of an operator may share none, and ∂bias, ∂wc and ∂e may be one."""
-    taken = set()
-    for i, grad in enumerate(grads):
-        grad = grad.contiguous()
-        storage = grad.untyped_storage()
-        if storage.nbytes() != grad.numel() * grad.element_size() or storage.data_ptr() in taken:
-            grad = grad.clone()
-        grads[i] = grad
-        taken.add(grad.untyped_storage().data_ptr())
-    return tuple(grads)
+    return owned([dy.new_empty(0) if grad is None else grad for grad in grads])
 
 
 def _fake_backward(dy: Tensor, x: Any, weight: Tensor, *rest: Any) -> Any:

@@ -226,7 +226,8 @@ def _read_dy(
     with_g = needs.bias or needs.wc or needs.d or needs.e or (needs.a and has_shift)
     with_sigma = s.b is not None and (needs.b or needs.a)
     here = with_factor and p + r <= MAX_FACTOR_RANK
-    rows = (p + r) * here + with_g + with_sigma + needs.a
+    others = with_g + with_sigma + needs.a
+    rows = others + (p + r) * here
     splits, bands, width = reads.dy_sizes(shape, dy.dtype, arch)
     ds = dy.new_empty(bands, shape.m, p + r, dtype=torch.float32) if want_s else None
     tau = dy.new_empty(bands, shape.m, dtype=torch.float32) if s.b is not None and needs.x else None
@@ -239,7 +240,7 @@ def _read_dy(
         ).run()  # fmt: skip
     factor = None
     if here and part is not None:
-        factor, part = part[:, : p + r], part[:, p + r :]
+        part, factor = part[:, :others], part[:, others:]
     elif with_factor:
         across = Shape(shape.m, shape.n, shape.n, p + r)
         parts = reads.x_splits(across, dy.dtype, arch)

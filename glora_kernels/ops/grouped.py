@@ -1,0 +1,340 @@
+"""The grouped operator: several LoRA linear layers as one call, any operand shared.
+
+    y_i = x_i·W_iᵀ + s_i·(x̃_i·down_iᵀ)·up_iᵀ + bias_i,   x̃ = mask·x/(1-p)
+
+On a GPU the forward of a group is one launch (two with dropout or a large rank) and its backward is four, as of one
+layer. It takes the place of `ops.glora_linear` where projections read one input: q, k and v; gate and up; K and V of
+every decoder layer on one encoder state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from glora_kernels.launch import routes
+from glora_kernels.launch.workspace import private_workspace, workspace_lock
+from glora_kernels.ops import grouped_eager, grouped_triton
+from glora_kernels.ops.common import LIBRARY, autocast_dtype, check_vector, owned, without_autocast
+from glora_kernels.ops.grouped_common import ABSENT, Group, GroupNeeds, Operands
+
+MAX_MEMBERS = 64
+"""The most members of one call: their addresses are arguments of one kernel."""
+
+_LISTS = ", ".join(f"Tensor[] {name}" for name in Operands._fields)
+_INDICES = "int[] x, int[] weight, int[] down, int[] up, int[] bias, int[] seed"
+_VALUES = f"{_INDICES}, float[] scales, float dropout_p, str route"
+LIBRARY.define(f"grouped_lora_linear({_LISTS}, {_VALUES}) -> (Tensor[], Tensor[])")
+LIBRARY.define(
+    f"grouped_lora_linear_backward(Tensor[] dys, {_LISTS}, Tensor[] hs, {_VALUES}, bool[] needs) -> Tensor[]"
+)
+_COUNT = len(Operands._fields)
+
+Many = Sequence[Tensor | None] | Tensor | None
+"""One operand of a group: one tensor for all members, or one (or None) each."""
+
+
+def grouped_lora_linear(
+    xs: Sequence[Tensor] | Tensor,
+    weights: Sequence[Tensor] | Tensor,
+    downs: Many = None,
+    ups: Many = None,
+    biases: Many = None,
+    *,
+    scales: Sequence[float] | float = 1.0,
+    dropout_p: float = 0.0,
+    seeds: Many = None,
+) -> list[Tensor]:
+    """y_i = x_i·W_iᵀ + s_i·(x̃_i·down_iᵀ)·up_iᵀ + bias_i of every member i of a group, in one call.
+
+    An operand is one tensor, which all members share, or a sequence with one entry a member. What is the same object
+    is computed once and its gradient is one sum: one x has one dx = Σ_i dy_i·W_i + Σ_i mask_i∘(S_i·down_i)/(1-p) with
+    S_i = s_i·dy_i·up_i; one down with one mask has one h; d_down_i = S_iᵀ·x̃_i, d_up_i = s_i·dy_iᵀ·h_i,
+    d_bias_i = Σₘ dy_i.
+
+    Args:
+        xs: (..., K_i) each.
+        weights: W_i (N_i, K_i), frozen; row-major, or the transpose of such a matrix.
+        downs: (R_i, K_i) or None; ranks may differ.
+        ups: (N_i, R_i); there where `downs` is.
+        biases: (N_i,) or None, in any floating dtype.
+        scales: s_i, one for all or one each.
+        dropout_p: p in [0, 1) on x in the low-rank paths.
+        seeds: one int64 for all (one mask where x is one), or one each; needed where p > 0 (`ops.glora.dropout_seed`).
+
+    Returns:
+        One y_i (..., N_i) a member, in the dtype of x (of autocast where it is on).
+
+    Raises:
+        ValueError: sizes, numbers of entries or devices that do not fit (the message says at which member), no member
+            or more than 64, or a weight that requires grad.
+        TypeError: an x that is not floating point, or whose dtype differs from its weight's outside autocast.
+        RuntimeError: a forced `backend` that cannot serve the call.
+    """
+    members = _size(xs=xs, weights=weights, downs=downs, ups=ups, biases=biases, scales=scales, seeds=seeds)
+    x_list, weight_list = _each("xs", xs, members), _each("weights", weights, members)
+    down_list, up_list = _each("downs", downs, members), _each("ups", ups, members)
+    bias_list, seed_list = _each("biases", biases, members), _each("seeds", seeds, members)
+    s = [float(scales)] * members if isinstance(scales, (int, float)) else [float(value) for value in scales]
+    for i in range(members):
+        _check(
+            i, x_list[i], weight_list[i], down_list[i], up_list[i], bias_list[i], seed_list[i], x_list[0], dropout_p
+        )  # fmt: skip
+    first = x_list[0]
+    assert first is not None
+    target = autocast_dtype(first)
+    kept_seeds = [
+        seed if dropout_p and down is not None else None for seed, down in zip(seed_list, down_list, strict=True)
+    ]
+    (distinct_x, x_of), (ws, w_of) = _distinct(x_list), _distinct(weight_list)
+    (ds, d_of), (us, u_of) = _distinct(down_list), _distinct(up_list)
+    (bs, b_of), (keys, k_of) = _distinct(bias_list), _distinct(kept_seeds)
+    dtype = target or first.dtype
+    operands = Operands([x if x.dtype == dtype else x.to(dtype) for x in distinct_x], ws, ds, us, bs, keys)
+    group = Group(
+        x_of, w_of, d_of, u_of, b_of, k_of, s, dropout_p if keys else 0.0, routes.route(first.device.type, dtype)
+    )
+    if torch.compiler.is_compiling():
+        return torch.ops.glora_kernels.grouped_lora_linear(*operands, *group)[0]
+    sizes = tuple(len(tensors) for tensors in operands)
+    return list(_GroupedFunction.apply(group, sizes, *operands.flat()))
+
+
+def _size(**operands: object) -> int:
+    counts = {
+        name: len(value)
+        for name, value in operands.items()
+        if isinstance(value, Sequence) and not isinstance(value, str)
+    }
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"a group has one entry a member in every sequence; got {counts}")
+    members = next(iter(counts.values()), 1)
+    if not 1 <= members <= MAX_MEMBERS:
+        raise ValueError(f"a group has 1 to {MAX_MEMBERS} members; got {members}")
+    return members
+
+
+def _each(name: str, value: Any, members: int) -> list[Tensor | None]:
+    if value is None or isinstance(value, Tensor):
+        return [value] * members
+    for i, entry in enumerate(value):
+        if entry is not None and not isinstance(entry, Tensor):
+            raise TypeError(f"{name}[{i}] must be a tensor, got {type(entry).__name__}")
+    return list(value)
+
+
+def _distinct(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
+    """The tensors that differ, in order, and the index of each entry among them."""
+    found: list[Tensor] = []
+    indices = []
+    for tensor in tensors:
+        if tensor is None:
+            indices.append(ABSENT)
+            continue
+        index = next((i for i, known in enumerate(found) if known is tensor), len(found))
+        if index == len(found):
+            found.append(tensor)
+        indices.append(index)
+    return found, indices
+
+
+def _check(
+    i: int,
+    x: Tensor | None,
+    weight: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    first: Tensor | None,
+    dropout_p: float,
+) -> None:
+    if x is None or weight is None or first is None:
+        raise ValueError(f"xs[{i}] and weights[{i}] must be tensors; got None")
+    if not x.is_floating_point():
+        raise TypeError(f"xs[{i}] must be a floating-point tensor, got {x.dtype}")
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"xs[{i}] (..., K) and weights[{i}] (N, K) do not fit: {tuple(x.shape)}, {tuple(weight.shape)}"
+        )
+    n, k = weight.shape
+    if autocast_dtype(first) is None and x.dtype != weight.dtype:
+        raise TypeError(f"xs[{i}] and weights[{i}] must have one dtype outside autocast; got {x.dtype}, {weight.dtype}")
+    if autocast_dtype(first) is None and x.dtype != first.dtype:
+        raise TypeError(f"xs[{i}] is {x.dtype} and xs[0] {first.dtype}; a group has one dtype")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"weights[{i}] requires a gradient, but the base of a LoRA layer is frozen and gets none")
+    if (down is None) != (up is None):
+        raise ValueError(f"downs[{i}] and ups[{i}] come together; one of them is None")
+    if down is not None and up is not None:
+        fits = down.ndim == 2 and up.ndim == 2 and len(down) > 0 and down.shape[1] == k and up.shape == (n, len(down))
+        if not fits:
+            raise ValueError(
+                f"downs[{i}] must be (R, {k}) and ups[{i}] ({n}, R) with R >= 1; "
+                f"got {tuple(down.shape)} and {tuple(up.shape)}"
+            )
+    if bias is not None:
+        check_vector(f"biases[{i}]", bias, n, constant=False)
+    for name, tensor in (("xs", x), ("weights", weight), ("downs", down), ("ups", up), ("biases", bias)):
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"{name}[{i}] is on {tensor.device} and xs[0] on {first.device}; a group has one device")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
+    if dropout_p and down is not None:
+        if seed is None:
+            raise ValueError(f"dropout_p={dropout_p} needs seeds; member {i} has none: pass dropout_seed(x.device)")
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device not in (x.device, torch.device("cpu")):
+            raise ValueError(
+                f"seeds[{i}] must be one int64 on the CPU or {x.device}; got {seed.dtype} on {seed.device}"
+            )
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _forward(operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor]]:
+    path = grouped_triton if group.route == "triton" else grouped_eager
+    device = operands.xs[0].device.type
+    flat = operands._replace(xs=[_flat(x) for x in operands.xs])
+    with without_autocast(device), workspace_lock:
+        ys, hs = path.forward(flat, group)
+    shapes = [operands.xs[i].shape[:-1] for i in group.x]
+    return [y.view(*lead, y.shape[-1]) for y, lead in zip(ys, shapes, strict=True)], hs
+
+
+def _backward(
+    dys: Sequence[Tensor], operands: Operands, hs: list[Tensor], group: Group, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """One gradient, in its tensor's shape and dtype, for every tensor of `operands.flat()`; None where not wanted."""
+    path = grouped_triton if group.route == "triton" else grouped_eager
+    sizes = [len(tensors) for tensors in operands]
+    wanted = _split(needs, sizes)
+    flat = operands._replace(xs=[_flat(x) for x in operands.xs])
+    with without_autocast(dys[0].device.type), workspace_lock:
+        grads = path.backward(
+            [_flat(dy) for dy in dys], flat, hs, group, GroupNeeds(wanted[0], wanted[2], wanted[3], wanted[4])
+        )
+    absent: list[list[Tensor | None]] = [[None] * size for size in sizes]
+    ordered = [grads.xs, absent[1], grads.downs, grads.ups, grads.biases, absent[5]]
+    result: list[Tensor | None] = []
+    for tensor, grad in zip(operands.flat(), [grad for part in ordered for grad in part], strict=True):
+        if grad is not None:
+            grad = grad.view(tensor.shape) if grad.dtype == tensor.dtype else grad.to(tensor.dtype).view(tensor.shape)
+        result.append(grad)
+    return result
+
+
+def _split(values: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(list(values[start : start + size]))
+        start += size
+    return parts
+
+
+class _GroupedFunction(torch.autograd.Function):
+    """Eager mode's way in: (group, sizes of the lists, every distinct tensor) → every y."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, sizes: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        operands = Operands(*_split(tensors, sizes))
+        ys, hs = _forward(operands, group)
+        ctx.group, ctx.sizes = group, sizes
+        ctx.save_for_backward(*_kept(operands, group, ctx.needs_input_grad[2:]), *hs)
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        count = sum(ctx.sizes)
+        operands, hs = Operands(*_split(saved[:count], ctx.sizes)), list(saved[count:])
+        return None, None, *_backward(dys, operands, hs, ctx.group, ctx.needs_input_grad[2:])
+
+
+def _kept(operands: Operands, group: Group, needs: Sequence[bool]) -> list[Tensor]:
+    """The operands as backward wants them: an x that no gradient of a `down` multiplies is kept as its shape alone."""
+    wanted = Operands(*_split(needs, [len(tensors) for tensors in operands])).downs
+    read = {x for x, down in zip(group.x, group.down, strict=True) if down != ABSENT and wanted[down]}
+    xs = [x if i in read else torch.empty(x.shape, dtype=x.dtype, device="meta") for i, x in enumerate(operands.xs)]
+    return operands._replace(xs=xs).flat()
+
+
+# The registered operators: the same functions behind torch.compile's boundary. An absent result is an empty tensor.
+
+
+def _op(*arguments: Any) -> Any:
+    with private_workspace():  # a graph that PyTorch captures must own all memory it writes
+        return _forward(Operands(*arguments[:_COUNT]), Group(*arguments[_COUNT:]))
+
+
+def _fake(*arguments: Any) -> Any:
+    operands, group = Operands(*arguments[:_COUNT]), Group(*arguments[_COUNT:])
+    ys = [
+        operands.xs[x].new_empty(*operands.xs[x].shape[:-1], operands.weights[w].shape[0])
+        for x, w in zip(group.x, group.weight, strict=True)
+    ]
+    hs = [
+        operands.xs[x].new_empty(math.prod(operands.xs[x].shape[:-1]), operands.downs[down].shape[0])
+        for x, down, _, _ in group.paths()
+    ]
+    return ys, hs
+
+
+def _op_backward(dys: list[Tensor], *arguments: Any) -> Any:
+    operands, hs = Operands(*arguments[:_COUNT]), arguments[_COUNT]
+    *values, needs = arguments[_COUNT + 1 :]
+    with private_workspace():
+        grads = _backward(dys, operands, hs, Group(*values), needs)
+    return list(owned([dys[0].new_empty(0) if grad is None else grad for grad in grads]))
+
+
+def _fake_backward(dys: list[Tensor], *arguments: Any) -> Any:
+    operands, needs = Operands(*arguments[:_COUNT]), arguments[-1]
+    return [
+        dys[0].new_empty(tensor.shape, dtype=tensor.dtype) if need else dys[0].new_empty(0)
+        for tensor, need in zip(operands.flat(), needs, strict=True)
+    ]
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    _, hs = output
+    ctx.mark_non_differentiable(*hs)
+    operands = Operands(*inputs[:_COUNT])
+    ctx.sizes, ctx.group = [len(tensors) for tensors in operands], Group(*inputs[_COUNT:])
+    ctx.save_for_backward(*operands.flat(), *hs)
+
+
+def _op_autograd(ctx: Any, dys: list[Tensor], dhs: Any) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    count = sum(ctx.sizes)
+    operands, hs = _split(saved[:count], ctx.sizes), list(saved[count:])
+    needs = [need for part in ctx.needs_input_grad[:_COUNT] for need in part]
+    grads = torch.ops.glora_kernels.grouped_lora_linear_backward(list(dys), *operands, hs, *ctx.group, needs)
+    kept = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    return *_split(kept, ctx.sizes), *(None for _ in Group._fields)
+
+
+def _op_autocast(xs: list[Tensor], *rest: Any) -> Any:
+    target = autocast_dtype(xs[0])
+    with torch.autocast(xs[0].device.type, enabled=False):
+        return torch.ops.glora_kernels.grouped_lora_linear(
+            xs if target is None else [x.to(target) for x in xs], *rest
+        )  # fmt: skip
+
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("grouped_lora_linear", _op, _device)
+    LIBRARY.impl("grouped_lora_linear_backward", _op_backward, _device)
+    LIBRARY.impl("grouped_lora_linear", _op_autocast, f"Autocast{_device}")
+torch.library.register_fake("glora_kernels::grouped_lora_linear", _fake, lib=LIBRARY)
+torch.library.register_fake("glora_kernels::grouped_lora_linear_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd(
+    "glora_kernels::grouped_lora_linear", _op_autograd, setup_context=_setup_context, lib=LIBRARY
+)

@@ -1,0 +1,105 @@
+"""A group of LoRA layers in plain PyTorch: what is shared is computed once, and what is summed is summed once.
+
+With h_t = s_t·x̃_t·down_tᵀ for each distinct path t = (x, down, seed, s) and t(i) the path of member i:
+
+    y_i = x_i·W_iᵀ + h_t(i)·up_iᵀ + bias_i
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from glora_kernels.ops.common import cast, given, wide_dtype
+from glora_kernels.ops.eager import added_terms, cast_weight
+from glora_kernels.ops.grouped_common import ABSENT, Group, GroupGradients, GroupNeeds, Operands
+from glora_kernels.reference.random import keep_mask
+
+
+def forward(operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor]]:
+    """(y_i (M,N) of every member, h_t (M,R) of every path)."""
+    hs = []
+    for x_of, down_of, seed_of, scale in group.paths():
+        x = operands.xs[x_of]
+        h = linear(_dropped(x, operands, group, seed_of), cast(operands.downs[down_of], x.dtype))
+        hs.append(_scaled(h, scale))
+    ys = []
+    for i, path in enumerate(group.path_of()):
+        x, weight = operands.xs[group.x[i]], operands.weights[group.weight[i]]
+        bias = None if group.bias[i] == ABSENT else operands.biases[group.bias[i]]
+        low: Tensor | None = None
+        up: Tensor | None = None
+        if path != ABSENT:
+            low, up = hs[path], cast(operands.ups[group.up[i]], x.dtype)
+        # The small terms first, and into the large product: 16 bits round their sum once, as in a single layer.
+        delta = added_terms(x, weight.shape[0], bias, low, up, None, None)
+        if delta is None:
+            ys.append(linear(x, cast_weight(weight, x.dtype), None if bias is None else cast(bias, x.dtype)))
+        else:
+            ys.append(torch.addmm(delta, x, cast_weight(weight, x.dtype).t(), out=delta))
+    return ys, hs
+
+
+def backward(
+    dys: list[Tensor], operands: Operands, hs: list[Tensor], group: Group, needs: GroupNeeds
+) -> GroupGradients:
+    """The gradients of the distinct tensors: each the sum over the members that use it.
+
+    With S_t = s_t·Σ_i dy_i·up_i over the members of path t: dx = Σ_i dy_i·W_i + Σ_t mask_t∘(S_t·down_t)/(1-p),
+    d_down = Σ_t S_tᵀ·x̃_t, d_up = Σ_i dy_iᵀ·h_t(i), d_bias = Σ_i Σ_m dy_i.
+    """
+    grads = GroupGradients.empty(needs)
+    paths, path_of = group.paths(), group.path_of()
+    wide = wide_dtype(dys[0].dtype)
+    sums: list[Tensor | None] = [None] * len(paths)
+    for i, dy in enumerate(dys):
+        path = path_of[i]
+        if (bias_of := group.bias[i]) != ABSENT and needs.biases[bias_of]:
+            _add(grads.biases, bias_of, dy.sum(0, dtype=wide))
+        if needs.xs[group.x[i]]:
+            _add_product(grads.xs, group.x[i], dy, cast_weight(operands.weights[group.weight[i]], dy.dtype))
+        if path == ABSENT:
+            continue
+        if needs.ups[group.up[i]]:
+            _add(grads.ups, group.up[i], (hs[path].t() @ dy).t().to(wide))
+        if needs.xs[group.x[i]] or needs.downs[group.down[i]]:
+            _add(sums, path, _scaled(dy @ cast(operands.ups[group.up[i]], dy.dtype), group.scales[i]).to(wide))
+    for (x_of, down_of, seed_of, _), total in zip(paths, sums, strict=True):
+        if total is None:
+            continue
+        x = operands.xs[x_of]
+        s = total.to(x.dtype)
+        if needs.downs[down_of]:
+            _add(grads.downs, down_of, (s.t() @ _dropped(x, operands, group, seed_of)).to(wide))
+        if needs.xs[x_of]:
+            term = s @ cast(operands.downs[down_of], x.dtype)
+            given(grads.xs[x_of]).add_(_masked(term, operands, group, seed_of))
+    return grads
+
+
+def _dropped(x: Tensor, operands: Operands, group: Group, seed_of: int) -> Tensor:
+    return x if seed_of == ABSENT else _masked(x.clone(), operands, group, seed_of)
+
+
+def _masked(value: Tensor, operands: Operands, group: Group, seed_of: int) -> Tensor:
+    """mask∘value/(1-p), in place."""
+    if seed_of == ABSENT:
+        return value
+    seed = operands.seeds[seed_of].to(value.device, non_blocking=True)
+    keep = keep_mask(seed, value.shape[0], value.shape[1], group.dropout_p)
+    return value.mul_(1.0 / (1.0 - group.dropout_p)).masked_fill_(~keep, 0.0)
+
+
+def _add(totals: list[Tensor | None], index: int, term: Tensor) -> None:
+    known = totals[index]
+    totals[index] = term if known is None else known + term
+
+
+def _add_product(totals: list[Tensor | None], index: int, left: Tensor, right: Tensor) -> None:
+    known = totals[index]
+    totals[index] = left @ right if known is None else known.addmm_(left, right)
+
+
+def _scaled(product: Tensor, scale: float) -> Tensor:
+    return product if scale == 1.0 else product * scale
