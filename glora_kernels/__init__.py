@@ -5,28 +5,47 @@ Importing the package touches no GPU and loads no kernel.
 
 from glora_kernels.launch.routes import backend
 from glora_kernels.nn import (
+    FusedReport,
     GLoRALinear,
+    GroupedLoRALinear,
+    clip_grad_norm_,
     disabled,
+    fully_shard,
+    fuse_cross_attention,
+    fuse_siblings,
     inject,
     load_adapter,
     merge,
+    parameter_groups,
     save_adapter,
+    shared,
+    split_siblings,
     trainable_parameters,
     unmerge,
     warmup,
 )
-from glora_kernels.spec import GLoRAConfig
+from glora_kernels.spec import GLoRAConfig, ShareLoRAConfig
 
 __all__ = [
+    "FusedReport",
     "GLoRAConfig",
     "GLoRALinear",
+    "GroupedLoRALinear",
+    "ShareLoRAConfig",
     "__version__",
     "backend",
+    "clip_grad_norm_",
     "disabled",
+    "fully_shard",
+    "fuse_cross_attention",
+    "fuse_siblings",
     "inject",
     "load_adapter",
     "merge",
+    "parameter_groups",
     "save_adapter",
+    "shared",
+    "split_siblings",
     "trainable_parameters",
     "unmerge",
     "warmup",

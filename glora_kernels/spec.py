@@ -1,4 +1,4 @@
-"""The mathematics of GLoRA as data: supports, configurations, parameter shapes and counts.
+"""The mathematics of GLoRA and ShareLoRA as data: supports, configurations, parameter shapes and counts.
 
     y = x (W + W∘A + B)ᵀ + [ b + b∘D + E + W·C ]
 
@@ -29,6 +29,14 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 
 VARIANTS: tuple[str, ...] = ("hadamard", "matmul")
 INITS: tuple[str, ...] = ("xavier", "kaiming")
+
+SHARED_FACTORS: Mapping[str, tuple[str, ...]] = {
+    "none": (),
+    "A": ("B_down",),
+    "B": ("B_up",),
+    "AB": ("B_down", "B_up"),
+}
+"""What `ShareLoRAConfig.share` ties over depth. The letters are the ShareLoRA paper's: its A is our `B_down`."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +143,7 @@ class GLoRAConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GLoRAConfig:
         """The inverse of `to_dict`; an unknown or missing key is an error that names it."""
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown GLoRAConfig fields {unknown}; accepted: {sorted(known)}")
-        if missing := sorted(known - set(values)):
-            raise ValueError(f"missing GLoRAConfig fields {missing}")
+        _check_fields(cls, values)
         return cls(**values)
 
     def to_json(self) -> str:
@@ -154,6 +158,85 @@ class GLoRAConfig:
         if not isinstance(values, dict):
             raise ValueError(f"a GLoRAConfig must be a JSON object, got {text[:80]!r}")
         return cls.from_dict(values)
+
+
+@dataclass(frozen=True)
+class ShareLoRAConfig:
+    """LoRA whose factors are shared over the depth of a model, one for each projection type (`projection_type`).
+
+    Layer l of type p computes ``y = x Wᵀ + b + s·(x·B_downᵀ)·B_upᵀ`` with s = alpha/rank, and `share` says which
+    factor all layers of a type have in common: its gradient is the sum over them,
+    ``dB_down = s·Σ_l B_up,lᵀ·dY_lᵀ·X_l``. The other supports of GLoRA may stand beside it; they are each layer's own.
+
+    Args:
+        rank: R of every low-rank support; an integer ≥ 1.
+        alpha: s = alpha/rank; None means s = 1.
+        dropout: probability p in [0, 1) of dropping an element of x in the low-rank path. Each layer drops
+            elements of its own, but for tied siblings.
+        share: "A" (one `B_down` a type), "B" (one `B_up`), "AB" (both) or "none" (plain LoRA).
+        projections: patterns of the layers that share, as in `target_modules`; the others are plain LoRA. None: all.
+        tie_siblings: give the projections of one block that read the same input (q, k and v; gate and up) one
+            `B_down` and one dropout mask; where `share` has "A", one for the whole depth.
+        A, C, D, E: the forms of the other supports, as in `GLoRAConfig`.
+
+    Raises:
+        ValueError: a value outside the accepted ones; the message names the argument, what was given
+            and what is accepted.
+        TypeError: `projections` is neither None, a pattern, nor patterns.
+
+    Source: Song et al., "ShareLoRA: Parameter Efficient and Robust Large Language Model Fine-tuning via Shared
+    Low-Rank Adaptation", 2024.
+    """
+
+    rank: int = 64
+    alpha: float | None = None
+    dropout: float = 0.0
+    share: str = "A"
+    projections: tuple[str, ...] | None = None
+    tie_siblings: bool = False
+    A: str = "none"
+    C: str = "none"
+    D: str = "none"
+    E: str = "none"
+
+    def __post_init__(self) -> None:
+        _check_choice("share", self.share, tuple(SHARED_FACTORS))
+        if not isinstance(self.tie_siblings, bool):
+            raise ValueError(f"tie_siblings must be True or False, got {self.tie_siblings!r}")
+        if self.projections is not None:
+            object.__setattr__(self, "projections", _checked_projections(self.projections))
+        self.layer_config()
+
+    def layer_config(self) -> GLoRAConfig:
+        """The configuration of one layer, initialised as PEFT's LoRA is (Kaiming, a=√5)."""
+        return GLoRAConfig(
+            self.A, "lora", self.C, self.D, self.E, self.rank, self.alpha, self.dropout, init="kaiming"
+        )  # fmt: skip
+
+    @property
+    def shared_factors(self) -> tuple[str, ...]:
+        """The names of the parameters that are shared over depth: "B_down", "B_up", both or none."""
+        return SHARED_FACTORS[self.share]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values; `from_dict` takes it back."""
+        return asdict(self) | {"projections": None if self.projections is None else list(self.projections)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ShareLoRAConfig:
+        """The inverse of `to_dict`; an unknown or missing key is an error that names it."""
+        _check_fields(cls, values)
+        return cls(**values)
+
+
+def projection_type(path: str, out_features: int, in_features: int) -> str:
+    """The key of the layers that share: the module path with whole numbers replaced by `#`, and the shape (N, K).
+
+    "model.layers.7.self_attn.k_proj" of 1024 x 4096 → "model.layers.#.self_attn.k_proj (1024, 4096)". The names that
+    stay keep a model's encoder, decoder and cross-attention apart.
+    """
+    parts = ("#" if part.isdecimal() else part for part in path.split("."))
+    return f"{'.'.join(parts)} ({out_features}, {in_features})".lstrip()
 
 
 def all_configs(**common: Any) -> Iterator[GLoRAConfig]:
@@ -171,6 +254,24 @@ def matches(path: str, pattern: str) -> bool:
 def first_match(path: str, patterns: Mapping[str, Any]) -> str | None:
     """The first pattern, in the mapping's order, that matches the path; None where none does."""
     return next((pattern for pattern in patterns if matches(path, pattern)), None)
+
+
+def _checked_projections(given: object) -> tuple[str, ...]:
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, (tuple, list)) or not all(isinstance(pattern, str) for pattern in given):
+        raise TypeError(f"projections must be None or patterns (a tuple or list of str), got {given!r}")
+    if not given:
+        raise ValueError("projections is empty; give at least one pattern, None for all, or share='none'")
+    return tuple(given)
+
+
+def _check_fields(kind: type, values: Mapping[str, Any]) -> None:
+    known = {f.name for f in fields(kind)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"unknown {kind.__name__} fields {unknown}; accepted: {sorted(known)}")
+    if missing := sorted(known - set(values)):
+        raise ValueError(f"missing {kind.__name__} fields {missing}")
 
 
 def _check_choice(argument: str, value: object, accepted: tuple[str, ...]) -> None:

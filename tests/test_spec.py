@@ -8,7 +8,15 @@ import math
 
 import pytest
 
-from glora_kernels.spec import CHOICES, GLoRAConfig, all_configs, first_match, matches
+from glora_kernels.spec import (
+    CHOICES,
+    GLoRAConfig,
+    ShareLoRAConfig,
+    all_configs,
+    first_match,
+    matches,
+    projection_type,
+)
 
 K, N, R = 20, 11, 3
 
@@ -162,3 +170,64 @@ def test_first_match_goes_by_the_order_of_the_mapping():
     assert first_match("blocks.0.fc", {"blocks.0.*": 1, "*": 2}) == "blocks.0.*"
     assert first_match("blocks.0.fc", {"*": 2, "blocks.0.*": 1}) == "*"
     assert first_match("blocks.1.fc", {"blocks.0.*": 1}) is None
+
+
+def test_sharelora_defaults():
+    config = ShareLoRAConfig()
+    assert dataclasses.astuple(config) == (64, None, 0.0, "A", None, False, "none", "none", "none", "none")
+    assert config.layer_config() == GLoRAConfig.lora(rank=64)
+    config = ShareLoRAConfig(rank=4, alpha=8, dropout=0.1, share="AB", A="vector", C="lora", D="constant", E="vector")
+    assert config.layer_config() == GLoRAConfig(
+        "vector", "lora", "lora", "constant", "vector", 4, 8, 0.1, init="kaiming"
+    )  # fmt: skip
+
+
+def test_sharelora_says_which_factors_it_shares():
+    shared = {share: ShareLoRAConfig(share=share).shared_factors for share in ("none", "A", "B", "AB")}
+    assert shared == {"none": (), "A": ("B_down",), "B": ("B_up",), "AB": ("B_down", "B_up")}
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), [
+    ({"share": "C"}, ValueError, ("share", "'C'", "'none', 'A', 'B', 'AB'")),
+    ({"share": None}, ValueError, ("share", "None")),
+    ({"share": ["A"]}, ValueError, ("share", "['A']")),
+    ({"rank": 0}, ValueError, ("rank", "0")),
+    ({"alpha": math.nan}, ValueError, ("alpha", "nan")),
+    ({"dropout": 1.0}, ValueError, ("dropout", "1.0")),
+    ({"A": "matrix"}, ValueError, ("A", "'matrix'")),
+    ({"C": "constant"}, ValueError, ("C", "'constant'")),
+    ({"tie_siblings": "yes"}, ValueError, ("tie_siblings", "'yes'", "True or False")),
+    ({"projections": []}, ValueError, ("projections", "empty")),
+    ({"projections": 3}, TypeError, ("projections", "3")),
+    ({"projections": ["q_proj", None]}, TypeError, ("projections", "None")),
+])  # fmt: skip
+def test_sharelora_errors(arguments, error, words):
+    with pytest.raises(error) as raised:
+        ShareLoRAConfig(**arguments)
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_sharelora_takes_patterns_as_a_list_and_goes_to_json_and_back():
+    for projections in (["q_proj", "k_*"], ("q_proj", "k_*")):
+        config = ShareLoRAConfig(rank=4, share="B", projections=projections, tie_siblings=True)
+        assert config.projections == ("q_proj", "k_*")
+        assert ShareLoRAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        assert len({config, ShareLoRAConfig.from_dict(config.to_dict())}) == 1
+    assert ShareLoRAConfig(projections="q_proj").projections == ("q_proj",)
+    assert ShareLoRAConfig.from_dict(ShareLoRAConfig().to_dict()) == ShareLoRAConfig()
+    with pytest.raises(ValueError, match="unknown ShareLoRAConfig fields \\['B'\\]"):
+        ShareLoRAConfig.from_dict(ShareLoRAConfig().to_dict() | {"B": "lora"})
+    with pytest.raises(ValueError, match="missing ShareLoRAConfig fields \\['rank'\\]"):
+        ShareLoRAConfig.from_dict({key: value for key, value in ShareLoRAConfig().to_dict().items() if key != "rank"})
+
+
+@pytest.mark.parametrize(("path", "expected"), [
+    ("model.layers.7.self_attn.k_proj", "model.layers.#.self_attn.k_proj (3, 5)"),
+    ("decoder.block.11.layer.1.EncDecAttention.q", "decoder.block.#.layer.#.EncDecAttention.q (3, 5)"),
+    ("h.0.conv1d", "h.#.conv1d (3, 5)"),
+    ("stage2.3.fc", "stage2.#.fc (3, 5)"),
+    ("0", "# (3, 5)"),
+    ("", "(3, 5)"),
+])  # fmt: skip
+def test_projection_types(path, expected):
+    assert projection_type(path, 3, 5) == expected

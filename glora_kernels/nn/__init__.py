@@ -1,18 +1,31 @@
 """Floor 4: modules, injection, merging, saving."""
 
 from glora_kernels.nn.adapter import load_adapter, save_adapter
+from glora_kernels.nn.fuse import FusedReport, fuse_cross_attention, fuse_siblings, split_siblings
+from glora_kernels.nn.grouped import GroupedLoRALinear
 from glora_kernels.nn.inject import inject
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import disabled, merge, trainable_parameters, unmerge
+from glora_kernels.nn.sharded import clip_grad_norm_, fully_shard, parameter_groups
+from glora_kernels.nn.share import shared
 from glora_kernels.nn.warmup import warmup
 
 __all__ = [
+    "FusedReport",
     "GLoRALinear",
+    "GroupedLoRALinear",
+    "clip_grad_norm_",
     "disabled",
+    "fully_shard",
+    "fuse_cross_attention",
+    "fuse_siblings",
     "inject",
     "load_adapter",
     "merge",
+    "parameter_groups",
     "save_adapter",
+    "shared",
+    "split_siblings",
     "trainable_parameters",
     "unmerge",
     "warmup",

@@ -15,6 +15,9 @@ from glora_kernels.nn.file import Adapter, LayerEntry, host_copy, read, write
 from glora_kernels.nn.inject import TRAINED, Linear, linears, replace
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import all_paths, clean, named_layers, unwrap
+from glora_kernels.nn.ranks import mesh_of, on_first_rank, refuse_sharded, whole
+from glora_kernels.nn.share import Sharing, Tie, check_devices
+from glora_kernels.nn.siblings import tied_sets
 from glora_kernels.spec import GLoRAConfig
 
 
@@ -22,15 +25,21 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapters and the modules trained whole (`inject(..., train=...)`) to one safetensors file.
 
     The file appears complete or not at all: it is written beside its place, flushed to disk, and renamed. A
-    bias of the base that was made trainable is saved too. Works while merged.
+    shared factor is stored once, with the names it has. A bias of the base that was made trainable is saved too.
+    Works while merged.
+
+    Of a sharded model (FSDP2) every rank must call this: the parts are gathered, one parameter at a time, the mesh's
+    first rank writes the same file as of a model in one piece, the others wait. A model that every rank has in full
+    (DistributedDataParallel) is written by whoever calls: let one rank do it.
 
     Args:
         model: a model with GLoRA layers, also inside torch.compile or DistributedDataParallel.
         path: the file; an existing one is replaced.
 
     Raises:
-        ValueError: the model has no GLoRA layer, or parameters on the meta device or sharded ones.
+        ValueError: the model has no GLoRA layer, or parameters on the meta device.
         FileNotFoundError: the directory does not exist.
+        RuntimeError: the model is sharded, and the first rank failed.
 
     Warns:
         UserWarning: other parameters require a gradient as well; they are not saved.
@@ -39,25 +48,31 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     layers, trained = named_layers(root), _trained(root)
     if not layers:
         raise ValueError("save_adapter: the model has no GLoRA layer; call inject(model, config) first")
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"save_adapter: the directory {str(target.parent)!r} does not exist")
-    if target.is_dir():
-        raise IsADirectoryError(f"save_adapter: {str(target)!r} is a directory; give the name of a file")
+    mesh = mesh_of(root)
+    target = on_first_rank(mesh, "save_adapter", lambda: _target(path))
     entries = {name: _entry(layer) for name, layer in layers.items()}
     state = _state(layers, entries) | _trained_state(trained)
     _warn_unsaved(root, layers, entries, state)
+    if meta := [name for name, tensor in state.items() if tensor.is_meta]:
+        raise ValueError(f"save_adapter: {meta[0]!r} is on the meta device and has no values")
     tied = _ties(state)
-    tensors = {name: host_copy(name, tensor) for name, tensor in state.items() if name not in tied}
-    write(Adapter(entries, sorted(trained), tied, tensors), target)
+    tensors = {}
+    for name, tensor in state.items():
+        if name not in tied:
+            gathered = whole(tensor)
+            if target is not None:
+                tensors[name] = host_copy(gathered)
+    adapter = Adapter(entries, sorted(trained), tied, tensors, tied_sets(layers))
+    on_first_rank(mesh, "save_adapter", lambda: None if target is None else write(adapter, target))
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load what `save_adapter` wrote. A plain model is injected first, exactly as the saved one was.
 
-    An injected model must have the file's layers with the file's configurations (dropout may differ) and the
-    same modules trained whole. Values are cast to the dtype of the model's parameters; over a plain 16-bit
-    base, adapters that were saved in fp32 stay fp32. Everything is checked before anything is changed.
+    An injected model must have the file's layers with the file's configurations (dropout may differ), the
+    same modules trained whole, and share the factors that the file's model shared. Values are cast to the dtype
+    of the model's parameters; over a plain 16-bit base, adapters that were saved in fp32 stay fp32. Everything is
+    checked before anything is changed.
 
     Args:
         model: the plain or injected model; changed in place.
@@ -69,9 +84,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, altered, no adapter or of a newer format, or it does not fit the
-            model; the message names the first differences.
+            model; the message names the first differences. Or the model is sharded already.
         RuntimeError: a layer of the model is merged.
     """
+    refuse_sharded(unwrap(model), "load_adapter", "load the adapter before fully_shard")
     adapter = read(Path(path))
     where = f"load_adapter: {str(path)!r}"
     layers = named_layers(unwrap(model))
@@ -80,7 +96,6 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     if not layers:
         model = _inject(model, adapter, where)
         layers = named_layers(unwrap(model))
-        _tie(layers, adapter.tied)
     else:
         _check_layers(layers, adapter.layers, where)
     state = _state(layers, adapter.layers) | _trained_state(_trained(unwrap(model)))
@@ -95,6 +110,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
+def _target(path: str | os.PathLike[str]) -> Path:
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"save_adapter: the directory {str(target.parent)!r} does not exist")
+    if target.is_dir():
+        raise IsADirectoryError(f"save_adapter: {str(target)!r} is a directory; give the name of a file")
+    return target
+
+
 def _inject(model: nn.Module, adapter: Adapter, where: str) -> nn.Module:
     """Give a plain model the file's layers, once everything about the two was found to fit."""
     root = unwrap(model)
@@ -103,6 +127,9 @@ def _inject(model: nn.Module, adapter: Adapter, where: str) -> nn.Module:
     values = adapter.values()
     plan: list[tuple[Linear, GLoRAConfig, torch.dtype | None]] = []
     shapes: dict[str, tuple[int, ...]] = {}
+    weights: dict[str, Tensor] = {}
+    biases: dict[str, Tensor] = {}
+    shared = {*adapter.tied, *adapter.tied.values()}
     for path, entry in adapter.layers.items():
         if path not in found:
             has = f"a {type(modules[path]).__name__}" if path in modules else "no module"
@@ -115,27 +142,45 @@ def _inject(model: nn.Module, adapter: Adapter, where: str) -> nn.Module:
         if weight is None or weight.is_meta:
             raise ValueError(f"{where}: the weight of {path!r} is on the meta device; load the base model first")
         out_features, in_features = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
-        own = changed(
-            entry, in_features=in_features, out_features=out_features, bias=parameters.get("bias") is not None
-        )
-        _check_entry(where, path, entry, own)
+        bias = parameters.get("bias")
+        fitting = changed(entry, in_features=in_features, out_features=out_features, bias=bias is not None)
+        _check_entry(where, path, entry, fitting)
         expected = _shapes(path, entry)
         shapes |= expected
         # fp32 adapters over a 16-bit base were asked for when made: rounding them would lose small ones.
-        wide = any(values[name].dtype == torch.float32 for name in expected if name in values)
-        plan.append((found[path], entry.config, torch.float32 if wide and weight.dtype.itemsize == 2 else None))
+        own = [values[name] for name in expected if name in values and name not in shared]
+        wide = weight.dtype.itemsize == 2 and any(value.dtype == torch.float32 for value in own)
+        plan.append((found[path], entry.config, torch.float32 if wide else None))
+        weights[path] = weight
+        if entry.train_bias and bias is not None:
+            biases[_join(path, "bias")] = bias
     if absent := sorted(set(adapter.train) - set(modules)):
         raise ValueError(f"{where} trains the module {absent[0]!r}, which the model does not have")
     trained = {path: modules[path] for path in adapter.train}
-    trained_state = _trained_state(trained)
-    shapes |= {name: tuple(tensor.shape) for name, tensor in trained_state.items()}
-    _check_values(where, shapes, values, trained_state)
-    names = {name for path, entry in adapter.layers.items() for name in _shapes(path, entry)}
+    kept = _trained_state(trained) | biases  # what the model has and shares already
+    shapes |= {name: tuple(tensor.shape) for name, tensor in kept.items()}
+    _check_values(where, shapes, values, kept)
     for name, first in adapter.tied.items():
-        if (name in names) != (first in names):
+        if (name in kept) != (first in kept):
             raise ValueError(f"{where} ties {name!r} to {first!r}, an adapter to a module trained whole")
-    _check_ties(where, {k: v for k, v in adapter.tied.items() if k not in names}, _ties(trained_state))
-    return replace(model, plan, trained)
+    _check_ties(where, {name: first for name, first in adapter.tied.items() if name in kept}, _ties(kept))
+    ties = {name: first for name, first in adapter.tied.items() if name not in kept}
+    return replace(model, plan, trained, Sharing(_planned_ties(ties, values, weights), adapter.siblings))
+
+
+def _planned_ties(tied: Mapping[str, str], values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[Tie]:
+    """The ties of a file's adapters, which a plain model does not have yet; `weights` by path."""
+    groups: dict[str, list[str]] = {}
+    for name, first in tied.items():
+        groups.setdefault(first, [first]).append(name)
+    ties = []
+    for first, names in groups.items():
+        factors = tuple((path, own) for path, _, own in (name.rpartition(".") for name in names))
+        check_devices(factors, weights)
+        dtype = weights[factors[0][0]].dtype
+        wide = dtype.itemsize == 2 and values[first].dtype == torch.float32
+        ties.append(Tie(factors, torch.float32 if wide else dtype))
+    return ties
 
 
 def _check_layers(layers: Mapping[str, GLoRALinear], entries: Mapping[str, LayerEntry], where: str) -> None:
@@ -148,6 +193,7 @@ def _check_injected(root: nn.Module, adapter: Adapter, state: Mapping[str, Tenso
     _same_names(where, "trains the modules", set(adapter.train), set(_trained(root)))
     _check_values(where, {name: tuple(tensor.shape) for name, tensor in state.items()}, adapter.values(), state)
     _check_ties(where, adapter.tied, _ties(state))
+    _check_siblings(where, adapter.siblings, tied_sets(named_layers(root)))
 
 
 def _check_entry(where: str, path: str, given: LayerEntry, own: LayerEntry) -> None:
@@ -179,7 +225,25 @@ def _check_ties(where: str, given: Mapping[str, str], own: Mapping[str, str]) ->
     if differing := sorted(given.items() ^ own.items()):
         name, first = differing[0]
         has, lacks = ("the file", "the model") if (name, first) in given.items() else ("the model", "the file")
-        raise ValueError(f"{where} does not fit the model: {has} shares {name!r} with {first!r}, {lacks} does not")
+        reason = "one value cannot stand for several"
+        if (saved := _shared_names(given)) != (here := _shared_names(own)):
+            reason = f"the file shares {saved} of its layers, the model {here}, and {reason}"
+        raise ValueError(
+            f"{where} does not fit the model: {has} shares {name!r} with {first!r}, {lacks} does not; {reason}"
+        )
+
+
+def _check_siblings(where: str, given: list[list[str]], own: list[list[str]]) -> None:
+    if differing := sorted({tuple(sorted(group)) for group in given} ^ {tuple(sorted(group)) for group in own}):
+        has, lacks = ("the model", "the file") if list(differing[0]) in map(sorted, own) else ("the file", "the model")
+        raise ValueError(
+            f"{where} does not fit the model: {has} ties {list(differing[0])} as siblings, with one dropout mask, "
+            f"{lacks} does not"
+        )
+
+
+def _shared_names(tied: Mapping[str, str]) -> str:
+    return " and ".join(sorted({first.rpartition(".")[2] for first in tied.values()})) or "nothing"
 
 
 def _same_names(where: str, what: str, given: set[str], own: set[str]) -> None:
@@ -191,15 +255,6 @@ def _same_names(where: str, what: str, given: set[str], own: set[str]) -> None:
     if less := sorted(own - given):
         parts.append(f"not {less[:4]}{' ...' if len(less) > 4 else ''}, which the model has")
     raise ValueError(f"{where} {what} {'; and '.join(parts)}")
-
-
-def _tie(layers: Mapping[str, GLoRALinear], tied: Mapping[str, str]) -> None:
-    """Make the adapters share parameters as those in the file did."""
-    for name, first in tied.items():
-        path, _, own = name.rpartition(".")
-        source, _, other = first.rpartition(".")
-        if path in layers:
-            layers[path]._parameters[own] = layers[source]._parameters[other]
 
 
 def _state(layers: Mapping[str, GLoRALinear], entries: Mapping[str, LayerEntry]) -> dict[str, Tensor]:

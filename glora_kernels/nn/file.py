@@ -1,8 +1,10 @@
 """The adapter file: one safetensors file, written atomically and read whole with its digest checked.
 
-Metadata (strings): "format", "format_version", "library_version", "config" (JSON: layers, train, tied) and
-"sha256" over the others and every tensor's name, dtype, shape and bytes: no byte changes unnoticed. A tensor
-that several names share is stored under the first; "tied" maps the others to it.
+Metadata (strings): "format", "format_version", "library_version", "config" (JSON: layers, train, tied and, where
+there are any, siblings) and "sha256" over the others and every tensor's name, dtype, shape and bytes: no byte changes
+unnoticed. A tensor that several names share is stored under the first; "tied" maps the others to it. "siblings" lists
+the sets of layers with one B_down and one dropout mask. A library that knows versions up to 1 would give them masks of
+their own; a file that has siblings is of version 2, any other of version 1.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from torch import Tensor
 from glora_kernels.spec import GLoRAConfig
 
 FORMAT = "glora_kernels.adapter"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,23 @@ class LayerEntry:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter file holds: layers by path, the paths of modules trained whole, ties, tensors."""
+    """What an adapter file holds: layers by path, the paths of modules trained whole, ties, tensors, siblings."""
 
     layers: dict[str, LayerEntry]
     train: list[str]
     tied: dict[str, str]
     tensors: dict[str, Tensor]
+    siblings: list[list[str]] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raises ValueError where ties or siblings refer to what the file does not have."""
+        for name, first in self.tied.items():
+            if name in self.tensors or first not in self.tensors or name < first:
+                raise ValueError(f"{name!r} cannot be tied to {first!r}")
+        for group in self.siblings:
+            factors = [f"{path}.B_down" for path in group]
+            if len(group) < 2 or len({self.tied.get(name, name) for name in factors}) > 1:
+                raise ValueError(f"{group} cannot be tied as siblings: they have no common B_down")
 
     def values(self) -> dict[str, Tensor]:
         """Every tensor under each of its names."""
@@ -64,12 +77,14 @@ class Adapter:
 def write(adapter: Adapter, target: Path) -> None:
     """Write beside the target, flush to disk, rename: a reader sees the old file or the new one."""
     layers = {path: asdict(entry) for path, entry in adapter.layers.items()}
-    config = json.dumps({"layers": layers, "train": adapter.train, "tied": adapter.tied}, sort_keys=True)
+    config: dict[str, object] = {"layers": layers, "train": adapter.train, "tied": adapter.tied}
+    if adapter.siblings:
+        config["siblings"] = adapter.siblings
     header = {
         "format": FORMAT,
-        "format_version": str(VERSION),
+        "format_version": "2" if adapter.siblings else "1",
         "library_version": _library_version(),
-        "config": config,
+        "config": json.dumps(config, sort_keys=True),
     }
     header["sha256"] = _digest(header, adapter.tensors)
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -130,10 +145,9 @@ def read(path: Path) -> Adapter:
     try:
         values = json.loads(about["config"])
         layers = {name: LayerEntry.from_dict(entry) for name, entry in values["layers"].items()}
-        adapter = Adapter(layers, list(values["train"]), dict(values["tied"]), tensors)
-        for name, first in adapter.tied.items():
-            if name in tensors or first not in tensors or name < first:
-                raise ValueError(f"{name!r} cannot be tied to {first!r}")
+        siblings = [list(group) for group in values.get("siblings", [])]
+        adapter = Adapter(layers, list(values["train"]), dict(values["tied"]), tensors, siblings)
+        adapter.check()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise bad(f"has a configuration that cannot be used: {error}") from error
     return adapter
@@ -158,12 +172,8 @@ def _bytes(tensor: Tensor) -> bytes | ctypes.Array[ctypes.c_char]:
     return (ctypes.c_char * size).from_address(tensor.data_ptr()) if size else b""
 
 
-def host_copy(name: str, tensor: Tensor) -> Tensor:
+def host_copy(tensor: Tensor) -> Tensor:
     """A contiguous copy in host memory that shares nothing."""
-    if tensor.is_meta:
-        raise ValueError(f"save_adapter: {name!r} is on the meta device and has no values")
-    if hasattr(tensor, "full_tensor"):
-        raise ValueError(f"save_adapter: {name!r} is sharded; gather the model first")
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 

@@ -11,16 +11,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from glora_kernels.nn.base import check_config, check_dtype, is_linear, unsupported
+from glora_kernels.nn.base import check_dtype, is_linear, unsupported
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.model import all_paths, named_layers, unwrap
-from glora_kernels.spec import GLoRAConfig, first_match, matches
+from glora_kernels.nn.model import all_paths, listed, named_layers, unwrap
+from glora_kernels.nn.share import Member, Sharing, keep_tied, plan_sharing, tie
+from glora_kernels.spec import GLoRAConfig, ShareLoRAConfig, first_match, matches
 
 HEAD_NAMES: tuple[str, ...] = ("lm_head", "head", "classifier", "score", "embed_out")
 """The last names of a head, where the model has no `get_output_embeddings()` that names one."""
 
 TRAINED = "_glora_trained"
 """The attribute that marks a module trained whole: it travels with the module through copies and pickles."""
+
+Config = GLoRAConfig | ShareLoRAConfig
 
 _EXCLUDE = "exclude it: name other layers in target_modules=[...], or map its path to None in the configuration"
 
@@ -39,7 +42,7 @@ class Linear:
 
 def inject(
     model: nn.Module,
-    config: GLoRAConfig | Mapping[str, GLoRAConfig | None],
+    config: Config | Mapping[str, Config | None],
     target_modules: str | Iterable[str] | None = None,
     train: str | Iterable[str] = (),
     adapter_dtype: torch.dtype | None = None,
@@ -48,24 +51,31 @@ def inject(
 
     A pattern is a glob on the module path, or on its last name: "q_proj", "blocks.0.*", "*.attn.?_proj".
 
+    The layers that get one ShareLoRAConfig, or equal ones, share factors by projection type; `shared(model)` shows
+    which. A shared factor is one parameter, so that copies, optimizers and `state_dict` treat it as one; from here
+    on `load_state_dict` refuses a state with different values for its names.
+
     Args:
         model: any module; changed in place. Wrap it in DistributedDataParallel after this, not before.
-        config: one configuration for every target, or a mapping pattern → configuration in which the first
-            match wins, None leaves a layer alone, and a layer that nothing matches is no target.
+        config: one configuration for every target, a GLoRAConfig or a ShareLoRAConfig, or a mapping
+            pattern → configuration in which the first match wins, None leaves a layer alone, and a layer that
+            nothing matches is no target.
         target_modules: patterns of linear layers. None means every linear layer but the head: the module
             that `get_output_embeddings()` returns, else those whose last name is lm_head, head, classifier,
             score or embed_out.
         train: patterns of modules that are trained whole and saved with the adapter. Linear layers in them
             are no targets.
-        adapter_dtype: of the adapters; None means each weight's own.
+        adapter_dtype: of the adapters; None means each weight's own, but fp32 for a shared factor over a 16-bit
+            base: its gradient is a sum over layers, which autograd accumulates in its dtype.
 
     Returns:
         The model; where the model is itself a linear layer, the GLoRALinear in its place.
 
     Raises:
         ValueError: a pattern that matches nothing, a model that has GLoRA layers already, a layer that
-            cannot be replaced or whose replacement its parent would never call, and anything else that would
-            not do what was asked. Nothing has changed then.
+            cannot be replaced or whose replacement its parent would never call, layers on several devices or of
+            several dtypes that were to share a factor, and anything else that would not do what was asked.
+            Nothing has changed then.
         TypeError: an argument of the wrong kind.
     """
     root = unwrap(model)
@@ -84,15 +94,23 @@ def inject(
     if targets == []:
         raise ValueError("target_modules is empty; give at least one pattern, or None for every layer but the head")
     plan = _plan(root, configs, targets, trained)
-    return replace(model, [(linear, chosen, adapter_dtype) for linear, chosen in plan], trained)
+    members = []
+    for linear, chosen in plan:
+        if isinstance(chosen, ShareLoRAConfig):
+            _check_replaceable(linear)
+            members.append(_member(linear, chosen))
+    sharing = plan_sharing(root, members, adapter_dtype)
+    layer_configs = [(linear, _layer_config(chosen), adapter_dtype) for linear, chosen in plan]
+    return replace(model, layer_configs, trained, sharing)
 
 
 def replace(
     model: nn.Module,
     plan: list[tuple[Linear, GLoRAConfig, torch.dtype | None]],
     trained: Mapping[str, nn.Module],
+    sharing: Sharing,
 ) -> nn.Module:
-    """Put GLoRA layers in the places of the plan's linear layers, freeze, mark and unfreeze `trained`."""
+    """Put GLoRA layers in the places of the plan's linear layers, tie, freeze, mark and unfreeze `trained`."""
     root = unwrap(model)
     for linear, _, _ in plan:
         _check_replaceable(linear)
@@ -101,6 +119,7 @@ def replace(
     before = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
     try:
         layers = [GLoRALinear.from_linear(item.module, config, adapter_dtype=dtype) for item, config, dtype in plan]
+        tie({item.paths[0]: layer for (item, _, _), layer in zip(plan, layers, strict=True)}, sharing)
     except BaseException:
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
@@ -115,6 +134,8 @@ def replace(
         for parent, name in linear.parents:
             if parent is not None:
                 parent._modules[name] = layer
+    if sharing.ties:
+        keep_tied(root)
     return layers[0] if is_linear(root) else model
 
 
@@ -133,10 +154,10 @@ def linears(root: nn.Module) -> list[Linear]:
 
 def _plan(
     root: nn.Module,
-    configs: Mapping[str, GLoRAConfig | None],
+    configs: Mapping[str, Config | None],
     targets: list[str] | None,
     trained: Mapping[str, nn.Module],
-) -> list[tuple[Linear, GLoRAConfig]]:
+) -> list[tuple[Linear, Config]]:
     every = linears(root)
     inside = {id(module): path for path, top in trained.items() for module in top.modules()}
     free = [linear for linear in every if id(linear.module) not in inside]
@@ -167,7 +188,7 @@ def _plan(
     return plan
 
 
-def _choice(linear: Linear, configs: Mapping[str, GLoRAConfig | None]) -> GLoRAConfig | None:
+def _choice(linear: Linear, configs: Mapping[str, Config | None]) -> Config | None:
     choices = []
     for path in linear.paths:
         pattern = first_match(path, configs)
@@ -175,6 +196,17 @@ def _choice(linear: Linear, configs: Mapping[str, GLoRAConfig | None]) -> GLoRAC
     if any(choice != choices[0] for choice in choices):
         raise ValueError(f"config: {linear.paths} are one module, but get different configurations")
     return choices[0]
+
+
+def _member(linear: Linear, config: ShareLoRAConfig) -> Member:
+    weight = linear.module._parameters["weight"]
+    assert weight is not None
+    n, k = weight.shape if isinstance(linear.module, nn.Linear) else weight.shape[::-1]
+    return Member(linear.paths, weight, (n, k), config)
+
+
+def _layer_config(config: Config) -> GLoRAConfig:
+    return config.layer_config() if isinstance(config, ShareLoRAConfig) else config
 
 
 def _check_target(
@@ -206,7 +238,7 @@ def _trained_modules(root: nn.Module, patterns: list[str]) -> dict[str, nn.Modul
         if not any(True for module in hits.values() for _ in module.parameters()):
             what = "matches no module" if not hits else f"matches modules without parameters only: {list(hits)[:4]}"
             names = sorted({path.rpartition(".")[2] for path, _ in all_paths(root) if path})
-            raise ValueError(f"train: the pattern {pattern!r} {what}. {_listed('module', names)}")
+            raise ValueError(f"train: the pattern {pattern!r} {what}. {listed('module', names)}")
         for path, module in hits.items():
             if all(module is not known for known in found.values()):
                 found[path] = module
@@ -272,17 +304,20 @@ def _is_head(linear: Linear, head: nn.Module | None) -> bool:
     return any(path.rpartition(".")[2] in HEAD_NAMES for path in linear.paths)
 
 
-def _checked_configs(config: object) -> Mapping[str, GLoRAConfig | None]:
+def _checked_configs(config: object) -> Mapping[str, Config | None]:
+    if isinstance(config, Config):
+        return {"*": config}
     if not isinstance(config, Mapping):
-        check_config(config)
-        return {"*": config}  # type: ignore[dict-item]
+        raise TypeError(f"config must be a mapping, a ShareLoRAConfig or a GLoRAConfig, got {type(config).__name__}")
     if not config:
         raise ValueError("config is an empty mapping; give at least one pattern")
     for pattern, value in config.items():
         if not isinstance(pattern, str):
             raise TypeError(f"config: a pattern must be a str, got {pattern!r}")
-        if value is not None and not isinstance(value, GLoRAConfig):
-            raise TypeError(f"config[{pattern!r}] must be a GLoRAConfig or None, got {type(value).__name__}")
+        if value is not None and not isinstance(value, Config):
+            raise TypeError(
+                f"config[{pattern!r}] must be a GLoRAConfig, a ShareLoRAConfig or None, got {type(value).__name__}"
+            )
     return config
 
 
@@ -295,11 +330,4 @@ def _patterns(argument: str, given: str | Iterable[str]) -> list[str]:
 
 
 def _some(candidates: list[Linear]) -> str:
-    return _listed("linear layer", sorted({path.rpartition(".")[2] for item in candidates for path in item.paths}))
-
-
-def _listed(kind: str, names: list[str], most: int = 12) -> str:
-    if not names:
-        return f"The model has no {kind} to choose from"
-    more = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return f"Available {kind} names: {', '.join(map(repr, names[:most]))}{more}"
+    return listed("linear layer", sorted({path.rpartition(".")[2] for item in candidates for path in item.paths}))

@@ -9,18 +9,23 @@ The layer owns parameters and state (merged, disabled); the mathematics is in `o
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glora_kernels.nn.base import check_config, check_dtype, is_conv1d, is_linear, unsupported
+from glora_kernels.nn.ranks import refuse_sharded
 from glora_kernels.ops import glora_linear, glora_wc
 from glora_kernels.ops.common import wide_dtype, without_autocast
 from glora_kernels.ops.glora import dropout_seed
 from glora_kernels.reference import effective_bias, effective_weight
 from glora_kernels.spec import GLoRAConfig
+
+if TYPE_CHECKING:
+    from glora_kernels.nn.siblings import SiblingGroup
+    from glora_kernels.ops.deferred import DeferredLinear
 
 ADAPTER_NAMES: tuple[str, ...] = (
     "A",
@@ -38,6 +43,7 @@ ADAPTER_NAMES: tuple[str, ...] = (
 """Every name a parameter of an adapter can have; those that a configuration lacks are registered as None."""
 
 _NAMES = ("weight", "bias", *ADAPTER_NAMES)
+UNSHARD = "save the adapter, load it into a model in one piece and merge that"
 
 
 class GLoRALinear(nn.Module):
@@ -145,10 +151,28 @@ class GLoRALinear(nn.Module):
         self._transposed = transposed
         self._base: tuple[Tensor, Tensor | None] | None = None  # while merged: W and b, in host memory
         self._disabled = 0  # how many `disabled` contexts the layer is in
+        self._beta: Tensor | None = None  # inside `shift_once`: the full bias
+        self._deferred: DeferredLinear | None = None  # inside `deferred_shared_grads`: what to call
+        self._siblings: SiblingGroup | None = None  # the layers that read the same input, this one among them ...
+        self._place = 0  # ... and which of them it is
         # What a forward would otherwise work out each time.
         self._scale = config.scale
         self._dropout = config.dropout if config.B == "lora" else 0.0
         self._variant = config.variant
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GLoRALinear:
+        """As PyTorch's, but a factor that layers share stays one.
+
+        Where a parameter cannot be changed in place (to and from the meta device) PyTorch makes a new one for each
+        module that has it.
+        """
+        before = dict(self._parameters)
+        super()._apply(fn, recurse)
+        for name in ADAPTER_NAMES:
+            old, new = before[name], self._parameters[name]
+            if old is not None and new is not None and new is not old:
+                self._parameters[name] = vars(old).setdefault("_glora_moved", new)
+        return self
 
     def reset_parameters(self) -> None:
         """Initialise the base as `nn.Linear` does, and the adapter. Overwrites a pretrained base."""
@@ -188,8 +212,12 @@ class GLoRALinear(nn.Module):
         """The output y, (..., N), of an x (..., K); the errors of `ops.glora_linear`, and one of its own.
 
         Raises:
-            RuntimeError: the layer is merged, in training mode, and gradients are enabled.
+            RuntimeError: the layer is merged, in training mode, and gradients are enabled; or it is grouped with
+                siblings (`fuse_siblings`), and one of them was called with another tensor.
         """
+        siblings = self._siblings
+        if siblings is not None and (y := siblings.output(self, x)) is not None:
+            return y
         # One dictionary look-up a parameter: attribute access on a module costs ten times as much.
         p: dict[str, Tensor | None] = self._parameters  # type: ignore[assignment]
         if len(p) < len(_NAMES):  # data parallel replicas keep their parameters as attributes
@@ -205,11 +233,16 @@ class GLoRALinear(nn.Module):
                     "train, call unmerge(); to run the merged weights, call eval() or use torch.no_grad()"
                 )
             return F.linear(x, weight, bias)
-        c, c_up, wc = p["C"], p["C_up"], None
-        if c is not None or c_up is not None:
+        c, c_up, d, e, wc = p["C"], p["C_up"], p["D"], p["E"], None
+        if self._beta is not None:  # of which all of these are part
+            bias, d, e = self._beta, None, None
+        elif c is not None or c_up is not None:
             wc = glora_wc(weight, c, c_up=c_up, c_down=p["C_down"])
-        dropout_p = self._dropout if self.training else 0.0
-        return glora_linear(
+        dropout_p, seed = self._dropout if self.training else 0.0, None
+        if dropout_p:
+            seed = dropout_seed(x.device) if siblings is None else siblings.seed(self, x)
+        linear = glora_linear if self._deferred is None else self._deferred
+        return linear(
             x,
             weight,
             bias,
@@ -220,11 +253,11 @@ class GLoRALinear(nn.Module):
             b_up=p["B_up"],
             b_down=p["B_down"],
             wc=wc,
-            d=p["D"],
-            e=p["E"],
+            d=d,
+            e=e,
             scale=self._scale,
             dropout_p=dropout_p,
-            seed=dropout_seed(x.device) if dropout_p else None,
+            seed=seed,
             variant=self._variant,
         )
 
@@ -239,10 +272,7 @@ class GLoRALinear(nn.Module):
         Raises:
             RuntimeError: the layer is merged already, or disabled.
         """
-        if self._base is not None:
-            raise RuntimeError("merge() was called on a layer that is merged already; call unmerge() first")
-        if self._disabled:
-            raise RuntimeError("merge() was called inside disabled(model); leave that context first")
+        self.check_mergeable()
         weight, bias = self._effective()
         base = (
             self.weight.to("cpu", copy=True),
@@ -256,6 +286,13 @@ class GLoRALinear(nn.Module):
         elif bias is not None:
             self.bias = nn.Parameter(bias.clone(), requires_grad=False)
         self._base = base
+
+    def check_mergeable(self) -> None:
+        """The errors of `merge` that depend on the state of the layer."""
+        if self._base is not None:
+            raise RuntimeError("merge() was called on a layer that is merged already; call unmerge() first")
+        if self._disabled:
+            raise RuntimeError("merge() was called inside disabled(model); leave that context first")
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -290,6 +327,7 @@ class GLoRALinear(nn.Module):
 
     def _effective(self) -> tuple[Tensor, Tensor | None]:
         """W_eff (N, K) and the full bias (N,), in the dtypes of `weight` and `bias`; may alias them."""
+        refuse_sharded(self, "merge", UNSHARD)
         weight = self.weight.t() if self._transposed else self.weight
         bias = self.bias
         wide = weight.to(wide_dtype(weight.dtype))
@@ -316,8 +354,13 @@ class GLoRALinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: one made inside `disabled(model)` would otherwise never leave it."""
-        return self.__dict__ | {"_disabled": 0}
+        """For copies and pickles: one made inside a context (`disabled(model)`, say) would otherwise never leave it."""
+        return self.__dict__ | {"_disabled": 0, "_beta": None, "_deferred": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._siblings is not None:
+            self._siblings.join(self)
 
     def extra_repr(self) -> str:
         config = self.config
@@ -335,6 +378,8 @@ class GLoRALinear(nn.Module):
             parts.append(f"dropout={config.dropout:g}")
         if config.variant != "hadamard":
             parts.append(f"variant={config.variant}")
+        if self._siblings is not None and self._siblings.fused:
+            parts.append(f"siblings={len(self._siblings.names)}")
         if self.merged:
             parts.append("merged")
         if self._disabled:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from glora_kernels.nn.linear import GLoRALinear
+from glora_kernels.nn.linear import UNSHARD, GLoRALinear
+from glora_kernels.nn.merging import merge_together, split_for_merge, split_for_unmerge, unmerge_together
+from glora_kernels.nn.ranks import refuse_sharded
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """The names under which wrappers hold the module they wrap; they are no part of a module's path."""
@@ -48,20 +50,35 @@ def _layers(model: nn.Module, caller: str) -> dict[str, GLoRALinear]:
 def merge(model: nn.Module) -> None:
     """Merge every GLoRA layer of the model in place, or, where one fails, none.
 
+    On a GPU in one launch (one for each weight dtype, adapter dtype and order of storage), W_eff computed in fp32 and
+    rounded once, after a copy of the bases into pinned host memory. What the kernels do not take (float64, CPUs,
+    `backend("eager")`, a product variant above rank 64) is merged layer by layer.
+
     Raises:
-        ValueError: the model has no GLoRA layer, or a base weight or bias that would change belongs to
+        ValueError: the model has no GLoRA layer or is sharded, or a base weight or bias that would change belongs to
             another module too (an embedding tied to it, say).
         RuntimeError: a layer is merged already, or disabled.
     """
     layers = _layers(model, "merge")
+    refuse_sharded(unwrap(model), "merge", UNSHARD)
     if path := next((path for path, layer in layers.items() if layer.merged), None):
         raise RuntimeError(f"merge: {path!r} is merged already; call unmerge(model) first")
     _refuse_tied(unwrap(model), layers)
-    _all_or_none(layers, GLoRALinear.merge, GLoRALinear.unmerge)
+    together, single = split_for_merge(layers)
+    _all_or_none(single, GLoRALinear.merge, GLoRALinear.unmerge)
+    try:
+        merge_together(together)
+    except BaseException:
+        for layer in single.values():
+            layer.unmerge()
+        raise
 
 
 def unmerge(model: nn.Module) -> None:
     """Restore the base of every GLoRA layer of the model, bit for bit.
+
+    On a GPU in one launch that reads the bases from pinned host memory; layer by layer where none could be pinned (a
+    warning of `merge`), or where weights have changed their dtype or device meanwhile.
 
     Raises:
         ValueError: the model has no GLoRA layer.
@@ -70,7 +87,14 @@ def unmerge(model: nn.Module) -> None:
     layers = _layers(model, "unmerge")
     if path := next((path for path, layer in layers.items() if not layer.merged), None):
         raise RuntimeError(f"unmerge: {path!r} is not merged")
-    _all_or_none(layers, GLoRALinear.unmerge, GLoRALinear.merge)
+    together, single = split_for_unmerge(layers)
+    _all_or_none(single, GLoRALinear.unmerge, GLoRALinear.merge)
+    try:
+        unmerge_together(together)
+    except BaseException:
+        for layer in single.values():
+            layer.merge()
+        raise
 
 
 def _all_or_none(
@@ -143,3 +167,11 @@ def all_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every (path, module) of an unwrapped model, the same module once a path."""
     for path, module in model.named_modules(remove_duplicate=False):
         yield clean(path), module
+
+
+def listed(kind: str, names: list[str], most: int = 12) -> str:
+    """A sentence for error messages: which names there are to choose from."""
+    if not names:
+        return f"The model has no {kind} to choose from"
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return f"Available {kind} names: {', '.join(map(repr, names[:most]))}{more}"

@@ -14,6 +14,7 @@ from glora_kernels.launch import routes
 from glora_kernels.launch.progress import progress as shown
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import named_layers, unwrap
+from glora_kernels.nn.ranks import refuse_sharded
 from glora_kernels.ops.glora import seeds_on_device
 
 _DIVISOR = 16
@@ -28,6 +29,8 @@ def warmup(
     progress: bool = True,
 ) -> list[str]:
     """Run each different GLoRA layer of the model once on zeros, so that its kernels are compiled before step one.
+
+    Layers that are fused as siblings are run together.
 
     Layers are alike where sizes, dtypes, device, layout, supports, dropout and what requires a gradient are. Nothing of
     the model changes: no gradient is left, no hook runs, the generators of the CPU and the GPU and every `training`
@@ -54,29 +57,42 @@ def warmup(
 
     Raises:
         TypeError: `model` is no module, or `tokens` no integers.
-        ValueError: the model has no GLoRA layer, tokens below 1, or a dtype that autocast does not offer.
+        ValueError: the model has no GLoRA layer or is sharded, tokens below 1, or a dtype that autocast does not offer.
     """
+    refuse_sharded(unwrap(model), "warmup", "call it before fully_shard")
     layers = named_layers(unwrap(model))
     if not layers:
         raise ValueError("warmup: the model has no GLoRA layer; call inject(model, config) first")
     sizes = _sizes(tokens)
-    groups: dict[object, list[GLoRALinear]] = {}
-    for layer in layers.values():
-        _check_dtype(layer, dtype)
-        served = not layer.merged and not layer._disabled and _is_served(layer, dtype)
-        if served:
-            groups.setdefault(_signature(layer), []).append(layer)
+    kinds: dict[object, list[list[GLoRALinear]]] = {}
+    for unit in _units(layers.values()):
+        for layer in unit:
+            _check_dtype(layer, dtype)
+        if all(not layer.merged and not layer._disabled and _is_served(layer, dtype) for layer in unit):
+            kinds.setdefault(tuple(map(_signature, unit)), []).append(unit)
     lines = []
-    plan = [(alike, size) for alike in groups.values() for size in sizes]
+    plan = [(alike, size) for alike in kinds.values() for size in sizes]
     for alike, size in shown(plan, "compiling", progress):
-        _run(alike[0], size, dtype, training)
-        if alike[0]._dropout and training and alike[0].weight.device.type == "cuda":
+        unit = alike[0]
+        _run(unit, size, dtype, training)
+        if any(layer._dropout for layer in unit) and training and unit[0].weight.device.type == "cuda":
             with seeds_on_device():  # as a CUDA graph or torch.compile will call them
-                _run(alike[0], size, dtype, training)
-        count = f"{len(alike)} layer{'' if len(alike) == 1 else 's'}"
+                _run(unit, size, dtype, training)
+        kind = "layer" if len(unit) == 1 else "group"
+        count = f"{len(alike)} {kind}{'' if len(alike) == 1 else 's'}"
         what = "forward and backward" if training else "forward"
-        lines.append(f"{count} like ({alike[0].extra_repr()}): {what} with {size} tokens")
+        lines.append(f"{count} like ({unit[0].extra_repr()}): {what} with {size} tokens")
     return lines
+
+
+def _units(layers: Iterable[GLoRALinear]) -> list[list[GLoRALinear]]:
+    """What one launch computes: the members of a group of siblings, any other layer by itself."""
+    units: dict[int, list[GLoRALinear]] = {}
+    for layer in layers:
+        members = [layer] if layer._siblings is None or not layer._siblings.fused else layer._siblings.members
+        present = [member for member in members if member is not None]
+        units.setdefault(id(present[0]), present)
+    return list(units.values())
 
 
 def _sizes(tokens: int | Iterable[int]) -> list[int]:
@@ -121,38 +137,41 @@ def _signature(layer: GLoRALinear) -> tuple[object, ...]:
     return (*layout, *parameters, config.variant, layer._dropout > 0)
 
 
-def _run(layer: GLoRALinear, tokens: int, dtype: torch.dtype | None, training: bool) -> None:
-    """One forward, and backward, without a trace: on parameters that share the layer's memory, and without hooks."""
-    weight, was = layer.weight, layer.training
+def _run(unit: list[GLoRALinear], tokens: int, dtype: torch.dtype | None, training: bool) -> None:
+    """One forward, and backward, without a trace: on parameters that share the layers' memory, and without hooks."""
+    weight, was = unit[0].weight, [layer.training for layer in unit]
     device = weight.device
     autocast: Any = contextlib.nullcontext()
     if dtype is not None and dtype != weight.dtype:
         autocast = torch.autocast(device.type, dtype=dtype)
-    x = torch.zeros(tokens, layer.in_features, device=device, dtype=weight.dtype, requires_grad=training)
+    x = torch.zeros(tokens, unit[0].in_features, device=device, dtype=weight.dtype, requires_grad=training)
+    bare = _Bare(unit)
     own: dict[str, Tensor] = {
         name: parameter.detach().requires_grad_(training and parameter.requires_grad)
-        for name, parameter in layer.named_parameters()
+        for name, parameter in bare.named_parameters()
     }
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []), torch.set_grad_enabled(training), autocast:
-        layer.training = training
+        for layer in unit:
+            layer.training = training
         try:
-            y = functional_call(_Bare(layer), {f"layer.{name}": value for name, value in own.items()}, (x,))
+            ys = functional_call(bare, own, (x,))
         finally:
-            layer.training = was
+            for layer, flag in zip(unit, was, strict=True):
+                layer.training = flag
         if training:
             wanted = [x, *(value for value in own.values() if value.requires_grad)]
-            torch.autograd.grad(y, wanted, torch.zeros_like(y), allow_unused=True)
+            torch.autograd.grad(ys, wanted, [torch.zeros_like(y) for y in ys], allow_unused=True)
     if on_gpu:
         torch.cuda.synchronize(device)
 
 
 class _Bare(nn.Module):
-    """A layer called without its hooks."""
+    """Layers called with one input, without their hooks."""
 
-    def __init__(self, layer: GLoRALinear) -> None:
+    def __init__(self, layers: list[GLoRALinear]) -> None:
         super().__init__()
-        self.layer = layer
+        self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer.forward(x)
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer.forward(x) for layer in self.layers]

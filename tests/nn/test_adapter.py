@@ -402,8 +402,8 @@ def test_altered_contents(vit, saved):
 
 def test_foreign_files(vit, saved):
     tensors, _ = contents(saved)
-    rewrite(saved, format_version="2")
-    refused(vit(), saved, "'2'.*up to 1")
+    rewrite(saved, format_version="3")
+    refused(vit(), saved, "'3'.*up to 2")
     rewrite(saved, format_version="one")
     refused(vit(), saved, "'one'")
     rewrite(saved, format="pt")

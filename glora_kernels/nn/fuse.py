@@ -1,0 +1,237 @@
+"""Fusing the siblings of a model: q, k and v, gate and up, K and V of cross-attention as one launch each.
+
+Names, parameters and checkpoints stay as they are; `nn.siblings` says how the layers compute then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from glora_kernels.nn.linear import GLoRALinear
+from glora_kernels.nn.model import listed, named_layers, unwrap
+from glora_kernels.nn.siblings import SiblingGroup, cross_attention_sets, install, refusal, sibling_sets
+from glora_kernels.ops.grouped import MAX_MEMBERS
+from glora_kernels.spec import matches
+
+
+@dataclass(frozen=True)
+class FusedReport:
+    """What is fused in a model: the paths of every group, and what was left out and why; print it for a summary."""
+
+    groups: tuple[tuple[str, ...], ...]
+    left_out: tuple[tuple[tuple[str, ...], str], ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{_counted(len(self.groups), 'group')} of siblings, each one launch"]
+        counts: dict[str, int] = {}
+        for paths in self.groups:
+            counts[_type(paths)] = counts.get(_type(paths), 0) + 1
+        lines += [f"  {count} x  {name}" for name, count in counts.items()]
+        reasons: dict[str, list[str]] = {}
+        for paths, reason in self.left_out:
+            reasons.setdefault(reason, []).append(", ".join(paths))
+        for reason, sets in reasons.items():
+            more = f" ({len(sets)} such sets)" if len(sets) > 1 else ""
+            lines.append(f"  left out: {sets[0]}: {reason}{more}")
+        return "\n".join(lines)
+
+
+def fuse_siblings(model: nn.Module, groups: Iterable[Iterable[str]] | None = None) -> FusedReport:
+    """Compute GLoRA layers that read the same input (q, k and v; gate and up) in one launch, in place.
+
+    From now on the first of such layers that is called computes the outputs of all, and the backward of all is one;
+    outputs and gradients stay what they were, but for the rounding of sums, and so do module names, checkpoints and
+    the order in which dropout masks are drawn. Layers with A = none and B = lora or none are served, with any C, D and
+    E; where only some of a set are adapted, those are fused. Fused layers are left as they are.
+
+    The layers of a group must be called with the same tensor object; another is an error when they are called, not a
+    wrong result. What else holds for them: `nn.siblings.SiblingGroup`.
+
+    Args:
+        model: a model with GLoRA layers, also inside torch.compile or DistributedDataParallel.
+        groups: for models with other names: which layers are siblings, several patterns a group ("c_q", or a path with
+            wildcards), in the order of their calls. The layers of one parent that they match become one group. None:
+            those that `sibling_sets` finds.
+
+    Returns:
+        Every group of the model, and what was left out and why.
+
+    Raises:
+        ValueError: no GLoRA layer, a pattern that matches none, or nothing to fuse (the message says why). Nothing
+            has changed then.
+        TypeError: `groups` holds something else than patterns.
+    """
+    root, layers = _layers(model, "fuse_siblings")
+    sets = sibling_sets(root) if groups is None else _matched(layers, groups)
+    return _fuse("fuse_siblings", layers, sets)
+
+
+def fuse_cross_attention(model: nn.Module, layers: str | Iterable[str] | None = None) -> FusedReport:
+    """Compute K and V of every decoder layer on one encoder state in one launch, in place.
+
+    All outputs are computed when the first decoder layer is called and wait for the layers behind it: M·ΣN numbers,
+    for L layers 2·L·M·N, of which training keeps most in any case. Inside activation checkpoints, and under
+    torch.compile, each decoder layer computes its own k and v in one launch. Fused pairs of k and v become part of the
+    larger group; a stack with more layers than one launch takes becomes several groups.
+
+    Args:
+        model: a model with GLoRA layers, also inside torch.compile or DistributedDataParallel.
+        layers: for models with other names: patterns of the layers that read the one encoder state. None: the k and v
+            projections of cross-attention, one group for each stack of layers.
+
+    Returns:
+        Every group of the model, and what was left out and why.
+
+    Raises:
+        ValueError: no GLoRA layer, a pattern that matches none, or nothing to fuse (the message says why). Nothing
+            has changed then.
+        TypeError: `layers` holds something else than patterns.
+    """
+    root, adapted = _layers(model, "fuse_cross_attention")
+    if layers is None:
+        stacks: dict[object, list[list[str]]] = {}
+        for paths in cross_attention_sets(root):
+            stacks.setdefault(_depthless(paths[0].rpartition(".")[0]), []).append(paths)
+        blocks = list(stacks.values())
+    else:
+        patterns = _patterns("layers", [layers] if isinstance(layers, str) else layers)
+        blocks = [_by_parent(_matching("layers", adapted, patterns))]
+    sets = [chunk for stack in blocks for chunk in _chunks(adapted, stack)]
+    return _fuse("fuse_cross_attention", adapted, sets)
+
+
+def split_siblings(model: nn.Module) -> None:
+    """Undo `fuse_siblings` and `fuse_cross_attention`: every layer computes alone again.
+
+    Layers that share one B_down as siblings (`ShareLoRAConfig(tie_siblings=True)`) keep their common dropout mask.
+
+    Raises:
+        ValueError: the model has no GLoRA layer, or none that is fused.
+    """
+    _, layers = _layers(model, "split_siblings")
+    fused = [group for group in _groups(layers) if group.fused]
+    if not fused:
+        raise ValueError("split_siblings: no layer of the model is fused")
+    for group in fused:
+        if group.tied:
+            group.fused = False
+        else:
+            group.dissolve()
+
+
+def _fuse(caller: str, layers: Mapping[str, GLoRALinear], sets: Sequence[Sequence[str]]) -> FusedReport:
+    """Install a group for every set that can be one; groups that lie within a new one become part of it."""
+    plan: list[list[str]] = []
+    left_out: list[tuple[tuple[str, ...], str]] = []
+    for paths in sets:
+        adapted = [path for path in paths if path in layers]
+        if not adapted or _is_fused(layers, adapted):
+            continue
+        if reason := _reason(layers, adapted):
+            left_out.append((tuple(paths), reason))
+        else:
+            plan.append(adapted)
+    if not plan and not any(group.fused for group in _groups(layers)):
+        why = "".join(f"; {', '.join(paths)}: {reason}" for paths, reason in left_out[:4])
+        names = sorted({path.rpartition(".")[2] for path in layers})
+        raise ValueError(f"{caller}: no GLoRA layers to fuse{why}. {listed('GLoRA layer', names)}")
+    for adapted in plan:
+        for group in _groups({path: layers[path] for path in adapted}):
+            group.dissolve()
+        install({path: layers[path] for path in adapted})
+    return FusedReport(tuple(group.names for group in _groups(layers) if group.fused), tuple(left_out))
+
+
+def _is_fused(layers: Mapping[str, GLoRALinear], paths: Sequence[str]) -> bool:
+    group = layers[paths[0]]._siblings
+    return group is not None and group.fused and all(layers[path]._siblings is group for path in paths)
+
+
+def _reason(layers: Mapping[str, GLoRALinear], paths: Sequence[str]) -> str | None:
+    """Why the layers cannot become one group, or None."""
+    members = {path: layers[path] for path in paths}
+    if len(members) == 1:
+        return f"only {paths[0]!r} is adapted"
+    for group in _groups(members):
+        if outside := [member for member in group.members if all(member is not layer for layer in members.values())]:
+            own = [name for name, member in zip(group.names, group.members, strict=True) if member not in outside]
+            return f"{own[0]!r} is in a group with other layers"
+    return refusal(members)
+
+
+def _groups(layers: Mapping[str, GLoRALinear]) -> list[SiblingGroup]:
+    """The groups that the layers are in, each once."""
+    return list(dict.fromkeys(layer._siblings for layer in layers.values() if layer._siblings is not None))
+
+
+def _layers(model: nn.Module, caller: str) -> tuple[nn.Module, dict[str, GLoRALinear]]:
+    root = unwrap(model)
+    layers = named_layers(root)
+    if not layers:
+        raise ValueError(f"{caller}: the model has no GLoRA layer; call inject(model, config) first")
+    return root, layers
+
+
+def _matched(layers: Mapping[str, GLoRALinear], groups: Iterable[Iterable[str]]) -> list[list[str]]:
+    """The sets of paths that the patterns of each group match, one set a parent."""
+    sets = []
+    for i, group in enumerate(groups):
+        patterns = _patterns(f"groups[{i}]", group)
+        sets += _by_parent(_matching(f"groups[{i}]", layers, patterns))
+    return sets
+
+
+def _matching(argument: str, layers: Mapping[str, GLoRALinear], patterns: Sequence[str]) -> list[str]:
+    """The paths that the patterns match, in the order of the patterns."""
+    found: list[str] = []
+    for pattern in patterns:
+        hits = [path for path in layers if matches(path, pattern)]
+        if not hits:
+            names = sorted({path.rpartition(".")[2] for path in layers})
+            raise ValueError(f"{argument}: the pattern {pattern!r} matches no GLoRA layer. {listed('layer', names)}")
+        found += hits
+    return list(dict.fromkeys(found))
+
+
+def _patterns(argument: str, given: Iterable[str]) -> list[str]:
+    patterns = [] if isinstance(given, str) else list(given)
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{argument} takes patterns (a list of str), got {given!r}")
+    return patterns
+
+
+def _by_parent(paths: Iterable[str]) -> list[list[str]]:
+    parents: dict[str, list[str]] = {}
+    for path in paths:
+        parents.setdefault(path.rpartition(".")[0], []).append(path)
+    return list(parents.values())
+
+
+def _chunks(layers: Mapping[str, GLoRALinear], stack: Iterable[Sequence[str]]) -> list[list[str]]:
+    """The adapted layers of a stack's blocks, block after block, in lists that one launch takes."""
+    chunks: list[list[str]] = []
+    for block in stack:
+        adapted = [path for path in block if path in layers]
+        if not chunks or len(chunks[-1]) + len(adapted) > MAX_MEMBERS:
+            chunks.append([])
+        chunks[-1] += adapted
+    return [chunk for chunk in chunks if chunk]
+
+
+def _type(paths: Sequence[str]) -> str:
+    """The members of a group for display: "model.layers.#.self_attn: q_proj, k_proj, v_proj"."""
+    parents = list(dict.fromkeys(path.rpartition(".")[0] for path in paths))
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    over = f" of {_counted(len(parents), 'layer')}" if len(parents) > 1 else ""
+    return f"{_depthless(parents[0])}: {', '.join(names)}{over}".removeprefix(": ")
+
+
+def _depthless(path: str) -> str:
+    return ".".join("#" if part.isdecimal() else part for part in path.split("."))
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -1,0 +1,317 @@
+"""FSDP2 for models with shared factors: sharding, the parameters as an optimizer takes them, clipping.
+
+FSDP2 shards the parameters group by group (a block of the model is one) and refuses a parameter that several groups
+have, which a factor shared over depth is. Such a factor stays whole on every rank instead, and its gradient is
+averaged over the ranks here:
+
+    grad ← 1/P · Σ_p grad_p        (P ranks)
+
+after every accumulation of autograd into it. That is once a backward; a reentrant checkpoint accumulates once a
+segment, gradient accumulation once a micro-step. Averaging between is right because an average stays as it is when
+averaged again: mean(mean(a) + b) = mean(a + b).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from glora_kernels.nn.linear import GLoRALinear
+from glora_kernels.nn.model import all_paths, clean, named_layers, unwrap
+from glora_kernels.nn.ranks import is_part, refuse_sharded, whole
+from glora_kernels.spec import matches
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+
+
+def fully_shard(
+    model: nn.Module,
+    blocks: str | nn.Module | Iterable[str | nn.Module] | None = None,
+    *,
+    mesh: DeviceMesh | None = None,
+    reshard_after_forward: bool | int | None = None,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    offload_policy: OffloadPolicy | None = None,
+) -> nn.Module:
+    """Shard a model with GLoRA layers by `torch.distributed.fsdp.fully_shard`, shared factors included.
+
+    Every block becomes an FSDP group, then the model with what is left. A parameter that several groups have (a
+    factor shared over depth, say) is no part of any: it is whole on every rank, starts with the values of the mesh's
+    first rank, and its gradient is averaged over the mesh after backward. Gradient accumulation
+    (`model.set_requires_gradient_sync(False)`), both kinds of activation checkpointing and 2-D (hybrid) meshes
+    work as for any FSDP model. Inject and load before this call, make the optimizer after it.
+
+        model = gk.inject(build(), gk.ShareLoRAConfig(rank=64, share="A"))     # on every rank
+        gk.fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        optimizer = torch.optim.AdamW(gk.parameter_groups(model), lr=1e-4)
+        for x, target in batches_of_this_rank:
+            loss(model(x), target).backward()
+            gk.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        gk.save_adapter(model, "adapter.safetensors")                          # on every rank; the first one writes
+
+    Each rank's loss is the mean over its own samples. `torch.distributed.checkpoint`, with `get_model_state_dict`
+    and `get_optimizer_state_dict`, saves and resumes a run. Dropout masks differ from rank to rank only where the
+    seeds do: `torch.manual_seed(seed + rank)` before training. `set_gradient_divide_factor` does not reach the
+    factors that are whole.
+
+    Args:
+        model: the model, not wrapped, its parameters in memory on every rank; changed in place.
+        blocks: modules of the model, or patterns of their paths. None means the elements of the outermost
+            `nn.ModuleList`s with GLoRA layers in them; an empty list, no group but the model's own.
+        mesh: of the ranks, 1-D, or 2-D to replicate over the first dimension and shard over the second. None means all
+            ranks, on the accelerator if there is one.
+        reshard_after_forward: see `torch.distributed.fsdp.fully_shard`; likewise the others.
+        mp_policy: dtypes of what is gathered and reduced. A shared factor keeps its dtype (adapters in fp32 over
+            16-bit weights are served); its gradient is averaged in `reduce_dtype`.
+        offload_policy: where the parts of the parameters are kept. A shared factor stays on the device.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: `model` or a block is of the wrong kind.
+        ValueError: a model that is wrapped, sharded already, without a GLoRA layer, or has a shared parameter on the
+            meta device; blocks that are not in the model or do not say which; trained parameters of several dtypes
+            in one group.
+        RuntimeError: a layer is merged.
+    """
+    from torch.distributed.fsdp import fully_shard as shard
+
+    if unwrap(model) is not model:
+        raise ValueError(f"fully_shard: the model is wrapped ({type(model).__name__}); shard it first, then wrap it")
+    refuse_sharded(model, "fully_shard", "call it once")
+    layers = named_layers(model)
+    if not layers:
+        raise ValueError("fully_shard: the model has no GLoRA layer; call inject(model, config) first")
+    if merged := [path for path, layer in layers.items() if layer.merged]:
+        raise RuntimeError(f"fully_shard: {merged[0]!r} is merged; call unmerge(model) first")
+    chosen = _own_blocks(model) if blocks is None else _named_blocks(model, blocks)
+    groups = _groups(model, chosen)
+    common = _in_several(groups)
+    _check_common(model, common)
+    for group in groups.values():
+        _check_dtypes(model, group, common)
+
+    given = {"mp_policy": mp_policy, "offload_policy": offload_policy, "reshard_after_forward": reshard_after_forward}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    mesh = mesh or _every_rank()
+    for module in (*chosen, model):
+        shard(module, mesh=mesh, ignored_params=set(common), **options)
+    _replicate(model, common, mesh, None if mp_policy is None else mp_policy.reduce_dtype)
+    return model
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The parameters to train as an optimizer takes them, the sharded ones and the whole ones in groups of their own.
+
+    The operations on lists of tensors by which optimizers step ("foreach", the default on a GPU, and "fused") do not
+    take both kinds at once. A shared parameter is there once. A model that is not sharded has one group.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [{"params": alike} for alike in _by_kind(trained)]
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` for sharded and whole parameters together; every rank must call it.
+
+    Returns:
+        The norm of all gradients as one vector, before clipping; the same on every rank.
+
+    Raises:
+        RuntimeError: `error_if_nonfinite`, and the norm is not finite.
+    """
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    clipped = [parameter for parameter in given if parameter.grad is not None]
+    grads = [parameter.grad for parameter in clipped if parameter.grad is not None]
+    if not grads:
+        return torch.tensor(0.0)
+    if math.isinf(norm_type):  # an empty part has no largest element
+        grads = [whole(grad) if _is_uneven(grad) else grad for grad in grads]
+    norms = [whole(nn.utils.get_total_norm(alike, norm_type, foreach=foreach)) for alike in _by_kind(grads)]
+    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)
+    if error_if_nonfinite and not total.isfinite():
+        raise RuntimeError(f"clip_grad_norm_: the norm of order {norm_type} is {total.item()}; nothing was clipped")
+    for alike in _by_kind(clipped):
+        nn.utils.clip_grads_with_norm_(alike, max_norm, total, foreach)
+    return total
+
+
+class _Average:
+    """A hook that averages the gradient of a parameter over the ranks of a mesh, in `dtype`, while `on`."""
+
+    def __init__(self, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
+        self.groups, self.ranks, self.dtype, self.on = mesh.get_all_groups(), mesh.size(), dtype, True
+
+    @torch.no_grad()
+    def __call__(self, parameter: Tensor) -> None:
+        if not self.on or parameter.grad is None:
+            return
+        mean = parameter.grad.to(self.dtype or parameter.grad.dtype) / self.ranks
+        for group in self.groups:
+            dist.all_reduce(mean, group=group)
+        parameter.grad.copy_(mean)
+
+
+def _replicate(model: Any, common: list[nn.Parameter], mesh: DeviceMesh, reduce_dtype: torch.dtype | None) -> None:
+    """Move the parameters that FSDP leaves alone to the mesh's device, make them alike, and average their gradients."""
+    average = _Average(mesh, reduce_dtype)
+    for parameter in common:
+        parameter.data = parameter.data.to(mesh.device_type)
+        for group in mesh.get_all_groups():
+            dist.broadcast(parameter.data, group=group, group_src=0)
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(average)
+    native = model.set_requires_gradient_sync
+
+    def set_requires_gradient_sync(requires_gradient_sync: bool, *, recurse: bool = True) -> None:
+        """FSDP's own switch, which then also holds for the gradients averaged here."""
+        native(requires_gradient_sync, recurse=recurse)
+        if recurse:
+            average.on = requires_gradient_sync
+
+    model.set_requires_gradient_sync = set_requires_gradient_sync
+
+
+def _every_rank() -> DeviceMesh:
+    """All ranks in one dimension, as torch's own default: on the accelerator, or on the CPU where there is none."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if not dist.is_initialized():
+        dist.init_process_group()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return init_device_mesh("cpu" if accelerator is None else accelerator.type, (dist.get_world_size(),))
+
+
+def _own_blocks(model: nn.Module) -> list[nn.Module]:
+    """The elements of the outermost ModuleLists that have GLoRA layers; of a list of lists, the inner elements."""
+    found: list[nn.Module] = []
+
+    def search(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and _is_container(child) and _adapted(child):
+                take(child)
+            else:
+                search(child)
+
+    def take(elements: nn.ModuleList) -> None:
+        for element in elements:
+            if isinstance(element, nn.ModuleList) and _is_container(element):
+                take(element)
+            elif _is_container(element):
+                search(element)
+            elif element not in found and any(True for _ in element.parameters()):
+                found.append(element)
+
+    search(model)
+    if not found:
+        raise ValueError(
+            "fully_shard: no nn.ModuleList of the model holds GLoRA layers; name the blocks to be sharded one by one, "
+            'blocks=["encoder.layer?"] say, or give blocks=[] to shard the model as one'
+        )
+    return found
+
+
+def _named_blocks(model: nn.Module, blocks: str | nn.Module | Iterable[str | nn.Module]) -> list[nn.Module]:
+    """The modules that are given or that patterns match; what is inside another comes before it, as FSDP demands."""
+    given = [blocks] if isinstance(blocks, (str, nn.Module)) else list(blocks)
+    paths = [(path, module) for path, module in all_paths(model) if path]
+    found: dict[nn.Module, int] = {}
+    for item in given:
+        if not isinstance(item, (str, nn.Module)):
+            raise TypeError(f"blocks takes patterns (str) and modules, got {item!r}")
+        hits = [(p, m) for p, m in paths if (matches(p, item) if isinstance(item, str) else m is item)]
+        if not hits:
+            what = f"the pattern {item!r} matches no module" if isinstance(item, str) else f"{item} is not a module"
+            raise ValueError(f"blocks: {what} of the model")
+        for path, module in hits:
+            if _is_container(module):
+                raise ValueError(
+                    f"blocks: {path!r} is a {type(module).__name__}, which is never called; name its elements"
+                )
+            found[module] = max(found.get(module, 0), path.count("."))
+    return sorted(found, key=lambda module: -found[module])
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is nn.Module.forward
+
+
+def _adapted(module: nn.Module) -> bool:
+    return any(isinstance(inner, GLoRALinear) for inner in module.modules())
+
+
+def _groups(model: nn.Module, blocks: list[nn.Module]) -> dict[nn.Module, list[nn.Parameter]]:
+    """The parameters of each block that are in no block inside it, and those of the model in none."""
+    groups: dict[nn.Module, dict[nn.Parameter, None]] = {module: {} for module in (*blocks, model)}
+
+    def walk(module: nn.Module, group: nn.Module) -> None:
+        group = module if module in groups else group
+        groups[group] |= dict.fromkeys(module.parameters(recurse=False))
+        for child in module.children():
+            walk(child, group)
+
+    walk(model, model)
+    return {module: list(parameters) for module, parameters in groups.items()}
+
+
+def _in_several(groups: dict[nn.Module, list[nn.Parameter]]) -> list[nn.Parameter]:
+    """The parameters that several groups have, in the order of the first."""
+    counts: dict[nn.Parameter, int] = {}
+    for parameters in groups.values():
+        for parameter in parameters:
+            counts[parameter] = counts.get(parameter, 0) + 1
+    return [parameter for parameter, count in counts.items() if count > 1]
+
+
+def _check_common(model: nn.Module, common: list[nn.Parameter]) -> None:
+    for parameter in common:
+        if parameter.is_meta:
+            raise ValueError(
+                f"fully_shard: {_name(model, parameter)!r}, which several blocks share, is on the meta device and has "
+                "no values to send to the other ranks; give the model memory and load it first"
+            )
+
+
+def _check_dtypes(model: nn.Module, group: list[nn.Parameter], common: list[nn.Parameter]) -> None:
+    """FSDP reduces the gradients of a group in one dtype, and would say so at the first forward only."""
+    trained = [parameter for parameter in group if parameter.requires_grad and all(parameter is not c for c in common)]
+    different = {parameter.dtype: parameter for parameter in reversed(trained)}
+    if len(different) > 1:
+        some = ", ".join(f"{_name(model, parameter)!r} ({dtype})" for dtype, parameter in different.items())
+        raise ValueError(
+            f"fully_shard: the trained parameters of a group must have one dtype, got {some}; give them one "
+            "(adapter_dtype in inject), or name one of their modules in blocks"
+        )
+
+
+def _name(model: nn.Module, wanted: nn.Parameter) -> str:
+    return next(clean(name) for name, parameter in model.named_parameters() if parameter is wanted)
+
+
+def _is_uneven(tensor: Any) -> bool:
+    """Whether ranks may hold parts of different sizes, or none, of a tensor."""
+    return is_part(tensor) and tensor.shape[0] % tensor.device_mesh.size() != 0
+
+
+def _by_kind(parameters: list[Any]) -> list[list[Any]]:
+    """The sharded parameters, then the whole ones; a kind that is not there is left out."""
+    kinds = [[p for p in parameters if is_part(p)], [p for p in parameters if not is_part(p)]]
+    return [kind for kind in kinds if kind]

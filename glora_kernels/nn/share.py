@@ -1,0 +1,329 @@
+"""Sharing: which factors of a model's layers are one parameter, how they become it, and what keeps them it.
+
+A shared factor is the same `nn.Parameter` object in every layer that has it. PyTorch knows that case: such a
+parameter is counted, optimised, clipped and copied once, and autograd sums its gradient over the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glora_kernels.nn.base import is_linear
+from glora_kernels.nn.linear import GLoRALinear
+from glora_kernels.nn.model import all_paths, clean, listed, named_layers, trainable_parameters, unwrap
+from glora_kernels.nn.siblings import ATTENTION, GATED, cross_attention_sets, install, sibling_sets
+from glora_kernels.spec import ShareLoRAConfig, matches, projection_type
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A linear layer that a ShareLoRAConfig is meant for: its paths, weight as stored, shape (N, K)."""
+
+    paths: Sequence[str]
+    weight: Tensor
+    shape: tuple[int, int]
+    config: ShareLoRAConfig
+
+    @property
+    def path(self) -> str:
+        return self.paths[0]
+
+    def matches(self, pattern: str) -> bool:
+        return any(matches(path, pattern) for path in self.paths)
+
+
+@dataclass(frozen=True)
+class Tie:
+    """One parameter of several layers: (path, parameter name) of each, and the dtype it has."""
+
+    factors: tuple[tuple[str, str], ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What the layers of a model have in common: the ties, and the sets of siblings with one dropout mask."""
+
+    ties: list[Tie]
+    siblings: list[list[str]]
+
+
+def plan_sharing(root: nn.Module, members: Iterable[Member], adapter_dtype: torch.dtype | None) -> Sharing:
+    """What the configurations of the members ask to be shared; equal configurations share with each other.
+
+    A factor is shared by the layers of one `projection_type`; with `tie_siblings`, B_down also by the siblings of
+    a block, and so by all types that have siblings of each other where it is shared over depth as well.
+
+    Raises:
+        ValueError: a projections pattern that matches no member; tie_siblings without siblings, or where layers with
+            their names differ in in_features; a factor that layers on several devices would share or, without an
+            `adapter_dtype`, layers of several dtypes. The message names the modules.
+    """
+    configs: dict[ShareLoRAConfig, list[Member]] = {}
+    for member in members:
+        configs.setdefault(member.config, []).append(member)
+    ties: list[Tie] = []
+    tied_sets: list[list[str]] = []
+    for config, alike in configs.items():
+        sharers = _projected(root, config, alike)
+        siblings = _siblings(root, sharers) if config.tie_siblings else []
+        tied_sets += [[member.path for member in group] for group in siblings]
+        for name in ("B_down", "B_up"):
+            groups = _by_type(sharers) if name in config.shared_factors else [[member] for member in sharers]
+            if name == "B_down":
+                groups = _joined(groups, siblings)
+            ties += [_tie(name, group, adapter_dtype) for group in groups if len(group) > 1]
+    return Sharing(ties, tied_sets)
+
+
+def check_devices(factors: Iterable[tuple[str, str]], weights: Mapping[str, Tensor]) -> None:
+    """An error where layers that would share a factor are on different devices; `weights` by path."""
+    (first, name), *others = factors
+    for path, _ in others:
+        if (here := weights[path].device) != (there := weights[first].device):
+            raise ValueError(
+                f"{first!r} on {there} and {path!r} on {here} cannot share one {name}: a parameter has one device. Put "
+                "them on one device, or let fewer layers share (projections=..., or several configurations)"
+            )
+
+
+def tie(layers: Mapping[str, GLoRALinear], sharing: Sharing) -> None:
+    """Make the factors of each tie one parameter, that of its first layer, and give siblings one dropout mask."""
+    for item in sharing.ties:
+        path, name = item.factors[0]
+        shared = getattr(layers[path], name)
+        if shared.dtype != item.dtype:
+            shared = nn.Parameter(torch.empty_like(shared, dtype=item.dtype))
+            setattr(layers[path], name, shared)
+            layers[path].reset_adapter()
+        for other, own in item.factors[1:]:
+            setattr(layers[other], own, shared)
+    for group in sharing.siblings:
+        install({path: layers[path] for path in group}, fused=False)
+
+
+def keep_tied(root: nn.Module) -> None:
+    """From now on `root.load_state_dict` refuses values that differ under the names of one shared factor."""
+    root.register_load_state_dict_pre_hook(_load_tied)
+
+
+def _load_tied(
+    module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *_: Any
+) -> None:
+    """Before a state is loaded: its values under the names of a shared factor must agree, or the last would win.
+
+    A state that has the factor under one of its names only is completed. With assign=True all names get one
+    parameter, since each would become one of its own otherwise.
+    """
+    for names in _tied_names(module):
+        keys = [_key(state_dict, prefix, name) for name in names]
+        given = [key for key in keys if isinstance(state_dict.get(key), Tensor)]
+        if not given:
+            continue
+        value = state_dict[given[0]]
+        if other := next((key for key in given if not _same(state_dict[key], value)), None):
+            raise RuntimeError(
+                f"load_state_dict: {given[0]!r} and {other!r} are one shared parameter of the model, but the state has "
+                "different values for them: it comes from a model that does not share them, and one value cannot "
+                "stand for several. Nothing was loaded"
+            )
+        if local_metadata.get("assign_to_params_buffers") and not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=value.is_floating_point())
+        for key in keys:
+            state_dict[key] = value
+
+
+def _tied_names(module: nn.Module) -> list[list[str]]:
+    """The names, as in `state_dict`, of every adapter parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for path, layer in module.named_modules(remove_duplicate=False):
+        if isinstance(layer, GLoRALinear):
+            for name, parameter in layer.adapter().items():
+                names.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
+    return [several for several in names.values() if len(several) > 1]
+
+
+def _key(state_dict: Mapping[str, Any], prefix: str, name: str) -> str:
+    """The key of a name in a state: activation checkpointing's wrappers leave their own part out."""
+    without = prefix + clean(name)
+    return without if without in state_dict else prefix + name
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    if left is right or left.is_meta or right.is_meta:
+        return True
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return torch.equal(left.detach(), right.detach().to(left.device))
+
+
+@dataclass(frozen=True)
+class SharedFactor:
+    """One shared parameter: what it is in its layers, its type's key, its shape, its size counted once."""
+
+    factor: str
+    key: str
+    shape: tuple[int, ...]
+    parameters: int
+    paths: tuple[str, ...]
+
+    @property
+    def layers(self) -> int:
+        """How many layers have it."""
+        return len(self.paths)
+
+
+@dataclass(frozen=True)
+class SharedFactors:
+    """Every shared factor of a model, and what the model trains; `str()` gives a table."""
+
+    rows: tuple[SharedFactor, ...]
+    trainable: int
+
+    @property
+    def unshared(self) -> int:
+        """How many numbers would be trained if every layer had factors of its own."""
+        return self.trainable + sum((row.layers - 1) * row.parameters for row in self.rows)
+
+    def __str__(self) -> str:
+        head = ("factor", "shape", "layers", "parameters", "projection type")
+        cells = [(r.factor, str(r.shape), str(r.layers), f"{r.parameters:,}", r.key) for r in self.rows]
+        widths = [max(len(row[i]) for row in (head, *cells)) for i in range(len(head))]
+        lines = [
+            f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}"
+            for a, b, c, d, e in (head, *cells)
+        ]
+        if not self.rows:
+            lines = ["no factor is shared"]
+        lines.append(f"trainable parameters: {self.trainable:,} ({self.unshared:,} if nothing were shared)")
+        return "\n".join(lines)
+
+
+def shared(model: nn.Module) -> SharedFactors:
+    """Which layers of a model share which factor: one row for each parameter that several layers have.
+
+    Args:
+        model: a model with GLoRA layers, also inside torch.compile or DistributedDataParallel.
+
+    Returns:
+        The rows, in the order of the model, with `factor` ("B_down", "B_up"), `key` (the `projection_type`; of
+        tied siblings, all of theirs), `shape`, `layers`, `parameters` counted once, and `paths`; print it for a table.
+
+    Raises:
+        ValueError: the model has no GLoRA layer.
+    """
+    layers = named_layers(unwrap(model))
+    if not layers:
+        raise ValueError("shared: the model has no GLoRA layer; call inject(model, config) first")
+    found: dict[int, list[tuple[str, str]]] = {}
+    for path, layer in layers.items():
+        for name, parameter in layer.adapter().items():
+            found.setdefault(id(parameter), []).append((path, name))
+    rows = []
+    for factors in found.values():
+        if len(factors) > 1:
+            path, name = factors[0]
+            parameter = layers[path].adapter()[name]
+            names = "/".join(dict.fromkeys(own for _, own in factors))
+            keys = [projection_type(path, layers[path].out_features, layers[path].in_features) for path, _ in factors]
+            paths = tuple(path for path, _ in factors)
+            rows.append(SharedFactor(names, _common_key(keys), tuple(parameter.shape), parameter.numel(), paths))
+    return SharedFactors(tuple(rows), trainable_parameters(model))
+
+
+def _common_key(keys: list[str]) -> str:
+    """The key of one type; "parent.{q (8, 8), k (4, 8)}" for several of one parent."""
+    different = list(dict.fromkeys(keys))
+    split = [key.rpartition(".") for key in different]
+    if len(different) == 1 or len({parent for parent, _, _ in split}) > 1:
+        return " + ".join(different)
+    return f"{split[0][0]}.{{{', '.join(name for _, _, name in split)}}}"
+
+
+def _projected(root: nn.Module, config: ShareLoRAConfig, members: list[Member]) -> list[Member]:
+    """The members that `config.projections` names: those that share."""
+    if config.projections is None:
+        return members
+    for pattern in config.projections:
+        if not any(member.matches(pattern) for member in members):
+            exists = any(is_linear(module) and matches(path, pattern) for path, module in all_paths(root))
+            hint = "; it matches only layers that this configuration does not adapt" if exists else ""
+            names = sorted({path.rpartition(".")[2] for member in members for path in member.paths})
+            raise ValueError(
+                f"projections: the pattern {pattern!r} matches no linear layer to adapt{hint}. "
+                f"{listed('linear layer', names)}"
+            )
+    return [member for member in members if any(member.matches(pattern) for pattern in config.projections)]
+
+
+def _by_type(members: list[Member]) -> list[list[Member]]:
+    groups: dict[str, list[Member]] = {}
+    for member in members:
+        groups.setdefault(projection_type(member.path, *member.shape), []).append(member)
+    return list(groups.values())
+
+
+def _siblings(root: nn.Module, members: list[Member]) -> list[list[Member]]:
+    """The members that read the same input, block by block."""
+    _check_inputs(root, members)
+    owners = {path: member for member in members for path in member.paths}
+    sets = [[owners[path] for path in group if path in owners] for group in sibling_sets(root)]
+    sets = [group for group in sets if len(group) > 1]
+    if not sets:
+        names = [member.path for member in members]
+        raise ValueError(
+            "tie_siblings: no two of the layers that share are siblings, projections of one block that read the same "
+            f"input (q, k and v; gate and up); they are {names[:4]}{' ...' if len(names) > 4 else ''}"
+        )
+    return sets
+
+
+def _check_inputs(root: nn.Module, members: list[Member]) -> None:
+    """An error where the names of siblings belong to layers of different in_features, but for cross-attention."""
+    cross = {group[0].rpartition(".")[0] for group in cross_attention_sets(root)}
+    blocks: dict[str, dict[str, Member]] = {}
+    for member in members:
+        parent, _, name = member.path.rpartition(".")
+        if parent not in cross:
+            blocks.setdefault(parent, {})[name] = member
+    for block in blocks.values():
+        for names in (*ATTENTION, *GATED):
+            readers = [block[name] for name in names if name in block]
+            if len({member.shape[1] for member in readers}) > 1:
+                sizes = ", ".join(f"{member.path!r} has {member.shape[1]}" for member in readers)
+                raise ValueError(
+                    f"tie_siblings: layers with one B_down must read the same input, but in_features differ: {sizes}. "
+                    "Tie those that read the same (projections=..., or a configuration of its own for the others)"
+                )
+
+
+def _joined(groups: list[list[Member]], siblings: list[list[Member]]) -> list[list[Member]]:
+    """The groups, those that have siblings of each other made one."""
+    for brood in siblings:
+        inside = {member.path for member in brood}
+        touched = [group for group in groups if any(member.path in inside for member in group)]
+        joined = [member for group in touched for member in group]
+        first = groups.index(touched[0])
+        rest = [group for group in groups if group not in touched]
+        groups = [*rest[:first], joined, *rest[first:]]
+    return groups
+
+
+def _tie(name: str, members: list[Member], adapter_dtype: torch.dtype | None) -> Tie:
+    """The tie of one factor of the members; fp32 over a 16-bit base, since its gradient is summed in its dtype."""
+    factors = tuple((member.path, name) for member in members)
+    check_devices(factors, {member.path: member.weight for member in members})
+    first = members[0]
+    dtype = first.weight.dtype
+    for member in members:
+        if adapter_dtype is None and member.weight.dtype != dtype:
+            raise ValueError(
+                f"{first.path!r} with {dtype} weights and {member.path!r} with {member.weight.dtype} weights cannot "
+                f"share one {name}: give adapter_dtype, the dtype of all adapters, or a configuration for each dtype"
+            )
+    return Tie(factors, adapter_dtype or (torch.float32 if dtype.itemsize == 2 else dtype))

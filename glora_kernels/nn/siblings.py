@@ -1,0 +1,454 @@
+"""Siblings: layers that read one input (q, k and v; gate and up), computed in one call when the first is called.
+
+    y_i = x (W_i + s_i·B_i)ᵀ + β_i of every member i at once,   β_i = b_i∘(1+D_i) + E_i + W_i·C_i
+
+The layers stay where they are: names, parameters and checkpoints do not change. Each refers to its `SiblingGroup`, a
+plain object. The member that is called first computes the outputs of all; the others' wait until their calls come with
+the same tensor object. Grouping a whole model: `nn.fuse`.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glora_kernels.nn.base import is_linear
+from glora_kernels.nn.linear import GLoRALinear
+from glora_kernels.nn.model import clean
+from glora_kernels.nn.ranks import is_part
+from glora_kernels.ops import glora_wc, grouped_lora_linear
+from glora_kernels.ops.common import Supports, autocast_dtype, shift
+from glora_kernels.ops.glora import dropout_seed
+from glora_kernels.ops.grouped import MAX_MEMBERS
+
+ATTENTION: tuple[tuple[str, str, str], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("wq", "wk", "wv"),
+)
+"""Last names of the projections that attention starts with, queries first."""
+
+GATED: tuple[tuple[str, str], ...] = (("gate_proj", "up_proj"), ("wi_0", "wi_1"), ("w1", "w3"), ("fc1_g", "fc1_x"))
+"""Last names of the two projections that a gated MLP multiplies with each other."""
+
+_CROSS = re.compile("cross_?att|encoder_attn|encdec|enc_dec|encoder_decoder_att|^attn2$", re.IGNORECASE)
+_SELF = re.compile("self_?att", re.IGNORECASE)
+
+
+def sibling_sets(root: nn.Module) -> list[list[str]]:
+    """The linear and GLoRA layers of an unwrapped model that read the same input, as full paths, set by set.
+
+    Found by their last names among those of one parent (`ATTENTION`, `GATED`), with equal in_features. In
+    cross-attention k and v are siblings and q is not: it reads the decoder's state. Cross-attention is what its parent
+    (`is_cross_attention`, its class's name) or its path (EncDecAttention, encoder_attn, crossattention, ...) says.
+    """
+    return [paths for paths, _ in _sets(root)]
+
+
+def cross_attention_sets(root: nn.Module) -> list[list[str]]:
+    """Those of `sibling_sets` that are k and v of cross-attention, which read the encoder's state."""
+    return [paths for paths, cross in _sets(root) if cross]
+
+
+def _sets(root: nn.Module) -> list[tuple[list[str], bool]]:
+    """Every set of siblings, and whether it is one of cross-attention."""
+    paths = {id(module): clean(path) for path, module in root.named_modules()}
+    found = []
+    for path, parent in root.named_modules():
+        children = {name: child for name, child in parent.named_children() if _is_layer(child)}
+        cross = _is_cross(clean(path), parent)
+        for attention in ATTENTION:
+            readers = [children[name] for name in (attention[1:] if cross else attention) if name in children]
+            for size in dict.fromkeys(_shape(layer)[1] for layer in readers):
+                found.append(([paths[id(layer)] for layer in readers if _shape(layer)[1] == size], cross))
+        for gated in GATED:
+            layers = [children[name] for name in gated if name in children]
+            if len({_shape(layer) for layer in layers}) == 1:
+                found.append(([paths[id(layer)] for layer in layers], False))
+    return [(alike, cross) for alike, cross in found if len(alike) > 1]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, GLoRALinear) or is_linear(module)
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    """(N, K) of a linear or GLoRA layer; a Conv1D stores its weight as (K, N)."""
+    if hasattr(layer, "in_features"):
+        return layer.out_features, layer.in_features
+    k, n = layer.weight.shape
+    return n, k
+
+
+def _is_cross(path: str, parent: nn.Module) -> bool:
+    if getattr(parent, "is_cross_attention", False) is True or _CROSS.search(type(parent).__name__):
+        return True
+    for part in reversed(path.split(".")):
+        if _SELF.search(part):
+            return False
+        if _CROSS.search(part):
+            return True
+    return False
+
+
+class SiblingGroup:
+    """Layers that read one input, and what one's call has left for the others. Made by `install`.
+
+    Rules of a call of one member with x, while torch.compile does not trace:
+
+    - Where an output for x waits, it is handed out, once. "For x" means the same tensor object, not overwritten since,
+      the same gradient and autocast mode, the same region of activation checkpointing, and parameters that have not
+      been changed in place.
+    - Where none waits, the outputs of all members are computed in one call of `ops.grouped_lora_linear`.
+    - Where one waits for another tensor, the layers do not read one input: an error. x is held weakly, and what was
+      computed for a tensor that is gone, or in another mode, is dropped.
+    - A member that is merged, disabled, in another mode of training, a copy alone, a replica of DataParallel, that has
+      backward hooks, or parameters elsewhere than x (offloaded, sharded), makes every member compute alone.
+
+    The outputs are results of one node of autograd: one backward serves all of them, and a second one of another
+    member's output alone is an error, as it is for the outputs of `chunk`. An output that no call comes for is kept
+    until the group computes anew.
+
+    Members that share one B_down within a block (one parent module) have one dropout mask, also when they compute
+    alone; all others draw their own, in the order of the members.
+
+    Members of several parents (K and V of every decoder layer): all outputs are computed when the first layer is
+    called and wait for the layers behind it, M·ΣN_i numbers in all. Where a recomputation may follow (inside an
+    activation checkpoint; in training mode without gradients), and under torch.compile, a block computes its own
+    members only: the outputs of one checkpoint's region are not to be used in another.
+
+    Under torch.compile the same holds while the graph is traced, with fullgraph too. A graph that contains a
+    `torch.utils.checkpoint.checkpoint` around members breaks there; with fullgraph=True set
+    `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True`.
+
+    Attributes:
+        names: the members' paths.
+        members: the layers, in the order of the names; None where a copy of one layer came without the others.
+        fused: whether the members are computed in one call, or only share the dropout mask.
+    """
+
+    def __init__(self, members: Mapping[str, GLoRALinear], fused: bool = True) -> None:
+        self.names = tuple(members)
+        self.fused = fused
+        self.members: list[GLoRALinear | None] = list(members.values())
+        self._prepare()
+
+    def _prepare(self) -> None:
+        parents = [name.rpartition(".")[0] for name in self.names]
+        blocks = {parent: [i for i, own in enumerate(parents) if own == parent] for parent in parents}
+        self._blocks = [blocks[parent] for parent in parents]  # of each member: the places of its block
+        self._outputs, self._seeds = _Eager(), _Eager()
+        self._traced_outputs, self._traced_seeds = _Traced(), _Traced()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the members, which join the copy when they are copied, and what waits."""
+        return {"names": self.names, "fused": self.fused}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.members = [None] * len(self.names)
+        self._prepare()
+
+    def join(self, layer: GLoRALinear) -> None:
+        """Take in a copied layer, where this is the copy of its group."""
+        if self.members[layer._place] is None:
+            self.members[layer._place] = layer
+
+    def dissolve(self) -> None:
+        """Make every member a layer of its own again."""
+        for layer in self.members:
+            if layer is not None:
+                layer._siblings = None
+
+    @property
+    def tied(self) -> bool:
+        """Whether members of one block share a B_down, and so their dropout mask."""
+        return any(len(self._tied(place)) > 1 for place in range(len(self.names)))
+
+    def output(self, layer: GLoRALinear, x: Tensor) -> Tensor | None:
+        """The member's output for x, or None where it has to compute it alone.
+
+        Raises:
+            RuntimeError: another member of the group was called with another tensor.
+        """
+        place = layer._place
+        if not self.fused or self.members[place] is not layer:
+            return None
+        store = self._traced_outputs if torch.compiler.is_compiling() else self._outputs
+        y = self._take(store, place, x)
+        if y is not None:
+            return y
+        places = self._computed_with(layer, x)
+        if not places:
+            return None
+        store.pending = None
+        ys = self._compute(places, x)
+        store.pending = _Pending(x, place, {i: y for i, y in zip(places, ys, strict=True) if i != place}, self.members)
+        return ys[places.index(place)]
+
+    def seed(self, layer: GLoRALinear, x: Tensor) -> Tensor:
+        """The key of the dropout mask of a member that computes alone: one for members that share a B_down.
+
+        Raises:
+            RuntimeError: another of those was called with another tensor.
+        """
+        tied = self._tied(layer._place)
+        if len(tied) == 1:
+            return dropout_seed(x.device)
+        store = self._traced_seeds if torch.compiler.is_compiling() else self._seeds
+        seed = self._take(store, layer._place, x)
+        if seed is None:
+            seed = dropout_seed(x.device)
+            store.pending = _Pending(x, layer._place, {i: seed for i in tied if i != layer._place})
+        return seed
+
+    def _take(self, store: _Eager | _Traced, place: int, x: Tensor) -> Tensor | None:
+        pending = store.pending
+        if pending is None or place not in pending.values:
+            return None
+        if pending.is_for(x) and pending.is_current(x, place, self.members[place]):
+            value = pending.values.pop(place)
+            if not pending.values:
+                store.pending = None
+            return value
+        store.pending = None
+        if pending.is_for_another(x):
+            raise RuntimeError(
+                f"{self._listed()} are grouped as siblings, which read one input, but {self.names[place]!r} was "
+                f"called with another tensor than {self.names[pending.by]!r}. If they do not read one input, take the "
+                "groups apart by split_siblings(model) and give fuse_siblings the groups that do"
+            )
+        return None
+
+    def _computed_with(self, layer: GLoRALinear, x: Tensor) -> Sequence[int]:
+        """The places of the members that are computed when `layer` is called; none where it computes alone."""
+        block = self._blocks[layer._place]
+        if len(block) < len(self.names) and not _may_recompute(layer):
+            everyone = range(len(self.names))
+            if self._can_group(everyone, layer, x):
+                return everyone
+        return block if len(block) > 1 and self._can_group(block, layer, x) else ()
+
+    def _can_group(self, places: Sequence[int], layer: GLoRALinear, x: Tensor) -> bool:
+        for place in places:
+            member = self.members[place]
+            if member is None or member._base is not None or member._disabled or member.training is not layer.training:
+                return False
+            weight = member._parameters["weight"]
+            if weight is None or weight.device != x.device or is_part(weight):
+                return False
+            if member._backward_hooks or member._backward_pre_hooks:  # these see the gradient of one layer's own input
+                return False
+        return True
+
+    def _compute(self, places: Sequence[int], x: Tensor) -> list[Tensor]:
+        members: list[Any] = [self.members[place] for place in places]
+        own: list[dict[str, Any]] = [member._parameters for member in members]
+        dropout_p = max([member._dropout for member in members]) if members[0].training else 0.0
+        return grouped_lora_linear(
+            x,
+            [p["weight"].t() if member._transposed else p["weight"] for member, p in zip(members, own, strict=True)],
+            [p["B_down"] for p in own],
+            [p["B_up"] for p in own],
+            [_beta(member, x) for member in members],
+            scales=[member._scale for member in members],
+            dropout_p=dropout_p,
+            seeds=self._drawn(places, x) if dropout_p else None,
+        )
+
+    def _drawn(self, places: Sequence[int], x: Tensor) -> list[Any]:
+        """A key of the dropout mask a member, one for those that share a B_down in one block; None without a B_down."""
+        seeds: dict[int, Tensor] = {}
+        for place in places:
+            first = self._tied(place)[0]
+            if first not in seeds and self._down(place) is not None:
+                seeds[first] = dropout_seed(x.device)
+        return [seeds.get(self._tied(place)[0]) for place in places]
+
+    def _tied(self, place: int) -> list[int]:
+        """The places in one block with this one's B_down: itself and those tied to it."""
+        down = self._down(place)
+        return [i for i in self._blocks[place] if i == place or (down is not None and self._down(i) is down)]
+
+    def _down(self, place: int) -> Tensor | None:
+        member = self.members[place]
+        return None if member is None else member._parameters["B_down"]
+
+    def _listed(self) -> str:
+        names = [repr(name) for name in self.names]
+        return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) <= 4 else f"{', '.join(names[:4])}, ..."
+
+
+class _Pending:
+    """What the call of one member with x left for others, each to be taken once by a call with the same x."""
+
+    def __init__(
+        self, x: Tensor, by: int, values: dict[int, Tensor], members: Sequence[GLoRALinear | None] | None = None
+    ) -> None:
+        self.by = by
+        self.values = values
+        self.x: Any = x
+        if not torch.compiler.is_compiling():  # what a graph leaves behind it was traced with, and needs no look
+            self.x = weakref.ref(x)
+            self.version = _version([x])
+            self.mode = _mode(x)
+            self.states = None if members is None else {place: _state(members[place]) for place in values}
+
+    def is_for(self, x: Tensor) -> bool:
+        return (self.x if torch.compiler.is_compiling() else self.x()) is x
+
+    def is_current(self, x: Tensor, place: int, member: GLoRALinear | None) -> bool:
+        """Whether nothing has changed since, of what the value depends on."""
+        if torch.compiler.is_compiling():
+            return True
+        unchanged = self.states is None or self.states[place] == _state(member)
+        return unchanged and self.version == _version([x]) and self.mode == _mode(x)
+
+    def is_for_another(self, x: Tensor) -> bool:
+        """Whether a tensor that still exists, and is not x, was given to the other call in the same mode."""
+        if torch.compiler.is_compiling():
+            return True
+        first = self.x()
+        return first is not None and first is not x and self.mode == _mode(x)
+
+
+class _Eager(threading.local):
+    """What waits, for each thread its own: replicas, and requests that are served at once, have inputs of their own."""
+
+    pending: _Pending | None = None
+
+
+class _Traced:
+    """What waits while torch.compile traces: nothing once the graph is complete."""
+
+    def __init__(self) -> None:
+        self.pending: _Pending | None = None
+
+
+def _mode(x: Tensor) -> tuple[object, ...]:
+    """What must be the same in two calls that one computation serves, beside the input."""
+    hooks = _saved_tensors_hooks()
+    inside = None if hooks is None else id(hooks[0])
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_dtype(x), inside
+
+
+def _may_recompute(layer: GLoRALinear) -> bool:
+    """Whether what is computed now may be computed again in the backward pass, or is so just now."""
+    if torch.compiler.is_compiling() or (layer.training and not torch.is_grad_enabled()):
+        return True
+    return _saved_tensors_hooks() is not None or torch._C._current_graph_task_id() != -1
+
+
+def _saved_tensors_hooks() -> tuple[object, object] | None:
+    """The innermost hooks on saved tensors; activation checkpointing has a pair for each region."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _version(tensors: Iterable[Tensor | None]) -> int:
+    """How often the tensors were overwritten in place, in all."""
+    try:
+        return sum([tensor._version for tensor in tensors if tensor is not None])
+    except RuntimeError:  # a tensor of inference mode does not count it
+        return -1
+
+
+def _state(layer: GLoRALinear | None) -> tuple[object, ...]:
+    """What the output of a layer depends on, beside its input."""
+    assert layer is not None
+    return layer.training, layer._disabled, _version(layer._parameters.values())
+
+
+def _beta(layer: GLoRALinear, x: Tensor) -> Tensor | None:
+    """β = b∘(1+D) + E + W·C of one layer, (N,) or None; what was computed for all layers of a step, where it was."""
+    if (beta := getattr(layer, "_beta", None)) is not None:
+        return beta
+    p: dict[str, Any] = layer._parameters
+    wc = None
+    if p["C"] is not None or p["C_up"] is not None:
+        weight = p["weight"].t() if layer._transposed else p["weight"]
+        wc = glora_wc(weight, p["C"], c_up=p["C_up"], c_down=p["C_down"])
+    beta = shift(Supports(bias=p["bias"], wc=wc, d=p["D"], e=p["E"]), x.dtype)
+    return None if beta is None else beta.expand(layer.out_features)  # a constant E alone is one number
+
+
+def install(members: Mapping[str, GLoRALinear], fused: bool = True) -> SiblingGroup:
+    """Group layers that read one input: from now on the first that is called computes the outputs of all.
+
+    Args:
+        members: the layers by path, two or more, in the order of their calls. They draw their dropout masks in it, so
+            that in this order they draw what they would alone.
+        fused: False: each still computes alone, whatever its form of A, and those that share one B_down have one
+            dropout mask.
+
+    Returns:
+        The group, which every member refers to.
+
+    Raises:
+        TypeError: a member that is no GLoRALinear.
+        ValueError: members that cannot be one group; the message names them and says why. Nothing has changed then.
+    """
+    for path, layer in members.items():
+        if not isinstance(layer, GLoRALinear):
+            raise TypeError(f"install: {path!r} must be a GLoRALinear, got {type(layer).__name__}")
+    grouped = [path for path, layer in members.items() if layer._siblings is not None]
+    if grouped:
+        raise ValueError(f"install: {grouped} are in a group of siblings already; split_siblings(model) dissolves it")
+    if reason := refusal(members, fused):
+        raise ValueError(f"install: {list(members)} cannot be grouped: {reason}")
+    group = SiblingGroup(members, fused)
+    for place, layer in enumerate(members.values()):
+        layer._siblings, layer._place = group, place
+    return group
+
+
+def tied_sets(layers: Mapping[str, GLoRALinear]) -> list[list[str]]:
+    """The paths of every set of layers with one dropout mask: members of one group and block that share a B_down."""
+    sets: dict[tuple[int, int], list[str]] = {}
+    for path, layer in layers.items():
+        if (group := layer._siblings) is not None:
+            first, *others = group._tied(layer._place)
+            if others:
+                sets.setdefault((id(group), first), []).append(path)
+    return list(sets.values())
+
+
+def refusal(members: Mapping[str, GLoRALinear], fused: bool = True) -> str | None:
+    """Why layers cannot be one group of siblings, or None where they can."""
+    layers = list(members.values())
+    if not 2 <= len(layers) <= MAX_MEMBERS:
+        return f"a group has 2 to {MAX_MEMBERS} members, got {len(layers)}"
+    if len({id(layer) for layer in layers}) < len(layers):
+        return "one layer is there twice"
+    unlike = _unlike(members, "in_features", [layer.in_features for layer in layers])
+    unlike = unlike or _unlike(members, "the device", [layer.weight.device for layer in layers])
+    if unlike or not fused:
+        return unlike
+    for path, layer in members.items():
+        if layer.config.A != "none":
+            return f"{path!r} has A={layer.config.A!r}; A must be 'none'"
+        if layer.config.B not in ("lora", "none"):
+            return f"{path!r} has B={layer.config.B!r}; B must be 'lora' or 'none'"
+    low_rank = {path: layer for path, layer in members.items() if layer.B_down is not None}
+    downs = [layer.B_down for layer in low_rank.values()]
+    return (
+        _unlike(members, "the dtype", [layer.weight.dtype for layer in layers])
+        or _unlike(low_rank, "adapter_dtype", [down.dtype for down in downs if down is not None])
+        or _unlike(low_rank, "dropout", [layer.config.dropout for layer in low_rank.values()])
+    )
+
+
+def _unlike(members: Mapping[str, GLoRALinear], what: str, values: Sequence[object]) -> str | None:
+    """A sentence where the members' values of one property differ."""
+    if len(set(values)) < 2:
+        return None
+    different = ", ".join(f"{value} of {path!r}" for path, value in zip(members, values, strict=True))
+    return f"{what} differs: {different}"
