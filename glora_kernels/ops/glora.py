@@ -223,7 +223,9 @@ def _forward(x: Tensor, weight: Tensor, s: Supports, call: Call) -> Any:
     flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     with without_autocast(x.device.type), _workspace_guard(x, weight, s, call):
         y, h, sigma, u = path.forward(flat, weight, s, call)
-    return (y if x.ndim == 2 else y.view(*x.shape[:-1], weight.shape[0])), h, sigma, u
+    if x.ndim != 2:  # no view: PyTorch refuses to change a view in place that came out of a Function
+        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
+    return y, h, sigma, u
 
 
 def _backward(

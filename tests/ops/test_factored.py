@@ -245,10 +245,12 @@ def test_y_overwritten_in_place():
     with pytest.raises(RuntimeError, match="overwritten in place") as caught:
         y.sum().backward()
     assert "modified by an inplace operation" in str(caught.value.__cause__)
-    y = glora_linear(x, p.weight, p.bias)
-    y.mul_(2)
-    y.sum().backward()
-    assert torch.allclose(x.grad, (2 * p.weight.sum(0)).expand(9, 20))
+    for lead in ((9,), (3, 3)):  # of a batch of sequences too, as nn.Linear's own
+        x.grad = None
+        y = glora_linear(x.view(*lead, 20), p.weight, p.bias)
+        y.mul_(2)
+        y.sum().backward()
+        assert torch.allclose(x.grad, (2 * p.weight.sum(0)).expand(9, 20))
 
 
 def test_seed_overwritten_in_place():
