@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import peers, schema, targets
-from benchmarks.battery import IMPLS
+from benchmarks import grouped_text, peers, schema, targets
+from benchmarks.battery import GROUP_IMPLS, IMPLS
 from benchmarks.schema import ROW_FIELDS
 from benchmarks.store import Store
 from benchmarks.timing import table
@@ -46,6 +46,7 @@ def detail(store: Store) -> dict[str, Any]:
             {"key": line["key"], "median_ms": line["row"]["median_ms"], **line["detail"]} for line in store.of("row")
         ],
         "models": [{"key": line["key"], **line["detail"]} for line in store.of("model")],
+        "grouped": store.note("grouped"),
         "errors": errors(store),
         "tests": store.note("tests"),
     }
@@ -64,7 +65,8 @@ def unavailable(store: Store) -> dict[str, str]:
     present = {line["row"]["impl"] for kind in ("row", "model") for line in store.of(kind)}
     missing, wrong = peers.unavailable(), errors(store)
     found = {}
-    for impl in IMPLS:
+    sets = tuple(impl for impl in GROUP_IMPLS if impl not in IMPLS) if store.header["scale"] == "cuda" else ()
+    for impl in (*IMPLS, *sets):
         if impl in present:
             continue
         reasons = [error["reason"] for error in wrong if error["impl"] == impl]
@@ -78,7 +80,7 @@ def markdown(store: Store, pictures: Mapping[str, str]) -> str:
     lines = [f"# Measured on {head['device']}", "", *facts(head, rates), ""]
     rows = [line["row"] for line in row_lines(store)]
     if head["scale"] == "cuda":
-        lines += ["## Targets", "", target_text(rows), ""]
+        lines += ["## Targets", "", target_text(rows), "", group_target_text(rows, store.note("grouped")), ""]
         over = bias_note(store)
         lines += [over, ""] if over else []
     lines += battery_lines(store)
@@ -92,9 +94,17 @@ def markdown(store: Store, pictures: Mapping[str, str]) -> str:
 def battery_lines(store: Store) -> list[str]:
     """The tables of rows, models and omissions."""
     lines = []
-    if store.of("row"):
+    rows = row_lines(store)
+    sets = grouped_text.set_lines(rows)
+    if len(rows) > len(sets):
         lines += ["## Every layer", "", "over frozen: in the same rounds, the median of their ratios.", ""]
-        lines += [table(layer_rows(row_lines(store))), ""]
+        lines += [table(layer_rows([line for line in rows if line not in sets])), ""]
+    if sets:
+        lines += ["## Layers with one input", "", f"{grouped_text.HEAD}", ""]
+        lines += [table(grouped_text.over_table(sets)), "", table(grouped_text.set_rows(sets)), ""]
+    depth = store.note("grouped")
+    if depth:
+        lines += ["## Launches and merging", "", *grouped_text.depth_lines(depth)]
     if store.of("model"):
         lines += ["## Decoder layers", "", "Forward and backward, eager mode, every linear adapted.", ""]
         lines += [table(model_rows([line["row"] for line in store.of("model")])), ""]
@@ -128,6 +138,12 @@ def target_text(rows: Sequence[Mapping[str, Any]]) -> str:
         "our eager-mode time over that of eager PyTorch doing the same."
     )
     return f"{intro}\n\n{table(targets.table_rows(rows))}"
+
+
+def group_target_text(rows: Sequence[Mapping[str, Any]], depth: Mapping[str, Any] | None) -> str:
+    """The table of targets of sets of layers, launches and merging."""
+    intro = "Layers with one input, launches and merging; bf16, M = 8192; launches as the profiler counts them."
+    return f"{intro}\n\n{table(targets.group_rows(rows, depth))}"
 
 
 def bias_note(store: Store) -> str | None:

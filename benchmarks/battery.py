@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 LLAMA = {
     "q": (4096, 4096),
@@ -21,6 +22,9 @@ LLAMA = {
 }
 """The seven linears of a LLaMA-3-8B decoder layer: (N, K)."""
 
+SIBLINGS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+"""The linears of a decoder layer that read one input."""
+
 VIT = ((2304, 768), (768, 768), (3072, 768), (768, 3072))
 """ViT-B/16: qkv, proj, fc1, fc2. They have a bias."""
 
@@ -31,6 +35,10 @@ FULL = "glora:vector,lora,vector,vector,vector"
 LORA_LORA = "glora:lora,lora,none,none,none"
 VECTORS = "glora:vector,vector,none,none,none"
 IMPLS = ("ours", "eager", "compile", "peft", "bnb", "unsloth", "lorafusion")
+GROUP_IMPLS = ("concat", "eager", "ours", "single", "grouped_mm", "peft")
+"""Of sets of siblings: one product over concatenated weights (and over all A, where there is LoRA); a loop of single
+operations; ours in one launch; ours layer by layer; torch.nn.functional.grouped_mm; PEFT layer by layer."""
+
 PASSES = ("fwd", "fwd_bwd")
 MODES = ("eager", "graph")
 
@@ -53,6 +61,7 @@ class Entry:
     layer: str | None = None
     bias: bool = False
     dtype: str = "bf16"
+    op: ClassVar[str] = "linear"
 
     @property
     def adapter(self) -> str:
@@ -62,6 +71,16 @@ class Entry:
     @property
     def frozen(self) -> bool:
         return self.adapter == FROZEN
+
+    @property
+    def reference(self) -> bool:
+        """Whether the times of a group's other entries are given over this one's."""
+        return self.case == FROZEN
+
+    @property
+    def members(self) -> int:
+        """How many layers it is."""
+        return 1
 
     @property
     def key(self) -> str:
@@ -74,6 +93,29 @@ class Entry:
         bias = " bias" if self.bias else ""
         where = self.layer or f"{self.n}x{self.k}"
         return f"{self.case} ({self.impl}){rank}{drop}{bias}, {where}, M={self.m}, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class SiblingEntry(Entry):
+    """One implementation of a set of layers that read one x: N of each in `widths`, their sum in `n`, no bias.
+
+    case: "frozen:<set>" or "lora:<set>", with a name of SIBLINGS; each member has a pair of factors of its own.
+    """
+
+    widths: tuple[int, ...] = ()
+    op: ClassVar[str] = "group"
+
+    @property
+    def adapter(self) -> str:
+        return self.case.partition(":")[0]
+
+    @property
+    def reference(self) -> bool:
+        return self.frozen and self.impl == "concat"
+
+    @property
+    def members(self) -> int:
+        return len(self.widths)
 
 
 @dataclass(frozen=True)
@@ -99,12 +141,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Stage:
-    """A named list of groups; `models` names a model-level measurement instead (see `benchmarks.model`)."""
+    """A named list of groups; `models` names a model-level measurement instead (see `benchmarks.model`), `once` a note
+    that `benchmarks.grouped` makes."""
 
     name: str
     title: str
     groups: tuple[Group, ...] = ()
     models: str | None = None
+    once: str | None = None
     quick: bool = False
 
 
@@ -175,6 +219,42 @@ def group(
     return Group(tuple(found), tuple(passes), tuple(modes))
 
 
+def sibling_group(
+    name: str,
+    m: int,
+    widths: Sequence[int],
+    k: int,
+    r: int,
+    dtype: str = "bf16",
+    passes: Sequence[str] = PASSES,
+    modes: Sequence[str] = MODES,
+) -> Group:
+    """Every implementation of one set of siblings, behind one product over the concatenated weights."""
+    total = sum(widths)
+
+    def entry(kind: str, impl: str) -> SiblingEntry:
+        low = {} if kind == FROZEN else {"r": r, "p": 0.0}
+        return SiblingEntry(f"{kind}:{name}", impl, m, total, k, **low, dtype=dtype, widths=tuple(widths))  # type: ignore[arg-type]
+
+    frozen = (entry(FROZEN, "concat"), entry(FROZEN, "eager"))
+    return Group((*frozen, *(entry(LORA, impl) for impl in GROUP_IMPLS)), tuple(passes), tuple(modes))
+
+
+def sibling_groups(scale: str) -> tuple[Group, ...]:
+    """q/k/v and gate/up of LLaMA-3-8B ("cuda"), of a quarter of its width ("cpu"), or of hardly any ("tiny")."""
+    if scale == "cuda":
+        sizes = {name: ([LLAMA[one][0] for one in ones], LLAMA[ones[0]][1]) for name, ones in SIBLINGS.items()}
+        return tuple(sibling_group(name, m, *size, 16) for m in (8192, 512) for name, size in sizes.items())
+    by = {"cpu": 4, "tiny": 128}[scale]
+    m, r = {"cpu": (512, 16), "tiny": (8, 4)}[scale]
+    return tuple(
+        sibling_group(
+            name, m, [LLAMA[one][0] // by for one in ones], LLAMA[ones[0]][1] // by, r, "fp32", modes=("eager",)
+        )
+        for name, ones in SIBLINGS.items()
+    )
+
+
 def _llama(contenders: Iterable[Contender], m: int, r: int = 16, **options: object) -> tuple[Group, ...]:
     listed = tuple(contenders)
     return tuple(group(listed, m, n, k, r, name, **options) for name, (n, k) in LLAMA.items())  # type: ignore[arg-type]
@@ -191,7 +271,11 @@ def gpu_stages() -> list[Stage]:
     )
     return [
         Stage("target", "LLaMA-3-8B linears, M=8192, r=16", _llama(TARGET, 8192), quick=True),
-        Stage("small-m", "the same, M=2048 and M=512", _llama(SMALL_M, 2048) + _llama(SMALL_M, 512), quick=True),
+        Stage("groups", "q/k/v and gate/up in one launch, M=8192 and M=512", sibling_groups("cuda"), quick=True),
+        Stage("depth", "launches of a decoder layer; merging 32 of them", once="grouped", quick=True),
+        Stage(
+            "small-m", "LLaMA-3-8B linears, M=2048 and M=512", _llama(SMALL_M, 2048) + _llama(SMALL_M, 512), quick=True
+        ),
         Stage("dropout", "p=0.1", _llama(DROPPED, 8192)),
         Stage("eager", "eager PyTorch", _llama(EAGER, 8192)),
         Stage("model", "one LLaMA-3-8B decoder layer", models="layer"),

@@ -52,7 +52,7 @@ def test_linear(benchmark: Any, device: Device, ceilings: Ceilings, entry: Entry
     steps = runner.steps(found.contestant, values, direction)
     call = device.prepare(steps, mode)
     seconds = [s / len(steps) for s in device.interleaved({"": call}, ROUNDS[device.kind])[""]]
-    benchmark.group = f"linear {direction} {mode}, {entry.layer or ''} {entry.n}x{entry.k} M={entry.m}"
+    benchmark.group = f"{entry.op} {direction} {mode}, {entry.layer or ''} {entry.n}x{entry.k} M={entry.m}"
     benchmark.extra_info.update(runner.row_figures(entry, direction, seconds, ceilings), **facts)
     benchmark.extra_info.update(case=entry.case, impl=entry.impl, max_rel_err=found.max_rel_err, input_sets=len(steps))
 

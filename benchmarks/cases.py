@@ -60,11 +60,14 @@ class Problem:
 
 @dataclass
 class Contestant:
-    """One thing that is measured: a name, what it computes, and the trainable tensors by our names."""
+    """One thing that is measured: a name, what it computes, and the trainable tensors by our names.
+
+    forward: x → y, or x → one y for each layer of a set.
+    """
 
     case: str
     impl: str
-    forward: Callable[[Tensor], Tensor]
+    forward: Callable[[Tensor], Any]
     params: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -192,7 +195,7 @@ def unavailable() -> dict[str, str]:
     return {}
 
 
-def step(contestant: Contestant, x: Tensor, dy: Tensor) -> Tensor:
+def step(contestant: Contestant, x: Tensor, dy: Tensor) -> Any:
     """One forward and backward, with gradients that start from None; the output."""
     x.grad = None
     for parameter in contestant.params.values():
@@ -202,7 +205,7 @@ def step(contestant: Contestant, x: Tensor, dy: Tensor) -> Tensor:
     return y
 
 
-def gradients(contestant: Contestant, x: Tensor, dy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(contestant: Contestant, x: Tensor, dy: Any) -> tuple[Any, dict[str, Tensor]]:
     """y, and the gradients of x and of every trainable tensor ("x" and the names of `params`).
 
     `torch.autograd.grad` hands them over as they are: nothing is accumulated into `.grad`.
@@ -251,6 +254,11 @@ def check(contestant: Contestant, problem: Problem, expected: Expected | None = 
         expected = expectations(problem)
     y, found = gradients(contestant, problem.x, problem.dy)
     results = {"y": y.detach()} | {f"d{name}": value for name, value in found.items()}
+    return compare(f"{contestant.name}, {problem.shape}", results, expected)
+
+
+def compare(what: str, results: Mapping[str, Tensor], expected: Expected) -> float:
+    """The largest error of the results over the largest value of each; raises as `check`."""
     worst = 0.0
     for name, value in results.items():
         exact, limit = expected[name]
@@ -258,7 +266,7 @@ def check(contestant: Contestant, problem: Problem, expected: Expected | None = 
         size = max(float(exact.abs().max()), torch.finfo(torch.float64).tiny)
         if not error <= limit:
             raise AssertionError(
-                f"{contestant.name}, {problem.shape}: {name} is off by {error / size:.3g} of its largest value, "
+                f"{what}: {name} is off by {error / size:.3g} of its largest value, "
                 f"more than {limit / size:.3g} (twice the literal formula in the same dtype and a floor)"
             )
         worst = max(worst, error / size)

@@ -19,6 +19,17 @@ from benchmarks.floor import Ceilings
 Call = Callable[[], object]
 
 
+def tensors_of(y: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """What a forward gave, as a list: one tensor, or one for each layer of a set."""
+    return [y] if isinstance(y, Tensor) else list(y)
+
+
+def bytes_of(y: Tensor | Sequence[Tensor]) -> int:
+    """The bytes behind what a forward gave, each piece of memory once."""
+    storages = [tensor.untyped_storage() for tensor in tensors_of(y)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 class Device:
     """A CPU, timed by the host's clock. `benchmarks.gpu.Cuda` overrides what differs on a card.
 

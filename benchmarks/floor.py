@@ -63,11 +63,12 @@ def work(entry: Entry, direction: str = "fwd_bwd") -> Work:
     x, y, w = m * k * size, m * n * size, n * k * size
     a, b, *vectors = _supports(entry)
     if b == "lora":
-        thin += 2.0 * m * r * (n + k)  # h and h·B_upᵀ
+        pair = 2.0 * m * r * (n + k * entry.members)
+        thin += pair  # h and h·B_upᵀ
         if both:
-            thin += 2.0 * m * r * (n + k)  # dS and dS·B_down
+            thin += pair  # dS and dS·B_down
             if a != "lora":
-                thin += 2.0 * m * r * (n + k)  # dB_up and dB_down
+                thin += pair  # dB_up and dB_down
                 moved += x
     if a in ("vector", "constant") and both:
         moved += y

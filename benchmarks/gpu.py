@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.devices import Call, Device
+from benchmarks.devices import Call, Device, bytes_of
 from benchmarks.floor import Ceilings
 from glora_kernels.ops.glora import seeds_on_device
 
@@ -128,7 +128,7 @@ class Cuda(Device):
         before = torch.cuda.memory_allocated()
         y = forward()
         torch.cuda.synchronize()
-        return max(0, torch.cuda.memory_allocated() - before - y.untyped_storage().nbytes())
+        return max(0, torch.cuda.memory_allocated() - before - bytes_of(y))
 
     def launches(self, step: Call) -> int | None:
         """Kernels, copies and fills of one step, counted by the profiler; None where it sees none."""

@@ -1,4 +1,4 @@
-"""The pictures of a battery: time over frozen by M, roofline, saved bytes, growth. Needs matplotlib."""
+"""The pictures of a battery: time over frozen by M, roofline, saved bytes, growth, sets of layers. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import grouped_text
 from benchmarks.battery import LLAMA
 from benchmarks.floor import Ceilings
 
@@ -19,11 +20,14 @@ MARKS = {"ours": "o", "peft": "s", "eager": "^", "compile": "v", "bnb": "D", "un
 
 def draw_all(lines: Sequence[Line], models: Sequence[Line], ceilings: Ceilings, out: Path, name: str) -> dict[str, str]:
     """Draw what the rows allow into `out`; the titles by file name."""
+    sets = grouped_text.set_lines(lines)
+    lines = [line for line in lines if line not in sets]
     figures = {
         f"{name}_by_m.png": ("time over the frozen layer by M", by_m(lines)),
         f"{name}_roofline.png": ("roofline", roofline(lines, ceilings)),
         f"{name}_saved.png": ("bytes saved for backward", saved(lines)),
         f"{name}_growth.png": ("growth with M, r and the number of layers", growth(lines, models)),
+        f"{name}_groups.png": ("layers with one input", grouped_text.picture(sets)),
     }
     titles = {}
     for file, (title, figure) in figures.items():

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import assemble
+from benchmarks import assemble, grouped_text
 from benchmarks.ratios import CASES
 from benchmarks.schema import FIELDS
 from benchmarks.timing import table
@@ -37,8 +37,9 @@ CPU_PICTURES = {
     "cpu_over_frozen.png": "time over the frozen layer",
     "cpu_growth.png": "growth with M, r and the number of layers",
 }
+SET_PICTURES = {"cpu_groups.png": "layers with one input, over one product with their weights concatenated"}
 GPU_PICTURES = {"by_m": "time over the frozen layer by M", "roofline": "roofline", "saved": "bytes saved for backward"}
-GPU_PICTURES |= {"growth": "growth with M, r and the number of layers"}
+GPU_PICTURES |= {"growth": "growth with M, r and the number of layers", "groups": "layers with one input"}
 
 
 def cpu_text(results: Path) -> str:
@@ -57,7 +58,8 @@ def cpu_text(results: Path) -> str:
         "benchmarks.report` wrote this, and the tables in [benchmarks/results/cpu.md](benchmarks/results/cpu.md) with "
         "percentiles and versions."
     )
-    return f"{wrapped(text)}\n\n{table(rows)}" + _pictures(results, CPU_PICTURES)
+    sets = report["sections"].get("grouped")
+    return f"{wrapped(text)}\n\n{table(rows)}" + _pictures(results, CPU_PICTURES) + _sets(results, sets)
 
 
 def gpu_text(results: Path) -> str:
@@ -66,12 +68,14 @@ def gpu_text(results: Path) -> str:
     command = "`python -m benchmarks.report` on a machine with a GPU measures it and fills this in."
     if not reports:
         intro = f"Not measured yet. {command} The target table for an H100:"
-        return f"{wrapped(intro)}\n\n{_targets([])}"
+        return f"{wrapped(intro)}\n\n{_targets([])}\n\n{_group_targets([], None)}"
     parts = []
     for slug, report in reports.items():
         head = {**report, "packages": _packages(results, slug)}
         rates = {"tflops": report["ceilings"]["bf16_tflops"], "gbps": report["ceilings"]["copy_gbps"]}
+        depth = _detail(results, slug).get("grouped")
         lines = [*map(wrapped, assemble.facts(head, rates)), "", _targets(report["rows"])]
+        lines += ["", _group_targets(report["rows"], depth)]
         if report["models"]:
             lines += ["", "Decoder layers, forward and backward, eager mode, every linear adapted:", ""]
             lines += [table(assemble.model_rows(report["models"]))]
@@ -138,9 +142,38 @@ def _targets(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{wrapped(intro)}\n\n{lines}"
 
 
+def _group_targets(rows: Sequence[Mapping[str, Any]], depth: Mapping[str, Any] | None) -> str:
+    intro, _, lines = assemble.group_target_text(rows, depth).partition("\n\n")
+    return f"{wrapped(intro)}\n\n{lines}"
+
+
+def _sets(results: Path, found: Mapping[str, Any] | None) -> str:
+    """The CPU's sets of layers, launches and merging, with their picture."""
+    if found is None:
+        return ""
+    row = found["rows"][0]["row"]
+    text = (
+        "LoRA on layers that read one input, over one product with their weights concatenated: "
+        f"M={row['m']} K={row['k']} {row['dtype']}, {found['rounds']} rounds, {grouped_text.load(found)} on "
+        f"{found['cores']} cores; {found['date'][:10]}, commit {found['commit']}. On a CPU nothing is launched, so "
+        f"grouping has little to gain. The p20 and p80 of a ratio are up to {grouped_text.widest(found['rows']):.2f} "
+        "apart; they are in cpu.md. `python -m benchmarks.grouped` measures this."
+    )
+    parts = [wrapped(text), table(grouped_text.over_table(found["rows"], spread=False))]
+    if "error" not in found["launches"]:
+        parts.append(wrapped(grouped_text.launch_sentence(found["launches"])))
+    if "error" not in found["merge"]:
+        parts.append(wrapped(grouped_text.merge_text(found["merge"])))
+    return "\n\n" + "\n\n".join(parts) + _pictures(results, SET_PICTURES)
+
+
 def _packages(results: Path, slug: str) -> dict[str, str]:
+    return _detail(results, slug).get("header", {}).get("packages", {})
+
+
+def _detail(results: Path, slug: str) -> dict[str, Any]:
     path = results / f"{slug}_detail.json"
-    return json.loads(path.read_text())["header"]["packages"] if path.exists() else {}
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _pictures(results: Path, titles: Mapping[str, str]) -> str:

@@ -7,9 +7,9 @@
 
 On a card: `pytest -m gpu`, then the battery, stage by stage, each a process of its own that ends within nine minutes;
 then <slug>.json, <slug>_detail.json, <slug>.md and PNGs in --out (benchmarks/results unless given). On a CPU: products,
-small adapters, host cost and ratios, then the small battery, into cpu.json, cpu.md and PNGs. A finished row is on the
-disk at once, in <slug>.stage.jsonl; a run with the same device, source and versions goes on from there, and one that
-finds everything there measures nothing: delete that file to measure again. README.md is rewritten from
+small adapters, host cost, ratios and sets of layers, then the small battery, into cpu.json, cpu.md and PNGs. A finished
+row is on the disk at once, in <slug>.stage.jsonl; a run with the same device, source and versions goes on from there,
+and one that finds everything there measures nothing: delete that file to measure again. README.md is rewritten from
 benchmarks/results (benchmarks.readme) where --out is that folder.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import platform
 import subprocess
 import sys
@@ -233,6 +234,21 @@ def write_cpu(report: Report, found: dict[str, Any]) -> None:
     (out / "cpu.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
+def write_section(out: Path, name: str, value: dict[str, Any]) -> None:
+    """One section alone into the cpu.json, cpu.md and pictures of an earlier run, and README.md where it shows them.
+
+    Raises:
+        FileNotFoundError: no earlier run left its files in `out`.
+    """
+    found = json.loads((out / "cpu.json").read_text())
+    found["sections"][name] = value
+    text = sections.replaced((out / "cpu.md").read_text(), name, value)
+    schema.write(out / "cpu.json", found)
+    (out / "cpu.md").write_text(text)
+    sections.draw({name: value}, out)
+    _tell_readme(out)
+
+
 def _begun(report: Report) -> str:
     """What a run starts from."""
     store = report.store()
@@ -281,6 +297,7 @@ def _run_card(args: argparse.Namespace, device: Device) -> bool:
     files = report.write()
     rows = [line["row"] for line in assemble.row_lines(report.store())]
     print("\n" + assemble.target_text(rows) + "\n", flush=True)
+    print(assemble.group_target_text(rows, report.store().note("grouped")) + "\n", flush=True)
     for error in assemble.errors(report.store())[:20]:
         print(f"left out: {error['what']}: {error['reason']}")
     if files:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import cases, floor, peers, schema
-from benchmarks.battery import Entry, Group, row_key
+from benchmarks import cases, floor, grouped_peers, peers, schema
+from benchmarks.battery import Entry, Group, SiblingEntry, row_key
 from benchmarks.cases import Contestant, Expected, Problem, Shape
-from benchmarks.devices import Call, Device
+from benchmarks.devices import Call, Device, tensors_of
 from benchmarks.floor import Ceilings
+from benchmarks.grouped_peers import SiblingValues
 from benchmarks.peers import Unavailable
 from benchmarks.store import Store
 from benchmarks.timing import Spread
@@ -53,6 +54,16 @@ class Values:
             self._expected[key] = cases.expectations(problem)
         return self._expected[key]
 
+    def inputs(self, contestant: Contestant) -> list[tuple[Tensor, Any]]:
+        """(x, dy) of every input set."""
+        return list(self.sets)
+
+    def owned(self, entry: Entry) -> list[Tensor]:
+        """What the base of an entry holds whether or not it runs."""
+        base = self.of(entry)
+        modules = [] if base.base is None else [*base.base.parameters(), *base.base.buffers()]
+        return [base.weight, *([] if base.bias is None else [base.bias]), *modules]
+
     def forget(self) -> None:
         """Drop the float64 results, which are large."""
         self._expected.clear()
@@ -69,9 +80,11 @@ class Measured:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def make_values(group: Group, device: Device) -> Values:
+def make_values(group: Group, device: Device) -> Values | SiblingValues:
     """Random values on the device for a group."""
     first = group.entries[0]
+    if isinstance(first, SiblingEntry):
+        return grouped_peers.make_values([entry for entry in group.entries if isinstance(entry, SiblingEntry)], device)
     shape = Shape(first.m, first.k, first.n, 1, cases.DTYPES[first.dtype], str(device.torch_device))
     bias = any(entry.bias for entry in group.entries)
     problem = cases.make_problem(shape, cases.case_config("frozen", 1), bias)
@@ -120,7 +133,7 @@ def _checked(
     group: Group, device: Device, store: Store, missing: set[str], say: Callable[[str], None]
 ) -> Iterator[Measured]:
     """Build and check every entry that is missing, and the frozen ones, which the others are compared with."""
-    values: Values | None = None
+    values: Values | SiblingValues | None = None
     for entry in group.entries:
         wanted = [row_key(entry, d, m) for d in group.passes for m in group.modes]
         if not entry.frozen and not missing.intersection(wanted):
@@ -136,7 +149,7 @@ def _checked(
         values.forget()
 
 
-def check_entry(entry: Entry, values: Values) -> Measured:
+def check_entry(entry: Entry, values: Values | SiblingValues) -> Measured:
     """Build a contestant and compare it with float64 on the first input set.
 
     With dropout, ours is compared under its own mask, drawn before from the same state of the generators. The mask of a
@@ -146,6 +159,9 @@ def check_entry(entry: Entry, values: Values) -> Measured:
         AssertionError: it is not right.
         Unavailable: it cannot be built here.
     """
+    if isinstance(values, SiblingValues):
+        assert isinstance(entry, SiblingEntry)
+        return Measured(entry, *grouped_peers.check_entry(entry, values))
     problem = values.of(entry)
     contestant = peers.build(entry, problem)
     if not entry.p:
@@ -157,16 +173,16 @@ def check_entry(entry: Entry, values: Values) -> Measured:
     return Measured(entry, contestant, error, "compared without dropout: its mask is not known")
 
 
-def steps(contestant: Contestant, values: Values, direction: str) -> list[Call]:
+def steps(contestant: Contestant, values: Values | SiblingValues, direction: str) -> list[Call]:
     """One call for each input set: forward, or forward and backward. The results are dropped."""
 
     def forward(x: Tensor) -> Call:
         return lambda: contestant.forward(x)
 
-    def both(x: Tensor, dy: Tensor) -> Call:
+    def both(x: Tensor, dy: Any) -> Call:
         return lambda: cases.gradients(contestant, x, dy)
 
-    return [both(x, dy) if direction == "fwd_bwd" else forward(x) for x, dy in values.sets]
+    return [both(x, dy) if direction == "fwd_bwd" else forward(x) for x, dy in values.inputs(contestant)]
 
 
 def row_figures(entry: Entry, direction: str, seconds: list[float], ceilings: Ceilings) -> dict[str, Any]:
@@ -197,10 +213,10 @@ def _check_dropout(contestant: Contestant, problem: Problem) -> float:
     return cases.check(contestant, problem, expected)
 
 
-def facts(measured: Measured, values: Values, device: Device) -> dict[str, Any]:
+def facts(measured: Measured, values: Values | SiblingValues, device: Device) -> dict[str, Any]:
     """What is counted, not timed, of a forward and backward on one input set."""
-    x, dy = values.sets[0]
     contestant = measured.contestant
+    x, dy = values.inputs(contestant)[0]
 
     def forward() -> Tensor:
         return contestant.forward(x)
@@ -224,7 +240,7 @@ def facts(measured: Measured, values: Values, device: Device) -> dict[str, Any]:
     return found
 
 
-def saved_bytes(measured: Measured, values: Values, x: Tensor) -> int:
+def saved_bytes(measured: Measured, values: Values | SiblingValues, x: Tensor) -> int:
     """Bytes autograd keeps between forward and backward beyond x, y and what the layer owns anyway."""
     packed: list[Tensor] = []
 
@@ -235,12 +251,9 @@ def saved_bytes(measured: Measured, values: Values, x: Tensor) -> int:
     contestant = measured.contestant
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = contestant.forward(x)
-    base = values.of(measured.entry)
-    owned = [x, y, base.weight, *contestant.params.values()]
-    owned += [] if base.bias is None else [base.bias]
-    modules = [m for m in (contestant.forward, base.base) if isinstance(m, torch.nn.Module)]
-    for module in modules:
-        owned += [*module.parameters(), *module.buffers()]
+    owned = [x, *tensors_of(y), *values.owned(measured.entry), *contestant.params.values()]
+    if isinstance(contestant.forward, torch.nn.Module):
+        owned += [*contestant.forward.parameters(), *contestant.forward.buffers()]
     known = {tensor.untyped_storage().data_ptr() for tensor in owned}
     found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in packed}
     return sum(size for storage, size in found.items() if storage not in known)
@@ -287,7 +300,7 @@ def _write(
     store: Store,
     missing: set[str],
 ) -> None:
-    frozen = [found.entry for found in measured if found.entry.case == "frozen"]
+    frozen = [found.entry for found in measured if found.entry.reference]
     for found in measured:
         entry, facts = found.entry, found.facts
         key = row_key(entry, direction, mode)

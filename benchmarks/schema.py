@@ -2,6 +2,10 @@
 
 `<slug>.json` holds exactly these fields and no others; whatever else was measured is in `<slug>_detail.json`. A CPU
 keeps its rows inside `cpu.json`, in the same form.
+
+A row is of one linear layer (op "linear") or of a set of layers that read one x (op "group"). Of a set, `case` is
+"frozen:<set>" or "lora:<set>" with a set of `battery.SIBLINGS`, `impl` one of `battery.GROUP_IMPLS`, `layer` null and
+`n` the sum of the layers' N.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.battery import IMPLS, LLAMA, MODES, PASSES, Entry
+from benchmarks.battery import GROUP_IMPLS, IMPLS, LLAMA, MODES, PASSES, SIBLINGS, Entry
 
 FIELDS = ("device", "driver", "torch", "triton", "commit", "date", "ceilings", "unavailable", "rows", "models")
 ROW_FIELDS = (
@@ -54,6 +58,12 @@ def is_case(name: str) -> bool:
     )
 
 
+def is_set_case(name: str) -> bool:
+    """Whether a name is one of frozen:<set>, lora:<set>."""
+    kind, _, siblings = name.partition(":")
+    return kind in ("frozen", "lora") and siblings in SIBLINGS
+
+
 def check_report(report: Mapping[str, Any]) -> None:
     """Raise SchemaError unless `report` is a device's result file."""
     _fields("report", report, FIELDS)
@@ -69,26 +79,31 @@ def check_report(report: Mapping[str, Any]) -> None:
         _expect(_positive(value), f"ceilings.{name} must be a positive number, got {value!r}")
     _expect(isinstance(report["unavailable"], dict), "unavailable must be an object")
     for impl, why in report["unavailable"].items():
-        _expect(impl in IMPLS, f"unavailable names {impl!r}, which is no impl ({', '.join(IMPLS)})")
+        known = (*IMPLS, *GROUP_IMPLS)
+        _expect(impl in known, f"unavailable names {impl!r}, which is no impl ({', '.join(dict.fromkeys(known))})")
         _expect(_text(why), f"unavailable.{impl} must say why")
     _rows("rows", report["rows"], check_row, lambda row: [row[n] for n in ROW_FIELDS[:12]])
     _rows("models", report["models"], check_model, lambda row: [row[n] for n in MODEL_FIELDS[:4]])
 
 
 def check_row(row: Mapping[str, Any]) -> None:
-    """Raise SchemaError unless `row` is a linear layer's row."""
+    """Raise SchemaError unless `row` is the row of a linear layer, or of a set of them."""
     _fields("row", row, ROW_FIELDS)
-    _expect(row["op"] == "linear", f"op must be 'linear', got {row['op']!r}")
-    _expect(_text(row["case"]) and is_case(row["case"]), f"case {row['case']!r} is none of the schema's")
-    _expect(row["impl"] in IMPLS, f"impl {row['impl']!r} is none of {', '.join(IMPLS)}")
+    _expect(row["op"] in ("linear", "group"), f"op must be 'linear' or 'group', got {row['op']!r}")
+    is_set = row["op"] == "group"
+    named = _text(row["case"]) and (is_set_case if is_set else is_case)(row["case"])
+    _expect(named, f"case {row['case']!r} is none of the schema's")
+    impls = GROUP_IMPLS if is_set else IMPLS
+    _expect(row["impl"] in impls, f"impl {row['impl']!r} is none of {', '.join(impls)}")
     _expect(row["pass"] in PASSES, f"pass {row['pass']!r} is none of {', '.join(PASSES)}")
     _expect(row["mode"] in MODES, f"mode {row['mode']!r} is none of {', '.join(MODES)}")
     _expect(row["dtype"] in ("bf16", "fp16", "fp32"), f"dtype {row['dtype']!r} is unknown")
     for name in ("m", "n", "k"):
         _expect(_whole(row[name]) and row[name] > 0, f"{name} must be a positive integer, got {row[name]!r}")
     layer = row["layer"]
+    _expect(layer is None or not is_set, f"a set has no layer, got {layer!r}")
     _expect(layer is None or LLAMA.get(layer) == (row["n"], row["k"]), f"layer {layer!r} has not this shape")
-    if row["case"].removeprefix("nf4-") == "frozen":
+    if row["case"].removeprefix("nf4-").partition(":")[0] == "frozen":
         _expect(row["r"] is None and row["p"] is None, "a frozen row has no r and no p")
     else:
         _expect(_whole(row["r"]) and row["r"] > 0, f"r must be a positive integer, got {row['r']!r}")
@@ -119,7 +134,7 @@ def check_model(row: Mapping[str, Any]) -> None:
 
 def make_row(entry: Entry, direction: str, mode: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     """A row from an entry and its figures (median_ms ... max_rel_err)."""
-    row: dict[str, Any] = {"op": "linear", "case": entry.case, "layer": entry.layer, "dtype": entry.dtype}
+    row: dict[str, Any] = {"op": entry.op, "case": entry.case, "layer": entry.layer, "dtype": entry.dtype}
     row |= {"m": entry.m, "n": entry.n, "k": entry.k, "r": entry.r, "p": entry.p, "impl": entry.impl}
     row |= {"pass": direction, "mode": mode}
     row |= {name: figures[name] for name in ROW_FIELDS[12:]}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from benchmarks import battery, devices, model, runner, surroundings
+from benchmarks import battery, devices, grouped, model, runner, surroundings
 from benchmarks.battery import Stage
 from benchmarks.devices import Device
 from benchmarks.floor import Ceilings
@@ -60,7 +60,8 @@ def complete(stage: Stage, store: Store, scale: str) -> bool:
     """Whether every row of a stage is there, or an error in its place."""
     settled = store.settled()
     rows = all(battery.row_key(*which) in settled for group in stage.groups for which in group.row_keys())
-    return rows and (stage.models is None or store.note(f"models {stage.models}") is not None)
+    models = stage.models is None or store.note(f"models {stage.models}") is not None
+    return rows and models and (stage.once is None or store.note(stage.once) is not None)
 
 
 def run(stage: Stage, scale: str, device: Device, store: Store, minutes: float, rounds: int, say=print) -> int:
@@ -94,7 +95,25 @@ def run(stage: Stage, scale: str, device: Device, store: Store, minutes: float, 
             say(f"  the device stopped answering: {reason}")
             return DEVICE_LOST
         store.add("note", name=f"models {stage.models}", value=True)
+    if stage.once is not None and store.note(stage.once) is None:
+        if out_of_time():
+            return OUT_OF_TIME
+        _once(stage.once, scale, device, rates, store, rounds, say)
+        if not device.healthy():
+            return DEVICE_LOST
     return DONE
+
+
+def _once(
+    name: str, scale: str, device: Device, rates: Ceilings, store: Store, rounds: int, say: Callable[[str], None]
+) -> None:
+    """Note what `grouped.measure_depth` finds; after attempts that did not end, that."""
+    if store.struck_out(name):
+        store.add("note", name=name, value={"error": "did not finish in several attempts"})
+        return
+    store.add("begin", key=name)
+    store.add("note", name=name, value=grouped.measure_depth(scale, device, rates, rounds, say))
+    store.add("end", key=name)
 
 
 def _progress(items: Iterable[T], label: str) -> Iterable[T]:

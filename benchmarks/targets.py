@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.battery import FULL, LLAMA, LORA, LORA_LORA, VECTOR_LORA, VECTORS
+from benchmarks.battery import FULL, LLAMA, LORA, LORA_LORA, PASSES, VECTOR_LORA, VECTORS
 from benchmarks.floor import BYTES
+from benchmarks.grouped_text import PASS_NAMES, SETS
 
 Row = Mapping[str, Any]
 
@@ -41,6 +42,16 @@ TARGETS = (
     Target("PEFT's time over ours, GLoRA, A = B = vector", VECTORS, 8192, 0.0, 2.7, kind="least"),
     Target("PEFT's time over ours, GLoRA, A = B = lora", LORA_LORA, 8192, 0.0, 2.0, kind="least"),
 )
+GROUP_TARGET, GROUP_M = 1.05, 8192
+"""The most that siblings with LoRA may take over one product with their weights concatenated, and at which M."""
+GROUP_FLOORS = {
+    ("qkv", "fwd"): "1.012", ("qkv", "fwd_bwd"): "1.039", ("gate_up", "fwd"): "1.005", ("gate_up", "fwd_bwd"): "1.012",
+}  # fmt: skip
+"""The same ratio by `floor.floor_ms`, at the ceilings of an H100."""
+LAUNCH_TARGET = 8
+"""The most launches that the seven linears of a decoder layer may take forward."""
+MERGE_TARGET = 0.8
+"""The least share of a copy's bandwidth that merging a model must reach."""
 SAVED = "LoRA: saved for backward beyond x and y, over R·M values"
 RANK = 16
 
@@ -101,6 +112,47 @@ def table_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
         found.append(_line(target.label, target.floor, goal, *figures))
     found.append(_line(SAVED, "R·M", "", saved(rows, "graph"), saved(rows, "eager"), None))
     return found
+
+
+def over_one_product(rows: Iterable[Row], siblings: str, direction: str, mode: str) -> float | None:
+    """Our grouped time over that of one product with the concatenated weights; None where a row is missing."""
+    wanted = {"op": "group", "m": GROUP_M, "mode": mode, "pass": direction}
+    found = {
+        (row["case"], row["impl"]): row for row in rows if all(row[name] == value for name, value in wanted.items())
+    }
+    above, below = found.get((f"lora:{siblings}", "ours")), found.get((f"frozen:{siblings}", "concat"))
+    return None if above is None or below is None else above["median_ms"] / below["median_ms"]
+
+
+def group_rows(rows: Sequence[Row], depth: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """The table of sets, launches and merging: floor, target and what was measured; empty cells where unmeasured.
+
+    depth: what `grouped.measure_depth` found on the device, or None.
+    """
+    found = []
+    for siblings, shown in SETS.items():
+        for direction in PASSES:
+            label = f"{shown}, {PASS_NAMES[direction]}: over one product with the concatenated weights"
+            figures = [_shown(over_one_product(rows, siblings, direction, mode), ".3f") for mode in ("graph", "eager")]
+            found.append(_group_line(label, GROUP_FLOORS[siblings, direction], f"≤ {GROUP_TARGET:.2f}", *figures))
+    depth = depth or {}
+    ours = depth.get("launches", {}).get("rows", {}).get("ours", {})
+    kernel = depth.get("merge", {}).get("kernel") or {}
+    layers = depth.get("merge", {}).get("layers", 32)
+    count, share = _shown(ours.get("on_card")), _shown(kernel.get("of_copy"), ".2f")
+    found.append(_group_line("launches of seven linears, forward", "4", f"≤ {LAUNCH_TARGET}", "", count))
+    merging = f"merging {layers} decoder layers, of a copy's bandwidth"
+    found.append(_group_line(merging, "1", f"≥ {MERGE_TARGET:.2f}", "", share))
+    return found
+
+
+def _group_line(label: str, floor: str, goal: str, graph: str, eager: str) -> dict[str, str]:
+    line = {"LoRA, r = 16": label, "floor": floor, "target": goal}
+    return line | {"measured, CUDA graph": graph, "measured, eager": eager}
+
+
+def _shown(value: float | None, form: str = "") -> str:
+    return "" if value is None else format(value, form)
 
 
 def _line(

@@ -1,4 +1,4 @@
-"""`python -m glora_kernels info | check | tune | bench`."""
+"""`python -m glora_kernels info | check | tune | bench | params`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import sys
 from typing import Any
 
-from glora_kernels.commands import bench, check, info, tune
+from glora_kernels.commands import bench, check, info, params, tune
 
-COMMANDS: dict[str, Any] = {"info": info, "check": check, "tune": tune, "bench": bench}
+COMMANDS: dict[str, Any] = {"info": info, "check": check, "tune": tune, "bench": bench, "params": params}
 
 
 def main(argv: list[str] | None = None) -> int:

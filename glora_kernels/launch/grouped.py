@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from triton import cdiv
 
@@ -169,6 +170,19 @@ def grouped_dx_launch(
     return Launch(_grouped_dx_kernel, product_grid(tiles, dxs[0], config, arch), args, options(config))
 
 
+def grouped_dy_sizes(shape: Shape, members: int, sharing: int, dtype: torch.dtype, arch: str) -> tuple[int, int, int]:
+    """(splits of M, bands of N, width of a band): the leading sizes of what `grouped_dy_launch` fills.
+
+    The members' programs run beside each other, so that each needs fewer bands than alone. Where up to `sharing`
+    members add to one S, their bands together are no more than one layer has, as long as that can be.
+    """
+    config = tables.choose("dy", arch, dtype, shape)
+    most = max(1, configs.MAX_BANDS // max(1, sharing))
+    step = cdiv(cdiv(shape.n, most), config["cols"]) * config["cols"]
+    number, width = configs.bands(arch, members * shape.m, config["rows"], shape.n, max(step, config["cols"]))
+    return cdiv(shape.m, config["rows"]), number, width
+
+
 def grouped_dy_launch(
     dys: Sequence[Tensor],
     *,
@@ -294,7 +308,7 @@ def _addresses(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
 
 
 def _row_major(weights: Sequence[Tensor]) -> bool:
-    return weights[0].stride(1) == 1
+    return all(weight.stride(1) == 1 for weight in weights)  # of one column, a transposed one is both
 
 
 def _weight_strides(weights: Sequence[Tensor], row_major: bool) -> tuple[int, ...]:

@@ -130,6 +130,7 @@ def _inject(model: nn.Module, adapter: Adapter, where: str) -> nn.Module:
     weights: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}
     shared = {*adapter.tied, *adapter.tied.values()}
+    alone: list[Tie] = []  # factors in fp32 beside others in the dtype of the base
     for path, entry in adapter.layers.items():
         if path not in found:
             has = f"a {type(modules[path]).__name__}" if path in modules else "no module"
@@ -148,9 +149,13 @@ def _inject(model: nn.Module, adapter: Adapter, where: str) -> nn.Module:
         expected = _shapes(path, entry)
         shapes |= expected
         # fp32 adapters over a 16-bit base were asked for when made: rounding them would lose small ones.
-        own = [values[name] for name in expected if name in values and name not in shared]
-        wide = weight.dtype.itemsize == 2 and any(value.dtype == torch.float32 for value in own)
-        plan.append((found[path], entry.config, torch.float32 if wide else None))
+        names = entry.config.parameter_shapes(in_features, out_features, entry.bias)
+        own = [name for name in names if (full := _join(path, name)) in values and full not in shared]
+        fp32 = [name for name in own if values[_join(path, name)].dtype == torch.float32]
+        kept_wide = fp32 if weight.dtype.itemsize == 2 else []
+        every = bool(kept_wide) and kept_wide == own
+        plan.append((found[path], entry.config, torch.float32 if every else None))
+        alone += [] if every else [Tie(((path, name),), torch.float32) for name in kept_wide]
         weights[path] = weight
         if entry.train_bias and bias is not None:
             biases[_join(path, "bias")] = bias
@@ -165,7 +170,7 @@ def _inject(model: nn.Module, adapter: Adapter, where: str) -> nn.Module:
             raise ValueError(f"{where} ties {name!r} to {first!r}, an adapter to a module trained whole")
     _check_ties(where, {name: first for name, first in adapter.tied.items() if name in kept}, _ties(kept))
     ties = {name: first for name, first in adapter.tied.items() if name not in kept}
-    return replace(model, plan, trained, Sharing(_planned_ties(ties, values, weights), adapter.siblings))
+    return replace(model, plan, trained, Sharing(_planned_ties(ties, values, weights) + alone, adapter.siblings))
 
 
 def _planned_ties(tied: Mapping[str, str], values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[Tie]:

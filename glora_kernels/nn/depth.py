@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.merging import operands
+from glora_kernels.nn.merging import SHIFTS, operands
 from glora_kernels.nn.model import named_layers, unwrap
 from glora_kernels.ops import depth
 from glora_kernels.ops.deferred import Deferred, DeferredLinear
 
-_SHIFTS = frozenset(("C", "C_up", "D", "E"))
 _FACTORS = {"B_down": "b_down", "B_up": "b_up"}
 
 
@@ -31,18 +30,17 @@ def shift_once(model: nn.Module) -> Iterator[None]:
     Without it each layer computes W·C and adds its terms anew at each forward, since a changed parameter leaves no
     trace. Entering the context says that no weight, bias or parameter of C, D and E changes until the backward of what
     was computed inside has run: enter it once a step. Gradients reach the parameters as ever, in one launch (two where
-    a C is lora). Gradient accumulation may run several forwards and backwards inside one context only with
-    `retain_graph`-free use of β: its gradients are computed once for each backward.
+    a C is lora). Several forwards and backwards may follow one another inside; each backward has its own launch.
 
-    A forward that activation checkpointing computes again, of either kind, must find the context still open: call
-    backward inside it. A reentrant checkpoint asks for its layers' gradients by itself: one launch each.
+    A forward that activation checkpointing computes again, of either kind, must find the context open: call backward
+    inside it. A reentrant checkpoint asks for its layers' gradients by itself: one launch each.
 
     Layers without C, D and E, and merged or disabled ones, take no part; copies and pickles made inside do not carry
-    β. Nests.
+    β. Nests. What the kernels do not take (float64, CPUs, `backend("eager")`) is computed layer by layer.
 
     Raises:
         ValueError: the model has no GLoRA layer.
-        RuntimeError: in backward: a tensor that β was made of was overwritten.
+        RuntimeError: a CUDA graph is being captured. In backward: a tensor that β was made of was overwritten.
     """
     layers = [layer for layer in _layers(model, "shift_once") if _is_shifted(layer)]
     before = [layer._beta for layer in layers]
@@ -112,7 +110,7 @@ def _layers(model: nn.Module, caller: str) -> list[GLoRALinear]:
 
 
 def _is_shifted(layer: GLoRALinear) -> bool:
-    return not (layer.merged or layer._disabled or _SHIFTS.isdisjoint(layer.adapter()))
+    return not (layer.merged or layer._disabled or SHIFTS.isdisjoint(layer.adapter()))
 
 
 def _shared(layers: list[GLoRALinear]) -> dict[GLoRALinear, dict[str, nn.Parameter]]:

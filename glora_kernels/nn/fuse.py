@@ -5,6 +5,7 @@ Names, parameters and checkpoints stay as they are; `nn.siblings` says how the l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,30 +13,38 @@ from torch import nn
 
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import listed, named_layers, unwrap
-from glora_kernels.nn.siblings import SiblingGroup, cross_attention_sets, install, refusal, sibling_sets
+from glora_kernels.nn.sibling_names import cross_attention_sets, sibling_sets
+from glora_kernels.nn.siblings import SiblingGroup, install, refusal
 from glora_kernels.ops.grouped import MAX_MEMBERS
 from glora_kernels.spec import matches
 
+_QUOTED = re.compile("'([^']*)'")  # a path in a sentence
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class FusedReport:
-    """What is fused in a model: the paths of every group, and what was left out and why; print it for a summary."""
+    """What is fused in a model: the paths of every group, and what was left out and why; print it for a summary.
+
+    The summary has one line for the groups of all blocks that are alike, and one for what was left out of them.
+    """
 
     groups: tuple[tuple[str, ...], ...]
     left_out: tuple[tuple[tuple[str, ...], str], ...] = ()
 
-    def __str__(self) -> str:
-        lines = [f"{_counted(len(self.groups), 'group')} of siblings, each one launch"]
+    def __repr__(self) -> str:
+        count = _counted(len(self.groups), "group")
+        lines = [f"{count} of siblings, each one launch forward (two with dropout or a large rank)"]
         counts: dict[str, int] = {}
         for paths in self.groups:
             counts[_type(paths)] = counts.get(_type(paths), 0) + 1
         lines += [f"  {count} x  {name}" for name, count in counts.items()]
-        reasons: dict[str, list[str]] = {}
+        alike: dict[str, list[str]] = {}
         for paths, reason in self.left_out:
-            reasons.setdefault(reason, []).append(", ".join(paths))
-        for reason, sets in reasons.items():
-            more = f" ({len(sets)} such sets)" if len(sets) > 1 else ""
-            lines.append(f"  left out: {sets[0]}: {reason}{more}")
+            depthless = f"{', '.join(map(_depthless, paths))}: {_QUOTED.sub(_depthless_match, reason)}"
+            alike.setdefault(depthless, []).append(f"{', '.join(paths)}: {reason}")
+        for depthless, sentences in alike.items():
+            more = f"{depthless} ({len(sentences)} such sets)"
+            lines.append(f"  left out: {more if len(sentences) > 1 else sentences[0]}")
         return "\n".join(lines)
 
 
@@ -60,8 +69,8 @@ def fuse_siblings(model: nn.Module, groups: Iterable[Iterable[str]] | None = Non
         Every group of the model, and what was left out and why.
 
     Raises:
-        ValueError: no GLoRA layer, a pattern that matches none, or nothing to fuse (the message says why). Nothing
-            has changed then.
+        ValueError: no GLoRA layer, a pattern that matches none, a layer in two groups, or nothing to fuse (the
+            message says why). Nothing has changed then.
         TypeError: `groups` holds something else than patterns.
     """
     root, layers = _layers(model, "fuse_siblings")
@@ -77,10 +86,14 @@ def fuse_cross_attention(model: nn.Module, layers: str | Iterable[str] | None = 
     torch.compile, each decoder layer computes its own k and v in one launch. Fused pairs of k and v become part of the
     larger group; a stack with more layers than one launch takes becomes several groups.
 
+    In training with dropout the masks of all these layers are drawn when the first is called, before those of the
+    layers in between: another order than without the fusion, so that from one seed the masks are others.
+
     Args:
         model: a model with GLoRA layers, also inside torch.compile or DistributedDataParallel.
         layers: for models with other names: patterns of the layers that read the one encoder state. None: the k and v
-            projections of cross-attention, one group for each stack of layers.
+            projections of cross-attention, one group for each stack of layers. Blocks that do not read one state are
+            no error when they are called (a block may be skipped), but each computes the outputs of all.
 
     Returns:
         Every group of the model, and what was left out and why.
@@ -178,9 +191,16 @@ def _layers(model: nn.Module, caller: str) -> tuple[nn.Module, dict[str, GLoRALi
 def _matched(layers: Mapping[str, GLoRALinear], groups: Iterable[Iterable[str]]) -> list[list[str]]:
     """The sets of paths that the patterns of each group match, one set a parent."""
     sets = []
+    owner: dict[str, int] = {}
     for i, group in enumerate(groups):
         patterns = _patterns(f"groups[{i}]", group)
-        sets += _by_parent(_matching(f"groups[{i}]", layers, patterns))
+        paths = _matching(f"groups[{i}]", layers, patterns)
+        for path in paths:
+            if owner.setdefault(path, i) != i:
+                raise ValueError(
+                    f"groups: {path!r} is in groups[{owner[path]}] and groups[{i}]; a layer is in one group"
+                )
+        sets += _by_parent(paths)
     return sets
 
 
@@ -231,6 +251,10 @@ def _type(paths: Sequence[str]) -> str:
 
 def _depthless(path: str) -> str:
     return ".".join("#" if part.isdecimal() else part for part in path.split("."))
+
+
+def _depthless_match(quoted: re.Match[str]) -> str:
+    return f"'{_depthless(quoted[1])}'"
 
 
 def _counted(count: int, what: str) -> str:

@@ -32,7 +32,7 @@ class GroupedLoRALinear(nn.Module):
         tied: one B_down for all layers, and one dropout mask; x̃·B_downᵀ is computed once.
 
     Raises:
-        TypeError: `config` is not a GLoRAConfig.
+        TypeError: `config` is not a GLoRAConfig, or `out_features` no sequence.
         ValueError: fewer than two layers, a size below 1, a dtype or form of A or B that is not served, or `tied`
             without B = lora.
     """
@@ -53,6 +53,8 @@ class GroupedLoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         _check_tied(config, tied)
+        if not isinstance(out_features, Sequence) or isinstance(out_features, str):
+            raise TypeError(f"out_features must be a sequence, one size a layer such as (64, 16), got {out_features!r}")
         self._group(
             [
                 GLoRALinear(in_features, n, config, bias, device, dtype, adapter_dtype=adapter_dtype)

@@ -52,8 +52,10 @@ def inject(
     A pattern is a glob on the module path, or on its last name: "q_proj", "blocks.0.*", "*.attn.?_proj".
 
     The layers that get one ShareLoRAConfig, or equal ones, share factors by projection type; `shared(model)` shows
-    which. A shared factor is one parameter, so that copies, optimizers and `state_dict` treat it as one; from here
-    on `load_state_dict` refuses a state with different values for its names.
+    which. A shared factor is one parameter with several names: copies and optimizers treat it as one, a
+    `state_dict` has all names, and Hugging Face's `save_pretrained` and Trainer store the first. From here on
+    `load_state_dict` refuses a state with different values for them. An average kept by hand over
+    `state_dict().values()` would decay it once for each name: average over `parameters()`, or use `AveragedModel`.
 
     Args:
         model: any module; changed in place. Wrap it in DistributedDataParallel after this, not before.
@@ -65,8 +67,9 @@ def inject(
             score or embed_out.
         train: patterns of modules that are trained whole and saved with the adapter. Linear layers in them
             are no targets.
-        adapter_dtype: of the adapters; None means each weight's own, but fp32 for a shared factor over a 16-bit
-            base: its gradient is a sum over layers, which autograd accumulates in its dtype.
+        adapter_dtype: of the adapters; None means each weight's own, but over a 16-bit base fp32 for a shared
+            factor: its gradient is a sum over layers, which autograd accumulates in its dtype. Where a
+            ShareLoRAConfig has B_down (or B_up) shared by some layers, it is fp32 in all layers of it.
 
     Returns:
         The model; where the model is itself a linear layer, the GLoRALinear in its place.

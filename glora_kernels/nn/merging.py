@@ -11,7 +11,8 @@ from glora_kernels.launch.table import Layer
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.ops import depth
 
-_SHIFTS = frozenset(("C", "C_up", "D", "E"))
+SHIFTS = frozenset(("C", "C_up", "D", "E"))
+"""The parameters that make a layer's full bias another than its base's."""
 
 
 def operands(layer: GLoRALinear) -> Layer:
@@ -103,7 +104,7 @@ def _copies(layer: GLoRALinear) -> depth.Copy:
 
 def _beta_target(layer: GLoRALinear) -> Tensor | None:
     """Where the merged bias goes: the bias itself, or new memory; None where it is that of the base."""
-    if _SHIFTS.isdisjoint(layer.adapter()):
+    if SHIFTS.isdisjoint(layer.adapter()):
         return None
     if layer.bias is not None:
         return layer.bias.detach()

@@ -19,6 +19,13 @@ from glora_kernels.nn.model import all_paths, clean, listed, named_layers, train
 from glora_kernels.nn.siblings import ATTENTION, GATED, cross_attention_sets, install, sibling_sets
 from glora_kernels.spec import ShareLoRAConfig, matches, projection_type
 
+DECLARED = "_tied_weights_keys"
+"""Where transformers looks, in every module of a model to save, for the names of it that a checkpoint is to omit.
+
+Declared by the layers, not by the model: what the model declares, `tie_weights` ties anew as it does embeddings, and
+that resizes the bias of the layer to the rows of its weight (a Conv1D has (K, N) of them).
+"""
+
 
 @dataclass(frozen=True, eq=False)
 class Member:
@@ -39,7 +46,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Tie:
-    """One parameter of several layers: (path, parameter name) of each, and the dtype it has."""
+    """One parameter of one or several layers: (path, parameter name) of each, and the dtype it has."""
 
     factors: tuple[tuple[str, str], ...]
     dtype: torch.dtype
@@ -59,6 +66,10 @@ def plan_sharing(root: nn.Module, members: Iterable[Member], adapter_dtype: torc
     A factor is shared by the layers of one `projection_type`; with `tie_siblings`, B_down also by the siblings of
     a block, and so by all types that have siblings of each other where it is shared over depth as well.
 
+    Where some layers of a configuration share B_down (or B_up), every layer of that configuration has it in one
+    precision, without an `adapter_dtype` fp32 over a 16-bit base: layers that share and their siblings that do not,
+    by `projections` or as the only one of a type, can then be computed in one call.
+
     Raises:
         ValueError: a projections pattern that matches no member; tie_siblings without siblings, or where layers with
             their names differ in in_features; a factor that layers on several devices would share or, without an
@@ -77,7 +88,9 @@ def plan_sharing(root: nn.Module, members: Iterable[Member], adapter_dtype: torc
             groups = _by_type(sharers) if name in config.shared_factors else [[member] for member in sharers]
             if name == "B_down":
                 groups = _joined(groups, siblings)
-            ties += [_tie(name, group, adapter_dtype) for group in groups if len(group) > 1]
+            if any(len(group) > 1 for group in groups):
+                groups += [[member] for member in alike if all(member is not sharer for sharer in sharers)]
+                ties += [_tie(name, group, adapter_dtype) for group in groups]
     return Sharing(ties, tied_sets)
 
 
@@ -108,8 +121,18 @@ def tie(layers: Mapping[str, GLoRALinear], sharing: Sharing) -> None:
 
 
 def keep_tied(root: nn.Module) -> None:
-    """From now on `root.load_state_dict` refuses values that differ under the names of one shared factor."""
-    root.register_load_state_dict_pre_hook(_load_tied)
+    """From now on `load_state_dict` refuses values that differ under the names of one shared factor.
+
+    Of every module that has two names of one, since a part of a model may be loaded alone. All names but the first
+    are declared to transformers, whose checkpoints hold a shared tensor once.
+    """
+    for places in _tied_places(root):
+        first, *others = places
+        for layer, own in (places[name] for name in others):
+            vars(layer).setdefault(DECLARED, {})[own] = first
+    for module in root.modules():
+        if _tied_places(module):
+            module.register_load_state_dict_pre_hook(_load_tied)
 
 
 def _load_tied(
@@ -117,11 +140,11 @@ def _load_tied(
 ) -> None:
     """Before a state is loaded: its values under the names of a shared factor must agree, or the last would win.
 
-    A state that has the factor under one of its names only is completed. With assign=True all names get one
-    parameter, since each would become one of its own otherwise.
+    A name that the state lacks is missing, as that of any tied parameter is, and has the value of the others. With
+    assign=True all names get one parameter, since each would become one of its own otherwise.
     """
-    for names in _tied_names(module):
-        keys = [_key(state_dict, prefix, name) for name in names]
+    for places in _tied_places(module):
+        keys = {_key(state_dict, prefix, name): place for name, place in places.items()}
         given = [key for key in keys if isinstance(state_dict.get(key), Tensor)]
         if not given:
             continue
@@ -130,22 +153,39 @@ def _load_tied(
             raise RuntimeError(
                 f"load_state_dict: {given[0]!r} and {other!r} are one shared parameter of the model, but the state has "
                 "different values for them: it comes from a model that does not share them, and one value cannot "
-                "stand for several. Nothing was loaded"
+                "stand for several. Nothing of this model was loaded"
             )
-        if local_metadata.get("assign_to_params_buffers") and not isinstance(value, nn.Parameter):
-            value = nn.Parameter(value, requires_grad=value.is_floating_point())
-        for key in keys:
-            state_dict[key] = value
+        if local_metadata.get("assign_to_params_buffers"):
+            _assign_one(state_dict, value, given, keys)
 
 
-def _tied_names(module: nn.Module) -> list[list[str]]:
-    """The names, as in `state_dict`, of every adapter parameter that has several."""
-    names: dict[int, list[str]] = {}
+def _assign_one(
+    state_dict: MutableMapping[str, Any],
+    value: Tensor,
+    given: Sequence[str],
+    keys: Mapping[str, tuple[GLoRALinear, str]],
+) -> None:
+    """One parameter for all names of a factor: those given get it from the state, the others now."""
+    layer, own = keys[given[0]]
+    current = getattr(layer, own)
+    if not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=value.is_floating_point() and current.requires_grad)
+    for key in given:
+        state_dict[key] = value
+    if value.shape == current.shape:  # otherwise load_state_dict assigns nothing and says so
+        for key in keys.keys() - set(given):
+            layer, own = keys[key]
+            setattr(layer, own, value)
+
+
+def _tied_places(module: nn.Module) -> list[dict[str, tuple[GLoRALinear, str]]]:
+    """Of every adapter parameter with several names, as in `state_dict`: name → the layer and the parameter's own."""
+    places: dict[int, dict[str, tuple[GLoRALinear, str]]] = {}
     for path, layer in module.named_modules(remove_duplicate=False):
         if isinstance(layer, GLoRALinear):
             for name, parameter in layer.adapter().items():
-                names.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
-    return [several for several in names.values() if len(several) > 1]
+                places.setdefault(id(parameter), {})[f"{path}.{name}".lstrip(".")] = (layer, name)
+    return [several for several in places.values() if len(several) > 1]
 
 
 def _key(state_dict: Mapping[str, Any], prefix: str, name: str) -> str:
@@ -173,14 +213,18 @@ class SharedFactor:
     paths: tuple[str, ...]
 
     @property
-    def layers(self) -> int:
-        """How many layers have it."""
+    def uses(self) -> int:
+        """How many GLoRA layers have it: of siblings, each projection is one."""
         return len(self.paths)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SharedFactors:
-    """Every shared factor of a model, and what the model trains; `str()` gives a table."""
+    """Every shared factor of a model, and what the model trains; printed as a table.
+
+    The table has one line for the parameters that are alike, as those of tied siblings in every block are: their
+    `count`, the `uses` of each, and the numbers in all of them (`parameters`).
+    """
 
     rows: tuple[SharedFactor, ...]
     trainable: int
@@ -188,18 +232,20 @@ class SharedFactors:
     @property
     def unshared(self) -> int:
         """How many numbers would be trained if every layer had factors of its own."""
-        return self.trainable + sum((row.layers - 1) * row.parameters for row in self.rows)
+        return self.trainable + sum((row.uses - 1) * row.parameters for row in self.rows)
 
-    def __str__(self) -> str:
-        head = ("factor", "shape", "layers", "parameters", "projection type")
-        cells = [(r.factor, str(r.shape), str(r.layers), f"{r.parameters:,}", r.key) for r in self.rows]
-        widths = [max(len(row[i]) for row in (head, *cells)) for i in range(len(head))]
-        lines = [
-            f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}"
-            for a, b, c, d, e in (head, *cells)
-        ]
-        if not self.rows:
-            lines = ["no factor is shared"]
+    def __repr__(self) -> str:
+        alike: dict[tuple[str, str, int, str], list[SharedFactor]] = {}
+        for row in self.rows:
+            alike.setdefault((row.factor, str(row.shape), row.uses, row.key), []).append(row)
+        cells = [("factor", "shape", "count", "uses", "parameters", "projection type")]
+        for (factor, shape, uses, key), rows in alike.items():
+            numbers = sum(row.parameters for row in rows)
+            cells.append((factor, shape, str(len(rows)), str(uses), f"{numbers:,}", key))
+        a, b, c, d, e, _ = (max(map(len, column)) for column in zip(*cells, strict=True))
+        lines = ["no factor is shared"]
+        if self.rows:
+            lines = [f"{f:<{a}}  {s:<{b}}  {n:>{c}}  {u:>{d}}  {p:>{e}}  {key}" for f, s, n, u, p, key in cells]
         lines.append(f"trainable parameters: {self.trainable:,} ({self.unshared:,} if nothing were shared)")
         return "\n".join(lines)
 
@@ -212,7 +258,7 @@ def shared(model: nn.Module) -> SharedFactors:
 
     Returns:
         The rows, in the order of the model, with `factor` ("B_down", "B_up"), `key` (the `projection_type`; of
-        tied siblings, all of theirs), `shape`, `layers`, `parameters` counted once, and `paths`; print it for a table.
+        tied siblings, all of theirs), `shape`, `uses`, `parameters` counted once, and `paths`; print it for a table.
 
     Raises:
         ValueError: the model has no GLoRA layer.
@@ -315,7 +361,7 @@ def _joined(groups: list[list[Member]], siblings: list[list[Member]]) -> list[li
 
 
 def _tie(name: str, members: list[Member], adapter_dtype: torch.dtype | None) -> Tie:
-    """The tie of one factor of the members; fp32 over a 16-bit base, since its gradient is summed in its dtype."""
+    """The tie of one factor of the members; fp32 over a 16-bit base, since a gradient is summed in its dtype."""
     factors = tuple((member.path, name) for member in members)
     check_devices(factors, {member.path: member.weight for member in members})
     first = members[0]

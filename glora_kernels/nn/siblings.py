@@ -9,95 +9,34 @@ the same tensor object. Grouping a whole model: `nn.fuse`.
 
 from __future__ import annotations
 
-import re
+import itertools
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._guards import CompileContext
 
-from glora_kernels.nn.base import is_linear
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.model import clean
 from glora_kernels.nn.ranks import is_part
+from glora_kernels.nn.sibling_names import ATTENTION, GATED, cross_attention_sets, sibling_sets
 from glora_kernels.ops import glora_wc, grouped_lora_linear
 from glora_kernels.ops.common import Supports, autocast_dtype, shift
 from glora_kernels.ops.glora import dropout_seed
 from glora_kernels.ops.grouped import MAX_MEMBERS
 
-ATTENTION: tuple[tuple[str, str, str], ...] = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("q", "k", "v"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("to_q", "to_k", "to_v"),
-    ("wq", "wk", "wv"),
-)
-"""Last names of the projections that attention starts with, queries first."""
-
-GATED: tuple[tuple[str, str], ...] = (("gate_proj", "up_proj"), ("wi_0", "wi_1"), ("w1", "w3"), ("fc1_g", "fc1_x"))
-"""Last names of the two projections that a gated MLP multiplies with each other."""
-
-_CROSS = re.compile("cross_?att|encoder_attn|encdec|enc_dec|encoder_decoder_att|^attn2$", re.IGNORECASE)
-_SELF = re.compile("self_?att", re.IGNORECASE)
-
-
-def sibling_sets(root: nn.Module) -> list[list[str]]:
-    """The linear and GLoRA layers of an unwrapped model that read the same input, as full paths, set by set.
-
-    Found by their last names among those of one parent (`ATTENTION`, `GATED`), with equal in_features. In
-    cross-attention k and v are siblings and q is not: it reads the decoder's state. Cross-attention is what its parent
-    (`is_cross_attention`, its class's name) or its path (EncDecAttention, encoder_attn, crossattention, ...) says.
-    """
-    return [paths for paths, _ in _sets(root)]
-
-
-def cross_attention_sets(root: nn.Module) -> list[list[str]]:
-    """Those of `sibling_sets` that are k and v of cross-attention, which read the encoder's state."""
-    return [paths for paths, cross in _sets(root) if cross]
-
-
-def _sets(root: nn.Module) -> list[tuple[list[str], bool]]:
-    """Every set of siblings, and whether it is one of cross-attention."""
-    paths = {id(module): clean(path) for path, module in root.named_modules()}
-    found = []
-    for path, parent in root.named_modules():
-        children = {name: child for name, child in parent.named_children() if _is_layer(child)}
-        cross = _is_cross(clean(path), parent)
-        for attention in ATTENTION:
-            readers = [children[name] for name in (attention[1:] if cross else attention) if name in children]
-            for size in dict.fromkeys(_shape(layer)[1] for layer in readers):
-                found.append(([paths[id(layer)] for layer in readers if _shape(layer)[1] == size], cross))
-        for gated in GATED:
-            layers = [children[name] for name in gated if name in children]
-            if len({_shape(layer) for layer in layers}) == 1:
-                found.append(([paths[id(layer)] for layer in layers], False))
-    return [(alike, cross) for alike, cross in found if len(alike) > 1]
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, GLoRALinear) or is_linear(module)
-
-
-def _shape(layer: Any) -> tuple[int, int]:
-    """(N, K) of a linear or GLoRA layer; a Conv1D stores its weight as (K, N)."""
-    if hasattr(layer, "in_features"):
-        return layer.out_features, layer.in_features
-    k, n = layer.weight.shape
-    return n, k
-
-
-def _is_cross(path: str, parent: nn.Module) -> bool:
-    if getattr(parent, "is_cross_attention", False) is True or _CROSS.search(type(parent).__name__):
-        return True
-    for part in reversed(path.split(".")):
-        if _SELF.search(part):
-            return False
-        if _CROSS.search(part):
-            return True
-    return False
+__all__ = [
+    "ATTENTION",
+    "GATED",
+    "SiblingGroup",
+    "cross_attention_sets",
+    "install",
+    "refusal",
+    "sibling_sets",
+    "tied_sets",
+]
 
 
 class SiblingGroup:
@@ -106,11 +45,13 @@ class SiblingGroup:
     Rules of a call of one member with x, while torch.compile does not trace:
 
     - Where an output for x waits, it is handed out, once. "For x" means the same tensor object, not overwritten since,
-      the same gradient and autocast mode, the same region of activation checkpointing, and parameters that have not
-      been changed in place.
+      the same gradient and autocast mode, the same region of activation checkpointing, parameters that have not been
+      changed in place, and no backward of the group since. What writes to x or to a parameter unseen by PyTorch's
+      counter of versions between two members' calls is not noticed: through `.data`, or in inference mode.
     - Where none waits, the outputs of all members are computed in one call of `ops.grouped_lora_linear`.
-    - Where one waits for another tensor, the layers do not read one input: an error. x is held weakly, and what was
-      computed for a tensor that is gone, or in another mode, is dropped.
+    - Where one waits for another tensor, and a member of the same block (one parent module) that comes before this one
+      was called with it, the layers do not read one input: an error. In all other cases (a block that is skipped, a
+      call of one member on its own, a tensor that is gone, another mode) what waits is dropped. x is held weakly.
     - A member that is merged, disabled, in another mode of training, a copy alone, a replica of DataParallel, that has
       backward hooks, or parameters elsewhere than x (offloaded, sharded), makes every member compute alone.
 
@@ -118,17 +59,20 @@ class SiblingGroup:
     member's output alone is an error, as it is for the outputs of `chunk`. An output that no call comes for is kept
     until the group computes anew.
 
-    Members that share one B_down within a block (one parent module) have one dropout mask, also when they compute
-    alone; all others draw their own, in the order of the members.
+    Members that share one B_down within a block have one dropout mask, also when they compute alone; all others draw
+    their own, in the order of the members. That they read one input is checked in training without dropout too, but
+    for layers with backward hooks, whose inputs are aliases, and under torch.compile.
 
     Members of several parents (K and V of every decoder layer): all outputs are computed when the first layer is
     called and wait for the layers behind it, M·ΣN_i numbers in all. Where a recomputation may follow (inside an
     activation checkpoint; in training mode without gradients), and under torch.compile, a block computes its own
     members only: the outputs of one checkpoint's region are not to be used in another.
 
-    Under torch.compile the same holds while the graph is traced, with fullgraph too. A graph that contains a
-    `torch.utils.checkpoint.checkpoint` around members breaks there; with fullgraph=True set
-    `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True`.
+    Under torch.compile the same holds while a graph is traced, with fullgraph too, but that x or a parameter is
+    overwritten in place between two members' calls in one graph cannot be seen: the second gets the output for what
+    was there before. What one graph leaves is no output for another (after a graph break, or in a later call): the
+    member computes anew. A graph that contains a `torch.utils.checkpoint.checkpoint` around members breaks there; with
+    fullgraph=True set `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True`.
 
     Attributes:
         names: the members' paths.
@@ -148,6 +92,7 @@ class SiblingGroup:
         self._blocks = [blocks[parent] for parent in parents]  # of each member: the places of its block
         self._outputs, self._seeds = _Eager(), _Eager()
         self._traced_outputs, self._traced_seeds = _Traced(), _Traced()
+        self._backwards = _Backwards()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without the members, which join the copy when they are copied, and what waits."""
@@ -178,10 +123,13 @@ class SiblingGroup:
         """The member's output for x, or None where it has to compute it alone.
 
         Raises:
-            RuntimeError: another member of the group was called with another tensor.
+            RuntimeError: a member before it in its block was called with another tensor.
         """
         place = layer._place
-        if not self.fused or self.members[place] is not layer:
+        if self.members[place] is not layer:
+            return None
+        if not self.fused:
+            self._check_input(layer, x)
             return None
         store = self._traced_outputs if torch.compiler.is_compiling() else self._outputs
         y = self._take(store, place, x)
@@ -192,14 +140,29 @@ class SiblingGroup:
             return None
         store.pending = None
         ys = self._compute(places, x)
-        store.pending = _Pending(x, place, {i: y for i, y in zip(places, ys, strict=True) if i != place}, self.members)
+        others = {i: y for i, y in zip(places, ys, strict=True) if i != place}
+        store.pending = _Pending(x, place, others, self.members, self._backwards)
+        node = None if torch.compiler.is_compiling() else ys[0].grad_fn  # all outputs are results of this one node
+        if node is not None:
+            node.register_prehook(self._backwards.note)
         return ys[places.index(place)]
+
+    def _check_input(self, layer: GLoRALinear, x: Tensor) -> None:
+        """See that tied members that draw no mask read one input; where they draw one, `seed` does."""
+        if not layer.training or layer._dropout or layer._disabled or not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling() or layer._backward_hooks or layer._backward_pre_hooks:
+            return
+        place = layer._place
+        tied = self._tied(place)
+        if len(tied) > 1 and self._take(self._seeds, place, x) is None:
+            self._seeds.pending = _Pending(x, place, {i: _READS for i in tied if i != place})
 
     def seed(self, layer: GLoRALinear, x: Tensor) -> Tensor:
         """The key of the dropout mask of a member that computes alone: one for members that share a B_down.
 
         Raises:
-            RuntimeError: another of those was called with another tensor.
+            RuntimeError: one of those before it was called with another tensor.
         """
         tied = self._tied(layer._place)
         if len(tied) == 1:
@@ -211,7 +174,8 @@ class SiblingGroup:
             store.pending = _Pending(x, layer._place, {i: seed for i in tied if i != layer._place})
         return seed
 
-    def _take(self, store: _Eager | _Traced, place: int, x: Tensor) -> Tensor | None:
+    def _take(self, store: _Eager | _Traced, place: int, x: Tensor) -> Any:
+        """What waits for the member's call with x, or None; what waits but is not for this call is dropped."""
         pending = store.pending
         if pending is None or place not in pending.values:
             return None
@@ -221,13 +185,21 @@ class SiblingGroup:
                 store.pending = None
             return value
         store.pending = None
-        if pending.is_for_another(x):
-            raise RuntimeError(
-                f"{self._listed()} are grouped as siblings, which read one input, but {self.names[place]!r} was "
-                f"called with another tensor than {self.names[pending.by]!r}. If they do not read one input, take the "
-                "groups apart by split_siblings(model) and give fuse_siblings the groups that do"
-            )
+        if place > pending.by and place in self._blocks[pending.by] and pending.is_for_another(x):
+            raise RuntimeError(self._another_input(place, pending.by))
         return None
+
+    def _another_input(self, place: int, by: int) -> str:
+        but = f"but {self.names[place]!r} was called with another tensor than {self.names[by]!r}"
+        if by in self._tied(place):
+            return (
+                f"{self._listed()} are tied as siblings (tie_siblings=True), which read one input, {but}; "
+                "name other projections or use another configuration"
+            )
+        return (
+            f"{self._listed()} are grouped as siblings, which read one input, {but}. If they do not read one input, "
+            "take the groups apart by split_siblings(model) and give fuse_siblings the groups that do"
+        )
 
     def _computed_with(self, layer: GLoRALinear, x: Tensor) -> Sequence[int]:
         """The places of the members that are computed when `layer` is called; none where it computes alone."""
@@ -288,37 +260,66 @@ class SiblingGroup:
         return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) <= 4 else f"{', '.join(names[:4])}, ..."
 
 
+_READS = True  # what waits for members that only have to read the same x
+
+
 class _Pending:
-    """What the call of one member with x left for others, each to be taken once by a call with the same x."""
+    """What the call of one member with x left for others, each to be taken once by a call with the same x.
+
+    Outputs, which have `members`, also depend on parameters and on a graph that one backward frees.
+    """
 
     def __init__(
-        self, x: Tensor, by: int, values: dict[int, Tensor], members: Sequence[GLoRALinear | None] | None = None
+        self,
+        x: Tensor,
+        by: int,
+        values: dict[int, Any],
+        members: Sequence[GLoRALinear | None] | None = None,
+        backwards: _Backwards | None = None,
     ) -> None:
         self.by = by
         self.values = values
+        self.mode = _mode(x)
+        self.are_outputs = members is not None
         self.x: Any = x
-        if not torch.compiler.is_compiling():  # what a graph leaves behind it was traced with, and needs no look
+        if torch.compiler.is_compiling():
+            self.trace = _trace()
+        else:
             self.x = weakref.ref(x)
             self.version = _version([x])
-            self.mode = _mode(x)
             self.states = None if members is None else {place: _state(members[place]) for place in values}
+            self.backwards = backwards
+            self.ran = 0 if backwards is None else backwards.count
 
     def is_for(self, x: Tensor) -> bool:
         return (self.x if torch.compiler.is_compiling() else self.x()) is x
 
     def is_current(self, x: Tensor, place: int, member: GLoRALinear | None) -> bool:
         """Whether nothing has changed since, of what the value depends on."""
+        if self.mode != _mode(x):
+            return False
         if torch.compiler.is_compiling():
-            return True
+            return not self.are_outputs or self.trace == _trace()
         unchanged = self.states is None or self.states[place] == _state(member)
-        return unchanged and self.version == _version([x]) and self.mode == _mode(x)
+        usable = self.backwards is None or self.backwards.count == self.ran
+        return unchanged and usable and self.version == _version([x])
 
     def is_for_another(self, x: Tensor) -> bool:
         """Whether a tensor that still exists, and is not x, was given to the other call in the same mode."""
         if torch.compiler.is_compiling():
-            return True
+            return self.x is not x and self.mode == _mode(x) and self.trace == _trace()
         first = self.x()
         return first is not None and first is not x and self.mode == _mode(x)
+
+
+class _Backwards:
+    """How often a group's backward ran. The nodes of its graphs refer to this alone: it keeps no tensor."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def note(self, grads: object) -> None:
+        self.count += 1
 
 
 class _Eager(threading.local):
@@ -336,9 +337,25 @@ class _Traced:
 
 def _mode(x: Tensor) -> tuple[object, ...]:
     """What must be the same in two calls that one computation serves, beside the input."""
+    if torch.compiler.is_compiling():  # which traces neither of the others
+        return torch.is_grad_enabled(), autocast_dtype(x)
     hooks = _saved_tensors_hooks()
     inside = None if hooks is None else id(hooks[0])
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_dtype(x), inside
+
+
+_TRACES: weakref.WeakKeyDictionary[CompileContext, str] = weakref.WeakKeyDictionary()
+_NUMBERS = itertools.count()
+
+
+def _trace() -> str:
+    """A name of the graph that torch.compile traces, which no other has; in the graph it is a constant."""
+    context = CompileContext.try_get()
+    return "" if context is None else _TRACES.setdefault(context, str(next(_NUMBERS)))
+
+
+# What torch.compiler.assume_constant_result sets, which imports all of torch.compile to do so.
+_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _may_recompute(layer: GLoRALinear) -> bool:
@@ -438,17 +455,17 @@ def refusal(members: Mapping[str, GLoRALinear], fused: bool = True) -> str | Non
         if layer.config.B not in ("lora", "none"):
             return f"{path!r} has B={layer.config.B!r}; B must be 'lora' or 'none'"
     low_rank = {path: layer for path, layer in members.items() if layer.B_down is not None}
-    downs = [layer.B_down for layer in low_rank.values()]
+    dtypes = [layer.B_down.dtype for layer in low_rank.values() if layer.B_down is not None]
     return (
         _unlike(members, "the dtype", [layer.weight.dtype for layer in layers])
-        or _unlike(low_rank, "adapter_dtype", [down.dtype for down in downs if down is not None])
+        or _unlike(low_rank, "adapter_dtype", dtypes, "; give adapter_dtype in inject")
         or _unlike(low_rank, "dropout", [layer.config.dropout for layer in low_rank.values()])
     )
 
 
-def _unlike(members: Mapping[str, GLoRALinear], what: str, values: Sequence[object]) -> str | None:
+def _unlike(members: Mapping[str, GLoRALinear], what: str, values: Sequence[object], advice: str = "") -> str | None:
     """A sentence where the members' values of one property differ."""
     if len(set(values)) < 2:
         return None
     different = ", ".join(f"{value} of {path!r}" for path, value in zip(members, values, strict=True))
-    return f"{what} differs: {different}"
+    return f"{what} differs: {different}{advice}"

@@ -39,9 +39,9 @@ class Deferred:
     """What the layers' backwards hand over, and at the end the gradients of the shared factors.
 
     Attributes:
-        bytes: of the tensors handed over, which stay alive until the end: for each layer and token M·(K + R) numbers
-            where `B_down` is shared (x, dropped out or not, and S = dy·B_up), M·(N + R) where `B_up` is (dy and h), in
-            the dtype of x. What several layers hand over, as q, k and v do with their x, counts once.
+        bytes: of the tensors handed over, which stay alive until the end: for each layer M·(K + R) numbers where
+            `B_down` is shared (x and S = dy·B_up), M·(N + R) where `B_up` is (dy and h), in the dtype of x. What
+            several layers hand over, as q, k and v do with their x, counts once.
     """
 
     def __init__(self) -> None:

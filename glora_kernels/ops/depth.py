@@ -69,7 +69,7 @@ def restorable(copy: Copy) -> tuple[object, ...] | None:
         readable = not target.is_cuda or source.is_pinned()
         if not (alike and dense and readable) or type(target.data) is not Tensor:
             return None
-    return weight.device, tuple(target.dtype.itemsize for target, _ in pairs)
+    return weight.device, weight.dtype.itemsize, pairs[-1][0].dtype.itemsize
 
 
 def restore(copies: Sequence[Copy]) -> None:
@@ -148,8 +148,10 @@ class _Plan(NamedTuple):
     layers: tuple[Layer, ...]
     slots: tuple[tuple[int, str], ...]
 
-    def tensors(self) -> list[Tensor]:
-        return [*(layer.weight for layer in self.layers), *(_tensor(self.layers[i], name) for i, name in self.slots)]
+    def versions(self) -> list[int]:
+        """How often each tensor was overwritten, which those of inference mode do not count."""
+        tensors = [*(layer.weight for layer in self.layers), *(_tensor(self.layers[i], name) for i, name in self.slots)]
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 class _ShiftFunction(torch.autograd.Function):
@@ -157,7 +159,7 @@ class _ShiftFunction(torch.autograd.Function):
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.plan = plan
-        ctx.versions = [tensor._version for tensor in plan.tensors()]
+        ctx.versions = plan.versions()
         with without_autocast(plan.layers[0].weight.device.type):
             return tuple(map(_eager_shift, plan.layers)) if plan.key is None else _triton_shifts(plan.key, plan.layers)
 
@@ -165,7 +167,7 @@ class _ShiftFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
         plan = ctx.plan
-        if ctx.versions != [tensor._version for tensor in plan.tensors()]:
+        if ctx.versions != plan.versions():
             raise RuntimeError(
                 "a weight, bias or parameter of C, D or E was overwritten between shift_once and backward, which needs "
                 "its old value; change parameters outside shift_once only, and after backward"
@@ -274,7 +276,7 @@ def _on_triton(weight: Tensor) -> bool:
 def _overwritten(weights: Sequence[Tensor], others: Sequence[Tensor | None]) -> None:
     """Tell autograd, so that a backward that is still to come on an old value is an error and not a wrong gradient."""
     for tensor in (*weights, *others):
-        if tensor is not None:
+        if tensor is not None and not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
 
 

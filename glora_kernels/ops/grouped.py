@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import NoneType
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from glora_kernels.launch import routes
 from glora_kernels.launch.workspace import private_workspace, workspace_lock
 from glora_kernels.ops import grouped_eager, grouped_triton
-from glora_kernels.ops.common import LIBRARY, autocast_dtype, check_vector, owned, without_autocast
+from glora_kernels.ops.common import LIBRARY, autocast_dtype, cast, check_vector, owned, without_autocast
 from glora_kernels.ops.grouped_common import ABSENT, Group, GroupNeeds, Operands
 
 MAX_MEMBERS = 64
@@ -105,12 +107,15 @@ def grouped_lora_linear(
     return list(_GroupedFunction.apply(group, sizes, *operands.flat()))
 
 
-def _size(**operands: object) -> int:
-    counts = {
-        name: len(value)
-        for name, value in operands.items()
-        if isinstance(value, Sequence) and not isinstance(value, str)
-    }
+def _size(**operands: Any) -> int:
+    """The number of members, which every operand that is a sequence must have as entries."""
+    counts = {}
+    for name, value in operands.items():
+        if isinstance(value, (int, float) if name == "scales" else (Tensor, NoneType)):
+            continue
+        if not hasattr(value, "__len__") or isinstance(value, (str, Tensor)):
+            raise TypeError(f"{name} must be one for all members or a sequence of them, got {type(value).__name__}")
+        counts[name] = len(value)
     if len(set(counts.values())) > 1:
         raise ValueError(f"a group has one entry a member in every sequence; got {counts}")
     members = next(iter(counts.values()), 1)
@@ -190,7 +195,8 @@ def _check(
             raise ValueError(f"dropout_p={dropout_p} needs seeds; member {i} has none: pass dropout_seed(x.device)")
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device not in (x.device, torch.device("cpu")):
             raise ValueError(
-                f"seeds[{i}] must be one int64 on the CPU or {x.device}; got {seed.dtype} on {seed.device}"
+                f"seeds[{i}] must be one int64 on the CPU or {x.device}; "
+                f"got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
             )
 
 
@@ -198,14 +204,24 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def _workspace_guard(operands: Operands, group: Group) -> AbstractContextManager[object]:
+    """Held while a call casts a weight in the workspace and reads it, where host threads may share a stream."""
+    x = operands.xs[0]
+    casts = group.route == "eager" and any(weight.dtype != x.dtype for weight in operands.weights)
+    return workspace_lock if x.is_cuda and casts else nullcontext()
+
+
 def _forward(operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor]]:
     path = grouped_triton if group.route == "triton" else grouped_eager
-    device = operands.xs[0].device.type
     flat = operands._replace(xs=[_flat(x) for x in operands.xs])
-    with without_autocast(device), workspace_lock:
+    with without_autocast(operands.xs[0].device.type), _workspace_guard(operands, group):
         ys, hs = path.forward(flat, group)
     shapes = [operands.xs[i].shape[:-1] for i in group.x]
-    return [y.view(*lead, y.shape[-1]) for y, lead in zip(ys, shapes, strict=True)], hs
+    # No view: PyTorch refuses to change a view in place that came out of a Function.
+    return [
+        y if len(lead) == 1 else torch.ops.aten._unsafe_view(y, [*lead, y.shape[-1]])
+        for y, lead in zip(ys, shapes, strict=True)
+    ], hs
 
 
 def _backward(
@@ -213,21 +229,26 @@ def _backward(
 ) -> list[Tensor | None]:
     """One gradient, in its tensor's shape and dtype, for every tensor of `operands.flat()`; None where not wanted."""
     path = grouped_triton if group.route == "triton" else grouped_eager
-    sizes = [len(tensors) for tensors in operands]
-    wanted = _split(needs, sizes)
+    xs, _, downs, ups, biases, _ = _split(needs, [len(tensors) for tensors in operands])
     flat = operands._replace(xs=[_flat(x) for x in operands.xs])
-    with without_autocast(dys[0].device.type), workspace_lock:
-        grads = path.backward(
-            [_flat(dy) for dy in dys], flat, hs, group, GroupNeeds(wanted[0], wanted[2], wanted[3], wanted[4])
-        )
-    absent: list[list[Tensor | None]] = [[None] * size for size in sizes]
-    ordered = [grads.xs, absent[1], grads.downs, grads.ups, grads.biases, absent[5]]
-    result: list[Tensor | None] = []
-    for tensor, grad in zip(operands.flat(), [grad for part in ordered for grad in part], strict=True):
-        if grad is not None:
-            grad = grad.view(tensor.shape) if grad.dtype == tensor.dtype else grad.to(tensor.dtype).view(tensor.shape)
-        result.append(grad)
-    return result
+    with without_autocast(dys[0].device.type), _workspace_guard(operands, group):
+        grads = path.backward([_flat(dy) for dy in dys], flat, hs, group, GroupNeeds(xs, downs, ups, biases))
+    absent: list[Tensor | None] = [None] * len(operands.flat())
+    ordered = [
+        *grads.xs, *absent[: len(operands.weights)], *grads.downs, *grads.ups, *grads.biases,
+        *absent[: len(operands.seeds)],
+    ]  # fmt: skip
+    return [
+        None if grad is None else cast(grad, tensor.dtype).view(shape)
+        for grad, tensor, shape in zip(ordered, operands.flat(), _shapes(dys, operands, group), strict=True)
+    ]
+
+
+def _shapes(dys: Sequence[Tensor], operands: Operands, group: Group) -> list[Sequence[int]]:
+    """The shape of every tensor of `operands.flat()`; of an x by its first member, since it may not have been kept."""
+    first = [group.x.index(x) for x in range(len(operands.xs))]
+    xs = [(*dys[i].shape[:-1], operands.weights[group.weight[i]].shape[1]) for i in first]
+    return [*xs, *(tensor.shape for tensor in operands.flat()[len(xs) :])]
 
 
 def _split(values: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
@@ -259,10 +280,10 @@ class _GroupedFunction(torch.autograd.Function):
 
 
 def _kept(operands: Operands, group: Group, needs: Sequence[bool]) -> list[Tensor]:
-    """The operands as backward wants them: an x that no gradient of a `down` multiplies is kept as its shape alone."""
+    """The operands that backward wants: of an x that no gradient of a `down` multiplies, only the dtype and device."""
     wanted = Operands(*_split(needs, [len(tensors) for tensors in operands])).downs
     read = {x for x, down in zip(group.x, group.down, strict=True) if down != ABSENT and wanted[down]}
-    xs = [x if i in read else torch.empty(x.shape, dtype=x.dtype, device="meta") for i, x in enumerate(operands.xs)]
+    xs = [x if i in read else x.new_empty(0) for i, x in enumerate(operands.xs)]
     return operands._replace(xs=xs).flat()
 
 
@@ -297,27 +318,28 @@ def _op_backward(dys: list[Tensor], *arguments: Any) -> Any:
 
 def _fake_backward(dys: list[Tensor], *arguments: Any) -> Any:
     operands, needs = Operands(*arguments[:_COUNT]), arguments[-1]
+    shapes = _shapes(dys, operands, Group(*arguments[_COUNT + 1 : -1]))
     return [
-        dys[0].new_empty(tensor.shape, dtype=tensor.dtype) if need else dys[0].new_empty(0)
-        for tensor, need in zip(operands.flat(), needs, strict=True)
+        dys[0].new_empty(shape, dtype=tensor.dtype) if need else dys[0].new_empty(0)
+        for tensor, shape, need in zip(operands.flat(), shapes, needs, strict=True)
     ]
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     _, hs = output
     ctx.mark_non_differentiable(*hs)
-    operands = Operands(*inputs[:_COUNT])
-    ctx.sizes, ctx.group = [len(tensors) for tensors in operands], Group(*inputs[_COUNT:])
-    ctx.save_for_backward(*operands.flat(), *hs)
+    operands, ctx.group = Operands(*inputs[:_COUNT]), Group(*inputs[_COUNT:])
+    ctx.sizes = [len(tensors) for tensors in operands]
+    ctx.needs = list(ctx.needs_input_grad[: sum(ctx.sizes)])  # flat here, while backward sees lists of them
+    ctx.save_for_backward(*_kept(operands, ctx.group, ctx.needs), *hs)
 
 
 def _op_autograd(ctx: Any, dys: list[Tensor], dhs: Any) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     count = sum(ctx.sizes)
     operands, hs = _split(saved[:count], ctx.sizes), list(saved[count:])
-    needs = [need for part in ctx.needs_input_grad[:_COUNT] for need in part]
-    grads = torch.ops.glora_kernels.grouped_lora_linear_backward(list(dys), *operands, hs, *ctx.group, needs)
-    kept = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    grads = torch.ops.glora_kernels.grouped_lora_linear_backward(list(dys), *operands, hs, *ctx.group, ctx.needs)
+    kept = [grad if need else None for grad, need in zip(grads, ctx.needs, strict=True)]
     return *_split(kept, ctx.sizes), *(None for _ in Group._fields)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from glora_kernels.ops.common import cast, given, wide_dtype
+from glora_kernels.ops.common import cast, wide_dtype
 from glora_kernels.ops.eager import added_terms, cast_weight
 from glora_kernels.ops.grouped_common import ABSENT, Group, GroupGradients, GroupNeeds, Operands
 from glora_kernels.reference.random import keep_mask
@@ -21,21 +21,22 @@ def forward(operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor
     """(y_i (M,N) of every member, h_t (M,R) of every path)."""
     hs = []
     for x_of, down_of, seed_of, scale in group.paths():
-        x = operands.xs[x_of]
-        h = linear(_dropped(x, operands, group, seed_of), cast(operands.downs[down_of], x.dtype))
-        hs.append(_scaled(h, scale))
+        x, down = operands.xs[x_of], operands.downs[down_of]
+        keep = _keep(len(x), down.shape[1], operands, group, seed_of)
+        hs.append(_scaled(linear(_dropped(x, keep, group.dropout_p), cast(down, x.dtype)), scale))
     ys = []
     for i, path in enumerate(group.path_of()):
         x, weight = operands.xs[group.x[i]], operands.weights[group.weight[i]]
         bias = None if group.bias[i] == ABSENT else operands.biases[group.bias[i]]
-        low: Tensor | None = None
-        up: Tensor | None = None
+        if bias is not None and bias.dtype != x.dtype:
+            bias = cast(bias, wide_dtype(x.dtype))
+        low = up = None
         if path != ABSENT:
             low, up = hs[path], cast(operands.ups[group.up[i]], x.dtype)
         # The small terms first, and into the large product: 16 bits round their sum once, as in a single layer.
         delta = added_terms(x, weight.shape[0], bias, low, up, None, None)
         if delta is None:
-            ys.append(linear(x, cast_weight(weight, x.dtype), None if bias is None else cast(bias, x.dtype)))
+            ys.append(linear(x, cast_weight(weight, x.dtype), bias))
         else:
             ys.append(torch.addmm(delta, x, cast_weight(weight, x.dtype).t(), out=delta))
     return ys, hs
@@ -51,44 +52,44 @@ def backward(
     """
     grads = GroupGradients.empty(needs)
     paths, path_of = group.paths(), group.path_of()
-    wide = wide_dtype(dys[0].dtype)
+    dtype, wide = dys[0].dtype, wide_dtype(dys[0].dtype)
     sums: list[Tensor | None] = [None] * len(paths)
     for i, dy in enumerate(dys):
         path = path_of[i]
         if (bias_of := group.bias[i]) != ABSENT and needs.biases[bias_of]:
             _add(grads.biases, bias_of, dy.sum(0, dtype=wide))
-        if needs.xs[group.x[i]]:
-            _add_product(grads.xs, group.x[i], dy, cast_weight(operands.weights[group.weight[i]], dy.dtype))
         if path == ABSENT:
             continue
         if needs.ups[group.up[i]]:
             _add(grads.ups, group.up[i], (hs[path].t() @ dy).t().to(wide))
         if needs.xs[group.x[i]] or needs.downs[group.down[i]]:
-            _add(sums, path, _scaled(dy @ cast(operands.ups[group.up[i]], dy.dtype), group.scales[i]).to(wide))
+            _add(sums, path, _scaled(dy @ cast(operands.ups[group.up[i]], dtype), group.scales[i]).to(wide))
     for (x_of, down_of, seed_of, _), total in zip(paths, sums, strict=True):
         if total is None:
             continue
-        x = operands.xs[x_of]
-        s = total.to(x.dtype)
+        s, down = total.to(dtype), cast(operands.downs[down_of], dtype)
+        keep = _keep(len(s), down.shape[1], operands, group, seed_of)
         if needs.downs[down_of]:
-            _add(grads.downs, down_of, (s.t() @ _dropped(x, operands, group, seed_of)).to(wide))
+            _add(grads.downs, down_of, (s.t() @ _dropped(operands.xs[x_of], keep, group.dropout_p)).to(wide))
         if needs.xs[x_of]:
-            term = s @ cast(operands.downs[down_of], x.dtype)
-            given(grads.xs[x_of]).add_(_masked(term, operands, group, seed_of))
+            _add(grads.xs, x_of, _dropped(s @ down, keep, group.dropout_p))
+    # The small terms of dx first, as in forward.
+    for i, dy in enumerate(dys):
+        if needs.xs[group.x[i]]:
+            _add_product(grads.xs, group.x[i], dy, cast_weight(operands.weights[group.weight[i]], dtype))
     return grads
 
 
-def _dropped(x: Tensor, operands: Operands, group: Group, seed_of: int) -> Tensor:
-    return x if seed_of == ABSENT else _masked(x.clone(), operands, group, seed_of)
-
-
-def _masked(value: Tensor, operands: Operands, group: Group, seed_of: int) -> Tensor:
-    """mask∘value/(1-p), in place."""
+def _keep(rows: int, cols: int, operands: Operands, group: Group, seed_of: int) -> Tensor | None:
     if seed_of == ABSENT:
-        return value
-    seed = operands.seeds[seed_of].to(value.device, non_blocking=True)
-    keep = keep_mask(seed, value.shape[0], value.shape[1], group.dropout_p)
-    return value.mul_(1.0 / (1.0 - group.dropout_p)).masked_fill_(~keep, 0.0)
+        return None
+    seed = operands.seeds[seed_of].to(operands.xs[0].device, non_blocking=True)
+    return keep_mask(seed, rows, cols, group.dropout_p)
+
+
+def _dropped(value: Tensor, keep: Tensor | None, p: float) -> Tensor:
+    """mask∘value/(1-p)."""
+    return value if keep is None else (value * (1.0 / (1.0 - p))).masked_fill_(~keep, 0.0)
 
 
 def _add(totals: list[Tensor | None], index: int, term: Tensor) -> None:
@@ -98,8 +99,8 @@ def _add(totals: list[Tensor | None], index: int, term: Tensor) -> None:
 
 def _add_product(totals: list[Tensor | None], index: int, left: Tensor, right: Tensor) -> None:
     known = totals[index]
-    totals[index] = left @ right if known is None else known.addmm_(left, right)
+    totals[index] = left @ right if known is None else torch.addmm(known, left, right, out=known)
 
 
 def _scaled(product: Tensor, scale: float) -> Tensor:
-    return product if scale == 1.0 else product * scale
+    return product if scale == 1.0 else product.mul_(scale)

@@ -84,7 +84,7 @@ def test_llama_computes_the_same_in_two_calls_a_layer(llama, randomize, calls, t
         "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj",
     ]  # fmt: skip
     assert str(report).splitlines() == [
-        "4 groups of siblings, each one launch",
+        "4 groups of siblings, each one launch forward (two with dropout or a large rank)",
         "  2 x  model.layers.#.self_attn: q_proj, k_proj, v_proj",
         "  2 x  model.layers.#.mlp: gate_proj, up_proj",
     ]
@@ -256,6 +256,25 @@ def test_groups_by_name_for_other_models(vit, randomize, calls):
         fuse_siblings(vit())
 
 
+def test_groups_that_overlap_are_refused_before_anything_changes(vit):
+    model = gk.inject(vit(), LORA)
+    with pytest.raises(ValueError, match=r"'blocks.0.k_proj' is in groups\[0\] and groups\[1\]"):
+        fuse_siblings(model, groups=[["q_proj", "k_proj"], ["k_proj", "v_proj"]])
+    assert all(layer._siblings is None for layer in named_layers(model).values())
+
+
+def test_the_report_has_one_line_for_blocks_that_are_alike(llama):
+    model = gk.inject(llama(), LORA, ["q_proj", "gate_proj", "up_proj"])
+    report = fuse_siblings(model)
+    q, k, v = (f"model.layers.#.self_attn.{name}_proj" for name in "qkv")
+    assert str(report).splitlines() == [
+        "2 groups of siblings, each one launch forward (two with dropout or a large rank)",
+        "  2 x  model.layers.#.mlp: gate_proj, up_proj",
+        f"  left out: {q}, {k}, {v}: only {q!r} is adapted (2 such sets)",
+    ]
+    assert repr(report) == str(report)
+
+
 def test_siblings_that_read_different_inputs_are_an_error_by_name(vit, randomize):
     class Swapped(nn.Module):
         def __init__(self):
@@ -339,6 +358,27 @@ def test_cross_attention_under_checkpoints_has_the_same_gradients_and_masks(t5, 
     forward = [4] if reentrant and not training else [2, 2]
     assert calls == [*forward, 2, 2]
     assert nothing_waits(model)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["encoded anew", "cached encoder states"])
+def test_decoder_layers_that_are_skipped_leave_nothing_wrong(cached, t5, randomize):
+    plain, model = pair(t5(), LORA, randomize, ["*.EncDecAttention.*"])
+    fuse_cross_attention(model)
+    generator = torch.Generator().manual_seed(7)
+    alive = [torch.randn(2, 3, 16, generator=generator).double() for _ in range(4)]
+    x = torch.randn(2, 4, 16, generator=generator).double()
+    for i, kept in enumerate([(0,), (1,), (0, 1), (1,)]):
+        results = []
+        for some in (plain, model):
+            y = x
+            for j in kept:
+                layer = some.decoder.block[j].layer[1].EncDecAttention
+                y = y + layer(y, key_value_states=alive[0 if cached else i])[0]
+            y.square().sum().backward()
+            grads = {name: p.grad for name, p in some.named_parameters() if p.grad is not None}
+            results.append({"y": y.detach()} | grads)
+        # No gradient of a member that was computed but not called is None: it is zero.
+        agree({name: results[1][name] for name in results[0]}, results[0])
 
 
 def test_a_stack_larger_than_a_launch_becomes_several_groups(t5, randomize, calls, monkeypatch):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 
 import glora_kernels as gk
@@ -17,8 +17,8 @@ NAMES = {"none": set(), "A": {"B_down"}, "B": {"B_up"}, "AB": {"B_down", "B_up"}
 
 
 def groups(model):
-    """Type key → number of layers, for the rows of B_down."""
-    return {row.key: row.layers for row in gk.shared(model).rows if row.factor == "B_down"}
+    """Type key → number of uses, for the rows of B_down."""
+    return {row.key: row.uses for row in gk.shared(model).rows if row.factor == "B_down"}
 
 
 def refused(model, *args, match, **kwargs):
@@ -59,7 +59,7 @@ def test_parameter_counts_of_published_models(name, counts):
         assert gk.trainable_parameters(model) == count
         assert gk.shared(model).unshared == counts["none"]
         assert all(parameter.is_meta for parameter in model.parameters())
-        assert [row.layers for row in gk.shared(model).rows] == [32] * 7 * len(NAMES[share])
+        assert [row.uses for row in gk.shared(model).rows] == [32] * 7 * len(NAMES[share])
 
 
 def transformer(name):
@@ -145,7 +145,7 @@ def test_projections_share_and_the_others_are_plain_lora(vit):
     for projections in (["q_proj", "k_proj", "v_proj"], ("*.[qkv]_proj",), "[qkv]_proj"):
         model = gk.inject(vit(), ShareLoRAConfig(rank=2, share="AB", projections=projections))
         rows = gk.shared(model).rows
-        assert {(row.key.split(".")[-1].split()[0], row.layers) for row in rows} == {(f"{n}_proj", 2) for n in "qkv"}
+        assert {(row.key.split(".")[-1].split()[0], row.uses) for row in rows} == {(f"{n}_proj", 2) for n in "qkv"}
         assert len(rows) == 6
         assert {layer.config for layer in named_layers(model).values()} == {ShareLoRAConfig(rank=2).layer_config()}
 
@@ -182,11 +182,16 @@ def test_a_fresh_model_equals_its_base_and_starts_as_peft_does(vit, gpt2):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_shared_factors_are_fp32_over_16_bits(dtype, vit):
     wide = torch.float32 if dtype.itemsize == 2 else dtype
-    model = gk.inject(vit().to(dtype), ShareLoRAConfig(rank=2, E="vector"), ["q_proj", "embed"])
-    layer, alone = model.blocks[0].attn.q_proj, model.embed
-    assert (layer.B_down.dtype, layer.B_up.dtype, layer.E.dtype) == (wide, dtype, dtype)
-    assert (alone.B_down.dtype, alone.B_up.dtype) == (dtype, dtype), "nothing is summed over layers there"
-    assert 0 < layer.B_down.abs().max() <= 0.25
+    config = ShareLoRAConfig(rank=2, E="vector", projections=["q_proj", "embed"])
+    model = gk.inject(vit().to(dtype), {"k_proj": GLoRAConfig.lora(2), "o_proj": ShareLoRAConfig(), "*": config})
+    # q shares; embed is the only one of its type, and v is no projection that shares: B_down is that of q's siblings.
+    for layer in (model.blocks[0].attn.q_proj, model.embed, model.blocks[0].attn.v_proj):
+        assert (layer.B_down.dtype, layer.B_up.dtype, layer.E.dtype) == (wide, dtype, dtype)
+        assert 0 < layer.B_down.abs().max() <= 1 / math.sqrt(layer.in_features)
+    assert model.blocks[0].attn.v_proj.B_down is not model.blocks[1].attn.v_proj.B_down
+    assert {p.dtype for p in model.blocks[0].attn.k_proj.adapter().values()} == {dtype}, "of another configuration"
+    alone = gk.inject(vit().to(dtype), ShareLoRAConfig(rank=2), ["embed"])
+    assert alone.embed.B_down.dtype == dtype, "nothing is shared"
     model = gk.inject(vit().to(dtype), ShareLoRAConfig(rank=2, share="AB"), adapter_dtype=torch.bfloat16)
     assert {p.dtype for layer in named_layers(model).values() for p in layer.adapter().values()} == {torch.bfloat16}
 
@@ -201,9 +206,9 @@ def test_tied_siblings_have_one_down_factor(llama):
     alone = {"model.layers.#.self_attn.o_proj (16, 16)": 2, "model.layers.#.mlp.down_proj (16, 24)": 2}
     assert groups(model) == {attention: 6, mlp: 4} | alone
     model = gk.inject(llama(), ShareLoRAConfig(rank=2, share="B", tie_siblings=True))
-    downs = [(row.key, row.layers) for row in gk.shared(model).rows if row.factor == "B_down"]
+    downs = [(row.key, row.uses) for row in gk.shared(model).rows if row.factor == "B_down"]
     assert downs == [(attention, 3), (mlp, 2)] * 2, "a block each"
-    assert [row.layers for row in gk.shared(model).rows if row.factor == "B_up"] == [2] * 7
+    assert [row.uses for row in gk.shared(model).rows if row.factor == "B_up"] == [2] * 7
     config = ShareLoRAConfig(rank=2, share="none", tie_siblings=True, projections=["k_proj", "v_proj"])
     rows = gk.shared(gk.inject(llama(), config)).rows
     assert [row.paths for row in rows] == [
@@ -325,16 +330,23 @@ def test_bad_configurations_in_a_mapping(vit):
 def test_the_report_is_a_table(vit):
     model = gk.inject(vit(), ShareLoRAConfig(rank=2, share="AB"), ["q_proj", "*.mlp.0"], train=["classifier"])
     assert str(gk.shared(model)).splitlines() == [
-        "factor  shape    layers  parameters  projection type",
-        "B_up    (16, 2)       2          32  blocks.#.attn.q_proj (16, 16)",
-        "B_down  (2, 16)       2          32  blocks.#.attn.q_proj (16, 16)",
-        "B_up    (32, 2)       2          64  blocks.#.mlp.# (32, 16)",
-        "B_down  (2, 16)       2          32  blocks.#.mlp.# (32, 16)",
+        "factor  shape    count  uses  parameters  projection type",
+        "B_up    (16, 2)      1     2          32  blocks.#.attn.q_proj (16, 16)",
+        "B_down  (2, 16)      1     2          32  blocks.#.attn.q_proj (16, 16)",
+        "B_up    (32, 2)      1     2          64  blocks.#.mlp.# (32, 16)",
+        "B_down  (2, 16)      1     2          32  blocks.#.mlp.# (32, 16)",
         "trainable parameters: 277 (437 if nothing were shared)",
     ]
     assert gk.shared(torch.compile(model, backend="eager")) == gk.shared(model)
     plain = gk.shared(gk.inject(vit(), GLoRAConfig.lora(2), ["q_proj"]))
     assert str(plain) == "no factor is shared\ntrainable parameters: 128 (128 if nothing were shared)"
+    apart = gk.inject(vit(depth=3), ShareLoRAConfig(rank=2, share="none", tie_siblings=True), ["[qkv]_proj"])
+    assert len(gk.shared(apart).rows) == 3
+    assert repr(gk.shared(apart)).splitlines() == [
+        "factor  shape    count  uses  parameters  projection type",
+        "B_down  (2, 16)      3     3          96  blocks.#.attn.{q_proj (16, 16), k_proj (16, 16), v_proj (16, 16)}",
+        "trainable parameters: 384 (576 if nothing were shared)",
+    ]
 
 
 # Files.
@@ -358,15 +370,16 @@ def test_a_file_holds_a_shared_factor_once_and_ties_it_again(share, vit, randomi
 
 
 def test_files_keep_the_dtypes_over_a_16_bit_base(vit, randomize, tmp_path):
-    for dtype, expected in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
-        model = gk.inject(vit().bfloat16(), ShareLoRAConfig(rank=2), ["q_proj"], adapter_dtype=dtype)
-        gk.save_adapter(randomize(model), tmp_path / "a.safetensors")
-        other = gk.load_adapter(vit().bfloat16(), tmp_path / "a.safetensors")
-        for i in range(2):
-            ours, theirs = other.blocks[i].attn.q_proj, model.blocks[i].attn.q_proj
-            assert (ours.B_down.dtype, ours.B_up.dtype) == (expected, torch.bfloat16)
-            assert torch.equal(ours.B_down, theirs.B_down)
-            assert torch.equal(ours.B_up, theirs.B_up)
+    config = ShareLoRAConfig(rank=2, projections=["q_proj"], A="lora", D="vector")
+    for dtype, down in ((None, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)):
+        model = randomize(gk.inject(vit().bfloat16(), config, ["q_proj", "v_proj"], adapter_dtype=dtype))
+        gk.save_adapter(model, tmp_path / "a.safetensors")
+        other = named_layers(gk.load_adapter(vit().bfloat16(), tmp_path / "a.safetensors"))
+        for path, layer in named_layers(model).items():
+            assert (layer.B_down.dtype, layer.B_up.dtype) == (down, dtype or torch.bfloat16)
+            for name, parameter in layer.adapter().items():
+                assert other[path].adapter()[name].dtype == parameter.dtype, (path, name)
+                assert torch.equal(other[path].adapter()[name], parameter)
 
 
 def test_a_file_that_shares_otherwise_is_refused(vit, tmp_path):
@@ -444,14 +457,46 @@ def test_load_state_dict_keeps_sharing_and_refuses_an_untied_state(assign, vit, 
     }
 
 
-def test_a_state_with_a_shared_value_under_one_name_is_completed(vit, randomize):
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_with_a_shared_value_under_one_name_keeps_sharing(assign, vit, randomize):
     source = randomize(gk.inject(vit(), ShareLoRAConfig(rank=2)))
-    once = dict(source.named_parameters()) | dict(source.named_buffers())
-    assert len(once) < len(source.state_dict())
+    once = {name: value.clone() for name, value in source.state_dict().items()}
+    absent = [row.paths[0] + ".B_down" for row in gk.shared(source).rows]
+    for name in absent:
+        del once[name]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\).*blocks\.0\.attn\.q_proj\.B_down"):
+        gk.inject(vit(), ShareLoRAConfig(rank=2)).load_state_dict(once, assign=assign)
     model = gk.inject(vit(), ShareLoRAConfig(rank=2))
-    model.load_state_dict(once)
+    report = model.load_state_dict(once, strict=False, assign=assign)
+    assert (sorted(report.missing_keys), report.unexpected_keys) == (sorted(absent), [])
+    assert gk.shared(model) == gk.shared(source)
+    assert len(gk.shared(model).rows) == 6
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
-    assert not model.load_state_dict(vit().state_dict(), strict=False).unexpected_keys
+    trained = {name for name, p in source.named_parameters() if p.requires_grad}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+
+
+def test_safetensors_loads_what_it_saved_of_a_shared_model(vit, randomize, tmp_path):
+    source = randomize(gk.inject(vit(), ShareLoRAConfig(rank=2, share="AB")))
+    save_model(source, str(tmp_path / "a.safetensors"))
+    assert len(load_file(tmp_path / "a.safetensors")) == len(dict(source.named_parameters())) + 3  # of the batch norm
+    model = gk.inject(vit(), ShareLoRAConfig(rank=2, share="AB"))
+    assert load_model(model, tmp_path / "a.safetensors") == (set(), [])
+    assert gk.shared(model) == gk.shared(source)
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_part_of_a_model_is_loaded_as_the_whole_is(assign, llama, randomize):
+    source = randomize(gk.inject(llama(), ShareLoRAConfig(rank=2)))
+    model = gk.inject(llama(), ShareLoRAConfig(rank=2))
+    rows = len(gk.shared(model).rows)
+    for part, other in ((model.model, source.model), (model.model.layers, source.model.layers)):
+        with pytest.raises(RuntimeError, match="one shared parameter of the model"):
+            part.load_state_dict(untied(part), assign=assign)
+        part.load_state_dict({name: value.clone() for name, value in other.state_dict().items()}, assign=assign)
+        assert len(gk.shared(model).rows) == rows == 7
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

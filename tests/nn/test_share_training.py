@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -83,11 +84,11 @@ def check_sums(model, apart, batches=1):
     layers, others = named_layers(model), named_layers(apart)
     for row in gk.shared(model).rows:
         parts = [others[path].adapter()[row.factor].grad for path in row.paths]
-        assert len({id(part) for part in parts}) == row.layers
+        assert len({id(part) for part in parts}) == row.uses
         total = torch.stack(parts).double().sum(0)
         grad = layers[row.paths[0]].adapter()[row.factor].grad
         # A sum of n terms errs by at most n - 1 half epsilons of the sum of their sizes; here two sums are compared.
-        terms = batches * row.layers
+        terms = batches * row.uses
         bound = (terms - 1) * torch.finfo(grad.dtype).eps * torch.stack(parts).double().abs().sum(0)
         assert ((grad - total).abs() <= bound).all(), (row.factor, row.key)
         assert grad.any()
@@ -177,7 +178,7 @@ def test_a_compiled_model_gives_the_same_gradients(randomize):
     x = torch.randn(5, 8, dtype=torch.float64)
     for module in (model, torch.compile(other, fullgraph=True, backend="aot_eager")):
         module(x).square().sum().backward()
-    assert [row.layers for row in gk.shared(other).rows] == [3, 3]
+    assert [row.uses for row in gk.shared(other).rows] == [3, 3]
     for (name, ours), (_, theirs) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         if ours.requires_grad:
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-14, msg=name)
@@ -296,4 +297,61 @@ def test_llama_trains_shared_factors(llama):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
-    assert [row.layers for row in gk.shared(model).rows] == [6, 2, 4, 2]
+    assert [row.uses for row in gk.shared(model).rows] == [6, 2, 4, 2]
+
+
+def test_transformers_stores_a_shared_factor_once(llama, gpt2, randomize, tmp_path):
+    for build, tied in ((llama, False), (lambda: llama(tied=True), True), (gpt2, True)):
+        config = ShareLoRAConfig(rank=2, share="AB")
+        model = randomize(gk.inject(build(), config))
+        expected = {name: value.clone() for name, value in model.state_dict().items()}
+        before = gk.shared(model)
+        model.tie_weights()
+        for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            other.save_pretrained(tmp_path)
+            stored = load_file(tmp_path / "model.safetensors")
+            absent = {f"{path}.{row.factor}" for row in before.rows for path in row.paths[1:]}
+            assert set(expected) - set(stored) == absent | ({"lm_head.weight"} if tied else set())
+            assert set(stored) <= set(expected)
+            loaded = gk.inject(build(), config)
+            loaded.load_state_dict(stored, strict=False)
+            assert gk.shared(other) == gk.shared(loaded) == before
+            for state in (loaded.state_dict(), other.state_dict()):
+                assert all(torch.equal(value, expected[name]) for name, value in state.items())
+    assert model.transformer.h[0].attn.c_attn.bias.shape == (48,), "no embedding's bias, whatever tie_weights does"
+    assert set(model._tied_weights_keys) == {"lm_head.weight"}
+
+
+class Sentences(torch.utils.data.Dataset):
+    def __init__(self):
+        self.ids = torch.randint(0, 32, (8, 6), generator=torch.Generator().manual_seed(2))
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.ids[i], "labels": self.ids[i]}
+
+
+def test_the_trainer_resumes_shared_factors(llama, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    def train(folder, steps, resume=False):
+        model = gk.inject(llama(), ShareLoRAConfig(rank=2, dropout=0.1, tie_siblings=True))
+        arguments = transformers.TrainingArguments(
+            str(folder), per_device_train_batch_size=1, max_steps=steps, save_steps=2, learning_rate=1e-2,
+            lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True, seed=3,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Sentences())
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    straight = train(tmp_path / "straight", 4)
+    half = train(tmp_path / "parts", 2)
+    resumed = train(tmp_path / "parts", 4, resume=True)
+    assert rows(resumed) == rows(straight)
+    for (name, ours), (_, theirs) in zip(resumed.named_parameters(), straight.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    shared = [named_layers(model)["model.layers.0.self_attn.q_proj"].B_down for model in (half, straight)]
+    assert not torch.equal(*shared)

@@ -277,6 +277,54 @@ def test_an_output_is_not_handed_out_after_something_changed(change, brood, call
     assert calls == [2, 2, 2]
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_an_output_is_not_handed_out_after_a_backward_of_the_group(grad, brood, calls):
+    layers = brood([LORA] * 3)
+    q, k, v = layers.values()
+    x, other = torch.randn(2, 4, 12).double()
+    install(layers)
+    with torch.set_grad_enabled(grad):
+        y = q(x)
+    if not grad:
+        y = v(other)
+    y.sum().backward()
+    k.B_up.data.add_(1)  # as a fused optimizer, which no counter of versions notices
+    expected = copy.deepcopy(k)(x)
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(k(x), expected)
+    assert calls == [3, 3] if grad else [3, 3, 3]
+
+
+def test_a_member_called_alone_with_a_tensor_that_lives_on_is_no_error_later(brood, calls):
+    layers = brood([LORA] * 3)
+    q, k, v = layers.values()
+    x, prefix = torch.randn(2, 4, 12).double()
+    expected = outputs(layers, x)
+    install(layers)
+    kept = k(prefix), v(prefix)
+    assert all(torch.equal(y, z) for y, z in zip(outputs(layers, x), expected, strict=True))
+    assert calls == [3, 3]
+    assert not waiting(layers)
+    assert kept[0].shape == (4, 8)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_tied_siblings_that_read_different_inputs_are_an_error_in_training(dropout, brood):
+    layers = brood([GLoRAConfig.lora(rank=3, dropout=dropout)] * 2, tied=True)
+    q, k = layers.values()
+    x, other = torch.randn(2, 4, 12).double()
+    install(layers, fused=False)
+    q(x)
+    with pytest.raises(RuntimeError, match=r"'layer1' are tied as siblings \(tie_siblings=True\).*; name other proj"):
+        k(other)
+    assert not waiting(layers)
+    with torch.no_grad() if dropout == 0 else contextlib.nullcontext():
+        layers.train(dropout == 0)
+        q(x)
+        k(other)
+    assert not waiting(layers)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
 def test_an_output_is_not_handed_out_in_another_mode(mode, brood, calls):
     layers = brood([LORA] * 2, dtype=torch.float32)
@@ -448,11 +496,56 @@ def test_tied_siblings_have_one_mask_under_compile(a, brood):
     assert [len(graph) for graph in graphs] == [1 if a == "none" else 0]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("mode", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_a_graph_hands_no_output_out_in_another_mode(mode, brood):
+    layers = brood([LORA] * 2, dtype=torch.float32)
+    q, k = layers.values()
+    x = torch.randn(4, 12)
+    expected = k(x)
+    install(layers)
+
+    def both(x):
+        with mode():
+            first = q(x)
+        return first, k(x)
+
+    function, graphs = compiled(both)
+    second = function(x)[1]
+    assert second.requires_grad
+    assert second.dtype == torch.float32
+    torch.testing.assert_close(second, expected)
+    assert [len(graph) for graph in graphs] == [2]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_a_graph_leaves_is_not_used_by_another_and_no_error(brood):
+    layers = brood([LORA] * 2)
+    q, k = layers.values()
+    x, other = torch.randn(2, 4, 12).double()
+    install(layers)
+    first, _ = compiled(lambda x: q(x))
+    second = torch.compile(lambda x: k(x), fullgraph=True, backend="eager")
+    first(x)
+    with torch.no_grad():
+        k.B_up.add_(1)
+    torch.testing.assert_close(second(x), copy.deepcopy(k)(x))
+    first(x)
+    torch.testing.assert_close(second(other), copy.deepcopy(k)(other))
+    with pytest.raises(RuntimeError, match="'layer1' was called with another tensor than 'layer0'"):
+        torch.compile(lambda x, y: (q(x), k(y)), backend="eager")(x, other)
+
+
 REFUSED = {
     "one": ([LORA], {}, "2 to 64 members, got 1"),
     "A": ([LORA, GLoRAConfig()], {}, "'layer1' has A='vector'; A must be 'none'"),
     "B": ([LORA, GLoRAConfig("none", "constant")], {}, "'layer1' has B='constant'"),
     "dropout": ([LORA, DROPS], {}, "dropout differs: 0.0 of 'layer0', 0.5 of 'layer1'"),
+    "adapter_dtype": (
+        [LORA] * 2,
+        {"adapter_dtype": torch.float32},
+        "adapter_dtype differs: torch.float64 of 'layer0', torch.float32 of 'layer1'; give adapter_dtype in inject",
+    ),
     "in_features": ([LORA] * 2, {"k": 5}, "in_features differs: 12 of 'layer0', 5 of 'layer1'"),
     "dtype": ([LORA] * 2, {"dtype": torch.float32}, "the dtype differs: torch.float64 of 'layer0', torch.float32"),
     "device": ([LORA] * 2, {"device": "meta"}, "the device differs: cpu of 'layer0', meta of 'layer1'"),
@@ -464,9 +557,7 @@ def test_layers_that_are_no_group_are_refused_by_name(configs, other, reason, br
     layers = brood(configs)
     if other:
         sizes = {"k": 12, "dtype": torch.float64, "device": "cpu"} | other
-        layers["layer1"] = GLoRALinear(
-            sizes["k"], 8, configs[1], bias=False, dtype=sizes["dtype"], device=sizes["device"]
-        )
+        layers["layer1"] = GLoRALinear(sizes.pop("k"), 8, configs[1], bias=False, **sizes)
     with pytest.raises(ValueError, match=reason):
         install(layers)
     assert all(layer._siblings is None for layer in layers.values())
@@ -549,6 +640,8 @@ def test_siblings_read_inputs_of_one_width_and_gated_layers_have_one_shape():
     assert short(sibling_sets(nn.ModuleDict({"mlp": swiglu}))) == ["mlp: w1 w3"]
     chain = nn.ModuleDict({"w1": nn.Linear(8, 12), "w2": nn.Linear(8, 12), "w3": nn.Linear(12, 8)})
     assert sibling_sets(nn.ModuleDict({"mlp": chain})) == []
+    deberta = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("value_proj", "key_proj", "query_proj")})
+    assert short(sibling_sets(nn.ModuleDict({"self": deberta}))) == ["self: query_proj key_proj value_proj"]
     three = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("query", "key", "value")})
     three.is_cross_attention = True
     assert short(sibling_sets(nn.ModuleDict({"attention": three}))) == ["attention: key value"]

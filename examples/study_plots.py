@@ -1,0 +1,99 @@
+"""The two figures of sharelora_study.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import torch
+from matplotlib import pyplot as plt
+
+COLORS = {
+    "LoRA": "#0072B2",
+    "ShareA": "#D55E00",
+    "ShareB": "#009E73",
+    "ShareAB": "#CC79A7",
+    "Share-qkv": "#E69F00",
+}
+
+Rows = dict[str, dict[str, Any]]
+"""The results by method: one row of the table each, with the runs of all seeds."""
+
+
+def draw_comparison(rows: Rows, loss_before: float, title: str, path: Path) -> None:
+    """Held-out loss by step (mean and range over the seeds), each seed's last loss, and what a method costs."""
+    figure = plt.figure(figsize=(13, 6), layout="constrained")
+    grid = figure.add_gridspec(2, 4)
+    curves = figure.add_subplot(grid[:, :2])
+    for name, row in rows.items():
+        steps = [0, *row["runs"][0]["steps"]]
+        losses = torch.tensor([[loss_before, *run["held_out"]] for run in row["runs"]])
+        curves.plot(steps, losses.mean(0), color=COLORS[name], label=name, linewidth=2)
+        curves.fill_between(steps, losses.amin(0), losses.amax(0), color=COLORS[name], alpha=0.2, linewidth=0)
+    curves.set_xlabel("step")
+    curves.set_ylabel("held-out loss, nats a token")
+    curves.set_xlim(left=0)
+    curves.grid(alpha=0.3)
+    curves.legend()
+
+    dots = figure.add_subplot(grid[0, 2])
+    for position, (name, row) in enumerate(rows.items()):
+        finals = [run["held_out"][-1] for run in row["runs"]]
+        dots.plot([position] * len(finals), finals, "o", color=COLORS[name], alpha=0.6)
+        dots.hlines(row["loss_mean"], position - 0.3, position + 0.3, color=COLORS[name], linewidth=2)
+    dots.set_xlim(-0.5, len(rows) - 0.5)
+    dots.grid(axis="y", alpha=0.3)
+    dots.set_title("last held-out loss, each seed", fontsize=10)
+
+    costs = [
+        (grid[0, 3], "trainable_parameters", 1, "trainable parameters"),
+        (grid[1, 2], "optimizer_bytes", 1024, "optimizer state, KiB"),
+        (grid[1, 3], "adapter_bytes", 1024, "adapter file, KiB"),
+    ]
+    panels = [dots]
+    for place, key, unit, text in costs:
+        panel = figure.add_subplot(place)
+        bars = panel.bar(list(rows), [row[key] / unit for row in rows.values()], color=[COLORS[name] for name in rows])
+        panel.bar_label(bars, fmt="{:,.0f}", fontsize=8)
+        panel.margins(y=0.12)
+        panel.yaxis.set_major_formatter("{x:,.0f}")
+        panel.set_title(text, fontsize=10)
+        panels.append(panel)
+    for panel in panels:
+        panel.set_xticks(range(len(rows)), list(rows), rotation=30, ha="right", fontsize=8)
+    for panel in (curves, *panels):
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_spectra(spectra: dict[str, torch.Tensor], title: str, path: Path) -> None:
+    """The singular values of each layer's update over its largest: a thin line a layer, a thick one the median.
+
+    Args:
+        spectra: by method, (layers, rank), each row in falling order.
+        title: of the figure.
+        path: the PNG to write.
+    """
+    figure, panels = plt.subplots(1, len(spectra), figsize=(11, 4.5), layout="constrained", sharey=True, squeeze=False)
+    for panel, (name, values) in zip(panels[0], spectra.items(), strict=True):
+        decay = values / values[:, :1]
+        index = range(1, decay.shape[1] + 1)
+        panel.plot(index, decay.T, color=COLORS[name], alpha=0.35, linewidth=0.8)
+        panel.plot(index, decay.median(0).values, color=COLORS[name], linewidth=3.5, label="median of the layers")
+        panel.set_title(f"{name}: {len(values)} layers")
+        panel.set_xlabel("singular value")
+        panel.set_xticks(list(index))
+        panel.set_ylim(0, 1.02)
+        panel.grid(alpha=0.3)
+        panel.legend()
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_ylabel("singular value of ΔW / the largest one")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,150 @@
+"""Pointer tables: the operands of many layers for one kernel, as 64-bit integers on the device.
+
+This module knows no kernel: what the layers of one launch have in common, and what they hand over.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Entry = Tensor | int | float | None
+"""What a table holds of a member: an address, a number, the bits of a number in fp32, or 0 for what is absent."""
+
+
+class PointerTable(NamedTuple):
+    """A table (members, columns) of int64 on the device. Keep it until the launch that reads it has been issued.
+
+    The addresses are those of `tensors`, which the table keeps alive: from then on the stream's order protects what
+    PyTorch frees.
+    """
+
+    entries: Tensor
+    tensors: tuple[Tensor, ...]
+
+
+MAX_PRODUCT_RANK = 64
+"""Of the product variant when merged in one launch: its W·A_up stays in registers between the two reads of W."""
+
+
+class Layer(NamedTuple):
+    """One layer's operands. `adapter` has the names of `GLoRAConfig.parameter_shapes`; scale is s.
+
+    weight: W (N,K), whichever of its strides is 1. bias: b (N,) or None. product: A=lora is the product variant.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    adapter: Mapping[str, Tensor]
+    scale: float = 1.0
+    product: bool = False
+
+
+class GroupKey(NamedTuple):
+    """What the layers of one launch have in common; `transposed`: W is stored (K,N)."""
+
+    device: torch.device
+    dtype: torch.dtype
+    adapter: torch.dtype
+    bias: torch.dtype
+    transposed: bool
+
+
+class SharedProduct(NamedTuple):
+    """scale·leftᵀ·drop(right), one layer's part: left (M,R), right (M,C) with contiguous rows, in one dtype.
+
+    seed: one int64 where dropout_p > 0; it must not change before the launch.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float
+    dropout_p: float
+    seed: Tensor | None
+
+
+class SharedFactor(NamedTuple):
+    """One shared factor's gradient: out (R,C), of any strides, and whether it is added to what `out` holds."""
+
+    out: Tensor
+    adds: bool
+    products: Sequence[SharedProduct]
+
+
+def group_key(layer: Layer) -> GroupKey | None:
+    """Which launch a layer belongs to, or None where the kernels over depth do not take it.
+
+    They take plain tensors of one device in fp32, fp16 and bf16, a weight with a contiguous dimension, and a product
+    variant up to MAX_PRODUCT_RANK.
+    """
+    weight, bias = layer.weight, layer.bias
+    tensors = [weight, *layer.adapter.values(), *(() if bias is None else (bias,))]
+    dtypes = {torch.float32, torch.float16, torch.bfloat16}
+    if any(type(t.data) is not Tensor or t.device != weight.device or t.dtype not in dtypes for t in tensors):
+        return None
+    if layer.product and "A_up" in layer.adapter and layer.adapter["A_up"].shape[1] > MAX_PRODUCT_RANK:
+        return None
+    if bias is not None and not bias.is_contiguous():
+        return None
+    (n, k), (stride_n, stride_k) = weight.shape, weight.stride()
+    if stride_k == 1 and (stride_n >= k or n == 1):
+        transposed = False
+    elif stride_n == 1 and (stride_k >= n or k == 1):
+        transposed = True
+    else:
+        return None
+    adapters = {t.dtype for t in layer.adapter.values()} or {weight.dtype}
+    adapter = adapters.pop() if len(adapters) == 1 else torch.float32
+    return GroupKey(weight.device, weight.dtype, adapter, weight.dtype if bias is None else bias.dtype, transposed)
+
+
+def pointer_table(
+    rows: Sequence[Mapping[str, Entry]], columns: Sequence[str], device: torch.device
+) -> PointerTable:  # fmt: skip
+    """One row a member, copied to the device once. A column that a row leaves out is 0.
+
+    Args:
+        rows: column → entry of each member. The kernel knows the strides and sizes only from here.
+        columns: every column, in the order of the kernel's.
+        device: where the kernel runs. On "meta" the table has a shape and no values: a plan.
+
+    Raises:
+        KeyError: an entry for a column that there is not.
+        RuntimeError: a CUDA graph is being captured: its replays would read addresses that are no longer there.
+    """
+    tensors = tuple(entry for row in rows for entry in row.values() if isinstance(entry, Tensor))
+    if device.type == "meta":
+        return PointerTable(torch.empty(len(rows), len(columns), dtype=torch.int64, device=device), tensors)
+    position = {name: i for i, name in enumerate(columns)}
+    values = []
+    for row in rows:
+        line = [0] * len(columns)
+        for name, entry in row.items():
+            line[position[name]] = _integer(entry)
+        values.append(line)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "work over all layers at once cannot be captured in a CUDA graph; do it outside of the graph"
+        )
+    host = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    return PointerTable(host.to(device, non_blocking=True), tensors)
+
+
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether all addresses are multiples of 16 bytes, so that kernels may read and write 16 at a time."""
+    return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+def _integer(entry: Entry) -> int:
+    if entry is None:
+        return 0
+    if isinstance(entry, Tensor):
+        return entry.data_ptr()
+    if isinstance(entry, float):
+        return int(struct.unpack("<i", bytes(ctypes.c_float(entry)))[0])
+    return int(entry)
