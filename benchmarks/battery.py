@@ -233,8 +233,8 @@ def sibling_group(
     total = sum(widths)
 
     def entry(kind: str, impl: str) -> SiblingEntry:
-        low = {} if kind == FROZEN else {"r": r, "p": 0.0}
-        return SiblingEntry(f"{kind}:{name}", impl, m, total, k, **low, dtype=dtype, widths=tuple(widths))  # type: ignore[arg-type]
+        rank, p = (None, None) if kind == FROZEN else (r, 0.0)
+        return SiblingEntry(f"{kind}:{name}", impl, m, total, k, rank, p, dtype=dtype, widths=tuple(widths))
 
     frozen = (entry(FROZEN, "concat"), entry(FROZEN, "eager"))
     return Group((*frozen, *(entry(LORA, impl) for impl in GROUP_IMPLS)), tuple(passes), tuple(modes))

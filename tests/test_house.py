@@ -18,9 +18,9 @@ FLOORS = {
 }  # fmt: skip
 PUBLIC = {
     "FusedReport", "GLoRAConfig", "GLoRALinear", "GroupedLoRALinear", "ShareLoRAConfig", "backend",
-    "clip_grad_norm_", "disabled", "fully_shard", "fuse_cross_attention", "fuse_siblings", "inject",
-    "load_adapter", "merge", "parameter_groups", "save_adapter", "shared", "split_siblings",
-    "trainable_parameters", "unmerge", "warmup", "__version__",
+    "clip_grad_norm_", "deferred_shared_grads", "disabled", "fully_shard", "fuse_cross_attention",
+    "fuse_siblings", "inject", "load_adapter", "merge", "parameter_groups", "save_adapter", "shared",
+    "shift_once", "split_siblings", "trainable_parameters", "unmerge", "warmup", "__version__",
 }  # fmt: skip
 LATER = {"accelerate", "decelerate", "quantize"}
 """Names of the design that do not exist yet; each moves to PUBLIC when it does."""

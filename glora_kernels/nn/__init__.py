@@ -1,6 +1,7 @@
 """Floor 4: modules, injection, merging, saving."""
 
 from glora_kernels.nn.adapter import load_adapter, save_adapter
+from glora_kernels.nn.depth import deferred_shared_grads, shift_once
 from glora_kernels.nn.fuse import FusedReport, fuse_cross_attention, fuse_siblings, split_siblings
 from glora_kernels.nn.grouped import GroupedLoRALinear
 from glora_kernels.nn.inject import inject
@@ -15,6 +16,7 @@ __all__ = [
     "GLoRALinear",
     "GroupedLoRALinear",
     "clip_grad_norm_",
+    "deferred_shared_grads",
     "disabled",
     "fully_shard",
     "fuse_cross_attention",
@@ -25,6 +27,7 @@ __all__ = [
     "parameter_groups",
     "save_adapter",
     "shared",
+    "shift_once",
     "split_siblings",
     "trainable_parameters",
     "unmerge",

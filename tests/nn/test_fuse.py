@@ -258,7 +258,7 @@ def test_groups_by_name_for_other_models(vit, randomize, calls):
 
 def test_groups_that_overlap_are_refused_before_anything_changes(vit):
     model = gk.inject(vit(), LORA)
-    with pytest.raises(ValueError, match=r"'blocks.0.k_proj' is in groups\[0\] and groups\[1\]"):
+    with pytest.raises(ValueError, match=r"'blocks.0.attn.k_proj' is in groups\[0\] and groups\[1\]"):
         fuse_siblings(model, groups=[["q_proj", "k_proj"], ["k_proj", "v_proj"]])
     assert all(layer._siblings is None for layer in named_layers(model).values())
 

@@ -124,6 +124,7 @@ BAD = {
     "A": (lambda: GroupedLoRALinear(8, [4, 4], GLoRAConfig()), ValueError, "'members.0' has A='vector'"),
     "tied": (lambda: GroupedLoRALinear(8, [4, 4], GLoRAConfig("none", "none"), tied=True), ValueError, "got B='none'"),
     "size": (lambda: GroupedLoRALinear(8, [4, 0], LORA), ValueError, "out_features"),
+    "one size": (lambda: GroupedLoRALinear(8, 4, LORA), TypeError, "out_features must be a sequence.* got 4"),
     "config": (lambda: GroupedLoRALinear(8, [4, 4], "lora"), TypeError, "got str"),
 }
 
