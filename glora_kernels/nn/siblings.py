@@ -72,8 +72,10 @@ class SiblingGroup:
     overwritten in place between two members' calls in one graph cannot be seen: the second gets the output for what
     was there before. What one graph leaves is no output for another (after a graph break, or in a later call): the
     member computes anew. So layers that do not read one input are an error with fullgraph=True alone; the graph breaks
-    between them otherwise. A graph that contains a `torch.utils.checkpoint.checkpoint` around members breaks there; with
-    fullgraph=True set `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True`.
+    between them otherwise.
+
+    A graph that contains a `torch.utils.checkpoint.checkpoint` around members breaks there; with fullgraph=True set
+    `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True`.
 
     Attributes:
         names: the members' paths.
