@@ -178,7 +178,8 @@ def summarize(results: list[Result]) -> dict[str, Any]:
         "adapter_bytes": results[0].adapter_bytes,
         "seconds_per_run": statistics.mean(result.run.seconds for result in results),
         "largest_fresh_change": max(result.fresh_change for result in results),
-        "singular_values_needed": needed.double().quantile(0.5).item(),
+        "singular_values_needed_median": needed.double().quantile(0.5).item(),
+        "singular_values_needed_mean": needed.double().mean().item(),
         "singular_values_needed_by_layer": needed.tolist(),
         "runs": [asdict(result.run) for result in results],
     }
@@ -228,11 +229,10 @@ def print_table(rows: Rows, loss_before: float) -> None:
 
 
 def print_spectra(rows: Rows, rank: int) -> None:
-    print(
-        f"\nsingular values of ΔW that carry {SHARE_OF_SQUARES:.0%} of their squares, of {rank} (median of the layers):"
-    )
+    print(f"\nsingular values of ΔW, of {rank}, that carry {SHARE_OF_SQUARES:.0%} of the sum of their squares:")
     for name, row in rows.items():
-        print(f"  {name:11}{row['singular_values_needed']:g}")
+        median, mean = row["singular_values_needed_median"], row["singular_values_needed_mean"]
+        print(f"  {name:11}{median:g} in the median layer, {mean:.2f} on average")
 
 
 def print_checks(rows: Rows) -> None:

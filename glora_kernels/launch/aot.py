@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora_kernels.launch import environment
-from glora_kernels.launch.aot_cases import cases
+from glora_kernels.launch import aot_cases, aot_depth_cases, aot_grouped_cases, environment
 from glora_kernels.launch.configs import SHARED_LIMIT
 from glora_kernels.launch.plan import Launch
 
@@ -38,10 +37,14 @@ MATRIX_INSTRUCTION = {
 }  # fmt: skip
 
 
-_WITHOUT_PRODUCT = ("prepare, W_eff of a vector", "finish lora", "totals", "wc", "c grad")
+_WITHOUT_PRODUCT = (
+    "prepare, W_eff of a vector", "finish lora", "totals", "wc", "c grad", "merge vectors", "restore", "shift",
+)  # fmt: skip
 """Forms that only read and add."""
 
-_LARGE = ("_glora_fwd_kernel", "_glora_dx_kernel", "_hadamard_grad_kernel")
+_LARGE = (
+    "_glora_fwd_kernel", "_glora_dx_kernel", "_hadamard_grad_kernel", "_grouped_fwd_kernel", "_grouped_dx_kernel",
+)  # fmt: skip
 """Kernels that wait for the matrix unit, so that its instructions must be issued in batches."""
 
 
@@ -84,6 +87,12 @@ class Report:
         if self.kernel in _LARGE and "HGMMA" in self.matrix_instruction and self.batch < 2:
             found.append("a wait after every wgmma")
         return found
+
+
+def cases(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Launch]]:
+    """(name, launch) of every form of every kernel. They import the kernels, and so Triton."""
+    for part in (aot_cases, aot_grouped_cases, aot_depth_cases):
+        yield from part.cases(dtype, arch)
 
 
 def compile_launch(launch: Launch, arch: str) -> tuple[Any, str]:

@@ -110,7 +110,9 @@ def test_results_are_sane(quick: Finished) -> None:
         assert row["largest_fresh_change"] == 0.0
         assert row["seconds_per_run"] > 0.0
         assert len(row["singular_values_needed_by_layer"]) == 7 * DEPTH
-        assert 1 <= row["singular_values_needed"] <= RANK
+        needed = row["singular_values_needed_by_layer"]
+        assert 1 <= min(needed) <= row["singular_values_needed_median"] <= max(needed) <= RANK
+        assert row["singular_values_needed_mean"] == pytest.approx(sum(needed) / len(needed))
     assert list(quick.results["spectra"]) == ["LoRA", "ShareA"]
     for spectrum in quick.results["spectra"].values():
         values = torch.tensor(spectrum)
