@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -192,7 +192,7 @@ class ShareLoRAConfig:
     alpha: float | None = None
     dropout: float = 0.0
     share: str = "A"
-    projections: tuple[str, ...] | None = None
+    projections: Sequence[str] | None = None
     tie_siblings: bool = False
     A: str = "none"
     C: str = "none"
