@@ -102,8 +102,10 @@ def grouped_down_launch(
     rank = max(down.shape[0] for down in downs)
     rows_max, k_max = max(x.shape[0] for x in xs), max(x.shape[1] for x in xs)
     config = tables.choose("prepare", arch, xs[0].dtype, Shape(rows_max, k_max, k_max, rank))
-    if rank > 16:  # more warps hold what is selected a path beside the mask
+    if rank > 16:  # what is selected a path needs registers beside the mask: these sizes do not spill
         config = config | {"num_warps": 8}
+        if xs[0].dtype == torch.float32:
+            config |= {"rows": 16, "depth": config["depth"] if arch.startswith("gfx") else 64}
     args = {
         "xs": tuple(xs), "stride_xs": tuple(x.stride(0) for x in xs),
         "downs": tuple(downs), "hs": tuple(hs),
@@ -170,14 +172,19 @@ def grouped_dx_launch(
     return Launch(_grouped_dx_kernel, product_grid(tiles, dxs[0], config, arch), args, options(config))
 
 
+def most_bands(rank: int) -> int:
+    """How many bands of S a kernel of a group reads: `_grouped_x_kernel` has shared memory for so many, in fp32."""
+    return max(1, min(configs.MAX_BANDS, 192 // configs.block_r(max(1, rank))))
+
+
 def grouped_dy_sizes(shape: Shape, members: int, sharing: int, dtype: torch.dtype, arch: str) -> tuple[int, int, int]:
     """(splits of M, bands of N, width of a band): the leading sizes of what `grouped_dy_launch` fills.
 
     The members' programs run beside each other, so that each needs fewer bands than alone. Where up to `sharing`
-    members add to one S, their bands together are no more than one layer has, as long as that can be.
+    members add to one S, their bands together are no more than `most_bands`, as long as that can be.
     """
     config = tables.choose("dy", arch, dtype, shape)
-    most = max(1, configs.MAX_BANDS // max(1, sharing))
+    most = max(1, most_bands(shape.r) // max(1, sharing))
     step = cdiv(cdiv(shape.n, most), config["cols"]) * config["cols"]
     number, width = configs.bands(arch, members * shape.m, config["rows"], shape.n, max(step, config["cols"]))
     return cdiv(shape.m, config["rows"]), number, width
@@ -233,6 +240,8 @@ def grouped_x_launch(
 ) -> Launch:
     """part_t (splits,R,K) = S_tᵀ·drop_t(x_t) over the rows of each split; `shape` is the largest of the paths."""
     config = tables.choose("x", arch, xs[0].dtype, shape)
+    if xs[0].dtype == torch.float32 and shape.r > 16:  # with fewer they spill
+        config = config | {"num_warps": 8}
     ranks = tuple(s.shape[2] for s in ss)
     args = {
         "xs": tuple(xs), "stride_xs": tuple(x.stride(0) for x in xs),

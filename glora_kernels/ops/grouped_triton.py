@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from glora_kernels.launch import environment
-from glora_kernels.launch.configs import MAX_BANDS, MAX_FACTOR_RANK, Shape
+from glora_kernels.launch.configs import MAX_FACTOR_RANK, Shape
 from glora_kernels.launch.plan import arch_of
 from glora_kernels.ops.common import given
 from glora_kernels.ops.grouped_common import ABSENT, Group, GroupGradients, GroupNeeds, Operands
@@ -132,7 +132,7 @@ def _read_dy(
             parts=None if part is None else _columns(part, widths), with_g=with_g, scales=group.scales, shape=shape,
             bands=(bands, width), arch=arch,
         ).run()  # fmt: skip
-    if ss and len(memory) > MAX_BANDS:  # every tile of dx reads all of them
+    if ss and len(memory) > launch.most_bands(rank):
         memory, parts = memory.new_empty(1, memory.shape[1]), memory
         end.finish_launch(outputs={}, sums=(_lines(parts, memory),), device_of=dys[0], arch=arch).run()
         ss = _views(memory, sizes)
