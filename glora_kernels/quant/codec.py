@@ -1,0 +1,147 @@
+"""Quantizing and dequantizing in plain PyTorch: the oracle of the kernels, and the path of a CPU.
+
+Every step rounds where bitsandbytes' does, so that both give the same bits in both directions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glora_kernels.quant.codes import NESTED_BLOCKSIZE, QUANT_TYPES, dynamic_map, encoder, pairs
+from glora_kernels.quant.weight import DTYPES, NestedState, QuantizedWeight, QuantState, check_blocksize
+
+_CHUNK = 1 << 18  # elements at a time: the temporaries stay in the cache
+_GRID = 65535
+
+
+@torch.no_grad()
+def quantize_weight(
+    weight: Tensor, quant_type: str, blocksize: int = 64, double_quant: bool = False
+) -> QuantizedWeight:
+    """The nearest code of w / absmax of each block of the flat weight.
+
+    Args:
+        weight: (N, K) in float32, bfloat16 or float16; any strides.
+        quant_type: "nf4" or "fp4".
+        blocksize: 32, 64, ... 4096. K need not be a multiple of it.
+        double_quant: absmax itself in 8 bits, in blocks of 256 (0.37 bits less a weight at blocksize 64).
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another type or block size, no matrix, a weight on the meta device, or one with NaN or inf.
+    """
+    if quant_type not in QUANT_TYPES:
+        raise ValueError(f"quant_type must be one of {', '.join(map(repr, QUANT_TYPES))}; got {quant_type!r}")
+    check_blocksize(blocksize)
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"weight must be float32, bfloat16 or float16 to be quantized; got {weight.dtype}")
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(f"weight must be a matrix with at least one element; got shape {tuple(weight.shape)}")
+    if weight.is_meta:
+        raise ValueError("weight is on the meta device and has no values to quantize")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("weight holds NaN or inf, which have no 4-bit code")
+    flat = weight.reshape(-1)
+    total = flat.numel()
+    packed = torch.empty((total + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-total // blocksize), dtype=torch.float32, device=weight.device)
+    step = max(_CHUNK // blocksize, 1) * blocksize
+    for first in range(0, total, step):
+        values = flat[first : first + step].float()
+        codes = _encode(values, absmax[first // blocksize :], quant_type, blocksize)
+        packed[first // 2 : first // 2 + len(codes) // 2, 0] = (codes[::2] << 4) | codes[1::2]
+    state = QuantState(absmax, quant_type, blocksize, (weight.shape[0], weight.shape[1]), weight.dtype)
+    if double_quant:
+        quantized, nested = _quantize_absmax(absmax)
+        state = QuantState(quantized, quant_type, blocksize, state.shape, weight.dtype, nested)
+    return QuantizedWeight(packed, state)
+
+
+@torch.no_grad()
+def dequantize(
+    weight: QuantizedWeight, dtype: torch.dtype, rows: slice | None = None, out: Tensor | None = None
+) -> Tensor:
+    """W (N, K), or some of its rows: the product in fp32, rounded once to `dtype`.
+
+    Args:
+        weight: a checked one.
+        dtype: of the result; float64 holds the fp32 values.
+        rows: a range of rows with step 1; None means all.
+        out: contiguous, where the result goes.
+    """
+    n, k = weight.state.shape
+    first, last, _ = (rows or slice(None)).indices(n)
+    count = max(0, last - first)
+    if out is None:
+        out = torch.empty(count, k, dtype=dtype, device=weight.device)
+    flat, begin, end = out.view(-1), first * k, first * k + count * k
+    blocksize = weight.state.blocksize
+    step = max(_CHUNK // blocksize, 1) * blocksize
+    for a in range(begin // blocksize * blocksize, end, step):
+        b = min(a + step, end)
+        values = _decode(weight, a, b)
+        low = max(a, begin)
+        flat[low - begin : b - begin] = values[low - a :]
+    return out
+
+
+def absmax_of(state: QuantState, blocks: slice = slice(None)) -> Tensor:
+    """absmax in fp32, of a range of blocks."""
+    absmax, nested = state.absmax[blocks], state.nested
+    if nested is None:
+        return absmax
+    start, stop, _ = blocks.indices(len(state.absmax))
+    of_block = torch.arange(start, stop, device=absmax.device) // nested.blocksize
+    # Two roundings: a fused multiply-add gives other bits.
+    return nested.code[absmax.int()].mul_(nested.absmax[of_block]).add_(nested.offset)
+
+
+def _encode(values: Tensor, absmax: Tensor, quant_type: str, blocksize: int) -> Tensor:
+    """The codes of whole blocks, or of the last ones, padded to an even number; absmax is filled."""
+    bounds, codes = encoder(quant_type, values.device)
+    whole = len(values) // blocksize
+    blocks = values[: whole * blocksize].view(whole, blocksize)
+    absmax[:whole] = blocks.abs().amax(1)
+    scaled = (blocks * (1.0 / absmax[:whole].clamp(min=1e-38))[:, None]).view(-1)
+    if len(rest := values[whole * blocksize :]):
+        # The last, shorter block: bitsandbytes clamps its absmax, and divides by it.
+        absmax[whole] = rest.abs().max().clamp(min=1e-38)
+        scaled = torch.cat([scaled, rest / absmax[whole]])
+    if len(scaled) % 2:
+        scaled = torch.nn.functional.pad(scaled, (0, 1))
+    return codes[torch.bucketize(scaled.clamp_(-1, 1), bounds, out_int32=True)]
+
+
+def _decode(weight: QuantizedWeight, begin: int, end: int) -> Tensor:
+    """The flat elements [begin, end) in fp32; `begin` is the first of a block."""
+    state = weight.state
+    packed = weight.packed.view(-1)[begin // 2 : (end + 1) // 2]
+    levels = pairs(state.quant_type, packed.device).index_select(0, packed.int()).view(torch.float32)
+    values = levels[: end - begin]
+    size = state.blocksize
+    absmax = absmax_of(state, slice(begin // size, -(-end // size)))
+    whole = (end - begin) // size
+    values[: whole * size].view(whole, size).mul_(absmax[:whole, None])
+    if whole < len(absmax):
+        values[whole * size :].mul_(absmax[whole])
+    return values
+
+
+def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, NestedState]:
+    """absmax in 8 bits: the nearest number of the dynamic map, blocks of 256, around the mean.
+
+    Nearest to the place on a grid of 65536 over [-1, 1], as bitsandbytes looks it up on a CPU; 0 for a block of zeros.
+    """
+    code = dynamic_map(absmax.device)
+    offset = absmax.mean()
+    centred = absmax - offset
+    blocks = -(-len(centred) // NESTED_BLOCKSIZE)
+    padded = torch.nn.functional.pad(centred, (0, blocks * NESTED_BLOCKSIZE - len(centred))).view(blocks, -1)
+    scale = padded.abs().amax(1)
+    scaled = (padded * (1.0 / scale)[:, None]).clamp_(-1, 1)
+    # One rounding of the last product and sum, as a fused multiply-add takes them: float64 holds both exactly.
+    place = ((scaled + 1) * 0.5).double().mul_(_GRID).add_(0.5).float().floor_()
+    codes = torch.bucketize(place.mul_(2.0).div_(_GRID).sub_(1.0), (code[:-1] + code[1:]) / 2, out_int32=True)
+    codes.masked_fill_((scale == 0)[:, None], 0)
+    return codes.to(torch.uint8).view(-1)[: len(centred)], NestedState(scale, code, NESTED_BLOCKSIZE, offset)

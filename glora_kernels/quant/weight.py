@@ -1,0 +1,151 @@
+"""The quantized-weight type: packed 4-bit codes and the state that turns them back into numbers.
+
+    w[i] = code[nibble i] · absmax[i // blocksize],   i = n·K + k: blocks run over the flat tensor
+
+absmax in fp32, or where nested (double quantization) in 8 bits of its own:
+absmax[j] = nested.code[absmax[j]] · nested.absmax[j // nested.blocksize] + nested.offset.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from glora_kernels.quant.codes import BLOCKSIZES, QUANT_TYPES
+
+DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+"""What a weight can be quantized from."""
+
+
+@dataclass(frozen=True)
+class NestedState:
+    """How the 8-bit absmax of a double-quantized weight is read.
+
+    absmax: fp32, one for each `blocksize` of the weight's blocks. code: fp32 (256,). offset: fp32, one number.
+    """
+
+    absmax: Tensor
+    code: Tensor
+    blocksize: int
+    offset: Tensor
+
+    def to(self, device: torch.device | str) -> NestedState:
+        return replace(
+            self, absmax=self.absmax.to(device), code=self.code.to(device), offset=self.offset.to(device)
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QuantState:
+    """What stands beside the packed codes of a weight (N, K).
+
+    absmax: fp32 (blocks,), or uint8 (blocks,) where nested; blocks = ⌈N·K / blocksize⌉. quant_type: "nf4" or "fp4".
+    dtype: of the weight that was quantized.
+    """
+
+    absmax: Tensor
+    quant_type: str
+    blocksize: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    nested: NestedState | None = None
+
+    def to(self, device: torch.device | str) -> QuantState:
+        """The same state on a device; itself where it is there."""
+        if self.absmax.device == torch.device(device):
+            return self
+        return replace(
+            self, absmax=self.absmax.to(device), nested=None if self.nested is None else self.nested.to(device)
+        )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        nested = self.nested
+        return (self.absmax,) if nested is None else (self.absmax, nested.absmax, nested.code, nested.offset)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """W (N, K) in 4 bits: what the operators take in the place of a dense weight.
+
+    packed: uint8, ⌈N·K / 2⌉ bytes, contiguous, in any shape; element 2i is the high nibble of byte i.
+    """
+
+    packed: Tensor
+    state: QuantState
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.state.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.state.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.packed.is_cuda
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    def numel(self) -> int:
+        return self.state.shape[0] * self.state.shape[1]
+
+    def detach(self) -> QuantizedWeight:
+        return QuantizedWeight(self.packed.detach(), self.state)
+
+    def nbytes(self) -> int:
+        """Of the codes and everything beside them."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.packed, *self.state.tensors()))
+
+    def check(self) -> QuantizedWeight:
+        """Itself, where every size and dtype fits: afterwards nothing can be read out of bounds.
+
+        Raises:
+            TypeError: a tensor of another dtype.
+            ValueError: an unknown type or block size, a tensor of the wrong length, or on another device.
+        """
+        state, nested = self.state, self.state.nested
+        if state.quant_type not in QUANT_TYPES:
+            raise ValueError(f"quant_type must be one of {', '.join(map(repr, QUANT_TYPES))}; got {state.quant_type!r}")
+        check_blocksize(state.blocksize)
+        if len(state.shape) != 2 or min(state.shape) < 1:
+            raise ValueError(f"a quantized weight has two sizes of at least 1; got shape {tuple(state.shape)}")
+        if state.dtype not in DTYPES:
+            raise TypeError(f"a 4-bit weight stands for float32, bfloat16 or float16; got {state.dtype}")
+        blocks = -(-self.numel() // state.blocksize)
+        wanted: list[tuple[str, Tensor, torch.dtype, int]] = [
+            ("packed", self.packed, torch.uint8, (self.numel() + 1) // 2),
+            ("absmax", state.absmax, torch.float32 if nested is None else torch.uint8, blocks),
+        ]
+        if nested is not None:
+            if nested.blocksize < 1:
+                raise ValueError(f"nested blocksize must be at least 1, got {nested.blocksize}")
+            wanted += [
+                ("nested absmax", nested.absmax, torch.float32, -(-blocks // nested.blocksize)),
+                ("nested code", nested.code, torch.float32, 256),
+                ("nested offset", nested.offset, torch.float32, 1),
+            ]
+        for name, tensor, dtype, size in wanted:
+            if tensor.dtype != dtype:
+                raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+            if tensor.numel() != size or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name} of a {state.quant_type} weight {state.shape[0]}x{state.shape[1]} with blocks of "
+                    f"{state.blocksize} must hold {size} numbers in a row; got shape {tuple(tensor.shape)}"
+                )
+            if tensor.device != self.packed.device:
+                raise ValueError(f"{name} is on {tensor.device}, the packed weight on {self.packed.device}")
+        return self
+
+
+def check_blocksize(blocksize: int) -> None:
+    if isinstance(blocksize, bool) or blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}; got {blocksize!r}")
