@@ -57,11 +57,11 @@ class LayerTable(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return max(layer.weight.shape[0] for layer in self.layers)
+        return max(layer.dense.shape[0] for layer in self.layers)
 
     @property
     def cols(self) -> int:
-        return max(layer.weight.shape[1] for layer in self.layers)
+        return max(layer.dense.shape[1] for layer in self.layers)
 
 
 def layer_table(
@@ -77,10 +77,10 @@ def layer_table(
     plain = tuple(layer._replace(adapter={k: _plain(t, key) for k, t in layer.adapter.items()}) for layer in layers)
     rows = [_row(layer, key) | dict(extra) for layer, extra in zip(plain, outputs, strict=True)]
     ok = all(
-        aligned(layer.weight, layer.adapter.get("A_down"), layer.adapter.get("B_down"))
+        aligned(layer.dense, layer.adapter.get("A_down"), layer.adapter.get("B_down"))
         and row["stride"] % 16 == 0
-        and layer.weight.shape[1] % 16 == 0
-        and (not key.transposed or layer.weight.shape[0] % 16 == 0)
+        and layer.dense.shape[1] % 16 == 0
+        and (not key.transposed or layer.dense.shape[0] % 16 == 0)
         for layer, row in zip(plain, rows, strict=True)
     )
     betas = any(extra.get("beta") is not None for extra in outputs)
@@ -256,8 +256,8 @@ def _row(layer: Layer, key: GroupKey) -> dict[str, Any]:
     get = layer.adapter.get
     rank_a, rank_b, rank_c = (0 if up is None else up.shape[1] for up in (get("A_up"), get("B_up"), get("C_up")))
     row: dict[str, Any] = {
-        "weight": layer.weight.detach(), "stride": layer.weight.stride(1 if key.transposed else 0),
-        "N": layer.weight.shape[0], "K": layer.weight.shape[1], "scale": float(layer.scale),
+        "weight": layer.dense.detach(), "stride": layer.dense.stride(1 if key.transposed else 0),
+        "N": layer.dense.shape[0], "K": layer.dense.shape[1], "scale": float(layer.scale),
         "rank_a": 0 if layer.product else rank_a, "rank_b": rank_b, "rank_c": rank_c,
         "rank_p": rank_a if layer.product else 0,
         "bias": None if layer.bias is None else layer.bias.detach(), "bias_stride": 1,

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from glora_kernels.quant import QuantizedWeight
+
 Entry = Tensor | int | float | None
 """What a table holds of a member: an address, a number, the bits of a number in fp32, or 0 for what is absent."""
 
@@ -35,14 +37,21 @@ MAX_PRODUCT_RANK = 64
 class Layer(NamedTuple):
     """One layer's operands. `adapter` has the names of `GLoRAConfig.parameter_shapes`; scale is s.
 
-    weight: W (N,K), whichever of its strides is 1. bias: b (N,) or None. product: A=lora is the product variant.
+    weight: W (N,K), whichever of its strides is 1, or in 4 bits. bias: b (N,) or None. product: A=lora is the product
+    variant.
     """
 
-    weight: Tensor
+    weight: Tensor | QuantizedWeight
     bias: Tensor | None
     adapter: Mapping[str, Tensor]
     scale: float = 1.0
     product: bool = False
+
+    @property
+    def dense(self) -> Tensor:
+        """W of a layer that a launch takes, which is not in 4 bits."""
+        assert isinstance(self.weight, Tensor)
+        return self.weight
 
 
 class GroupKey(NamedTuple):
@@ -79,10 +88,12 @@ class SharedFactor(NamedTuple):
 def group_key(layer: Layer) -> GroupKey | None:
     """Which launch a layer belongs to, or None where the kernels over depth do not take it.
 
-    They take plain tensors of one device in fp32, fp16 and bf16, a weight with a contiguous dimension, and a product
-    variant up to MAX_PRODUCT_RANK.
+    They take plain tensors of one device in fp32, fp16 and bf16, a weight with a contiguous dimension and not in 4
+    bits, and a product variant up to MAX_PRODUCT_RANK.
     """
     weight, bias = layer.weight, layer.bias
+    if isinstance(weight, QuantizedWeight):
+        return None
     tensors = [weight, *layer.adapter.values(), *(() if bias is None else (bias,))]
     dtypes = {torch.float32, torch.float16, torch.bfloat16}
     if any(type(t.data) is not Tensor or t.device != weight.device or t.dtype not in dtypes for t in tensors):

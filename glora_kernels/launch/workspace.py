@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from glora_kernels.quant import QuantizedWeight
+
 workspace_lock = threading.RLock()
 """On a GPU, held from building something in the buffer until its reader is launched: two host threads on one
 stream would otherwise launch in any order."""
@@ -38,7 +40,7 @@ def private_workspace() -> Iterator[None]:
         _thread.private -= 1
 
 
-def workspace_like(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def workspace_like(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """A contiguous view of the buffer in the shape of `weight`, with whatever its last user left in it."""
     device = weight.device
     size = weight.numel() * dtype.itemsize

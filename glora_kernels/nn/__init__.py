@@ -2,11 +2,13 @@
 
 from glora_kernels.nn.adapter import load_adapter, save_adapter
 from glora_kernels.nn.depth import deferred_shared_grads, shift_once
+from glora_kernels.nn.frozen import QuantizedLinear
 from glora_kernels.nn.fuse import FusedReport, fuse_cross_attention, fuse_siblings, split_siblings
 from glora_kernels.nn.grouped import GroupedLoRALinear
 from glora_kernels.nn.inject import inject
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import disabled, merge, trainable_parameters, unmerge
+from glora_kernels.nn.quantize import quantize
 from glora_kernels.nn.sharded import clip_grad_norm_, fully_shard, parameter_groups
 from glora_kernels.nn.share import shared
 from glora_kernels.nn.warmup import warmup
@@ -15,6 +17,7 @@ __all__ = [
     "FusedReport",
     "GLoRALinear",
     "GroupedLoRALinear",
+    "QuantizedLinear",
     "clip_grad_norm_",
     "deferred_shared_grads",
     "disabled",
@@ -25,6 +28,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "parameter_groups",
+    "quantize",
     "save_adapter",
     "shared",
     "shift_once",

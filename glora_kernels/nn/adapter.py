@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from glora_kernels.nn.base import Base, base_of, unsupported
 from glora_kernels.nn.file import Adapter, LayerEntry, host_copy, read, write
 from glora_kernels.nn.inject import TRAINED, Linear, linears, replace
 from glora_kernels.nn.linear import GLoRALinear
@@ -127,7 +128,7 @@ def _inject(model: nn.Module, adapter: Adapter, where: str) -> nn.Module:
     values = adapter.values()
     plan: list[tuple[Linear, GLoRAConfig, torch.dtype | None]] = []
     shapes: dict[str, tuple[int, ...]] = {}
-    weights: dict[str, Tensor] = {}
+    bases: dict[str, Base] = {}
     biases: dict[str, Tensor] = {}
     shared = {*adapter.tied, *adapter.tied.values()}
     alone: list[Tie] = []  # factors in fp32 beside others in the dtype of the base
@@ -138,12 +139,12 @@ def _inject(model: nn.Module, adapter: Adapter, where: str) -> nn.Module:
         if path != (first := found[path].paths[0]):
             raise ValueError(f"{where} adapts {path!r}, which in the model is one module with {first!r}")
         module = found[path].module
-        parameters = module._parameters
-        weight = parameters["weight"]
-        if weight is None or weight.is_meta:
+        if reason := unsupported(module):
+            raise ValueError(f"{where} adapts {path!r}, which cannot be replaced: {reason}")
+        base = base_of(module)
+        if base is None or base.weight.is_meta:
             raise ValueError(f"{where}: the weight of {path!r} is on the meta device; load the base model first")
-        out_features, in_features = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
-        bias = parameters.get("bias")
+        (out_features, in_features), bias = base.shape, base.bias
         fitting = changed(entry, in_features=in_features, out_features=out_features, bias=bias is not None)
         _check_entry(where, path, entry, fitting)
         expected = _shapes(path, entry)
@@ -152,11 +153,11 @@ def _inject(model: nn.Module, adapter: Adapter, where: str) -> nn.Module:
         names = entry.config.parameter_shapes(in_features, out_features, entry.bias)
         own = [name for name in names if (full := _join(path, name)) in values and full not in shared]
         fp32 = [name for name in own if values[_join(path, name)].dtype == torch.float32]
-        kept_wide = fp32 if weight.dtype.itemsize == 2 else []
+        kept_wide = fp32 if base.dtype.itemsize == 2 else []
         every = bool(kept_wide) and kept_wide == own
         plan.append((found[path], entry.config, torch.float32 if every else None))
         alone += [] if every else [Tie(((path, name),), torch.float32) for name in kept_wide]
-        weights[path] = weight
+        bases[path] = base
         if entry.train_bias and bias is not None:
             biases[_join(path, "bias")] = bias
     if absent := sorted(set(adapter.train) - set(modules)):
@@ -170,19 +171,19 @@ def _inject(model: nn.Module, adapter: Adapter, where: str) -> nn.Module:
             raise ValueError(f"{where} ties {name!r} to {first!r}, an adapter to a module trained whole")
     _check_ties(where, {name: first for name, first in adapter.tied.items() if name in kept}, _ties(kept))
     ties = {name: first for name, first in adapter.tied.items() if name not in kept}
-    return replace(model, plan, trained, Sharing(_planned_ties(ties, values, weights) + alone, adapter.siblings))
+    return replace(model, plan, trained, Sharing(_planned_ties(ties, values, bases) + alone, adapter.siblings))
 
 
-def _planned_ties(tied: Mapping[str, str], values: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[Tie]:
-    """The ties of a file's adapters, which a plain model does not have yet; `weights` by path."""
+def _planned_ties(tied: Mapping[str, str], values: Mapping[str, Tensor], bases: Mapping[str, Base]) -> list[Tie]:
+    """The ties of a file's adapters, which a plain model does not have yet; `bases` by path."""
     groups: dict[str, list[str]] = {}
     for name, first in tied.items():
         groups.setdefault(first, [first]).append(name)
     ties = []
     for first, names in groups.items():
         factors = tuple((path, own) for path, _, own in (name.rpartition(".") for name in names))
-        check_devices(factors, weights)
-        dtype = weights[factors[0][0]].dtype
+        check_devices(factors, {path: base.weight.device for path, base in bases.items()})
+        dtype = bases[factors[0][0]].dtype
         wide = dtype.itemsize == 2 and values[first].dtype == torch.float32
         ties.append(Tie(factors, torch.float32 if wide else dtype))
     return ties

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from glora_kernels.nn.base import check_dtype, is_linear, unsupported
+from glora_kernels.nn.base import base_of, check_dtype, is_linear, unsupported
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import all_paths, listed, named_layers, unwrap
 from glora_kernels.nn.share import Member, Sharing, keep_tied, plan_sharing, tie
@@ -92,15 +92,15 @@ def inject(
     if adapter_dtype is not None:
         check_dtype("adapter_dtype", adapter_dtype)
     configs = _checked_configs(config)
-    trained = _trained_modules(root, _patterns("train", train))
-    targets = None if target_modules is None else _patterns("target_modules", target_modules)
+    trained = _trained_modules(root, patterns_of("train", train))
+    targets = None if target_modules is None else patterns_of("target_modules", target_modules)
     if targets == []:
         raise ValueError("target_modules is empty; give at least one pattern, or None for every layer but the head")
     plan = _plan(root, configs, targets, trained)
     members = []
     for linear, chosen in plan:
         if isinstance(chosen, ShareLoRAConfig):
-            _check_replaceable(linear)
+            check_replaceable(linear)
             members.append(_member(linear, chosen))
     sharing = plan_sharing(root, members, adapter_dtype)
     layer_configs = [(linear, _layer_config(chosen), adapter_dtype) for linear, chosen in plan]
@@ -116,8 +116,8 @@ def replace(
     """Put GLoRA layers in the places of the plan's linear layers, tie, freeze, mark and unfreeze `trained`."""
     root = unwrap(model)
     for linear, _, _ in plan:
-        _check_replaceable(linear)
-    _check_wrapper(model, root)
+        check_replaceable(linear)
+    check_wrapper(model, root)
     _check_trained(plan, trained)
     before = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
     try:
@@ -155,22 +155,32 @@ def linears(root: nn.Module) -> list[Linear]:
     return list(found.values())
 
 
+def find_targets(
+    root: nn.Module, targets: list[str] | None, trained: Mapping[str, nn.Module]
+) -> tuple[list[Linear], list[Linear]]:
+    """(every linear layer, those that `targets` names and no module of `trained` holds); None means all but the head.
+
+    Raises:
+        ValueError: a pattern that matches no linear layer, or only such that are trained whole.
+    """
+    every = linears(root)
+    inside = {id(module): path for path, top in trained.items() for module in top.modules()}
+    free = [linear for linear in every if id(linear.module) not in inside]
+    if targets is None:
+        head = _head(root)
+        return every, [linear for linear in free if not _is_head(linear, head)]
+    for pattern in targets:
+        _check_target(root, pattern, every, inside)
+    return every, [linear for linear in free if any(linear.matches(pattern) for pattern in targets)]
+
+
 def _plan(
     root: nn.Module,
     configs: Mapping[str, Config | None],
     targets: list[str] | None,
     trained: Mapping[str, nn.Module],
 ) -> list[tuple[Linear, Config]]:
-    every = linears(root)
-    inside = {id(module): path for path, top in trained.items() for module in top.modules()}
-    free = [linear for linear in every if id(linear.module) not in inside]
-    if targets is None:
-        head = _head(root)
-        candidates = [linear for linear in free if not _is_head(linear, head)]
-    else:
-        for pattern in targets:
-            _check_target(root, pattern, every, free, inside)
-        candidates = [linear for linear in free if any(linear.matches(pattern) for pattern in targets)]
+    every, candidates = find_targets(root, targets, trained)
     for pattern, chosen in configs.items():
         # A layer that is no candidate anyway may be excluded once more.
         pool = every if chosen is None else candidates
@@ -202,19 +212,16 @@ def _choice(linear: Linear, configs: Mapping[str, Config | None]) -> Config | No
 
 
 def _member(linear: Linear, config: ShareLoRAConfig) -> Member:
-    weight = linear.module._parameters["weight"]
-    assert weight is not None
-    n, k = weight.shape if isinstance(linear.module, nn.Linear) else weight.shape[::-1]
-    return Member(linear.paths, weight, (n, k), config)
+    base = base_of(linear.module)
+    assert base is not None
+    return Member(linear.paths, base.weight.device, base.dtype, base.shape, config)
 
 
 def _layer_config(config: Config) -> GLoRAConfig:
     return config.layer_config() if isinstance(config, ShareLoRAConfig) else config
 
 
-def _check_target(
-    root: nn.Module, pattern: str, every: list[Linear], free: list[Linear], inside: Mapping[int, str]
-) -> None:
+def _check_target(root: nn.Module, pattern: str, every: list[Linear], inside: Mapping[int, str]) -> None:
     """A target pattern must match a linear layer; without wildcards, it may not name one inside `train`."""
     matched = [linear for linear in every if linear.matches(pattern)]
     if not matched:
@@ -248,7 +255,8 @@ def _trained_modules(root: nn.Module, patterns: list[str]) -> dict[str, nn.Modul
     return found
 
 
-def _check_replaceable(linear: Linear) -> None:
+def check_replaceable(linear: Linear) -> None:
+    """An error where another module in the place of a linear layer would not be called, or it cannot be replaced."""
     path = linear.paths[0]
     for parent, name in linear.parents:
         if isinstance(parent, nn.MultiheadAttention):
@@ -264,7 +272,8 @@ def _check_replaceable(linear: Linear) -> None:
         raise ValueError(f"{path!r} ({type(linear.module).__name__}) cannot be replaced: {reason}; {_EXCLUDE}")
 
 
-def _check_wrapper(model: nn.Module, root: nn.Module) -> None:
+def check_wrapper(model: nn.Module, root: nn.Module) -> None:
+    """An error where the model is wrapped in what must come after a replacement of layers."""
     if model is not root and is_linear(root):
         raise ValueError("a single wrapped linear layer cannot be replaced; inject first, then wrap it")
     while model is not root:
@@ -324,7 +333,8 @@ def _checked_configs(config: object) -> Mapping[str, Config | None]:
     return config
 
 
-def _patterns(argument: str, given: str | Iterable[str]) -> list[str]:
+def patterns_of(argument: str, given: str | Iterable[str]) -> list[str]:
+    """A pattern or several, as a list."""
     patterns = [given] if isinstance(given, str) else list(given)
     for pattern in patterns:
         if not isinstance(pattern, str):

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glora_kernels.nn.base import check_config, check_dtype, is_conv1d, is_linear, unsupported
+from glora_kernels.nn.base import Base, base_of, check_config, check_dtype, is_linear, unsupported
+from glora_kernels.nn.frozen import FrozenBase, describe
 from glora_kernels.nn.ranks import refuse_sharded
 from glora_kernels.ops import glora_linear, glora_wc
-from glora_kernels.ops.common import wide_dtype, without_autocast
+from glora_kernels.ops.common import Weight, wide_dtype, without_autocast
 from glora_kernels.ops.glora import dropout_seed
+from glora_kernels.quant import QuantizedWeight, dequantize
 from glora_kernels.reference import effective_bias, effective_weight
 from glora_kernels.spec import GLoRAConfig
 
@@ -46,11 +48,12 @@ _NAMES = ("weight", "bias", *ADAPTER_NAMES)
 UNSHARD = "save the adapter, load it into a model in one piece and merge that"
 
 
-class GLoRALinear(nn.Module):
+class GLoRALinear(FrozenBase):
     """y = x (W + W∘A + s·B)ᵀ + b + b∘D + E + W·C with W and b frozen; a fresh layer equals its base.
 
-    Shapes: x (..., K), y (..., N), weight (N, K), or (K, N) as stored where the base was a `Conv1D`; bias
-    (N,). The adapter's parameters are those of `GLoRAConfig.parameter_shapes`; without a bias there is no D.
+    Shapes: x (..., K), y (..., N), weight (N, K), or (K, N) as stored where the base was a `Conv1D`, or the packed
+    codes of a 4-bit base (P, 1); bias (N,). The adapter's parameters are those of `GLoRAConfig.parameter_shapes`;
+    without a bias there is no D.
 
     Args:
         in_features: K.
@@ -66,11 +69,7 @@ class GLoRALinear(nn.Module):
         ValueError: a size below 1 or a dtype that is not served.
     """
 
-    in_features: int
-    out_features: int
     config: GLoRAConfig
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     D: nn.Parameter | None
 
     def __init__(
@@ -90,7 +89,7 @@ class GLoRALinear(nn.Module):
                 raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
         weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         b = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        self._register(weight, b, config, adapter_dtype, transposed=False)
+        self._register(Base(weight, b, (out_features, in_features), weight.dtype), config, adapter_dtype)
         self.reset_parameters()
 
     @classmethod
@@ -100,55 +99,54 @@ class GLoRALinear(nn.Module):
         """A layer on the parameters of `linear` (the same objects, no copy), which are frozen by this.
 
         Args:
-            linear: an `nn.Linear`, or a `Conv1D` of transformers, whose weight stays as stored, (K, N).
+            linear: an `nn.Linear`; a `Conv1D` of transformers, whose weight stays as stored, (K, N); or one in 4
+                bits: a `QuantizedLinear` (`quantize`) or a bitsandbytes `Linear4bit`, whose codes stay where they are.
             config: which supports exist, rank, scale, dropout.
-            adapter_dtype: of the adapter; None means the weight's.
+            adapter_dtype: of the adapter; None means the weight's, over 4 bits the dtype that is computed in.
 
         Raises:
             TypeError: `linear` is no linear layer, or `config` is not a GLoRAConfig.
-            ValueError: a linear layer that cannot be replaced (hooks, its own forward, ...), and why.
+            ValueError: a linear layer that cannot be replaced (hooks, its own forward, a `Linear4bit` that is not
+                quantized yet, ...), and why.
         """
         if not is_linear(linear):
-            raise TypeError(f"from_linear takes an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
+            raise TypeError(
+                "from_linear takes an nn.Linear, a Linear4bit, a QuantizedLinear or a transformers Conv1D; "
+                f"got {type(linear).__name__}"
+            )
         if reason := unsupported(linear):
             raise ValueError(f"from_linear cannot take this {type(linear).__name__}: {reason}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        weight, bias = linear._parameters["weight"], linear._parameters.get("bias")
-        layer._register(weight, bias, config, adapter_dtype, transposed=is_conv1d(linear))
+        layer._register(base_of(linear), config, adapter_dtype)
         layer.reset_adapter()
         return layer.train(linear.training)
 
-    def _register(
-        self,
-        weight: nn.Parameter | None,
-        bias: nn.Parameter | None,
-        config: GLoRAConfig,
-        adapter_dtype: torch.dtype | None,
-        transposed: bool,
-    ) -> None:
+    def _register(self, base: Base | None, config: GLoRAConfig, adapter_dtype: torch.dtype | None) -> None:
         check_config(config)
-        if weight is None:
+        if base is None:
             raise ValueError("a linear layer without a weight cannot be adapted")
-        for name, dtype in (("dtype", weight.dtype), ("adapter_dtype", adapter_dtype or weight.dtype)):
+        weight, bias = base.weight, base.bias
+        for name, dtype in (("dtype", base.dtype), ("adapter_dtype", adapter_dtype or base.dtype)):
             check_dtype(name, dtype)
-        self.out_features, self.in_features = weight.shape[::-1] if transposed else weight.shape
+        self.out_features, self.in_features = base.shape
         self.config = config
         shapes = config.parameter_shapes(self.in_features, self.out_features, bias is not None)
         parameters: dict[str, nn.Parameter | None] = {
-            name: nn.Parameter(torch.empty(shapes[name], device=weight.device, dtype=adapter_dtype or weight.dtype))
+            name: nn.Parameter(torch.empty(shapes[name], device=weight.device, dtype=adapter_dtype or base.dtype))
             if name in shapes
             else None
             for name in ADAPTER_NAMES
         }
-        for base in (weight, bias):
-            if base is not None:
-                base.requires_grad_(False)
+        for frozen in (weight, bias):
+            if frozen is not None:
+                frozen.requires_grad_(False)
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
-        self._transposed = transposed
+        self._transposed = base.transposed
+        self.quant_state, self.compute_dtype = base.quant_state, base.compute_dtype
         self._base: tuple[Tensor, Tensor | None] | None = None  # while merged: W and b, in host memory
         self._disabled = 0  # how many `disabled` contexts the layer is in
         self._beta: Tensor | None = None  # inside `shift_once`: the full bias
@@ -175,7 +173,13 @@ class GLoRALinear(nn.Module):
         return self
 
     def reset_parameters(self) -> None:
-        """Initialise the base as `nn.Linear` does, and the adapter. Overwrites a pretrained base."""
+        """Initialise the base as `nn.Linear` does, and the adapter. Overwrites a pretrained base.
+
+        Raises:
+            RuntimeError: the base is in 4 bits, which no random numbers are written to.
+        """
+        if self.quant_state is not None:
+            raise RuntimeError("reset_parameters: the base is in 4 bits; reset_adapter() leaves it as it is")
         nn.init.kaiming_uniform_(self.weight.t() if self._transposed else self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1.0 / math.sqrt(self.in_features)
@@ -222,17 +226,26 @@ class GLoRALinear(nn.Module):
         p: dict[str, Tensor | None] = self._parameters  # type: ignore[assignment]
         if len(p) < len(_NAMES):  # data parallel replicas keep their parameters as attributes
             p = {name: getattr(self, name) for name in _NAMES}
-        weight, bias = p["weight"], p["bias"]
-        assert weight is not None
-        if self._transposed:
-            weight = weight.t()
+        stored, bias = p["weight"], p["bias"]
+        assert stored is not None
+        state, dtype = self.quant_state, None
+        weight: Weight = stored
+        if state is not None:
+            weight = QuantizedWeight(stored, state)
+            if self.compute_dtype is not None and x.dtype != self.compute_dtype:
+                x, dtype = x.to(self.compute_dtype), x.dtype
+        elif self._transposed:
+            weight = stored.t()
         if self._disabled or self._base is not None:
             if not self._disabled and self.training and torch.is_grad_enabled():
                 raise RuntimeError(
                     "this layer is merged: its adapter takes no part in forward and would not be trained. To "
                     "train, call unmerge(); to run the merged weights, call eval() or use torch.no_grad()"
                 )
-            return F.linear(x, weight, bias)
+            if isinstance(weight, Tensor):
+                return F.linear(x, weight, bias)
+            y = glora_linear(x, weight, bias)
+            return y if dtype is None else y.to(dtype)
         c, c_up, d, e, wc = p["C"], p["C_up"], p["D"], p["E"], None
         if self._beta is not None:  # of which all of these are part
             bias, d, e = self._beta, None, None
@@ -242,7 +255,7 @@ class GLoRALinear(nn.Module):
         if dropout_p:
             seed = dropout_seed(x.device) if siblings is None else siblings.seed(self, x)
         linear = glora_linear if self._deferred is None else self._deferred
-        return linear(
+        y = linear(
             x,
             weight,
             bias,
@@ -260,6 +273,7 @@ class GLoRALinear(nn.Module):
             seed=seed,
             variant=self._variant,
         )
+        return y if dtype is None else y.to(dtype)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -273,6 +287,8 @@ class GLoRALinear(nn.Module):
             RuntimeError: the layer is merged already, or disabled.
         """
         self.check_mergeable()
+        if self.quant_state is not None:
+            raise RuntimeError("merge: a 4-bit base")  # requantize
         weight, bias = self._effective()
         base = (
             self.weight.to("cpu", copy=True),
@@ -312,12 +328,17 @@ class GLoRALinear(nn.Module):
         self._base = None
 
     @torch.no_grad()
-    def to_linear(self) -> nn.Linear:
-        """A plain `nn.Linear` (N, K) with W_eff and the full bias: frozen, nothing shared with this layer."""
-        weight: Tensor = self.weight.t() if self._transposed else self.weight
-        bias: Tensor | None = self.bias
-        if self._base is None:
-            weight, bias = self._effective()
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A plain `nn.Linear` (N, K) with W_eff and the full bias: frozen, nothing shared with this layer.
+
+        W_eff is computed in fp32 and rounded once, also from a 4-bit base.
+
+        Args:
+            dtype: of the weight; None means the base's, of a 4-bit base the dtype that is computed in.
+        """
+        if dtype is not None:
+            check_dtype("dtype", dtype)
+        weight, bias = self._effective(dtype)
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta", dtype=weight.dtype)
         keep = torch.contiguous_format
         linear.weight = nn.Parameter(weight.clone(memory_format=keep), requires_grad=False)
@@ -325,17 +346,21 @@ class GLoRALinear(nn.Module):
             linear.bias = nn.Parameter(bias.clone(memory_format=keep), requires_grad=False)
         return linear.train(self.training)
 
-    def _effective(self) -> tuple[Tensor, Tensor | None]:
-        """W_eff (N, K) and the full bias (N,), in the dtypes of `weight` and `bias`; may alias them."""
+    def _effective(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+        """W_eff (N, K) and the full bias (N,), in `dtype` or those of the base; may alias them."""
         refuse_sharded(self, "merge", UNSHARD)
-        weight = self.weight.t() if self._transposed else self.weight
-        bias = self.bias
-        wide = weight.to(wide_dtype(weight.dtype))
+        weight, bias = self.base_weight(), self.bias
+        beta_dtype = dtype or (self.base_dtype if bias is None else bias.dtype)
+        dtype = dtype or self.base_dtype
+        wide = wide_dtype(self.base_dtype)
+        dense = dequantize(weight, wide) if isinstance(weight, QuantizedWeight) else weight.to(wide)
+        if self._base is not None:
+            return dense.to(dtype), None if bias is None else bias.to(beta_dtype)
         adapter: dict[str, Tensor] = {name: parameter.detach() for name, parameter in self.adapter().items()}
-        with without_autocast(weight.device.type):
-            merged = effective_weight(wide, adapter, self.config).to(weight.dtype)
-            beta = effective_bias(wide, bias, adapter, self.config)
-        return merged, None if beta is None else beta.to(weight.dtype if bias is None else bias.dtype)
+        with without_autocast(dense.device.type):
+            merged = effective_weight(dense, adapter, self.config).to(dtype)
+            beta = effective_bias(dense, bias, adapter, self.config)
+        return merged, None if beta is None else beta.to(beta_dtype)
 
     def _load_from_state_dict(
         self,
@@ -366,6 +391,8 @@ class GLoRALinear(nn.Module):
         config = self.config
         parts = [f"in_features={self.in_features}, out_features={self.out_features}"]
         parts.append(f"bias={self.base_bias is not None}")
+        if self.quant_state is not None:
+            parts.append(describe(self.quant_state))
         supports = [f"{name}={getattr(config, name)}" for name in "ABCDE" if getattr(config, name) != "none"]
         if self.D is None:
             supports = [part for part in supports if not part.startswith("D=")]

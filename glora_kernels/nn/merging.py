@@ -17,9 +17,8 @@ SHIFTS = frozenset(("C", "C_up", "D", "E"))
 
 def operands(layer: GLoRALinear) -> Layer:
     """A layer as the operators over depth take it; its parameters stay part of the graph."""
-    weight: Tensor = layer.weight.t() if layer._transposed else layer.weight
     adapter: Mapping[str, Tensor] = layer.adapter()
-    return Layer(weight, layer.bias, adapter, layer.config.scale, layer.config.variant == "matmul")
+    return Layer(layer.base_weight(), layer.bias, adapter, layer.config.scale, layer.config.variant == "matmul")
 
 
 def split_for_merge(layers: Mapping[str, GLoRALinear]) -> tuple[list[GLoRALinear], dict[str, GLoRALinear]]:

@@ -29,10 +29,11 @@ that resizes the bias of the layer to the rows of its weight (a Conv1D has (K, N
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A linear layer that a ShareLoRAConfig is meant for: its paths, weight as stored, shape (N, K)."""
+    """A linear layer that a ShareLoRAConfig is meant for: its paths, the device and dtype of its base, shape (N, K)."""
 
     paths: Sequence[str]
-    weight: Tensor
+    device: torch.device
+    dtype: torch.dtype
     shape: tuple[int, int]
     config: ShareLoRAConfig
 
@@ -94,11 +95,11 @@ def plan_sharing(root: nn.Module, members: Iterable[Member], adapter_dtype: torc
     return Sharing(ties, tied_sets)
 
 
-def check_devices(factors: Iterable[tuple[str, str]], weights: Mapping[str, Tensor]) -> None:
-    """An error where layers that would share a factor are on different devices; `weights` by path."""
+def check_devices(factors: Iterable[tuple[str, str]], devices: Mapping[str, torch.device]) -> None:
+    """An error where layers that would share a factor are on different devices; `devices` by path."""
     (first, name), *others = factors
     for path, _ in others:
-        if (here := weights[path].device) != (there := weights[first].device):
+        if (here := devices[path]) != (there := devices[first]):
             raise ValueError(
                 f"{first!r} on {there} and {path!r} on {here} cannot share one {name}: a parameter has one device. Put "
                 "them on one device, or let fewer layers share (projections=..., or several configurations)"
@@ -363,13 +364,13 @@ def _joined(groups: list[list[Member]], siblings: list[list[Member]]) -> list[li
 def _tie(name: str, members: list[Member], adapter_dtype: torch.dtype | None) -> Tie:
     """The tie of one factor of the members; fp32 over a 16-bit base, since a gradient is summed in its dtype."""
     factors = tuple((member.path, name) for member in members)
-    check_devices(factors, {member.path: member.weight for member in members})
+    check_devices(factors, {member.path: member.device for member in members})
     first = members[0]
-    dtype = first.weight.dtype
+    dtype = first.dtype
     for member in members:
-        if adapter_dtype is None and member.weight.dtype != dtype:
+        if adapter_dtype is None and member.dtype != dtype:
             raise ValueError(
-                f"{first.path!r} with {dtype} weights and {member.path!r} with {member.weight.dtype} weights cannot "
+                f"{first.path!r} with {dtype} weights and {member.path!r} with {member.dtype} weights cannot "
                 f"share one {name}: give adapter_dtype, the dtype of all adapters, or a configuration for each dtype"
             )
     return Tie(factors, adapter_dtype or (torch.float32 if dtype.itemsize == 2 else dtype))

@@ -453,6 +453,8 @@ def refusal(members: Mapping[str, GLoRALinear], fused: bool = True) -> str | Non
     if unlike or not fused:
         return unlike
     for path, layer in members.items():
+        if layer.quant_state is not None:
+            return f"{path!r} has a 4-bit base, which each layer dequantizes for itself"
         if layer.config.A != "none":
             return f"{path!r} has A={layer.config.A!r}; A must be 'none'"
         if layer.config.B not in ("lora", "none"):

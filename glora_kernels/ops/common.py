@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from glora_kernels.quant import NestedState, QuantizedWeight, QuantState
+from glora_kernels.quant.codes import QUANT_TYPES
+from glora_kernels.quant.weight import DTYPES
+
 LIBRARY = torch.library.Library("glora_kernels", "DEF")
 """Every operator of the package is defined in this one namespace: torch.ops.glora_kernels."""
+
+
+Weight = Tensor | QuantizedWeight
+"""W (N, K) of a call: a matrix, or the 4-bit codes of one."""
+
+QUANT_ARGUMENTS = (
+    "Tensor? absmax=None, Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? nested_offset=None, "
+    "int[] form=[]"
+)
+"""What the operators take beside the packed codes of a 4-bit weight: nothing, and an empty form, beside a matrix."""
 
 
 class Supports(NamedTuple):
@@ -69,6 +84,46 @@ def given(tensor: Tensor | None) -> Tensor:
     if tensor is None:
         raise AssertionError("a tensor that backward needs was not saved by forward")
     return tensor
+
+
+def stored(weight: Weight) -> Tensor:
+    """The tensor that holds the weight: itself, or the packed codes."""
+    return weight.packed if isinstance(weight, QuantizedWeight) else weight
+
+
+def restored(tensor: Tensor, like: QuantState | None) -> Weight:
+    """The weight of a stored tensor."""
+    return tensor if like is None else QuantizedWeight(tensor, like)
+
+
+def quant_arguments(weight: Weight) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, list[int]]:
+    """The `QUANT_ARGUMENTS` of a weight; the form is N, K, type, dtype, blocksize, nested blocksize."""
+    if not isinstance(weight, QuantizedWeight):
+        return None, None, None, None, []
+    state, nested = weight.state, weight.state.nested
+    form = [*state.shape, QUANT_TYPES.index(state.quant_type), DTYPES.index(state.dtype), state.blocksize]
+    if nested is None:
+        return state.absmax, None, None, None, [*form, 0]
+    return state.absmax, nested.absmax, nested.code, nested.offset, [*form, nested.blocksize]
+
+
+def weight_of(
+    tensor: Tensor,
+    absmax: Tensor | None = None,
+    nested_absmax: Tensor | None = None,
+    nested_code: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    form: Sequence[int] = (),
+) -> Weight:
+    """The weight of an operator's arguments; PyTorch leaves out those with their default."""
+    if absmax is None:
+        return tensor
+    n, k, quant_type, dtype, blocksize, nested_blocksize = form
+    nested = None
+    if nested_absmax is not None:
+        nested = NestedState(nested_absmax, given(nested_code), nested_blocksize, given(nested_offset))
+    state = QuantState(absmax, QUANT_TYPES[quant_type], blocksize, (n, k), DTYPES[dtype], nested)
+    return QuantizedWeight(tensor, state)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -135,6 +190,14 @@ def check_form(
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums and scales are taken in: fp32 for 16-bit values."""
     return torch.float32 if dtype.itemsize == 2 else dtype
+
+
+def wc_dtype(weight: Weight, c: Tensor | None, c_up: Tensor | None) -> torch.dtype:
+    """The dtype of W·c: the wide one of W; beside a 4-bit W, which is exact in any, float64 for a float64 c."""
+    factor = given(c if c_up is None else c_up)
+    if isinstance(weight, QuantizedWeight) and factor.dtype == torch.float64:
+        return torch.float64
+    return wide_dtype(weight.dtype)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -20,7 +20,20 @@ from glora_kernels.launch import routes
 from glora_kernels.launch.plan import arch_of
 from glora_kernels.launch.table import SharedFactor, SharedProduct
 from glora_kernels.ops import glora as plain
-from glora_kernels.ops.common import Call, Needs, Supports, autocast_dtype, cast, given, wide_dtype, without_autocast
+from glora_kernels.ops.common import (
+    Call,
+    Needs,
+    Supports,
+    Weight,
+    autocast_dtype,
+    cast,
+    given,
+    restored,
+    stored,
+    wide_dtype,
+    without_autocast,
+)
+from glora_kernels.quant import QuantizedWeight
 from glora_kernels.reference.random import keep_mask
 
 _N = len(Supports._fields)
@@ -142,7 +155,7 @@ class DeferredLinear:
     def __call__(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None = None,
         *,
         scale: float = 1.0,
@@ -167,20 +180,22 @@ class DeferredLinear:
 
 class _DeferredFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, call: Call, to: DeferredLinear, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, call: Call, to: DeferredLinear, *tensors: Tensor | None) -> Tensor:
         s = Supports(*tensors)
         y, h, sigma, u = plain._forward(x, weight, s, call)
         needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
         keep = plain._saved(needs, s, call, None)
         kept = (t if k else None for t, k in zip((x, y, h, sigma, u), keep, strict=True))
-        ctx.save_for_backward(weight, *s, call.seed, *kept)
+        ctx.save_for_backward(stored(weight), *s, call.seed, *kept)
+        ctx.quant_state = weight.state if isinstance(weight, QuantizedWeight) else None
         ctx.needs, ctx.call, ctx.to = needs, call._replace(seed=None), to
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *rest = ctx.saved_tensors
+        tensor, *rest = ctx.saved_tensors
+        weight = restored(tensor, ctx.quant_state)
         s = Supports(*rest[:_N])
         seed, x, y, h, sigma, u = rest[_N:]
         call = ctx.call._replace(seed=seed)

@@ -23,7 +23,7 @@ from glora_kernels.launch import environment, routes
 from glora_kernels.launch.plan import arch_of
 from glora_kernels.launch.table import GroupKey, Layer, group_key
 from glora_kernels.ops import eager as eager_path
-from glora_kernels.ops.common import Supports, cast, given, shift, wide_dtype, without_autocast
+from glora_kernels.ops.common import Supports, Weight, cast, given, shift, stored, wide_dtype, without_autocast
 
 Copy = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """A weight, its copy, a bias, its copy."""
@@ -50,8 +50,8 @@ def merge(layers: Sequence[Layer], betas: Sequence[Tensor | None]) -> None:
 
     key = given_key(layers)
     table = depth.layer_table(layers, key, [{"beta": beta} for beta in betas])
-    depth.merge_launch(table, arch=arch_of(layers[0].weight)).run()
-    _overwritten([layer.weight for layer in layers], betas)
+    depth.merge_launch(table, arch=arch_of(layers[0].dense)).run()
+    _overwritten([layer.dense for layer in layers], betas)
 
 
 def restorable(copy: Copy) -> tuple[object, ...] | None:
@@ -150,7 +150,10 @@ class _Plan(NamedTuple):
 
     def versions(self) -> list[int]:
         """How often each tensor was overwritten, which those of inference mode do not count."""
-        tensors = [*(layer.weight for layer in self.layers), *(_tensor(self.layers[i], name) for i, name in self.slots)]
+        tensors = [
+            *(stored(layer.weight) for layer in self.layers),
+            *(_tensor(self.layers[i], name) for i, name in self.slots),
+        ]
         return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
@@ -216,7 +219,7 @@ def _eager_shift_grads(layer: Layer, g: Tensor, names: set[str]) -> dict[str, Te
 def _triton_shifts(key: GroupKey, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     from glora_kernels.launch import depth
 
-    weight = layers[0].weight
+    weight = layers[0].dense
     sizes = [layer.weight.shape[0] for layer in layers]
     betas = weight.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
     table = depth.layer_table(layers, key, [{"beta": beta} for beta in betas])
@@ -238,13 +241,13 @@ def _triton_shift_grads(
             for j, name in asked if i == j
         }  # fmt: skip
         grads |= {(i, name): grad for name, grad in own.items()}
-        wide = g.new_empty(layers[i].weight.shape[1], dtype=torch.float32) if "C_down" in own else None
+        wide = g.new_empty(layers[i].dense.shape[1], dtype=torch.float32) if "C_down" in own else None
         columns.append({
             "g": g.to(torch.float32).contiguous(), "dbias": own.get("bias"), "dc": own.get("C"), "dc_wide": wide,
             "dc_up": own.get("C_up"), "dc_down": own.get("C_down"), "dd": own.get("D"), "de": own.get("E"),
         })  # fmt: skip
     members = [layers[i] for i in gs]
-    table, arch = depth.layer_table(members, key, columns), arch_of(members[0].weight)
+    table, arch = depth.layer_table(members, key, columns), arch_of(members[0].dense)
     depth.shift_grad_launch(table, arch=arch).run()
     if any(name == "C_down" for _, name in asked):
         depth.shift_down_launch(table, arch=arch).run()
@@ -264,7 +267,7 @@ def given_key(layers: Sequence[Layer]) -> GroupKey:
     return key
 
 
-def _on_triton(weight: Tensor) -> bool:
+def _on_triton(weight: Weight) -> bool:
     """Whether kernels run where a weight is. A forced backend that cannot serve it is no error: eager merges it."""
     choice, device = routes.current_backend(), weight.device.type
     if choice == "triton":

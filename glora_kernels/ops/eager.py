@@ -11,6 +11,9 @@ The products of a forward and backward: 2 the size of W, 3 where A is lora; all 
 In 16 bits a small adapter must not be rounded away. Its terms are added inside the large product, which rounds
 once; where a 16-bit value is scaled by 1+a, or a small term is added to a bias, the result is rounded with a dither
 that keeps the mean.
+
+A 4-bit weight is made dense in the same workspace, in the dtype of the computation, and again in backward; W_eff and
+H are built from a few rows of it at a time.
 """
 
 from __future__ import annotations
@@ -23,20 +26,21 @@ from torch.nn.functional import linear
 
 from glora_kernels.launch.workspace import workspace_like
 from glora_kernels.ops import recover
-from glora_kernels.ops.common import Call, Needs, Supports, cast, given, shift, wide_dtype
+from glora_kernels.ops.common import Call, Needs, Supports, Weight, cast, given, shift, wc_dtype, wide_dtype
+from glora_kernels.quant import QuantizedWeight, dequantize
 from glora_kernels.reference.random import keep_mask, round_dithered
 
 _CHUNK = 1 << 17  # elements at a time where 16-bit values are worked on in fp32: the temporaries stay in the cache
 
 
 def forward(
-    x: Tensor, weight: Tensor, s: Supports, call: Call
+    x: Tensor, weight: Weight, s: Supports, call: Call
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y (M,N), and what backward may want: h (M,·) = [P | s·x̃·B_downᵀ], σ (M,), U (N,R).
 
     Args:
         x: (M, K) in the dtype of the computation.
-        weight: W (N, K) in that dtype, or in another one under autocast.
+        weight: W (N, K) in that dtype, in another one under autocast, or in 4 bits.
         s: the supports, and the vectors that β is made of.
         call: scale, dropout, variant.
     """
@@ -59,7 +63,7 @@ def forward(
 def backward(
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Weight,
     s: Supports,
     y: Tensor | None,
     h: Tensor | None,
@@ -126,7 +130,8 @@ def backward(
     if not call.matmul and s.a_up is not None and s.a_down is not None and (needs.a_up or needs.a_down):
         hadamard = workspace_like(weight, dtype)  # W_eff is no longer needed: G takes its place
         torch.mm(dy.t(), given(x), out=hadamard)
-        hadamard.mul_(weight)
+        for rows in _row_chunks(hadamard, always=True) if isinstance(weight, QuantizedWeight) else [slice(None)]:
+            hadamard[rows].mul_(weight_rows(weight, rows, dtype))
         da_up = hadamard @ cast(s.a_down, dtype).t() if needs.a_up else None
         da_down = cast(s.a_up, dtype).t() @ hadamard if needs.a_down else None
     db = db if needs.b else None
@@ -134,34 +139,34 @@ def backward(
     return dx, da, da_up, da_down, db, db_up, db_down, *_shift_gradients(g, s, needs)
 
 
-def wc_forward(weight: Tensor, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None) -> Tensor:
+def wc_forward(weight: Weight, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None) -> Tensor:
     """W·c (N,) in the wide dtype, with c (K,) or C_up·C_down multiplied out in that dtype."""
-    wide = wide_dtype(weight.dtype)
+    wide = wc_dtype(weight, c, c_up)
     c = cast(given(c), wide) if c_up is None else (cast(c_up, wide) @ cast(given(c_down), wide)).squeeze(1)
-    if weight.dtype == wide:
+    if isinstance(weight, Tensor) and weight.dtype == wide:
         return weight @ c
     wc = torch.empty(weight.shape[0], dtype=wide, device=weight.device)
-    for rows, part in _wide_chunks(weight):
+    for rows, part in _wide_chunks(weight, wide):
         torch.mv(part, c, out=wc[rows])
     return wc
 
 
 def wc_backward(
     g: Tensor,
-    weight: Tensor,
+    weight: Weight,
     c: Tensor | None,
     c_up: Tensor | None,
     c_down: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dc = Wᵀg, dC_up = dc·C_downᵀ, dC_down = C_upᵀ·dc, in the wide dtype; None where not wanted."""
-    wide = wide_dtype(weight.dtype)
+    wide = wc_dtype(weight, c, c_up)
     g = cast(g, wide)
-    if weight.dtype == wide:
+    if isinstance(weight, Tensor) and weight.dtype == wide:
         dc = weight.t() @ g
     else:
         dc = torch.zeros(weight.shape[1], dtype=wide, device=weight.device)
-        for rows, part in _wide_chunks(weight):
+        for rows, part in _wide_chunks(weight, wide):
             dc.addmv_(part.t(), g[rows])
     need_c, need_up, need_down = needs
     return (
@@ -171,30 +176,41 @@ def wc_backward(
     )
 
 
-def weight_for(weight: Tensor, s: Supports, call: Call, dtype: torch.dtype) -> Tensor:
+def weight_for(weight: Weight, s: Supports, call: Call, dtype: torch.dtype) -> Tensor:
     """The weight of the large product: W itself, or W_eff = W∘(1 + A_up·A_down) built in the workspace."""
     if call.matmul or s.a_up is None or s.a_down is None:
         return cast_weight(weight, dtype)
     effective = workspace_like(weight, dtype)
-    if dtype.itemsize > 2:
+    wide = wide_dtype(dtype)
+    if dtype == wide and isinstance(weight, Tensor):
         torch.mm(cast(s.a_up, dtype), cast(s.a_down, dtype), out=effective)
         return torch.addcmul(weight, weight, effective, out=effective)
-    up, down = s.a_up.float(), s.a_down.float()
-    for rows in _row_chunks(effective):
-        part = weight[rows].float()
+    up, down = s.a_up.to(wide), s.a_down.to(wide)
+    for rows in _row_chunks(effective, always=True):
+        part = weight_rows(weight, rows, dtype).to(wide)
         part = torch.addcmul(part, part, up[rows] @ down)
         effective[rows] = round_dithered(part, dtype, first_row=rows.start)
     return effective
 
 
-def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """W in the dtype of the computation: itself, or under autocast a copy in the workspace, made again each time."""
+def weight_rows(weight: Weight, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Some rows of W: of a 4-bit one in the dtype of the computation, of a matrix as they are."""
+    return dequantize(weight, dtype, rows) if isinstance(weight, QuantizedWeight) else weight[rows]
+
+
+def cast_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """W in the dtype of the computation: itself, or in the workspace, made again each time.
+
+    The latter is a copy under autocast, and what a 4-bit weight stands for.
+    """
+    if isinstance(weight, QuantizedWeight):
+        return dequantize(weight, dtype, out=workspace_like(weight, dtype))
     if weight.dtype == dtype:
         return weight
     return workspace_like(weight, dtype).copy_(weight)
 
 
-def _low_rank(x: Tensor, weight: Tensor, s: Supports, call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _low_rank(x: Tensor, weight: Weight, s: Supports, call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Every low-rank term as one product h·factorᵀ: the factor (N,·), h (M,·), and U of the product variant."""
     dtype = x.dtype
     h = factor = u = None
@@ -293,17 +309,20 @@ def _scale_dy(dy: Tensor, a: Tensor) -> Tensor:
     return scaled
 
 
-def _row_chunks(matrix: Tensor) -> list[slice]:
-    """All rows at once, or for 16-bit values in chunks, so that their fp32 copies stay in the cache."""
+def _row_chunks(matrix: Tensor | QuantizedWeight, always: bool = False) -> list[slice]:
+    """All rows at once, or in chunks where `always` or for 16-bit values, so that fp32 copies stay in the cache."""
     rows, cols = matrix.shape
-    step = rows if matrix.dtype.itemsize > 2 else max(1, _CHUNK // max(1, cols))
+    step = rows if matrix.dtype.itemsize > 2 and not always else max(1, _CHUNK // max(1, cols))
     return [slice(i, min(i + step, rows)) for i in range(0, rows, max(1, step))]
 
 
-def _wide_chunks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """A 16-bit matrix as fp32 chunks of its rows, each in the same memory: exact, and nothing of its size."""
-    chunks = _row_chunks(matrix)
-    buffer = torch.empty(chunks[0].stop, matrix.shape[1], dtype=wide_dtype(matrix.dtype), device=matrix.device)
+def _wide_chunks(matrix: Weight, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """A 16-bit or 4-bit matrix as wide chunks of its rows: exact, and nothing of its size."""
+    chunks = _row_chunks(matrix, always=True)
+    if isinstance(matrix, QuantizedWeight):
+        yield from ((rows, dequantize(matrix, wide, rows)) for rows in chunks)
+        return
+    buffer = torch.empty(chunks[0].stop, matrix.shape[1], dtype=wide, device=matrix.device)
     for rows in chunks:
         yield rows, buffer[: rows.stop - rows.start].copy_(matrix[rows])
 
@@ -324,7 +343,7 @@ def _shift_gradients(g: Tensor | None, s: Supports, needs: Needs) -> tuple[Tenso
 
 
 def _scale_gradient(
-    dy: Tensor, y: Tensor, rest: Tensor | None, exact: Tensor | None, x: Tensor | None, weight: Tensor, a: Tensor
+    dy: Tensor, y: Tensor, rest: Tensor | None, exact: Tensor | None, x: Tensor | None, weight: Weight, a: Tensor
 ) -> Tensor:
     """dA = Σₘ dy∘Z (summed over n as well for a constant): recovered from y, from Z itself in the `exact` rows."""
     wide = wide_dtype(dy.dtype)
@@ -334,7 +353,8 @@ def _scale_gradient(
     exact_total = None
     if exact is not None and bool(exact.any()):
         near = exact.nonzero().squeeze(1)
-        z = linear(given(x), weight[near].to(dy.dtype))
+        near_rows = cast_weight(weight, dy.dtype)[near] if isinstance(weight, QuantizedWeight) else weight[near]
+        z = linear(given(x), near_rows.to(dy.dtype))
         exact_total = torch.zeros_like(total)
         exact_total[near] = (dy[:, near].to(wide) * z).sum(0)
     return recover.gradient(total, rest, exact, exact_total, a)

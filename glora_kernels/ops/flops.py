@@ -72,30 +72,37 @@ def wc_backward_flops(weight: Shape, c_up: Shape | None, needs: Sequence[bool]) 
     return (2 * math.prod(weight) if any(needs) else 0) + pair
 
 
+def _sizes(weight: Shape, quant: Sequence[Any]) -> Shape:
+    """(N, K): of a matrix its shape, of a 4-bit weight the first two numbers of its form (`QUANT_ARGUMENTS`)."""
+    form = quant[-1] if quant else []
+    return form[:2] if form else weight
+
+
 @register_flop_formula(torch.ops.glora_kernels.glora_linear)
 def _glora_linear_flops(
     x: Shape, weight: Shape, a: Any, a_up: Any, a_down: Any, b: Any, b_up: Any, b_down: Any, bias: Any, wc: Any, d: Any,
-    e: Any, scale: float, dropout_p: float, seed: Any, matmul: bool, *rest: Any, **kwargs: Any,
+    e: Any, scale: float, dropout_p: float, seed: Any, matmul: bool, route: str, *quant: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
-    return forward_flops(x, weight, a_up, a_down, b_up, matmul)
+    return forward_flops(x, _sizes(weight, quant), a_up, a_down, b_up, matmul)
 
 
 @register_flop_formula(torch.ops.glora_kernels.glora_linear_backward)
 def _glora_linear_backward_flops(
     dy: Shape, x: Any, weight: Shape, a: Any, a_up: Any, a_down: Any, b: Any, b_up: Any, b_down: Any, bias: Any,
     wc: Any, d: Any, e: Any, y: Any, h: Any, sigma: Any, u: Any, scale: float, dropout_p: float, seed: Any,
-    matmul: bool, route: str, needs: Sequence[bool], *rest: Any, **kwargs: Any,
+    matmul: bool, route: str, needs: Sequence[bool], *quant: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
-    return backward_flops(dy, weight, a_down, b_up, matmul, needs)
+    return backward_flops(dy, _sizes(weight, quant), a_down, b_up, matmul, needs)
 
 
 @register_flop_formula(torch.ops.glora_kernels.glora_wc)
-def _glora_wc_flops(weight: Shape, c: Any, c_up: Any, *rest: Any, **kwargs: Any) -> int:
-    return wc_flops(weight, c_up)
+def _glora_wc_flops(weight: Shape, c: Any, c_up: Any, c_down: Any, route: str, *quant: Any, **kwargs: Any) -> int:
+    return wc_flops(_sizes(weight, quant), c_up)
 
 
 @register_flop_formula(torch.ops.glora_kernels.glora_wc_backward)
 def _glora_wc_backward_flops(
-    g: Shape, weight: Shape, c: Any, c_up: Any, c_down: Any, needs: Sequence[bool], *rest: Any, **kwargs: Any
-) -> int:
-    return wc_backward_flops(weight, c_up, needs)
+    g: Shape, weight: Shape, c: Any, c_up: Any, c_down: Any, needs: Sequence[bool], route: str, *quant: Any,
+    **kwargs: Any,
+) -> int:  # fmt: skip
+    return wc_backward_flops(_sizes(weight, quant), c_up, needs)

@@ -26,17 +26,24 @@ from glora_kernels.ops import recover
 from glora_kernels.ops import triton as triton_path
 from glora_kernels.ops.common import (
     LIBRARY,
+    QUANT_ARGUMENTS,
     Call,
     Needs,
     Supports,
+    Weight,
     autocast_dtype,
     check_form,
     check_vector,
     owned,
+    quant_arguments,
+    restored,
     shift,
+    stored,
+    weight_of,
     wide_dtype,
     without_autocast,
 )
+from glora_kernels.quant import QuantizedWeight
 from glora_kernels.spec import VARIANTS
 
 _NO_GUARD = nullcontext()
@@ -45,17 +52,22 @@ _AB = Supports._fields.index("bias")  # before it the forms of A and B, from it 
 _SUPPORTS = ", ".join(f"Tensor? {name}" for name in Supports._fields)
 _VALUES = "float scale, float dropout_p, Tensor? seed, bool matmul, str route"
 _GRADIENTS = ", ".join("Tensor" for _ in Needs._fields)
-LIBRARY.define(f"glora_linear(Tensor x, Tensor weight, {_SUPPORTS}, {_VALUES}) -> (Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define(
+    f"glora_linear(Tensor x, Tensor weight, {_SUPPORTS}, {_VALUES}, {QUANT_ARGUMENTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
 LIBRARY.define(
     f"glora_linear_backward(Tensor dy, Tensor? x, Tensor weight, {_SUPPORTS}, Tensor? y, Tensor? h, Tensor? sigma, "
-    f"Tensor? u, {_VALUES}, bool[] needs) -> ({_GRADIENTS})"
+    f"Tensor? u, {_VALUES}, bool[] needs, {QUANT_ARGUMENTS}) -> ({_GRADIENTS})"
 )
+_V = _N + len(Call._fields)  # behind x and W: the supports, the values, and then the QUANT_ARGUMENTS
+_QUANT: tuple[Any, ...] = (None, None, None, None, [])  # ... of a matrix
 _SEEDS = 2**62, 2**63 - 1
 
 
 def glora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     *,
     a: Tensor | None = None,
@@ -79,7 +91,8 @@ def glora_linear(
 
     Args:
         x: (..., K).
-        weight: W (N, K), frozen; any strides. In the dtype of x, or any where autocast settles it.
+        weight: W (N, K), frozen; any strides. In the dtype of x, or any where autocast settles it. Or a
+            `QuantizedWeight`: W is what the codes stand for, rounded to the dtype of x (of autocast).
         bias: of the base (N,), or None.
         a: A as a vector (N,) or constant (1,).
         a_up: A=lora, (N, R); in the product variant (K, R).
@@ -114,7 +127,7 @@ def glora_linear(
         x = x.to(target)
     call = Call(scale, dropout_p, seed, variant == "matmul", routes.route(x.device.type, x.dtype))
     if torch.compiler.is_compiling():
-        return torch.ops.glora_kernels.glora_linear(x, weight, *s, *call)[0]
+        return torch.ops.glora_kernels.glora_linear(x, stored(weight), *s, *call, *quant_arguments(weight))[0]
     return _GLoRAFunction.apply(x, weight, call, *s)
 
 
@@ -155,7 +168,7 @@ def _capturing() -> bool:
 
 def _check(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     s: Supports,
     dropout_p: float,
     seed: Tensor | None,
@@ -167,7 +180,7 @@ def _check(
     n, k = weight.shape
     if x.ndim == 0 or x.shape[-1] != k:
         raise ValueError(f"x must have {k} features in its last dimension (in_features); got shape {tuple(x.shape)}")
-    if target is None and x.dtype != weight.dtype:
+    if target is None and x.dtype != weight.dtype and isinstance(weight, Tensor):
         raise TypeError(f"x and weight must have one dtype outside autocast; got x {x.dtype} and weight {weight.dtype}")
     device = x.device
     for tensor in (weight, *s):
@@ -210,14 +223,15 @@ def _check(
         )
 
 
-def _workspace_guard(x: Tensor, weight: Tensor, s: Supports, call: Call) -> AbstractContextManager[object]:
+def _workspace_guard(x: Tensor, weight: Weight, s: Supports, call: Call) -> AbstractContextManager[object]:
     """Held while a call builds a weight in the workspace and reads it, where host threads may share a stream."""
-    if x.is_cuda and (s.a is not None or (s.a_up is not None and not call.matmul) or weight.dtype != x.dtype):
+    builds = isinstance(weight, QuantizedWeight) or weight.dtype != x.dtype
+    if x.is_cuda and (builds or s.a is not None or (s.a_up is not None and not call.matmul)):
         return workspace_lock
     return _NO_GUARD
 
 
-def _forward(x: Tensor, weight: Tensor, s: Supports, call: Call) -> Any:
+def _forward(x: Tensor, weight: Weight, s: Supports, call: Call) -> Any:
     """(y, h, σ, U) of an N-dimensional x by the call's route."""
     path = triton_path if call.route == "triton" else eager_path
     flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -231,7 +245,7 @@ def _forward(x: Tensor, weight: Tensor, s: Supports, call: Call) -> Any:
 def _backward(
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Weight,
     s: Supports,
     y: Tensor | None,
     h: Tensor | None,
@@ -282,7 +296,7 @@ class _GLoRAFunction(torch.autograd.Function):
     """Eager mode's way in: few arguments and few calls, since each costs a microsecond a layer."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, call: Call, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, call: Call, *tensors: Tensor | None) -> Tensor:
         s = Supports(*tensors)
         y, h, sigma, u = _forward(x, weight, s, call)
         wanted = ctx.needs_input_grad
@@ -299,7 +313,7 @@ class _GLoRAFunction(torch.autograd.Function):
             keep_x, keep_y, keep_h, keep_sigma, keep_u = _saved(needs, s, call, needs_z if looks else None)
             reads_shift = needs.a or needs.bias or needs.wc or needs.d or needs.e
             ctx.save_for_backward(
-                weight,
+                stored(weight),
                 *tensors[:_AB],
                 call.seed,
                 x if keep_x else None,
@@ -310,6 +324,7 @@ class _GLoRAFunction(torch.autograd.Function):
                 *(tensors[_AB:] if reads_shift else ()),
             )
             ctx.needs = needs
+            ctx.quant_state = weight.state if isinstance(weight, QuantizedWeight) else None
             ctx.call = call if call.seed is None else call._replace(seed=None)  # saved: a change of it is noticed
         return y
 
@@ -321,7 +336,7 @@ class _GLoRAFunction(torch.autograd.Function):
 
 def _function_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     try:
-        weight, *rest = ctx.saved_tensors
+        tensor, *rest = ctx.saved_tensors
     except RuntimeError as error:
         if ctx.needs.a and "inplace operation" in str(error):
             raise RuntimeError(
@@ -331,6 +346,7 @@ def _function_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         raise
     seed, x, y, h, sigma, u, *terms = rest[_AB:]
     call = ctx.call if seed is None else ctx.call._replace(seed=seed)
+    weight = restored(tensor, ctx.quant_state)
     grads = _backward(dy, x, weight, Supports(*rest[:_AB], *terms), y, h, sigma, u, call, ctx.needs)
     return (grads[0], None, None, *grads[1:])
 
@@ -348,13 +364,13 @@ def _needs(ctx: Any) -> Needs:
 
 def _op(x: Tensor, weight: Tensor, *rest: Any) -> Any:
     with private_workspace():  # a graph that PyTorch captures must own all memory it writes
-        y, *others = _forward(x, weight, Supports(*rest[:_N]), Call(*rest[_N:]))
+        y, *others = _forward(x, weight_of(weight, *rest[_V:]), Supports(*rest[:_N]), Call(*rest[_N:_V]))
     return y, *(x.new_empty(0) if other is None else other for other in others)
 
 
 def _fake(x: Tensor, weight: Tensor, *rest: Any) -> Any:
-    s, call = Supports(*rest[:_N]), Call(*rest[_N:])
-    m, n = math.prod(x.shape[:-1]), weight.shape[0]
+    s, call, (*_, form) = Supports(*rest[:_N]), Call(*rest[_N:_V]), rest[_V:] or _QUANT
+    m, n = math.prod(x.shape[:-1]), form[0] if form else weight.shape[0]
     rank = s.a_up.shape[1] if call.matmul and s.a_up is not None else 0
     total = rank + (0 if s.b_up is None else s.b_up.shape[1])
     return (
@@ -366,16 +382,17 @@ def _fake(x: Tensor, weight: Tensor, *rest: Any) -> Any:
 
 
 def _op_backward(dy: Tensor, x: Any, weight: Tensor, *rest: Any) -> Any:
-    s, (y, h, sigma, u), (*values, needs) = Supports(*rest[:_N]), rest[_N : _N + 4], rest[_N + 4 :]
+    s, (y, h, sigma, u), (*values, needs) = Supports(*rest[:_N]), rest[_N : _N + 4], rest[_N + 4 : _V + 5]
     with private_workspace():
-        grads = _backward(dy, x, weight, s, y, h, sigma, u, Call(*values), Needs(*needs))
+        w = weight_of(weight, *rest[_V + 5 :])
+        grads = _backward(dy, x, w, s, y, h, sigma, u, Call(*values), Needs(*needs))
     return owned([dy.new_empty(0) if grad is None else grad for grad in grads])
 
 
 def _fake_backward(dy: Tensor, x: Any, weight: Tensor, *rest: Any) -> Any:
-    s, needs = Supports(*rest[:_N]), Needs(*rest[-1])
+    s, needs, (*_, form) = Supports(*rest[:_N]), Needs(*rest[_V + 4]), rest[_V + 5 :] or _QUANT
     empty = dy.new_empty
-    dx = empty(*dy.shape[:-1], weight.shape[1]) if needs.x else empty(0)
+    dx = empty(*dy.shape[:-1], form[1] if form else weight.shape[1]) if needs.x else empty(0)
     others = (
         empty(tensor.shape, dtype=tensor.dtype) if need and tensor is not None else empty(0)
         for tensor, need in zip(s, needs[1:], strict=True)
@@ -387,23 +404,39 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, *rest = inputs
     y, h, sigma, u = output
     ctx.mark_non_differentiable(h, sigma, u)
-    s, call = Supports(*rest[:_N]), Call(*rest[_N:])
+    s, call, (*state, form) = Supports(*rest[:_N]), Call(*rest[_N:_V]), rest[_V:] or _QUANT
     keep = _saved(_needs(ctx), s, call, None)
     kept = (t if k else None for t, k in zip((x, y, h, sigma, u), keep, strict=True))
-    ctx.save_for_backward(weight, *s, call.seed, *kept)
+    ctx.save_for_backward(weight, *s, call.seed, *kept, *state)
+    ctx.form = form
     ctx.values = (call.scale, call.dropout_p, call.matmul, call.route)
 
 
 def _op_autograd(ctx: Any, dy: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
     weight, *rest = ctx.saved_tensors
-    seed, x, y, h, sigma, u = rest[_N:]
+    seed, x, y, h, sigma, u, *state = rest[_N:]
     scale, dropout_p, matmul, route = ctx.values
     needs = _needs(ctx)
     grads = torch.ops.glora_kernels.glora_linear_backward(
-        dy, x, weight, *rest[:_N], y, h, sigma, u, scale, dropout_p, seed, matmul, route, list(needs)
+        dy,
+        x,
+        weight,
+        *rest[:_N],
+        y,
+        h,
+        sigma,
+        u,
+        scale,
+        dropout_p,
+        seed,
+        matmul,
+        route,
+        list(needs),
+        *state,
+        ctx.form,
     )
     grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    return (grads[0], None, *grads[1:], *(None for _ in Call._fields))
+    return (grads[0], None, *grads[1:], *(None for _ in range(len(Call._fields) + len(_QUANT))))
 
 
 def _op_autocast(x: Tensor, weight: Tensor, *rest: Any) -> Any:

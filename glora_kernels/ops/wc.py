@@ -19,28 +19,43 @@ from torch.autograd.function import once_differentiable
 from glora_kernels.launch import routes
 from glora_kernels.ops import eager as eager_path
 from glora_kernels.ops import triton as triton_path
-from glora_kernels.ops.common import LIBRARY, cast, check_form, wide_dtype, without_autocast
+from glora_kernels.ops.common import (
+    LIBRARY,
+    QUANT_ARGUMENTS,
+    Weight,
+    cast,
+    check_form,
+    quant_arguments,
+    restored,
+    stored,
+    wc_dtype,
+    weight_of,
+    without_autocast,
+)
+from glora_kernels.quant import QuantizedWeight
 
-LIBRARY.define("glora_wc(Tensor weight, Tensor? c, Tensor? c_up, Tensor? c_down, str route) -> Tensor")
 LIBRARY.define(
-    "glora_wc_backward(Tensor g, Tensor weight, Tensor? c, Tensor? c_up, Tensor? c_down, bool[] needs, str route) "
-    "-> (Tensor, Tensor, Tensor)"
+    f"glora_wc(Tensor weight, Tensor? c, Tensor? c_up, Tensor? c_down, str route, {QUANT_ARGUMENTS}) -> Tensor"
+)
+LIBRARY.define(
+    "glora_wc_backward(Tensor g, Tensor weight, Tensor? c, Tensor? c_up, Tensor? c_down, bool[] needs, str route, "
+    f"{QUANT_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
 )
 
 
 def glora_wc(
-    weight: Tensor, c: Tensor | None = None, *, c_up: Tensor | None = None, c_down: Tensor | None = None
+    weight: Weight, c: Tensor | None = None, *, c_up: Tensor | None = None, c_down: Tensor | None = None
 ) -> Tensor:
     """W·c, or W·(C_up·C_down), which `glora_linear` adds to every row of y.
 
     Args:
-        weight: W (N, K), frozen; any strides.
+        weight: W (N, K), frozen; any strides, or in 4 bits.
         c: C as a vector, (K,).
         c_up: C=lora, (K, R).
         c_down: C=lora, (R, 1).
 
     Returns:
-        (N,), in fp32 over a 16-bit weight: neither c nor the result is rounded to 16 bits.
+        (N,), in fp32 over a 16-bit or 4-bit weight: neither c nor the result is rounded to 16 bits.
 
     Raises:
         ValueError: a size or device that does not fit, or not exactly one form of C.
@@ -53,13 +68,13 @@ def glora_wc(
     for name, tensor in (("c", c), ("c_up", c_up), ("c_down", c_down)):
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"weight and {name} must be on one device; got {weight.device} and {tensor.device}")
-    route = routes.route(weight.device.type, weight.dtype)
+    route = routes.route(weight.device.type, wc_dtype(weight, c, c_up))
     if torch.compiler.is_compiling():
-        return torch.ops.glora_kernels.glora_wc(weight, c, c_up, c_down, route)
+        return torch.ops.glora_kernels.glora_wc(stored(weight), c, c_up, c_down, route, *quant_arguments(weight))
     return _WCFunction.apply(weight, c, c_up, c_down, route)
 
 
-def _forward(weight: Tensor, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None, route: str) -> Tensor:
+def _forward(weight: Weight, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None, route: str) -> Tensor:
     path = triton_path if route == "triton" else eager_path
     with without_autocast(weight.device.type):
         return path.wc_forward(weight, c, c_up, c_down)
@@ -67,7 +82,7 @@ def _forward(weight: Tensor, c: Tensor | None, c_up: Tensor | None, c_down: Tens
 
 def _backward(
     g: Tensor,
-    weight: Tensor,
+    weight: Weight,
     c: Tensor | None,
     c_up: Tensor | None,
     c_down: Tensor | None,
@@ -86,31 +101,42 @@ def _backward(
 
 class _WCFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, c: Any, c_up: Any, c_down: Any, route: str) -> Tensor:
-        ctx.save_for_backward(weight, c, c_up, c_down)
+    def forward(ctx: Any, weight: Weight, c: Any, c_up: Any, c_down: Any, route: str) -> Tensor:
+        ctx.save_for_backward(stored(weight), c, c_up, c_down)
+        ctx.quant_state = weight.state if isinstance(weight, QuantizedWeight) else None
         ctx.route = route
         return _forward(weight, c, c_up, c_down, route)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        weight, c, c_up, c_down = ctx.saved_tensors
+        tensor, c, c_up, c_down = ctx.saved_tensors
+        weight = restored(tensor, ctx.quant_state)
         return (None, *_backward(g, weight, c, c_up, c_down, ctx.needs_input_grad[1:4], ctx.route), None)
 
 
 # The registered operators: the same functions behind torch.compile's boundary. An absent result is an empty tensor.
 
 
-def _op_backward(g: Tensor, weight: Tensor, c: Any, c_up: Any, c_down: Any, needs: list[bool], route: str) -> Any:
-    grads = _backward(g, weight, c, c_up, c_down, needs, route)
+def _op(weight: Tensor, c: Any, c_up: Any, c_down: Any, route: str, *quant: Any) -> Tensor:
+    return _forward(weight_of(weight, *quant), c, c_up, c_down, route)
+
+
+def _op_backward(
+    g: Tensor, weight: Tensor, c: Any, c_up: Any, c_down: Any, needs: list[bool], route: str, *quant: Any
+) -> Any:
+    grads = _backward(g, weight_of(weight, *quant), c, c_up, c_down, needs, route)
     return tuple(g.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
-def _fake(weight: Tensor, c: Any, c_up: Any, c_down: Any, route: str) -> Tensor:
-    return weight.new_empty(weight.shape[0], dtype=wide_dtype(weight.dtype))
+def _fake(weight: Tensor, c: Any, c_up: Any, c_down: Any, route: str, *quant: Any) -> Tensor:
+    whole = weight_of(weight, *quant)
+    return weight.new_empty(whole.shape[0], dtype=wc_dtype(whole, c, c_up))
 
 
-def _fake_backward(g: Tensor, weight: Tensor, c: Any, c_up: Any, c_down: Any, needs: list[bool], route: str) -> Any:
+def _fake_backward(
+    g: Tensor, weight: Tensor, c: Any, c_up: Any, c_down: Any, needs: list[bool], route: str, *quant: Any
+) -> Any:
     return tuple(
         g.new_empty(tensor.shape, dtype=tensor.dtype) if need and tensor is not None else g.new_empty(0)
         for tensor, need in zip((c, c_up, c_down), needs, strict=True)
@@ -118,18 +144,23 @@ def _fake_backward(g: Tensor, weight: Tensor, c: Any, c_up: Any, c_down: Any, ne
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.route = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.route = inputs[:5]
+    *state, ctx.form = inputs[5:] or (None, None, None, None, [])
+    ctx.save_for_backward(*tensors, *state)
 
 
 def _op_autograd(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[1:4])
-    grads = torch.ops.glora_kernels.glora_wc_backward(g.contiguous(), *ctx.saved_tensors, needs, ctx.route)
-    return (None, *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None)
+    saved = ctx.saved_tensors
+    grads = torch.ops.glora_kernels.glora_wc_backward(
+        g.contiguous(), *saved[:4], needs, ctx.route, *saved[4:], ctx.form
+    )
+    wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return (None, *wanted, *(None for _ in range(6)))  # the route and QUANT_ARGUMENTS
 
 
 for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("glora_wc", _forward, _device)
+    LIBRARY.impl("glora_wc", _op, _device)
     LIBRARY.impl("glora_wc_backward", _op_backward, _device)
 torch.library.register_fake("glora_kernels::glora_wc", _fake, lib=LIBRARY)
 torch.library.register_fake("glora_kernels::glora_wc_backward", _fake_backward, lib=LIBRARY)

@@ -65,7 +65,7 @@ def dequantize(
     """W (N, K), or some of its rows: the product in fp32, rounded once to `dtype`.
 
     Args:
-        weight: a checked one.
+        weight: the codes.
         dtype: of the result; float64 holds the fp32 values.
         rows: a range of rows with step 1; None means all.
         out: contiguous, where the result goes.

@@ -75,6 +75,9 @@ class QuantizedWeight:
     packed: Tensor
     state: QuantState
 
+    def __post_init__(self) -> None:
+        self._check()
+
     @property
     def shape(self) -> torch.Size:
         return torch.Size(self.state.shape)
@@ -98,6 +101,11 @@ class QuantizedWeight:
     def numel(self) -> int:
         return self.state.shape[0] * self.state.shape[1]
 
+    @property
+    def data(self) -> Tensor:
+        """The codes without their Parameter, as `Tensor.data`: what tells a plain tensor from a wrapped one."""
+        return self.packed.data
+
     def detach(self) -> QuantizedWeight:
         return QuantizedWeight(self.packed.detach(), self.state)
 
@@ -105,8 +113,8 @@ class QuantizedWeight:
         """Of the codes and everything beside them."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.packed, *self.state.tensors()))
 
-    def check(self) -> QuantizedWeight:
-        """Itself, where every size and dtype fits: afterwards nothing can be read out of bounds.
+    def _check(self) -> None:
+        """Every size and dtype fits: afterwards nothing can be read out of bounds.
 
         Raises:
             TypeError: a tensor of another dtype.
@@ -143,7 +151,6 @@ class QuantizedWeight:
                 )
             if tensor.device != self.packed.device:
                 raise ValueError(f"{name} is on {tensor.device}, the packed weight on {self.packed.device}")
-        return self
 
 
 def check_blocksize(blocksize: int) -> None:

@@ -1,0 +1,166 @@
+"""The frozen base of a layer, dense or in 4 bits: its weight, its state dict, its moves between devices.
+
+A 4-bit base has the packed codes as its parameter `weight`, uint8 (P, 1), and everything beside them as the attribute
+`quant_state`: no buffers, which `model.to(torch.bfloat16)` would round.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glora_kernels.ops import glora_linear
+from glora_kernels.ops.common import Weight
+from glora_kernels.quant import QuantizedWeight, QuantState, dequantize
+from glora_kernels.quant.bnb import from_linear4bit, to_linear4bit
+from glora_kernels.quant.checkpoint import NAMES, state_from_tensors, state_tensors
+
+
+class FrozenBase(nn.Module):
+    """A module with a frozen weight (N, K), dense or in 4 bits, and a bias (N,) or none.
+
+    Attributes:
+        quant_state: what stands beside the packed codes, or None where the weight is dense.
+        compute_dtype: what x is cast to, and y back from; None means that x stays as it is.
+    """
+
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    quant_state: QuantState | None
+    compute_dtype: torch.dtype | None
+    _transposed: bool
+
+    def base_weight(self) -> Weight:
+        """W (N, K): the parameter (transposed, where it is stored so), or the 4-bit weight on it."""
+        if self.quant_state is not None:
+            return QuantizedWeight(self.weight, self.quant_state)
+        return self.weight.t() if self._transposed else self.weight
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """What the layer computes in without autocast: the weight's dtype, over 4 bits `compute_dtype` if there is."""
+        if self.quant_state is not None:
+            return self.compute_dtype or self.quant_state.dtype
+        return self.weight.dtype
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.quant_state is not None:
+            self.quant_state = self.quant_state.to(self.weight.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.quant_state is not None:
+            destination |= {f"{prefix}weight.{k}": v for k, v in state_tensors(self.quant_state).items()}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: Any,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        name = prefix + "weight"
+        parts = {part: state_dict[f"{name}.{part}"] for part in NAMES if f"{name}.{part}" in state_dict}
+        given = state_dict.get(name)
+        if self.quant_state is None or given is None:
+            if parts and self.quant_state is None:
+                errors.append(f"{name} is in 4 bits and this layer's is dense; build the layer with quantize()")
+                return
+        elif given.dtype != torch.uint8:
+            errors.append(f"{name} is dense ({given.dtype}) and this layer's is in 4 bits; load first, then quantize()")
+            return
+        else:
+            try:
+                state = state_from_tensors(parts, self.weight.device)
+                QuantizedWeight(given.to(self.weight.device), state)
+                if state.shape != self.quant_state.shape:
+                    raise ValueError(f"it has shape {state.shape}, the layer {self.quant_state.shape}")
+            except (ValueError, TypeError) as error:
+                errors.append(f"{name}: {error}")
+                return
+            self.quant_state = state
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        known = {f"{name}.{part}" for part in parts}
+        unexpected[:] = [key for key in unexpected if key not in known]
+
+
+class QuantizedLinear(FrozenBase):
+    """y = xWᵀ + b with W in 4 bits: a frozen linear layer, made by `quantize` or from a bitsandbytes `Linear4bit`.
+
+    Shapes: x (..., K), y (..., N). W is dequantized into a reused workspace at each call and never kept; at small M
+    on a GPU the product reads the codes themselves. Its state dict is that of a `Linear4bit`.
+
+    Args:
+        weight: the codes and what stands beside them.
+        bias: (N,), or None.
+        compute_dtype: what x is cast to, and y back from; None means that x decides.
+    """
+
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        if not isinstance(weight, QuantizedWeight):
+            raise TypeError(f"weight must be a QuantizedWeight, got {type(weight).__name__}; see quantize()")
+        self.out_features, self.in_features = weight.shape
+        if bias is not None and bias.shape != (self.out_features,):
+            raise ValueError(f"bias must have shape ({self.out_features},); got {tuple(bias.shape)}")
+        self.weight = nn.Parameter(weight.packed.detach().view(-1, 1), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.quant_state, self.compute_dtype, self._transposed = weight.state, compute_dtype, False
+
+    @classmethod
+    def from_linear4bit(cls, linear: nn.Module) -> QuantizedLinear:
+        """On the memory of a bitsandbytes `Linear4bit`; the errors of `GLoRALinear.from_linear`."""
+        layer = cls(from_linear4bit(linear), linear.bias, getattr(linear, "compute_dtype", None))  # type: ignore[arg-type]
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., N) in the dtype of x; the errors of `ops.glora_linear`."""
+        if self.compute_dtype is None:
+            return glora_linear(x, self.base_weight(), self.bias)
+        return glora_linear(x.to(self.compute_dtype), self.base_weight(), self.bias).to(x.dtype)
+
+    @torch.no_grad()
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """The dense layer that this one stands for, frozen; None: in the dtype it was quantized from."""
+        weight = self.base_weight()
+        assert isinstance(weight, QuantizedWeight)
+        dtype = dtype or weight.dtype
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(dequantize(weight, dtype), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True), requires_grad=False)
+        return linear.train(self.training)
+
+    def to_linear4bit(self) -> Any:
+        """A bitsandbytes `Linear4bit` on the same memory.
+
+        Raises:
+            ImportError: bitsandbytes is not installed.
+        """
+        weight = self.base_weight()
+        assert isinstance(weight, QuantizedWeight)
+        return to_linear4bit(weight, self.bias, self.compute_dtype).train(self.training)
+
+    def extra_repr(self) -> str:
+        assert self.quant_state is not None
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{describe(self.quant_state)}"
+        )
+
+
+def describe(state: QuantState) -> str:
+    """A quantization in a few words, for `repr`."""
+    nested = ", double_quant" if state.nested is not None else ""
+    return f"{state.quant_type}, blocksize={state.blocksize}{nested}"

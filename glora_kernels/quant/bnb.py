@@ -1,0 +1,153 @@
+"""bitsandbytes' 4-bit objects in and out, without a copy. Reading them needs no import of it; making them does.
+
+Written for bitsandbytes 0.45 to 0.50: `Params4bit`, `QuantState`, `Linear4bit`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glora_kernels.quant.codes import QUANT_TYPES, codebook
+from glora_kernels.quant.weight import NestedState, QuantizedWeight, QuantState
+
+REPACKED = (
+    "bitsandbytes has repacked it for inference on this CPU (quant_state.packing_format_for_cpu), which rounded its "
+    "absmax to bfloat16 for good; load the model again and adapt it before its first forward in eval mode"
+)
+UNQUANTIZED = "it is not quantized yet; bitsandbytes does that when it is moved to a device: call .to(device) first"
+
+
+def is_linear4bit(module: object) -> bool:
+    """Whether the module is a bitsandbytes `Linear4bit`, or derived from one."""
+    return any(kind.__name__ == "Linear4bit" and _is_bnb(kind) for kind in type(module).__mro__)
+
+
+def linear4bit_class(module: object) -> Any:
+    """The `Linear4bit` in the module's ancestry."""
+    return next(kind for kind in type(module).__mro__ if kind.__name__ == "Linear4bit" and _is_bnb(kind))
+
+
+def refusal(linear: Any) -> str | None:
+    """Why the weight of a `Linear4bit` cannot be taken, or None."""
+    state = _state(linear)
+    if state is None:
+        return UNQUANTIZED
+    if getattr(state, "packing_format_for_cpu", False):
+        return REPACKED
+    return None
+
+
+def from_linear4bit(linear: Any) -> QuantizedWeight:
+    """The weight of a `Linear4bit`; the same memory.
+
+    Raises:
+        ValueError: it is not quantized, repacked, or its state does not fit.
+    """
+    if reason := refusal(linear):
+        raise ValueError(f"this Linear4bit cannot be taken: {reason}")
+    weight = from_state(linear.weight.data, _state(linear))
+    if weight.shape != (linear.out_features, linear.in_features):
+        raise ValueError(
+            f"the quant_state of this Linear4bit has shape {tuple(weight.shape)}, the layer "
+            f"({linear.out_features}, {linear.in_features})"
+        )
+    return weight
+
+
+def from_params4bit(parameter: Any) -> QuantizedWeight:
+    """The weight in a `Params4bit`; the same memory."""
+    if getattr(parameter, "quant_state", None) is None:
+        raise ValueError(f"this Params4bit cannot be taken: {UNQUANTIZED}")
+    return from_state(parameter.data, parameter.quant_state)
+
+
+def from_state(packed: Tensor, state: Any) -> QuantizedWeight:
+    """The weight of packed codes and a bitsandbytes `QuantState`; the same memory.
+
+    Raises:
+        ValueError: the state is of another type or shape, was repacked for CPU inference, or does not fit the codes.
+        TypeError: a tensor of another dtype.
+    """
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(f"this QuantState cannot be taken: {REPACKED}")
+    if state.quant_type not in QUANT_TYPES:
+        raise ValueError(f"quant_type must be one of {', '.join(map(repr, QUANT_TYPES))}; got {state.quant_type!r}")
+    shape = tuple(state.shape or ())
+    if len(shape) != 2:
+        raise ValueError(f"a linear layer's QuantState has two sizes; got shape {shape}")
+    packed = packed.detach().as_subclass(Tensor)
+    if not packed.is_contiguous():
+        # (1, P) is how bitsandbytes passes the transpose around.
+        packed = packed.t()
+    if packed.dtype != torch.uint8:  # quant_storage: another dtype for the same bytes
+        packed = packed.view(torch.uint8)
+    if state.code is not None and not torch.equal(state.code.cpu(), codebook(state.quant_type, torch.device("cpu"))):
+        raise ValueError(f"the code of this QuantState is not that of {state.quant_type}")
+    nested = None
+    if state.nested:
+        inner = state.state2
+        offset = state.offset if isinstance(state.offset, Tensor) else torch.tensor(float(state.offset))
+        nested = NestedState(inner.absmax, inner.code, inner.blocksize, offset.to(state.absmax.device).float())
+    absmax = state.absmax if nested is not None else state.absmax.float()
+    return QuantizedWeight(
+        packed, QuantState(absmax, state.quant_type, state.blocksize, (shape[0], shape[1]), state.dtype, nested)
+    )
+
+
+def to_params4bit(weight: QuantizedWeight) -> Any:
+    """A `Params4bit` on the same memory.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    from bitsandbytes.functional import QuantState as BnbState
+    from bitsandbytes.nn import Params4bit
+
+    state, nested, device = weight.state, weight.state.nested, weight.device
+    inner = None
+    if nested is not None:
+        inner = BnbState(
+            absmax=nested.absmax, code=nested.code, blocksize=nested.blocksize, dtype=torch.float32
+        )  # fmt: skip
+    outer = BnbState(
+        absmax=state.absmax, shape=torch.Size(state.shape), code=codebook(state.quant_type, device),
+        blocksize=state.blocksize, quant_type=state.quant_type, dtype=state.dtype,
+        offset=None if nested is None else nested.offset, state2=inner,
+    )  # fmt: skip
+    return Params4bit(
+        weight.packed.detach().view(-1, 1), requires_grad=False, quant_state=outer, blocksize=state.blocksize,
+        compress_statistics=nested is not None, quant_type=state.quant_type, bnb_quantized=True,
+    )  # fmt: skip
+
+
+def to_linear4bit(weight: QuantizedWeight, bias: Tensor | None, compute_dtype: torch.dtype | None) -> Any:
+    """A `Linear4bit` on the same memory, frozen.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    n, k = weight.shape
+    linear: Any = Linear4bit(
+        k, n, bias=bias is not None, compute_dtype=compute_dtype, compress_statistics=weight.state.nested is not None,
+        quant_type=weight.state.quant_type, device="meta",
+    )  # fmt: skip
+    linear.weight = to_params4bit(weight)
+    linear.weight.module = linear
+    linear.quant_state = linear.weight.quant_state
+    if bias is not None:
+        linear.bias = torch.nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
+
+
+def _state(linear: Any) -> Any:
+    state = getattr(linear.weight, "quant_state", None)
+    return state if state is not None else getattr(linear, "quant_state", None)
+
+
+def _is_bnb(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "bitsandbytes"
