@@ -1,8 +1,9 @@
-"""What touches the weight beside the large products: W_eff, the gradient of A through G∘W, and W·c in β."""
+"""What touches the weight, dense or in 4 bits, beside the large products: W_eff, the gradient of A, and W·c in β."""
 
 import triton
 import triton.language as tl
 
+from glora_kernels.kernels.codec import _nearest, _weight_tile
 from glora_kernels.kernels.common import (
     _dot,
     _dropped,
@@ -15,6 +16,39 @@ from glora_kernels.kernels.common import (
     _tile_of,
     _vector_sum,
 )
+
+
+@triton.jit
+def _factor_product(
+    up_ptr,
+    stride_un,
+    stride_ur,
+    down_ptr,
+    stride_dr,
+    stride_dk,
+    n,
+    k,
+    N,
+    K,
+    R,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Σᵣ up[n,r]·down[r,k] in fp32."""
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
+        r = r0 + tl.arange(0, BLOCK_R)
+        # In the adapter's own dtype, if it has one: a product of two 16-bit numbers is exact in fp32.
+        up = _load(up_ptr, n, r, stride_un, stride_ur, N, R)
+        down = _load(down_ptr, r, k, stride_dr, stride_dk, R, K)
+        if up.dtype != down.dtype:
+            up = up.to(tl.float32)
+            down = down.to(tl.float32)
+        acc = _dot(up, down, acc, PRECISION, UPCAST)
+    return acc
 
 
 @triton.jit
@@ -38,17 +72,49 @@ def _weff_tile(
     BLOCK_R: tl.constexpr,
 ):
     """w[n,k]·(1 + Σᵣ A_up[n,r]·A_down[r,k]) of the fp32 tile w, in fp32."""
-    a = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
-        r = r0 + tl.arange(0, BLOCK_R)
-        # In the adapter's own dtype, if it has one: a product of two 16-bit numbers is exact in fp32.
-        up = _load(up_ptr, n, r, stride_un, stride_ur, N, R)
-        down = _load(down_ptr, r, k, stride_dr, stride_dk, R, K)
-        if up.dtype != down.dtype:
-            up = up.to(tl.float32)
-            down = down.to(tl.float32)
-        a = _dot(up, down, a, PRECISION, UPCAST)
+    a = _factor_product(
+        up_ptr, stride_un, stride_ur, down_ptr, stride_dr, stride_dk, n, k, N, K, R, PRECISION, UPCAST, BLOCK_N,
+        BLOCK_K, BLOCK_R,
+    )  # fmt: skip
     return w + w * a
+
+
+@triton.jit
+def _read_weight(
+    w_ptr,
+    stride_wn,
+    stride_wk,
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
+    n,
+    first_k,
+    last_n,
+    K,
+    QUANTIZED: tl.constexpr,
+    CODE: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """W[n, first_k + 0…BLOCK_K) in fp32, zeros outside (last_n, K), of a dense weight or one in 4 bits.
+
+    The decoded one is rounded to DTYPE as the dense weight made of it would be, so that both give the same results.
+    """
+    if QUANTIZED:
+        w = _weight_tile(
+            w_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, n, first_k, last_n, K, CODE, BLOCKSIZE,
+            NESTED, NESTED_BLOCKSIZE, WORDS, BLOCK_K,
+        )  # fmt: skip
+        return _nearest(w, DTYPE, UPCAST).to(tl.float32)
+    else:
+        k = first_k + tl.arange(0, BLOCK_K)
+        return _load(w_ptr, n, k, stride_wn, stride_wk, last_n, K).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
@@ -62,6 +128,10 @@ def _hadamard_grad_kernel(
     w_ptr,
     stride_wn,
     stride_wk,
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
     up_ptr,
     stride_un,
     stride_ur,
@@ -92,6 +162,12 @@ def _hadamard_grad_kernel(
     HAS_DB_DOWN: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     SEED_IS_POINTER: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    CODE: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    WORDS: tl.constexpr,
     BANDS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -134,7 +210,10 @@ def _hadamard_grad_kernel(
             dy = _load(dy_ptr, n, m, stride_dyn, stride_dym, N, M)
             x = _load(x_ptr, m, k, stride_xm, stride_xk, M, K)
             acc = _dot(dy, x, acc, PRECISION, UPCAST)
-        w = _load(w_ptr, n, k, stride_wn, stride_wk, N, K).to(tl.float32)
+        w = _read_weight(
+            w_ptr, stride_wn, stride_wk, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, n, j * BLOCK_K, N,
+            K, QUANTIZED, CODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, WORDS, DTYPE, UPCAST, BLOCK_K,
+        )  # fmt: skip
         h = (acc * w).to(DTYPE)
         if HAS_DUP:
             part = dup_ptr + tl.cast(j, tl.int64) * stride_dup_part
@@ -163,6 +242,10 @@ def _wc_kernel(
     w_ptr,
     stride_wn,
     stride_wk,
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
     c_ptr,
     stride_c,
     c_up_ptr,
@@ -175,6 +258,14 @@ def _wc_kernel(
     K,
     R,
     LOW_RANK: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    CODE: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -190,7 +281,10 @@ def _wc_kernel(
             c = tl.sum(up * _load_vector(c_down_ptr, r, stride_cd, R)[None, :], 1)
         else:
             c = _load_vector(c_ptr, k, stride_c, K)
-        w = _load(w_ptr, n, k, stride_wn, stride_wk, N, K).to(tl.float32)
+        w = _read_weight(
+            w_ptr, stride_wn, stride_wk, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, n, k0, N, K,
+            QUANTIZED, CODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, WORDS, DTYPE, UPCAST, BLOCK_K,
+        )  # fmt: skip
         total += tl.sum(w * c[None, :], 1)
     tl.store(wc_ptr + n, total, mask=n < N)
 
@@ -200,6 +294,10 @@ def _wc_grad_kernel(
     w_ptr,
     stride_wn,
     stride_wk,
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
     g_ptr,
     stride_g,
     part_ptr,
@@ -207,18 +305,30 @@ def _wc_grad_kernel(
     N,
     K,
     rows_per_split,
+    QUANTIZED: tl.constexpr,
+    CODE: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    WORDS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """part[split,k] = Σₙ W[n,k]·g[n] over the rows n of a split."""
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    first_k = tl.program_id(0) * BLOCK_K
+    k = first_k + tl.arange(0, BLOCK_K)
     split = tl.program_id(1)
     first = split * rows_per_split
     last = tl.minimum(first + rows_per_split, N)
     total = tl.zeros((BLOCK_K,), tl.float32)
     for n0 in range(first, last, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        w = _load(w_ptr, n, k, stride_wn, stride_wk, last, K).to(tl.float32)
+        w = _read_weight(
+            w_ptr, stride_wn, stride_wk, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, n, first_k, last,
+            K, QUANTIZED, CODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, WORDS, DTYPE, UPCAST, BLOCK_K,
+        )  # fmt: skip
         total += tl.sum(w * _load_vector(g_ptr, n, stride_g, last)[:, None], 0)
     tl.store(part_ptr + tl.cast(split, tl.int64) * stride_part + k, total, mask=k < K)
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora_kernels.launch import aot_cases, aot_depth_cases, aot_grouped_cases, environment
+from glora_kernels.launch import aot_cases, aot_depth_cases, aot_grouped_cases, aot_quant_cases, environment
 from glora_kernels.launch.configs import SHARED_LIMIT
 from glora_kernels.launch.plan import Launch
 
@@ -39,6 +39,7 @@ MATRIX_INSTRUCTION = {
 
 _WITHOUT_PRODUCT = (
     "prepare, W_eff of a vector", "finish lora", "totals", "wc", "c grad", "merge vectors", "restore", "shift",
+    "dequantize",
 )  # fmt: skip
 """Forms that only read and add."""
 
@@ -91,7 +92,7 @@ class Report:
 
 def cases(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Launch]]:
     """(name, launch) of every form of every kernel. They import the kernels, and so Triton."""
-    for part in (aot_cases, aot_grouped_cases, aot_depth_cases):
+    for part in (aot_cases, aot_grouped_cases, aot_depth_cases, aot_quant_cases):
         yield from part.cases(dtype, arch)
 
 
@@ -231,7 +232,7 @@ def _argument(path: tuple[int, ...], value: Any, constants: dict[Any, Any], attr
 def _signature_type(value: object) -> str:
     if isinstance(value, Tensor):
         names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
-                 torch.int8: "i8"}  # fmt: skip
+                 torch.int8: "i8", torch.uint8: "u8"}  # fmt: skip
         return "*" + names[value.dtype]
     if isinstance(value, float):
         return "fp32"

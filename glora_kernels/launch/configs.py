@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-KERNELS: tuple[str, ...] = ("fwd", "dx", "prepare", "added_terms", "dy", "x", "hadamard_grad", "finish", "weight")
+KERNELS: tuple[str, ...] = (
+    "fwd", "dx", "prepare", "added_terms", "dy", "x", "hadamard_grad", "finish", "weight", "dequantize",
+)  # fmt: skip
 """The kernels with a configuration of their own; "weight" serves W_eff, U and W·c."""
 
 TOTALS_BESIDE_DX = ("sm_90", "sm_100", "cpu")
@@ -68,7 +70,7 @@ def choose(
         return large_product(arch, dtype, rows, cols, mixed)
     return {
         "prepare": into_rank, "added_terms": into_rank, "dy": dy_pass, "x": x_pass, "hadamard_grad": hadamard_grad,
-        "finish": finish, "weight": weight_pass,
+        "finish": finish, "weight": weight_pass, "dequantize": dequantize,
     }[kernel](arch, dtype, shape)  # fmt: skip
 
 
@@ -166,6 +168,17 @@ def weight_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Blocks of W where it is read once: W_eff, U, W·c and Wᵀg."""
     cols = 32 if dtype == torch.float32 else (64 if arch == "sm_100" else 128)
     return {"rows": 16 if dtype == torch.float32 else 32, "cols": cols, "num_warps": 4, "num_stages": 2}
+
+
+def dequantize(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
+    """Blocks of W where it is made of 4 bits: rows and columns where terms are added, else their product at a time.
+
+    `depth` is a step of the rank. The dtype is fp32 also where a factor is: its product is taken without the matrix
+    unit and fills registers.
+    """
+    if dtype == torch.float32:
+        return {"rows": 32, "cols": 64, "depth": 16, "num_warps": 4, "num_stages": 2}
+    return {"rows": 32, "cols": 128, "depth": 32, "num_warps": 4, "num_stages": 2}
 
 
 def bands(arch: str, rows: int, block: int, depth: int, step: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from glora_kernels.launch import environment
+from glora_kernels.quant import QuantizedWeight
 from glora_kernels.reference.random import dropout_threshold
 
 _SIZES = ("BLOCK_", "BANDS", "PARTS", "GROUP")
@@ -92,7 +93,7 @@ def planning(arch: str) -> Iterator[list[Launch | LibraryProduct]]:
         _Planning.steps, _Planning.arch = before
 
 
-def arch_of(tensor: Tensor) -> str:
+def arch_of(tensor: Tensor | QuantizedWeight) -> str:
     """The architecture that the configurations are chosen for: a GPU's, or "cpu" in the interpreter."""
     if _Planning.steps is not None:
         return _Planning.arch

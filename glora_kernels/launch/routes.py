@@ -43,8 +43,11 @@ def current_backend() -> str:
     return _State.backend
 
 
-def route(device_type: str, dtype: torch.dtype) -> str:
+def route(device_type: str, dtype: torch.dtype, four_bit: bool = False) -> str:
     """The path of one call: "eager" or "triton". Pure, but for the user's choice and TRITON_INTERPRET.
+
+    Over a 4-bit base also "auto" and "cuda": everything but the 4-bit operations is the Triton path then, and those are
+    of the faster kind or of csrc (`launch.four_bit`).
 
     Raises:
         RuntimeError: a forced backend that cannot serve this device or dtype.
@@ -53,7 +56,10 @@ def route(device_type: str, dtype: torch.dtype) -> str:
     if choice == "eager":
         return "eager"
     if choice == "auto":
-        return explain(device_type, dtype)[0]
+        path = explain(device_type, dtype)[0]
+        return "auto" if four_bit and path == "triton" else path
+    if choice == "cuda" and four_bit:
+        return _cuda(device_type, dtype)
     if choice == "cuda":
         raise RuntimeError(
             "backend('cuda') was asked for, but the CUDA extension serves no layer with a dense base; "
@@ -68,6 +74,20 @@ def route(device_type: str, dtype: torch.dtype) -> str:
             "only: set TRITON_INTERPRET=1 before Python starts"
         )
     return "triton"
+
+
+def _cuda(device_type: str, dtype: torch.dtype) -> str:
+    """ "cuda", or why the CUDA extension does not serve a 4-bit layer of this device and dtype."""
+    from glora_kernels.launch import cuda
+
+    if (reason := cuda.why_missing()) is not None:
+        raise RuntimeError(f"backend('cuda') needs the CUDA extension: {reason}")
+    if device_type != "cuda":
+        raise RuntimeError(f"backend('cuda') needs a GPU, got tensors on {device_type!r}")
+    if dtype not in TRITON_DTYPES:
+        names = ", ".join(str(t).removeprefix("torch.") for t in TRITON_DTYPES)
+        raise RuntimeError(f"backend('cuda') accepts {names}; got {str(dtype).removeprefix('torch.')}")
+    return "cuda"
 
 
 def explain(device_type: str, dtype: torch.dtype) -> tuple[str, str]:

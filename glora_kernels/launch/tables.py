@@ -121,6 +121,13 @@ def explain_route(
     return _found_route(arch, dtype, shape, backward, scales)
 
 
+def four_bit(
+    operation: str, arch: str, dtype: torch.dtype, shape: Shape, kinds: tuple[str, ...] = ("cuda", "triton")
+) -> str | None:
+    """Which of `kinds` was measured to be the fastest near this shape, "workspace" beside them, or None."""
+    return None
+
+
 @functools.lru_cache(maxsize=8192)
 def _found(
     kernel: str, arch: str, dtype: torch.dtype, shape: Shape, weight_dtype: torch.dtype | None

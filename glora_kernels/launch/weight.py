@@ -1,6 +1,8 @@
-"""The launchers around the weight: the gradient of A = lora, and W·c. They allocate nothing."""
+"""The launchers around the weight, dense or in 4 bits: the gradient of A = lora, and W·c. They allocate nothing."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +11,10 @@ from triton import cdiv
 from glora_kernels.kernels.weight import _c_grad_kernel, _hadamard_grad_kernel, _wc_grad_kernel, _wc_kernel
 from glora_kernels.launch import configs, tables
 from glora_kernels.launch.configs import Shape
+from glora_kernels.launch.dequantize import weight_arguments
 from glora_kernels.launch.glora import GROUP
 from glora_kernels.launch.plan import Launch, arithmetic, dropout, leading_stride, options, strides
+from glora_kernels.quant import QuantizedWeight
 
 
 def hadamard_grad_tiles(shape: Shape, dtype: torch.dtype, arch: str) -> tuple[int, int]:
@@ -22,7 +26,7 @@ def hadamard_grad_tiles(shape: Shape, dtype: torch.dtype, arch: str) -> tuple[in
 def hadamard_grad_launch(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     *,
     a_up: Tensor,
     a_down: Tensor,
@@ -47,7 +51,7 @@ def hadamard_grad_launch(
     args = {
         "dy_ptr": dy, **strides(dy, "stride_dym", "stride_dyn"),
         "x_ptr": x, **strides(x, "stride_xm", "stride_xk"),
-        "w_ptr": weight, **strides(weight, "stride_wn", "stride_wk"),
+        **weight_arguments(weight),
         "up_ptr": a_up, **strides(a_up, "stride_un", "stride_ur"),
         "down_ptr": a_down, **strides(a_down, "stride_dr", "stride_dk"),
         "dup_ptr": dup, "stride_dup_part": leading_stride(dup),
@@ -68,42 +72,55 @@ def hadamard_grad_launch(
 
 
 def wc_launch(
-    weight: Tensor, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None, wc: Tensor, *, arch: str
+    weight: Tensor | QuantizedWeight,
+    c: Tensor | None,
+    c_up: Tensor | None,
+    c_down: Tensor | None,
+    wc: Tensor,
+    *,
+    arch: str,
 ) -> Launch:
     """wc (N,) = W·c, c (K,) given or C_up (K,R)·C_down (R,1)."""
     n, k = weight.shape
     rank = 0 if c_up is None else c_up.shape[1]
     config = tables.choose("weight", arch, weight.dtype, Shape(0, n, k, rank))
     args = {
-        "w_ptr": weight, **strides(weight, "stride_wn", "stride_wk"),
+        **weight_arguments(weight),
         "c_ptr": c, "stride_c": leading_stride(c),
         "c_up_ptr": c_up, **strides(c_up, "stride_cuk", "stride_cur"),
         "c_down_ptr": c_down, "stride_cd": leading_stride(c_down),
         "wc_ptr": wc, "N": n, "K": k, "R": rank, "LOW_RANK": c_up is not None,
+        **_rounding(weight.dtype),
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"], "BLOCK_R": configs.block_r(max(1, rank)),
     }  # fmt: skip
     return Launch(_wc_kernel, (cdiv(n, config["rows"]),), args, options(config))
 
 
-def wc_grad_splits(weight: Tensor, arch: str) -> int:
+def wc_grad_splits(weight: Tensor | QuantizedWeight, arch: str) -> int:
     """How many partial sums over N `wc_grad_launch` writes."""
     n, k = weight.shape
     config = tables.choose("weight", arch, weight.dtype, Shape(0, n, k, 0))
     return configs.row_splits(n, cdiv(k, config["cols"]), config["rows"])
 
 
-def wc_grad_launch(weight: Tensor, g: Tensor, part: Tensor, *, arch: str) -> Launch:
+def wc_grad_launch(weight: Tensor | QuantizedWeight, g: Tensor, part: Tensor, *, arch: str) -> Launch:
     """part (splits,K): Wᵀg by rows of W."""
     n, k = weight.shape
     config = tables.choose("weight", arch, weight.dtype, Shape(0, n, k, 0))
     splits = part.shape[0]
     args = {
-        "w_ptr": weight, **strides(weight, "stride_wn", "stride_wk"),
+        **weight_arguments(weight),
         "g_ptr": g, "stride_g": g.stride(0), "part_ptr": part, "stride_part": part.stride(0),
         "N": n, "K": k, "rows_per_split": cdiv(cdiv(n, splits), config["rows"]) * config["rows"],
+        **_rounding(weight.dtype),
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"],
     }  # fmt: skip
     return Launch(_wc_grad_kernel, (cdiv(k, config["cols"]), splits), args, options(config))
+
+
+def _rounding(dtype: torch.dtype) -> dict[str, Any]:
+    """The dtype that a decoded weight is rounded to, as the dense one would be."""
+    return {name: value for name, value in arithmetic(dtype).items() if name != "PRECISION"}
 
 
 def c_grad_launch(

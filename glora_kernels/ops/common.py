@@ -69,7 +69,8 @@ class Call(NamedTuple):
 
     scale: s on the low-rank B path. dropout_p: p of that path. seed: one int64 on the CPU or the device of x, or
     None where p = 0.
-    matmul: A=lora is the product variant. route: "eager" or "triton".
+    matmul: A=lora is the product variant. route: "eager", "triton", or over a 4-bit weight also "cuda" and "auto"
+    (`launch.four_bit`).
     """
 
     scale: float

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from glora_kernels.launch import routes
 from glora_kernels.launch.plan import arch_of
 from glora_kernels.launch.table import SharedFactor, SharedProduct
 from glora_kernels.ops import glora as plain
@@ -174,7 +173,7 @@ class DeferredLinear:
         plain._check(x, weight, s, dropout_p, seed, variant, target)
         if target is not None and x.dtype != target:
             x = x.to(target)
-        call = Call(scale, dropout_p, seed, variant == "matmul", routes.route(x.device.type, x.dtype))
+        call = Call(scale, dropout_p, seed, variant == "matmul", plain._route(x, weight))
         return _DeferredFunction.apply(x, weight, call, self, *s)
 
 
@@ -212,11 +211,11 @@ class _DeferredFunction(torch.autograd.Function):
             if down is not None and needs.b_down:
                 left = torch.mm(flat, cast(given(s.b_up), dy.dtype))
                 product = SharedProduct(left, _rows(given(x)), call.scale, call.dropout_p, seed)
-                to.deferred.add("b_down", down, to.layer, product, call.route == "triton")
+                to.deferred.add("b_down", down, to.layer, product, call.route != "eager")
             if up is not None and needs.b_up:
                 rank = given(s.b_up).shape[1]
                 product = SharedProduct(given(h)[:, -rank:], flat, 1.0, 0.0, None)
-                to.deferred.add("b_up", up, to.layer, product, call.route == "triton")
+                to.deferred.add("b_up", up, to.layer, product, call.route != "eager")
         return (grads[0], None, None, None, *grads[1:])
 
 

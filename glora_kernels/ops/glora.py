@@ -125,7 +125,7 @@ def glora_linear(
     _check(x, weight, s, dropout_p, seed, variant, target)
     if target is not None and x.dtype != target:
         x = x.to(target)
-    call = Call(scale, dropout_p, seed, variant == "matmul", routes.route(x.device.type, x.dtype))
+    call = Call(scale, dropout_p, seed, variant == "matmul", _route(x, weight))
     if torch.compiler.is_compiling():
         return torch.ops.glora_kernels.glora_linear(x, stored(weight), *s, *call, *quant_arguments(weight))[0]
     return _GLoRAFunction.apply(x, weight, call, *s)
@@ -223,6 +223,10 @@ def _check(
         )
 
 
+def _route(x: Tensor, weight: Weight) -> str:
+    return routes.route(x.device.type, x.dtype, four_bit=isinstance(weight, QuantizedWeight))
+
+
 def _workspace_guard(x: Tensor, weight: Weight, s: Supports, call: Call) -> AbstractContextManager[object]:
     """Held while a call builds a weight in the workspace and reads it, where host threads may share a stream."""
     builds = isinstance(weight, QuantizedWeight) or weight.dtype != x.dtype
@@ -233,7 +237,7 @@ def _workspace_guard(x: Tensor, weight: Weight, s: Supports, call: Call) -> Abst
 
 def _forward(x: Tensor, weight: Weight, s: Supports, call: Call) -> Any:
     """(y, h, σ, U) of an N-dimensional x by the call's route."""
-    path = triton_path if call.route == "triton" else eager_path
+    path = eager_path if call.route == "eager" else triton_path
     flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     with without_autocast(x.device.type), _workspace_guard(x, weight, s, call):
         y, h, sigma, u = path.forward(flat, weight, s, call)
@@ -257,7 +261,7 @@ def _backward(
     """The gradients in the order of `Needs`, each in the shape and dtype of its tensor."""
     lead, n, k = dy.shape[:-1], weight.shape[0], weight.shape[1]
     rows = math.prod(lead)
-    path = triton_path if call.route == "triton" else eager_path
+    path = eager_path if call.route == "eager" else triton_path
     if dy.ndim != 2:
         dy = dy.reshape(rows, n)
         x = None if x is None else x.reshape(rows, k)

@@ -2,6 +2,8 @@
 
 Forward: `_prepare_kernel` where there is anything low-rank, then `_glora_fwd_kernel`. Backward: `_dy_kernel`,
 `_x_kernel` (or `_hadamard_grad_kernel` where A is lora, which leaves W_eff), `_glora_dx_kernel`, `_finish_kernel`.
+A 4-bit weight is made dense in the workspace first, in forward and again in backward: W, or W_eff where A is lora. For
+a few tokens one kernel reads its codes instead and makes y with all its terms (`launch.four_bit`).
 On the "library" route (`launch.routes.product_route`) the vendor's product takes the place of the two large kernels.
 
 The kernels are imported at the first call, so that importing the package touches no GPU and needs no triton.
@@ -15,11 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from glora_kernels.launch import environment, routes
+from glora_kernels.launch import environment, four_bit, routes
 from glora_kernels.launch.configs import MAX_FACTOR_RANK, TOTALS_BESIDE_DX, Shape
 from glora_kernels.launch.plan import LibraryProduct, arch_of
 from glora_kernels.launch.workspace import workspace_like
-from glora_kernels.ops.common import Call, Needs, Supports, given, wide_dtype
+from glora_kernels.ops.common import Call, Needs, Supports, Weight, given, wide_dtype
+from glora_kernels.quant import QuantizedWeight
 
 if TYPE_CHECKING:
     from glora_kernels.launch import finish as end
@@ -50,7 +53,7 @@ MAX_RANK_BESIDE_HADAMARD = 64
 
 
 def forward(
-    x: Tensor, weight: Tensor, s: Supports, call: Call
+    x: Tensor, weight: Weight, s: Supports, call: Call
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y (M,N), and what backward may want: h (M,·) = [P | s·x̃·B_downᵀ], σ (M,), U (N,P). See `ops.eager.forward`."""
     arch, shape, s = arch_of(x), _shape(x, weight, s, call), _plain(s)
@@ -58,6 +61,13 @@ def forward(
     p, r = _ranks(s, call)
     rank = p + r
     lora = s.a_up is not None and not call.matmul
+    if isinstance(weight, QuantizedWeight):
+        few = None if lora or p or call.dropout_p > 0 else four_bit.small_m(x, weight, r, route=call.route, arch=arch)
+        if few is not None:
+            return _few_tokens(few, x, weight, s, call, arch)
+        weight = _dense(weight, x.dtype, call, arch, s if lora else None)
+        if lora:
+            s, lora = s._replace(a_up=None, a_down=None), False
     u = x.new_empty(n, p) if p else None
     weff = workspace_like(weight, x.dtype) if lora else None
     y = x.new_empty(m, n)
@@ -104,10 +114,33 @@ def forward(
     return y, h, sigma, u
 
 
+def _few_tokens(
+    kind: str, x: Tensor, weight: QuantizedWeight, s: Supports, call: Call, arch: str
+) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    """`forward` of a few tokens over a 4-bit weight, in one launch."""
+    m, n = x.shape[0], weight.shape[0]
+    y = x.new_empty(m, n)
+    h = None if s.b_down is None else x.new_empty(m, s.b_down.shape[0])
+    sigma = None if s.b is None else x.new_empty(m, dtype=torch.float32)
+    four_bit.small_m_launch(
+        kind, x, weight, y, a=s.a, b=s.b, b_up=s.b_up, b_down=s.b_down, scale=call.scale, bias=s.bias, wc=s.wc, d=s.d,
+        e=s.e, h=h, sigma=sigma, arch=arch,
+    ).run()  # fmt: skip
+    return y, h, sigma, None
+
+
+def _dense(weight: QuantizedWeight, dtype: torch.dtype, call: Call, arch: str, pair: Supports | None = None) -> Tensor:
+    """A 4-bit weight in the workspace: W, or W∘(1+A) with the A of `pair`."""
+    dense = workspace_like(weight, dtype)
+    terms = {} if pair is None else {"a": pair.a, "a_up": pair.a_up, "a_down": pair.a_down}
+    four_bit.dequantize_launch(weight, dense, route=call.route, arch=arch, **terms).run()
+    return dense
+
+
 def backward(
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Weight,
     s: Supports,
     y: Tensor | None,
     h: Tensor | None,
@@ -150,12 +183,16 @@ def backward(
     # One read of x for what multiplies it, and the input's gradient.
     library = needs.x and _route(dy, weight, s, call, shape, arch, backward=True) == "library"
     row_scale = s.a
-    if needs.x and weff is None and (lora or (library and s.a is not None)):
+    builds = needs.x and weff is None and (lora or (library and s.a is not None))
+    codes = weight if isinstance(weight, QuantizedWeight) else None
+    if codes is not None:  # W itself for what reads it; W_eff takes its place after that
+        plain = needs.a or (p > 0 and needs.a_up) or (needs.x and not builds and weff is None)
+        weight = _dense(codes, dy.dtype, call, arch) if plain else workspace_like(codes, dy.dtype)
+    elif builds:
         weff = workspace_like(weight, dy.dtype)
         pair: dict[str, Any] = {"a_up": s.a_up, "a_down": s.a_down} if lora else {"a": s.a}
         before.prepare_launch(dy, weight, **pair, weff=weff, arch=arch).run()
         row_scale = None
-    effective = weight if weff is None else weff
     dx = dy.new_empty(m, k) if needs.x else None
     down: dict[str, Any] = {"a_down": s.a_down if p else None, "b_down": s.b_down}
     want_p, want_v = p > 0 and needs.a_down, needs.b_down and db_down is None
@@ -177,6 +214,11 @@ def backward(
             sums.append(end.Sum(part[:, p * want_p :], db_down))
     # Before dx, whose launch sums the gradients of constants on the way.
     grads, vectors, totals = _finish(read, sums, dy, x, weight, s, y, h, sigma, needs, p, r, arch)
+    if p and needs.a_up:
+        da_up = _gradient_through_weight(weight, grads["du"], given(s.a_up), arch)
+    if codes is not None and builds:
+        weff, row_scale = _dense(codes, dy.dtype, call, arch, s), None
+    effective = weight if weff is None else weff
     beside_dx = dx is not None and m > 0 and not library and arch in TOTALS_BESIDE_DX
     if dx is not None and library:
         LibraryProduct(dy, effective, dx, accumulates=adds_to_dx).run()
@@ -187,8 +229,6 @@ def backward(
         ).run()  # fmt: skip
     if vectors is not None and totals is not None and not beside_dx:
         end.totals_launch(vectors, totals).run()
-    if p and needs.a_up:
-        da_up = _gradient_through_weight(weight, grads["du"], given(s.a_up), arch)
     get = grads.get
     return (
         dx, get("da"), da_up, da_down, get("db"), get("db_up"), db_down, get("dbias"), get("dwc"), get("dd"), get("de")
@@ -301,21 +341,21 @@ def _finish(
     return grads | {name: totals[i : i + 1] for i, name in enumerate(constants)}, vectors, totals
 
 
-def wc_forward(weight: Tensor, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None) -> Tensor:
+def wc_forward(weight: Weight, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None) -> Tensor:
     """W·c (N,), with c (K,) or C_up (K,R)·C_down (R,1)."""
     _check_rank(0 if c_up is None else c_up.shape[1])
-    wc = weight.new_empty(weight.shape[0], dtype=wide_dtype(weight.dtype))
+    wc = torch.empty(weight.shape[0], dtype=wide_dtype(weight.dtype), device=weight.device)
     around.wc_launch(weight, c, c_up, c_down, wc, arch=arch_of(weight)).run()
     return wc
 
 
 def wc_backward(
-    g: Tensor, weight: Tensor, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None, needs: list[bool]
+    g: Tensor, weight: Weight, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dc = Wᵀg, or dC_up = dc·C_downᵀ and dC_down = C_upᵀ·dc; `needs` in this order."""
     arch = arch_of(weight)
     splits = around.wc_grad_splits(weight, arch)
-    part = weight.new_empty(splits, weight.shape[1], dtype=torch.float32)
+    part = g.new_empty(splits, weight.shape[1], dtype=torch.float32)
     around.wc_grad_launch(weight, g, part, arch=arch).run()
     grads = [_like(t) if need and t is not None else None for need, t in zip(needs, (c, c_up, c_down), strict=True)]
     around.c_grad_launch(part, c_up=c_up, c_down=c_down, dc=grads[0], dc_up=grads[1], dc_down=grads[2], arch=arch).run()
@@ -349,14 +389,13 @@ def _check_rank(rank: int) -> None:
         )
 
 
-def _route(x: Tensor, weight: Tensor, s: Supports, call: Call, shape: Shape, arch: str, backward: bool) -> str:
+def _route(x: Tensor, weight: Weight, s: Supports, call: Call, shape: Shape, arch: str, backward: bool) -> str:
     builds = s.a_up is not None and not call.matmul
-    return routes.product_route(
-        arch, x.dtype, shape, weight.dtype, backward=backward, scales=s.a is not None, builds=builds
-    )
+    stored = x.dtype if isinstance(weight, QuantizedWeight) else weight.dtype
+    return routes.product_route(arch, x.dtype, shape, stored, backward=backward, scales=s.a is not None, builds=builds)
 
 
-def _shape(x: Tensor, weight: Tensor, s: Supports, call: Call) -> Shape:
+def _shape(x: Tensor, weight: Weight, s: Supports, call: Call) -> Shape:
     n, k = weight.shape
     return Shape(x.shape[0], n, k, max(_ranks(s, call)))
 

@@ -68,14 +68,15 @@ def glora_wc(
     for name, tensor in (("c", c), ("c_up", c_up), ("c_down", c_down)):
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"weight and {name} must be on one device; got {weight.device} and {tensor.device}")
-    route = routes.route(weight.device.type, wc_dtype(weight, c, c_up))
+    four_bit = isinstance(weight, QuantizedWeight)
+    route = routes.route(weight.device.type, wc_dtype(weight, c, c_up), four_bit=four_bit)
     if torch.compiler.is_compiling():
         return torch.ops.glora_kernels.glora_wc(stored(weight), c, c_up, c_down, route, *quant_arguments(weight))
     return _WCFunction.apply(weight, c, c_up, c_down, route)
 
 
 def _forward(weight: Weight, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None, route: str) -> Tensor:
-    path = triton_path if route == "triton" else eager_path
+    path = eager_path if route == "eager" else triton_path
     with without_autocast(weight.device.type):
         return path.wc_forward(weight, c, c_up, c_down)
 
@@ -90,7 +91,7 @@ def _backward(
     route: str,
 ) -> tuple[Tensor | None, ...]:
     """(dc, dC_up, dC_down), each in the dtype of its tensor; None where not wanted."""
-    path = triton_path if route == "triton" else eager_path
+    path = eager_path if route == "eager" else triton_path
     with without_autocast(weight.device.type):
         grads = path.wc_backward(g, weight, c, c_up, c_down, needs)
     return tuple(

@@ -62,11 +62,13 @@ def quantize_weight(
 def dequantize(
     weight: QuantizedWeight, dtype: torch.dtype, rows: slice | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """W (N, K), or some of its rows: the product in fp32, rounded once to `dtype`.
+    """W (N, K), or some of its rows: the product in fp32, rounded to the dtype it was quantized from, then to `dtype`.
+
+    So that W is one matrix, the one that bitsandbytes dequantizes to, whatever dtype is computed in.
 
     Args:
         weight: the codes.
-        dtype: of the result; float64 holds the fp32 values.
+        dtype: of the result.
         rows: a range of rows with step 1; None means all.
         out: contiguous, where the result goes.
     """
@@ -80,7 +82,7 @@ def dequantize(
     step = max(_CHUNK // blocksize, 1) * blocksize
     for a in range(begin // blocksize * blocksize, end, step):
         b = min(a + step, end)
-        values = _decode(weight, a, b)
+        values = _decode(weight, a, b).to(weight.state.dtype)
         low = max(a, begin)
         flat[low - begin : b - begin] = values[low - a :]
     return out

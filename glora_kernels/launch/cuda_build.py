@@ -1,0 +1,78 @@
+"""The CUDA extension as it was built: whether it is there, why not, and for which architectures. Loaded when asked."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from pathlib import Path
+from types import ModuleType
+
+_RECORD = "_C_missing.txt"
+"""What setup.py leaves in the package where it does not build the extension: the reason."""
+
+
+def available(arch: str | None = None) -> bool:
+    """Whether the extension is there and, with `arch` ("sm_90"), runs on such a card."""
+    return why_missing(arch) is None
+
+
+def why_missing(arch: str | None = None) -> str | None:
+    """Why the CUDA extension cannot be used, or None where it can; with `arch`, on a card of that architecture."""
+    loaded = _load()
+    if isinstance(loaded, str):
+        return loaded
+    if arch is None or runs_on(arch, build_info()["archs"]):
+        return None
+    return f"the CUDA extension was built for sm_{', sm_'.join(build_info()['archs'])}, the card is {arch}"
+
+
+def build_info() -> dict[str, str | tuple[str, ...]]:
+    """archs: the architectures of the machine code ("80", "90", "100"); nvcc: the version of the compiler.
+
+    Raises:
+        RuntimeError: the extension is missing.
+    """
+    info = module().build_info()
+    return {"archs": tuple(info["archs"].split(";")), "nvcc": info["nvcc"]}
+
+
+def module() -> ModuleType:
+    """glora_kernels._C.
+
+    Raises:
+        RuntimeError: it is missing, with the reason.
+    """
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise RuntimeError(loaded)
+    return loaded
+
+
+def runs_on(arch: str, built: str | tuple[str, ...]) -> bool:
+    """Whether code of these architectures, and PTX of the newest of them, runs on a card ("sm_89").
+
+    Machine code serves cards of its major version from its minor version on ("90a" its own alone), PTX later cards too.
+    """
+    match = re.fullmatch(r"sm_(\d+)", arch)
+    if match is None:
+        return False
+    card = int(match[1])
+    exact = {int(name.rstrip("af")) for name in built if name[-1] in "af"}
+    plain = {int(name) for name in built if name[-1] not in "af"}
+    newest = max(plain | exact)
+    serves = any(card // 10 == code // 10 and card >= code for code in plain)
+    return serves or card in exact or (newest in plain and card >= newest)
+
+
+@functools.cache
+def _load() -> ModuleType | str:
+    """The module, or why there is none. Importing it looks at no device."""
+    try:
+        return importlib.import_module("glora_kernels._C")
+    except ModuleNotFoundError:
+        record = Path(__file__).parent.parent / _RECORD
+        why = record.read_text().strip() if record.exists() else "the package was installed without building it"
+        return f"the CUDA extension is missing: {why}; reinstall where nvcc is, or use backend('triton')"
+    except ImportError as error:
+        return f"the CUDA extension does not load: {error}"
