@@ -79,9 +79,9 @@ def fully_shard(
 
     Raises:
         TypeError: `model` or a block is of the wrong kind.
-        ValueError: a model that is wrapped, sharded already, without a GLoRA layer, or has a shared parameter on the
-            meta device; blocks that are not in the model or do not say which; trained parameters of several dtypes
-            in one group.
+        ValueError: a model that is wrapped, sharded already, without a GLoRA layer, or has a 4-bit base, a shared
+            parameter on the meta device; blocks that are not in the model or do not say which; trained parameters of
+            several dtypes in one group.
         RuntimeError: a layer is merged.
     """
     from torch.distributed.fsdp import fully_shard as shard
@@ -92,6 +92,11 @@ def fully_shard(
     layers = named_layers(model)
     if not layers:
         raise ValueError("fully_shard: the model has no GLoRA layer; call inject(model, config) first")
+    if packed := [path for path, layer in layers.items() if layer.quant_state is not None]:
+        raise ValueError(
+            f"fully_shard: the base of {packed[0]!r} is in 4 bits, whose blocks a shard would cut; every rank "
+            "holds it in full under DistributedDataParallel"
+        )
     if merged := [path for path, layer in layers.items() if layer.merged]:
         raise RuntimeError(f"fully_shard: {merged[0]!r} is merged; call unmerge(model) first")
     chosen = _own_blocks(model) if blocks is None else _named_blocks(model, blocks)

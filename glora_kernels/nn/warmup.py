@@ -112,17 +112,18 @@ def _sizes(tokens: int | Iterable[int]) -> list[int]:
 
 
 def _check_dtype(layer: GLoRALinear, dtype: torch.dtype | None) -> None:
-    if dtype not in (None, layer.weight.dtype, torch.float16, torch.bfloat16):
+    if dtype not in (None, layer.base_dtype, torch.float16, torch.bfloat16):
         raise ValueError(
-            f"dtype must be None, that of the weights ({layer.weight.dtype}), or torch.float16 or torch.bfloat16 for "
+            f"dtype must be None, that of the weights ({layer.base_dtype}), or torch.float16 or torch.bfloat16 for "
             f"autocast; got {dtype}"
         )
 
 
 def _is_served(layer: GLoRALinear, dtype: torch.dtype | None) -> bool:
-    """Whether Triton kernels serve the layer where it is."""
+    """Whether kernels serve the layer where it is."""
     device = layer.weight.device.type
-    return device != "meta" and routes.route(device, dtype or layer.weight.dtype) == "triton"
+    four_bit = layer.quant_state is not None
+    return device != "meta" and routes.route(device, dtype or layer.base_dtype, four_bit) != "eager"
 
 
 def _signature(layer: GLoRALinear) -> tuple[object, ...]:
@@ -133,18 +134,25 @@ def _signature(layer: GLoRALinear) -> tuple[object, ...]:
         for name, p in (("bias", layer.bias), *layer.adapter().items())
         if p is not None
     ]
-    layout = (tuple(weight.shape), weight.stride(), weight.dtype, weight.device, layer._transposed)
+    layout: tuple[object, ...] = (
+        tuple(weight.shape),
+        weight.stride(),
+        layer.base_dtype,
+        weight.device,
+        layer._transposed,
+    )
+    if (state := layer.quant_state) is not None:
+        layout += (state.shape, state.quant_type, state.blocksize, state.nested is not None)
     return (*layout, *parameters, config.variant, layer._dropout > 0)
 
 
 def _run(unit: list[GLoRALinear], tokens: int, dtype: torch.dtype | None, training: bool) -> None:
     """One forward, and backward, without a trace: on parameters that share the layers' memory, and without hooks."""
-    weight, was = unit[0].weight, [layer.training for layer in unit]
-    device = weight.device
+    device, base_dtype, was = unit[0].weight.device, unit[0].base_dtype, [layer.training for layer in unit]
     autocast: Any = contextlib.nullcontext()
-    if dtype is not None and dtype != weight.dtype:
+    if dtype is not None and dtype != base_dtype:
         autocast = torch.autocast(device.type, dtype=dtype)
-    x = torch.zeros(tokens, unit[0].in_features, device=device, dtype=weight.dtype, requires_grad=training)
+    x = torch.zeros(tokens, unit[0].in_features, device=device, dtype=base_dtype, requires_grad=training)
     bare = _Bare(unit)
     own: dict[str, Tensor] = {
         name: parameter.detach().requires_grad_(training and parameter.requires_grad)
