@@ -17,10 +17,11 @@ FLOORS = {
     "integrations": 5, "selftest": 5, "commands": 6, "__main__": 6, "__init__": 6,
 }  # fmt: skip
 PUBLIC = {
-    "FusedReport", "GLoRAConfig", "GLoRALinear", "GroupedLoRALinear", "QuantizedLinear", "ShareLoRAConfig", "backend",
-    "clip_grad_norm_", "deferred_shared_grads", "disabled", "fully_shard", "fuse_cross_attention",
-    "fuse_siblings", "inject", "load_adapter", "merge", "parameter_groups", "quantize", "save_adapter", "shared",
-    "shift_once", "split_siblings", "trainable_parameters", "unmerge", "warmup", "__version__",
+    "FusedReport", "GLoRAConfig", "GLoRALinear", "GroupedLoRALinear", "MergeReport", "QuantizedLinear",
+    "ShareLoRAConfig", "backend", "clip_grad_norm_", "deferred_shared_grads", "disabled", "fully_shard",
+    "fuse_cross_attention", "fuse_siblings", "inject", "load_adapter", "merge", "parameter_groups", "quantize",
+    "save_adapter", "shared", "shift_once", "split_siblings", "trainable_parameters", "unmerge", "warmup",
+    "__version__",
 }  # fmt: skip
 LATER = {"accelerate", "decelerate"}
 """Names of the design that do not exist yet; each moves to PUBLIC when it does."""
@@ -30,6 +31,9 @@ def top_level_imports(path: Path) -> set[str]:
     body = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
     return {getattr(node, "module", None) or alias.name for node in body for alias in node.names}
 
+
+LAUNCHERS = {"_dequantize_adapted_kernel": "dequantize_launch", "_small_h_kernel": "small_m_launch"}
+"""Of kernels that share a launcher with another one."""
 
 files = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 
@@ -126,7 +130,8 @@ def test_kernels_are_private_and_have_launchers():
     assert len(kernels) >= 7
     for name in kernels:
         assert name.startswith("_")
-        assert f"def {name.removeprefix('_').removesuffix('_kernel')}_launch(" in launchers
+        launcher = LAUNCHERS.get(name, f"{name.removeprefix('_').removesuffix('_kernel')}_launch")
+        assert f"def {launcher}(" in launchers
     assert "atomic" not in re.sub(r'"""[\s\S]*?"""', "", text), "sums must not differ from run to run"
 
 

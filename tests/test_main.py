@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from glora_kernels.__main__ import COMMANDS, main
-from glora_kernels.launch import configs, environment, tables
+from glora_kernels.launch import configs, cuda, environment, four_bit, tables
 from glora_kernels.launch.configs import Shape
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -83,7 +83,9 @@ def test_info_says_which_tables_there_are(capsys, monkeypatch, tmp_path):
     tables.write(tables.Table("Card", "sm_90", "2.11.0", "3.6.0", "2026-01-01", (row,)), tmp_path / "card.json")
     monkeypatch.setattr(tables, "SHIPPED", tmp_path)
     tables.reload()
-    assert "1 configurations, 0 routes; torch 2.11.0, triton 3.6.0, 2026-01-01" in out(capsys, "info")
+    assert "1 configurations, 0 routes, 0 of 4-bit layers; torch 2.11.0, triton 3.6.0, 2026-01-01" in out(
+        capsys, "info"
+    )
     _, found = steps(capsys)
     first = next(step for step in found["forward"]["steps"] if step["kernel"] == "_glora_fwd_kernel")
     assert (first["source"], first["stages"]) == ("shipped table card.json", 3)
@@ -147,6 +149,53 @@ def test_the_library_route_is_shown(capsys, monkeypatch):
     assert "forward: 1 launch, 1 library product; route library (given table)" in text
 
 
+def test_info_says_whether_the_extension_is_built(capsys, monkeypatch):
+    monkeypatch.setattr(cuda, "why_missing", lambda arch=None: "the CUDA extension is missing: no nvcc was found")
+    assert re.search(r"^CUDA extension +the CUDA extension is missing: no nvcc was found$", out(capsys, "info"), re.M)
+    monkeypatch.setattr(cuda, "why_missing", lambda arch=None: None)
+    monkeypatch.setattr(cuda, "build_info", lambda: {"archs": ("80", "90"), "nvcc": "13.0"})
+    assert re.search(r"^CUDA extension +built for sm_80, sm_90 by nvcc 13\.0", out(capsys, "info"), re.M)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dense", "few"),
+    [
+        ("triton", "_dequantize_kernel", "_small_m_kernel"), ("cuda", "dequantize_kernel", "small_m_gemv_kernel"),
+        ("auto", "_dequantize_kernel", "_small_m_kernel"),
+    ],
+)  # fmt: skip
+def test_the_steps_of_a_4_bit_layer(backend, dense, few, capsys, monkeypatch):
+    """On a machine without the extension, whose launches can be planned all the same."""
+    monkeypatch.setattr(four_bit, "_available", lambda arch: False)
+    extra = ["--four-bit", "nf4", "--backend", backend]
+    names, found = steps(capsys, *extra)
+    assert names["forward"][0] == dense
+    assert dense in names["backward"]
+    assert found["four_bit"] == "nf4"
+    assert all((environment.Path(tables.__file__).parents[2] / step["file"].split(":")[0]).is_file()
+               for name in ("forward", "backward") for step in found[name]["steps"])  # fmt: skip
+    text = out(capsys, "info", "--layer", "1x4096x4096", "--arch", "sm_90", "--case", "lora", *extra)
+    assert "nf4 base: M=1 tokens" in text
+    assert "forward: 1 launch; route few tokens (default)" in text
+    assert re.search(rf"^1 +{few} ", text, re.M)
+    text = out(capsys, *LAYER, "--case", "glora:lora,lora,vector,none,none", *extra)
+    assert f" {dense.replace('_kernel', '_adapted_kernel')} " in text, "W_eff at once"
+
+
+def test_what_a_table_says_of_4_bits_is_shown(capsys, monkeypatch):
+    monkeypatch.setattr(four_bit, "_available", lambda arch: arch == "sm_90")
+    rows = (
+        tables.FourBit("dequantize", "bf16", Shape(0, 4096, 4096, 0), "triton", 0.2, 0.1),
+        tables.FourBit("small_m", "bf16", Shape(8, 4096, 4096, 16), "workspace", 0.3, 0.2, 0.1),
+    )
+    with tables.using(tables.Table("Card", "sm_90", "2", "3", "today", four_bit=rows)):
+        found = json.loads(
+            out(capsys, "info", "--layer", "8x4096x4096", "--arch", "sm_90", "--four-bit", "fp4", "--json")
+        )
+    first = found["forward"]["steps"][0]
+    assert (first["kernel"], first["source"]) == ("_dequantize_kernel", "given table")
+
+
 def test_other_cards_and_sizes(capsys):
     text = out(capsys, "info", "--layer", "48x4096x4097", "--arch", "sm_80", "--dtype", "fp16", "--dropout", "0.1")
     assert "tma" not in text
@@ -165,6 +214,7 @@ def test_other_cards_and_sizes(capsys):
         (["--case", "glora:full,lora,none,none,none"], "A must be one of"),
         (["--dropout", "1.5"], "dropout must be a number"),
         (["--rank", "300"], "rank of up to 256"),
+        (["--backend", "cuda"], "--backend cuda chooses the kernels of a 4-bit weight: give --four-bit too"),
     ],
 )
 def test_a_layer_that_there_is_not(args, message, capsys):
@@ -190,17 +240,21 @@ def test_tune_lists_without_a_gpu(capsys):
     assert "M=64 N=32 K=16 R=16" in text
     assert "M=128" in text
     assert not re.search(r"^(fwd|dx) ", text, re.M)
+    text = out(capsys, "tune", "--shape", "64x32x16", "--four-bit", "only", "--list", "--arch", "sm_80")
+    assert re.findall(r"^4-bit (\w+) +(\d+) +32 +16 ", text, re.M)[:2] == [("dequantize", "0"), ("small_m", "1")]
+    assert "configuration" not in text
+    assert "4-bit" not in out(capsys, "tune", "--shape", "64x32x16", "--list", "--arch", "sm_80")
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter")
 def test_tune_says_what_it_gained(capsys, monkeypatch, tmp_path):
-    from glora_kernels.launch import tune
+    from glora_kernels.launch import machine, tune
 
-    machine = tune.Machine("Test Card", "sm_90", "cpu", lambda contenders, rounds: [
+    card = machine.Machine("Test Card", "sm_90", "cpu", lambda contenders, rounds: [
         [1.0 / steps[0].__self__.options["num_stages"]] * rounds for steps in contenders
     ])  # fmt: skip
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tune, "this_gpu", lambda: machine)
+    monkeypatch.setattr(machine, "this_gpu", lambda: card)
     path = tmp_path / "t.json"
     args = ["tune", "--shape", "32x48x64", "--rank", "4", "--dtype", "fp16", "--kernels", "x", "--out", str(path)]
     text = out(capsys, *args)
@@ -208,13 +262,18 @@ def test_tune_says_what_it_gained(capsys, monkeypatch, tmp_path):
     assert "1 of 1 are faster than the default" in text
     assert tables.read(path).configs[0].config["num_stages"] == 4
     assert "(measured before)" in out(capsys, *args)
+    asked = []
 
     def stop(*args, **kwargs):
+        asked.append((kwargs["kernels"], kwargs["passes"] is not None, kwargs["few"] is not None))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tune, "run", stop)
     assert main(args) == 130
     assert str(path) in capsys.readouterr().err
+    for more in (["--four-bit"], ["--four-bit", "only"], ["--four-bit", "--kernels", "dx", "routes"]):
+        assert main([*args, *more]) == 130
+    assert asked == [(["x"], False, False), (["x"], False, True), ([], False, True), (["dx"], True, True)]
 
 
 def test_bench(capsys):

@@ -15,6 +15,7 @@ from glora_kernels.spec import GLoRAConfig
 HELP = "versions, devices, tables and routes; with --layer, which kernels serve a layer, and how they are launched"
 PACKAGES = ("glora_kernels", "torch", "triton", "safetensors", "peft", "transformers", "bitsandbytes")
 DTYPES = ("bf16", "fp16", "fp32")
+QUANT_TYPES = ("nf4", "fp4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     text.add_case(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the layer and its input (default: bf16)")
+    parser.add_argument("--four-bit", choices=QUANT_TYPES, help="with --layer: the base is held in 4 bits")
+    parser.add_argument(
+        "--backend", choices=("auto", "triton", "cuda"), default="auto",
+        help="with --four-bit: whose kernels serve the 4-bit weight (default: those that are measured or expected to)",
+    )  # fmt: skip
     parser.add_argument(
         "--arch", type=text.architecture, help="the card's, like sm_90 (default: this GPU's, else sm_90)"
     )
@@ -62,16 +68,20 @@ def _layer(args: argparse.Namespace) -> int:
     try:
         config = text.case(args.case, args.rank, args.dropout, args.variant)
         arch = args.arch or (environment.arch(torch.cuda.current_device()) if torch.cuda.is_available() else "sm_90")
-        plans = plan(args.layer, config, BY_NAME[args.dtype], arch, args.bias)
+        if args.backend != "auto" and args.four_bit is None:
+            raise ValueError(f"--backend {args.backend} chooses the kernels of a 4-bit weight: give --four-bit too")
+        plans = plan(args.layer, config, BY_NAME[args.dtype], arch, args.bias, args.four_bit, args.backend)
     except (ValueError, RuntimeError) as error:
         print(f"info --layer: {error}", file=sys.stderr)
         return 2
     m, n, k = args.layer
     if args.json:
         head = {"m": m, "n": n, "k": k, "arch": arch, "dtype": args.dtype, "config": config.to_dict()}
+        head["four_bit"] = args.four_bit
         print(json.dumps(head | {name: asdict(p) | {"launches": p.launches} for name, p in plans.items()}, indent=1))
         return 0
-    print(f"{_title(config, args.bias)}: M={m} tokens, N={n}, K={k}, {args.dtype}, in training on {arch}\n")
+    title = _title(config, args.bias) + (f", {args.four_bit} base" if args.four_bit else "")
+    print(f"{title}: M={m} tokens, N={n}, K={k}, {args.dtype}, in training on {arch}\n")
     for name, p in plans.items():
         print(f"{name}: {p.count()}; route {p.route} ({p.decided_by})")
         columns = ["", "kernel", "file", "grid", "blocks", "warps", "stages", "how", "configuration"]
@@ -109,16 +119,20 @@ def _devices() -> list[dict[str, str]]:
 
 
 def _built() -> dict[str, str]:
-    from glora_kernels.launch import environment, routes
+    from glora_kernels.launch import cuda, environment, routes
 
     interpreter = "on (TRITON_INTERPRET=1)" if environment.interpreting() else "off"
     state = "compiled at the first call on a GPU" if environment.has_triton() else "unavailable: no triton package"
     return {
         "Triton kernels": state,
         "Triton interpreter": interpreter,
-        "CUDA extension": "not part of this version; no layer needs it",
+        "CUDA extension": missing if (missing := cuda.why_missing()) is not None else _extension(cuda.build_info()),
         "backend": routes.current_backend(),
     }
+
+
+def _extension(info: dict[str, Any]) -> str:
+    return f"built for sm_{', sm_'.join(info['archs'])} by nvcc {info['nvcc']}; 4-bit layers take it"
 
 
 def _tables() -> list[dict[str, str]]:
@@ -149,7 +163,7 @@ def _entries(path: Any) -> str:
         table = tables.read(path)
     except ValueError as error:
         return f"unusable: {error}"
-    counts = f"{len(table.configs)} configurations, {len(table.routes)} routes"
+    counts = f"{len(table.configs)} configurations, {len(table.routes)} routes, {len(table.four_bit)} of 4-bit layers"
     return f"{counts}; torch {table.torch}, triton {table.triton}, {table.date}"
 
 
@@ -182,6 +196,8 @@ def _layers() -> list[dict[str, str]]:
         ("A lora, product variant", "2", "LoRA with W·A_up in the place of B_up", f"{forward}; {backward}"),
         ("C", "+0", "W read once more in each pass", "_wc_kernel; _wc_grad_kernel, _c_grad_kernel"),
         ("D or E", "+0", "one vector, made where it is added", "none of their own"),
+        ("any, 4-bit base", "+0", "W or W_eff dequantized into the workspace in each pass; a few tokens read the codes",
+         "_dequantize_kernel or _dequantize_adapted_kernel; _small_m_kernel; or those of csrc"),
         ("any, on the library route", "", "the vendor's product in the place of _glora_fwd_kernel, _glora_dx_kernel",
          "_added_terms_kernel in the place of _prepare_kernel"),
     )  # fmt: skip

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 import glora_kernels
-from glora_kernels.launch import configs, cost, tables
+from glora_kernels.launch import configs, cost, four_bit, tables
 from glora_kernels.launch.configs import Shape
+from glora_kernels.launch.cuda import CudaLaunch
 from glora_kernels.launch.plan import Launch, LibraryProduct, planning
 from glora_kernels.ops import triton as path
 from glora_kernels.ops.common import Call, Needs, Supports
+from glora_kernels.quant import QuantizedWeight, QuantState
 from glora_kernels.spec import GLoRAConfig
 
 TUNED_AS = {
@@ -24,6 +26,18 @@ TUNED_AS = {
     "_hadamard_grad_kernel": "hadamard_grad",
 }  # fmt: skip
 """Under which name a table has a kernel's configurations; the others always take their default."""
+
+OPERATIONS = {
+    "_dequantize_kernel": "dequantize", "_dequantize_adapted_kernel": "dequantize", "dequantize_kernel": "dequantize",
+    "dequantize_adapted_kernel": "dequantize", "_small_m_kernel": "small_m", "small_m_gemv_kernel": "small_m",
+    "small_m_mma_kernel": "small_m",
+}  # fmt: skip
+"""The operation on a 4-bit weight that a kernel serves: a table says whose does."""
+
+CUDA_FILES = {
+    "dequantize_kernel": "csrc/dequantize.cu", "dequantize_adapted_kernel": "csrc/dequantize.cu",
+    "small_m_gemv_kernel": "csrc/small_m_gemv.cu", "small_m_mma_kernel": "csrc/small_m_mma.cu",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,13 @@ class Plan:
 
 
 def plan(
-    sizes: tuple[int, int, int], config: GLoRAConfig, dtype: torch.dtype, arch: str, bias: bool
+    sizes: tuple[int, int, int],
+    config: GLoRAConfig,
+    dtype: torch.dtype,
+    arch: str,
+    bias: bool,
+    quant_type: str | None = None,
+    backend: str = "auto",
 ) -> dict[str, Plan]:
     """The steps of "forward" and "backward" in training: x and every parameter of the adapter want a gradient.
 
@@ -72,6 +92,8 @@ def plan(
         dtype: of everything.
         arch: the card's architecture.
         bias: whether the base has one.
+        quant_type: of a 4-bit base, in blocks of 64 with absmax in fp32; None for a dense one.
+        backend: whose kernels serve the 4-bit weight, "auto", "triton" or "cuda".
     """
     m, n, k = sizes
 
@@ -83,10 +105,11 @@ def plan(
     terms: dict[str, Any] = {name.lower(): tensor for name, tensor in own.items()}
     if bias:
         terms["bias"] = meta(n)
-    x, weight, dy = meta(m, k), meta(n, k), meta(m, n)
+    x, dy = meta(m, k), meta(m, n)
+    weight = meta(n, k) if quant_type is None else _codes(n, k, quant_type, dtype)
     p = config.dropout if config.B == "lora" else 0.0
     seed = torch.tensor([2**62 + 1]) if p else None
-    call = Call(config.scale, p, seed, config.variant == "matmul", "triton")
+    call = Call(config.scale, p, seed, config.variant == "matmul", "triton" if quant_type is None else backend)
     has_c = c != (None, None, None)
 
     with planning(arch) as forward:
@@ -105,19 +128,35 @@ def plan(
     shape = Shape(m, n, k, config.rank if pair or config.B == "lora" else 0)
     found = {}
     for name, steps in (("forward", forward), ("backward", backward)):
+        planned = [_step(step, shape, dtype, arch, backend) for step in steps]
         route = "library" if any(isinstance(step, LibraryProduct) for step in steps) else "fused"
         measured, source = tables.explain_route(arch, dtype, shape, backward=name == "backward", scales=s.a is not None)
         decided = source if measured is not None or arch in cost.CARDS else "default of an unknown card"
-        found[name] = Plan([_step(step, shape, dtype, arch) for step in steps], route, decided)
+        if few := [step for step in planned if OPERATIONS.get(step.kernel) == "small_m"]:
+            route, decided = "few tokens", few[0].source
+        found[name] = Plan(planned, route, decided)
     return found
 
 
-def _step(step: Launch | LibraryProduct, shape: Shape, dtype: torch.dtype, arch: str) -> Step:
+def _codes(n: int, k: int, quant_type: str, dtype: torch.dtype) -> QuantizedWeight:
+    """A 4-bit weight without values."""
+    packed = torch.empty(-(-n * k // 2), 1, dtype=torch.uint8, device="meta")
+    absmax = torch.empty(-(-n * k // 64), dtype=torch.float32, device="meta")
+    return QuantizedWeight(packed, QuantState(absmax, quant_type, 64, (n, k), dtype))
+
+
+def _step(
+    step: Launch | CudaLaunch | LibraryProduct, shape: Shape, dtype: torch.dtype, arch: str, backend: str
+) -> Step:
     if isinstance(step, LibraryProduct):
         return Step(str(step), "", "", "", 0, 0, "", "")
+    if isinstance(step, CudaLaunch):
+        source = _source(step.kernel, shape, dtype, arch, backend)
+        file, warps = CUDA_FILES[step.kernel], step.block // 32
+        return Step(step.kernel, file, str(step.grid), f"shared={step.shared}", warps, 0, "", source)
     name, args = step.kernel.__name__, step.args
     blocks = " ".join(f"{key.removeprefix('BLOCK_')}={value}" for key, value in args.items() if key[:6] == "BLOCK_")
-    features, source = [], "default"
+    features, source = [], _source(name, shape, dtype, arch, backend)
     if name in TUNED_AS:
         config, source = tables.explain(TUNED_AS[name], arch, dtype, _shape_of(step, shape))
         if args.get("TMA"):
@@ -132,6 +171,15 @@ def _step(step: Launch | LibraryProduct, shape: Shape, dtype: torch.dtype, arch:
         name, _where(step.kernel), grid, blocks, step.options["num_warps"], step.options["num_stages"],
         ", ".join(features), source,
     )  # fmt: skip
+
+
+def _source(kernel: str, shape: Shape, dtype: torch.dtype, arch: str, backend: str) -> str:
+    """What decided that this kernel serves the 4-bit weight: a table, or "default" as for every other kernel."""
+    operation = OPERATIONS.get(kernel)
+    if operation is None:
+        return "default"
+    of = shape if operation == "small_m" else Shape(0, shape.n, shape.k, 0)
+    return tables.explain_four_bit(operation, arch, dtype, of, four_bit.usable(backend, arch))[1]
 
 
 def _shape_of(launch: Launch, call: Shape) -> Shape:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from glora_kernels.launch.configs import Shape
+    from glora_kernels.launch.four_bit_tune import Step
     from glora_kernels.launch.trials import Data
     from glora_kernels.launch.tune import Pass
 
@@ -43,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernels", nargs="+", choices=(*KERNELS, "routes"), default=[*KERNELS, "routes"], metavar="KERNEL",
         help=f"which of {', '.join(KERNELS)}, and routes (default: all)",
     )  # fmt: skip
+    parser.add_argument(
+        "--four-bit", nargs="?", const="also", choices=("also", "only"),
+        help="measure also, or only, what serves 4-bit layers of these sizes: csrc, Triton or a dense workspace, "
+        "for the dense weight and at 1 to 64 tokens whatever M is",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE", help="the table (default: where launches look for it)")
     parser.add_argument("--minutes", type=float, default=8.0, help="begin nothing new after this long (default: 8)")
     parser.add_argument("--again", action="store_true", help="measure anew what is in the table already")
@@ -57,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from glora_kernels.launch import environment, tables, tune
+    from glora_kernels.launch import environment, machine, tables, tune
     from glora_kernels.launch.configs import Shape
 
     found = list(args.shape)
@@ -68,10 +74,11 @@ def run(args: argparse.Namespace) -> int:
         print("tune: say which shapes: --layers llama-3-8b, or --shape MxNxK", file=sys.stderr)
         return 2
     shapes = [Shape(m, n, k, args.rank) for m, n, k in dict.fromkeys(found)]
-    kernels = [name for name in KERNELS if name in args.kernels]
+    dense = args.four_bit != "only"
+    kernels = [name for name in KERNELS if dense and name in args.kernels]
     if args.list:
         here = environment.arch(torch.cuda.current_device()) if torch.cuda.is_available() else "sm_90"
-        return _list(shapes, args.dtype, args.arch or here, kernels)
+        return _list(shapes, args.dtype, args.arch or here, kernels, args.four_bit is not None)
     if not torch.cuda.is_available() or not environment.has_triton():
         lacks = "PyTorch sees no GPU here" if environment.has_triton() else "the triton package is not installed"
         print(
@@ -79,13 +86,14 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    machine = tune.this_gpu()
-    path = args.out or environment.tables_directory() / f"{environment.slug(machine.name)}.json"
-    passes = whole_pass if "routes" in args.kernels else None
-    print(f"{machine.name} ({machine.arch}): {len(shapes)} shapes, table {path}", file=sys.stderr)
+    card = machine.this_gpu()
+    path = args.out or environment.tables_directory() / f"{environment.slug(card.name)}.json"
+    passes = whole_pass if dense and "routes" in args.kernels else None
+    few = None if args.four_bit is None else few_tokens
+    print(f"{card.name} ({card.arch}): {len(shapes)} shapes, table {path}", file=sys.stderr)
     try:
         result = tune.run(
-            shapes, args.dtype, path, machine=machine, passes=passes, kernels=kernels, again=args.again,
+            shapes, args.dtype, path, machine=card, passes=passes, few=few, kernels=kernels, again=args.again,
             minutes=args.minutes,
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -133,16 +141,37 @@ def whole_pass(data: Data, backward: bool, scales: bool) -> Pass:
     return both
 
 
-def _list(shapes: list[Shape], dtype: str, arch: str, kernels: list[str]) -> int:
-    from glora_kernels.launch import tables, tune
+def few_tokens(data: Data) -> Step:
+    """One forward of LoRA with a bias over a 4-bit weight."""
+    from glora_kernels.launch.four_bit_tune import SCALE
+    from glora_kernels.ops import triton as path
+    from glora_kernels.ops.common import Call, Supports
+
+    x, codes, call = data["x"], data.codes(), Call(SCALE, 0.0, None, False, "auto")
+    s = Supports(b_up=data["up"], b_down=data["b_down"], bias=data["bias"])
+
+    def forward() -> dict[str, Tensor]:
+        y, h, _, _ = path.forward(x, codes, s, call)
+        return {"y": y} | ({} if h is None else {"h": h})
+
+    return forward
+
+
+def _list(shapes: list[Shape], dtype: str, arch: str, kernels: list[str], four_bit: bool) -> int:
+    from glora_kernels.launch import four_bit_tune, tables, tune
 
     print(f"on {arch}, {dtype}; the first of each kernel is its default\n")
-    for shape in shapes:
+    for shape in shapes if kernels else []:
         rows = []
         for kernel in kernels:
             for config in tune.candidates(kernel, arch, tables.DTYPES[dtype], shape):
                 rows.append((kernel, " ".join(f"{name}={value}" for name, value in config.items())))
         print(f"M={shape.m} N={shape.n} K={shape.k} R={shape.r}")
         print(text.table(["kernel", "configuration"], rows))
-    print(f"about {tune.compilations(shapes, dtype, arch, kernels)} compilations")
+    if four_bit:
+        head = ["", "M", "N", "K", "R", "served by"]
+        served = {four_bit_tune.task_of(name): ", ".join(kinds) for name, kinds in tables.FOUR_BIT.items()}
+        print(text.table(head, [(task, *shape, served[task]) for shape, task in four_bit_tune.tasks(shapes)]))
+    if kernels:
+        print(f"about {tune.compilations(shapes, dtype, arch, kernels)} compilations")
     return 0

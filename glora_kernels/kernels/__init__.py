@@ -11,6 +11,8 @@
 | `_glora_dx_kernel` | glora | (dy∘(1+a))·W + mask∘(S·B_down)/(1-p) + τ·1ᵀ | dx |
 | `_finish_kernel` | finish | sums of partial sums, as gradients | every gradient; dA of a vector from y |
 | `_totals_kernel` | finish | Σₙ | gradients of constants |
+| `_dequantize_kernel`, `_dequantize_adapted_kernel` | dequantize | W, or W + W∘A + B, of 4 bits | a dense workspace |
+| `_small_m_kernel`, `_small_h_kernel` | small_m | y and h of up to 64 tokens over 4 bits | decoding |
 | `_wc_kernel` | weight | W·c | C's share of β |
 | `_wc_grad_kernel`, `_c_grad_kernel` | weight | Wᵀg, and its factors' gradients | dC |
 

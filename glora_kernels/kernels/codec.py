@@ -68,7 +68,7 @@ def _weight_tile(
     nested_absmax_ptr,
     nested_code_ptr,
     offset_ptr,
-    n,
+    first_n,
     first_k,
     N,
     K,
@@ -76,37 +76,50 @@ def _weight_tile(
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
+    W_DTYPE: tl.constexpr,
     WORDS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """W[n, first_k + 0…BLOCK_K) in fp32, (len(n), BLOCK_K), zeros outside (N, K).
+    """W[first_n + 0…BLOCK_N, first_k + 0…BLOCK_K), rounded to W_DTYPE, in fp32; zeros outside (N, K).
 
     WORDS: K and first_k are multiples of 8 and the packed weight starts at a multiple of 4 bytes; eight neighbours of a
     row are then read as one word, with one absmax. Without, every element reads its byte and absmax.
     """
-    # Unsigned, so that a division by a power of two is a shift.
-    row = n.to(tl.uint64)[:, None] * K
+    SPAN: tl.constexpr = BLOCKSIZE * NESTED_BLOCKSIZE if NESTED else BLOCKSIZE
+    first = tl.cast(first_n, tl.int64) * K + first_k
+    # From the last whole span before the tile on, positions take 32 bits while BLOCK_N·K is under 2^30. Unsigned, so
+    # that a division by a power of two is a shift.
+    spans = first // SPAN
+    packed_ptr += spans * (SPAN // 2)
+    absmax_ptr += spans * (SPAN // BLOCKSIZE)
+    if NESTED:
+        nested_absmax_ptr += spans
+    i = tl.arange(0, BLOCK_N)[:, None]
+    row = (first - spans * SPAN).to(tl.uint32) + (i * K).to(tl.uint32)
     if WORDS:
-        j = tl.arange(0, BLOCK_K // 8) * 8
-        mask = (n[:, None] < N) & (first_k + j[None, :] < K)
-        flat = row + (first_k + j)[None, :]
-        word = tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + flat // 8, mask=mask, other=0)
+        j = tl.arange(0, BLOCK_K // 8)[None, :] * 8
+        mask = (first_n + i < N) & (first_k + j < K)
+        place = row + j.to(tl.uint32)
+        word = tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + place // 8, mask=mask, other=0)
         absmax = _absmax(
-            absmax_ptr, flat // BLOCKSIZE, nested_absmax_ptr, nested_code_ptr, offset_ptr, mask, NESTED,
+            absmax_ptr, place // BLOCKSIZE, nested_absmax_ptr, nested_code_ptr, offset_ptr, mask, NESTED,
             NESTED_BLOCKSIZE,
         )  # fmt: skip
         level = _decode(_unpack(word), CODE)
-        return tl.reshape(level * absmax[:, :, None], (n.shape[0], BLOCK_K))
+        w = tl.reshape(level * absmax[:, :, None], (BLOCK_N, BLOCK_K))
     else:
-        k = first_k + tl.arange(0, BLOCK_K)[None, :]
-        mask = (n[:, None] < N) & (k < K)
-        flat = row + k
-        byte = tl.load(packed_ptr + flat // 2, mask=mask, other=0).to(tl.int32)
+        j = tl.arange(0, BLOCK_K)[None, :]
+        mask = (first_n + i < N) & (first_k + j < K)
+        place = row + j.to(tl.uint32)
+        byte = tl.load(packed_ptr + place // 2, mask=mask, other=0).to(tl.int32)
         absmax = _absmax(
-            absmax_ptr, flat // BLOCKSIZE, nested_absmax_ptr, nested_code_ptr, offset_ptr, mask, NESTED,
+            absmax_ptr, place // BLOCKSIZE, nested_absmax_ptr, nested_code_ptr, offset_ptr, mask, NESTED,
             NESTED_BLOCKSIZE,
         )  # fmt: skip
-        return _decode((byte >> (4 - 4 * (flat % 2)).to(tl.int32)) & 15, CODE) * absmax
+        w = _decode((byte >> (4 - 4 * (place % 2)).to(tl.int32)) & 15, CODE) * absmax
+    return _nearest(w, W_DTYPE, UPCAST).to(tl.float32)
 
 
 @triton.jit

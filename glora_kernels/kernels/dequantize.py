@@ -21,11 +21,12 @@ def _dequantize_kernel(
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
+    W_DTYPE: tl.constexpr,
     WORDS: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
 ):
-    """out[i] = level of nibble i · absmax[i // BLOCKSIZE], i < total, over the flat weight.
+    """out[i] = level of nibble i · absmax[i // BLOCKSIZE] rounded to W_DTYPE, i < total, over the flat weight.
 
     A unit is what is read at once: a word of eight codes (WORDS: `total` is a multiple of 8, the packed weight starts
     at a multiple of 4 bytes) or a byte of two. It lies in one block.
@@ -42,7 +43,8 @@ def _dequantize_kernel(
         NESTED_BLOCKSIZE,
     )  # fmt: skip
     level = _decode((packed[:, None] >> _shifts(COUNT)[None, :]) & 15, CODE)
-    value = _nearest(level * absmax[:, None], out_ptr.dtype.element_ty, UPCAST)
+    value = _nearest(level * absmax[:, None], W_DTYPE, UPCAST).to(tl.float32)
+    value = _nearest(value, out_ptr.dtype.element_ty, UPCAST)
     element = unit[:, None] * COUNT + tl.arange(0, COUNT)[None, :]
     if WORDS:  # a mask a row, so that the compiler sees whole vectors to store
         tl.store(out_ptr + element, value, mask=mask[:, None])
@@ -83,6 +85,7 @@ def _dequantize_adapted_kernel(
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
+    W_DTYPE: tl.constexpr,
     WORDS: tl.constexpr,
     HAS_A: tl.constexpr,
     HAS_A_LORA: tl.constexpr,
@@ -100,13 +103,16 @@ def _dequantize_adapted_kernel(
     In fp32, rounded once and so that the mean of a small adapter stays.
     """
     across = tl.cdiv(K, BLOCK_K)
-    n = (tl.program_id(0) // across) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = (tl.program_id(0) // across) * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)
     first_k = (tl.program_id(0) % across) * BLOCK_K
     k = first_k + tl.arange(0, BLOCK_K)
     w = _weight_tile(
-        packed_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, n, first_k, N, K, CODE, BLOCKSIZE,
-        NESTED, NESTED_BLOCKSIZE, WORDS, BLOCK_K,
+        packed_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, first_n, first_k, N, K, CODE, BLOCKSIZE,
+        NESTED, NESTED_BLOCKSIZE, W_DTYPE, WORDS, UPCAST, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+    # As it is without A and B, so that adapters of zero change nothing: a value that is exact in 16 bits stays.
+    w = _nearest(w, out_ptr.dtype.element_ty, UPCAST).to(tl.float32)
     if HAS_A:
         w += w * _load_vector(a_ptr, n, stride_a, N)[:, None]
     if HAS_A_LORA:

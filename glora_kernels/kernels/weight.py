@@ -88,7 +88,7 @@ def _read_weight(
     nested_absmax_ptr,
     nested_code_ptr,
     offset_ptr,
-    n,
+    first_n,
     first_k,
     last_n,
     K,
@@ -97,22 +97,20 @@ def _read_weight(
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
+    W_DTYPE: tl.constexpr,
     WORDS: tl.constexpr,
-    DTYPE: tl.constexpr,
     UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """W[n, first_k + 0…BLOCK_K) in fp32, zeros outside (last_n, K), of a dense weight or one in 4 bits.
-
-    The decoded one is rounded to DTYPE as the dense weight made of it would be, so that both give the same results.
-    """
+    """W[first_n + 0…BLOCK_N, first_k + 0…BLOCK_K) in fp32, zeros outside (last_n, K), dense or in 4 bits."""
     if QUANTIZED:
-        w = _weight_tile(
-            w_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, n, first_k, last_n, K, CODE, BLOCKSIZE,
-            NESTED, NESTED_BLOCKSIZE, WORDS, BLOCK_K,
+        return _weight_tile(
+            w_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, first_n, first_k, last_n, K, CODE,
+            BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, W_DTYPE, WORDS, UPCAST, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        return _nearest(w, DTYPE, UPCAST).to(tl.float32)
     else:
+        n = first_n + tl.arange(0, BLOCK_N)
         k = first_k + tl.arange(0, BLOCK_K)
         return _load(w_ptr, n, k, stride_wn, stride_wk, last_n, K).to(tl.float32)
 
@@ -167,6 +165,7 @@ def _hadamard_grad_kernel(
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
+    W_DTYPE: tl.constexpr,
     WORDS: tl.constexpr,
     BANDS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -211,9 +210,12 @@ def _hadamard_grad_kernel(
             x = _load(x_ptr, m, k, stride_xm, stride_xk, M, K)
             acc = _dot(dy, x, acc, PRECISION, UPCAST)
         w = _read_weight(
-            w_ptr, stride_wn, stride_wk, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, n, j * BLOCK_K, N,
-            K, QUANTIZED, CODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, WORDS, DTYPE, UPCAST, BLOCK_K,
+            w_ptr, stride_wn, stride_wk, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, i * BLOCK_N,
+            j * BLOCK_K, N, K, QUANTIZED, CODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, W_DTYPE, WORDS, UPCAST,
+            BLOCK_N, BLOCK_K,
         )  # fmt: skip
+        if QUANTIZED:  # to what the dense weight would be: both then give the same numbers
+            w = _nearest(w, DTYPE, UPCAST).to(tl.float32)
         h = (acc * w).to(DTYPE)
         if HAS_DUP:
             part = dup_ptr + tl.cast(j, tl.int64) * stride_dup_part
@@ -263,8 +265,8 @@ def _wc_kernel(
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
+    W_DTYPE: tl.constexpr,
     WORDS: tl.constexpr,
-    DTYPE: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -282,8 +284,9 @@ def _wc_kernel(
         else:
             c = _load_vector(c_ptr, k, stride_c, K)
         w = _read_weight(
-            w_ptr, stride_wn, stride_wk, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, n, k0, N, K,
-            QUANTIZED, CODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, WORDS, DTYPE, UPCAST, BLOCK_K,
+            w_ptr, stride_wn, stride_wk, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
+            tl.program_id(0) * BLOCK_N, k0, N, K, QUANTIZED, CODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, W_DTYPE, WORDS,
+            UPCAST, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         total += tl.sum(w * c[None, :], 1)
     tl.store(wc_ptr + n, total, mask=n < N)
@@ -310,8 +313,8 @@ def _wc_grad_kernel(
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
+    W_DTYPE: tl.constexpr,
     WORDS: tl.constexpr,
-    DTYPE: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -326,8 +329,9 @@ def _wc_grad_kernel(
     for n0 in range(first, last, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         w = _read_weight(
-            w_ptr, stride_wn, stride_wk, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, n, first_k, last,
-            K, QUANTIZED, CODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, WORDS, DTYPE, UPCAST, BLOCK_K,
+            w_ptr, stride_wn, stride_wk, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, n0, first_k,
+            last, K, QUANTIZED, CODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, W_DTYPE, WORDS, UPCAST,
+            BLOCK_N, BLOCK_K,
         )  # fmt: skip
         total += tl.sum(w * _load_vector(g_ptr, n, stride_g, last)[:, None], 0)
     tl.store(part_ptr + tl.cast(split, tl.int64) * stride_part + k, total, mask=k < K)

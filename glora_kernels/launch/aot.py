@@ -25,7 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora_kernels.launch import aot_cases, aot_depth_cases, aot_grouped_cases, aot_quant_cases, environment
+from glora_kernels.launch import (
+    aot_cases,
+    aot_depth_cases,
+    aot_grouped_cases,
+    aot_quant_cases,
+    aot_small_m_cases,
+    environment,
+)
 from glora_kernels.launch.configs import SHARED_LIMIT
 from glora_kernels.launch.plan import Launch
 
@@ -39,7 +46,7 @@ MATRIX_INSTRUCTION = {
 
 _WITHOUT_PRODUCT = (
     "prepare, W_eff of a vector", "finish lora", "totals", "wc", "c grad", "merge vectors", "restore", "shift",
-    "dequantize",
+    "dequantize", "4-bit, one token", "4-bit, h of few tokens",
 )  # fmt: skip
 """Forms that only read and add."""
 
@@ -92,7 +99,7 @@ class Report:
 
 def cases(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Launch]]:
     """(name, launch) of every form of every kernel. They import the kernels, and so Triton."""
-    for part in (aot_cases, aot_grouped_cases, aot_depth_cases, aot_quant_cases):
+    for part in (aot_cases, aot_grouped_cases, aot_depth_cases, aot_quant_cases, aot_small_m_cases):
         yield from part.cases(dtype, arch)
 
 

@@ -64,7 +64,7 @@ def _training(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
     yield "wc grad, 4-bit", around.wc_grad_launch(weight, _empty(N), part, arch=arch)
 
 
-def _factors(letters: str, rank: int, dtype: torch.dtype, k: int = K) -> dict[str, Tensor]:
+def _factors(letters: str, rank: int, dtype: torch.dtype, k: int = K) -> dict[str, Any]:
     ups = {f"{letter}_up": _empty(N, rank, dtype=dtype) for letter in letters}
     return ups | {f"{letter}_down": _empty(rank, k, dtype=dtype) for letter in letters}
 

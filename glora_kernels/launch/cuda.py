@@ -268,21 +268,25 @@ def small_m_config(m: int, n: int, k: int, rank: int, has_sigma: bool, arch: str
     limit = _SHARED_KIB.get(arch, 99) * 1024
     resident = configs.programs(arch) * per_sm
 
+    def shared(warps_k: int) -> int:
+        rows = _WARPS // warps_k * rows_per_warp
+        partial = max(_WARPS * padded * (_GEMV_ROWS if gemv else _MMA_ROWS + 4), _WARPS * _ITEM * _ITEM)
+        up = -(-rows * (rank | 1) // 4) * 4 if rank else 0
+        return 4 * (partial + m * pitch + up)
+
     def cost(warps_k: int) -> float:
         sets = -(-n // (_WARPS // warps_k * rows_per_warp))
         return -(-sets // resident) * (-(-k // span // warps_k) + _EPILOGUE)
 
-    warps_k = min((w for w in (1, 2, 4, 8) if w == 1 or w <= -(-k // span)), key=cost)
+    # Eight warps on one set of rows always fit: B_up of a block's rows takes the most.
+    warps_k = min((w for w in (1, 2, 4, 8) if shared(w) <= limit), key=cost)
     rows = _WARPS // warps_k * rows_per_warp
-    partial = max(_WARPS * padded * (_GEMV_ROWS if gemv else _MMA_ROWS + 4), _WARPS * _ITEM * _ITEM)
-    up = -(-rows * (rank | 1) // 4) * 4 if rank else 0
-    shared = 4 * (partial + m * pitch + up)
-    staged = gemv and shared + 2 * m * k + 1024 <= limit // per_sm
+    staged = gemv and shared(warps_k) + 2 * m * k + 1024 <= limit // per_sm
     tiles = -(-m // _ITEM) * -(-columns // _ITEM)
     slices = min(_MAX_SLICES, -(-k // (16 * _WARPS)), resident // max(1, tiles), _SCRATCH_FLOATS // max(1, m * pitch))
     return {
         "warps_k": warps_k, "slices": max(1, slices), "x_staged": int(staged),
-        "shared_bytes": shared + (2 * m * k if staged else 0), "blocks": min(resident, -(-n // rows)),
+        "shared_bytes": shared(warps_k) + (2 * m * k if staged else 0), "blocks": min(resident, -(-n // rows)),
     }  # fmt: skip
 
 

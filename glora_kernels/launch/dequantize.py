@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton import cdiv
 
 from glora_kernels.kernels.dequantize import _dequantize_adapted_kernel, _dequantize_kernel
-from glora_kernels.launch import configs, environment, tables
+from glora_kernels.launch import configs, tables
 from glora_kernels.launch.configs import Shape
 from glora_kernels.launch.plan import Launch, arithmetic, options, strides, vector_stride
 from glora_kernels.quant import QuantizedWeight
@@ -39,11 +38,12 @@ def weight_arguments(weight: Tensor | QuantizedWeight) -> dict[str, Any]:
     """The arguments of `kernels.weight._read_weight`, for a dense weight or one in 4 bits."""
     if isinstance(weight, Tensor):
         return {
-            "w_ptr": weight, **strides(weight, "stride_wn", "stride_wk"), "QUANTIZED": False, **codec_arguments(None)
+            "w_ptr": weight, **strides(weight, "stride_wn", "stride_wk"), "QUANTIZED": False,
+            **codec_arguments(None), **_rounding(weight),
         }  # fmt: skip
     return {
         "w_ptr": weight.packed, "stride_wn": 0, "stride_wk": 0, "QUANTIZED": True,
-        **codec_arguments(weight, reads_words(weight, weight.shape[1])),
+        **codec_arguments(weight, reads_words(weight, weight.shape[1])), **_rounding(weight),
     }  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def dequantize_launch(
     if all(t is None for t in (a, a_up, b, b_up)):
         return _plain(weight, out, config)
     args = {
-        "packed_ptr": weight.packed, **codec_arguments(weight, reads_words(weight, k)),
+        "packed_ptr": weight.packed, **codec_arguments(weight, reads_words(weight, k)), **_rounding(weight),
         "a_ptr": a, "stride_a": vector_stride(a),
         "a_up_ptr": a_up, **strides(a_up, "stride_aun", "stride_aur"),
         "a_down_ptr": a_down, **strides(a_down, "stride_adr", "stride_adk"),
@@ -88,7 +88,7 @@ def dequantize_launch(
         "out_ptr": out, "N": n, "K": k, "P": p, "R": r, "scale": float(scale),
         "HAS_A": a is not None, "HAS_A_LORA": a_up is not None,
         "HAS_B": b is not None, "HAS_B_LORA": b_up is not None,
-        **_arithmetic(out.dtype),
+        "PRECISION": arithmetic(out.dtype)["PRECISION"],
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"],
         "BLOCK_P": configs.block_r(max(1, p), config["depth"]), "BLOCK_R": configs.block_r(max(1, r), config["depth"]),
     }  # fmt: skip
@@ -101,12 +101,13 @@ def _plain(weight: QuantizedWeight, out: Tensor, config: dict[str, int]) -> Laun
     words = reads_words(weight, total)
     block = config["rows"] * config["cols"] // (_WORD_CODES if words else 2)
     args = {
-        "packed_ptr": weight.packed, **codec_arguments(weight, words), "out_ptr": out, "total": total,
-        "UPCAST": environment.interpreting(), "BLOCK_UNITS": block,
+        "packed_ptr": weight.packed, **codec_arguments(weight, words), **_rounding(weight),
+        "out_ptr": out, "total": total, "BLOCK_UNITS": block,
     }  # fmt: skip
     return Launch(_dequantize_kernel, (cdiv(cdiv(total, _WORD_CODES if words else 2), block),), args, options(config))
 
 
-def _arithmetic(dtype: torch.dtype) -> dict[str, Any]:
-    """How the factors of A and B are multiplied: each pair in the dtype of its own."""
-    return {name: value for name, value in arithmetic(dtype).items() if name != "DTYPE"}
+def _rounding(weight: Tensor | QuantizedWeight) -> dict[str, Any]:
+    """The dtype that decoded numbers are rounded to, so that W is one matrix whatever is computed in."""
+    how = arithmetic(weight.dtype)
+    return {"W_DTYPE": how["DTYPE"], "UPCAST": how["UPCAST"]}

@@ -6,6 +6,7 @@ are taken where the extension is there, and up to `FEW_TOKENS` tokens the produc
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,27 +16,53 @@ from glora_kernels.launch import cuda, tables
 from glora_kernels.launch.configs import Shape
 from glora_kernels.quant import QuantizedWeight
 
-FEW_TOKENS = 32
-"""Unmeasured. Above, the codes decoded once into a workspace and the vendor's product are expected to be faster: the
-note of bitsandbytes on sm_90 puts it between 16 and 64."""
+FEW_TOKENS = {"cuda": 64, "triton": 32}
+"""By kind, up to how many tokens the product that reads the codes is expected to beat the codes decoded once into a
+workspace and the vendor's product. Unmeasured; counted for an H100 (3.0 TB/s, 798 TFLOP/s), in picoseconds a weight:
+
+- workspace: 0.56 bytes read, 2 written and 2 read again, 1.5; and one launch more.
+- codes: 0.56 bytes, 0.19; about 10 instructions to decode one, 0.35; at M = 64, 128 operations at half of the peak,
+  0.32. Together 0.9 if none of it hides behind another, and more tokens than 64 it does not take.
+
+The Triton kernel prefetches nothing and runs one program a multiprocessor: it is given half of that, in the middle of
+the 16 to 64 that bitsandbytes notes for sm_90."""
+
+
+def usable(route: str, arch: str) -> tuple[str, ...]:
+    """Whose kernels a call may take, the one taken unmeasured first: the one that is forced, else all there are.
+
+    Args:
+        route: of the call: "cuda" or "triton" as forced, or "auto".
+        arch: of the card.
+    """
+    if route in ("cuda", "triton"):
+        return (route,)
+    return ("cuda", "triton") if _available(arch) else ("triton",)
+
+
+@functools.cache
+def _available(arch: str) -> bool:
+    """As `cuda.available`, once an architecture: it takes longer than each call of a layer may."""
+    return cuda.available(arch)
+
+
+def unmeasured(operation: str, kinds: tuple[str, ...], m: int) -> str:
+    """What serves an operation of `tables.FOUR_BIT` where no table says: `kinds[0]`, or "workspace"."""
+    return "workspace" if operation == "small_m" and m > FEW_TOKENS[kinds[0]] else kinds[0]
 
 
 def kind(operation: str, route: str, arch: str, dtype: torch.dtype, shape: Shape) -> str:
-    """ "cuda" or "triton": whose "dequantize" or "small_m" a call takes.
+    """ "cuda", "triton" or (of "small_m") "workspace": what serves a "dequantize" or "small_m".
 
     Args:
         operation: which of the two.
         route: the call's: "cuda" or "triton" as forced, or "auto".
         arch: of the card.
         dtype: of x, or of the dense weight.
-        shape: of the call; M is 0 for "dequantize".
+        shape: of the call; M and R are 0 for "dequantize".
     """
-    if route in ("cuda", "triton"):
-        return route
-    measured = tables.four_bit(operation, arch, dtype, shape)
-    if measured in ("cuda", "triton") and (measured == "triton" or cuda.available()):
-        return measured
-    return "cuda" if cuda.available() else "triton"
+    kinds = usable(route, arch)
+    return tables.four_bit(operation, arch, dtype, shape, kinds) or unmeasured(operation, kinds, shape.m)
 
 
 def dequantize_launch(weight: QuantizedWeight, out: Tensor, *, route: str, arch: str, **terms: Any) -> Any:
@@ -54,12 +81,10 @@ def small_m(x: Tensor, weight: QuantizedWeight, rank: int, *, route: str, arch: 
     Where the kind that is faster or forced does not take the call, the other is not asked.
     """
     (m, k), n = x.shape, weight.shape[0]
-    shape = Shape(m, n, k, rank)
-    measured = tables.four_bit("small_m", arch, x.dtype, shape)
-    if m == 0 or measured == "workspace" or (measured is None and m > FEW_TOKENS):
+    if m == 0:
         return None
-    chosen = kind("small_m", route, arch, x.dtype, shape)
-    return chosen if _serves(chosen, x, weight, rank) is None else None
+    chosen = kind("small_m", route, arch, x.dtype, Shape(m, n, k, rank))
+    return chosen if chosen != "workspace" and serves(chosen, x, weight, rank) is None else None
 
 
 def small_m_launch(chosen: str, x: Tensor, weight: QuantizedWeight, y: Tensor, *, arch: str, **terms: Any) -> Any:
@@ -71,7 +96,8 @@ def small_m_launch(chosen: str, x: Tensor, weight: QuantizedWeight, y: Tensor, *
     return few.small_m_launch(x, weight, y, arch=arch, **terms)
 
 
-def _serves(chosen: str, x: Tensor, weight: QuantizedWeight, rank: int) -> str | None:
+def serves(chosen: str, x: Tensor, weight: QuantizedWeight, rank: int) -> str | None:
+    """Why the `small_m_launch` of a kind does not serve a call, or None where it does."""
     if chosen == "cuda":
         return cuda.serves_small_m(x, weight, rank)
     from glora_kernels.launch import small_m as few

@@ -63,6 +63,8 @@ def serves_small_m(x: Tensor, weight: QuantizedWeight, rank: int = 0) -> str | N
         return f"x must be float32, float16 or bfloat16, got {x.dtype}"
     if rank > MAX_RANK[x.dtype]:
         return f"with {x.dtype} it takes ranks up to {MAX_RANK[x.dtype]}, got {rank}"
+    if weight.dtype not in (x.dtype, torch.float32):
+        return f"x is {x.dtype} and W was quantized from {weight.dtype}, which it would be rounded to first"
     if blocksize < 32 or k % blocksize:
         return f"K = {k} is no multiple of the block size {blocksize}: blocks of W run over the ends of its rows"
     if k % 32:

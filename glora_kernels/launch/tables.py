@@ -1,4 +1,4 @@
-"""Which configuration and route a call gets: a measured one where a table has an entry near the shape.
+"""Which configuration, route and 4-bit kernels a call gets: measured ones where a table has an entry near the shape.
 
 A table is one JSON file a device, made by `python -m glora_kernels tune`. The user's own is looked at first
 (`environment.tables_directory`), then the one shipped for the device (launch/shipped), then `configs.choose`. Files are
@@ -30,6 +30,11 @@ KERNELS: tuple[str, ...] = ("fwd", "dx", "prepare", "added_terms", "dy", "x", "h
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES: tuple[str, ...] = ("fwd", "dx")
 ROUTES: tuple[str, ...] = ("fused", "library")
+FOUR_BIT: dict[str, tuple[str, ...]] = {
+    "dequantize": ("cuda", "triton"), "small_m": ("cuda", "triton", "workspace")
+}  # fmt: skip
+"""The operations on a 4-bit weight, and what serves each: csrc's kernel, Triton's, or for a few tokens a dense
+workspace and the product that a dense weight has."""
 SHIPPED = Path(__file__).parent / "shipped"
 
 NEAR = 2.0
@@ -59,6 +64,31 @@ class Route(NamedTuple):
     library_ms: float
 
 
+class FourBit(NamedTuple):
+    """The times of an operation of `FOUR_BIT` by what served it, None where that was not there or did not serve.
+
+    "dequantize": m and r are 0. "small_m": a whole forward of m tokens with the low-rank path of rank r.
+    """
+
+    operation: str
+    dtype: str
+    shape: Shape
+    choice: str
+    cuda_ms: float | None
+    triton_ms: float | None
+    workspace_ms: float | None = None
+
+    def times(self) -> dict[str, float]:
+        """Those there are, by what served."""
+        found = {"cuda": self.cuda_ms, "triton": self.triton_ms, "workspace": self.workspace_ms}
+        return {name: ms for name, ms in found.items() if ms is not None}
+
+    def among(self, kinds: Iterable[str]) -> str | None:
+        """The choice, or where that is none of `kinds` the fastest of those that were measured."""
+        times = {name: ms for name, ms in self.times().items() if name in kinds}
+        return self.choice if self.choice in times else min(times, key=lambda name: times[name], default=None)
+
+
 @dataclass(frozen=True)
 class Table:
     """What was measured on one device, with what it was measured by."""
@@ -70,6 +100,7 @@ class Table:
     date: str
     configs: tuple[Config, ...] = ()
     routes: tuple[Route, ...] = ()
+    four_bit: tuple[FourBit, ...] = ()
 
 
 class Source(NamedTuple):
@@ -84,6 +115,7 @@ class _State:
 
     table: Table | None = None
     route: str | None = None
+    small_m: str | None = None
     only: bool = False
 
 
@@ -124,8 +156,24 @@ def explain_route(
 def four_bit(
     operation: str, arch: str, dtype: torch.dtype, shape: Shape, kinds: tuple[str, ...] = ("cuda", "triton")
 ) -> str | None:
-    """Which of `kinds` was measured to be the fastest near this shape, "workspace" beside them, or None."""
-    return None
+    """What was measured to be the fastest near this shape among `kinds` and "workspace", or None.
+
+    Args:
+        operation: of `FOUR_BIT`.
+        arch: of the card.
+        dtype: of x, or of the dense weight.
+        shape: of the call; M and R are 0 for "dequantize".
+        kinds: whose kernels can be taken here, which need not be all that were there at the measurement.
+    """
+    forced = _State.small_m if operation == "small_m" else None
+    return forced or _found_four_bit(operation, arch, dtype, shape, kinds)[0]
+
+
+def explain_four_bit(
+    operation: str, arch: str, dtype: torch.dtype, shape: Shape, kinds: tuple[str, ...] = ("cuda", "triton")
+) -> tuple[str | None, str]:
+    """What `four_bit` returns, and where it comes from: "default", or the table."""
+    return _found_four_bit(operation, arch, dtype, shape, kinds)
 
 
 @functools.lru_cache(maxsize=8192)
@@ -161,7 +209,20 @@ def _found_route(arch: str, dtype: torch.dtype, shape: Shape, backward: bool, sc
     return None, "cost model"
 
 
-Row = TypeVar("Row", Config, Route)
+@functools.lru_cache(maxsize=8192)
+def _found_four_bit(
+    operation: str, arch: str, dtype: torch.dtype, shape: Shape, kinds: tuple[str, ...]
+) -> tuple[str | None, str]:
+    for label, table in sources(arch):
+        rows = (row for row in table.four_bit if row.operation == operation and DTYPES[row.dtype] == dtype)
+        row = nearest(rows, shape)
+        choice = None if row is None else row.among((*kinds, "workspace"))
+        if choice is not None:
+            return choice, label
+    return None, "default"
+
+
+Row = TypeVar("Row", Config, Route, FourBit)
 
 
 def nearest(rows: Iterable[Row], shape: Shape) -> Row | None:
@@ -218,23 +279,24 @@ def _loaded(arch: str) -> tuple[Source, ...]:
 
 def reload() -> None:
     """Forget what was read: the next launch reads the files again."""
-    for cache in (_found, _found_route, _loaded):
+    for cache in (_found, _found_route, _found_four_bit, _loaded):
         cache.cache_clear()
 
 
 @contextlib.contextmanager
-def using(table: Table | None, route: str | None = None) -> Iterator[None]:
-    """Inside, launches take measured configurations from this table alone (None: from none), and `route` if given.
+def using(table: Table | None, route: str | None = None, small_m: str | None = None) -> Iterator[None]:
+    """Inside, launches take measured configurations from this table alone (None: from none).
 
-    For the whole process. `tune` measures with it.
+    And `route` if given, and over a 4-bit weight what `small_m` names of `FOUR_BIT`. For the whole process. `tune`
+    measures with it.
     """
-    before = _State.table, _State.route, _State.only
-    _State.table, _State.route, _State.only = table, route, True
+    before = _State.table, _State.route, _State.small_m, _State.only
+    _State.table, _State.route, _State.small_m, _State.only = table, route, small_m, True
     reload()
     try:
         yield
     finally:
-        _State.table, _State.route, _State.only = before
+        _State.table, _State.route, _State.small_m, _State.only = before
         reload()
 
 
@@ -281,23 +343,33 @@ def to_json(table: Table) -> dict[str, Any]:
          "fused_ms": row.fused_ms, "library_ms": row.library_ms}
         for row in table.routes
     ]  # fmt: skip
-    return {**head, "configs": rows, "routes": passes}
+    operations = [
+        {"operation": row.operation, "dtype": row.dtype, **row.shape._asdict(), "choice": row.choice,
+         "cuda_ms": row.cuda_ms, "triton_ms": row.triton_ms, "workspace_ms": row.workspace_ms}
+        for row in table.four_bit
+    ]  # fmt: skip
+    return {**head, "configs": rows, "routes": passes, "four_bit": operations}
 
 
 def parse(values: object, where: str) -> Table:
-    """A table of plain JSON values, every field checked.
+    """A table of plain JSON values, every field checked; "four_bit" may be absent, as in older tables.
 
     Raises:
         ValueError: a field that is missing, unknown or out of range; the message begins with `where` and names it.
     """
-    fields = _fields(values, where, ("device", "arch", "torch", "triton", "date", "configs", "routes"))
+    names = ("device", "arch", "torch", "triton", "date", "configs", "routes", "four_bit")
+    fields = _fields({"four_bit": []} | values if isinstance(values, dict) else values, where, names)
     head = {name: _text(fields[name], f"{where}: {name}") for name in ("device", "arch", "torch", "triton", "date")}
     rows = [
         _config(row, f"{where}: configs[{i}]", head["arch"])
         for i, row in enumerate(_list(fields["configs"], f"{where}: configs"))
     ]
     passes = [_route(row, f"{where}: routes[{i}]") for i, row in enumerate(_list(fields["routes"], f"{where}: routes"))]
-    return Table(**head, configs=tuple(rows), routes=tuple(passes))
+    operations = [
+        _four_bit(row, f"{where}: four_bit[{i}]")
+        for i, row in enumerate(_list(fields["four_bit"], f"{where}: four_bit"))
+    ]
+    return Table(**head, configs=tuple(rows), routes=tuple(passes), four_bit=tuple(operations))
 
 
 def fault(kernel: str, arch: str, dtype: torch.dtype, shape: Shape, config: Mapping[str, Any]) -> str | None:
@@ -349,6 +421,27 @@ def _route(row: object, where: str) -> Route:
         _ms(fields["fused_ms"], f"{where}: fused_ms"),
         _ms(fields["library_ms"], f"{where}: library_ms"),
     )
+
+
+def _four_bit(row: object, where: str) -> FourBit:
+    names = ("operation", "dtype", "m", "n", "k", "r", "choice", "cuda_ms", "triton_ms", "workspace_ms")
+    fields = _fields(row, where, names)
+    operation = _choice(fields["operation"], f"{where}: operation", tuple(FOUR_BIT))
+    kinds, shape = FOUR_BIT[operation], _shape(fields, where)
+    low, high = (0, 0) if operation == "dequantize" else (1, 64)
+    if not low <= shape.m <= high:
+        raise ValueError(f"{where}: m of {operation!r} must be from {low} to {high}, got {shape.m}")
+    times = {}
+    for kind in ("cuda", "triton", "workspace"):
+        value = fields[f"{kind}_ms"]
+        if value is not None and kind not in kinds:
+            raise ValueError(f"{where}: {kind}_ms of {operation!r} must be null, got {value!r}")
+        times[f"{kind}_ms"] = None if value is None else _ms(value, f"{where}: {kind}_ms")
+    choice = _choice(fields["choice"], f"{where}: choice", kinds)
+    if times[f"{choice}_ms"] is None:
+        raise ValueError(f"{where}: choice is {choice!r}, but {choice}_ms is null")
+    dtype = _choice(fields["dtype"], f"{where}: dtype", tuple(DTYPES))
+    return FourBit(operation, dtype, shape, choice, **times)
 
 
 def _fields(values: object, where: str, names: tuple[str, ...]) -> dict[str, Any]:

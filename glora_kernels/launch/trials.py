@@ -12,6 +12,7 @@ from torch import Tensor
 from glora_kernels.launch import configs
 from glora_kernels.launch.configs import Shape
 from glora_kernels.launch.plan import Launch
+from glora_kernels.quant import QuantizedWeight, quantize_weight
 
 FORMS: Mapping[str, tuple[str, ...]] = {
     "fwd": ("lora", "full", "product"),
@@ -61,6 +62,7 @@ class Data:
         self.shape, self.dtype, self.device, self.arch = shape, dtype, device, arch
         self._generator = torch.Generator(device).manual_seed(seed)
         self._tensors: dict[object, Tensor] = {}
+        self._codes: QuantizedWeight | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._tensors:
@@ -68,6 +70,13 @@ class Data:
             values = torch.randn(sizes, generator=self._generator, device=self.device, dtype=torch.float32) * std
             self._tensors[name] = values if wide else values.to(self.dtype)
         return self._tensors[name]
+
+    def codes(self) -> QuantizedWeight:
+        """The weight as QLoRA stores it: NF4 in blocks of 64, absmax in 8 bits."""
+        if self._codes is None:
+            self._codes = quantize_weight(self["w"], "nf4", double_quant=True)
+            del self._tensors["w"]  # of many sets, only the codes are read
+        return self._codes
 
     def out(self, name: str, *sizes: int, wide: bool = False) -> Tensor:
         """Memory for a result, the same for every trial that asks for the same."""

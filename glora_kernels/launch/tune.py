@@ -1,5 +1,7 @@
 """Measures launch configurations and routes for somebody's own shapes, and writes them to a table (`launch.tables`).
 
+Where asked, also whose kernels serve a 4-bit weight (`launch.four_bit_tune`).
+
 `candidates` says which configurations a kernel is tried with; `run` tries them, and writes after each kernel of each
 shape, so that a run that was cut short goes on where it stopped. A candidate whose result differs from the default's,
 or that does not compile, is discarded; one is adopted only where it is faster by more than noise, and no slower in the
@@ -11,7 +13,6 @@ from __future__ import annotations
 import datetime
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora_kernels.launch import configs, environment, tables, timing, workspace
+from glora_kernels.launch import configs, environment, four_bit, four_bit_tune, tables, timing, workspace
 from glora_kernels.launch.configs import Shape
+from glora_kernels.launch.four_bit_tune import Few
+from glora_kernels.launch.machine import Failed, Machine, why
 from glora_kernels.launch.progress import note, progress
 from glora_kernels.launch.tables import Table
 from glora_kernels.launch.trials import FORMS, Data, Trial, disagreement, trial
@@ -109,35 +112,6 @@ def _registers_fit(kernel: str, config: dict[str, int], dtype: torch.dtype) -> b
     return each <= (64 if dtype == torch.float32 else 128)
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What is measured on, and by which clock."""
-
-    name: str
-    arch: str
-    device: str
-    timer: timing.Timer
-    l2_bytes: int = 0
-    memory_bytes: int = 1 << 34
-    synchronize: Callable[[], object] = lambda: None
-    clock: Callable[[], float] = time.monotonic
-
-
-def this_gpu() -> Machine:
-    """The current GPU.
-
-    Raises:
-        RuntimeError: PyTorch sees none.
-    """
-    if not torch.cuda.is_available():
-        raise RuntimeError("tuning measures on a GPU, and PyTorch sees none here")
-    index = torch.cuda.current_device()
-    return Machine(
-        environment.device_name(index), environment.arch(index), "cuda", timing.graph_timer,
-        environment.l2_bytes(index), torch.cuda.mem_get_info(index)[0], torch.cuda.synchronize,
-    )  # fmt: skip
-
-
 @dataclass
 class Outcome:
     """What became of one kernel, or of one pass's routes, at one shape. `names` and times: (default, best)."""
@@ -172,12 +146,15 @@ def run(
     *,
     machine: Machine,
     passes: Passes | None = None,
+    few: Few | None = None,
     kernels: Sequence[str] = tables.KERNELS,
     again: bool = False,
     minutes: float = float("inf"),
     show: bool = True,
 ) -> Result:
     """Measure each kernel at each shape, then the routes (where `passes` is given), and keep the table at `path`.
+
+    Where `few` is given, then also what serves a 4-bit weight of each N, K and R, at 1 to 64 tokens.
 
     Raises:
         ValueError: an unknown kernel or dtype, or a file at `path` that is no table of this device.
@@ -189,6 +166,8 @@ def run(
     what: list[tuple[Shape, str]] = [(shape, kernel) for shape in shapes for kernel in kernels]
     if passes is not None:
         what += [(shape, f"route {p}{s}") for shape in shapes for p in tables.PASSES for s in ("", " scaled")]
+    if few is not None:
+        what += four_bit_tune.tasks(shapes)
     result, deadline = Result([], [], []), machine.clock() + 60 * minutes
     for shape, task in progress(what, "tuning", show):
         known = None if again else _known(table, task, dtype, shape)
@@ -201,9 +180,11 @@ def run(
         try:
             if task.startswith("route ") and passes is not None:
                 row: Any = _measure_route(task, shape, dtype, machine, table, passes)
+            elif task in four_bit_tune.TASKS and few is not None:
+                row = four_bit_tune.measure(task, shape, dtype, machine, table, few, ROUNDS)
             else:
                 row = _measure_kernel(task, shape, dtype, machine)
-        except _Failed as error:
+        except Failed as error:
             result.failed.append(f"{task} at {_name(shape)}: {error}")
             continue
         finally:
@@ -267,10 +248,6 @@ def describe(outcome: Outcome) -> str:
     return f"{head}  {outcome.default_ms:9.4f} ms -> {outcome.best_ms:9.4f} ms  {gain:<11}  {outcome.best}"
 
 
-class _Failed(Exception):
-    """The default itself could not be measured."""
-
-
 def _measure_kernel(kernel: str, shape: Shape, dtype_name: str, machine: Machine) -> tuple[tables.Config, list[str]]:
     dtype = tables.DTYPES[dtype_name]
     sets = [Data(shape, dtype, machine.device, machine.arch, seed) for seed in range(_sets(shape, dtype, machine))]
@@ -279,7 +256,7 @@ def _measure_kernel(kernel: str, shape: Shape, dtype_name: str, machine: Machine
     with tables.using(None):
         expected, reason = _attempt(kernel, timed, sets[0], default, machine)
         if expected is None:
-            raise _Failed(f"the default configuration failed: {reason}")
+            raise Failed(f"the default configuration failed: {reason}")
         fit, discarded = [default], []
         for config in others:
             reason = _compare(kernel, timed, sets[0], config, expected, dtype, machine)
@@ -343,19 +320,8 @@ def _attempt(
         results = found.results()
         machine.synchronize()
     except Exception as error:
-        return None, _why(error, machine)
+        return None, why(error, machine)
     return results, ""
-
-
-def _why(error: Exception, machine: Machine) -> str:
-    try:
-        machine.synchronize()
-    except Exception as broken:
-        raise RuntimeError(
-            "the device answers no more after a failed launch; what was measured before is in the table. Run again, "
-            "with --kernels to leave out the kernel that failed"
-        ) from broken
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _measure_route(
@@ -380,10 +346,10 @@ def _measure_route(
             results[route] = on(route, whole[0])()
             machine.synchronize()
     except Exception as error:
-        raise _Failed(f"{route} {_why(error, machine)}".lstrip()) from error
+        raise Failed(f"{route} {why(error, machine)}".lstrip()) from error
     difference = disagreement(results["library"], results["fused"], dtype, slack=8)
     if difference:
-        raise _Failed(f"the two routes differ: {difference}")
+        raise Failed(f"the two routes differ: {difference}")
     times = machine.timer([[on(route, one) for one in whole] for route in tables.ROUTES], ROUNDS)
     fused, library = (statistics.median(values) for values in times)
     best = "library" if timing.ratio(times[1], times[0]) < 1 else "fused"
@@ -398,30 +364,42 @@ def _sets(shape: Shape, dtype: torch.dtype, machine: Machine) -> int:
     return max(2, min(wanted, 16, machine.memory_bytes // (2 * max(1, whole))))
 
 
+Entry = tables.Config | tables.Route | tables.FourBit
+
+
 def _known(table: Table, task: str, dtype: str, shape: Shape) -> Outcome | None:
-    rows: Iterator[Any] = iter((*table.configs, *table.routes))
+    rows: Iterator[Any] = iter((*table.configs, *table.routes, *table.four_bit))
     return next((_outcome(row) for row in rows if _key(row) == (task, dtype, shape)), None)
 
 
-def _key(row: tables.Config | tables.Route) -> tuple[str, str, Shape]:
+def _key(row: Entry) -> tuple[str, str, Shape]:
     if isinstance(row, tables.Config):
         return row.kernel, row.dtype, row.shape
+    if isinstance(row, tables.FourBit):
+        return four_bit_tune.task_of(row.operation), row.dtype, row.shape
     return f"route {row.direction}{' scaled' if row.scales else ''}", row.dtype, row.shape
 
 
-def _outcome(row: tables.Config | tables.Route) -> Outcome:
+def _outcome(row: Entry) -> Outcome:
     what, dtype, shape = _key(row)
     if isinstance(row, tables.Config):
         arch_free = " ".join(f"{name}={value}" for name, value in row.config.items())
         return Outcome(what, shape, dtype, row.default_ms, row.ms, arch_free)
+    if isinstance(row, tables.FourBit):
+        times = row.times()
+        kinds = tuple(name for name in ("cuda", "triton") if name in times)
+        default = four_bit.unmeasured(row.operation, kinds, shape.m) if kinds else row.choice
+        return Outcome(what, shape, dtype, times.get(default, times[row.choice]), times[row.choice], row.choice)
     return Outcome(what, shape, dtype, row.fused_ms, min(row.fused_ms, row.library_ms), row.route)
 
 
-def _with(table: Table, row: tables.Config | tables.Route) -> Table:
-    """The table with this row in the place of an older one of the same kernel or pass, dtype and shape."""
+def _with(table: Table, row: Entry) -> Table:
+    """The table with this row in the place of an older one of the same kernel, pass or operation, dtype and shape."""
     if isinstance(row, tables.Config):
         kept = tuple(old for old in table.configs if _key(old) != _key(row))
         return replace(table, configs=(*kept, row))
+    if isinstance(row, tables.FourBit):
+        return replace(table, four_bit=(*(old for old in table.four_bit if _key(old) != _key(row)), row))
     return replace(table, routes=(*(old for old in table.routes if _key(old) != _key(row)), row))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from triton import cdiv
@@ -90,7 +88,6 @@ def wc_launch(
         "c_up_ptr": c_up, **strides(c_up, "stride_cuk", "stride_cur"),
         "c_down_ptr": c_down, "stride_cd": leading_stride(c_down),
         "wc_ptr": wc, "N": n, "K": k, "R": rank, "LOW_RANK": c_up is not None,
-        **_rounding(weight.dtype),
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"], "BLOCK_R": configs.block_r(max(1, rank)),
     }  # fmt: skip
     return Launch(_wc_kernel, (cdiv(n, config["rows"]),), args, options(config))
@@ -112,15 +109,9 @@ def wc_grad_launch(weight: Tensor | QuantizedWeight, g: Tensor, part: Tensor, *,
         **weight_arguments(weight),
         "g_ptr": g, "stride_g": g.stride(0), "part_ptr": part, "stride_part": part.stride(0),
         "N": n, "K": k, "rows_per_split": cdiv(cdiv(n, splits), config["rows"]) * config["rows"],
-        **_rounding(weight.dtype),
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"],
     }  # fmt: skip
     return Launch(_wc_grad_kernel, (cdiv(k, config["cols"]), splits), args, options(config))
-
-
-def _rounding(dtype: torch.dtype) -> dict[str, Any]:
-    """The dtype that a decoded weight is rounded to, as the dense one would be."""
-    return {name: value for name, value in arithmetic(dtype).items() if name != "PRECISION"}
 
 
 def c_grad_launch(

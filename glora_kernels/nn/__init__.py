@@ -9,6 +9,7 @@ from glora_kernels.nn.inject import inject
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import disabled, merge, trainable_parameters, unmerge
 from glora_kernels.nn.quantize import quantize
+from glora_kernels.nn.requantize import MergeReport
 from glora_kernels.nn.sharded import clip_grad_norm_, fully_shard, parameter_groups
 from glora_kernels.nn.share import shared
 from glora_kernels.nn.warmup import warmup
@@ -17,6 +18,7 @@ __all__ = [
     "FusedReport",
     "GLoRALinear",
     "GroupedLoRALinear",
+    "MergeReport",
     "QuantizedLinear",
     "clip_grad_norm_",
     "deferred_shared_grads",

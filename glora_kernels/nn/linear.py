@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glora_kernels.nn.base import Base, base_of, check_config, check_dtype, is_linear, unsupported
-from glora_kernels.nn.frozen import FrozenBase, describe
+from glora_kernels.nn.frozen import FrozenBase, QuantizedLinear, describe
 from glora_kernels.nn.ranks import refuse_sharded
+from glora_kernels.nn.requantize import Kept, MergeReport, copied_weight, keep, refusal, requantized, write
 from glora_kernels.ops import glora_linear, glora_wc
 from glora_kernels.ops.common import Weight, wide_dtype, without_autocast
 from glora_kernels.ops.glora import dropout_seed
@@ -147,7 +148,7 @@ class GLoRALinear(FrozenBase):
             self.register_parameter(name, parameter)
         self._transposed = base.transposed
         self.quant_state, self.compute_dtype = base.quant_state, base.compute_dtype
-        self._base: tuple[Tensor, Tensor | None] | None = None  # while merged: W and b, in host memory
+        self._base: Kept | None = None  # while merged: W and b, in host memory
         self._disabled = 0  # how many `disabled` contexts the layer is in
         self._beta: Tensor | None = None  # inside `shift_once`: the full bias
         self._deferred: DeferredLinear | None = None  # inside `deferred_shared_grads`: what to call
@@ -210,7 +211,7 @@ class GLoRALinear(FrozenBase):
     @property
     def base_bias(self) -> Tensor | None:
         """b, the bias of the base: `bias`, or while merged the copy of it in host memory."""
-        return self.bias if self._base is None else self._base[1]
+        return self.bias if self._base is None else self._base.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """The output y, (..., N), of an x (..., K); the errors of `ops.glora_linear`, and one of its own.
@@ -276,32 +277,41 @@ class GLoRALinear(FrozenBase):
         return y if dtype is None else y.to(dtype)
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, requantize: bool = False) -> MergeReport | None:
         """Write W_eff into `weight` and b + b∘D + E + W·C into `bias`, in place; the host keeps the base.
 
         Both are computed in fp32 (float64 for a float64 base) and rounded once. A layer without a bias that
         needs one gets it until `unmerge`. A weight shared with another module changes there too;
         `merge(model)` refuses that.
 
+        Over a 4-bit base W_eff is rounded to 4 bits again, in the same type, blocks and nesting, and most of a small
+        adapter is lost in that: it needs `requantize=True`, and the report says what is left (`nn.requantize`). A
+        weight that the adapter does not change keeps its codes.
+
+        Args:
+            requantize: round to 4 bits where the base is in 4 bits; a dense base is merged as ever.
+
+        Returns:
+            What rounding to 4 bits has done; None where the base is dense.
+
         Raises:
-            RuntimeError: the layer is merged already, or disabled.
+            RuntimeError: the layer is merged already, or disabled; or the base is in 4 bits, without `requantize`.
+            ValueError: the layer is sharded; or its base is in 4 bits and W_eff holds NaN or inf.
         """
         self.check_mergeable()
-        if self.quant_state is not None:
-            raise RuntimeError("merge: a 4-bit base")  # requantize
-        weight, bias = self._effective()
-        base = (
-            self.weight.to("cpu", copy=True),
-            None if self.bias is None else self.bias.to("cpu", copy=True),
-        )
-        # Nothing below can fail: a layer is never half merged. copy_ tells autograd, so a backward that is
-        # still to come on the old weight is an error and not a wrong gradient.
-        self.weight.copy_(weight.t() if self._transposed else weight)
-        if self.bias is not None and bias is not None:
-            self.bias.copy_(bias)
-        elif bias is not None:
-            self.bias = nn.Parameter(bias.clone(), requires_grad=False)
+        if self.quant_state is None:
+            weight, bias = self._effective()
+            merged, report = Kept(weight.t() if self._transposed else weight, bias), None
+        else:
+            refuse_sharded(self, "merge", UNSHARD)
+            merged, report = requantized(self)
+            if not requantize:
+                raise RuntimeError(f"merge: {refusal(self, report)}")
+        base = keep(self)
+        # Nothing below can fail: a layer is never half merged.
+        write(self, merged)
         self._base = base
+        return report
 
     def check_mergeable(self) -> None:
         """The errors of `merge` that depend on the state of the layer."""
@@ -319,12 +329,7 @@ class GLoRALinear(FrozenBase):
         """
         if self._base is None:
             raise RuntimeError("unmerge() was called on a layer that is not merged")
-        weight, bias = self._base
-        self.weight.copy_(weight)
-        if bias is None or self.bias is None:
-            self.bias = None
-        else:
-            self.bias.copy_(bias)
+        write(self, self._base)
         self._base = None
 
     @torch.no_grad()
@@ -340,11 +345,28 @@ class GLoRALinear(FrozenBase):
             check_dtype("dtype", dtype)
         weight, bias = self._effective(dtype)
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta", dtype=weight.dtype)
-        keep = torch.contiguous_format
-        linear.weight = nn.Parameter(weight.clone(memory_format=keep), requires_grad=False)
+        contiguous = torch.contiguous_format
+        linear.weight = nn.Parameter(weight.clone(memory_format=contiguous), requires_grad=False)
         if bias is not None:
-            linear.bias = nn.Parameter(bias.clone(memory_format=keep), requires_grad=False)
+            linear.bias = nn.Parameter(bias.clone(memory_format=contiguous), requires_grad=False)
         return linear.train(self.training)
+
+    @torch.no_grad()
+    def to_quantized(self) -> QuantizedLinear:
+        """A frozen `QuantizedLinear` with the merged codes and the full bias; nothing is shared with this layer.
+
+        Raises:
+            RuntimeError: the base is dense, or the layer is not merged.
+        """
+        if self.quant_state is None:
+            raise RuntimeError("to_quantized: the base is dense; quantize(layer.to_linear()) gives a 4-bit layer")
+        if self._base is None:
+            raise RuntimeError(
+                "to_quantized: the layer is not merged; call merge(requantize=True) first, which reports what rounding "
+                "to 4 bits loses"
+            )
+        bias = None if self.bias is None else self.bias.clone()
+        return QuantizedLinear(copied_weight(self), bias, self.compute_dtype).train(self.training)
 
     def _effective(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
         """W_eff (N, K) and the full bias (N,), in `dtype` or those of the base; may alias them."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from glora_kernels.launch.table import Layer
 from glora_kernels.nn.linear import GLoRALinear
+from glora_kernels.nn.requantize import Kept
 from glora_kernels.ops import depth
 
 SHIFTS = frozenset(("C", "C_up", "D", "E"))
@@ -45,7 +46,8 @@ def merge_together(layers: Sequence[GLoRALinear]) -> None:
             groups.setdefault(depth.served(table), []).append(i)
     betas = [_beta_target(layer) for layer in layers]
     bases = [
-        (depth.host_copy(layer.weight), None if layer.bias is None else depth.host_copy(layer.bias)) for layer in layers
+        Kept(depth.host_copy(layer.weight), None if layer.bias is None else depth.host_copy(layer.bias))
+        for layer in layers
     ]
     for device in {layer.weight.device for layer in layers if layer.weight.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
@@ -68,7 +70,11 @@ def merge_together(layers: Sequence[GLoRALinear]) -> None:
 
 def split_for_unmerge(layers: Mapping[str, GLoRALinear]) -> tuple[list[GLoRALinear], dict[str, GLoRALinear]]:
     """(the merged layers that `unmerge_together` takes, the others by path)."""
-    single = {path: layer for path, layer in layers.items() if depth.restorable(_copies(layer)) is None}
+    single = {
+        path: layer
+        for path, layer in layers.items()
+        if layer.quant_state is not None or depth.restorable(_copies(layer)) is None
+    }
     return [layer for path, layer in layers.items() if path not in single], single
 
 
@@ -96,7 +102,7 @@ def unmerge_together(layers: Sequence[GLoRALinear]) -> None:
 def _copies(layer: GLoRALinear) -> depth.Copy:
     """What to restore, and from where; a bias that the base has not is dropped instead."""
     assert layer._base is not None
-    weight, bias = layer._base
+    weight, bias, _ = layer._base
     target = None if bias is None or layer.bias is None else layer.bias.detach()
     return layer.weight.detach(), weight, target, None if target is None else bias
 

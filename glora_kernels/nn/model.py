@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
+from glora_kernels.launch.progress import progress as shown
 from glora_kernels.nn.linear import UNSHARD, GLoRALinear
 from glora_kernels.nn.merging import merge_together, split_for_merge, split_for_unmerge, unmerge_together
 from glora_kernels.nn.ranks import refuse_sharded
+from glora_kernels.nn.requantize import MergeReport, refusal, remerging, requantized
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """The names under which wrappers hold the module they wrap; they are no part of a module's path."""
@@ -47,31 +49,63 @@ def _layers(model: nn.Module, caller: str) -> dict[str, GLoRALinear]:
     return layers
 
 
-def merge(model: nn.Module) -> None:
+def merge(model: nn.Module, requantize: bool = False, *, progress: bool = False) -> MergeReport | None:
     """Merge every GLoRA layer of the model in place, or, where one fails, none.
 
     On a GPU in one launch (one for each weight dtype, adapter dtype and order of storage), W_eff computed in fp32 and
     rounded once, after a copy of the bases into pinned host memory. What the kernels do not take (float64, CPUs,
-    `backend("eager")`, a product variant above rank 64) is merged layer by layer.
+    `backend("eager")`, a product variant above rank 64) is merged layer by layer; so are 4-bit layers, which need
+    `requantize=True`:
+
+        print(gk.merge(model, requantize=True))
+
+    Args:
+        model: with GLoRA layers, also inside torch.compile or DistributedDataParallel.
+        requantize: round the merged weights of 4-bit layers to 4 bits again. Most of a small adapter is lost in that;
+            `GLoRALinear.to_linear(dtype)` gives dense merged layers instead.
+        progress: show on stderr how far along it is with the 4-bit layers.
+
+    Returns:
+        What rounding to 4 bits has done, to each layer and overall; None where no layer is in 4 bits.
 
     Raises:
         ValueError: the model has no GLoRA layer or is sharded, or a base weight or bias that would change belongs to
-            another module too (an embedding tied to it, say).
-        RuntimeError: a layer is merged already, or disabled.
+            another module too (an embedding tied to it, say), or a merged weight to round to 4 bits holds NaN or inf.
+        RuntimeError: a layer is merged already, or disabled, or has a 4-bit base and `requantize` is False.
     """
     layers = _layers(model, "merge")
     refuse_sharded(unwrap(model), "merge", UNSHARD)
     if path := next((path for path, layer in layers.items() if layer.merged), None):
         raise RuntimeError(f"merge: {path!r} is merged already; call unmerge(model) first")
+    four_bit = {path: layer for path, layer in layers.items() if layer.quant_state is not None}
+    if four_bit and not requantize:
+        path, layer = next(iter(four_bit.items()))
+        reason = refusal(layer, requantized(layer)[1])
+        raise RuntimeError(
+            f"merge: {len(four_bit)} of {len(layers)} layers are in 4 bits, the first {path!r}: {reason}"
+        )
     _refuse_tied(unwrap(model), layers)
-    together, single = split_for_merge(layers)
-    _all_or_none(single, GLoRALinear.merge, GLoRALinear.unmerge)
-    try:
-        merge_together(together)
-    except BaseException:
+    together, single = split_for_merge({path: layer for path, layer in layers.items() if path not in four_bit})
+    reports: dict[str, MergeReport] = {}
+    with contextlib.ExitStack() as undo:
+        for path, layer in shown(list(four_bit.items()), "requantizing", progress):
+            reports[path] = _merge_4bit(path, layer)
+            undo.callback(layer.unmerge)
         for layer in single.values():
-            layer.unmerge()
-        raise
+            layer.merge()
+            undo.callback(layer.unmerge)
+        merge_together(together)
+        undo.pop_all()
+    return MergeReport.of_model(reports) if reports else None
+
+
+def _merge_4bit(path: str, layer: GLoRALinear) -> MergeReport:
+    try:
+        report = layer.merge(requantize=True)
+    except ValueError as error:
+        raise ValueError(f"merge: {path!r}: {error}") from error
+    assert report is not None
+    return report
 
 
 def unmerge(model: nn.Module) -> None:
@@ -88,17 +122,21 @@ def unmerge(model: nn.Module) -> None:
     if path := next((path for path, layer in layers.items() if not layer.merged), None):
         raise RuntimeError(f"unmerge: {path!r} is not merged")
     together, single = split_for_unmerge(layers)
-    _all_or_none(single, GLoRALinear.unmerge, GLoRALinear.merge)
+    _all_or_none(single, GLoRALinear.unmerge, _merge_as_before)
     try:
         unmerge_together(together)
     except BaseException:
         for layer in single.values():
-            layer.merge()
+            _merge_as_before(layer)
         raise
 
 
+def _merge_as_before(layer: GLoRALinear) -> None:
+    layer.merge(requantize=layer.quant_state is not None)
+
+
 def _all_or_none(
-    layers: dict[str, GLoRALinear], act: Callable[[GLoRALinear], None], undo: Callable[[GLoRALinear], None]
+    layers: dict[str, GLoRALinear], act: Callable[[GLoRALinear], object], undo: Callable[[GLoRALinear], object]
 ) -> None:
     done: list[GLoRALinear] = []
     try:
@@ -138,6 +176,7 @@ def _memory(tensor: Tensor) -> object:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside, every GLoRA layer behaves as its base; merged layers are unmerged meanwhile and merged again.
 
+    A 4-bit layer gets the very codes back that it had; it is only rounded anew where its adapter was changed inside.
     Modules trained whole (`inject(..., train=...)`) stay as they are. Nests.
 
     Raises:
@@ -145,7 +184,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     layers = _layers(model, "disabled")
     merged = {path: layer for path, layer in layers.items() if layer.merged}
-    _all_or_none(merged, GLoRALinear.unmerge, GLoRALinear.merge)
+    again = {layer: remerging(layer) for layer in merged.values()}
+    _all_or_none(merged, GLoRALinear.unmerge, lambda layer: again[layer]())
     for layer in layers.values():
         layer._disabled += 1
     try:
@@ -153,7 +193,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers.values():
             layer._disabled -= 1
-        _all_or_none(merged, GLoRALinear.merge, GLoRALinear.unmerge)
+        _all_or_none(merged, lambda layer: again[layer](), GLoRALinear.unmerge)
 
 
 def trainable_parameters(model: nn.Module) -> int:

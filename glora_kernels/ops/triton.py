@@ -156,8 +156,8 @@ def backward(
     lora = s.a_up is not None and not call.matmul
     dropped: dict[str, Any] = {"dropout_p": call.dropout_p if r else 0.0, "seed": call.seed, "arch": arch}
     sums: list[end.Sum] = []
-    read = _read_dy(dy, s, y, h, sigma, u, call, needs, shape, arch)
-    ds, tau = read.ds, read.tau
+    read_dy = _read_dy(dy, s, y, h, sigma, u, call, needs, shape, arch)
+    ds, tau = read_dy.ds, read_dy.tau
 
     # A of lora: its gradient, and on the way W_eff for dx and the gradient of B_down.
     da_up = da_down = db_down = weff = None
@@ -169,8 +169,10 @@ def backward(
         ddown = dy.new_empty(n_tiles, rank, k, dtype=torch.float32) if needs.a_down else None
         db_down = _like(s.b_down) if needs.b_down and r <= MAX_RANK_BESIDE_HADAMARD else None
         weff = workspace_like(weight, dy.dtype) if needs.x else None
+        # Rows that begin within a word of codes would spill; W_eff then takes the place of W, tile by tile.
+        read = _dense(weight, dy.dtype, call, arch) if isinstance(weight, QuantizedWeight) and k % 8 else weight
         around.hadamard_grad_launch(
-            dy, given(x), weight, a_up=a_up, a_down=a_down, dup=dup, ddown=ddown, weff=weff,
+            dy, given(x), read, a_up=a_up, a_down=a_down, dup=dup, ddown=ddown, weff=weff,
             s=None if db_down is None else ds, db_down=db_down, **dropped,
         ).run()  # fmt: skip
         if dup is not None:
@@ -184,15 +186,16 @@ def backward(
     library = needs.x and _route(dy, weight, s, call, shape, arch, backward=True) == "library"
     row_scale = s.a
     builds = needs.x and weff is None and (lora or (library and s.a is not None))
-    codes = weight if isinstance(weight, QuantizedWeight) else None
-    if codes is not None:  # W itself for what reads it; W_eff takes its place after that
+    if isinstance(weight, QuantizedWeight):  # W itself for what reads it; W_eff takes its place after that
         plain = needs.a or (p > 0 and needs.a_up) or (needs.x and not builds and weff is None)
-        weight = _dense(codes, dy.dtype, call, arch) if plain else workspace_like(codes, dy.dtype)
-    elif builds:
-        weff = workspace_like(weight, dy.dtype)
-        pair: dict[str, Any] = {"a_up": s.a_up, "a_down": s.a_down} if lora else {"a": s.a}
-        before.prepare_launch(dy, weight, **pair, weff=weff, arch=arch).run()
-        row_scale = None
+        dense = _dense(weight, dy.dtype, call, arch) if plain else workspace_like(weight, dy.dtype)
+    else:
+        dense = weight
+        if builds:
+            weff = workspace_like(weight, dy.dtype)
+            pair: dict[str, Any] = {"a_up": s.a_up, "a_down": s.a_down} if lora else {"a": s.a}
+            before.prepare_launch(dy, weight, **pair, weff=weff, arch=arch).run()
+            row_scale = None
     dx = dy.new_empty(m, k) if needs.x else None
     down: dict[str, Any] = {"a_down": s.a_down if p else None, "b_down": s.b_down}
     want_p, want_v = p > 0 and needs.a_down, needs.b_down and db_down is None
@@ -213,12 +216,12 @@ def backward(
             db_down = _like(s.b_down)
             sums.append(end.Sum(part[:, p * want_p :], db_down))
     # Before dx, whose launch sums the gradients of constants on the way.
-    grads, vectors, totals = _finish(read, sums, dy, x, weight, s, y, h, sigma, needs, p, r, arch)
+    grads, vectors, totals = _finish(read_dy, sums, dy, x, dense, s, y, h, sigma, needs, p, r, arch)
     if p and needs.a_up:
-        da_up = _gradient_through_weight(weight, grads["du"], given(s.a_up), arch)
-    if codes is not None and builds:
-        weff, row_scale = _dense(codes, dy.dtype, call, arch, s), None
-    effective = weight if weff is None else weff
+        da_up = _gradient_through_weight(dense, grads["du"], given(s.a_up), arch)
+    if isinstance(weight, QuantizedWeight) and builds:
+        weff, row_scale = _dense(weight, dy.dtype, call, arch, s), None
+    effective = dense if weff is None else weff
     beside_dx = dx is not None and m > 0 and not library and arch in TOTALS_BESIDE_DX
     if dx is not None and library:
         LibraryProduct(dy, effective, dx, accumulates=adds_to_dx).run()

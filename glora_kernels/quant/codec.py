@@ -29,7 +29,8 @@ def quantize_weight(
 
     Raises:
         TypeError: another dtype.
-        ValueError: another type or block size, no matrix, a weight on the meta device, or one with NaN or inf.
+        ValueError: another type or block size, no matrix, a weight on the meta device, or one with NaN or inf, or
+            numbers so large that the mean of absmax overflows where double_quant.
     """
     if quant_type not in QUANT_TYPES:
         raise ValueError(f"quant_type must be one of {', '.join(map(repr, QUANT_TYPES))}; got {quant_type!r}")
@@ -137,6 +138,8 @@ def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, NestedState]:
     """
     code = dynamic_map(absmax.device)
     offset = absmax.mean()
+    if not bool(torch.isfinite(offset)):
+        raise ValueError("weight holds numbers too large for double quantization: the mean of absmax overflows")
     centred = absmax - offset
     blocks = -(-len(centred) // NESTED_BLOCKSIZE)
     padded = torch.nn.functional.pad(centred, (0, blocks * NESTED_BLOCKSIZE - len(centred))).view(blocks, -1)

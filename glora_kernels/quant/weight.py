@@ -134,8 +134,8 @@ class QuantizedWeight:
             ("absmax", state.absmax, torch.float32 if nested is None else torch.uint8, blocks),
         ]
         if nested is not None:
-            if nested.blocksize < 1:
-                raise ValueError(f"nested blocksize must be at least 1, got {nested.blocksize}")
+            if type(nested.blocksize) is not int or nested.blocksize < 1:
+                raise ValueError(f"nested blocksize must be an integer of at least 1, got {nested.blocksize!r}")
             wanted += [
                 ("nested absmax", nested.absmax, torch.float32, -(-blocks // nested.blocksize)),
                 ("nested code", nested.code, torch.float32, 256),
@@ -144,7 +144,8 @@ class QuantizedWeight:
         for name, tensor, dtype, size in wanted:
             if tensor.dtype != dtype:
                 raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
-            if tensor.numel() != size or not tensor.is_contiguous():
+            any_shape = name in ("packed", "nested offset")
+            if tensor.numel() != size or not tensor.is_contiguous() or (tensor.ndim != 1 and not any_shape):
                 raise ValueError(
                     f"{name} of a {state.quant_type} weight {state.shape[0]}x{state.shape[1]} with blocks of "
                     f"{state.blocksize} must hold {size} numbers in a row; got shape {tuple(tensor.shape)}"
@@ -154,5 +155,5 @@ class QuantizedWeight:
 
 
 def check_blocksize(blocksize: int) -> None:
-    if isinstance(blocksize, bool) or blocksize not in BLOCKSIZES:
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}; got {blocksize!r}")

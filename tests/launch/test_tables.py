@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
 from glora_kernels.launch import configs, environment, routes, tables
 from glora_kernels.launch.configs import Shape
-from glora_kernels.launch.tables import Config, Route, Table
+from glora_kernels.launch.tables import Config, FourBit, Route, Table
 
 BF16, SHAPE = torch.bfloat16, Shape(8192, 4096, 4096, 16)
 CARD = "NVIDIA H100 80GB HBM3"
@@ -23,8 +24,12 @@ def row(shape=SHAPE, stages=2, kernel="fwd", dtype="bf16"):
     return Config(kernel, dtype, shape, config, 0.3, 0.4)
 
 
-def table(*rows, routes=(), arch="sm_90", device=CARD):
-    return Table(device, arch, "2.11.0", "3.6.0", "2026-01-01", rows, tuple(routes))
+def table(*rows, routes=(), four_bit=(), arch="sm_90", device=CARD):
+    return Table(device, arch, "2.11.0", "3.6.0", "2026-01-01", rows, tuple(routes), tuple(four_bit))
+
+
+DENSE = FourBit("dequantize", "bf16", Shape(0, 4096, 4096, 0), "cuda", 0.1, 0.2)
+FEW = FourBit("small_m", "bf16", Shape(8, 4096, 4096, 16), "workspace", None, 0.3, 0.2)
 
 
 @pytest.fixture
@@ -204,6 +209,34 @@ def test_routes(card):
     assert found(False, False) == "library"
 
 
+def test_what_serves_4_bits(card):
+    def found(operation, kinds=("cuda", "triton"), dtype=BF16, **sizes):
+        row = {"dequantize": DENSE, "small_m": FEW}[operation]
+        return tables.four_bit(operation, "sm_90", dtype, row.shape._replace(**sizes), kinds)
+
+    assert found("dequantize") is None
+    put(card[1], four_bit=[DENSE._replace(choice="triton", cuda_ms=0.3), FEW])
+    assert (found("dequantize"), found("small_m")) == ("triton", "workspace")
+    put(card[0], four_bit=[DENSE])
+    assert (found("dequantize"), found("small_m")) == ("cuda", "workspace"), "the user's first, then the shipped one"
+    assert tables.explain_four_bit("dequantize", "sm_90", BF16, DENSE.shape)[1].startswith("your table ")
+    assert tables.explain_four_bit("small_m", "sm_90", BF16, FEW.shape)[1].startswith("shipped table ")
+    assert tables.explain_four_bit("small_m", "sm_80", BF16, FEW.shape) == (None, "default")
+    assert found("dequantize", ("triton",)) == "triton", "the other is not there now"
+    assert found("dequantize", n=2048, k=8192) == "cuda"
+    assert [found("small_m", m=m) for m in (3, 4, 16, 17)] == [None, "workspace", "workspace", None]
+    assert found("small_m", r=17) is found("small_m", dtype=torch.float16) is found("dequantize", n=2047) is None
+    with tables.using(None, small_m="triton"):
+        assert (found("dequantize"), found("small_m")) == (None, "triton")
+    assert found("small_m") == "workspace"
+
+
+def test_tables_without_4_bit_rows_still_load():
+    values = tables.to_json(table(row(), four_bit=[DENSE]))
+    del values["four_bit"]
+    assert tables.parse(values, "old") == table(row())
+
+
 def test_using_one_table(card):
     put(card[0], row(stages=5))
     with tables.using(table(row(stages=2))):
@@ -218,6 +251,7 @@ def test_using_one_table(card):
 
 def test_a_file_holds_what_was_written(tmp_path):
     given = table(row(), row(kernel="dy", dtype="fp16"), routes=[Route("dx", "fp32", SHAPE, True, "fused", 1.0, 2.0)])
+    given = replace(given, four_bit=(DENSE, FEW))
     path = tmp_path / "new" / "card.json"
     tables.write(given, path)
     assert tables.read(path) == given
@@ -226,6 +260,10 @@ def test_a_file_holds_what_was_written(tmp_path):
     }  # fmt: skip
     assert set(json.loads(path.read_text())["routes"][0]) == {
         "pass", "dtype", "m", "n", "k", "r", "scales", "route", "fused_ms", "library_ms"
+    }  # fmt: skip
+    assert json.loads(path.read_text())["four_bit"][1] == {
+        "operation": "small_m", "dtype": "bf16", "m": 8, "n": 4096, "k": 4096, "r": 16, "choice": "workspace",
+        "cuda_ms": None, "triton_ms": 0.3, "workspace_ms": 0.2,
     }  # fmt: skip
 
 
@@ -283,10 +321,21 @@ def change(values, place, value):
         (["routes", 0, "scales"], 0, "scales must be true or false"),
         (["routes", 0, "route"], "eager", "route must be one of 'fused', 'library'"),
         (["routes", 0, "library_ms"], -1, "library_ms must be a time"),
+        (["four_bit"], {}, "four_bit must be a list"),
+        (["four_bit", 0, "operation"], "merge", r"four_bit\[0\]: operation must be one of 'dequantize', 'small_m'"),
+        (["four_bit", 0, "m"], 1, r"m of 'dequantize' must be from 0 to 0, got 1"),
+        (["four_bit", 1, "m"], 65, r"four_bit\[1\]: m of 'small_m' must be from 1 to 64, got 65"),
+        (["four_bit", 0, "workspace_ms"], 1.0, "workspace_ms of 'dequantize' must be null, got 1.0"),
+        (["four_bit", 0, "choice"], "workspace", "choice must be one of 'cuda', 'triton'; got 'workspace'"),
+        (["four_bit", 1, "choice"], "cuda", "choice is 'cuda', but cuda_ms is null"),
+        (["four_bit", 1, "triton_ms"], 0, "triton_ms must be a time"),
+        (["four_bit", 1, "cuda_ms"], KeyError, "cuda_ms is missing"),
+        (["four_bit", 1, "dtype"], "int8", "dtype must be one of 'bf16'"),
     ],
 )
 def test_a_bad_file_names_itself_and_the_field(card, place, value, message):
-    values = tables.to_json(table(row(), routes=[Route("fwd", "bf16", SHAPE, False, "fused", 1.0, 2.0)]))
+    routes = [Route("fwd", "bf16", SHAPE, False, "fused", 1.0, 2.0)]
+    values = tables.to_json(table(row(), routes=routes, four_bit=[DENSE, FEW]))
     tables.parse(values, "whole")
     change(values, place, value)
     path = card[0] / f"{environment.slug(CARD)}.json"

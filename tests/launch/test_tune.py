@@ -7,16 +7,18 @@ import os
 import pytest
 import torch
 
-from glora_kernels.commands.tune import KERNELS, whole_pass
-from glora_kernels.launch import configs, environment, tables, trials, tune
+from glora_kernels.commands.tune import KERNELS, few_tokens, whole_pass
+from glora_kernels.launch import configs, cuda, environment, four_bit, four_bit_tune, tables, trials, tune
 from glora_kernels.launch.aot import ARCHS
 from glora_kernels.launch.configs import SHARED_LIMIT, Shape
+from glora_kernels.launch.machine import Machine, this_gpu
 from glora_kernels.launch.plan import Launch
 from glora_kernels.launch.timing import clock_timer, event_timer, graph_timer, ratio
-from glora_kernels.launch.tune import Machine, candidates
+from glora_kernels.launch.tune import candidates
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter")
 TINY, BF16 = Shape(40, 48, 64, 4), torch.bfloat16
+CODES = Shape(40, 16, 64, 4)
 LARGE = Shape(8192, 4096, 4096, 16)
 
 
@@ -332,6 +334,118 @@ def test_routes_that_differ_are_an_error_and_no_choice(tmp_path):
     assert not (tmp_path / "t.json").exists()
 
 
+def four_bits(path, timer, monkeypatch, tokens=(1, 8), shapes=(CODES,), few=few_tokens, **changes):
+    """A run of the 4-bit tasks alone."""
+    monkeypatch.setattr(four_bit_tune, "TOKENS", tokens)
+    return run(path, timer, kernels=(), shapes=shapes, few=few, arch="cpu", **changes)
+
+
+def test_the_tasks_of_4_bit_layers():
+    found = four_bit_tune.tasks([LARGE, LARGE._replace(m=7), LARGE._replace(n=1024), LARGE._replace(r=8)])
+    assert found[:2] == [(Shape(0, 4096, 4096, 0), "4-bit dequantize"), (Shape(0, 1024, 4096, 0), "4-bit dequantize")]
+    assert len(found) == 2 + 3 * len(four_bit_tune.TOKENS)
+    near = {m for m in range(1, 65) for t in four_bit_tune.TOKENS if max(m, t) <= tables.NEAR * min(m, t)}
+    assert near == set(range(1, 65)), "every number of tokens has an entry near it"
+
+
+@interpreted
+def test_what_serves_4_bits_is_measured(tmp_path, monkeypatch):
+    """Triton's kernels here, which is all there is without the extension."""
+    path, names = tmp_path / "t.json", []
+
+    def cost(step):
+        names.append(step.__name__)
+        return {"triton": 1.0, "workspace": 0.4}[step.__name__]
+
+    result = four_bits(path, Clock(cost), monkeypatch)
+    assert result.failed == []
+    dense, one, eight = tables.read(path).four_bit
+    assert dense == tables.FourBit("dequantize", "fp16", Shape(0, 16, 64, 0), "triton", None, 1.0, None)
+    assert one == tables.FourBit("small_m", "fp16", Shape(1, 16, 64, 4), "workspace", None, 1.0, 0.4)
+    assert eight.shape.m == 8
+    assert names == ["triton", "triton", "workspace", "triton", "workspace"]
+    assert [(o.what, o.default_ms, o.best_ms, o.best) for o in result.outcomes[:2]] == [
+        ("4-bit dequantize", 1.0, 1.0, "triton"), ("4-bit small_m", 1.0, 0.4, "workspace")
+    ]  # fmt: skip
+    assert "60.0% less" in tune.describe(result.outcomes[1])
+    done = Clock()
+    again = four_bits(path, done, monkeypatch, tokens=(1, 8, 3))
+    assert done.calls == 1, "it goes on where it stopped"
+    assert [outcome.measured for outcome in again.outcomes] == [False] * 3 + [True]
+    assert again.outcomes[-1].best == "triton", "equal times: not the workspace"
+    assert len(tables.read(path).four_bit) == 4
+    four_bits(path, done, monkeypatch, tokens=(), dtype="fp32", again=True)
+    assert [row.dtype for row in tables.read(path).four_bit] == ["fp16"] * 4 + ["fp32"]
+
+
+@interpreted
+def test_a_kind_is_what_was_forced(tmp_path, monkeypatch):
+    """The forward that is timed as "workspace" reads no codes by itself, and the other does nothing but that."""
+    used = []
+    launch, dense = four_bit.small_m_launch, four_bit.dequantize_launch
+    monkeypatch.setattr(four_bit, "small_m_launch", lambda kind, *a, **k: used.append(kind) or launch(kind, *a, **k))
+    monkeypatch.setattr(four_bit, "dequantize_launch", lambda *a, **k: used.append("dense") or dense(*a, **k))
+    data = trials.Data(CODES, torch.float16, "cpu", "cpu", 0)
+    table = tables.Table("Test Card", "cpu", "2", "3", "today")
+    for kind, expected in (("triton", ["triton"]), ("workspace", ["dense"])):
+        used.clear()
+        four_bit_tune._small_m_steps(kind, [data], table, few_tokens)[0]()
+        assert used == expected
+
+
+class Written:
+    """A stand-in of a launch of csrc: it writes what the codec says, or one wrong number."""
+
+    def __init__(self, weight, out, wrong):
+        self.weight, self.out, self.wrong = weight, out, wrong
+
+    def run(self):
+        four_bit_tune.dequantize(self.weight, self.out.dtype, out=self.out)
+        self.out[-1, -1] += self.wrong
+
+
+@interpreted
+@pytest.mark.parametrize(("wrong", "choice", "cuda_ms"), [(0.0, "cuda", 0.1), (0.25, "triton", None)])
+def test_only_what_is_right_is_timed(tmp_path, monkeypatch, wrong, choice, cuda_ms):
+    """The faster kind is chosen where it gives the codec's bits, and left out where one number differs."""
+    path = tmp_path / "t.json"
+    monkeypatch.setattr(four_bit, "_available", lambda arch: True)
+    monkeypatch.setattr(cuda, "dequantize_launch", lambda weight, out, arch: Written(weight, out, wrong))
+    times = {"cuda": 0.1, "triton": 1.0, "workspace": 2.0}
+    result = four_bits(path, Clock(lambda step: times[step.__name__]), monkeypatch, tokens=(1,))
+    dense, few = tables.read(path).four_bit
+    assert (dense.choice, dense.cuda_ms, dense.triton_ms) == (choice, cuda_ms, 1.0)
+    discarded = ["cuda: 1 of 1024 numbers are not those of quant.dequantize"] if wrong else []
+    assert result.outcomes[0].discarded == discarded
+    assert (few.choice, few.cuda_ms) == ("triton", None)
+    assert result.outcomes[1].discarded[0].startswith("cuda: RuntimeError: "), "it runs on a GPU only"
+
+
+@interpreted
+def test_a_wrong_or_unserved_forward_is_not_timed(tmp_path, monkeypatch):
+    def wrong(data):
+        forward = few_tokens(data)
+
+        def step():
+            factor = 1.02 if tables._State.small_m == "triton" else 1.0
+            return {name: value * factor for name, value in forward().items()}
+
+        return step
+
+    (_, outcome) = four_bits(tmp_path / "t.json", Clock(), monkeypatch, tokens=(1,), few=wrong).outcomes
+    assert outcome.best == "workspace"
+    assert outcome.discarded[0].startswith("triton: y is off by")
+    wide = [CODES._replace(k=72)]
+    (_, outcome) = four_bits(tmp_path / "u.json", Clock(), monkeypatch, tokens=(1,), shapes=wide).outcomes
+    assert outcome.best == "workspace"
+    assert "triton: ValueError: K = 72 is no multiple of the block size 64" in outcome.discarded[0]
+    result = four_bits(
+        tmp_path / "v.json", Clock(), monkeypatch, tokens=(1,), few=lambda data: lambda: {"y": data["x"][:, :1]}
+    )  # fmt: skip
+    assert result.failed[0].startswith("4-bit small_m at 1x16x64 r=4: triton: y is off by")
+    assert "; workspace: y is off by" in result.failed[0]
+
+
 def test_the_clock_of_a_cpu_interleaves():
     order = []
     times = clock_timer([[lambda: order.append("a")], [lambda: order.append("b"), lambda: order.append("c")]], 2)
@@ -371,12 +485,18 @@ def test_a_graph_times_what_the_card_does():
 @pytest.mark.gpu
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the kernels are interpreted")
 def test_tuning_on_a_card(tmp_path):
-    card, path, shape = tune.this_gpu(), tmp_path / "card.json", Shape(2048, 1024, 512, 16)
-    result = tune.run([shape], "bf16", path, machine=card, kernels=KERNELS, passes=whole_pass, show=False, minutes=4)
+    card, path, shape = this_gpu(), tmp_path / "card.json", Shape(2048, 1024, 512, 16)
+    result = tune.run(
+        [shape], "bf16", path, machine=card, kernels=KERNELS, passes=whole_pass, few=few_tokens, show=False, minutes=4
+    )  # fmt: skip
     assert result.failed == []
     found = tables.read(path)
     assert (found.device, found.arch) == (card.name, card.arch)
-    assert len(found.configs) + len(found.routes) + len(result.left) == len(KERNELS) + 4
+    assert len(found.configs) + len(found.routes) + len(result.left) + len(found.four_bit) == len(KERNELS) + 11
+    for row in found.four_bit:
+        assert row.triton_ms is not None, row
+        assert (row.cuda_ms is not None) == cuda.available(card.arch), row
+        assert 0.0005 < min(row.times().values()) == row.times()[row.choice] < 10
     for row in found.configs:
         assert 0.001 < row.ms <= row.default_ms * 1.05 < 10
     with tables.using(found):
