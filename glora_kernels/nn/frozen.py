@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from glora_kernels.ops import glora_linear
 from glora_kernels.ops.common import Weight
 from glora_kernels.quant import QuantizedWeight, QuantState, dequantize
-from glora_kernels.quant.bnb import from_linear4bit, to_linear4bit
+from glora_kernels.quant.bnb import from_linear4bit, packed_bytes, to_linear4bit
 from glora_kernels.quant.checkpoint import NAMES, state_from_tensors, state_tensors
 
 
@@ -71,22 +71,26 @@ class FrozenBase(nn.Module):
         name = prefix + "weight"
         parts = {part: state_dict[f"{name}.{part}"] for part in NAMES if f"{name}.{part}" in state_dict}
         given = state_dict.get(name)
-        if self.quant_state is None or given is None:
-            if parts and self.quant_state is None:
-                errors.append(f"{name} is in 4 bits and this layer's is dense; build the layer with quantize()")
-                return
-        elif given.dtype != torch.uint8:
-            errors.append(f"{name} is dense ({given.dtype}) and this layer's is in 4 bits; load first, then quantize()")
+        if parts and self.quant_state is None:
+            errors.append(f"{name} is in 4 bits and this layer's is dense; build the layer with quantize()")
             return
-        else:
+        if self.quant_state is not None and given is not None:
+            if not parts and given.dtype != torch.uint8:
+                errors.append(
+                    f"{name} is dense ({given.dtype}) and this layer's is in 4 bits; load first, then quantize()"
+                )
+                return
+            assigned = metadata.get("assign_to_params_buffers", False)
             try:
-                state = state_from_tensors(parts, self.weight.device)
-                QuantizedWeight(given.to(self.weight.device), state)
+                codes = packed_bytes(given).to(given.device if assigned else self.weight.device)
+                state = state_from_tensors(parts, codes.device)
+                QuantizedWeight(codes, state)
                 if state.shape != self.quant_state.shape:
                     raise ValueError(f"it has shape {state.shape}, the layer {self.quant_state.shape}")
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RuntimeError) as error:
                 errors.append(f"{name}: {error}")
                 return
+            state_dict = state_dict | {name: codes.view(-1, 1)}
             self.quant_state = state
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         known = {f"{name}.{part}" for part in parts}

@@ -78,12 +78,7 @@ def from_state(packed: Tensor, state: Any) -> QuantizedWeight:
     shape = tuple(state.shape or ())
     if len(shape) != 2:
         raise ValueError(f"a linear layer's QuantState has two sizes; got shape {shape}")
-    packed = packed.detach().as_subclass(Tensor)
-    if not packed.is_contiguous():
-        # (1, P) is how bitsandbytes passes the transpose around.
-        packed = packed.t()
-    if packed.dtype != torch.uint8:  # quant_storage: another dtype for the same bytes
-        packed = packed.view(torch.uint8)
+    packed = packed_bytes(packed)
     if state.code is not None and not torch.equal(state.code.cpu(), codebook(state.quant_type, torch.device("cpu"))):
         raise ValueError(f"the code of this QuantState is not that of {state.quant_type}")
     nested = None
@@ -95,6 +90,15 @@ def from_state(packed: Tensor, state: Any) -> QuantizedWeight:
     return QuantizedWeight(
         packed, QuantState(absmax, state.quant_type, state.blocksize, (shape[0], shape[1]), state.dtype, nested)
     )
+
+
+def packed_bytes(packed: Tensor) -> Tensor:
+    """Codes in any of the forms that bitsandbytes stores them in, as bytes; the same memory."""
+    packed = packed.detach().as_subclass(Tensor)
+    if not packed.is_contiguous():
+        # (1, P) is how bitsandbytes passes the transpose around.
+        packed = packed.t()
+    return packed.view(torch.uint8)  # quant_storage: another dtype for the same bytes
 
 
 def to_params4bit(weight: QuantizedWeight) -> Any:
@@ -113,7 +117,7 @@ def to_params4bit(weight: QuantizedWeight) -> Any:
             absmax=nested.absmax, code=nested.code, blocksize=nested.blocksize, dtype=torch.float32
         )  # fmt: skip
     outer = BnbState(
-        absmax=state.absmax, shape=torch.Size(state.shape), code=codebook(state.quant_type, device),
+        absmax=state.absmax, shape=torch.Size(state.shape), code=codebook(state.quant_type, device).clone(),
         blocksize=state.blocksize, quant_type=state.quant_type, dtype=state.dtype,
         offset=None if nested is None else nested.offset, state2=inner,
     )  # fmt: skip

@@ -30,7 +30,8 @@ def state_tensors(state: QuantState) -> dict[str, Tensor]:
         "quant_type": state.quant_type, "blocksize": state.blocksize,
         "dtype": str(state.dtype).removeprefix("torch."), "shape": list(state.shape),
     }  # fmt: skip
-    tensors = {"absmax": state.absmax, "quant_map": codebook(state.quant_type, state.absmax.device)}
+    # Copies of what layers share: a file holds no memory twice.
+    tensors = {"absmax": state.absmax, "quant_map": codebook(state.quant_type, state.absmax.device).clone()}
     if state.nested is not None:
         tensors |= {"nested_absmax": state.nested.absmax, "nested_quant_map": state.nested.code.clone()}
         values |= {
@@ -63,10 +64,13 @@ def state_from_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> Q
                 int(values["nested_blocksize"]), torch.tensor(float(values["nested_offset"]), device=device),
             )  # fmt: skip
         absmax, code = tensors["absmax"].to(device), tensors["quant_map"]
-    except (ValueError, KeyError, TypeError, IndexError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(f"the quantization state is damaged or of another format: {error!r}") from error
     if quant_type not in QUANT_TYPES or _JSON + quant_type != found[0] or len(shape) != 2:
         raise ValueError(f"the quantization state says {quant_type!r} of shape {shape}, its name {found[0]!r}")
+    numbers = [absmax] if nested is None else [nested.absmax, nested.code, nested.offset]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in numbers):
+        raise ValueError("the quantization state holds NaN or inf")
     if not torch.equal(code.cpu().float(), codebook(quant_type, torch.device("cpu"))):
         raise ValueError(f"quant_map is not the code of {quant_type}")
     return QuantState(absmax, quant_type, blocksize, sizes, dtype, nested)
