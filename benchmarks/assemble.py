@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import grouped_text, peers, schema, targets
-from benchmarks.battery import GROUP_IMPLS, IMPLS
+from benchmarks import grouped_text, nf4_text, peers, schema, targets
+from benchmarks.battery import GROUP_IMPLS, IMPLS, NO_LAYER
 from benchmarks.schema import ROW_FIELDS
 from benchmarks.store import Store
 from benchmarks.timing import table
@@ -47,6 +47,7 @@ def detail(store: Store) -> dict[str, Any]:
         ],
         "models": [{"key": line["key"], **line["detail"]} for line in store.of("model")],
         "grouped": store.note("grouped"),
+        "nf4": store.note("nf4"),
         "errors": errors(store),
         "tests": store.note("tests"),
     }
@@ -71,7 +72,7 @@ def unavailable(store: Store) -> dict[str, str]:
             continue
         reasons = [error["reason"] for error in wrong if error["impl"] == impl]
         found[impl] = missing.get(impl) or (reasons[0] if reasons else "not reached by what was run so far")
-    return found
+    return found | (NO_LAYER if store.header["scale"] == "cuda" else {})
 
 
 def markdown(store: Store, pictures: Mapping[str, str]) -> str:
@@ -81,6 +82,7 @@ def markdown(store: Store, pictures: Mapping[str, str]) -> str:
     rows = [line["row"] for line in row_lines(store)]
     if head["scale"] == "cuda":
         lines += ["## Targets", "", target_text(rows), "", group_target_text(rows, store.note("grouped")), ""]
+        lines += [nf4_targets_of(store), ""]
         over = bias_note(store)
         lines += [over, ""] if over else []
     lines += battery_lines(store)
@@ -105,6 +107,7 @@ def battery_lines(store: Store) -> list[str]:
     depth = store.note("grouped")
     if depth:
         lines += ["## Launches and merging", "", *grouped_text.depth_lines(depth)]
+    lines += _nf4_lines(rows, store.note("nf4"))
     if store.of("model"):
         lines += ["## Decoder layers", "", "Forward and backward, eager mode, every linear adapted.", ""]
         lines += [table(model_rows([line["row"] for line in store.of("model")])), ""]
@@ -115,6 +118,14 @@ def battery_lines(store: Store) -> list[str]:
         lines += [f"- {error['what']}: {error['reason']}" for error in wrong if error["impl"] not in missing]
         lines += [""]
     return lines
+
+
+def _nf4_lines(lines: Sequence[Mapping[str, Any]], parts: Mapping[str, Any] | None) -> list[str]:
+    """What the rows on a 4-bit base come to, and what was measured beside them."""
+    if not nf4_text.nf4_lines(lines) and not parts:
+        return []
+    found = ["## A 4-bit base", "", table(nf4_text.training_table(lines)), "", table(nf4_text.decode_table(lines)), ""]
+    return [*found, *(nf4_text.part_lines(parts) if parts else [])]
 
 
 def facts(head: Mapping[str, Any], rates: Mapping[str, float] | None) -> list[str]:
@@ -144,6 +155,21 @@ def group_target_text(rows: Sequence[Mapping[str, Any]], depth: Mapping[str, Any
     """The table of targets of sets of layers, launches and merging."""
     intro = "Layers with one input, launches and merging; bf16, M = 8192; launches as the profiler counts them."
     return f"{intro}\n\n{table(targets.group_rows(rows, depth))}"
+
+
+def nf4_target_text(rows: Sequence[Mapping[str, Any]], gbps: float | None, parts: Mapping[str, Any] | None) -> str:
+    """The table of targets of a 4-bit base; a row may carry its ratio of the same rounds as "over"."""
+    intro = (
+        "A 4-bit base: NF4 in blocks of 64, double quantization; bf16, r = 16. Of a copy's bandwidth: the bytes of the "
+        "codes (dequantizing: all that is read and written) over the time; the worst of the shapes."
+    )
+    return f"{intro}\n\n{table(targets.nf4_rows(rows, gbps, parts))}"
+
+
+def nf4_targets_of(store: Store) -> str:
+    """The same of a store."""
+    rows = [line["row"] | {"over": line["detail"].get("over_frozen")} for line in row_lines(store)]
+    return nf4_target_text(rows, (store.note("ceilings") or {}).get("gbps"), store.note("nf4"))
 
 
 def bias_note(store: Store) -> str | None:

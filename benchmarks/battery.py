@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 LLAMA = {
     "q": (4096, 4096),
@@ -34,10 +34,21 @@ VECTOR_LORA = "glora:vector,lora,none,none,none"
 FULL = "glora:vector,lora,vector,vector,vector"
 LORA_LORA = "glora:lora,lora,none,none,none"
 VECTORS = "glora:vector,vector,none,none,none"
+QFROZEN, QLORA = "nf4-frozen", "nf4-lora"
+QGLORA = "nf4-glora:vector,lora,vector,none,vector"
+QLORA_LORA, QVECTORS = f"nf4-{LORA_LORA}", f"nf4-{VECTORS}"
+MLP = ("gate", "up", "down")
+FEW = (1, 8, 32)
+"""Tokens of a step of generation."""
 IMPLS = ("ours", "eager", "compile", "peft", "bnb", "unsloth", "lorafusion")
 GROUP_IMPLS = ("concat", "eager", "ours", "single", "grouped_mm", "peft")
 """Of sets of siblings: one product over concatenated weights (and over all A, where there is LoRA); a loop of single
 operations; ours in one launch; ours layer by layer; torch.nn.functional.grouped_mm; PEFT layer by layer."""
+
+NO_LAYER = {
+    "gemlite": "GemLite multiplies integer codes with scales and zero points: it has no code book, and so no NF4",
+}
+"""Libraries that one looks for here and that have no layer to compare with."""
 
 PASSES = ("fwd", "fwd_bwd")
 MODES = ("eager", "graph")
@@ -119,6 +130,15 @@ class SiblingEntry(Entry):
 
 
 @dataclass(frozen=True)
+class DecodeEntry(Entry):
+    """A layer in a step of generation: a few tokens, forward alone and without gradients.
+
+    Its steps read one copy of the layer after the other: a weight in 4 bits fits in a card's cache, and what was read
+    from there would tell nothing of the memory's bandwidth.
+    """
+
+
+@dataclass(frozen=True)
 class Group:
     """Entries of one shape and one M, timed against each other. The first is the frozen layer."""
 
@@ -142,7 +162,7 @@ class Group:
 @dataclass(frozen=True)
 class Stage:
     """A named list of groups; `models` names a model-level measurement instead (see `benchmarks.model`), `once` a note
-    that `benchmarks.grouped` makes."""
+    that is made once (see `benchmarks.stage.ONCE`)."""
 
     name: str
     title: str
@@ -187,6 +207,27 @@ RANKED: tuple[Contender, ...] = (
 BY_M: tuple[Contender, ...] = (*RANKED, (FULL, "ours", 0.0), (LORA_LORA, "peft", 0.0))
 EAGER: tuple[Contender, ...] = tuple((case, "eager", 0.0) for case in (LORA, VECTOR_LORA, FULL, LORA_LORA, VECTORS))
 COMPILED: tuple[Contender, ...] = tuple((case, "compile", 0.0) for case in (LORA, VECTOR_LORA, LORA_LORA))
+NF4_TRAIN: tuple[Contender, ...] = (
+    (QLORA, "ours", 0.0),
+    (QGLORA, "ours", 0.0),
+    (QLORA_LORA, "ours", 0.0),
+    (QLORA, "bnb", 0.0),
+    (QLORA, "peft", 0.0),
+    (QLORA, "eager", 0.0),
+    (QGLORA, "eager", 0.0),
+    (QLORA_LORA, "eager", 0.0),
+    (QVECTORS, "peft", 0.0),
+)
+NF4_DECODE: tuple[Contender, ...] = (
+    (QLORA, "ours", 0.0),
+    (QGLORA, "ours", 0.0),
+    (QLORA, "bnb", 0.0),
+    (QLORA, "peft", 0.0),
+    (QLORA, "eager", 0.0),
+    (QGLORA, "eager", 0.0),
+)
+NF4_OTHERS: tuple[Contender, ...] = ((QLORA, "unsloth", 0.0), (QLORA, "compile", 0.0), (QGLORA, "compile", 0.0))
+"""PEFT's GLoRA on 4 bits is there for its refusal."""
 OTHERS: tuple[Contender, ...] = ((LORA, "unsloth", 0.0), (LORA, "lorafusion", 0.0))
 
 
@@ -203,14 +244,14 @@ def group(
     modes: Sequence[str] = MODES,
     nf4: bool = False,
 ) -> Group:
-    """Contenders of one shape behind the frozen layer.
+    """Contenders of one shape behind the frozen layer, and with `nf4` the frozen layer in 4 bits.
 
     bias: whether the layers have one; None means where the case needs it (D stands beside a bias), with a second
     frozen layer that has one too.
     """
     found = [Entry(FROZEN, "eager", m, n, k, layer=layer, bias=bool(bias), dtype=dtype)]
     if nf4:
-        found.append(replace(found[0], case="nf4-frozen", impl="bnb"))
+        found += [replace(found[0], case=QFROZEN, impl=impl) for impl in ("ours", "bnb")]
     for case, impl, p in contenders:
         needs = case.removeprefix("nf4-") == FULL if bias is None else bias
         found.append(Entry(case, impl, m, n, k, r, p, layer, needs, dtype))
@@ -255,6 +296,34 @@ def sibling_groups(scale: str) -> tuple[Group, ...]:
     )
 
 
+def decode_group(
+    contenders: Iterable[Contender],
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    layer: str | None = None,
+    dtype: str = "bf16",
+    modes: Sequence[str] = MODES,
+) -> Group:
+    """The same as steps of generation, over 4-bit layers: M is the number of tokens."""
+    made = group(contenders, m, n, k, r, layer, dtype=dtype, passes=("fwd",), modes=modes, nf4=True)
+    return replace(made, entries=tuple(DecodeEntry(**vars(entry)) for entry in made.entries))
+
+
+def nf4_groups(scale: str) -> tuple[Group, ...]:
+    """Training and generation over a 4-bit base on a CPU: "cpu", or of hardly any size ("tiny")."""
+    size, m, r, few = {"cpu": (1024, 512, 16, FEW), "tiny": (64, 8, 4, (1, 3))}[scale]
+    plain: dict[str, Any] = {"dtype": "fp32", "modes": ("eager",)}
+    train = group(NF4_TRAIN, m, size, size, r, passes=PASSES, nf4=True, **plain)
+    return train, *(decode_group(NF4_DECODE, count, size, size, r, **plain) for count in few)
+
+
+def _decoded(contenders: Iterable[Contender], r: int = 16) -> tuple[Group, ...]:
+    listed = tuple(contenders)
+    return tuple(decode_group(listed, m, n, k, r, name) for m in FEW for name, (n, k) in LLAMA.items())
+
+
 def _llama(contenders: Iterable[Contender], m: int, r: int = 16, **options: object) -> tuple[Group, ...]:
     listed = tuple(contenders)
     return tuple(group(listed, m, n, k, r, name, **options) for name, (n, k) in LLAMA.items())  # type: ignore[arg-type]
@@ -262,7 +331,7 @@ def _llama(contenders: Iterable[Contender], m: int, r: int = 16, **options: obje
 
 def gpu_stages() -> list[Stage]:
     """The battery of a card. The stages marked quick give the target table."""
-    nf4 = tuple((f"nf4-{case}", impl, 0.0) for case, impl in ((LORA, "peft"), (LORA, "ours"), (VECTOR_LORA, "ours")))
+    nf4: dict[str, Any] = {"passes": PASSES, "nf4": True}
     other_m = tuple(g for m in (4096, 1024, 16384, 2048, 512) for g in _llama(BY_M, m))
     vit = tuple(
         group(BY_M, 64 * VIT_TOKENS, n, k, r, None, bias=True, passes=PASSES if r == 16 else ("fwd_bwd",))
@@ -276,14 +345,23 @@ def gpu_stages() -> list[Stage]:
         Stage(
             "small-m", "LLaMA-3-8B linears, M=2048 and M=512", _llama(SMALL_M, 2048) + _llama(SMALL_M, 512), quick=True
         ),
+        Stage(
+            "nf4",
+            "4-bit base in training, M=8192 and M=2048",
+            _llama(NF4_TRAIN, 8192, **nf4) + _llama(NF4_TRAIN, 2048, **nf4),
+        ),
+        Stage("nf4-decode", "4-bit base, 1 to 32 tokens", _decoded(NF4_DECODE)),
+        Stage("nf4-parts", "4-bit base: dequantizing alone; memory", once="nf4"),
         Stage("dropout", "p=0.1", _llama(DROPPED, 8192)),
         Stage("eager", "eager PyTorch", _llama(EAGER, 8192)),
         Stage("model", "one LLaMA-3-8B decoder layer", models="layer"),
         Stage("ranks", "r=8 and r=64", _llama(RANKED, 8192, 8) + _llama(RANKED, 8192, 64)),
         Stage("by-m", "M from 512 to 16384", other_m),
         Stage("growth", "decoder layers: 1, 2, 4, 8", models="growth"),
-        Stage("nf4", "4-bit base, M=8192", _llama(nf4, 8192, nf4=True)),
         Stage("others", "Unsloth and LoRAFusion, which may patch others on import", _llama(OTHERS, 8192)),
+        Stage(
+            "nf4-others", "4-bit base: Unsloth, torch.compile", _llama(NF4_OTHERS, 8192, **nf4) + _decoded(NF4_OTHERS)
+        ),
         Stage("vit", f"ViT-B/16 linears, M={64 * VIT_TOKENS}", vit),
         Stage("forward", "forward alone, M=8192", _llama(TARGET, 8192, passes=("fwd",))),
         Stage("compile", "torch.compile of eager PyTorch", _llama(COMPILED, 8192)),

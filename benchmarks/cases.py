@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from glora_kernels import GLoRAConfig, GLoRALinear, reference
+from glora_kernels.quant.bnb import is_linear4bit
 from glora_kernels.reference.tolerance import allowed_error, largest_error, literal_step
 from glora_kernels.spec import SUPPORTS
 
@@ -45,7 +46,7 @@ class Shape:
 class Problem:
     """The values of one case. `params` holds the supports by the names of the configuration.
 
-    base: the frozen layer itself where it is no nn.Linear on `weight` (a 4-bit one; `weight` is then unpacked).
+    base: the frozen layer itself where it is no nn.Linear on `weight` (a 4-bit one; `weight` is then decoded).
     """
 
     shape: Shape
@@ -160,6 +161,8 @@ def peft(problem: Problem) -> Contestant:
     model = library.get_peft_model(_Wrapper(base_layer(problem)), adapter, autocast_adapter_dtype=False)
     layer = model.base_model.model.linear
     params = peft_parameters(layer, config)
+    for parameter in params.values():  # over a 4-bit base PEFT leaves them in fp32
+        parameter.data = parameter.data.to(problem.shape.dtype)
     copy_values(params, problem.params)
     return Contestant(case, "peft", layer, params)
 
@@ -279,6 +282,7 @@ class _Wrapper(nn.Module):
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
         self.linear = linear
+        self.is_loaded_in_4bit = is_linear4bit(linear)  # what transformers sets, and PEFT looks at
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)

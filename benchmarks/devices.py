@@ -43,6 +43,8 @@ class Device:
     """The shortest stretch that is timed at once: shorter runs are repeated."""
     cache_bytes = 32 << 20
     most_sets = 2
+    most_layers = 8
+    """Copies of a layer that is timed with few tokens: see `layers`."""
 
     @property
     def torch_device(self) -> torch.device:
@@ -72,6 +74,10 @@ class Device:
     def sets(self, set_bytes: int) -> int:
         """How many input sets are rotated: more than twice the cache, two at least."""
         return max(2, min(self.most_sets, -(-2 * self.cache_bytes // max(1, set_bytes))))
+
+    def layers(self, layer_bytes: int) -> int:
+        """How many copies of a layer are read in turn, so that its weight comes from memory: as `sets`."""
+        return max(2, min(self.most_layers, -(-2 * self.cache_bytes // max(1, layer_bytes))))
 
     def synchronize(self) -> None:
         """Wait until the device has done everything."""

@@ -8,7 +8,8 @@ pass through memory once each. An adapter adds
     C, D, E               W once more in each pass (W·C and Wᵀg)
     A lora                a third product (dA, which also yields the gradients of B lora without reading x again),
                           and W_eff rebuilt in each pass: W read, W_eff written
-    a 4-bit base          the weight unpacked in each pass: half a byte read, two written
+    a 4-bit base          the weight unpacked in each pass: half a byte read, two written (W_eff alike).
+                          Forward of a few tokens: the codes go into the product, and no weight is written
 
 A product takes the longer of its arithmetic and its operands' traffic; the rest is added, as nothing overlaps with
 tensor cores for certain. Dropout adds nothing: masks are made where they are used.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.battery import LLAMA, Entry
+from benchmarks.battery import LLAMA, DecodeEntry, Entry
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
@@ -60,7 +61,7 @@ def work(entry: Entry, direction: str = "fwd_bwd") -> Work:
     size, both = BYTES[entry.dtype], direction == "fwd_bwd"
     passes = 2 if both else 1
     products, thin, moved = passes, 0.0, 0.0
-    x, y, w = m * k * size, m * n * size, n * k * size
+    x, y, w = m * k * size, m * n * size, float(n * k * size)
     a, b, *vectors = _supports(entry)
     if b == "lora":
         pair = 2.0 * m * r * (n + k * entry.members)
@@ -72,14 +73,22 @@ def work(entry: Entry, direction: str = "fwd_bwd") -> Work:
                 moved += x
     if a in ("vector", "constant") and both:
         moved += y
+    quantized = entry.case.startswith("nf4-")
     if a == "lora":
         products += 1 if both else 0
-        moved += passes * 2 * w
+        moved += 0 if quantized else passes * 2 * w
+    if quantized and isinstance(entry, DecodeEntry) and a != "lora":
+        w = packed_bytes(n, k)
+    elif quantized:
+        moved += passes * n * k * (0.5 + size)
     if any(form != "none" for form in vectors):
         moved += passes * w
-    if entry.case.startswith("nf4-"):
-        moved += passes * n * k * (0.5 + size)
     return Work(products, 2.0 * m * n * k, thin, float(x + y + w), moved)
+
+
+def packed_bytes(n: int, k: int) -> float:
+    """The codes of a 4-bit weight; absmax beside them (at most half a bit a weight) is not counted."""
+    return 0.5 * n * k
 
 
 def floor_ms(entry: Entry, ceilings: Ceilings, direction: str = "fwd_bwd") -> float:

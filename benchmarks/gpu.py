@@ -25,6 +25,7 @@ class Cuda(Device):
     modes = ("eager", "graph")
     region_s = 2e-3
     most_sets = 64
+    most_layers = 64
 
     def __init__(self) -> None:
         torch.cuda.init()

@@ -1,5 +1,7 @@
 """Every contestant of the battery from its entry: ours, eager PyTorch, torch.compile, and the peers.
 
+Those on a 4-bit base are in `benchmarks.quantized_peers`.
+
 A peer that is not installed, or that has no layer for a case, raises `Unavailable` with the reason; the battery
 records it and goes on.
 """
@@ -13,20 +15,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-import glora_kernels as gk
-from benchmarks import cases
+from benchmarks import cases, quantized_peers
 from benchmarks.battery import Entry
 from benchmarks.cases import Contestant, Problem
+from benchmarks.quantized_peers import Unavailable
 from glora_kernels import GLoRAConfig, reference
 
 PACKAGES = {"peft": "peft", "bnb": "bitsandbytes", "unsloth": "unsloth", "lorafusion": "lorafusion"}
-
-
-class Unavailable(Exception):
-    """A contestant that cannot be built here; the message is the reason."""
 
 
 def unavailable() -> dict[str, str]:
@@ -50,38 +48,15 @@ def build(entry: Entry, problem: Problem) -> Contestant:
         "ours": _ours, "eager": _eager, "compile": _compiled, "peft": _peft,
         "bnb": _bitsandbytes, "unsloth": _unsloth, "lorafusion": _lorafusion,
     }  # fmt: skip
+    builder = builders[entry.impl] if problem.base is None else quantized_peers.build
     try:
-        found = builders[entry.impl](entry, problem)
+        found = builder(entry, problem)
     except (ImportError, AttributeError, NotImplementedError) as reason:
         raise Unavailable(f"{type(reason).__name__}: {reason}") from reason
     return replace(found, case=entry.case, impl=entry.impl)
 
 
-def quantized(problem: Problem) -> Problem:
-    """The problem on a 4-bit base (bitsandbytes nf4, double quantization); its weight is the one unpacked again.
-
-    Raises:
-        Unavailable: bitsandbytes is not installed or cannot run on this device.
-    """
-    try:
-        library = importlib.import_module("bitsandbytes")
-    except ImportError as reason:
-        raise Unavailable(f"bitsandbytes: {reason}") from reason
-    n, k = problem.weight.shape
-    layer = library.nn.Linear4bit(
-        k, n, bias=problem.bias is not None, compute_dtype=problem.shape.dtype, quant_type="nf4", device="meta"
-    )
-    packed = library.nn.Params4bit(problem.weight.detach().clone(), requires_grad=False, quant_type="nf4")
-    layer.weight = packed.to(problem.weight.device)
-    if problem.bias is not None:
-        layer.bias = nn.Parameter(problem.bias, requires_grad=False)
-    weight = library.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(problem.shape.dtype)
-    return replace(problem, weight=weight, base=layer)
-
-
 def _ours(entry: Entry, problem: Problem) -> Contestant:
-    if problem.base is not None and not hasattr(gk, "quantize"):
-        raise Unavailable("this version of glora_kernels has no layer on a 4-bit base")
     return cases.ours(problem)
 
 
@@ -132,9 +107,7 @@ def _peft(entry: Entry, problem: Problem) -> Contestant:
 
 
 def _bitsandbytes(entry: Entry, problem: Problem) -> Contestant:
-    if not entry.frozen or problem.base is None:
-        raise Unavailable("bitsandbytes has the frozen 4-bit layer; LoRA on it is PEFT's")
-    return Contestant(entry.case, "bnb", problem.base)
+    raise Unavailable("bitsandbytes has layers on a 4-bit base only")
 
 
 def _unsloth(entry: Entry, problem: Problem) -> Contestant:

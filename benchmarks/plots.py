@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import grouped_text
+from benchmarks import grouped_text, nf4_text
 from benchmarks.battery import LLAMA
 from benchmarks.floor import Ceilings
 
@@ -18,16 +18,20 @@ COLOURS = ("#2a6f97", "#bc6c25", "#588157", "#9d4edd", "#c1121f", "#6c757d", "#0
 MARKS = {"ours": "o", "peft": "s", "eager": "^", "compile": "v", "bnb": "D", "unsloth": "P", "lorafusion": "X"}
 
 
-def draw_all(lines: Sequence[Line], models: Sequence[Line], ceilings: Ceilings, out: Path, name: str) -> dict[str, str]:
-    """Draw what the rows allow into `out`; the titles by file name."""
-    sets = grouped_text.set_lines(lines)
-    lines = [line for line in lines if line not in sets]
+def draw_all(
+    lines: Sequence[Line], models: Sequence[Line], ceilings: Ceilings, out: Path, name: str, nf4: Any = None
+) -> dict[str, str]:
+    """Draw what the rows allow into `out`; the titles by file name. nf4: the note of that name."""
+    sets, every = grouped_text.set_lines(lines), lines
+    apart = [*sets, *nf4_text.nf4_lines(lines)]
+    lines = [line for line in lines if line not in apart]
     figures = {
         f"{name}_by_m.png": ("time over the frozen layer by M", by_m(lines)),
         f"{name}_roofline.png": ("roofline", roofline(lines, ceilings)),
         f"{name}_saved.png": ("bytes saved for backward", saved(lines)),
         f"{name}_growth.png": ("growth with M, r and the number of layers", growth(lines, models)),
         f"{name}_groups.png": ("layers with one input", grouped_text.picture(sets)),
+        f"{name}_nf4.png": ("4-bit base", nf4_text.picture(every, nf4)),
     }
     titles = {}
     for file, (title, figure) in figures.items():

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import assemble, grouped_text
+from benchmarks import assemble, grouped_text, nf4_text
 from benchmarks.ratios import CASES
 from benchmarks.schema import FIELDS
 from benchmarks.timing import table
@@ -38,8 +38,13 @@ CPU_PICTURES = {
     "cpu_growth.png": "growth with M, r and the number of layers",
 }
 SET_PICTURES = {"cpu_groups.png": "layers with one input, over one product with their weights concatenated"}
+NF4_PICTURES = {"cpu_nf4.png": "layers over a 4-bit base: time, bandwidth, memory"}
 GPU_PICTURES = {"by_m": "time over the frozen layer by M", "roofline": "roofline", "saved": "bytes saved for backward"}
-GPU_PICTURES |= {"growth": "growth with M, r and the number of layers", "groups": "layers with one input"}
+GPU_PICTURES |= {
+    "growth": "growth with M, r and the number of layers",
+    "groups": "layers with one input",
+    "nf4": "4-bit base",
+}
 
 
 def cpu_text(results: Path) -> str:
@@ -58,8 +63,9 @@ def cpu_text(results: Path) -> str:
         "benchmarks.report` wrote this, and the tables in [benchmarks/results/cpu.md](benchmarks/results/cpu.md) with "
         "percentiles and versions."
     )
-    sets = report["sections"].get("grouped")
-    return f"{wrapped(text)}\n\n{table(rows)}" + _pictures(results, CPU_PICTURES) + _sets(results, sets)
+    sections = report["sections"]
+    parts = f"{wrapped(text)}\n\n{table(rows)}" + _pictures(results, CPU_PICTURES)
+    return parts + _sets(results, sections.get("grouped")) + _nf4(results, sections.get("nf4"))
 
 
 def gpu_text(results: Path) -> str:
@@ -68,7 +74,7 @@ def gpu_text(results: Path) -> str:
     command = "`python -m benchmarks.report` on a machine with a GPU measures it and fills this in."
     if not reports:
         intro = f"Not measured yet. {command} The target table for an H100:"
-        return f"{wrapped(intro)}\n\n{_targets([])}\n\n{_group_targets([], None)}"
+        return f"{wrapped(intro)}\n\n{_targets([])}\n\n{_group_targets([], None)}\n\n{_nf4_targets([], None, None)}"
     parts = []
     for slug, report in reports.items():
         head = {**report, "packages": _packages(results, slug)}
@@ -76,6 +82,8 @@ def gpu_text(results: Path) -> str:
         depth = _detail(results, slug).get("grouped")
         lines = [*map(wrapped, assemble.facts(head, rates)), "", _targets(report["rows"])]
         lines += ["", _group_targets(report["rows"], depth)]
+        detail = _detail(results, slug)
+        lines += ["", _nf4_targets(with_ratios(report["rows"], detail), rates["gbps"], detail.get("nf4"))]
         if report["models"]:
             lines += ["", "Decoder layers, forward and backward, eager mode, every linear adapted:", ""]
             lines += [table(assemble.model_rows(report["models"]))]
@@ -145,6 +153,43 @@ def _targets(rows: Sequence[Mapping[str, Any]]) -> str:
 def _group_targets(rows: Sequence[Mapping[str, Any]], depth: Mapping[str, Any] | None) -> str:
     intro, _, lines = assemble.group_target_text(rows, depth).partition("\n\n")
     return f"{wrapped(intro)}\n\n{lines}"
+
+
+def _nf4_targets(rows: Sequence[Mapping[str, Any]], gbps: float | None, parts: Mapping[str, Any] | None) -> str:
+    intro, _, lines = assemble.nf4_target_text(rows, gbps, parts).partition("\n\n")
+    return f"{wrapped(intro)}\n\n{lines}"
+
+
+def with_ratios(rows: Sequence[Mapping[str, Any]], detail: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows, each with its ratio to the frozen layer of the same rounds as "over", where the detail has it."""
+    over = {line["key"]: line.get("over_frozen") for line in detail.get("rows", [])}
+    fields = ("case", "impl", "layer", "dtype", "m", "n", "k", "r", "p")
+    found = []
+    for row in rows:
+        named = ["-" if row[field] is None else str(row[field]) for field in fields]
+        key = "|".join([*named, "False", row["pass"], row["mode"]])  # rows without a bias: battery.Entry.key
+        found.append({**row, "over": over.get(key)})
+    return found
+
+
+def _nf4(results: Path, found: Mapping[str, Any] | None) -> str:
+    """The CPU's layers over a 4-bit base, with their picture."""
+    if found is None:
+        return ""
+    row, parts = found["rows"][0]["row"], found["parts"]
+    text = (
+        f"Over a 4-bit base (NF4 in blocks of 64, double quantization): N = K = {row['n']} {row['dtype']}, "
+        f"{found['rounds']} rounds, {grouped_text.load(found)} on {found['cores']} cores; {found['date'][:10]}, commit "
+        f"{found['commit']}. Time over the dense frozen layer's in the same round, then the forward of a few tokens "
+        "and, as a share of a copy's bandwidth, the bytes of its weight over that time. A CPU has no fused kernel: the "
+        "weight is decoded in plain PyTorch, which is what these times are. p20 and p80 are in cpu.md; `python -m "
+        "benchmarks.nf4` measures this."
+    )
+    blocks = [wrapped(text), table(nf4_text.training_table(found["rows"], spread=False))]
+    blocks.append(table(nf4_text.decode_table(found["rows"])))
+    if "error" not in parts["memory"]:
+        blocks += [wrapped(nf4_text.memory_text(parts["memory"])), table(nf4_text.memory_table(parts["memory"]))]
+    return "\n\n" + "\n\n".join(blocks) + _pictures(results, NF4_PICTURES)
 
 
 def _sets(results: Path, found: Mapping[str, Any] | None) -> str:

@@ -7,10 +7,10 @@
 
 On a card: `pytest -m gpu`, then the battery, stage by stage, each a process of its own that ends within nine minutes;
 then <slug>.json, <slug>_detail.json, <slug>.md and PNGs in --out (benchmarks/results unless given). On a CPU: products,
-small adapters, host cost, ratios and sets of layers, then the small battery, into cpu.json, cpu.md and PNGs. A finished
-row is on the disk at once, in <slug>.stage.jsonl; a run with the same device, source and versions goes on from there,
-and one that finds everything there measures nothing: delete that file to measure again. README.md is rewritten from
-benchmarks/results (benchmarks.readme) where --out is that folder.
+small adapters, host cost, ratios, sets of layers and layers over a 4-bit base, then the small battery, into cpu.json,
+cpu.md and PNGs. A finished row is on the disk at once, in <slug>.stage.jsonl; a run with the same device, source and
+versions goes on from there, and one that finds everything there measures nothing: delete that file to measure again.
+README.md is rewritten from benchmarks/results (benchmarks.readme) where --out is that folder.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class Report:
         if rates is None:
             return {}
         found = Ceilings(rates["tflops"], rates["gbps"])
-        return plots.draw_all(assemble.row_lines(store), store.of("model"), found, self.out, name)
+        return plots.draw_all(assemble.row_lines(store), store.of("model"), found, self.out, name, store.note("nf4"))
 
     def write(self) -> list[Path]:
         """The result files of a card, from whatever rows there are."""
@@ -298,6 +298,7 @@ def _run_card(args: argparse.Namespace, device: Device) -> bool:
     rows = [line["row"] for line in assemble.row_lines(report.store())]
     print("\n" + assemble.target_text(rows) + "\n", flush=True)
     print(assemble.group_target_text(rows, report.store().note("grouped")) + "\n", flush=True)
+    print(assemble.nf4_targets_of(report.store()) + "\n", flush=True)
     for error in assemble.errors(report.store())[:20]:
         print(f"left out: {error['what']}: {error['reason']}")
     if files:

@@ -11,62 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import cases, floor, grouped_peers, peers, schema
-from benchmarks.battery import Entry, Group, SiblingEntry, row_key
-from benchmarks.cases import Contestant, Expected, Problem, Shape
+from benchmarks import cases, decode, floor, grouped_peers, peers, schema
+from benchmarks.battery import DecodeEntry, Entry, Group, SiblingEntry, row_key
+from benchmarks.cases import Contestant, Problem
 from benchmarks.devices import Call, Device, tensors_of
 from benchmarks.floor import Ceilings
 from benchmarks.grouped_peers import SiblingValues
 from benchmarks.peers import Unavailable
 from benchmarks.store import Store
 from benchmarks.timing import Spread
+from benchmarks.values import Values, shared_values
 
 
 class DeviceLost(Exception):
     """The device no longer answers this process; another process may go on."""
-
-
-@dataclass
-class Values:
-    """The tensors of one group: a problem without an adapter, and the input sets that are rotated."""
-
-    problem: Problem
-    sets: list[tuple[Tensor, Tensor]]
-    _quantized: dict[bool, Problem] = field(default_factory=dict)
-    _expected: dict[tuple[Any, ...], Expected] = field(default_factory=dict)
-
-    def of(self, entry: Entry, p: float | None = None) -> Problem:
-        """The problem of an entry: the shared base and input, and adapter values that only its configuration sets."""
-        base = self.problem
-        if entry.case.startswith("nf4-"):
-            if entry.bias not in self._quantized:
-                self._quantized[entry.bias] = peers.quantized(base if entry.bias else replace(base, bias=None))
-            base = self._quantized[entry.bias]
-        shape = replace(base.shape, r=entry.r or 1)
-        config = cases.case_config(entry.adapter, shape.r, (entry.p or 0.0) if p is None else p)
-        params = cases.adapter_values(shape, config, entry.bias)
-        return replace(base, shape=shape, config=config, bias=base.bias if entry.bias else None, params=params)
-
-    def expected(self, entry: Entry, problem: Problem) -> Expected:
-        """What is right without dropout, computed once for all that compute it."""
-        key = (entry.adapter, entry.r, entry.bias, problem.base is not None)
-        if key not in self._expected:
-            self._expected[key] = cases.expectations(problem)
-        return self._expected[key]
-
-    def inputs(self, contestant: Contestant) -> list[tuple[Tensor, Any]]:
-        """(x, dy) of every input set."""
-        return list(self.sets)
-
-    def owned(self, entry: Entry) -> list[Tensor]:
-        """What the base of an entry holds whether or not it runs."""
-        base = self.of(entry)
-        modules = [] if base.base is None else [*base.base.parameters(), *base.base.buffers()]
-        return [base.weight, *([] if base.bias is None else [base.bias]), *modules]
-
-    def forget(self) -> None:
-        """Drop the float64 results, which are large."""
-        self._expected.clear()
 
 
 @dataclass
@@ -85,14 +43,7 @@ def make_values(group: Group, device: Device) -> Values | SiblingValues:
     first = group.entries[0]
     if isinstance(first, SiblingEntry):
         return grouped_peers.make_values([entry for entry in group.entries if isinstance(entry, SiblingEntry)], device)
-    shape = Shape(first.m, first.k, first.n, 1, cases.DTYPES[first.dtype], str(device.torch_device))
-    bias = any(entry.bias for entry in group.entries)
-    problem = cases.make_problem(shape, cases.case_config("frozen", 1), bias)
-    generator = torch.Generator(shape.device).manual_seed(1)
-    sets = [(problem.x, problem.dy)]
-    for _ in range(device.sets(problem.x.nbytes + problem.dy.nbytes) - 1):
-        sets.append(cases.random_inputs(shape, generator))
-    return Values(problem, sets)
+    return shared_values(list(group.entries), device)
 
 
 def run_group(
@@ -162,6 +113,8 @@ def check_entry(entry: Entry, values: Values | SiblingValues) -> Measured:
     if isinstance(values, SiblingValues):
         assert isinstance(entry, SiblingEntry)
         return Measured(entry, *grouped_peers.check_entry(entry, values))
+    if isinstance(entry, DecodeEntry):
+        return Measured(entry, *decode.check_entry(entry, values))
     problem = values.of(entry)
     contestant = peers.build(entry, problem)
     if not entry.p:
@@ -175,6 +128,9 @@ def check_entry(entry: Entry, values: Values | SiblingValues) -> Measured:
 
 def steps(contestant: Contestant, values: Values | SiblingValues, direction: str) -> list[Call]:
     """One call for each input set: forward, or forward and backward. The results are dropped."""
+    if isinstance(contestant, decode.DecodeContestant):
+        assert isinstance(values, Values)
+        return decode.steps(contestant, values)
 
     def forward(x: Tensor) -> Call:
         return lambda: contestant.forward(x)
@@ -190,7 +146,8 @@ def row_figures(entry: Entry, direction: str, seconds: list[float], ceilings: Ce
     spread = Spread.of(seconds)
     least = floor.work(entry, direction)
     floor_ms = floor.floor_ms(entry, ceilings, direction)
-    return {
+    further = decode.bandwidth(entry, spread.median, ceilings) if isinstance(entry, DecodeEntry) else {}
+    return further | {
         "median_ms": 1e3 * spread.median,
         "p20_ms": 1e3 * spread.p20,
         "p80_ms": 1e3 * spread.p80,
@@ -216,6 +173,9 @@ def _check_dropout(contestant: Contestant, problem: Problem) -> float:
 def facts(measured: Measured, values: Values | SiblingValues, device: Device) -> dict[str, Any]:
     """What is counted, not timed, of a forward and backward on one input set."""
     contestant = measured.contestant
+    if isinstance(contestant, decode.DecodeContestant):
+        assert isinstance(values, Values)
+        return decode.facts(contestant, values, device)
     x, dy = values.inputs(contestant)[0]
 
     def forward() -> Tensor:
@@ -301,21 +261,27 @@ def _write(
     missing: set[str],
 ) -> None:
     frozen = [found.entry for found in measured if found.entry.reference]
+    counts = {found.entry.key: len(found.facts["steps"][direction]) for found in measured}
+    each = {key: [seconds / counts[key] for seconds in times[key]] for key in counts}
     for found in measured:
         entry, facts = found.entry, found.facts
         key = row_key(entry, direction, mode)
         if key not in missing:
             continue
-        sets = len(facts["steps"][direction])
-        figures = row_figures(entry, direction, [s / sets for s in times[entry.key]], ceilings)
+        figures = row_figures(entry, direction, each[entry.key], ceilings)
         figures |= {"max_rel_err": found.max_rel_err, "saved_bytes": facts["saved_bytes"]}
         figures["peak_bytes"] = facts[f"peak_{direction}"]
         detail = {name: value for name, value in figures.items() if name not in schema.ROW_FIELDS}
         detail |= {name: facts[name] for name in ("held_bytes", "host_us", "launches") if name in facts}
-        detail |= {"bias": entry.bias, "input_sets": sets, "rounds": len(times[entry.key]), "note": found.note}
+        detail |= {
+            "bias": entry.bias,
+            "input_sets": counts[entry.key],
+            "rounds": len(times[entry.key]),
+            "note": found.note,
+        }
         below = next((e for e in frozen if e.bias == entry.bias), frozen[0] if frozen else None)
         if below is not None:
-            over = Spread.of([a / b for a, b in zip(times[entry.key], times[below.key], strict=True)])
+            over = Spread.of([a / b for a, b in zip(each[entry.key], each[below.key], strict=True)])
             detail |= {"over_frozen": over.median, "over_frozen_p20": over.p20, "over_frozen_p80": over.p80}
         store.add("row", key=key, row=schema.make_row(entry, direction, mode, figures), detail=detail)
 

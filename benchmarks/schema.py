@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.battery import GROUP_IMPLS, IMPLS, LLAMA, MODES, PASSES, SIBLINGS, Entry
+from benchmarks.battery import GROUP_IMPLS, IMPLS, LLAMA, MODES, NO_LAYER, PASSES, SIBLINGS, Entry
 
 FIELDS = ("device", "driver", "torch", "triton", "commit", "date", "ceilings", "unavailable", "rows", "models")
 ROW_FIELDS = (
@@ -79,7 +79,7 @@ def check_report(report: Mapping[str, Any]) -> None:
         _expect(_positive(value), f"ceilings.{name} must be a positive number, got {value!r}")
     _expect(isinstance(report["unavailable"], dict), "unavailable must be an object")
     for impl, why in report["unavailable"].items():
-        known = (*IMPLS, *GROUP_IMPLS)
+        known = (*IMPLS, *GROUP_IMPLS, *NO_LAYER)
         _expect(impl in known, f"unavailable names {impl!r}, which is no impl ({', '.join(dict.fromkeys(known))})")
         _expect(_text(why), f"unavailable.{impl} must say why")
     _rows("rows", report["rows"], check_row, lambda row: [row[n] for n in ROW_FIELDS[:12]])

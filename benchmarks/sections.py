@@ -1,4 +1,4 @@
-"""What a CPU measures beside its battery: products, small adapters, host cost, time over frozen, sets of layers."""
+"""What a CPU measures beside its battery: products, small adapters, host cost, ratios, sets of layers, 4-bit bases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import grouped, host, products, ratios, small_adapters
+from benchmarks import grouped, host, nf4, products, ratios, small_adapters
 from benchmarks.cases import Shape
 
 SECTIONS: dict[str, tuple[str, Any]] = {
@@ -17,12 +17,14 @@ SECTIONS: dict[str, tuple[str, Any]] = {
     "host": ("Host cost of one call", host),
     "ratios": ("Time over the frozen layer", ratios),
     "grouped": ("Layers with one input, launches, merging", grouped),
+    "nf4": ("A 4-bit base", nf4),
 }
 """By section: its heading, and the module with `measure` and `show`."""
 PICTURES: dict[str, tuple[str, str, Any]] = {
     "ratios": ("cpu_over_frozen.png", "time over the frozen layer", ratios.plot),
     "small_adapters": ("cpu_small_adapters.png", "surviving share", small_adapters.plot),
     "grouped": ("cpu_groups.png", "layers with one input", grouped.plot),
+    "nf4": ("cpu_nf4.png", "4-bit base", nf4.plot),
 }
 """By section: the file, the title and the drawing of its picture."""
 
@@ -36,6 +38,7 @@ def measurements(quick: bool) -> dict[str, Callable[[], dict[str, Any]]]:
             "host": lambda: host.measure(rounds=30),
             "ratios": lambda: ratios.measure(Shape(), rounds=5),
             "grouped": lambda: grouped.measure(rounds=5),
+            "nf4": lambda: nf4.measure(rounds=3),
         }
     return {
         "products": products.measure,
@@ -43,6 +46,7 @@ def measurements(quick: bool) -> dict[str, Callable[[], dict[str, Any]]]:
         "host": host.measure,
         "ratios": lambda: ratios.measure(Shape(), rounds=30),
         "grouped": grouped.measure,
+        "nf4": nf4.measure,
     }
 
 

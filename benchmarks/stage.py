@@ -14,9 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from benchmarks import battery, devices, grouped, model, runner, surroundings
+from benchmarks import battery, devices, grouped, model, nf4, runner, surroundings
 from benchmarks.battery import Stage
 from benchmarks.devices import Device
 from benchmarks.floor import Ceilings
@@ -25,6 +25,8 @@ from benchmarks.schema import slug
 from benchmarks.store import Store, header_of
 
 DONE, OUT_OF_TIME, DEVICE_LOST = 0, 3, 4
+ONCE: dict[str, Callable[..., dict[str, Any]]] = {"grouped": grouped.measure_depth, "nf4": nf4.measure_parts}
+"""By note: what makes it."""
 ROUNDS = {"cuda": 25, "cpu": 7, "tiny": 3}
 T = TypeVar("T")
 
@@ -107,12 +109,12 @@ def run(stage: Stage, scale: str, device: Device, store: Store, minutes: float, 
 def _once(
     name: str, scale: str, device: Device, rates: Ceilings, store: Store, rounds: int, say: Callable[[str], None]
 ) -> None:
-    """Note what `grouped.measure_depth` finds; after attempts that did not end, that."""
+    """Note what the maker of a note finds; after attempts that did not end, that."""
     if store.struck_out(name):
         store.add("note", name=name, value={"error": "did not finish in several attempts"})
         return
     store.add("begin", key=name)
-    store.add("note", name=name, value=grouped.measure_depth(scale, device, rates, rounds, say))
+    store.add("note", name=name, value=ONCE[name](scale, device, rates, rounds, say))
     store.add("end", key=name)
 
 

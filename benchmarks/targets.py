@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.battery import FULL, LLAMA, LORA, LORA_LORA, PASSES, VECTOR_LORA, VECTORS
-from benchmarks.floor import BYTES
+from benchmarks.battery import FEW, FULL, LLAMA, LORA, LORA_LORA, MLP, PASSES, QGLORA, QLORA, VECTOR_LORA, VECTORS
+from benchmarks.floor import BYTES, packed_bytes
+from benchmarks.floor import seven as least_of_seven
 from benchmarks.grouped_text import PASS_NAMES, SETS
+from benchmarks.nf4_text import BACKEND_NAMES, FORM_NAMES
 
 Row = Mapping[str, Any]
 
@@ -52,6 +54,16 @@ LAUNCH_TARGET = 8
 """The most launches that the seven linears of a decoder layer may take forward."""
 MERGE_TARGET = 0.8
 """The least share of a copy's bandwidth that merging a model must reach."""
+NF4_TARGETS = (
+    Target("QLoRA", QLORA, 8192, 0.0, 1.12, "1.074"),
+    Target("QGLoRA, A = C = E = vector, B = lora", QGLORA, 8192, 0.0, 1.20, "1.14"),
+)
+"""Over the frozen layers in bf16."""
+DECODE_TARGET, DECODE_GAIN = 0.75, 1.3
+"""At one token, on gate, up and down, low-rank path included: the least share of a copy's bandwidth, and the least by
+which it should be faster than bitsandbytes' `gemm_4bit` and the low-rank path beside it."""
+DEQUANTIZE_TARGET = 0.9
+"""The least share of a copy's bandwidth that dequantizing alone must reach."""
 SAVED = "LoRA: saved for backward beyond x and y, over R·M values"
 RANK = 16
 
@@ -144,6 +156,88 @@ def group_rows(rows: Sequence[Row], depth: Mapping[str, Any] | None) -> list[dic
     merging = f"merging {layers} decoder layers, of a copy's bandwidth"
     found.append(_group_line(merging, "1", f"≥ {MERGE_TARGET:.2f}", "", share))
     return found
+
+
+def over_frozen(rows: Sequence[Row], case: str, impl: str, m: int, mode: str) -> float | None:
+    """The seven linears, forward and backward, over the same seven frozen.
+
+    A row that carries its ratio of the same rounds ("over") stands for that times the frozen row: the two may have
+    been measured in stages far apart.
+    """
+    wanted: dict[str, Any] = {"m": m, "mode": mode, "pass": "fwd_bwd"}
+    above = _layers(rows, wanted | {"case": case, "impl": impl, "r": RANK, "p": 0.0})
+    base = _layers(rows, wanted | {"case": "frozen", "impl": "eager"})
+    if above is None or base is None:
+        return None
+    below = {row["layer"]: row["median_ms"] for row in base}
+    times = [row["median_ms"] if row.get("over") is None else row["over"] * below[row["layer"]] for row in above]
+    return sum(times) / sum(below.values())
+
+
+def decode_share(rows: Sequence[Row], gbps: float | None, m: int, mode: str) -> float | None:
+    """The bytes of the codes over our time with LoRA, over a copy's bandwidth: the least of gate, up and down."""
+    ours = _few(rows, "ours", m, mode)
+    if ours is None or gbps is None:
+        return None
+    return min(packed_bytes(row["n"], row["k"]) / (1e6 * row["median_ms"]) / gbps for row in ours.values())
+
+
+def decode_gain(rows: Sequence[Row], m: int, mode: str) -> float | None:
+    """bitsandbytes' time with LoRA beside it over ours: the least of gate, up and down."""
+    ours, theirs = _few(rows, "ours", m, mode), _few(rows, "bnb", m, mode)
+    if ours is None or theirs is None:
+        return None
+    return min(theirs[layer]["median_ms"] / ours[layer]["median_ms"] for layer in MLP)
+
+
+def dequantize_share(parts: Mapping[str, Any] | None, form: str, backend: str, mode: str) -> float | None:
+    """What dequantizing alone reads and writes over the time, over a copy's bandwidth: the least of the shapes."""
+    rows = ((parts or {}).get("dequantize") or {}).get("rows", [])
+    wanted = {"form": form, "backend": backend, "mode": mode}
+    return min((r["of_copy"] for r in rows if all(r[name] == value for name, value in wanted.items())), default=None)
+
+
+def nf4_rows(rows: Sequence[Row], gbps: float | None, parts: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """The table of a 4-bit base: floor, target and what was measured; empty cells where unmeasured.
+
+    Args:
+        rows: of the schema; "over" beside them where it is known.
+        gbps: the bandwidth of a copy.
+        parts: what `nf4.measure_parts` found on the device, or None.
+    """
+    found = []
+    for target in NF4_TARGETS:
+        for m in (target.m, 2048):
+            label = f"{target.label}: seven linears, forward + backward, over bf16 frozen, M = {m}"
+            first = m == target.m
+            goal = f"≤ {target.target:.2f}" if first else ""
+            floor = target.floor if first else f"{least_of_seven(target.case, m, RANK):.3f}"
+            figures = [_shown(over_frozen(rows, target.case, "ours", m, mode), ".3f") for mode in ("graph", "eager")]
+            found.append(_nf4_line(label, floor, goal, *figures))
+    for m in FEW:
+        label, goal = f"LoRA on gate, up, down, M = {m}", f"≥ {DECODE_TARGET:.2f}" if m == 1 else ""
+        figures = [_shown(decode_share(rows, gbps, m, mode), ".2f") for mode in ("graph", "eager")]
+        found.append(_nf4_line(f"{label}: of a copy's bandwidth", "1", goal, *figures))
+        goal = f"≥ {DECODE_GAIN:.1f}" if m == 1 else ""
+        figures = [_shown(decode_gain(rows, m, mode), ".2f") for mode in ("graph", "eager")]
+        found.append(_nf4_line(f"{label}: bitsandbytes' time over ours", "", goal, *figures))
+    for backend in ("cuda", "triton"):
+        for form, title in FORM_NAMES.items():
+            label = f"dequantizing alone, {title} ({BACKEND_NAMES[backend]}): of a copy's bandwidth"
+            figures = [_shown(dequantize_share(parts, form, backend, mode), ".2f") for mode in ("graph", "eager")]
+            found.append(_nf4_line(label, "1", f"≥ {DEQUANTIZE_TARGET:.2f}", *figures))
+    return found
+
+
+def _few(rows: Iterable[Row], impl: str, m: int, mode: str) -> dict[str, Row] | None:
+    wanted = {"case": QLORA, "impl": impl, "m": m, "r": RANK, "p": 0.0, "mode": mode, "pass": "fwd"}
+    found = {row["layer"]: row for row in rows if all(row[name] == value for name, value in wanted.items())}
+    return {layer: found[layer] for layer in MLP} if set(MLP) <= set(found) else None
+
+
+def _nf4_line(label: str, floor: str, goal: str, graph: str, eager: str) -> dict[str, str]:
+    line = {"4-bit base, r = 16": label, "floor": floor, "target": goal}
+    return line | {"measured, CUDA graph": graph, "measured, eager": eager}
 
 
 def _group_line(label: str, floor: str, goal: str, graph: str, eager: str) -> dict[str, str]:

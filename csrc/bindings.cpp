@@ -2,7 +2,6 @@
 // before a launch.
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
@@ -18,7 +17,7 @@ namespace {
 // How the Python side hands tensors over: addresses (0 where absent), strides in elements, dtype codes of gk::DType.
 using VectorArgs = std::tuple<uintptr_t, int64_t, int>;
 using MatrixArgs = std::tuple<uintptr_t, int64_t, int64_t, int>;
-using CodesArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, int, bool>;
+using CodesArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, int, bool, int>;
 using TermArgs = std::tuple<VectorArgs, MatrixArgs, MatrixArgs, int>;
 
 template <class T>
@@ -41,11 +40,11 @@ gk::Term term_of(const TermArgs& args) {
     return {vector_of(vector), matrix_of(up), matrix_of(down), rank};
 }
 
-// packed, absmax, absmax8, absmax2, code2, offset, log2 of the block sizes, fp4.
+// packed, absmax, absmax8, absmax2, code2, offset, log2 of the block sizes, fp4, the dtype of the weight as quantized.
 gk::Codes codes_of(const CodesArgs& args) {
-    const auto& [packed, absmax, absmax8, absmax2, code2, offset, log2_block, log2_block2, is_fp4] = args;
+    const auto& [packed, absmax, absmax8, absmax2, code2, offset, log2_block, log2_block2, is_fp4, stored] = args;
     return {at<const uint8_t>(packed), at<const float>(absmax), at<const uint8_t>(absmax8), at<const float>(absmax2),
-            at<const float>(code2), at<const float>(offset), log2_block, log2_block2, is_fp4};
+            at<const float>(code2), at<const float>(offset), log2_block, log2_block2, is_fp4, stored};
 }
 
 void check(cudaError_t error, const char* what) {

@@ -1,7 +1,7 @@
 // The 4-bit codec: codebooks, decode, encode and rounding, the same code on a GPU and on the host.
 //
 //     a = absmax[block], or nested fl32(fl32(code2[q[block]] * absmax2[block / blocksize2]) + offset)
-//     w = fl32(level[nibble] * a), then one rounding to nearest even to 16 bits
+//     w = fl32(level[nibble] * a), rounded to nearest even to the type it was quantized from, then to that of the result
 //
 // bit for bit as bitsandbytes computes it: every product and sum rounds by itself, none is contracted into a fused
 // multiply-add. Element 2i of the flat tensor is the high nibble of byte i; blocks run over the flat tensor.
@@ -42,6 +42,7 @@ struct Codes {
     int log2_block;
     int log2_block2;
     int is_fp4;
+    int stored;  // the DType that w is rounded to before any other; kFloat32: it is not
 };
 
 // ---------------------------------------------------------------------------------------------------- arithmetic
@@ -146,6 +147,12 @@ GK_HD float to_float(float value) { return value; }
 GK_HD float to_float(Half value) { return from_fp16(value.bits); }
 GK_HD float to_float(BFloat16 value) { return from_bf16(value.bits); }
 
+// A value rounded to a type, in fp32.
+GK_HD float rounded_to(float value, int dtype) {
+    if (dtype == kBFloat16) return from_bf16(bf16_bits(value));
+    return dtype == kFloat16 ? from_fp16(fp16_bits(value)) : value;
+}
+
 // Element `index` of a tensor whose type is known at run time, in fp32.
 GK_HD float load_as_float(const void* ptr, int64_t index, int dtype) {
     if (dtype == kFloat32) return static_cast<const float*>(ptr)[index];
@@ -215,7 +222,8 @@ GK_HD int nibble_at(const uint8_t* packed, int64_t index) {
 
 // w of one element of the flat tensor, in fp32.
 GK_HD float decode(const Codes& codes, int64_t index) {
-    return mul_rn(level_of(nibble_at(codes.packed, index), codes.is_fp4), absmax_of(codes, index >> codes.log2_block));
+    const float level = level_of(nibble_at(codes.packed, index), codes.is_fp4);
+    return rounded_to(mul_rn(level, absmax_of(codes, index >> codes.log2_block)), codes.stored);
 }
 
 // ---------------------------------------------------------------------------------------------------------- encode

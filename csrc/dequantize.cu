@@ -18,7 +18,11 @@ __device__ __forceinline__ void store_each(Out* out, int64_t first, int64_t tota
 }
 
 template <class Out>
-__global__ void __launch_bounds__(kThreads) dequantize_kernel(Codes codes, Out* out, int64_t total, int vectorized) {
+__global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_constant__ Dequantize call) {
+    const Codes& codes = call.codes;
+    Out* out = static_cast<Out*>(call.out);
+    const int64_t total = call.n * call.k;
+    const bool vectorized = call.vectorized;
     const ShuffleLevels levels(codes.is_fp4);
     const float offset = offset_of(codes);
     uint32_t words[kWordsPerThread];
@@ -41,6 +45,10 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(Codes codes, Out* 
         float v[8];
 #pragma unroll
         for (int e = 0; e < 8; ++e) v[e] = mul_rn(levels(words[i] >> nibble_shift(e)), a);
+        if (codes.stored != kFloat32) {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) v[e] = rounded_to(v[e], codes.stored);
+        }
         if (first + 8 <= total && vectorized)
             store8(out + first, v);
         else
@@ -82,8 +90,9 @@ __device__ __forceinline__ void add_low_rank(const Term& term, float scale, int6
     }
 }
 
-template <class Out>
-__global__ void __launch_bounds__(kThreads, 2) dequantize_adapted_kernel(Dequantize call) {
+// Stored: w is rounded to `codes.stored` first, which takes registers that two blocks a multiprocessor have not got.
+template <class Out, bool Stored>
+__global__ void __launch_bounds__(kThreads, Stored ? 1 : 2) dequantize_adapted_kernel(const __grid_constant__ Dequantize call) {
     __shared__ __align__(16) float up[kRankChunk][kTileRows];
     __shared__ __align__(16) float down[kRankChunk][kTileCols];
     const Codes& codes = call.codes;
@@ -125,7 +134,11 @@ __global__ void __launch_bounds__(kThreads, 2) dequantize_adapted_kernel(Dequant
         const float here = absmax[i].resolve(codes, offset), there = next[i].resolve(codes, offset);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            const float w = mul_rn(levels(words[i] >> nibble_shift(j)), j < split[i] ? here : there);
+            const float exact = mul_rn(levels(words[i] >> nibble_shift(j)), j < split[i] ? here : there);
+            // As it is without a and b, so that adapters of zero change nothing.
+            Out plain;
+            convert(Stored ? rounded_to(exact, codes.stored) : exact, plain);
+            const float w = to_float(plain);
             v[i][j] = fmaf(w, v[i][j], w) + b;
         }
     }
@@ -149,26 +162,23 @@ __global__ void __launch_bounds__(kThreads, 2) dequantize_adapted_kernel(Dequant
 }
 
 template <class Out>
-cudaError_t launch(const Dequantize& call, cudaStream_t stream) {
-    const bool adapted = call.a.rank || call.a.vector.ptr || call.b.rank || call.b.vector.ptr;
-    if (adapted) {
+cudaError_t launch_for(const Dequantize& call, cudaStream_t stream) {
+    if (call.a.rank || call.a.vector.ptr || call.b.rank || call.b.vector.ptr) {
         const int64_t tiles = ((call.n + kTileRows - 1) / kTileRows) * ((call.k + kTileCols - 1) / kTileCols);
-        dequantize_adapted_kernel<Out><<<static_cast<unsigned int>(tiles), kThreads, 0, stream>>>(call);
-    } else {
-        const int64_t words = (call.n * call.k + 7) / 8, blocks = (words + kWordsPerBlock - 1) / kWordsPerBlock;
-        dequantize_kernel<Out><<<static_cast<unsigned int>(blocks), kThreads, 0, stream>>>(
-            call.codes, static_cast<Out*>(call.out), call.n * call.k, call.vectorized);
+        const auto kernel = call.codes.stored == kFloat32 ? dequantize_adapted_kernel<Out, false> : dequantize_adapted_kernel<Out, true>;
+        return launch(kernel, call, tiles, 0, false, stream);
     }
-    return cudaGetLastError();
+    const int64_t words = (call.n * call.k + 7) / 8, blocks = (words + kWordsPerBlock - 1) / kWordsPerBlock;
+    return launch(dequantize_kernel<Out>, call, blocks, 0, false, stream);
 }
 
 }  // namespace
 
 cudaError_t dequantize(const Dequantize& call, cudaStream_t stream) {
     switch (call.out_dtype) {
-        case kFloat32: return launch<float>(call, stream);
-        case kFloat16: return launch<Half>(call, stream);
-        case kBFloat16: return launch<BFloat16>(call, stream);
+        case kFloat32: return launch_for<float>(call, stream);
+        case kFloat16: return launch_for<Half>(call, stream);
+        case kBFloat16: return launch_for<BFloat16>(call, stream);
         default: return cudaErrorInvalidValue;
     }
 }

@@ -84,7 +84,7 @@ __device__ __forceinline__ void low_rank_total(const SmallM& call, float* out) {
         const unsigned int items = items_of(call.m, call.columns(), call.slices);
         unsigned int seen;
         do {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(&call.barrier->arrived) : "memory");
+            seen = load_acquire(&call.barrier->arrived);
             if (seen < items) __nanosleep(64);
         } while (seen < items);
         __threadfence();
@@ -172,25 +172,14 @@ __device__ __forceinline__ void epilogue(const SmallM& call, const Shared<T>& sh
     }
 }
 
-// A kernel on as many blocks as run at the same time, at most `call.blocks`; each block takes every so-manieth set of rows.
+// A kernel on as many blocks as run at the same time, at most `call.blocks`; each block takes its share of the rows.
 inline cudaError_t launch_resident(void (*kernel)(SmallM), const SmallM& call, cudaStream_t stream) {
-    int device, sms, resident;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error != cudaSuccess) return error;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, call.shared_bytes);
-    if (error != cudaSuccess) return error;
-    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return error;
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, call.shared_bytes);
+    int resident;
+    const cudaError_t error = resident_blocks(kernel, call.shared_bytes, &resident);
     if (error != cudaSuccess) return error;
     if (resident == 0) return cudaErrorInvalidConfiguration;
-    const dim3 grid(static_cast<unsigned int>(std::min(call.blocks, sms * resident)));
-    SmallM copy = call;
-    void* args[] = {&copy};
-    const void* entry = reinterpret_cast<const void*>(kernel);
-    if (call.columns())  // only then do blocks wait for each other
-        return cudaLaunchCooperativeKernel(entry, grid, dim3(kThreads), args, call.shared_bytes, stream);
-    return cudaLaunchKernel(entry, grid, dim3(kThreads), args, call.shared_bytes, stream);
+    const bool blocks_wait = call.columns() != 0;  // for each other
+    return launch(kernel, call, std::min(call.blocks, resident), call.shared_bytes, blocks_wait, stream);
 }
 
 }  // namespace gk

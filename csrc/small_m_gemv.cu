@@ -80,13 +80,12 @@ __device__ __forceinline__ void multiply(const SmallM& call, const Shared<T>& sh
 
 template <class T, int M>
 __global__ void __launch_bounds__(kThreads, M <= 2 ? 2 : 1) small_m_gemv_kernel(const __grid_constant__ SmallM call) {
-    extern __shared__ __align__(16) float memory[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int warp_k = warp % call.warps_k, warp_n = warp / call.warps_k;
     const int rows = kWarps / call.warps_k * kGemvRows;
     const int tiles = (call.n + rows - 1) / rows, steps = (call.k + kGemvSpan - 1) / kGemvSpan;
     Shared<T> shared;
-    shared.partial = memory;
+    shared.partial = dynamic_shared();
     shared.low_rank = shared.partial + partial_floats(M, kGemvRows);
     shared.up = shared.low_rank + low_rank_floats(call.m, call.columns());
     shared.x = reinterpret_cast<T*>(shared.up + up_floats(rows, call.rank));
@@ -137,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, M <= 2 ? 2 : 1) small_m_gemv_kernel(
 }
 
 template <class T>
-cudaError_t launch(const SmallM& call, cudaStream_t stream) {
+cudaError_t launch_for(const SmallM& call, cudaStream_t stream) {
     if (call.m <= 1) return launch_resident(small_m_gemv_kernel<T, 1>, call, stream);
     if (call.m <= 2) return launch_resident(small_m_gemv_kernel<T, 2>, call, stream);
     return launch_resident(small_m_gemv_kernel<T, 4>, call, stream);
@@ -147,8 +146,8 @@ cudaError_t launch(const SmallM& call, cudaStream_t stream) {
 
 cudaError_t small_m_gemv(const SmallM& call, cudaStream_t stream) {
     if (call.m < 1 || call.m > 4) return cudaErrorInvalidValue;
-    if (call.x_dtype == kFloat16) return launch<Half>(call, stream);
-    if (call.x_dtype == kBFloat16) return launch<BFloat16>(call, stream);
+    if (call.x_dtype == kFloat16) return launch_for<Half>(call, stream);
+    if (call.x_dtype == kBFloat16) return launch_for<BFloat16>(call, stream);
     return cudaErrorInvalidValue;
 }
 

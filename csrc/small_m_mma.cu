@@ -84,14 +84,13 @@ __device__ __forceinline__ void multiply(const SmallM& call, const ShuffleLevels
 
 template <class T, int TILES>
 __global__ void __launch_bounds__(kThreads, TILES <= 2 ? 2 : 1) small_m_mma_kernel(const __grid_constant__ SmallM call) {
-    extern __shared__ __align__(16) float memory[];
     constexpr int tokens = 8 * TILES;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int warp_k = warp % call.warps_k, warp_n = warp / call.warps_k;
     const int rows = kWarps / call.warps_k * kMmaRows;
     const int tiles = (call.n + rows - 1) / rows, steps = (call.k + kMmaSpan - 1) / kMmaSpan;
     Shared<T> shared;
-    shared.partial = memory;
+    shared.partial = dynamic_shared();
     shared.low_rank = shared.partial + partial_floats(tokens, kMmaPitch);
     shared.up = shared.low_rank + low_rank_floats(call.m, call.columns());
     shared.x = nullptr;
@@ -133,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, TILES <= 2 ? 2 : 1) small_m_mma_kern
 }
 
 template <class T>
-cudaError_t launch(const SmallM& call, cudaStream_t stream) {
+cudaError_t launch_for(const SmallM& call, cudaStream_t stream) {
     if (call.m <= 8) return launch_resident(small_m_mma_kernel<T, 1>, call, stream);
     if (call.m <= 16) return launch_resident(small_m_mma_kernel<T, 2>, call, stream);
     if (call.m <= 32) return launch_resident(small_m_mma_kernel<T, 4>, call, stream);
@@ -144,8 +143,8 @@ cudaError_t launch(const SmallM& call, cudaStream_t stream) {
 
 cudaError_t small_m_mma(const SmallM& call, cudaStream_t stream) {
     if (call.m < 1 || call.m > 64) return cudaErrorInvalidValue;
-    if (call.x_dtype == kFloat16) return launch<Half>(call, stream);
-    if (call.x_dtype == kBFloat16) return launch<BFloat16>(call, stream);
+    if (call.x_dtype == kFloat16) return launch_for<Half>(call, stream);
+    if (call.x_dtype == kBFloat16) return launch_for<BFloat16>(call, stream);
     return cudaErrorInvalidValue;
 }
 

@@ -1,4 +1,4 @@
-"""What sharelora_study.py reads: documentation strings of Python's standard library, as tokens.
+"""What the text studies read: documentation strings of Python's standard library, as tokens.
 
 The text is taken from the sources by parsing them, so no module is imported, nothing is downloaded, and every
 installation of the same Python version gives the same text. Two parts of it differ in topic and style:

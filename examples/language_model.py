@@ -1,4 +1,4 @@
-"""What sharelora_study.py works with: a small LLaMA, its training loop, and its loss on held-out text."""
+"""What the text studies work with: a small LLaMA, its training loop, and its loss on held-out text."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ WINDOW = 128
 """Tokens of context, in training and in testing."""
 
 
-def build_model(width: int, depth: int) -> nn.Module:
-    """A LLaMA of `depth` decoder layers with fresh weights; nothing is downloaded."""
+def build_model(width: int, depth: int, intermediate: int | None = None) -> nn.Module:
+    """A LLaMA of `depth` decoder layers with fresh weights; nothing is downloaded.
+
+    Args:
+        width: of the residual stream.
+        depth: decoder layers.
+        intermediate: width inside the MLP; None: 2¾ times `width`.
+    """
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=width,
-            intermediate_size=width * 11 // 4,
+            intermediate_size=intermediate or width * 11 // 4,
             num_hidden_layers=depth,
             num_attention_heads=4,
             num_key_value_heads=4,

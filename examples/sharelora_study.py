@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,24 @@ import glora_kernels as gk
 if missing := [name for name in ("matplotlib", "tqdm", "transformers") if find_spec(name) is None]:
     sys.exit(f"missing: {', '.join(missing)}; the examples need: pip install 'glora_kernels[examples]'")
 
-from docstring_text import Corpus, entropy, load_text
-from language_model import VOCABULARY, WINDOW, Run, build_model, held_out_loss, train
+from docstring_text import Corpus, entropy
+from language_model import WINDOW, Run, build_model, held_out_loss, train
 from study_plots import Rows, draw_comparison, draw_spectra
+from text_study import (
+    BATCH,
+    add_arguments,
+    check_frozen,
+    check_reload,
+    count_seeds,
+    load_parts,
+    parse_arguments,
+    pretrain,
+    print_text,
+    sweep,
+)
 from tqdm import tqdm
 
 WIDTH, DEPTH = 96, 4
-PRETRAINING_RATE, PRETRAINING_BATCH = 3e-3, 8
-BATCH = 4
-TEST_TOKENS = 10_000
-"""Of the text about programs, whose held-out part is large; about numbers, all of it is tested on."""
 QKV = ("q_proj", "k_proj", "v_proj")
 
 # Of the candidates, the one with the lowest mean loss over the seeds on validation text, which is neither trained
@@ -113,9 +121,9 @@ class Study:
             evaluate_every=math.ceil(self.args.steps / 5),
             on_step=on_step,
         )
-        self.check_base(name, model)
+        check_frozen(name, model, self.base)
         gk.save_adapter(model, path)
-        self.check_reload(name, path, run.held_out[-1])
+        check_reload(name, copy.deepcopy(self.base), path, self.numbers.test, run.held_out[-1])
         return Result(run, gk.trainable_parameters(model), path.stat().st_size, change, update_spectrum(model))
 
     @torch.no_grad()
@@ -123,19 +131,6 @@ class Study:
         """The largest difference between a logit of `model` and the base's, over the first test tokens."""
         tokens = self.numbers.test[: 8 * WINDOW].view(8, WINDOW)
         return (model(input_ids=tokens).logits - self.base(input_ids=tokens).logits).abs().max().item()
-
-    def check_base(self, name: str, model: nn.Module) -> None:
-        state = model.state_dict()
-        for key, value in self.base.state_dict().items():
-            if not torch.equal(state[key].view(torch.uint8), value.view(torch.uint8)):
-                raise RuntimeError(f"{name}: training changed the frozen {key}")
-
-    def check_reload(self, name: str, path: Path, trained: float) -> None:
-        reloaded = copy.deepcopy(self.base)
-        gk.load_adapter(reloaded, path)
-        loss = held_out_loss(reloaded, self.numbers.test)
-        if loss != trained:
-            raise RuntimeError(f"{name}: the adapter in {path} gives the loss {loss!r}, its training gave {trained!r}")
 
 
 @torch.no_grad()
@@ -185,31 +180,6 @@ def summarize(results: list[Result]) -> dict[str, Any]:
     }
 
 
-def sweep(study: Study, bar: tqdm) -> str:
-    """The mean validation loss of each method at each candidate rate: how LEARNING_RATE was chosen."""
-    lines = ["mean validation loss", f"{'learning rate':14}" + "".join(f"{rate:>9g}" for rate in CANDIDATES)]
-    for name in choose_methods(study.args.rank):
-        means = []
-        for rate in CANDIDATES:
-            bar.set_description(f"{name}, rate {rate:g}")
-            finals = []
-            for seed in range(study.args.seeds):
-                run = train(
-                    study.prepare(name, seed),
-                    study.numbers.training,
-                    study.numbers.validation,
-                    steps=study.args.steps,
-                    batch=BATCH,
-                    learning_rate=rate,
-                    seed=seed,
-                    on_step=bar.update,
-                )
-                finals.append(run.held_out[-1])
-            means.append(statistics.mean(finals))
-        lines.append(f"{name:14}" + "".join(f"{mean:9.4f}" for mean in means))
-    return "\n".join(lines)
-
-
 def adapter_path(folder: Path, name: str) -> Path:
     return folder / f"{name.lower()}.safetensors"
 
@@ -244,100 +214,38 @@ def print_checks(rows: Rows) -> None:
     print("  the saved adapter, loaded into the base, gives the same held-out loss exactly")
 
 
-def parse_arguments() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Adapt a small LLaMA to other text with LoRA, ShareA, ShareB, ShareAB and Share-qkv at equal rank.",
         epilog="Needs: pip install 'glora_kernels[examples]'. Downloads nothing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    add("--rank", type=int, default=8, help="rank of every method; alpha is twice the rank")
-    add("--seeds", type=int, default=3, help="runs of each method, with other text windows and another fresh adapter")
-    add("--steps", type=int, default=100, help="steps of each run")
-    add("--pretraining-steps", type=int, default=500, help="steps of the base's own training")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")
-    add(
-        "--backend",
-        choices=["auto", "eager", "triton", "cuda"],
-        default="auto",
-        help="what the layers run on",
-    )
-    add("--out", type=Path, default=Path("out/sharelora"), help="folder for the figures, results and adapters")
-    add("--quick", action="store_true", help="one seed and few steps, to see that everything works")
-    add("--sweep", action="store_true", help="print how the learning rate was chosen, and stop")
-    args = parser.parse_args()
-
-    def need(condition: bool, argument: str, message: str) -> None:
-        if not condition:
-            parser.error(f"argument {argument}: {message}")
-
-    for argument in ("rank", "seeds", "steps", "pretraining_steps"):
-        value = getattr(args, argument)
-        need(value >= 1, f"--{argument.replace('_', '-')}", f"must be at least 1, got {value}")
-    need(args.rank <= WIDTH, "--rank", f"must be at most {WIDTH}, the width of the model, got {args.rank}")
-    need(args.device != "cuda" or torch.cuda.is_available(), "--device", "PyTorch finds no CUDA device here")
-    need(args.out.is_dir() or not args.out.exists(), "--out", f"{args.out} exists and is not a folder")
-
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.quick:
-        args.seeds, args.steps, args.pretraining_steps = 1, 10, 15
-    return args
-
-
-def pretrain(programs: Corpus, args: argparse.Namespace, bar: tqdm) -> tuple[nn.Module, Run]:
-    """The base, frozen, and its training."""
-    torch.manual_seed(0)
-    base = build_model(WIDTH, DEPTH).to(args.device)
-    run = train(
-        base,
-        programs.training,
-        programs.test,
-        steps=args.pretraining_steps,
-        batch=PRETRAINING_BATCH,
-        learning_rate=PRETRAINING_RATE,
-        seed=0,
-        on_step=bar.update,
-    )
-    return base.requires_grad_(False), run
-
-
-def print_text(programs: Corpus, numbers: Corpus, pretraining: Run, args: argparse.Namespace) -> None:
-    print(
-        f"\npretrained on {len(programs.training):,} tokens about programs in {pretraining.seconds:.0f} s: "
-        f"held-out loss {pretraining.held_out[-1]:.3f} (token frequencies alone: {entropy(programs.test):.3f})"
-    )
-    print(
-        f"adapted to {len(numbers.training):,} tokens about numbers, tested on {len(numbers.test):,} "
-        f"(token frequencies alone: {entropy(numbers.test):.3f})"
-    )
-    print(f"rank {args.rank}, {args.steps} steps of {BATCH} x {WINDOW} tokens, {count_seeds(args)}, on {args.device}")
-
-
-def count_seeds(args: argparse.Namespace) -> str:
-    return "1 seed" if args.seeds == 1 else f"{args.seeds} seeds"
+    add_arguments(parser, seeds=3, steps=100, pretraining_steps=500, out="out/sharelora")
+    parser.add_argument("--quick", action="store_true", help="one seed and few steps, to see that everything works")
+    return parser
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = parse_arguments(build_parser(), WIDTH)
+    if args.quick:
+        args.seeds, args.steps, args.pretraining_steps = 1, 10, 15
     started = time.perf_counter()
     torch.set_num_threads(1)  # products this small gain nothing from more, and wait for them on a busy machine
     if not args.sweep:
         args.out.mkdir(parents=True, exist_ok=True)
     comparison, spectra_png, results = (args.out / name for name in ("comparison.png", "spectra.png", "results.json"))
 
-    programs, numbers = (part.to(args.device) for part in load_text(VOCABULARY))
-    programs = replace(programs, test=programs.test[:TEST_TOKENS])
-    if args.quick:
-        programs, numbers = (replace(part, test=part.test[: 9 * WINDOW]) for part in (programs, numbers))
+    programs, numbers = load_parts(args.device, args.quick)
     trainings = len(choose_methods(args.rank)) * args.seeds * (len(CANDIDATES) if args.sweep else 1)
     total = args.pretraining_steps + trainings * args.steps
     with gk.backend(args.backend), tqdm(total=total, unit="step", desc="pretraining") as bar:
-        base, pretraining = pretrain(programs, args, bar)
+        torch.manual_seed(0)
+        base = build_model(WIDTH, DEPTH).to(args.device)
+        pretraining = pretrain(base, programs, args.pretraining_steps, bar.update)
         loss_before = held_out_loss(base, numbers.test)
         study = Study(base, numbers, args)
         if args.sweep:
-            table = sweep(study, bar)
+            table = sweep(choose_methods(args.rank), study.prepare, numbers, CANDIDATES, args, bar)
         else:
             rows, spectra = compare(study, bar)
     if args.sweep:

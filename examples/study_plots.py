@@ -1,4 +1,4 @@
-"""The two figures of sharelora_study.py."""
+"""The figures of the text studies."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 COLORS = {
     "LoRA": "#0072B2",
@@ -18,7 +19,12 @@ COLORS = {
     "ShareB": "#009E73",
     "ShareAB": "#CC79A7",
     "Share-qkv": "#E69F00",
+    "QLoRA": "#0072B2",
+    "QShareA": "#D55E00",
+    "QGLoRA": "#009E73",
 }
+
+LABELS = {"dense": "dense", "nf4": "NF4"}
 
 Rows = dict[str, dict[str, Any]]
 """The results by method: one row of the table each, with the runs of all seeds."""
@@ -30,15 +36,8 @@ def draw_comparison(rows: Rows, loss_before: float, title: str, path: Path) -> N
     grid = figure.add_gridspec(2, 4)
     curves = figure.add_subplot(grid[:, :2])
     for name, row in rows.items():
-        steps = [0, *row["runs"][0]["steps"]]
-        losses = torch.tensor([[loss_before, *run["held_out"]] for run in row["runs"]])
-        curves.plot(steps, losses.mean(0), color=COLORS[name], label=name, linewidth=2)
-        curves.fill_between(steps, losses.amin(0), losses.amax(0), color=COLORS[name], alpha=0.2, linewidth=0)
-    curves.set_xlabel("step")
-    curves.set_ylabel("held-out loss, nats a token")
-    curves.set_xlim(left=0)
-    curves.grid(alpha=0.3)
-    curves.legend()
+        draw_curve(curves, row["runs"], loss_before, color=COLORS[name], label=name, linewidth=2)
+    finish_curves(curves)
 
     dots = figure.add_subplot(grid[0, 2])
     for position, (name, row) in enumerate(rows.items()):
@@ -65,7 +64,74 @@ def draw_comparison(rows: Rows, loss_before: float, title: str, path: Path) -> N
         panels.append(panel)
     for panel in panels:
         panel.set_xticks(range(len(rows)), list(rows), rotation=30, ha="right", fontsize=8)
-    for panel in (curves, *panels):
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_curve(panel: Axes, runs: list[dict[str, Any]], loss_before: float, **line: Any) -> None:
+    """Held-out loss by step: the mean of the runs, in a band from the lowest to the highest."""
+    steps = [0, *runs[0]["steps"]]
+    losses = torch.tensor([[loss_before, *run["held_out"]] for run in runs])
+    panel.plot(steps, losses.mean(0), **line)
+    panel.fill_between(steps, losses.amin(0), losses.amax(0), color=line["color"], alpha=0.2, linewidth=0)
+
+
+def finish_curves(panel: Axes) -> None:
+    panel.set_xlabel("step")
+    panel.set_ylabel("held-out loss, nats a token")
+    panel.set_xlim(left=0)
+    panel.grid(alpha=0.3)
+    panel.legend()
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def draw_four_bit(rows: Rows, bases: Rows, title: str, path: Path) -> None:
+    """Held-out loss by step on both bases, what NF4 costs in loss, and the bytes of base and training.
+
+    Args:
+        rows: by method, with "dense" and "nf4" of one run's results each, and the "differences" by seed.
+        bases: "dense" and "nf4", each with its "loss" and "linear_bytes".
+        title: of the figure.
+        path: the PNG to write.
+    """
+    figure = plt.figure(figsize=(13, 6), layout="constrained")
+    grid = figure.add_gridspec(2, 4)
+    curves = figure.add_subplot(grid[:, :2])
+    for name, row in rows.items():
+        for base, style, label in (("dense", "--", name.removeprefix("Q")), ("nf4", "-", name)):
+            line = {"color": COLORS[name], "linestyle": style, "linewidth": 1.8, "label": f"{label}, {LABELS[base]}"}
+            draw_curve(curves, row[base]["runs"], bases[base]["loss"], **line)
+    finish_curves(curves)
+
+    dots = figure.add_subplot(grid[0, 2:])
+    for position, (name, row) in enumerate(rows.items()):
+        dots.plot([position] * len(row["differences"]), row["differences"], "o", color=COLORS[name], alpha=0.6)
+        dots.hlines(row["difference_mean"], position - 0.3, position + 0.3, color=COLORS[name], linewidth=2)
+    before = bases["nf4"]["loss"] - bases["dense"]["loss"]
+    dots.axhline(before, color="#777777", linestyle=":", label="before the fine-tuning")
+    dots.axhline(0.0, color="black", linewidth=0.8)
+    dots.set_xlim(-0.5, len(rows) - 0.5)
+    dots.set_xticks(range(len(rows)), list(rows))
+    dots.set_title("loss on the NF4 base − on the dense base, each seed", fontsize=10)
+    dots.grid(axis="y", alpha=0.3)
+    dots.legend(fontsize=8, loc="upper left")
+
+    weights, peaks = figure.add_subplot(grid[1, 2]), figure.add_subplot(grid[1, 3])
+    sizes = [bases[base]["linear_bytes"] / 1024 for base in LABELS]
+    bars = weights.bar(list(LABELS.values()), sizes, color="#777777")
+    weights.bar_label(bars, fmt="{:,.0f}", fontsize=8)
+    weights.set_title("weights of the linear layers, KiB", fontsize=10)
+    for shift, (base, opacity) in zip((-0.2, 0.2), (("dense", 0.45), ("nf4", 1.0)), strict=True):
+        for position, (name, row) in enumerate(rows.items()):
+            peak = row[base]["peak_memory_bytes"] / 2**20
+            bars = peaks.bar(position + shift, peak, width=0.38, color=COLORS[name], alpha=opacity)
+            peaks.bar_label(bars, fmt="{:.1f}", fontsize=8)
+    peaks.set_xticks(range(len(rows)), list(rows))
+    peaks.set_title("peak memory, MiB: dense (pale), NF4", fontsize=10)
+    for panel, margin in ((dots, 0.3), (weights, 0.15), (peaks, 0.15)):
+        panel.margins(y=margin)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)

@@ -67,7 +67,7 @@ class CudaLaunch:
             RuntimeError: the extension is missing, the tensors are on no GPU, or CUDA reports an error.
         """
         if _Planning.steps is not None:
-            _Planning.steps.append(self)  # type: ignore[arg-type]
+            _Planning.steps.append(self)
             return
         device = self.tensors[0].device
         if device.type != "cuda":
@@ -129,7 +129,7 @@ def dequantize_launch(
     _same_device(tensors + adapters)
     aligned = weight.packed.data_ptr() % 4 == 0 and out.data_ptr() % _ALIGNMENT == 0
     args = {
-        "codes": _codes(weight), "out": out.data_ptr(), "out_dtype": _DTYPES[out.dtype], "n": n, "k": k,
+        "codes": _codes(weight, out.dtype), "out": out.data_ptr(), "out_dtype": _DTYPES[out.dtype], "n": n, "k": k,
         "a": terms[0], "b": terms[1], "scale": scale, "vectorized": aligned and (not adapters or k % 8 == 0),
     }  # fmt: skip
     if adapters:
@@ -157,6 +157,8 @@ def serves_small_m(x: Tensor, weight: QuantizedWeight, rank: int = 0) -> str | N
         return f"it takes 1 to {MAX_TOKENS} tokens, got {m}"
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"x must be float16 or bfloat16, got {x.dtype}"
+    if weight.dtype not in (x.dtype, torch.float32):
+        return f"x is {x.dtype} and W was quantized from {weight.dtype}, which it would be rounded to first"
     if not 0 <= rank <= MAX_RANK:
         return f"it takes ranks up to {MAX_RANK}, got {rank}"
     if blocksize < 32 or k % blocksize:
@@ -243,7 +245,7 @@ def small_m_launch(
     has_sigma = b is not None or sigma is not None
     config = small_m_config(m, n, k, rank, has_sigma, arch)
     args = {
-        "gemv": m <= GEMV_TOKENS, "codes": _codes(weight), "x": (x.data_ptr(), x.stride(0)),
+        "gemv": m <= GEMV_TOKENS, "codes": _codes(weight, x.dtype), "x": (x.data_ptr(), x.stride(0)),
         "x_dtype": _DTYPES[x.dtype],
         "y": (y.data_ptr(), *y.stride()), "sizes": (m, n, k), **vectors, "b_up": up, "b_down": down, "rank": rank,
         "scale": scale, "h": 0 if h is None else h.data_ptr(), "sigma": 0 if sigma is None else sigma.data_ptr(),
@@ -312,18 +314,19 @@ def _scratch(stream: torch.cuda.Stream) -> dict[str, int]:
     return {"barrier": buffer.data_ptr(), "scratch": buffer.data_ptr() + 4 * _BARRIER_FLOATS}
 
 
-def _codes(weight: QuantizedWeight) -> tuple[Any, ...]:
-    """The arguments of `gk::Codes`."""
+def _codes(weight: QuantizedWeight, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The arguments of `gk::Codes`, for a result in `dtype`: a weight in that dtype needs no other rounding before."""
     state, nested = weight.state, weight.state.nested
     log2 = state.blocksize.bit_length() - 1
     is_fp4 = state.quant_type == "fp4"
+    stored = 0 if state.dtype == dtype else _DTYPES[state.dtype]
     if nested is None:
-        return (weight.packed.data_ptr(), state.absmax.data_ptr(), 0, 0, 0, 0, log2, 0, is_fp4)
+        return (weight.packed.data_ptr(), state.absmax.data_ptr(), 0, 0, 0, 0, log2, 0, is_fp4, stored)
     if not _is_power_of_two(nested.blocksize):
         raise ValueError(f"the nested block size must be a power of two, got {nested.blocksize}")
     return (
         weight.packed.data_ptr(), 0, state.absmax.data_ptr(), nested.absmax.data_ptr(), nested.code.data_ptr(),
-        nested.offset.data_ptr(), log2, nested.blocksize.bit_length() - 1, is_fp4,
+        nested.offset.data_ptr(), log2, nested.blocksize.bit_length() - 1, is_fp4, stored,
     )  # fmt: skip
 
 

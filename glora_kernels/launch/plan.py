@@ -75,12 +75,12 @@ class LibraryProduct:
 
 
 class _Planning:
-    steps: list[Launch | LibraryProduct] | None = None
+    steps: list[Any] | None = None
     arch: str = ""
 
 
 @contextlib.contextmanager
-def planning(arch: str) -> Iterator[list[Launch | LibraryProduct]]:
+def planning(arch: str) -> Iterator[list[Any]]:
     """Inside, the operators' steps are collected and not run: what a card of `arch` would be given, without one.
 
     For meta tensors, and one thread: `python -m glora_kernels info --layer`, and the tests of launch counts.

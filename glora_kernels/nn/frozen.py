@@ -116,6 +116,10 @@ class QuantizedLinear(FrozenBase):
         if not isinstance(weight, QuantizedWeight):
             raise TypeError(f"weight must be a QuantizedWeight, got {type(weight).__name__}; see quantize()")
         self.out_features, self.in_features = weight.shape
+        if compute_dtype is not None and not (
+            isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point
+        ):
+            raise ValueError(f"compute_dtype must be a floating-point dtype or None; got {compute_dtype!r}")
         if bias is not None and bias.shape != (self.out_features,):
             raise ValueError(f"bias must have shape ({self.out_features},); got {tuple(bias.shape)}")
         self.weight = nn.Parameter(weight.packed.detach().view(-1, 1), requires_grad=False)
@@ -132,7 +136,8 @@ class QuantizedLinear(FrozenBase):
         """y (..., N) in the dtype of x; the errors of `ops.glora_linear`."""
         if self.compute_dtype is None:
             return glora_linear(x, self.base_weight(), self.bias)
-        return glora_linear(x.to(self.compute_dtype), self.base_weight(), self.bias).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        return glora_linear(x.to(self.compute_dtype), self.base_weight(), bias).to(x.dtype)
 
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:

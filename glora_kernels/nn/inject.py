@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from glora_kernels.nn.base import base_of, check_dtype, is_linear, unsupported
+from glora_kernels.nn.frozen import QuantizedLinear
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import all_paths, listed, named_layers, unwrap
 from glora_kernels.nn.share import Member, Sharing, keep_tied, plan_sharing, tie
+from glora_kernels.quant.bnb import is_linear4bit
 from glora_kernels.spec import GLoRAConfig, ShareLoRAConfig, first_match, matches
 
 HEAD_NAMES: tuple[str, ...] = ("lm_head", "head", "classifier", "score", "embed_out")
@@ -250,6 +252,12 @@ def _trained_modules(root: nn.Module, patterns: list[str]) -> dict[str, nn.Modul
             names = sorted({path.rpartition(".")[2] for path, _ in all_paths(root) if path})
             raise ValueError(f"train: the pattern {pattern!r} {what}. {listed('module', names)}")
         for path, module in hits.items():
+            packed = next((m for m in module.modules() if isinstance(m, QuantizedLinear) or is_linear4bit(m)), None)
+            if packed is not None:
+                raise ValueError(
+                    f"train: {path!r} is or holds a layer in 4 bits ({type(packed).__name__}), which cannot be trained "
+                    "whole; leave it out of quantize(target_modules=...), or name other modules"
+                )
             if all(module is not known for known in found.values()):
                 found[path] = module
     return found

@@ -233,8 +233,12 @@ class GLoRALinear(FrozenBase):
         weight: Weight = stored
         if state is not None:
             weight = QuantizedWeight(stored, state)
-            if self.compute_dtype is not None and x.dtype != self.compute_dtype:
-                x, dtype = x.to(self.compute_dtype), x.dtype
+            if self.compute_dtype is not None:
+                x, bias, dtype = (
+                    x.to(self.compute_dtype),
+                    None if bias is None else bias.to(self.compute_dtype),
+                    x.dtype,
+                )
         elif self._transposed:
             weight = stored.t()
         if self._disabled or self._base is not None:

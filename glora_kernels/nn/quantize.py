@@ -12,7 +12,7 @@ from glora_kernels.nn.base import base_of, check_dtype
 from glora_kernels.nn.frozen import QuantizedLinear
 from glora_kernels.nn.inject import Linear, check_replaceable, check_wrapper, find_targets, linears, patterns_of
 from glora_kernels.nn.model import named_layers, unwrap
-from glora_kernels.quant import quantize_weight
+from glora_kernels.quant import QuantizedWeight, quantize_weight
 from glora_kernels.quant.codes import QUANT_TYPES
 from glora_kernels.quant.weight import DTYPES, check_blocksize
 
@@ -73,8 +73,14 @@ def quantize(
         check_replaceable(linear)
         _check_quantizable(linear)
     layer: nn.Module = root
+    made: dict[int, QuantizedWeight] = {}  # layers that share one weight go on sharing it
     for linear in shown(chosen, "quantizing", progress):
-        layer = _quantized(linear.module, quant_type, blocksize, double_quant, compute_dtype)
+        base = base_of(linear.module)
+        assert base is not None
+        if id(base.weight) not in made:
+            dense = base.weight.t() if base.transposed else base.weight
+            made[id(base.weight)] = quantize_weight(dense, quant_type, blocksize, double_quant)
+        layer = QuantizedLinear(made[id(base.weight)], base.bias, compute_dtype).train(linear.module.training)
         for parent, name in linear.parents:
             if parent is not None:
                 parent._modules[name] = layer
@@ -94,13 +100,3 @@ def _check_quantizable(linear: Linear) -> None:
         raise ValueError(f"{what} is on the meta device and has no values")
     if not bool(torch.isfinite(base.weight).all()):
         raise ValueError(f"{what} holds NaN or inf, which have no 4-bit code")
-
-
-def _quantized(
-    linear: nn.Module, quant_type: str, blocksize: int, double_quant: bool, compute_dtype: torch.dtype | None
-) -> QuantizedLinear:
-    base = base_of(linear)
-    assert base is not None
-    dense = base.weight.t() if base.transposed else base.weight
-    layer = QuantizedLinear(quantize_weight(dense, quant_type, blocksize, double_quant), base.bias, compute_dtype)
-    return layer.train(linear.training)

@@ -142,7 +142,7 @@ def _signature(layer: GLoRALinear) -> tuple[object, ...]:
         layer._transposed,
     )
     if (state := layer.quant_state) is not None:
-        layout += (state.shape, state.quant_type, state.blocksize, state.nested is not None)
+        layout += (state.shape, state.dtype, state.quant_type, state.blocksize, state.nested is not None)
     return (*layout, *parameters, config.variant, layer._dropout > 0)
 
 

@@ -24,6 +24,7 @@ from glora_kernels.launch.plan import arch_of
 from glora_kernels.launch.table import GroupKey, Layer, group_key
 from glora_kernels.ops import eager as eager_path
 from glora_kernels.ops.common import Supports, Weight, cast, given, shift, stored, wide_dtype, without_autocast
+from glora_kernels.quant import QuantizedWeight
 
 Copy = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """A weight, its copy, a bias, its copy."""
@@ -195,8 +196,11 @@ def _eager_shift(layer: Layer) -> Tensor:
     wc = None
     if get("C") is not None or get("C_up") is not None:
         wc = eager_path.wc_forward(weight, get("C"), get("C_up"), get("C_down"))
-    beta = given(shift(Supports(bias=layer.bias, wc=wc, d=get("D"), e=get("E")), weight.dtype))
-    return beta.to(wide_dtype(weight.dtype)).expand(weight.shape[0]).clone()
+    # A 4-bit W is exact in any dtype: its adapter's decides.
+    exact = isinstance(weight, QuantizedWeight) and any(t.dtype == torch.float64 for t in layer.adapter.values())
+    dtype = torch.float64 if exact else weight.dtype
+    beta = given(shift(Supports(bias=layer.bias, wc=wc, d=get("D"), e=get("E")), dtype))
+    return beta.to(wide_dtype(dtype)).expand(weight.shape[0]).clone()
 
 
 def _eager_shift_grads(layer: Layer, g: Tensor, names: set[str]) -> dict[str, Tensor]:

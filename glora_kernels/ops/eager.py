@@ -239,7 +239,7 @@ def added_terms(
     if h is None and sigma is None and (beta is None or beta.dtype == dtype):
         return None
     if h is not None and factor is not None and sigma is None and (dtype == wide or beta is None):
-        return linear(h, factor, beta)
+        return linear(h, factor, None if beta is None else cast(beta, dtype))
     delta = torch.empty(x.shape[0], n, dtype=dtype, device=x.device)
     for rows in _row_chunks(delta):
         part = delta[rows] if dtype == wide else torch.empty(delta[rows].shape, dtype=wide, device=x.device)

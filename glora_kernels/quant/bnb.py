@@ -71,6 +71,8 @@ def from_state(packed: Tensor, state: Any) -> QuantizedWeight:
         ValueError: the state is of another type or shape, was repacked for CPU inference, or does not fit the codes.
         TypeError: a tensor of another dtype.
     """
+    if not hasattr(state, "quant_type"):
+        raise TypeError(f"state must be a bitsandbytes QuantState, got {type(state).__name__}")
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError(f"this QuantState cannot be taken: {REPACKED}")
     if state.quant_type not in QUANT_TYPES:

@@ -32,9 +32,8 @@ class NestedState:
     offset: Tensor
 
     def to(self, device: torch.device | str) -> NestedState:
-        return replace(
-            self, absmax=self.absmax.to(device), code=self.code.to(device), offset=self.offset.to(device)
-        )  # fmt: skip
+        absmax, code, offset = (_moved(tensor, device) for tensor in (self.absmax, self.code, self.offset))
+        return NestedState(absmax, code, self.blocksize, offset)
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,8 @@ class QuantState:
         """The same state on a device; itself where it is there."""
         if self.absmax.device == torch.device(device):
             return self
-        return replace(
-            self, absmax=self.absmax.to(device), nested=None if self.nested is None else self.nested.to(device)
-        )
+        nested = None if self.nested is None else self.nested.to(device)
+        return replace(self, absmax=_moved(self.absmax, device), nested=nested)
 
     def tensors(self) -> tuple[Tensor, ...]:
         nested = self.nested
@@ -152,6 +150,11 @@ class QuantizedWeight:
                 )
             if tensor.device != self.packed.device:
                 raise ValueError(f"{name} is on {tensor.device}, the packed weight on {self.packed.device}")
+
+
+def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """On a device; from the meta device memory without values, as `Module.to_empty` gives parameters."""
+    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
 
 def check_blocksize(blocksize: int) -> None:

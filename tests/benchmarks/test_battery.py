@@ -6,7 +6,7 @@ import pytest
 from rows import seven
 
 from benchmarks import battery, floor, peers, targets
-from benchmarks.battery import FULL, LLAMA, LORA, LORA_LORA, VECTOR_LORA, Entry
+from benchmarks.battery import FULL, LLAMA, LORA, LORA_LORA, VECTOR_LORA, DecodeEntry, Entry
 from benchmarks.schema import is_case, is_set_case
 
 SCALES = ("cuda", "cpu", "tiny")
@@ -18,7 +18,13 @@ def test_the_floors_are_those_of_the_design(case: str, ratio: float) -> None:
 
 
 def test_the_floor_of_a_4_bit_base() -> None:
-    assert floor.seven("nf4-lora") == pytest.approx(1.074, abs=0.002)
+    assert floor.seven(battery.QLORA) == pytest.approx(1.074, abs=0.002)
+    assert floor.seven(battery.QGLORA) == pytest.approx(1.14, abs=0.01)
+    assert floor.seven(battery.QLORA_LORA) < floor.seven(LORA_LORA)  # W_eff comes with the decoding
+    few = DecodeEntry(battery.QLORA, "ours", 1, 14336, 4096, 16, 0.0)  # the codes are read, and that is all
+    assert floor.floor_ms(few, floor.H100, "fwd") == pytest.approx(14336 * 4096 / 2 / 3e9, rel=0.01)
+    dense = Entry(battery.QLORA, "ours", 1, 14336, 4096, 16, 0.0)
+    assert floor.floor_ms(dense, floor.H100, "fwd") > 5 * floor.floor_ms(few, floor.H100, "fwd")
 
 
 def test_a_frozen_layer_is_two_products() -> None:
@@ -83,7 +89,7 @@ def test_the_battery_covers_what_was_promised() -> None:
     every = [entry for stage in battery.gpu_stages() for group in stage.groups for entry in group.entries]
     entries = [entry for entry in every if entry.op == "linear"]
     assert {entry.impl for entry in entries} == set(battery.IMPLS)
-    assert {512, 1024, 2048, 4096, 8192, 16384, 64 * 197} == {entry.m for entry in entries}
+    assert {*battery.FEW, 512, 1024, 2048, 4096, 8192, 16384, 64 * 197} == {entry.m for entry in entries}
     assert {8, 16, 64} == {entry.r for entry in entries if entry.r is not None}
     assert {(entry.n, entry.k) for entry in entries if entry.layer is None} == set(battery.VIT)
     assert {"nf4-frozen", "nf4-lora"} <= {entry.case for entry in entries}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import math
@@ -194,23 +195,24 @@ def test_a_seed_decides_the_windows_whatever_the_method(script: ModuleType) -> N
 
 
 def test_the_study_notices_a_changed_base_and_a_wrong_file(script: ModuleType, tmp_path: Path) -> None:
+    checks = importlib.import_module("text_study")
     torch.manual_seed(0)
     base = script.build_model(WIDTH, 1).requires_grad_(False)
-    tokens = torch.randint(script.VOCABULARY, (9 * script.WINDOW,))
+    tokens = torch.randint(base.config.vocab_size, (9 * script.WINDOW,))
     study = script.Study(base, script.Corpus(tokens, tokens, tokens), Namespace(rank=2, steps=1))
     model = study.prepare("ShareA", 0)
-    study.check_base("ShareA", model)
+    checks.check_frozen("ShareA", model, base)
     assert study.largest_change(model) == 0.0
     path = tmp_path / "adapter.safetensors"
     gk.save_adapter(model, path)
     loss = script.held_out_loss(model, tokens)
-    study.check_reload("ShareA", path, loss)
+    checks.check_reload("ShareA", copy.deepcopy(base), path, tokens, loss)
     with pytest.raises(RuntimeError, match=r"ShareA: the adapter in .* gives the loss"):
-        study.check_reload("ShareA", path, math.nextafter(loss, math.inf))
+        checks.check_reload("ShareA", copy.deepcopy(base), path, tokens, math.nextafter(loss, math.inf))
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
     with pytest.raises(RuntimeError, match=r"ShareA: training changed the frozen model\.layers\.0\.mlp\.up_proj"):
-        study.check_base("ShareA", model)
+        checks.check_frozen("ShareA", model, base)
 
 
 def test_help_shows_arguments_and_defaults(

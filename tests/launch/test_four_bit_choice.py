@@ -23,14 +23,14 @@ def built(request, monkeypatch):
         yield request.param
 
 
-def codes(blocksize=64, n=N, k=K):
+def codes(blocksize=64, n=N, k=K, dtype=BF16):
     packed = torch.empty(-(-n * k // 2), dtype=torch.uint8, device="meta")
     absmax = torch.empty(-(-n * k // blocksize), device="meta")
-    return QuantizedWeight(packed, QuantState(absmax, "nf4", blocksize, (n, k), BF16))
+    return QuantizedWeight(packed, QuantState(absmax, "nf4", blocksize, (n, k), dtype))
 
 
 def few(m, route="auto", weight=None, rank=RANK, dtype=BF16, arch=ARCH):
-    weight = weight or codes()
+    weight = weight or codes(dtype=dtype)
     return small_m(
         torch.empty(m, weight.shape[1], dtype=dtype, device="meta"), weight, rank, route=route, arch=arch
     )  # fmt: skip
