@@ -123,15 +123,26 @@ py::dict build_info() {
     return info;
 }
 
+// (CUDA version the driver serves, 0 without a driver; CUDA version of the runtime within). Makes no context.
+std::pair<int, int> versions() {
+    int driver = 0, runtime = 0;
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    return {driver, runtime};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "CUDA kernels of the 4-bit base, by raw pointer; glora_kernels.launch.cuda checks and calls them.";
     module.def("build_info", &build_info, "The architectures of the machine code and the version of nvcc.");
-    module.def("dequantize", &dequantize, py::arg("device"), py::arg("stream"), py::arg("codes"), py::arg("out"),
+    module.def("versions", &versions, "CUDA versions of the driver (0 without one) and of the runtime in the module.");
+    // Without the GIL: a launch blocks where the queue of the card is full.
+    using Unlocked = py::call_guard<py::gil_scoped_release>;
+    module.def("dequantize", &dequantize, Unlocked(), py::arg("device"), py::arg("stream"), py::arg("codes"), py::arg("out"),
                py::arg("out_dtype"), py::arg("n"), py::arg("k"), py::arg("a"), py::arg("b"), py::arg("scale"),
                py::arg("vectorized"));
-    module.def("small_m", &small_m, py::arg("device"), py::arg("stream"), py::arg("gemv"), py::arg("codes"), py::arg("x"),
+    module.def("small_m", &small_m, Unlocked(), py::arg("device"), py::arg("stream"), py::arg("gemv"), py::arg("codes"), py::arg("x"),
                py::arg("x_dtype"), py::arg("y"), py::arg("sizes"), py::arg("a"), py::arg("b"), py::arg("bias"), py::arg("wc"),
                py::arg("d"), py::arg("e"), py::arg("b_up"), py::arg("b_down"), py::arg("rank"), py::arg("scale"),
                py::arg("h"), py::arg("sigma"), py::arg("has_sigma"), py::arg("barrier"), py::arg("scratch"),

@@ -6,6 +6,10 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #include "api.h"
 
 namespace gk {
@@ -75,18 +79,29 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// How many blocks of a kernel the device runs at the same time.
+// How many blocks of a kernel the device runs at the same time. Asked once for each kernel, device and size; the kernel
+// may then have all shared memory of the card, a limit that no later launch lowers again.
 template <class Call>
 cudaError_t resident_blocks(void (*kernel)(Call), int shared_bytes, int* blocks) {
-    int device, sms, per_sm;
+    static std::mutex mutex;
+    static std::map<std::tuple<const void*, int, int>, int> known;
+    int device, sms, per_sm, most;
     cudaError_t error = cudaGetDevice(&device);
     if (error != cudaSuccess) return error;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const std::lock_guard<std::mutex> guard(mutex);
+    const auto key = std::make_tuple(reinterpret_cast<const void*>(kernel), device, shared_bytes);
+    if (const auto found = known.find(key); found != known.end()) {
+        *blocks = found->second;
+        return cudaSuccess;
+    }
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error != cudaSuccess) return error;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error != cudaSuccess) return error;
     error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return error;
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, shared_bytes);
-    *blocks = sms * per_sm;
+    if (error == cudaSuccess) known[key] = *blocks = sms * per_sm;
     return error;
 }
 

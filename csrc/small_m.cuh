@@ -8,7 +8,7 @@
 //   3. before its first epilogue it waits for the count (acquire) and adds the slices in a fixed order.
 // A block waits for others only after its own items are counted, and the launch is cooperative, so that all blocks run at
 // the same time: there is no order in which they could wait for each other. The last block that has waited sets the
-// counters to zero for the next launch on the stream, which a graph may replay without a node that clears them.
+// counters to zero for the next launch on the stream, or for the next replay of a graph that has counters of its own.
 #pragma once
 
 #include <algorithm>

@@ -69,7 +69,7 @@ def _packed(
     return byte, absmax
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _small_m_kernel(
     x_ptr,
     stride_xm,

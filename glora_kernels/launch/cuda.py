@@ -6,8 +6,10 @@ The extension takes raw pointers and checks nothing. It is built without a GPU a
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from glora_kernels.launch import configs
 from glora_kernels.launch.cuda_build import available, build_info, module, why_missing
 from glora_kernels.launch.plan import _Planning, vector_stride
+from glora_kernels.launch.workspace import is_private
 from glora_kernels.quant import QuantizedWeight
 
 __all__ = [
@@ -81,7 +84,10 @@ class CudaLaunch:
 
     def _launch(self, function: Callable[..., None], device: torch.device) -> None:
         stream = torch.cuda.current_stream(device)
-        args = self.args | _scratch(stream) if self.args.get("scratch") else self.args
+        args = self.args
+        if args.get("scratch"):
+            counters, sums = _scratch(stream)  # alive until the launch is in the queue
+            args = args | {"barrier": counters.data_ptr(), "scratch": sums.data_ptr()}
         function(device=stream.device_index, stream=stream.cuda_stream, **args)
 
     def __str__(self) -> str:
@@ -256,6 +262,7 @@ def small_m_launch(
     return CudaLaunch(name, "small_m", config["blocks"], config["shared_bytes"], args, tensors)
 
 
+@functools.cache
 def small_m_config(m: int, n: int, k: int, rank: int, has_sigma: bool, arch: str) -> dict[str, int]:
     """The configuration of a small-M launch.
 
@@ -292,26 +299,38 @@ def small_m_config(m: int, n: int, k: int, rank: int, has_sigma: bool, arch: str
     }  # fmt: skip
 
 
+_SLOTS, _SLOT_WORDS = 16384, 8
 _scratch_lock = threading.Lock()
 _scratches: dict[tuple[int, int], Tensor] = {}
+_slots: dict[int, tuple[Tensor, Iterator[int]]] = {}
 
 
-def _scratch(stream: torch.cuda.Stream) -> dict[str, int]:
-    """Counters (zero, and left zero by every launch) and partial sums, one buffer a (device, stream).
+def _scratch(stream: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
+    """(counters: zero, and left zero by every launch; partial sums), one buffer a (device, stream).
 
-    Launches on one stream follow each other, so they can share it. What is captured gets its own, zeroed in the graph,
-    which may be replayed beside eager launches.
+    Launches on one stream follow each other, so they can share it. A captured launch, which may be replayed beside
+    eager ones, gets memory of its graph and counters of its own, that nothing else ever uses: so no node clears them.
+    Inside a compiled graph, which must own all memory it writes, and where no counters are left, they are cleared.
     """
-    if torch.cuda.is_current_stream_capturing():
-        buffer = torch.zeros(_BARRIER_FLOATS + _SCRATCH_FLOATS, dtype=torch.float32, device=stream.device)
-    else:
-        key = (stream.device_index, stream.cuda_stream)
+    device, index = stream.device, stream.device_index
+    capturing = torch.cuda.is_current_stream_capturing()
+    if not capturing and not is_private():
+        key = (index, stream.cuda_stream)
         with _scratch_lock:
             if key not in _scratches:
-                size = _BARRIER_FLOATS + _SCRATCH_FLOATS
-                _scratches[key] = torch.zeros(size, dtype=torch.float32, device=stream.device)
+                _scratches[key] = torch.zeros(_BARRIER_FLOATS + _SCRATCH_FLOATS, dtype=torch.float32, device=device)
+            if index not in _slots:
+                _slots[index] = torch.zeros(_SLOTS, _SLOT_WORDS, dtype=torch.int32, device=device), itertools.count()
+                stream.synchronize()
             buffer = _scratches[key]
-    return {"barrier": buffer.data_ptr(), "scratch": buffer.data_ptr() + 4 * _BARRIER_FLOATS}
+        return buffer, buffer[_BARRIER_FLOATS:]
+    if capturing and not is_private() and index in _slots:
+        counters, numbers = _slots[index]
+        if (number := next(numbers)) < _SLOTS:
+            return counters[number], torch.empty(_SCRATCH_FLOATS, dtype=torch.float32, device=device)
+    buffer = torch.empty(_BARRIER_FLOATS + _SCRATCH_FLOATS, dtype=torch.float32, device=device)
+    buffer[:_SLOT_WORDS].zero_()
+    return buffer, buffer[_BARRIER_FLOATS:]
 
 
 def _codes(weight: QuantizedWeight, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -22,9 +22,26 @@ def why_missing(arch: str | None = None) -> str | None:
     loaded = _load()
     if isinstance(loaded, str):
         return loaded
-    if arch is None or runs_on(arch, build_info()["archs"]):
+    if arch is None:
         return None
+    if runs_on(arch, build_info()["archs"]):
+        return _driver_too_old(arch, *loaded.versions())
     return f"the CUDA extension was built for sm_{', sm_'.join(build_info()['archs'])}, the card is {arch}"
+
+
+def _driver_too_old(arch: str, driver: int, runtime: int) -> str | None:
+    """Why a driver cannot run the module (CUDA 13.0 is 13000), or None; without any driver there is nothing to run.
+
+    Any driver of the runtime's major version runs machine code; PTX needs one of its minor version as well.
+    """
+    card, plain = int(arch[3:]), [int(name) for name in build_info()["archs"] if name[-1] not in "af"]
+    exact = arch[3:] in {name.rstrip("af") for name in build_info()["archs"]}
+    native = exact or any(card // 10 == code // 10 and card >= code for code in plain)
+    needed = runtime // 1000 * 1000 if native else runtime
+    if driver == 0 or driver >= needed:
+        return None
+    have, want = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, needed))
+    return f"the CUDA extension needs a driver for CUDA {want}, this one serves up to {have}"
 
 
 def build_info() -> dict[str, str | tuple[str, ...]]:

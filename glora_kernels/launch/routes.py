@@ -84,6 +84,8 @@ def _cuda(device_type: str, dtype: torch.dtype) -> str:
         raise RuntimeError(f"backend('cuda') needs the CUDA extension: {reason}")
     if device_type != "cuda":
         raise RuntimeError(f"backend('cuda') needs a GPU, got tensors on {device_type!r}")
+    if torch.cuda.is_initialized() and (reason := cuda.why_missing(environment.arch(torch.cuda.current_device()))):
+        raise RuntimeError(f"backend('cuda') cannot run here: {reason}")
     if dtype not in TRITON_DTYPES:
         names = ", ".join(str(t).removeprefix("torch.") for t in TRITON_DTYPES)
         raise RuntimeError(f"backend('cuda') accepts {names}; got {str(dtype).removeprefix('torch.')}")

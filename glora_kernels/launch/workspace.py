@@ -40,6 +40,11 @@ def private_workspace() -> Iterator[None]:
         _thread.private -= 1
 
 
+def is_private() -> bool:
+    """Whether this thread is inside `private_workspace`."""
+    return bool(_thread.private)
+
+
 def workspace_like(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """A contiguous view of the buffer in the shape of `weight`, with whatever its last user left in it."""
     device = weight.device

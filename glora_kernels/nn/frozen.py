@@ -91,7 +91,7 @@ class FrozenBase(nn.Module):
                 errors.append(f"{name}: {error}")
                 return
             state_dict = state_dict | {name: codes.view(-1, 1)}
-            self.quant_state = state
+            self.quant_state = state if assigned else self.quant_state.written(state)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         known = {f"{name}.{part}" for part in parts}
         unexpected[:] = [key for key in unexpected if key not in known]
@@ -134,6 +134,7 @@ class QuantizedLinear(FrozenBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., N) in the dtype of x; the errors of `ops.glora_linear`."""
+        check_floating(x)
         if self.compute_dtype is None:
             return glora_linear(x, self.base_weight(), self.bias)
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
@@ -141,10 +142,12 @@ class QuantizedLinear(FrozenBase):
 
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """The dense layer that this one stands for, frozen; None: in the dtype it was quantized from."""
+        """The dense layer that this one stands for, frozen; None: in `base_dtype`."""
         weight = self.base_weight()
         assert isinstance(weight, QuantizedWeight)
-        dtype = dtype or weight.dtype
+        dtype = dtype or self.base_dtype
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point dtype; got {dtype!r}")
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(dequantize(weight, dtype), requires_grad=False)
         if self.bias is not None:
@@ -167,6 +170,16 @@ class QuantizedLinear(FrozenBase):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{describe(self.quant_state)}"
         )
+
+
+def check_floating(x: Tensor) -> None:
+    """An error for an x that a cast to the dtype of computation would hide.
+
+    Some models cast x to the dtype of the next layer's weight, which over a 4-bit base is that of its codes.
+    """
+    if not x.is_floating_point():
+        hint = "; a model that casts x to the dtype of a layer's weight (T5's wo) must keep that layer dense"
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}{hint if x.dtype == torch.uint8 else ''}")
 
 
 def describe(state: QuantState) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glora_kernels.nn.base import Base, base_of, check_config, check_dtype, is_linear, unsupported
-from glora_kernels.nn.frozen import FrozenBase, QuantizedLinear, describe
+from glora_kernels.nn.frozen import FrozenBase, QuantizedLinear, check_floating, describe
 from glora_kernels.nn.ranks import refuse_sharded
 from glora_kernels.nn.requantize import Kept, MergeReport, copied_weight, keep, refusal, requantized, write
 from glora_kernels.ops import glora_linear, glora_wc
@@ -233,6 +233,7 @@ class GLoRALinear(FrozenBase):
         weight: Weight = stored
         if state is not None:
             weight = QuantizedWeight(stored, state)
+            check_floating(x)
             if self.compute_dtype is not None:
                 x, bias, dtype = (
                     x.to(self.compute_dtype),

@@ -122,17 +122,14 @@ def unmerge(model: nn.Module) -> None:
     if path := next((path for path, layer in layers.items() if not layer.merged), None):
         raise RuntimeError(f"unmerge: {path!r} is not merged")
     together, single = split_for_unmerge(layers)
-    _all_or_none(single, GLoRALinear.unmerge, _merge_as_before)
+    again = {layer: remerging(layer) for layer in single.values()}
+    _all_or_none(single, GLoRALinear.unmerge, lambda layer: again[layer]())
     try:
         unmerge_together(together)
     except BaseException:
         for layer in single.values():
-            _merge_as_before(layer)
+            again[layer]()
         raise
-
-
-def _merge_as_before(layer: GLoRALinear) -> None:
-    layer.merge(requantize=layer.quant_state is not None)
 
 
 def _all_or_none(
@@ -176,7 +173,8 @@ def _memory(tensor: Tensor) -> object:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside, every GLoRA layer behaves as its base; merged layers are unmerged meanwhile and merged again.
 
-    A 4-bit layer gets the very codes back that it had; it is only rounded anew where its adapter was changed inside.
+    A 4-bit layer gets the very codes back that it had; it is only rounded anew where its adapter was changed inside (a
+    write through `.data`, which leaves no trace, is not noticed).
     Modules trained whole (`inject(..., train=...)`) stay as they are. Nests.
 
     Raises:

@@ -42,7 +42,8 @@ def quantize(
         blocksize: how many weights of the flat matrix have one absmax: 32, 64, ... 4096.
         double_quant: absmax in 8 bits itself: 4.13 bits a weight at blocksize 64, instead of 4.5.
         compute_dtype: what the layers cast x to, and y back from; None means that x decides.
-        target_modules: of a model, which layers, as in `inject`; None means every linear layer but the head.
+        target_modules: of a model, which layers, as in `inject`; None means every linear layer but the head and those
+            that a transformers model keeps in fp32 (`_keep_in_fp32_modules`: T5's wo).
         progress: show how far along it is on stderr.
 
     Returns:
@@ -66,25 +67,40 @@ def quantize(
     every, chosen = find_targets(root, targets, {})
     if linears(root) and every[0].module is root:
         chosen = every
+    if targets is None and every and every[0].module is not root:
+        chosen = [linear for linear in chosen if not _kept_wide(root, linear)]
     if not chosen:
         raise ValueError("quantize: the model has no linear layer to quantize")
     check_wrapper(module, root)
     for linear in chosen:
         check_replaceable(linear)
         _check_quantizable(linear)
-    layer: nn.Module = root
-    made: dict[int, QuantizedWeight] = {}  # layers that share one weight go on sharing it
+    made: dict[tuple[int, bool], QuantizedWeight] = {}  # layers that share one weight go on sharing it
+    layers = []
     for linear in shown(chosen, "quantizing", progress):
         base = base_of(linear.module)
         assert base is not None
-        if id(base.weight) not in made:
+        key = id(base.weight), base.transposed
+        if key not in made:
             dense = base.weight.t() if base.transposed else base.weight
-            made[id(base.weight)] = quantize_weight(dense, quant_type, blocksize, double_quant)
-        layer = QuantizedLinear(made[id(base.weight)], base.bias, compute_dtype).train(linear.module.training)
+            try:
+                made[key] = quantize_weight(dense, quant_type, blocksize, double_quant)
+            except ValueError as error:
+                raise ValueError(f"quantize: {linear.paths[0]!r}: {error}") from error
+        bias = None if base.bias is None else base.bias.detach().clone()
+        layers.append(QuantizedLinear(made[key], bias, compute_dtype).train(linear.module.training))
+    for linear, layer in zip(chosen, layers, strict=True):  # nothing below can fail
         for parent, name in linear.parents:
             if parent is not None:
                 parent._modules[name] = layer
-    return layer if every[0].module is root else module
+    return layers[0] if every[0].module is root else module
+
+
+def _kept_wide(root: nn.Module, linear: Linear) -> bool:
+    """Whether a transformers model says that a layer is to stay in fp32: T5 casts x to the dtype of its `wo`."""
+    lists = (getattr(root, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    names = {name for found in lists if found for name in found}
+    return any(part in names for path in linear.paths for part in path.split("."))
 
 
 def _check_quantizable(linear: Linear) -> None:

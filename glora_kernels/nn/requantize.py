@@ -123,7 +123,7 @@ def keep(layer: GLoRALinear) -> Kept:
     return Kept(
         layer.weight.detach().to("cpu", copy=True),
         None if bias is None else bias.detach().to("cpu", copy=True),
-        None if state is None else _copied(state),
+        None if state is None else state.copied("cpu"),
     )
 
 
@@ -135,7 +135,7 @@ def write(layer: GLoRALinear, values: Kept) -> None:
     weight, bias, state = values
     if state is not None:
         assert layer.quant_state is not None
-        layer.quant_state = _written(layer.quant_state, state)
+        layer.quant_state = layer.quant_state.written(state)
     layer.weight.copy_(weight)
     if bias is None:
         layer.bias = None
@@ -220,7 +220,7 @@ def remerging(layer: GLoRALinear) -> Callable[[], object]:
 def copied_weight(layer: GLoRALinear) -> QuantizedWeight:
     """The 4-bit weight of a layer as it is now, in memory of its own."""
     assert layer.quant_state is not None
-    return QuantizedWeight(layer.weight.detach().clone(), _copied(layer.quant_state).to(layer.weight.device))
+    return QuantizedWeight(layer.weight.detach().clone(), layer.quant_state.copied("cpu").to(layer.weight.device))
 
 
 def _compared(base: QuantizedWeight, rounded: QuantizedWeight, effective: Tensor) -> MergeReport:
@@ -257,25 +257,6 @@ def _levels(weight: QuantizedWeight) -> QuantizedWeight:
     """The same codes with absmax 1: it decodes to the values of the codes. FP4 has two codes for 0."""
     ones = torch.ones(weight.state.absmax.shape, device=weight.device)
     return QuantizedWeight(weight.packed, replace(weight.state, absmax=ones, nested=None, dtype=torch.float32))
-
-
-def _written(old: QuantState, new: QuantState) -> QuantState:
-    """`new`, in the memory of `old` where it fits: a captured graph keeps reading what the weight goes with."""
-    pairs = list(zip(old.tensors(), new.tensors(), strict=True))
-    same_blocks = (old.nested and old.nested.blocksize) == (new.nested and new.nested.blocksize)
-    if not same_blocks or any(into.shape != values.shape for into, values in pairs):
-        return new.to(old.absmax.device)
-    for into, values in pairs:
-        into.copy_(values)
-    return old
-
-
-def _copied(state: QuantState) -> QuantState:
-    """In host memory of its own."""
-    host = [tensor.detach().to("cpu", copy=True) for tensor in state.tensors()]
-    if state.nested is None:
-        return replace(state, absmax=host[0])
-    return replace(state, absmax=host[0], nested=replace(state.nested, absmax=host[1], code=host[2], offset=host[3]))
 
 
 def _versions(layer: GLoRALinear) -> list[tuple[int, int]]:

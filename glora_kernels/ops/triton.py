@@ -186,9 +186,10 @@ def backward(
     library = needs.x and _route(dy, weight, s, call, shape, arch, backward=True) == "library"
     row_scale = s.a
     builds = needs.x and weff is None and (lora or (library and s.a is not None))
+    dense: Tensor | None
     if isinstance(weight, QuantizedWeight):  # W itself for what reads it; W_eff takes its place after that
         plain = needs.a or (p > 0 and needs.a_up) or (needs.x and not builds and weff is None)
-        dense = _dense(weight, dy.dtype, call, arch) if plain else workspace_like(weight, dy.dtype)
+        dense = _dense(weight, dy.dtype, call, arch) if plain else None
     else:
         dense = weight
         if builds:
@@ -218,16 +219,16 @@ def backward(
     # Before dx, whose launch sums the gradients of constants on the way.
     grads, vectors, totals = _finish(read_dy, sums, dy, x, dense, s, y, h, sigma, needs, p, r, arch)
     if p and needs.a_up:
-        da_up = _gradient_through_weight(dense, grads["du"], given(s.a_up), arch)
+        da_up = _gradient_through_weight(given(dense), grads["du"], given(s.a_up), arch)
     if isinstance(weight, QuantizedWeight) and builds:
         weff, row_scale = _dense(weight, dy.dtype, call, arch, s), None
-    effective = dense if weff is None else weff
+    effective = dense if weff is None else weff  # neither where no dx is wanted
     beside_dx = dx is not None and m > 0 and not library and arch in TOTALS_BESIDE_DX
     if dx is not None and library:
-        LibraryProduct(dy, effective, dx, accumulates=adds_to_dx).run()
+        LibraryProduct(dy, given(effective), dx, accumulates=adds_to_dx).run()
     elif dx is not None:
         large.glora_dx_launch(
-            dy, effective, dx, s=ds, **down, a=row_scale, tau=tau, vectors=vectors if beside_dx else None,
+            dy, given(effective), dx, s=ds, **down, a=row_scale, tau=tau, vectors=vectors if beside_dx else None,
             totals=totals if beside_dx else None, **dropped,
         ).run()  # fmt: skip
     if vectors is not None and totals is not None and not beside_dx:
@@ -299,7 +300,7 @@ def _finish(
     sums: list[end.Sum],
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     s: Supports,
     y: Tensor | None,
     h: Tensor | None,
@@ -326,8 +327,9 @@ def _finish(
     outputs = grads | dict(zip(constants, vectors, strict=True))
     if outputs or sums:
         # Z of a row where y hardly holds it is computed anew, from all of this.
-        rest: dict[str, Any] = {"up": s.b_up, "a": s.a, "b": s.b, "dy": dy, "y": y, "x": given(x), "weight": weight,
-                                "h": h if r else None, "sigma": sigma} if needs.a else {}  # fmt: skip
+        rest: dict[str, Any] = {"up": s.b_up, "a": s.a, "b": s.b, "dy": dy, "y": y, "x": given(x),
+                                "weight": given(weight), "h": h if r else None,
+                                "sigma": sigma} if needs.a else {}  # fmt: skip
         shift: dict[str, Any] = {"bias": s.bias if needs.d else None, "d": s.d if needs.bias else None}
         if needs.a:
             shift = {"bias": s.bias, "wc": s.wc, "d": s.d, "e": s.e}

@@ -1,6 +1,6 @@
 """bitsandbytes' 4-bit objects in and out, without a copy. Reading them needs no import of it; making them does.
 
-Written for bitsandbytes 0.45 to 0.50: `Params4bit`, `QuantState`, `Linear4bit`.
+Tried with bitsandbytes 0.50: `Params4bit`, `QuantState`, `Linear4bit`.
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ def from_state(packed: Tensor, state: Any) -> QuantizedWeight:
         offset = state.offset if isinstance(state.offset, Tensor) else torch.tensor(float(state.offset))
         nested = NestedState(inner.absmax, inner.code, inner.blocksize, offset.to(state.absmax.device).float())
     absmax = state.absmax if nested is not None else state.absmax.float()
+    if not bool(torch.isfinite(absmax if nested is None else nested.absmax).all()):
+        raise ValueError("the absmax of this QuantState holds NaN or inf")
     return QuantizedWeight(
         packed, QuantState(absmax, state.quant_type, state.blocksize, (shape[0], shape[1]), state.dtype, nested)
     )

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from glora_kernels.quant.codes import QUANT_TYPES, codebook
+from glora_kernels.quant.codes import QUANT_TYPES, codebook, dynamic_map
 from glora_kernels.quant.weight import DTYPES, NestedState, QuantState
 
 _JSON = "quant_state.bitsandbytes__"
@@ -66,6 +66,8 @@ def state_from_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> Q
         absmax, code = tensors["absmax"].to(device), tensors["quant_map"]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(f"the quantization state is damaged or of another format: {error!r}") from error
+    if nested is not None and not torch.equal(nested.code.cpu(), dynamic_map(torch.device("cpu"))):
+        raise ValueError("the nested code, nested_quant_map, is not the 8-bit dynamic map")
     if quant_type not in QUANT_TYPES or _JSON + quant_type != found[0] or len(shape) != 2:
         raise ValueError(f"the quantization state says {quant_type!r} of shape {shape}, its name {found[0]!r}")
     numbers = [absmax] if nested is None else [nested.absmax, nested.code, nested.offset]

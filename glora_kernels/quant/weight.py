@@ -58,6 +58,28 @@ class QuantState:
         nested = None if self.nested is None else self.nested.to(device)
         return replace(self, absmax=_moved(self.absmax, device), nested=nested)
 
+    def written(self, new: QuantState) -> QuantState:
+        """`new`, its numbers in the memory of this state where they fit, as parameters are loaded; else in new memory.
+
+        Whoever holds an address goes on reading what belongs to the weight: a captured graph, say.
+        """
+        mine, theirs = self.tensors(), new.tensors()
+        if len(mine) != len(theirs) or any(a.shape != b.shape for a, b in zip(mine, theirs, strict=True)):
+            return new._with([tensor.to(self.absmax.device, copy=True) for tensor in theirs])
+        for into, values in zip(mine, theirs, strict=True):
+            into.copy_(values)
+        return new._with(list(mine))
+
+    def copied(self, device: torch.device | str) -> QuantState:
+        """On a device, in memory of its own."""
+        return self._with([tensor.detach().to(device, copy=True) for tensor in self.tensors()])
+
+    def _with(self, tensors: list[Tensor]) -> QuantState:
+        if self.nested is None:
+            return replace(self, absmax=tensors[0])
+        nested = NestedState(tensors[1], tensors[2], self.nested.blocksize, tensors[3])
+        return replace(self, absmax=tensors[0], nested=nested)
+
     def tensors(self) -> tuple[Tensor, ...]:
         nested = self.nested
         return (self.absmax,) if nested is None else (self.absmax, nested.absmax, nested.code, nested.offset)

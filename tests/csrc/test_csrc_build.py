@@ -130,3 +130,17 @@ def test_the_small_m_kernels_use_tensor_cores(extension):
         tiles = int(re.search(r"ELi(\d+)E", name)[1])
         assert count >= 8 * tiles, "32 rows x 64 k x 8 tokens are eight instructions, halves of a span unrolled"
     assert all(count == 0 for name, count in counts.items() if "dequantize" in name)
+
+
+@pytest.mark.parametrize(("arch", "driver", "words"), [
+    ("sm_90", 0, None),  # no driver, no card
+    ("sm_90", 13000, None),
+    ("sm_89", 13020, None),
+    ("sm_90", 12080, "driver for CUDA 13.0, this one serves up to 12.8"),
+    ("sm_120", 13020, None),
+    ("sm_120", 13000, "driver for CUDA 13.1, this one serves up to 13.0"),  # PTX of a later toolkit
+])  # fmt: skip
+def test_a_driver_that_is_too_old_is_named(monkeypatch, arch, driver, words):
+    monkeypatch.setattr(cuda_build, "build_info", lambda: {"archs": ("80", "90", "100"), "nvcc": "13.1"})
+    reason = cuda_build._driver_too_old(arch, driver, 13010)
+    assert reason is None if words is None else words in reason

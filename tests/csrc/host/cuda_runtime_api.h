@@ -26,6 +26,8 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidC
 using cudaStream_t = struct CUstream_st*;
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 inline const char* cudaGetErrorName(cudaError_t) { return "error"; }
 inline const char* cudaGetErrorString(cudaError_t) { return "an error of the host's CUDA"; }
 
