@@ -81,7 +81,7 @@ def _cuda(device_type: str, dtype: torch.dtype) -> str:
     from glora_kernels.launch import cuda
 
     if (reason := cuda.why_missing()) is not None:
-        raise RuntimeError(f"backend('cuda') needs the CUDA extension: {reason}")
+        raise RuntimeError(f"backend('cuda'): {reason}")
     if device_type != "cuda":
         raise RuntimeError(f"backend('cuda') needs a GPU, got tensors on {device_type!r}")
     if torch.cuda.is_initialized() and (reason := cuda.why_missing(environment.arch(torch.cuda.current_device()))):

@@ -81,9 +81,11 @@ def dequantize(
     flat, begin, end = out.view(-1), first * k, first * k + count * k
     blocksize = weight.state.blocksize
     step = max(_CHUNK // blocksize, 1) * blocksize
+    # One buffer for all steps: new memory a step costs as much as the look-up.
+    levels = torch.empty(min(step, end - begin + blocksize) // 2 + 1, dtype=torch.int64, device=weight.device)
     for a in range(begin // blocksize * blocksize, end, step):
         b = min(a + step, end)
-        values = _decode(weight, a, b).to(weight.state.dtype)
+        values = _decode(weight, a, b, levels).to(weight.state.dtype)
         low = max(a, begin)
         flat[low - begin : b - begin] = values[low - a :]
     return out
@@ -95,9 +97,12 @@ def absmax_of(state: QuantState, blocks: slice = slice(None)) -> Tensor:
     if nested is None:
         return absmax
     start, stop, _ = blocks.indices(len(state.absmax))
-    of_block = torch.arange(start, stop, device=absmax.device) // nested.blocksize
+    of_block = torch.arange(start, stop, dtype=torch.int32, device=absmax.device).div_(
+        nested.blocksize, rounding_mode="floor"
+    )
+    scale = nested.absmax.index_select(0, of_block)
     # Two roundings: a fused multiply-add gives other bits.
-    return nested.code[absmax.int()].mul_(nested.absmax[of_block]).add_(nested.offset)
+    return nested.code.index_select(0, absmax.int()).mul_(scale).add_(nested.offset)
 
 
 def _encode(values: Tensor, absmax: Tensor, quant_type: str, blocksize: int) -> Tensor:
@@ -116,12 +121,13 @@ def _encode(values: Tensor, absmax: Tensor, quant_type: str, blocksize: int) -> 
     return codes[torch.bucketize(scaled.clamp_(-1, 1), bounds, out_int32=True)]
 
 
-def _decode(weight: QuantizedWeight, begin: int, end: int) -> Tensor:
-    """The flat elements [begin, end) in fp32; `begin` is the first of a block."""
+def _decode(weight: QuantizedWeight, begin: int, end: int, buffer: Tensor) -> Tensor:
+    """The flat elements [begin, end) in fp32, in the buffer's memory; `begin` is the first of a block."""
     state = weight.state
     packed = weight.packed.view(-1)[begin // 2 : (end + 1) // 2]
-    levels = pairs(state.quant_type, packed.device).index_select(0, packed.int()).view(torch.float32)
-    values = levels[: end - begin]
+    levels = buffer[: len(packed)]
+    torch.index_select(pairs(state.quant_type, packed.device), 0, packed.int(), out=levels)
+    values = levels.view(torch.float32)[: end - begin]
     size = state.blocksize
     absmax = absmax_of(state, slice(begin // size, -(-end // size)))
     whole = (end - begin) // size
