@@ -3,6 +3,7 @@
 Importing the package touches no GPU and loads no kernel.
 """
 
+from glora_kernels.integrations import AccelerationReport, accelerate, acceleration, decelerate
 from glora_kernels.launch.routes import backend
 from glora_kernels.nn import (
     FusedReport,
@@ -32,6 +33,7 @@ from glora_kernels.nn import (
 from glora_kernels.spec import GLoRAConfig, ShareLoRAConfig
 
 __all__ = [
+    "AccelerationReport",
     "FusedReport",
     "GLoRAConfig",
     "GLoRALinear",
@@ -40,8 +42,11 @@ __all__ = [
     "QuantizedLinear",
     "ShareLoRAConfig",
     "__version__",
+    "accelerate",
+    "acceleration",
     "backend",
     "clip_grad_norm_",
+    "decelerate",
     "deferred_shared_grads",
     "disabled",
     "fully_shard",

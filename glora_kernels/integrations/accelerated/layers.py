@@ -1,0 +1,251 @@
+"""PEFT's layers over a dense base, with a forward on our operators. State, parameters and names stay PEFT's.
+
+An accelerated layer is the same object: `accelerate` changes its class to one of these, a subclass of its own, and
+`decelerate` changes it back. Every call asks anew whether the operators can take it (adapters are switched, merged
+and disabled, hooks come and go); where not, PEFT's forward runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from peft.tuners.glora.layer import GloraEmptyPath, GloraLinear, GloraLoraPath, GloraScalarPath, GloraVectorPath
+from peft.tuners.hira.layer import Linear as PeftHiraLinear
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from torch import Tensor, nn
+
+from glora_kernels.integrations.operands import (
+    HOOKED,
+    ON_META,
+    Frozen,
+    Operands,
+    adapted_linear,
+    frozen_base,
+    is_plain,
+    refusal_of_x,
+    total,
+)
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    _Layer = BaseTunerLayer
+else:
+    _Layer = object
+
+VARIANT = "a variant of LoRA"
+FOREIGN = "its adapter is made of other modules than PEFT's own"
+INPUT_DROPOUT = "dropout acts on the input of its product with W"
+MIXED_BATCH = "a batch of several adapters (adapter_names)"
+ARGUMENTS = "it is called with more than x"
+IDLE = "no active adapter, merged or disabled: the base alone"
+
+
+class Accelerated(_Layer):
+    """The forward that every accelerated layer has; before PEFT's class in the order of resolution."""
+
+    plain: ClassVar[type]
+    _glora_kept: dict[str, Any]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call = self.call(x, args, kwargs)
+        if isinstance(call, str):
+            return self.plain.forward(self, x, *args, **kwargs)
+        return adapted_linear(x, *call)
+
+    def call(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: Any = None) -> tuple[Frozen, Operands] | str:
+        """What the operators are called with for this x, or why PEFT's forward runs instead."""
+        if args or kwargs:
+            if kwargs.get("adapter_names") is not None:
+                return MIXED_BATCH
+            if args or any(value is not None for value in kwargs.values()):
+                return ARGUMENTS
+        found = self.parts(x)
+        if isinstance(found, str):
+            return found
+        return refusal_of_x(x, *found) or found
+
+    def parts(self, x: Tensor | None = None) -> tuple[Frozen, Operands] | str:
+        """The base and the sum of the active adapters, or why the operators do not take them."""
+        if self._disable_adapters or self.merged_adapters:
+            return IDLE
+        adapters = []
+        for name in self.active_adapters:
+            operands = self.operands(name)
+            if isinstance(operands, str):
+                return operands
+            if operands is not None:
+                adapters.append(operands)
+        if not adapters:
+            return IDLE
+        base = frozen_base(self.base_layer, self._glora_kept, x)
+        if isinstance(base, str):
+            return base
+        operands = total(adapters)
+        return operands if isinstance(operands, str) else (base, operands)
+
+    def operands(self, name: str) -> Operands | str | None:
+        """The tensors of the adapter of this name, why they cannot be taken, or None where the layer has none."""
+        raise NotImplementedError
+
+    def accelerated(self) -> None:
+        """Called once the layer has this class."""
+        self._glora_kept = {}
+
+    def decelerated(self) -> None:
+        """Called before the layer gets its own class back."""
+        del self._glora_kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has a base of its own.
+        return {**vars(self), "_glora_kept": {}}
+
+
+class Scales(dict[str, float]):
+    """PEFT's `scaling`, each number also as a tensor.
+
+    torch.compile takes a number in a module for a constant, and would compile again for each value of alpha.
+    """
+
+    def __init__(self, values: dict[str, float], tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        super().__init__()
+        for name, value in values.items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: float) -> None:
+        super().__setitem__(name, value)
+        if isinstance(value, Tensor):  # PEFT's hot swapping makes it one, and writes to it
+            self.tensors[name] = value
+        elif name in self.tensors:
+            self.tensors[name].fill_(value)
+        else:
+            self.tensors[name] = torch.tensor(value, dtype=torch.float64, device="cpu")
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        del self.tensors[name]
+
+    def __reduce__(self) -> Any:
+        return Scales, (dict(self), self.tensors)
+
+
+class LoraOperands(Accelerated):
+    """LoRA: B=lora, and its bias, where it has one, as E."""
+
+    def accelerated(self) -> None:
+        super().accelerated()
+        self._glora_scales: dict[str, Tensor] = {}
+        self.scaling = Scales(self.scaling, self._glora_scales)
+        self._place_scales()
+
+    def decelerated(self) -> None:
+        super().decelerated()
+        self.scaling = dict(self.scaling)
+        del self._glora_scales
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._place_scales()
+        return self
+
+    def _place_scales(self) -> None:
+        for name, scale in self._glora_scales.items():
+            if name in self.lora_B and scale.device != (device := self.lora_B[name].weight.device):
+                self._glora_scales[name] = torch.tensor(float(self.scaling[name]), dtype=torch.float64, device=device)
+
+    def operands(self, name: str) -> Operands | str | None:
+        if name not in self.lora_A:
+            return None
+        if name in self.lora_variant:
+            return f"{VARIANT} ({type(self.lora_variant[name]).__name__.removesuffix('Variant')})"
+        down, up, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        if type(down) is not nn.Linear or type(up) is not nn.Linear:
+            return FOREIGN
+        if not (is_plain(down) and is_plain(up) and is_plain(dropout)):
+            return HOOKED
+        p = dropout_of(dropout)
+        if isinstance(p, str):
+            return p
+        b_down, b_up, bias = down._parameters.get("weight"), up._parameters.get("weight"), up._parameters.get("bias")
+        if b_down is None or b_up is None:
+            return FOREIGN
+        if b_up.is_meta or b_down.is_meta:
+            return ON_META
+        compiling = torch.compiler.is_compiling()
+        scale: float | Tensor = self._glora_scales[name] if compiling else self.scaling[name]
+        e = None if bias is None else bias * scale
+        return Operands(b_up=b_up, b_down=b_down, e=e, scale=scale, dropout_p=p)
+
+
+class HiraOperands(Accelerated):
+    """HiRA: W∘(up·down) is A=lora alone."""
+
+    def operands(self, name: str) -> Operands | str | None:
+        if name not in self.hira_A:
+            return None
+        dropout = self.hira_dropout[name]
+        if not is_plain(dropout):
+            return HOOKED
+        p = dropout_of(dropout)
+        if isinstance(p, str):
+            return p
+        if p:
+            return INPUT_DROPOUT
+        up, down = self.hira_B[name], self.hira_A[name]
+        if up.is_meta or down.is_meta:
+            return ON_META
+        return Operands(a_up=up, a_down=down)
+
+
+class LoraLinear(LoraOperands, PeftLoraLinear):
+    """`peft.tuners.lora.Linear` over `nn.Linear` or `Conv1D`."""
+
+    plain = PeftLoraLinear
+
+
+class HiraLinear(HiraOperands, PeftHiraLinear):
+    """`peft.tuners.hira.Linear` over `nn.Linear` or `Conv1D`."""
+
+    plain = PeftHiraLinear
+
+
+class Glora(Accelerated, GloraLinear):
+    """`peft.tuners.glora.GloraLinear`, in every form of its five paths."""
+
+    plain = GloraLinear
+
+    def operands(self, name: str) -> Operands | str | None:
+        if name not in self.glora_A:
+            return None
+        tensors: dict[str, Tensor | None] = {}
+        for letter in "ABCDE":
+            path, low = getattr(self, f"glora_{letter}")[name], letter.lower()
+            if not is_plain(path):
+                return HOOKED
+            kind = type(path)
+            if kind is GloraLoraPath:
+                tensors[f"{low}_up"], tensors[f"{low}_down"] = path.Xd, path.Xu
+            elif kind is GloraVectorPath:
+                tensors[low] = path.X.view(-1)  # (N, 1) or (K, 1) as stored
+            elif kind is GloraScalarPath:
+                tensors[low] = path.X
+            elif kind is not GloraEmptyPath:
+                return FOREIGN
+        if any(tensor is not None and tensor.is_meta for tensor in tensors.values()):
+            return ON_META
+        return Operands(**tensors)  # type: ignore[arg-type]
+
+
+def dropout_of(dropout: nn.Module) -> float | str:
+    """p of PEFT's dropout module as it stands, 0 outside training."""
+    if type(dropout) is nn.Identity:
+        return 0.0
+    if type(dropout) is not nn.Dropout or not 0.0 <= dropout.p < 1.0:
+        return FOREIGN
+    return dropout.p if dropout.training else 0.0
+
+
+for _kind in (LoraLinear, HiraLinear, Glora):  # what is printed, and looked up by name, stays as it was
+    _kind.__qualname__, _kind.__name__ = _kind.__name__, _kind.plain.__name__

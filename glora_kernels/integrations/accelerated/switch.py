@@ -1,0 +1,195 @@
+"""`accelerate` and `decelerate`: a model's PEFT layers onto our operators and back, and the summary of what runs where."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import nn
+
+PEFT = "0.20"
+"""The lowest release of PEFT whose layers `accelerate` knows; tried up to the one in `PEFT_TRIED`."""
+PEFT_TRIED = "0.21"
+
+OWN_FORWARD = "its forward was replaced, or it has accelerate's offloading hooks"
+DERIVED = "a class of its own, derived from PEFT's"
+ON_OURS = "glora_kernels"
+
+
+@dataclass(frozen=True, repr=False)
+class AccelerationReport:
+    """How many layers of a model run where, and why; print it for a table.
+
+    Attributes:
+        accelerated: the number of layers on our operators, by kind of layer ("lora.Linear").
+        kept: the number of layers on PEFT's path, by (kind, reason).
+    """
+
+    accelerated: dict[str, int]
+    kept: dict[tuple[str, str], int]
+
+    def __repr__(self) -> str:
+        rows = [("layers", "kind", "runs on", "because")]
+        rows += [(str(n), kind, ON_OURS, "") for kind, n in sorted(self.accelerated.items())]
+        rows += [(str(n), kind, "PEFT", reason) for (kind, reason), n in sorted(self.kept.items())]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = (
+            "  ".join([row[0].rjust(widths[0]), *map(str.ljust, row[1:], widths[1:])]).rstrip() for row in rows
+        )  # fmt: skip
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module, *, verbose: bool = True) -> nn.Module:
+    """Move the PEFT layers of a model onto our operators, in place; nothing else changes.
+
+    Adapters stay PEFT's own Parameters under their own names, so optimizers, checkpoints, `save_pretrained` and DDP
+    do not notice; adapters can be added, switched, disabled, merged and deleted as before. Each LoRA layer over an
+    `nn.Linear`, a `Conv1D` or a bitsandbytes `Linear4bit`, each GLoRA layer and each HiRA layer changes its class to
+    a subclass of itself whose forward calls `ops.glora_linear`, wherever that can take the call; else PEFT's own runs.
+
+    Dropout draws its mask from another stream than PEFT's: equal in distribution, not element by element.
+
+    Args:
+        model: a `PeftModel`, or any module with PEFT layers inside, also inside DDP, or torch.compile's wrapper.
+        verbose: print the summary (`acceleration`) on the first process.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: `model` is no module.
+        ImportError: PEFT is missing, or older than the oldest release that is known.
+        ValueError: the model has no PEFT layers, none that can be accelerated, or all are accelerated already.
+    """
+    layers = _tuner_layers(model)
+    if not layers:
+        raise ValueError(
+            "accelerate: the model has no PEFT layers; use it on the result of peft.get_peft_model, or inject() for "
+            "a model without PEFT"
+        )
+    kinds = _kinds()
+    new = {path: layer for path, layer in layers.items() if _refusal(layer, kinds) is None}
+    if not new:
+        if any(_is_accelerated(layer) for layer in layers.values()):
+            raise ValueError("accelerate: the model is accelerated already; decelerate(model) undoes it")
+        raise ValueError(f"accelerate: no layer of this model can be accelerated\n{acceleration(model)}")
+    for layer in new.values():
+        layer.__class__ = kinds[type(layer)]
+        layer.accelerated()
+    report = acceleration(model)
+    if verbose and _is_first_process():
+        print(report)
+    return model
+
+
+def decelerate(model: nn.Module) -> nn.Module:
+    """Give the layers of an accelerated model PEFT's own forward back, in place; parameters stay as they are.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: no layer of it is accelerated.
+    """
+    layers = [layer for layer in _tuner_layers(model).values() if _is_accelerated(layer)]
+    if not layers:
+        raise ValueError("decelerate: no layer of this model is accelerated")
+    sharded = [layer for layer in layers if type(layer) not in _kinds().values()]
+    if sharded:
+        raise ValueError(
+            f"decelerate: the class of {len(sharded)} layers was changed since (fully_shard does), and cannot be put back"
+        )
+    for layer in layers:
+        layer.decelerated()
+        layer.__class__ = layer.plain
+    return model
+
+
+def acceleration(model: nn.Module) -> AccelerationReport:
+    """How many PEFT layers of a model run on our operators, and why the others do not, as the model stands now.
+
+    What a call adds (an x in another dtype, a batch of several adapters) is not known here, and can send single calls
+    to PEFT's forward. A disabled or merged layer counts as the layer it is once that is over.
+    """
+    from glora_kernels.integrations.accelerated.layers import IDLE
+
+    kinds = _kinds()
+    served: Counter[str] = Counter()
+    kept: Counter[tuple[str, str]] = Counter()
+    for layer in _tuner_layers(model).values():
+        kind = _kind(layer)
+        if _is_accelerated(layer):
+            parts = layer.parts()
+            reason = parts if isinstance(parts, str) and parts != IDLE else None
+        else:
+            reason = _refusal(layer, kinds) or "accelerate() was not called since it was added"
+        if reason is None:
+            served[kind] += 1
+        else:
+            kept[kind, reason] += 1
+    return AccelerationReport(dict(served), dict(kept))
+
+
+def _kinds() -> dict[type, Any]:
+    """PEFT's classes, each with its accelerated one.
+
+    Raises:
+        ImportError: PEFT is missing or too old.
+    """
+    try:
+        found = version("peft")
+    except PackageNotFoundError as error:
+        raise ImportError(f"accelerate needs PEFT, which is not installed: pip install 'peft>={PEFT}'") from error
+    if tuple(map(int, found.split(".")[:2])) < tuple(map(int, PEFT.split("."))):
+        raise ImportError(f"accelerate knows the layers of PEFT {PEFT} and later; installed is {found}")
+    from peft.import_utils import is_bnb_4bit_available
+
+    from glora_kernels.integrations.accelerated import layers
+
+    kinds: list[Any] = [layers.LoraLinear, layers.HiraLinear, layers.Glora]
+    if is_bnb_4bit_available():
+        from glora_kernels.integrations.accelerated import four_bit
+
+        kinds += [four_bit.LoraLinear4bit, four_bit.HiraLinear4bit]
+    return {kind.plain: kind for kind in kinds}
+
+
+def _tuner_layers(model: nn.Module) -> dict[str, Any]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    _kinds()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _refusal(layer: Any, kinds: dict[type, Any]) -> str | None:
+    """Why the class of a layer cannot be changed; None where it can."""
+    if type(layer) in kinds:
+        return OWN_FORWARD if "forward" in vars(layer) else None
+    if _is_accelerated(layer):
+        return "accelerated already"
+    if any(isinstance(layer, kind) for kind in kinds):
+        return DERIVED
+    return "no linear layer of LoRA, GLoRA or HiRA"
+
+
+def _is_accelerated(layer: Any) -> bool:
+    return "_glora_kept" in vars(layer)
+
+
+def _kind(layer: Any) -> str:
+    """The layer as PEFT prints it: "lora.Linear", with the name of its tuner before that of its class."""
+    kind = layer.plain if _is_accelerated(layer) else type(layer)
+    parts = kind.__module__.split(".")
+    tuner = parts[parts.index("tuners") + 1] if "tuners" in parts[:-1] else parts[0]
+    return f"{tuner}.{kind.__name__}"
+
+
+def _is_first_process() -> bool:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not ready or torch.distributed.get_rank() == 0

@@ -1,0 +1,237 @@
+"""What PEFT's layers and ours have in common: a frozen base that another module owns, and an adapter's tensors on it.
+
+    y = x (W + W∘A + s·B)ᵀ + b∘(1+D) + E + W·C
+
+A layer of PEFT keeps its base in `base_layer`. Here is what such a base is made of (`frozen_base`), the tensors of an
+adapter by name (`Operands`), the sum of several adapters (`total`), and the call itself (`adapted_linear`). Whatever
+the operators cannot take is a string: the reason, in words for a summary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from glora_kernels.nn.base import is_conv1d
+from glora_kernels.nn.frozen import QuantizedLinear
+from glora_kernels.ops import glora_linear, glora_wc
+from glora_kernels.ops.common import Weight
+from glora_kernels.ops.glora import dropout_seed
+from glora_kernels.ops.triton import MAX_RANK
+from glora_kernels.quant import QuantizedWeight
+from glora_kernels.quant.bnb import from_linear4bit, is_linear4bit, linear4bit_class, refusal
+
+HOOKED = "a module inside it has hooks, or a forward of its own (offloading to a CPU or disk is one)"
+NESTED = "its base is another adapter"
+PARAMETRIZED = "the weight of its base is parametrized, or no parameter of its own"
+SHARDED = "the weight of its base is no plain tensor (tensor-parallel or sharded)"
+ON_META = "its weights are on the meta device"
+TRAINED_BASE = "the weight of its base is trained"
+MIXED_DTYPES = "x is not in the dtype of its base"
+SUBCLASS = "x is no plain tensor"
+TWO_FORMS = "its active adapters have one support in two forms"
+SEVERAL_DROPOUTS = "several active adapters with dropout: each drops elements of its own"
+RANK = f"a rank above {MAX_RANK}, which the GPU kernels do not hold"
+
+_PLAIN = (nn.Parameter, Tensor)
+_PARALLEL = ("_hf_tp_plan", "_hf_device_mesh")  # what transformers writes on a tensor-parallel module
+
+
+class Frozen(NamedTuple):
+    """A base of shape (N, K). `compute_dtype`: what x is cast to over 4 bits, and y back from; None: x decides."""
+
+    weight: Weight
+    bias: Tensor | None
+    compute_dtype: torch.dtype | None = None
+
+
+class Operands(NamedTuple):
+    """The tensors of one adapter in the names and shapes of `glora_linear` and `glora_wc`; an absent one is None.
+
+    scale: s, a number or a tensor of one (under torch.compile, where a number would be a constant). dropout_p: of the
+    B path; already 0 outside training.
+    """
+
+    a: Tensor | None = None
+    a_up: Tensor | None = None
+    a_down: Tensor | None = None
+    b: Tensor | None = None
+    b_up: Tensor | None = None
+    b_down: Tensor | None = None
+    c: Tensor | None = None
+    c_up: Tensor | None = None
+    c_down: Tensor | None = None
+    d: Tensor | None = None
+    e: Tensor | None = None
+    scale: float | Tensor = 1.0
+    dropout_p: float = 0.0
+    variant: str = "hadamard"
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling the module is calling its class's forward and nothing else."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) -> Frozen | str:
+    """What the base of a layer is made of, or why the operators cannot take it.
+
+    Args:
+        base: an `nn.Linear`, a transformers `Conv1D`, a bitsandbytes `Linear4bit` or a `QuantizedLinear`.
+        kept: where the 4-bit weight of a `Linear4bit` is kept from call to call: reading its state asks the device.
+        x: what the layer is called with; a `Linear4bit` takes the dtype it computes in from its first one.
+    """
+    if not is_plain(base):
+        return HOOKED
+    attributes = vars(base)
+    if any(attributes.get(name) is not None for name in _PARALLEL):
+        return SHARDED
+    kind, parameters = type(base), base._parameters
+    weight = parameters.get("weight")
+    if weight is None:
+        return PARAMETRIZED
+    if weight.is_meta:
+        return ON_META
+    if kind is nn.Linear or is_conv1d(base):
+        if kind.forward is not (nn.Linear.forward if kind is nn.Linear else _conv1d_forward(kind)):
+            return f"{kind.__name__} has a forward of its own"
+        if type(weight) not in _PLAIN:
+            return SHARDED
+        if weight.requires_grad and torch.is_grad_enabled():
+            return TRAINED_BASE
+        return Frozen(weight if kind is nn.Linear else weight.t(), parameters.get("bias"))
+    if isinstance(base, QuantizedLinear):
+        return Frozen(base.base_weight(), base.bias, base.compute_dtype)
+    if is_linear4bit(base):
+        return _linear4bit(base, kept, x)
+    if hasattr(base, "base_layer"):
+        return NESTED
+    return f"its base is a {kind.__name__}"
+
+
+def total(adapters: Sequence[Operands]) -> Operands | str:
+    """The operands of the sum of several adapters on one base, or why one call cannot take it.
+
+    Factors are put side by side: Σ Up_i·Down_i = [Up_1 … Up_n]·[Down_1; …; Down_n].
+    """
+    if len(adapters) == 1:
+        return adapters[0]
+    if any(adapter.dropout_p for adapter in adapters):
+        return SEVERAL_DROPOUTS
+    variant = adapters[0].variant
+    if any(adapter.variant != variant for adapter in adapters):
+        return TWO_FORMS
+    parts: dict[str, Tensor | None] = {}
+    for name in ("a", "b", "c"):
+        vectors = [v for v in (getattr(adapter, name) for adapter in adapters) if v is not None]
+        ups, downs = [], []
+        for adapter in adapters:
+            up, down = getattr(adapter, f"{name}_up"), getattr(adapter, f"{name}_down")
+            if up is not None:
+                ups.append(up if name != "b" else _scaled(up, adapter.scale))
+                downs.append(down)
+        if vectors and ups:
+            return TWO_FORMS
+        parts[name] = sum(vectors[1:], vectors[0]) if vectors else None
+        parts[f"{name}_up"] = torch.cat(ups, dim=1) if ups else None
+        parts[f"{name}_down"] = torch.cat(downs, dim=0) if ups else None
+    for name in ("d", "e"):
+        vectors = [v for v in (getattr(adapter, name) for adapter in adapters) if v is not None]
+        parts[name] = sum(vectors[1:], vectors[0]) if vectors else None
+    return Operands(**parts, variant=variant)  # type: ignore[arg-type]
+
+
+def refusal_of_x(x: Tensor, base: Frozen, operands: Operands) -> str | None:
+    """Why this x keeps a layer from the operators, or None."""
+    if type(x) not in _PLAIN:
+        return SUBCLASS
+    if not x.is_floating_point():
+        return "x is not floating point"
+    weight = base.weight
+    if (
+        isinstance(weight, Tensor)
+        and x.dtype != weight.dtype
+        and (x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type))
+    ):
+        return MIXED_DTYPES
+    if x.is_cuda:
+        rank = sum(len(down) for down in (operands.a_down, operands.b_down) if down is not None)
+        if rank > MAX_RANK:
+            return RANK
+    return None
+
+
+def adapted_linear(x: Tensor, base: Frozen, o: Operands) -> Tensor:
+    """y (..., N) of an x (..., K), in the dtype of x, under autocast in that of autocast.
+
+    Raises:
+        The errors of `ops.glora_linear`.
+    """
+    weight, bias, compute_dtype = base
+    dtype = None
+    if compute_dtype is not None:
+        x, bias, dtype = x.to(compute_dtype), None if bias is None else bias.to(compute_dtype), x.dtype
+    elif bias is not None and isinstance(weight, QuantizedWeight) and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    wc = None
+    if o.c is not None or o.c_up is not None:
+        wc = glora_wc(weight, o.c, c_up=o.c_up, c_down=o.c_down)
+    b_up, scale = o.b_up, o.scale
+    if isinstance(scale, Tensor):
+        b_up, scale = None if b_up is None else _scaled(b_up, scale), 1.0
+    p = o.dropout_p
+    y = glora_linear(
+        x,
+        weight,
+        bias,
+        a=o.a,
+        a_up=o.a_up,
+        a_down=o.a_down,
+        b=o.b,
+        b_up=b_up,
+        b_down=o.b_down,
+        wc=wc,
+        d=o.d,
+        e=o.e,
+        scale=scale,
+        dropout_p=p,
+        seed=dropout_seed(x.device) if p else None,
+        variant=o.variant,
+    )
+    return y if dtype is None else y.to(dtype)
+
+
+def _linear4bit(base: Any, kept: dict[str, Any], x: Tensor | None) -> Frozen | str:
+    if type(base).forward is not linear4bit_class(base).forward:
+        return f"{type(base).__name__} has a forward of its own"
+    parameter = base.weight
+    state = getattr(parameter, "quant_state", None)
+    if state is None or getattr(state, "packing_format_for_cpu", False):
+        return refusal(base) or "its quant_state was lost"
+    device = parameter.device
+    if kept.get("parameter") is not parameter or kept.get("state") is not state or kept.get("device") != device:
+        try:
+            kept |= {"parameter": parameter, "state": state, "device": device, "weight": from_linear4bit(base)}
+        except (TypeError, ValueError) as error:
+            return str(error)
+    if x is not None and not base.compute_type_is_set:
+        base.set_compute_type(x)
+        base.compute_type_is_set = True
+    return Frozen(kept["weight"], base.bias, base.compute_dtype)
+
+
+def _scaled(up: Tensor, scale: float | Tensor) -> Tensor:
+    return up if isinstance(scale, float) and scale == 1.0 else up * scale
+
+
+def _conv1d_forward(kind: Any) -> Any:
+    return next(base.forward for base in kind.__mro__ if base.__module__ == "transformers.pytorch_utils")
