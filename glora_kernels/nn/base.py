@@ -7,13 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from glora_kernels.nn.frozen import QuantizedLinear
+from glora_kernels.nn.frozen import DTYPES, QuantizedLinear, dtype_name
 from glora_kernels.quant import QuantState
 from glora_kernels.quant.bnb import is_linear4bit, linear4bit_class, refusal
 from glora_kernels.spec import GLoRAConfig
-
-DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""The dtypes of a base and of an adapter."""
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -79,19 +76,13 @@ def unsupported(linear: nn.Module) -> str | None:
         if tensor is not None and type(tensor.data) is not Tensor and not (four_bits and name == "weight"):
             return f"its {name} is a {type(tensor.data).__name__}, not a plain tensor"
     if not four_bits and weight.dtype not in DTYPES:
-        return f"its weight is {_name(weight.dtype)}; accepted: {', '.join(map(_name, DTYPES))}"
+        return f"its weight is {dtype_name(weight.dtype)}; accepted: {', '.join(map(dtype_name, DTYPES))}"
     return None
 
 
 def check_config(config: object) -> None:
     if not isinstance(config, GLoRAConfig):
         raise TypeError(f"config must be a GLoRAConfig, got {type(config).__name__}")
-
-
-def check_dtype(argument: str, dtype: torch.dtype) -> None:
-    if dtype not in DTYPES:
-        given = _name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
-        raise ValueError(f"{argument} must be one of {', '.join(map(_name, DTYPES))}; got {given}")
 
 
 def is_conv1d(module: object) -> bool:
@@ -104,7 +95,3 @@ def _conv1d_class(module: object) -> type | None:
         if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
             return kind
     return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

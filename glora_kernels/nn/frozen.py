@@ -17,6 +17,9 @@ from glora_kernels.quant import QuantizedWeight, QuantState, dequantize
 from glora_kernels.quant.bnb import from_linear4bit, packed_bytes, to_linear4bit
 from glora_kernels.quant.checkpoint import NAMES, state_from_tensors, state_tensors
 
+DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes of a base and of an adapter."""
+
 
 class FrozenBase(nn.Module):
     """A module with a frozen weight (N, K), dense or in 4 bits, and a bias (N,) or none.
@@ -116,10 +119,8 @@ class QuantizedLinear(FrozenBase):
         if not isinstance(weight, QuantizedWeight):
             raise TypeError(f"weight must be a QuantizedWeight, got {type(weight).__name__}; see quantize()")
         self.out_features, self.in_features = weight.shape
-        if compute_dtype is not None and not (
-            isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point
-        ):
-            raise ValueError(f"compute_dtype must be a floating-point dtype or None; got {compute_dtype!r}")
+        if compute_dtype is not None:
+            check_dtype("compute_dtype", compute_dtype)
         if bias is not None and bias.shape != (self.out_features,):
             raise ValueError(f"bias must have shape ({self.out_features},); got {tuple(bias.shape)}")
         self.weight = nn.Parameter(weight.packed.detach().view(-1, 1), requires_grad=False)
@@ -146,13 +147,9 @@ class QuantizedLinear(FrozenBase):
         weight = self.base_weight()
         assert isinstance(weight, QuantizedWeight)
         dtype = dtype or self.base_dtype
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point dtype; got {dtype!r}")
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(dequantize(weight, dtype), requires_grad=False)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True), requires_grad=False)
-        return linear.train(self.training)
+        check_dtype("dtype", dtype)
+        bias = None if self.bias is None else self.bias.to(dtype, copy=True)
+        return plain_linear(dequantize(weight, dtype), bias).train(self.training)
 
     def to_linear4bit(self) -> Any:
         """A bitsandbytes `Linear4bit` on the same memory.
@@ -170,6 +167,25 @@ class QuantizedLinear(FrozenBase):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{describe(self.quant_state)}"
         )
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen `nn.Linear` on these tensors."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
+
+
+def check_dtype(argument: str, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        given = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
+        raise ValueError(f"{argument} must be one of {', '.join(map(dtype_name, DTYPES))}; got {given}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_floating(x: Tensor) -> None:

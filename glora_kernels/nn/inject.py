@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from glora_kernels.nn.base import base_of, check_dtype, is_linear, unsupported
-from glora_kernels.nn.frozen import QuantizedLinear
+from glora_kernels.nn.base import base_of, is_linear, unsupported
+from glora_kernels.nn.frozen import QuantizedLinear, check_dtype
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import all_paths, listed, named_layers, unwrap
 from glora_kernels.nn.share import Member, Sharing, keep_tied, plan_sharing, tie

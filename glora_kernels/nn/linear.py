@@ -9,14 +9,22 @@ The layer owns parameters and state (merged, disabled); the mathematics is in `o
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glora_kernels.nn.base import Base, base_of, check_config, check_dtype, is_linear, unsupported
-from glora_kernels.nn.frozen import FrozenBase, QuantizedLinear, check_floating, describe
+from glora_kernels.nn.base import Base, base_of, check_config, is_linear, unsupported
+from glora_kernels.nn.frozen import (
+    FrozenBase,
+    QuantizedLinear,
+    check_dtype,
+    check_floating,
+    describe,
+    plain_linear,
+)
 from glora_kernels.nn.ranks import refuse_sharded
 from glora_kernels.nn.requantize import Kept, MergeReport, copied_weight, keep, refusal, requantized, write
 from glora_kernels.ops import glora_linear, glora_wc
@@ -47,6 +55,18 @@ ADAPTER_NAMES: tuple[str, ...] = (
 
 _NAMES = ("weight", "bias", *ADAPTER_NAMES)
 UNSHARD = "save the adapter, load it into a model in one piece and merge that"
+
+
+@torch.no_grad()
+def initialize(adapter: Mapping[str, nn.Parameter], init: str) -> None:
+    """Make an adapter (name → parameter) change nothing: `_down` factors random (`init`), everything else zero."""
+    for name, parameter in adapter.items():
+        if not name.endswith("_down"):
+            nn.init.zeros_(parameter)
+        elif init == "kaiming":
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+        else:
+            nn.init.xavier_uniform_(parameter)
 
 
 class GLoRALinear(FrozenBase):
@@ -187,16 +207,9 @@ class GLoRALinear(FrozenBase):
             nn.init.uniform_(self.bias, -bound, bound)
         self.reset_adapter()
 
-    @torch.no_grad()
     def reset_adapter(self) -> None:
         """Make the layer equal to its base: `_down` factors random (`config.init`), everything else zero."""
-        for name, parameter in self.adapter().items():
-            if not name.endswith("_down"):
-                nn.init.zeros_(parameter)
-            elif self.config.init == "kaiming":
-                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-            else:
-                nn.init.xavier_uniform_(parameter)
+        initialize(self.adapter(), self.config.init)
 
     def adapter(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters that exist, by name."""
@@ -349,12 +362,9 @@ class GLoRALinear(FrozenBase):
         if dtype is not None:
             check_dtype("dtype", dtype)
         weight, bias = self._effective(dtype)
-        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta", dtype=weight.dtype)
         contiguous = torch.contiguous_format
-        linear.weight = nn.Parameter(weight.clone(memory_format=contiguous), requires_grad=False)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.clone(memory_format=contiguous), requires_grad=False)
-        return linear.train(self.training)
+        bias = None if bias is None else bias.clone(memory_format=contiguous)
+        return plain_linear(weight.clone(memory_format=contiguous), bias).train(self.training)
 
     @torch.no_grad()
     def to_quantized(self) -> QuantizedLinear:

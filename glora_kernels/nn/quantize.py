@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from glora_kernels.launch.progress import progress as shown
-from glora_kernels.nn.base import base_of, check_dtype
-from glora_kernels.nn.frozen import QuantizedLinear
+from glora_kernels.nn.base import base_of
+from glora_kernels.nn.frozen import QuantizedLinear, check_dtype
 from glora_kernels.nn.inject import Linear, check_replaceable, check_wrapper, find_targets, linears, patterns_of
 from glora_kernels.nn.model import named_layers, unwrap
 from glora_kernels.quant import QuantizedWeight, quantize_weight

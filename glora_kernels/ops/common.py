@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ QUANT_ARGUMENTS = (
     "Tensor? absmax=None, Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? nested_offset=None, "
     "int[] form=[]"
 )
-"""What the operators take beside the packed codes of a 4-bit weight: nothing, and an empty form, beside a matrix."""
+"""What the operators take beside the packed codes of a 4-bit weight ..."""
+NO_QUANT: tuple[Any, ...] = (None, None, None, None, [])
+"""... and beside a matrix, for which PyTorch leaves these defaults out."""
 
 
 class Supports(NamedTuple):
@@ -92,15 +94,20 @@ def stored(weight: Weight) -> Tensor:
     return weight.packed if isinstance(weight, QuantizedWeight) else weight
 
 
+def state_of(weight: Weight) -> QuantState | None:
+    """What `restored` needs beside the stored tensor."""
+    return weight.state if isinstance(weight, QuantizedWeight) else None
+
+
 def restored(tensor: Tensor, like: QuantState | None) -> Weight:
     """The weight of a stored tensor."""
     return tensor if like is None else QuantizedWeight(tensor, like)
 
 
-def quant_arguments(weight: Weight) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, list[int]]:
+def quant_arguments(weight: Weight) -> tuple[Any, ...]:
     """The `QUANT_ARGUMENTS` of a weight; the form is N, K, type, dtype, blocksize, nested blocksize."""
     if not isinstance(weight, QuantizedWeight):
-        return None, None, None, None, []
+        return NO_QUANT
     state, nested = weight.state, weight.state.nested
     form = [*state.shape, QUANT_TYPES.index(state.quant_type), DTYPES.index(state.dtype), state.blocksize]
     if nested is None:

@@ -28,11 +28,11 @@ from glora_kernels.ops.common import (
     cast,
     given,
     restored,
+    state_of,
     stored,
     wide_dtype,
     without_autocast,
 )
-from glora_kernels.quant import QuantizedWeight
 from glora_kernels.reference.random import keep_mask
 
 _N = len(Supports._fields)
@@ -186,7 +186,7 @@ class _DeferredFunction(torch.autograd.Function):
         keep = plain._saved(needs, s, call, None)
         kept = (t if k else None for t, k in zip((x, y, h, sigma, u), keep, strict=True))
         ctx.save_for_backward(stored(weight), *s, call.seed, *kept)
-        ctx.quant_state = weight.state if isinstance(weight, QuantizedWeight) else None
+        ctx.quant_state = state_of(weight)
         ctx.needs, ctx.call, ctx.to = needs, call._replace(seed=None), to
         return y
 

@@ -26,6 +26,7 @@ from glora_kernels.ops import recover
 from glora_kernels.ops import triton as triton_path
 from glora_kernels.ops.common import (
     LIBRARY,
+    NO_QUANT,
     QUANT_ARGUMENTS,
     Call,
     Needs,
@@ -38,6 +39,7 @@ from glora_kernels.ops.common import (
     quant_arguments,
     restored,
     shift,
+    state_of,
     stored,
     weight_of,
     wide_dtype,
@@ -61,7 +63,7 @@ LIBRARY.define(
     f"Tensor? u, {_VALUES}, bool[] needs, {QUANT_ARGUMENTS}) -> ({_GRADIENTS})"
 )
 _V = _N + len(Call._fields)  # behind x and W: the supports, the values, and then the QUANT_ARGUMENTS
-_QUANT: tuple[Any, ...] = (None, None, None, None, [])  # ... of a matrix
+_BACK = _V + 5  # as in the backward, where y, h, σ and U stand before the values and what is needed behind them
 _SEEDS = 2**62, 2**63 - 1
 
 
@@ -328,7 +330,7 @@ class _GLoRAFunction(torch.autograd.Function):
                 *(tensors[_AB:] if reads_shift else ()),
             )
             ctx.needs = needs
-            ctx.quant_state = weight.state if isinstance(weight, QuantizedWeight) else None
+            ctx.quant_state = state_of(weight)
             ctx.call = call if call.seed is None else call._replace(seed=None)  # saved: a change of it is noticed
         return y
 
@@ -373,7 +375,7 @@ def _op(x: Tensor, weight: Tensor, *rest: Any) -> Any:
 
 
 def _fake(x: Tensor, weight: Tensor, *rest: Any) -> Any:
-    s, call, (*_, form) = Supports(*rest[:_N]), Call(*rest[_N:_V]), rest[_V:] or _QUANT
+    s, call, (*_, form) = Supports(*rest[:_N]), Call(*rest[_N:_V]), rest[_V:] or NO_QUANT
     m, n = math.prod(x.shape[:-1]), form[0] if form else weight.shape[0]
     rank = s.a_up.shape[1] if call.matmul and s.a_up is not None else 0
     total = rank + (0 if s.b_up is None else s.b_up.shape[1])
@@ -386,15 +388,15 @@ def _fake(x: Tensor, weight: Tensor, *rest: Any) -> Any:
 
 
 def _op_backward(dy: Tensor, x: Any, weight: Tensor, *rest: Any) -> Any:
-    s, (y, h, sigma, u), (*values, needs) = Supports(*rest[:_N]), rest[_N : _N + 4], rest[_N + 4 : _V + 5]
+    s, (y, h, sigma, u), (*values, needs) = Supports(*rest[:_N]), rest[_N : _N + 4], rest[_N + 4 : _BACK]
     with private_workspace():
-        w = weight_of(weight, *rest[_V + 5 :])
+        w = weight_of(weight, *rest[_BACK:])
         grads = _backward(dy, x, w, s, y, h, sigma, u, Call(*values), Needs(*needs))
     return owned([dy.new_empty(0) if grad is None else grad for grad in grads])
 
 
 def _fake_backward(dy: Tensor, x: Any, weight: Tensor, *rest: Any) -> Any:
-    s, needs, (*_, form) = Supports(*rest[:_N]), Needs(*rest[_V + 4]), rest[_V + 5 :] or _QUANT
+    s, needs, (*_, form) = Supports(*rest[:_N]), Needs(*rest[_BACK - 1]), rest[_BACK:] or NO_QUANT
     empty = dy.new_empty
     dx = empty(*dy.shape[:-1], form[1] if form else weight.shape[1]) if needs.x else empty(0)
     others = (
@@ -408,39 +410,23 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, *rest = inputs
     y, h, sigma, u = output
     ctx.mark_non_differentiable(h, sigma, u)
-    s, call, (*state, form) = Supports(*rest[:_N]), Call(*rest[_N:_V]), rest[_V:] or _QUANT
+    s, call, (*state, form) = Supports(*rest[:_N]), Call(*rest[_N:_V]), rest[_V:] or NO_QUANT
     keep = _saved(_needs(ctx), s, call, None)
     kept = (t if k else None for t, k in zip((x, y, h, sigma, u), keep, strict=True))
     ctx.save_for_backward(weight, *s, call.seed, *kept, *state)
     ctx.form = form
-    ctx.values = (call.scale, call.dropout_p, call.matmul, call.route)
+    ctx.call = call._replace(seed=None)
 
 
 def _op_autograd(ctx: Any, dy: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
     weight, *rest = ctx.saved_tensors
     seed, x, y, h, sigma, u, *state = rest[_N:]
-    scale, dropout_p, matmul, route = ctx.values
-    needs = _needs(ctx)
+    call, needs = ctx.call._replace(seed=seed), _needs(ctx)
     grads = torch.ops.glora_kernels.glora_linear_backward(
-        dy,
-        x,
-        weight,
-        *rest[:_N],
-        y,
-        h,
-        sigma,
-        u,
-        scale,
-        dropout_p,
-        seed,
-        matmul,
-        route,
-        list(needs),
-        *state,
-        ctx.form,
+        dy, x, weight, *rest[:_N], y, h, sigma, u, *call, list(needs), *state, ctx.form
     )
     grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    return (grads[0], None, *grads[1:], *(None for _ in range(len(Call._fields) + len(_QUANT))))
+    return (grads[0], None, *grads[1:], *(None for _ in range(len(Call._fields) + len(NO_QUANT))))
 
 
 def _op_autocast(x: Tensor, weight: Tensor, *rest: Any) -> Any:

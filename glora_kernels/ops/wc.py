@@ -21,12 +21,14 @@ from glora_kernels.ops import eager as eager_path
 from glora_kernels.ops import triton as triton_path
 from glora_kernels.ops.common import (
     LIBRARY,
+    NO_QUANT,
     QUANT_ARGUMENTS,
     Weight,
     cast,
     check_form,
     quant_arguments,
     restored,
+    state_of,
     stored,
     wc_dtype,
     weight_of,
@@ -104,7 +106,7 @@ class _WCFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Weight, c: Any, c_up: Any, c_down: Any, route: str) -> Tensor:
         ctx.save_for_backward(stored(weight), c, c_up, c_down)
-        ctx.quant_state = weight.state if isinstance(weight, QuantizedWeight) else None
+        ctx.quant_state = state_of(weight)
         ctx.route = route
         return _forward(weight, c, c_up, c_down, route)
 
@@ -146,7 +148,7 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, ctx.route = inputs[:5]
-    *state, ctx.form = inputs[5:] or (None, None, None, None, [])
+    *state, ctx.form = inputs[5:] or NO_QUANT
     ctx.save_for_backward(*tensors, *state)
 
 

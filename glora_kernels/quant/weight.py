@@ -42,6 +42,12 @@ class QuantState:
 
     absmax: fp32 (blocks,), or uint8 (blocks,) where nested; blocks = ⌈N·K / blocksize⌉. quant_type: "nf4" or "fp4".
     dtype: of the weight that was quantized.
+
+    A state cannot change, so it is checked here, once, and not by the weights that are made of it at every call.
+
+    Raises:
+        TypeError: a tensor of another dtype.
+        ValueError: an unknown type or block size, a tensor of the wrong length, or on another device.
     """
 
     absmax: Tensor
@@ -50,6 +56,28 @@ class QuantState:
     shape: tuple[int, int]
     dtype: torch.dtype
     nested: NestedState | None = None
+
+    def __post_init__(self) -> None:
+        nested = self.nested
+        if self.quant_type not in QUANT_TYPES:
+            raise ValueError(f"quant_type must be one of {', '.join(map(repr, QUANT_TYPES))}; got {self.quant_type!r}")
+        check_blocksize(self.blocksize)
+        if len(self.shape) != 2 or min(self.shape) < 1:
+            raise ValueError(f"a quantized weight has two sizes of at least 1; got shape {tuple(self.shape)}")
+        if self.dtype not in DTYPES:
+            raise TypeError(f"a 4-bit weight stands for float32, bfloat16 or float16; got {self.dtype}")
+        blocks = -(-self.shape[0] * self.shape[1] // self.blocksize)
+        _check_tensor("absmax", self.absmax, torch.float32 if nested is None else torch.uint8, blocks, self)
+        if nested is None:
+            return
+        if type(nested.blocksize) is not int or nested.blocksize < 1:
+            raise ValueError(f"nested blocksize must be an integer of at least 1, got {nested.blocksize!r}")
+        _check_tensor("nested absmax", nested.absmax, torch.float32, -(-blocks // nested.blocksize), self)
+        _check_tensor("nested code", nested.code, torch.float32, 256, self)
+        _check_tensor("nested offset", nested.offset, torch.float32, 1, self, any_shape=True)
+        for name, tensor in (("absmax", nested.absmax), ("code", nested.code), ("offset", nested.offset)):
+            if tensor.device != self.absmax.device:
+                raise ValueError(f"nested {name} is on {tensor.device}, but absmax is on {self.absmax.device}")
 
     def to(self, device: torch.device | str) -> QuantState:
         """The same state on a device; itself where it is there."""
@@ -89,14 +117,22 @@ class QuantState:
 class QuantizedWeight:
     """W (N, K) in 4 bits: what the operators take in the place of a dense weight.
 
-    packed: uint8, ⌈N·K / 2⌉ bytes, contiguous, in any shape; element 2i is the high nibble of byte i.
+    packed: uint8, ⌈N·K / 2⌉ bytes, contiguous, in any shape; element 2i is the high nibble of byte i. With the checks
+    of the state, nothing can be read out of bounds.
+
+    Raises:
+        TypeError: `packed` is of another dtype.
+        ValueError: it has another length, is not contiguous, or is on another device than the state.
     """
 
     packed: Tensor
     state: QuantState
 
     def __post_init__(self) -> None:
-        self._check()
+        packed, state = self.packed, self.state
+        _check_tensor("packed", packed, torch.uint8, (self.numel() + 1) // 2, state, any_shape=True)
+        if packed.device != state.absmax.device:
+            raise ValueError(f"absmax is on {state.absmax.device}, the packed weight on {packed.device}")
 
     @property
     def shape(self) -> torch.Size:
@@ -133,45 +169,17 @@ class QuantizedWeight:
         """Of the codes and everything beside them."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.packed, *self.state.tensors()))
 
-    def _check(self) -> None:
-        """Every size and dtype fits: afterwards nothing can be read out of bounds.
 
-        Raises:
-            TypeError: a tensor of another dtype.
-            ValueError: an unknown type or block size, a tensor of the wrong length, or on another device.
-        """
-        state, nested = self.state, self.state.nested
-        if state.quant_type not in QUANT_TYPES:
-            raise ValueError(f"quant_type must be one of {', '.join(map(repr, QUANT_TYPES))}; got {state.quant_type!r}")
-        check_blocksize(state.blocksize)
-        if len(state.shape) != 2 or min(state.shape) < 1:
-            raise ValueError(f"a quantized weight has two sizes of at least 1; got shape {tuple(state.shape)}")
-        if state.dtype not in DTYPES:
-            raise TypeError(f"a 4-bit weight stands for float32, bfloat16 or float16; got {state.dtype}")
-        blocks = -(-self.numel() // state.blocksize)
-        wanted: list[tuple[str, Tensor, torch.dtype, int]] = [
-            ("packed", self.packed, torch.uint8, (self.numel() + 1) // 2),
-            ("absmax", state.absmax, torch.float32 if nested is None else torch.uint8, blocks),
-        ]
-        if nested is not None:
-            if type(nested.blocksize) is not int or nested.blocksize < 1:
-                raise ValueError(f"nested blocksize must be an integer of at least 1, got {nested.blocksize!r}")
-            wanted += [
-                ("nested absmax", nested.absmax, torch.float32, -(-blocks // nested.blocksize)),
-                ("nested code", nested.code, torch.float32, 256),
-                ("nested offset", nested.offset, torch.float32, 1),
-            ]
-        for name, tensor, dtype, size in wanted:
-            if tensor.dtype != dtype:
-                raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
-            any_shape = name in ("packed", "nested offset")
-            if tensor.numel() != size or not tensor.is_contiguous() or (tensor.ndim != 1 and not any_shape):
-                raise ValueError(
-                    f"{name} of a {state.quant_type} weight {state.shape[0]}x{state.shape[1]} with blocks of "
-                    f"{state.blocksize} must hold {size} numbers in a row; got shape {tuple(tensor.shape)}"
-                )
-            if tensor.device != self.packed.device:
-                raise ValueError(f"{name} is on {tensor.device}, the packed weight on {self.packed.device}")
+def _check_tensor(
+    name: str, tensor: Tensor, dtype: torch.dtype, size: int, state: QuantState, any_shape: bool = False
+) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.numel() != size or not tensor.is_contiguous() or (tensor.ndim != 1 and not any_shape):
+        raise ValueError(
+            f"{name} of a {state.quant_type} weight {state.shape[0]}x{state.shape[1]} with blocks of "
+            f"{state.blocksize} must hold {size} numbers in a row; got shape {tuple(tensor.shape)}"
+        )
 
 
 def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
