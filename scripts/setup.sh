@@ -18,3 +18,12 @@ install_into_venv() {
   python -c 'import torch' 2>/dev/null || pip install --quiet "torch==$TORCH_VERSION" "triton==$TRITON_VERSION"
   pip install --quiet -e ".[$1]"
 }
+
+# install_timm: timm and torchvision in a folder of their own, $VENV/timm, which one test puts on its path.
+#
+# PyPI's torchvision does not fit a CPU build of torch, and beside it in the environment it would break transformers.
+install_timm() {
+  TORCHVISION_VERSION=${TORCHVISION_VERSION:-0.28.0}
+  [ -d "$VENV/timm/timm" ] || pip install --quiet --no-deps --target "$VENV/timm" "timm>=1.0" "torchvision==$TORCHVISION_VERSION"
+  export GLORA_KERNELS_TIMM="$PWD/$VENV/timm"
+}

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from glora_kernels.nn.base import is_conv1d
 from glora_kernels.nn.frozen import QuantizedLinear
@@ -31,7 +32,9 @@ SHARDED = "the weight of its base is no plain tensor (tensor-parallel or sharded
 ON_META = "its weights are on the meta device"
 TRAINED_BASE = "the weight of its base is trained"
 MIXED_DTYPES = "x is not in the dtype of its base"
+MISFIT = "x is of another size or device than its base"
 SUBCLASS = "x is no plain tensor"
+TRANSFORMED = "inside torch.func, forward-mode differentiation or torch.jit.trace"
 TWO_FORMS = "its active adapters have one support in two forms"
 SEVERAL_DROPOUTS = "several active adapters with dropout: each drops elements of its own"
 RANK = f"a rank above {MAX_RANK}, which the GPU kernels do not hold"
@@ -78,8 +81,15 @@ def is_plain(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in vars(module)
+        or ("forward" in vars(module) and has_other_forward(module))
     )
+
+
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether the forward of a module was replaced by another than its class's, which taking hooks off puts back."""
+    forward = vars(module).get("forward")
+    own = getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
+    return forward is not None and not own
 
 
 def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) -> Frozen | str:
@@ -157,6 +167,10 @@ def refusal_of_x(x: Tensor, base: Frozen, operands: Operands) -> str | None:
     if not x.is_floating_point():
         return "x is not floating point"
     weight = base.weight
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
+        return MISFIT
+    if not torch.compiler.is_compiling() and _is_transformed():
+        return TRANSFORMED
     if (
         isinstance(weight, Tensor)
         and x.dtype != weight.dtype
@@ -217,16 +231,34 @@ def _linear4bit(base: Any, kept: dict[str, Any], x: Tensor | None) -> Frozen | s
     state = getattr(parameter, "quant_state", None)
     if state is None or getattr(state, "packing_format_for_cpu", False):
         return refusal(base) or "its quant_state was lost"
+    # The same parameter can be given other memory (a move to a device and back), the same state other numbers
+    # (bitsandbytes' packing for inference on a CPU, and its undoing when a state dict is taken).
     device = parameter.device
-    if kept.get("parameter") is not parameter or kept.get("state") is not state or kept.get("device") != device:
+    memory = None if torch.compiler.is_compiling() else (parameter.data_ptr(), state.absmax.data_ptr())
+    if (
+        kept.get("parameter") is not parameter
+        or kept.get("state") is not state
+        or kept.get("device") != device
+        or (memory is not None and kept.get("memory") != memory)
+    ):
         try:
-            kept |= {"parameter": parameter, "state": state, "device": device, "weight": from_linear4bit(base)}
+            weight = from_linear4bit(base)
         except (TypeError, ValueError) as error:
             return str(error)
+        kept |= {"parameter": parameter, "state": state, "device": device, "memory": memory, "weight": weight}
     if x is not None and not base.compute_type_is_set:
         base.set_compute_type(x)
         base.compute_type_is_set = True
     return Frozen(kept["weight"], base.bias, base.compute_dtype)
+
+
+def _is_transformed() -> bool:
+    # The operators' autograd.Function knows reverse-mode differentiation alone; PEFT's forward knows all of these.
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _scaled(up: Tensor, scale: float | Tensor) -> Tensor:

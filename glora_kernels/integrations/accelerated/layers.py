@@ -55,7 +55,11 @@ class Accelerated(_Layer):
         return adapted_linear(x, *call)
 
     def call(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: Any = None) -> tuple[Frozen, Operands] | str:
-        """What the operators are called with for this x, or why PEFT's forward runs instead."""
+        """What the operators are called with for this x, or why PEFT's forward runs instead.
+
+        Raises:
+            RuntimeError: weights without numbers (on the meta device) meet an x that has some.
+        """
         if args or kwargs:
             if kwargs.get("adapter_names") is not None:
                 return MIXED_BATCH
@@ -63,13 +67,18 @@ class Accelerated(_Layer):
                 return ARGUMENTS
         found = self.parts(x)
         if isinstance(found, str):
+            if found == ON_META and not getattr(x, "is_meta", True):
+                # On a CPU F.linear takes a meta weight without a word, and returns memory that nobody wrote.
+                raise RuntimeError(f"a {type(self).__name__} cannot run: {ON_META}, x is on {x.device}")
             return found
         return refusal_of_x(x, *found) or found
 
     def parts(self, x: Tensor | None = None) -> tuple[Frozen, Operands] | str:
         """The base and the sum of the active adapters, or why the operators do not take them."""
-        if self._disable_adapters or self.merged_adapters:
-            return IDLE
+        return IDLE if self._disable_adapters or self.merged_adapters else self.active_parts(x)
+
+    def active_parts(self, x: Tensor | None = None) -> tuple[Frozen, Operands] | str:
+        """`parts`, as if nothing were disabled or merged."""
         adapters = []
         for name in self.active_adapters:
             operands = self.operands(name)
@@ -91,10 +100,12 @@ class Accelerated(_Layer):
 
     def accelerated(self) -> None:
         """Called once the layer has this class."""
+        vars(self).pop("forward", None)  # its former class's own, which accelerate's hooks leave behind
         self._glora_kept = {}
 
     def decelerated(self) -> None:
         """Called before the layer gets its own class back."""
+        vars(self).pop("forward", None)
         del self._glora_kept
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,6 +134,10 @@ class Scales(dict[str, float]):
         else:
             self.tensors[name] = torch.tensor(value, dtype=torch.float64, device="cpu")
 
+    def update(self, *values: Any, **named: float) -> None:
+        for name, value in dict(*values, **named).items():
+            self[name] = value
+
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
         del self.tensors[name]
@@ -142,8 +157,13 @@ class LoraOperands(Accelerated):
 
     def decelerated(self) -> None:
         super().decelerated()
-        self.scaling = dict(self.scaling)
+        vars(self)["scaling"] = dict(self.scaling)
         del self._glora_scales
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scaling" and type(value) is not Scales:  # rescale_adapter_scale of PEFT puts its own dict there
+            value = Scales(value, self._glora_scales)
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -152,6 +172,8 @@ class LoraOperands(Accelerated):
 
     def _place_scales(self) -> None:
         for name, scale in self._glora_scales.items():
+            if isinstance(self.scaling.get(name), Tensor):
+                continue  # PEFT's own, which hot swapping writes to
             if name in self.lora_B and scale.device != (device := self.lora_B[name].weight.device):
                 self._glora_scales[name] = torch.tensor(float(self.scaling[name]), dtype=torch.float64, device=device)
 
@@ -169,7 +191,7 @@ class LoraOperands(Accelerated):
         if isinstance(p, str):
             return p
         b_down, b_up, bias = down._parameters.get("weight"), up._parameters.get("weight"), up._parameters.get("bias")
-        if b_down is None or b_up is None:
+        if b_down is None or b_up is None or down._parameters.get("bias") is not None:
             return FOREIGN
         if b_up.is_meta or b_down.is_meta:
             return ON_META

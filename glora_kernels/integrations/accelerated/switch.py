@@ -1,4 +1,4 @@
-"""`accelerate` and `decelerate`: a model's PEFT layers onto our operators and back, and the summary of what runs where."""
+"""`accelerate` and `decelerate`: a model's PEFT layers onto our operators and back; the summary of what runs where."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from glora_kernels.integrations.operands import has_other_forward
 
 PEFT = "0.20"
 """The lowest release of PEFT whose layers `accelerate` knows; tried up to the one in `PEFT_TRIED`."""
@@ -93,15 +95,23 @@ def decelerate(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: no layer of it is accelerated.
+        ValueError: no layer of it is accelerated, or a layer's class or forward was changed since; nothing is changed.
     """
     layers = [layer for layer in _tuner_layers(model).values() if _is_accelerated(layer)]
     if not layers:
         raise ValueError("decelerate: no layer of this model is accelerated")
-    sharded = [layer for layer in layers if type(layer) not in _kinds().values()]
+    kinds = set(_kinds().values())
+    sharded = [layer for layer in layers if type(layer) not in kinds]
     if sharded:
         raise ValueError(
-            f"decelerate: the class of {len(sharded)} layers was changed since (fully_shard does), and cannot be put back"
+            f"decelerate: the class of {len(sharded)} layers was changed since (fully_shard does), "
+            "and cannot be put back"
+        )
+    wrapped = [layer for layer in layers if has_other_forward(layer)]
+    if wrapped:
+        raise ValueError(
+            f"decelerate: the forward of {len(wrapped)} layers was replaced since, by one that may call the "
+            "accelerated one (accelerate's offloading hooks do); take it off first"
         )
     for layer in layers:
         layer.decelerated()
@@ -123,7 +133,7 @@ def acceleration(model: nn.Module) -> AccelerationReport:
     for layer in _tuner_layers(model).values():
         kind = _kind(layer)
         if _is_accelerated(layer):
-            parts = layer.parts()
+            parts = layer.active_parts()
             reason = parts if isinstance(parts, str) and parts != IDLE else None
         else:
             reason = _refusal(layer, kinds) or "accelerate() was not called since it was added"
@@ -170,7 +180,7 @@ def _tuner_layers(model: nn.Module) -> dict[str, Any]:
 def _refusal(layer: Any, kinds: dict[type, Any]) -> str | None:
     """Why the class of a layer cannot be changed; None where it can."""
     if type(layer) in kinds:
-        return OWN_FORWARD if "forward" in vars(layer) else None
+        return OWN_FORWARD if has_other_forward(layer) else None
     if _is_accelerated(layer):
         return "accelerated already"
     if any(isinstance(layer, kind) for kind in kinds):

@@ -1,0 +1,22 @@
+"""GLoRA and ShareLoRA as methods of PEFT. Importing this registers them, as "GKGLORA" and "GKSHARELORA".
+
+    from glora_kernels.integrations.peft import GLoRAPeftConfig
+    model = peft.get_peft_model(model, GLoRAPeftConfig(r=8, target_modules="all-linear"))
+
+From then on they work as any method of PEFT: save_pretrained, PeftModel.from_pretrained, merge_and_unload,
+add_adapter, set_adapter, disable_adapter. To load such an adapter, import this first.
+"""
+
+from glora_kernels.integrations.peft.registry import check_version, register
+
+check_version()
+
+from glora_kernels.integrations.peft.config import GLoRAPeftConfig, ShareLoRAPeftConfig  # noqa: E402
+from glora_kernels.integrations.peft.convert import convert_checkpoint  # noqa: E402
+from glora_kernels.integrations.peft.model import GLoRAPeftModel  # noqa: E402
+from glora_kernels.integrations.peft.share import ShareLoRAPeftModel  # noqa: E402
+
+register("gkglora", GLoRAPeftConfig, GLoRAPeftModel)
+register("gksharelora", ShareLoRAPeftConfig, ShareLoRAPeftModel)
+
+__all__ = ["GLoRAPeftConfig", "GLoRAPeftModel", "ShareLoRAPeftConfig", "ShareLoRAPeftModel", "convert_checkpoint"]

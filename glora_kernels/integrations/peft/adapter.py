@@ -1,0 +1,102 @@
+"""The parameters of one adapter on one layer, under their own names: A, A_up, A_down, B, ... E."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glora_kernels.integrations.operands import Operands
+from glora_kernels.nn.linear import initialize
+from glora_kernels.spec import GLoRAConfig
+
+
+class Adapter(nn.Module):
+    """The supports of one adapter on a layer (N, K). Some of them may be another layer's, which then is their owner.
+
+    A shared factor is a parameter of its owner alone, and is asked from it at every call. Whatever makes new parameters
+    of old ones (a cast, a move from the meta device, loading with assign=True) then changes it for every layer, and
+    it is counted, saved and loaded once.
+
+    Args:
+        config: which supports exist, rank, scale, dropout.
+        shapes: of the parameters, by name (`GLoRAConfig.parameter_shapes`).
+        device: of the parameters.
+        dtype: of the parameters, but for those in `dtypes`.
+        dtypes: of single parameters, by name.
+        owners: for each shared factor that is another layer's, that layer's adapter.
+    """
+
+    def __init__(
+        self,
+        config: GLoRAConfig,
+        shapes: Mapping[str, tuple[int, ...]],
+        device: torch.device,
+        dtype: torch.dtype,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+        owners: Mapping[str, Adapter] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self._owners = dict(owners or {})  # a dict, so that they are no modules of this one
+        self._names = tuple(shapes)
+        for name, shape in shapes.items():
+            if name not in self._owners:
+                made = torch.empty(shape, device=device, dtype=(dtypes or {}).get(name, dtype))
+                self.register_parameter(name, nn.Parameter(made))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Make the adapter change nothing; factors that are another layer's stay as they are."""
+        initialize(dict(self.named_parameters()), self.config.init)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every support by name, also those of other layers.
+
+        Raises:
+            RuntimeError: they are on the meta device.
+        """
+        found = {name: getattr(self._owners.get(name, self), name) for name in self._names}
+        if any(tensor.is_meta for tensor in found.values()):
+            raise RuntimeError(
+                "this adapter is on the meta device, without values: load them (PeftModel.load_adapter, or "
+                "load_state_dict with assign=True)"
+            )
+        return found
+
+    def operands(self) -> Operands:
+        """As the operators take them; the errors of `tensors`."""
+        config = self.config
+        p = config.dropout if self.training and config.B == "lora" else 0.0
+        tensors: dict[str, Any] = {name.lower(): tensor for name, tensor in self.tensors().items()}
+        return Operands(**tensors, scale=config.scale, dropout_p=p, variant=config.variant)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: Any,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        # PEFT loads with strict=False: an adapter of another configuration would be loaded in part.
+        given = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+        if given and given != set(self._parameters):
+            errors.append(
+                f"{prefix.removesuffix('.')}: the state has {_listed(given)}, and this adapter "
+                f"{_listed(self._parameters)}: it comes from another configuration"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def extra_repr(self) -> str:
+        shared = f", shared: {_listed(self._owners)}" if self._owners else ""
+        return f"{_listed(self._names)}, rank={self.config.rank}, scale={self.config.scale:g}{shared}"
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(names)) or "nothing"

@@ -1,0 +1,205 @@
+"""The configurations of the two methods, in the form that PEFT saves and loads as adapter_config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from peft.config import PeftConfig
+
+from glora_kernels.integrations.peft.registry import peft_type
+from glora_kernels.spec import SUPPORTS, GLoRAConfig, ShareLoRAConfig, first_match
+
+FORMAT = 1
+"""The format of what is saved; a file of a higher one is refused."""
+SETTINGS: tuple[str, ...] = (*SUPPORTS, "r", "alpha", "dropout", "variant", "init")
+"""The fields of `GLoRAPeftConfig` that `patterns` can set for some of the layers."""
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """What both methods share: which modules are adapted, trained and saved.
+
+    Args:
+        target_modules: names of the modules to adapt (a path, or the end of one), a regular expression of whole
+            paths, or "all-linear".
+        exclude_modules: of those, the ones to leave out; names, or a regular expression.
+        modules_to_save: other modules that are trained as a whole and saved with the adapter.
+        bias: which biases of the base are trained: "none", "all", or those of the adapted layers
+            ("gkglora_only", "gksharelora_only").
+        format: of the file; not to be set.
+
+    Raises:
+        TypeError: a field that there is not, as a file of a newer version may have.
+        ValueError: a value outside the accepted ones, or a file of a newer format.
+    """
+
+    target_modules: list[str] | str | None = field(default=None)
+    exclude_modules: list[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+    bias: str = field(default="none")
+    format: int = field(default=FORMAT)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # PEFT drops the fields that it does not know from a file, with a warning; the numbers would change with them.
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(kwargs) - known):
+            raise TypeError(
+                f"{cls.__name__} has no {', '.join(map(repr, unknown))}; it has {', '.join(sorted(known))}. A file "
+                "with other fields comes from a newer version of glora_kernels or PEFT"
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.format, int) or self.format > FORMAT:
+            raise ValueError(
+                f"this configuration has format {self.format!r}, and this version of glora_kernels knows formats up "
+                f"to {FORMAT}: load it with a newer version"
+            )
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(given := getattr(self, name), (list, tuple)):
+                setattr(self, name, set(given))
+
+    def _named(self, method: str) -> None:
+        """Set the type of the method, and check what depends on it."""
+        self.peft_type = peft_type(method)
+        accepted = ("none", "all", f"{method.lower()}_only")
+        if self.bias not in accepted:
+            raise ValueError(f"bias must be one of {', '.join(map(repr, accepted))}; got {self.bias!r}")
+
+
+@dataclass
+class GLoRAPeftConfig(AdapterConfig):
+    """GLoRA as a method of PEFT: y = x (W + W∘A + s·B)ᵀ + b + b∘D + E + W·C in all its forms.
+
+    Args:
+        r: the rank R of every low-rank support; an integer ≥ 1.
+        A, B, C, D, E: the form of each support, as in `GLoRAConfig`. A layer without a bias keeps C and E, and has
+            no D.
+        alpha: s = alpha/r with B="lora"; None means s = 1.
+        dropout: probability of dropping an element of x in the low-rank B path.
+        variant: "hadamard" (W∘A) or "matmul" (W·A).
+        init: of the `_down` factors, "xavier" or "kaiming".
+        patterns: other settings for some layers: a glob on the module path (or on its last name) → the fields that
+            differ, {"*.q_proj": {"A": "none", "r": 4}}. The first glob that matches wins. Pairs are accepted too.
+
+    The other arguments are those of `AdapterConfig` and `peft.PeftConfig`.
+
+    Raises:
+        The errors of `AdapterConfig` and `GLoRAConfig`; TypeError for patterns that are no mapping.
+    """
+
+    r: int = field(default=8)
+    A: str = field(default="vector")
+    B: str = field(default="lora")
+    C: str = field(default="none")
+    D: str = field(default="none")
+    E: str = field(default="vector")
+    alpha: float | None = field(default=None)
+    dropout: float = field(default=0.0)
+    variant: str = field(default="hadamard")
+    init: str = field(default="xavier")
+    patterns: dict[str, dict[str, Any]] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._named("GKGLORA")
+        self.patterns = _checked_patterns(self.patterns)
+        self._config({})
+        for pattern, settings in (self.patterns or {}).items():
+            try:
+                self._config(settings)
+            except ValueError as error:
+                raise ValueError(f"patterns[{pattern!r}]: {error}") from error
+
+    def layer_config(self, path: str) -> GLoRAConfig:
+        """What the layer at a module path gets."""
+        patterns = self.patterns or {}
+        pattern = first_match(path, patterns)
+        return self._config({} if pattern is None else patterns[pattern])
+
+    def _config(self, settings: Mapping[str, Any]) -> GLoRAConfig:
+        values = {name: settings.get(name, getattr(self, name)) for name in SETTINGS}
+        return GLoRAConfig(rank=values.pop("r"), **values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT saves it. The patterns as pairs, since PEFT sorts the keys of a mapping and their order counts."""
+        values = super().to_dict()
+        if self.patterns is not None:
+            values["patterns"] = [[pattern, dict(settings)] for pattern, settings in self.patterns.items()]
+        return values
+
+
+@dataclass
+class ShareLoRAPeftConfig(AdapterConfig):
+    """ShareLoRA as a method of PEFT: LoRA with factors shared over depth, one for each type of projection.
+
+    Args:
+        r: the rank R; an integer ≥ 1.
+        alpha: s = alpha/r; None means s = 1.
+        dropout: probability of dropping an element of x in the low-rank path.
+        share: "A" (one `B_down` a type), "B" (one `B_up`), "AB" (both) or "none".
+        projections: patterns of the layers that share; the others are plain LoRA. None: all.
+        tie_siblings: one `B_down` for the projections that read the same input (q, k and v; gate and up). Not with
+            dropout, since each layer draws a mask of its own here; `inject` gives siblings one mask.
+        A, C, D, E: the forms of the other supports, each layer's own.
+
+    The other arguments are those of `AdapterConfig` and `peft.PeftConfig`.
+
+    Raises:
+        The errors of `AdapterConfig` and `ShareLoRAConfig`; ValueError for tie_siblings with dropout.
+    """
+
+    r: int = field(default=64)
+    alpha: float | None = field(default=None)
+    dropout: float = field(default=0.0)
+    share: str = field(default="A")
+    projections: list[str] | None = field(default=None)
+    tie_siblings: bool = field(default=False)
+    A: str = field(default="none")
+    C: str = field(default="none")
+    D: str = field(default="none")
+    E: str = field(default="none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._named("GKSHARELORA")
+        config = self.share_config()
+        self.projections = None if config.projections is None else list(config.projections)
+        if self.tie_siblings and self.dropout:
+            raise ValueError(
+                f"tie_siblings=True with dropout={self.dropout!r}: siblings have one dropout mask, which layers under "
+                "PEFT cannot share; set dropout=0, or use glora_kernels.inject"
+            )
+
+    def share_config(self) -> ShareLoRAConfig:
+        """The configuration without what is PEFT's."""
+        names = ("alpha", "dropout", "share", "projections", "tie_siblings", "A", "C", "D", "E")
+        return ShareLoRAConfig(rank=self.r, **{name: getattr(self, name) for name in names})
+
+    def layer_config(self, path: str) -> GLoRAConfig:
+        """What the layer at a module path gets; the same for all."""
+        return self.share_config().layer_config()
+
+
+def _checked_patterns(given: object) -> dict[str, dict[str, Any]] | None:
+    if given is None:
+        return None
+    pairs = list(given.items()) if isinstance(given, Mapping) else given
+    if not isinstance(pairs, (list, tuple)) or not all(_is_pattern(pair) for pair in pairs):
+        raise TypeError(f"patterns must be None or a mapping of globs to settings (a dict each), got {given!r}")
+    patterns = {pattern: dict(settings) for pattern, settings in pairs}
+    for pattern, settings in patterns.items():
+        if unknown := sorted(map(str, set(settings) - set(SETTINGS))):
+            raise ValueError(
+                f"patterns[{pattern!r}] sets {', '.join(map(repr, unknown))}; accepted: {', '.join(SETTINGS)}"
+            )
+    return patterns
+
+
+def _is_pattern(pair: object) -> bool:
+    return (
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Mapping)
+    )

@@ -1,0 +1,235 @@
+"""Checkpoints of PEFT's GLoRA into ours and back: the same numbers under other names.
+
+    PEFT's   glora_A.Xd (N,R)  glora_A.Xu (R,K)  glora_A.X (N,1) or (1,)  glora_C.Xd (K,R)  glora_C.X (K,1)  ...
+    ours     A_up              A_down            A (N,)   or (1,)         C_up              C (K,)           ...
+
+PEFT's has one form for A and B, one for D and E, no alpha, and neither C, D nor E on a layer without a bias; what it
+has not it stores as zeros ("glora_D.zeros").
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from glora_kernels.integrations.peft.config import FORMAT, GLoRAPeftConfig
+from glora_kernels.spec import SUPPORTS
+
+Layers = dict[str, dict[str, Tensor]]
+"""The parameters of each layer, by its path in the checkpoint and then by name."""
+
+_THEIRS = re.compile(r"(?P<path>.+)\.glora_(?P<name>[A-E]\.(?:Xd|Xu|X|zeros))")
+_OURS = re.compile(r"(?P<path>.+)\.gkglora_adapter\.(?P<name>[A-E](?:_up|_down)?)")
+_COMMON = (
+    "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "r",
+    "target_modules", "modules_to_save",
+)  # fmt: skip
+_ONLY_THEIRS = ("peft_type", "bias", "config_A_B", "config_C", "config_D_E", "init_weights")
+
+
+def convert_checkpoint(source_dir: str | Path, target_dir: str | Path, *, every_layer_has_bias: bool = False) -> None:
+    """Write a checkpoint of PEFT's GLoRA as one of ours ("GKGLORA"), or one of ours as one of PEFT's.
+
+    The direction is that of the source's `peft_type`. A model with the one computes what it computes with the other.
+    Towards PEFT that needs A and B in one form, D and E in one form, no patterns, no scale, no dropout, the elementwise
+    variant, and neither C, D nor E on layers without a bias. Whatever else is in the checkpoint (`modules_to_save`,
+    trained biases) goes along.
+
+    Args:
+        source_dir: a folder with adapter_config.json and adapter_model.safetensors.
+        target_dir: the folder to write; it must not exist. Written whole, or not at all.
+        every_layer_has_bias: towards PEFT, a promise that is only asked for C without D, where the checkpoint does not
+            say whether the layers have biases.
+
+    Raises:
+        FileNotFoundError: the source lacks one of the two files.
+        FileExistsError: the target exists.
+        ValueError: the source is of another method, of a newer format, or what the other form cannot express, and why.
+    """
+    source, target = Path(source_dir), Path(target_dir)
+    if target.exists():
+        raise FileExistsError(f"{target} exists; give a folder that does not")
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        if not (source / name).is_file():
+            raise FileNotFoundError(f"{source} has no {name}; a checkpoint in another form is to be saved again first")
+    config = json.loads((source / CONFIG_NAME).read_text())
+    tensors = load_file(source / SAFETENSORS_WEIGHTS_NAME)
+    kind = config.get("peft_type")
+    if kind == "GLORA":
+        config, tensors = _from_peft(config, tensors)
+    elif kind == "GKGLORA":
+        config, tensors = _to_peft(config, tensors, every_layer_has_bias)
+    else:
+        raise ValueError(f"{source}: peft_type must be 'GLORA' or 'GKGLORA', got {kind!r}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}-{uuid4().hex}")
+    beside.mkdir()
+    try:
+        (beside / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))
+        save_file(tensors, beside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        beside.rename(target)
+    except BaseException:
+        shutil.rmtree(beside)
+        raise
+
+
+def _from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    known = {*_COMMON, *_ONLY_THEIRS}
+    if unknown := sorted(name for name in config if name not in known and config[name] is not None):
+        raise ValueError(f"this GLoRA configuration has fields of a version of PEFT that is not known: {unknown}")
+    layers, rest = _split(tensors, _THEIRS)
+    forms = {"A": "config_A_B", "B": "config_A_B", "C": "config_C", "D": "config_D_E", "E": "config_D_E"}
+    wanted = {letter: config[field] for letter, field in forms.items()}
+    ours, bare = {}, []
+    for path, stored in layers.items():
+        ours[path] = {key: tensor for name, tensor in stored.items() for key, tensor in _our_names(name, tensor)}
+        missing = {letter for letter in SUPPORTS if wanted[letter] != "none" and f"{letter}.zeros" in stored}
+        if missing - set("CDE"):
+            raise ValueError(
+                f"{path}: the configuration has {sorted(missing)}, the checkpoint has zeros in their place"
+            )
+        if missing:
+            bare.append(path)
+    # Layers without a bias, on which PEFT drops what ours would keep.
+    none = dict.fromkeys("CDE", "none")
+    supports = wanted | none if len(bare) == len(layers) else wanted
+    patterns = {_module(path): dict(none) for path in bare} if len(bare) < len(layers) else {}
+    made = GLoRAPeftConfig(
+        **{name: config[name] for name in _COMMON if name in config},
+        **supports,
+        bias="gkglora_only" if config.get("bias") == "glora_only" else config.get("bias", "none"),
+        init="kaiming",
+        patterns=patterns or None,
+    )
+    _check_shapes(made, ours)
+    return _plain(made), rest | _joined(ours, "gkglora_adapter")
+
+
+def _to_peft(
+    values: Mapping[str, Any], tensors: Mapping[str, Tensor], every_layer_has_bias: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = GLoRAPeftConfig(**values)
+    s = config.layer_config("").scale
+    reasons = [
+        ("A and B in one form", config.A == config.B, f"A={config.A!r} and B={config.B!r}"),
+        ("D and E in one form", config.D == config.E, f"D={config.D!r} and E={config.E!r}"),
+        ("one setting for all layers", not config.patterns, "patterns"),
+        ("no scale", s == 1.0, f"alpha={config.alpha!r} with r={config.r}"),
+        ("no dropout", config.dropout == 0.0, f"dropout={config.dropout!r}"),
+        ("the elementwise variant", config.variant == "hadamard", f"variant={config.variant!r}"),
+        ("no exclude_modules", not config.exclude_modules, "exclude_modules"),
+    ]
+    for has, met, given in reasons:
+        if not met:
+            raise ValueError(f"PEFT's GLoRA has {has}, and this checkpoint has {given}")
+    layers, rest = _split(tensors, _OURS)
+    _check_shapes(config, layers)
+    if config.D != "none" and (bare := [path for path, stored in layers.items() if "D" not in stored]):
+        raise ValueError(f"PEFT's GLoRA drops C, D and E on layers without a bias, as {_module(bare[0])!r} is here")
+    if config.D == "none" and config.C != "none" and not every_layer_has_bias:
+        raise ValueError(
+            f"PEFT's GLoRA drops C on layers without a bias, and C={config.C!r} with D='none' does not show whether "
+            "these have one; if all of them have, say so: every_layer_has_bias=True"
+        )
+    theirs = {path: _their_tensors(config, stored) for path, stored in layers.items()}
+    made = {name: value for name, value in _plain(config).items() if name in _COMMON} | {
+        "peft_type": "GLORA",
+        "bias": "glora_only" if config.bias == "gkglora_only" else config.bias,
+        "config_A_B": config.A,
+        "config_C": config.C,
+        "config_D_E": config.D,
+        "init_weights": True,
+    }
+    named = {f"{path}.glora_{name}": tensor for path, stored in theirs.items() for name, tensor in stored.items()}
+    return made, rest | named
+
+
+def _split(tensors: Mapping[str, Tensor], names: re.Pattern[str]) -> tuple[Layers, dict[str, Tensor]]:
+    """The parameters of the adapter, layer by layer, and everything else."""
+    layers: Layers = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if found := names.fullmatch(key):
+            layers.setdefault(found["path"], {})[found["name"]] = tensor
+        elif "glora_" in key:
+            raise ValueError(f"{key!r} is no parameter of GLoRA that is known; it comes from another version")
+        else:
+            rest[key] = tensor
+    if all(name.endswith("zeros") for stored in layers.values() for name in stored):
+        raise ValueError("this checkpoint has no parameter of GLoRA that is not fixed at zero")
+    return dict(sorted(layers.items())), rest
+
+
+def _joined(layers: Layers, place: str) -> dict[str, Tensor]:
+    return {f"{path}.{place}.{name}": tensor for path, stored in layers.items() for name, tensor in stored.items()}
+
+
+def _our_names(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    letter, _, part = name.partition(".")
+    if part == "zeros":
+        if bool(tensor.any()):
+            raise ValueError(f"glora_{name} must be zeros")
+        return []
+    if part == "X":
+        return [(letter, tensor.reshape(-1))]
+    return [(f"{letter}_{'up' if part == 'Xd' else 'down'}", tensor)]
+
+
+def _their_tensors(config: GLoRAPeftConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One layer's parameters under PEFT's names, and its zeros where their size is known from the others."""
+    theirs: dict[str, Tensor] = {}
+    for name, tensor in ours.items():
+        letter, _, part = name.partition("_")
+        if part:
+            theirs[f"{letter}.{'Xd' if part == 'up' else 'Xu'}"] = tensor
+        else:
+            column = letter in "ABC" and getattr(config, letter) == "vector"
+            theirs[f"{letter}.X"] = tensor[:, None] if column else tensor
+    n, k = _sizes(config, ours)
+    sizes = {"A": (n, k), "B": (n, k), "C": (k, 1), "D": (n,), "E": (n,)}
+    some = next(iter(ours.values()))
+    for letter in SUPPORTS:
+        size = sizes[letter]
+        if getattr(config, letter) == "none" and None not in size:
+            theirs[f"{letter}.zeros"] = some.new_zeros(size)  # type: ignore[arg-type]
+    return theirs
+
+
+def _sizes(config: GLoRAPeftConfig, ours: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
+    """(N, K) of a layer, each where a parameter has it."""
+    vectors = {letter for letter in SUPPORTS if getattr(config, letter) == "vector"}
+    n = [len(t) for name, t in ours.items() if name in ("A_up", "B_up") or (name in vectors and name != "C")]
+    k = [t.shape[1] for name, t in ours.items() if name in ("A_down", "B_down")]
+    k += [len(t) for name, t in ours.items() if name == "C_up" or (name in vectors and name == "C")]
+    return (n[0] if n else None), (k[0] if k else None)
+
+
+def _check_shapes(config: GLoRAPeftConfig, layers: Layers) -> None:
+    """An error where the parameters of a layer are not those of the configuration."""
+    for path, stored in layers.items():
+        layer = config.layer_config(_module(path))
+        n, k = _sizes(config, stored)
+        shapes = layer.parameter_shapes(k or 1, n or 1, "D" in stored)
+        given = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+        if given != shapes:
+            raise ValueError(f"{path}: the configuration asks for {shapes}, the checkpoint has {given}")
+
+
+def _module(path: str) -> str:
+    """A module's path in the base model, of its path in a checkpoint."""
+    return path.removeprefix("base_model.model.")
+
+
+def _plain(config: GLoRAPeftConfig) -> dict[str, Any]:
+    """A configuration as JSON values, as PEFT saves it."""
+    values = config.to_dict() | {"format": FORMAT}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}

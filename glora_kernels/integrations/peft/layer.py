@@ -1,0 +1,250 @@
+"""The layers that PEFT puts around a frozen linear layer for the two methods.
+
+y = x (W + Σᵢ (W∘Aᵢ + sᵢ·Bᵢ))ᵀ + b + Σᵢ (b∘Dᵢ + Eᵢ + W·Cᵢ)        over the active adapters i
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from glora_kernels.integrations.operands import (
+    NESTED,
+    ON_META,
+    RANK,
+    Frozen,
+    Operands,
+    adapted_linear,
+    frozen_base,
+    refusal_of_x,
+    total,
+)
+from glora_kernels.integrations.peft.adapter import Adapter
+from glora_kernels.integrations.peft.merging import finite, kept_base, merged, put
+from glora_kernels.nn.base import base_of, is_linear, unsupported
+from glora_kernels.nn.requantize import Kept
+from glora_kernels.quant.bnb import is_linear4bit
+from glora_kernels.spec import GLoRAConfig
+
+BASE = "__base__"
+"""The name that stands for no adapter in a batch of several."""
+
+
+def unfit(module: nn.Module) -> str | None:
+    """Why a module cannot be adapted, or None where it can."""
+    if isinstance(module, AdaptedLinear):
+        return None
+    if isinstance(module, BaseTunerLayer):
+        return NESTED
+    if not is_linear(module):
+        return f"it is a {type(module).__name__}, not an nn.Linear, Conv1D, Linear4bit or QuantizedLinear"
+    with torch.no_grad():  # a weight that still requires a gradient is frozen by PEFT once the layer is there
+        found = frozen_base(module, {})
+    if isinstance(found, str) and found != ON_META:
+        return found
+    return unsupported(module)
+
+
+class AdaptedLinear(nn.Module, BaseTunerLayer):
+    """A frozen linear layer and its adapters by name, on the operators of this package.
+
+    Its base is an `nn.Linear`, a transformers `Conv1D`, a bitsandbytes `Linear4bit` or a `QuantizedLinear`, with or
+    without a bias. Shapes: x (..., K), y (..., N). Adapters have the dtype of the base, over 4 bits that of its
+    computation, until PEFT casts them.
+
+    Args:
+        base_layer: what is adapted; frozen by PEFT.
+
+    Raises:
+        ValueError: a base that the operators do not take, and why.
+    """
+
+    base_layer: Any
+    merged_adapters: list[str]
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        if reason := unfit(base_layer):
+            raise ValueError(f"{type(self).__name__}: this layer cannot be adapted: {reason}")
+        base = base_of(base_layer)
+        assert base is not None
+        self.base_layer = base_layer
+        self.out_features, self.in_features = base.shape
+        self._modules[self.adapter_layer_names[0]] = nn.ModuleDict()
+        self.merged_adapters = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self._original: Kept | None = None  # while merged: the base, in host memory
+        self._kept: dict[str, Any] = {}  # what `frozen_base` keeps of a Linear4bit
+        self.train(base_layer.training)
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        """The adapters of this layer by name, each an `Adapter`."""
+        found = self._modules[self.adapter_layer_names[0]]
+        assert isinstance(found, nn.ModuleDict)
+        return found
+
+    def update_layer(
+        self,
+        name: str,
+        config: GLoRAConfig,
+        owners: Mapping[str, Adapter] | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        """Add an adapter, one that changes nothing yet; in place of the one of this name, where there is one.
+
+        Args:
+            name: of the adapter.
+            config: its supports.
+            owners: the adapter of another layer for each parameter that is shared with it.
+            dtypes: of single parameters, where it is not that of the base.
+        """
+        base = base_of(self.base_layer)
+        assert base is not None
+        # A merged base may have a bias that it has not of its own.
+        bias = base.bias if self._original is None else self._original.bias
+        shapes = config.parameter_shapes(self.in_features, self.out_features, bias is not None)
+        adapter = Adapter(config, shapes, base.weight.device, base.dtype, dtypes, owners)
+        self.adapters[name] = adapter.train(self.training)
+
+    def forward(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
+        """y (..., N) of an x (..., K).
+
+        Args:
+            x: the input.
+            adapter_names: for a batch of several adapters, the adapter of each row of x; "__base__" is none.
+
+        Raises:
+            RuntimeError: the base cannot be used as it is now (offloaded, trained, wrapped), or the adapter has no
+                values yet.
+            TypeError: x is not floating point, in another dtype than the base, or no plain tensor.
+            ValueError: adapter_names that do not fit x, or while merged.
+        """
+        if self._disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            return self._base(x)
+        if adapter_names is not None:
+            return self._mixed(x, adapter_names)
+        if self.merged_adapters:
+            return self._base(x)
+        return self._adapted(x, self.active_adapters)
+
+    def _base(self, x: Tensor) -> Tensor:
+        """Of the base alone. bitsandbytes would repack 4-bit codes at its first call in eval mode on some CPUs."""
+        if is_linear4bit(self.base_layer):
+            frozen = frozen_base(self.base_layer, self._kept, x)
+            if not isinstance(frozen, str):
+                return _called(x, frozen, Operands())
+        return self.base_layer(x)
+
+    def _adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        adapters = self.adapters
+        active: list[Any] = [adapters[name] for name in names if name in adapters]
+        if not active:
+            return self._base(x)
+        frozen = frozen_base(self.base_layer, self._kept, x)
+        if isinstance(frozen, str):
+            raise RuntimeError(f"this layer cannot be computed: {frozen}")
+        operands = [adapter.operands() for adapter in active]
+        together = total(operands)
+        if len(active) > 1 and (isinstance(together, str) or refusal_of_x(x, frozen, together) == RANK):
+            # One call does not take them all: each adds what it changes.
+            y = base = _called(x, frozen, Operands())
+            for one in operands:
+                y = y + (_called(x, frozen, one) - base)
+            return y
+        assert isinstance(together, Operands)
+        return _called(x, frozen, together)
+
+    def _mixed(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        """Each row with an adapter of its own: the rows of one adapter together."""
+        if len(x) != len(adapter_names):
+            raise ValueError(f"adapter_names has {len(adapter_names)} names for a batch of {len(x)}")
+        if self.merged_adapters:
+            raise ValueError("adapter_names cannot be given while adapters are merged; call unmerge_adapter() first")
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(adapter_names):
+            rows.setdefault(name if name in self.adapters else BASE, []).append(row)
+        y = torch.cat([self._adapted(x[picked], [name]) for name, picked in rows.items()])
+        order = [row for picked in rows.values() for row in picked]
+        return y[sorted(range(len(order)), key=order.__getitem__)]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write W_eff and the full bias into the base, in place, rounded once; the host keeps the base.
+
+        Adapters that are merged on top of others are merged with them, from the base as it was. A base without a bias
+        gets one, where an adapter needs it. Over 4 bits W_eff is rounded to 4 bits again, with a warning that says
+        what that leaves of the adapter.
+
+        Args:
+            safe_merge: an error, and an unchanged base, where the merged values hold NaN or inf.
+            adapter_names: which to merge; None means the active ones.
+
+        Raises:
+            RuntimeError: an adapter has no values yet.
+            ValueError: merged values that cannot be stored, or with `safe_merge` NaN or inf in them.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
+        if not names:
+            return
+        names = [*self.merged_adapters, *names]
+        original = self._original or kept_base(self.base_layer)
+        adapters: list[Any] = [self.adapters[name] for name in names]
+        values, report = merged(self.base_layer, original, adapters)
+        if safe_merge and not finite(values):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        put(self.base_layer, values)
+        self._original, self.merged_adapters = original, names
+        if report is not None:
+            warnings.warn(f"merged weights were rounded to 4 bits:\n{report}", stacklevel=2)
+
+    def unmerge(self) -> None:
+        """Put the base back as it was, bit for bit; without anything merged, a warning."""
+        if self._original is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        put(self.base_layer, self._original)
+        self._original, self.merged_adapters = None, []
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own also casts, to the dtype of the base: fp32 adapters would be rounded as they are loaded.
+        if adapter_name in self.adapters:
+            adapter = self.adapters[adapter_name]
+            if not any(parameter.is_meta for parameter in adapter.parameters()):
+                adapter.to(device if device is not None else self.base_layer.weight.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has a base of its own.
+        return {**vars(self), "_kept": {}}
+
+
+class GLoRAPeftLinear(AdaptedLinear):
+    """A layer of "GKGLORA". PEFT knows by "Linear" in its name that "all-linear" means it too."""
+
+    adapter_layer_names = ("gkglora_adapter",)
+
+    def __repr__(self) -> str:
+        return "gkglora." + super().__repr__()
+
+
+class ShareLoRAPeftLinear(AdaptedLinear):
+    """A layer of "GKSHARELORA"."""
+
+    adapter_layer_names = ("gksharelora_adapter",)
+
+    def __repr__(self) -> str:
+        return "gksharelora." + super().__repr__()
+
+
+def _called(x: Tensor, frozen: Frozen, operands: Operands) -> Tensor:
+    if reason := refusal_of_x(x, frozen, operands):
+        given = f"{x.dtype} on a base in {frozen.weight.dtype}"
+        raise TypeError(f"this layer cannot be called with this x ({given}): {reason}")
+    return adapted_linear(x, frozen, operands)

@@ -1,0 +1,57 @@
+"""Fixtures of the tests of accelerated PEFT models; `twins` holds what they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from twins import Net, Twins, randomized
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The operands of every call that reached our operators from an accelerated layer."""
+    from glora_kernels.integrations.accelerated import layers
+
+    seen: list[Any] = []
+    real = layers.adapted_linear
+
+    def counted(x: Tensor, base: Any, operands: Any) -> Tensor:
+        seen.append(operands)
+        return real(x, base, operands)
+
+    monkeypatch.setattr(layers, "adapted_linear", counted)
+    return seen
+
+
+@pytest.fixture
+def adapted() -> Callable[..., Any]:
+    """Builds a PEFT model over `Net` in float64, adapters away from zero."""
+
+    def build(config: Any, bias: bool = True, dtype: torch.dtype = torch.float64, net: Any = None) -> Any:
+        from peft import get_peft_model
+
+        torch.manual_seed(0)
+        net = (Net(bias) if net is None else net).to(dtype)
+        return randomized(get_peft_model(net, config, autocast_adapter_dtype=False))
+
+    return build
+
+
+@pytest.fixture
+def twins(adapted: Callable[..., Any], calls: list[Any]) -> Callable[..., Twins]:
+    """Builds `Twins` of a PEFT configuration over `Net`, or another model."""
+    return lambda config, **more: Twins(adapted(config, **more), calls)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(3, 5, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

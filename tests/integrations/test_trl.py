@@ -1,0 +1,169 @@
+"""TRL's `SFTTrainer` over accelerated PEFT models: it wraps the model, or is given a wrapped one; losses are PEFT's.
+
+The trainer tokenizes the text itself (`trainer_models` says which), with byte-pair tokens learned from it. TRL's own
+defaults, bfloat16 autocast and activation checkpointing, are on where a test does not say otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_transformers_trainer import dequantized, glora, quantized
+from torch import Tensor
+from trainer_models import (
+    STEPS,
+    VOCABULARY,
+    WINDOW,
+    Run,
+    adapt,
+    build,
+    check_equal,
+    check_same,
+    check_served,
+    excess,
+    peft,
+    settings,
+    texts,
+    train,
+    transformers,
+)
+
+import glora_kernels as gk
+
+trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+
+LORA = peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+CONFIGS = {"lora": LORA, "glora": glora("vector", "lora", "constant")}
+SINGLE = {"bf16": False, "gradient_checkpointing": False}
+
+
+@functools.cache
+def tokenizer() -> Any:
+    """Byte-pair tokens learned from the text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pairs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    pairs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<end>", "<pad>"]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    pairs.train_from_iterator(texts(100), trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token="<end>", pad_token="<pad>")
+
+
+@functools.cache
+def dataset() -> Any:
+    return datasets.Dataset.from_dict({"text": texts(64)})
+
+
+def sft(model: Any, folder: Path, config: Any = None, **changes: Any) -> Any:
+    """The trainer; `config`: of the adapters, for the trainer to make, as from the seed of `adapt`."""
+    arguments = settings(folder, trl.SFTConfig, max_length=WINDOW, seed=1, **changes)
+    return trl.SFTTrainer(
+        model,
+        arguments,
+        train_dataset=dataset(),
+        processing_class=tokenizer(),
+        peft_config=copy.deepcopy(config),
+    )
+
+
+@functools.cache
+def plain(name: str, method: str, dtype: torch.dtype) -> Tensor:
+    """The losses of plain PEFT, its adapters made by the trainer."""
+    return train(sft(build(name, dtype), Path("unused"), CONFIGS[method], **SINGLE)).losses
+
+
+def check_same_as_plain(found: Run, name: str, method: str) -> None:
+    check_same(found.losses, plain(name, method, torch.float32), plain(name, method, torch.float64))
+    check_served(found.trainer.model)
+
+
+@pytest.mark.parametrize(("name", "method"), [("llama", "lora"), ("llama", "glora"), ("qwen3", "lora")])
+def test_the_trainer_makes_the_adapters(name: str, method: str, tmp_path: Path) -> None:
+    trainer = sft(build(name), tmp_path, CONFIGS[method], **SINGLE)
+    gk.accelerate(trainer.model, verbose=False)
+    check_same_as_plain(train(trainer), name, method)
+
+
+@pytest.mark.parametrize(("name", "method"), [("llama", "lora"), ("qwen3", "glora")])
+def test_the_trainer_gets_a_wrapped_model(name: str, method: str, tmp_path: Path) -> None:
+    model = gk.accelerate(adapt(build(name), CONFIGS[method]), verbose=False)
+    check_same_as_plain(train(sft(model, tmp_path, **SINGLE)), name, method)
+
+
+def test_defaults_of_trl(tmp_path: Path) -> None:
+    """bfloat16 autocast and activation checkpointing."""
+    half = train(sft(build("qwen3"), tmp_path, LORA))
+    trainer = sft(build("qwen3"), tmp_path, LORA)
+    assert trainer.args.bf16
+    assert trainer.args.gradient_checkpointing
+    gk.accelerate(trainer.model, verbose=False)
+    found = train(trainer)
+    truth = plain("qwen3", "lora", torch.float64)
+    print(found.losses - truth, half.losses - truth)
+    check_same(found.losses, half.losses, truth)
+    check_served(trainer.model)
+
+
+def test_packed_windows_accumulate_gradients(tmp_path: Path) -> None:
+    packing = {"packing": True, "packing_strategy": "wrapped", "gradient_accumulation_steps": 2, **SINGLE}
+
+    def losses(accelerated: bool, dtype: torch.dtype) -> Tensor:
+        trainer = sft(build("llama", dtype), tmp_path, LORA, **packing)
+        if accelerated:
+            gk.accelerate(trainer.model, verbose=False)
+        return train(trainer).losses
+
+    check_same(losses(True, torch.float32), losses(False, torch.float32), losses(False, torch.float64))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_resumed_run_goes_on_as_if_uninterrupted(use_reentrant: bool, tmp_path: Path) -> None:
+    dropped = peft.LoraConfig(
+        r=4, lora_alpha=16, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    checkpointing = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+
+    def trainer(**changes: Any) -> Any:
+        made = sft(build("qwen3"), tmp_path, dropped, **checkpointing, **changes)
+        gk.accelerate(made.model, verbose=False)
+        return made
+
+    middle = STEPS // 2
+    whole = train(trainer(save_strategy="steps", save_steps=middle))
+    resumed = train(trainer(), tmp_path / f"checkpoint-{middle}")
+    assert resumed.log.training == whole.log.training[middle:]
+    check_equal(resumed.adapters, whole.adapters)
+
+
+@pytest.mark.parametrize("method", ["GLoRAPeftConfig", "ShareLoRAPeftConfig"])
+def test_our_methods_given_to_the_trainer(method: str, tmp_path: Path) -> None:
+    methods = pytest.importorskip("glora_kernels.integrations.peft")
+    config = getattr(methods, method)(r=4, alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = sft(build("llama"), tmp_path, config, **SINGLE)
+    found = train(trainer)
+    print(found.losses)
+    trainer.save_model(str(tmp_path / "saved"))
+    again = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "saved")
+
+
+def test_four_bit_base(tmp_path: Path) -> None:
+    """TRL makes the adapters bfloat16 over a packed base."""
+    pytest.importorskip("bitsandbytes")
+    build("llama").save_pretrained(tmp_path / "base")
+    plain, found = (sft(quantized(tmp_path / "base"), tmp_path, LORA) for _ in range(2))
+    print({p.dtype for p in plain.model.parameters()})
+    gk.accelerate(found.model, verbose=False)
+    print(gk.acceleration(found.model))
+    a,b=train(plain),train(found)
+    truth = train(sft(dequantized(tmp_path / "base"), tmp_path, LORA, **SINGLE)).losses
+    print(a.losses-truth, b.losses-truth)
+    print({p.dtype for p in b.adapters.values()})
+    check_served(found.model)
