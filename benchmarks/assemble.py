@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import grouped_text, nf4_text, peers, schema, targets
+from benchmarks import grouped_text, nf4_text, peers, peft_models_text, schema, targets
 from benchmarks.battery import GROUP_IMPLS, IMPLS, NO_LAYER
 from benchmarks.schema import ROW_FIELDS
 from benchmarks.store import Store
@@ -20,7 +20,8 @@ def result(store: Store) -> dict[str, Any]:
     found["ceilings"] = {"bf16_tflops": rates.get("tflops"), "copy_gbps": rates.get("gbps")}
     found["unavailable"] = unavailable(store)
     found["rows"] = [line["row"] for line in row_lines(store)]
-    found["models"] = [line["row"] for line in store.of("model")]
+    lines = [*store.of("model"), *(store.note("peft") or {}).get("models", [])]
+    found["models"] = [line["row"] for line in lines]
     schema.check_report(found)
     return found
 
@@ -48,6 +49,7 @@ def detail(store: Store) -> dict[str, Any]:
         "models": [{"key": line["key"], **line["detail"]} for line in store.of("model")],
         "grouped": store.note("grouped"),
         "nf4": store.note("nf4"),
+        "peft": store.note("peft"),
         "errors": errors(store),
         "tests": store.note("tests"),
     }
@@ -111,6 +113,8 @@ def battery_lines(store: Store) -> list[str]:
     if store.of("model"):
         lines += ["## Decoder layers", "", "Forward and backward, eager mode, every linear adapted.", ""]
         lines += [table(model_rows([line["row"] for line in store.of("model")])), ""]
+    if store.note("peft"):
+        lines += ["## PEFT before and after accelerate", "", peft_models_text.show(store.note("peft")), ""]
     missing, wrong = unavailable(store), errors(store)
     if missing or wrong:
         lines += ["## Unavailable", ""]

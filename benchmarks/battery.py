@@ -352,6 +352,7 @@ def gpu_stages() -> list[Stage]:
         ),
         Stage("nf4-decode", "4-bit base, 1 to 32 tokens", _decoded(NF4_DECODE)),
         Stage("nf4-parts", "4-bit base: dequantizing alone; memory", once="nf4"),
+        Stage("peft", "a step of PEFT's models before and after accelerate", once="peft"),
         Stage("dropout", "p=0.1", _llama(DROPPED, 8192)),
         Stage("eager", "eager PyTorch", _llama(EAGER, 8192)),
         Stage("model", "one LLaMA-3-8B decoder layer", models="layer"),

@@ -241,6 +241,8 @@ def main() -> None:
     sizes = replace(SIZES[device.kind], **given)
     result = measure(args.rounds or ROUNDS[device.kind], sizes, device, args.minutes, print)
     print(show(result))
+    if not result["models"]:
+        raise SystemExit(1)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     elif given:

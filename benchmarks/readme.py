@@ -3,8 +3,8 @@
     python -m benchmarks.readme           # rewrite
     python -m benchmarks.readme --check   # exit code 1 if README.md is not what the results give
 
-The markers are HTML comments, measured:cpu:begin and measured:cpu:end, and the same with gpu; what stands between them
-is generated, all else is left alone.
+The markers are HTML comments, measured:cpu:begin and measured:cpu:end, and the same with gpu and peft; what stands
+between them is generated, all else is left alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import assemble, grouped_text, nf4_text
+from benchmarks import assemble, grouped_text, nf4_text, peft_models_text
 from benchmarks.ratios import CASES
 from benchmarks.schema import FIELDS
 from benchmarks.timing import table
@@ -39,6 +39,11 @@ CPU_PICTURES = {
 }
 SET_PICTURES = {"cpu_groups.png": "layers with one input, over one product with their weights concatenated"}
 NF4_PICTURES = {"cpu_nf4.png": "layers over a 4-bit base: time, bandwidth, memory"}
+PEFT_PICTURE = "a training step of PEFT's models before and after accelerate: time and peak memory"
+PEFT_SPREAD = (
+    "Medians of the ratios of the rounds; p20 and p80 are in [{slug}.md](benchmarks/results/{slug}.md). `python -m "
+    "benchmarks.peft_models` measures this."
+)
 GPU_PICTURES = {"by_m": "time over the frozen layer by M", "roofline": "roofline", "saved": "bytes saved for backward"}
 GPU_PICTURES |= {
     "growth": "growth with M, r and the number of layers",
@@ -84,9 +89,10 @@ def gpu_text(results: Path) -> str:
         lines += ["", _group_targets(report["rows"], depth)]
         detail = _detail(results, slug)
         lines += ["", _nf4_targets(with_ratios(report["rows"], detail), rates["gbps"], detail.get("nf4"))]
-        if report["models"]:
+        layers = [row for row in report["models"] if not peft_models_text.is_step(row)]
+        if layers:
             lines += ["", "Decoder layers, forward and backward, eager mode, every linear adapted:", ""]
-            lines += [table(assemble.model_rows(report["models"]))]
+            lines += [table(assemble.model_rows(layers))]
         if report["unavailable"]:
             named = "; ".join(f"{impl}: {why}" for impl, why in report["unavailable"].items())
             lines += ["", f"Not measured: {named}."]
@@ -97,6 +103,19 @@ def gpu_text(results: Path) -> str:
         pictures = {f"{slug}_{name}.png": title for name, title in GPU_PICTURES.items()}
         parts.append("\n".join(lines) + _pictures(results, pictures))
     return "\n\n".join(parts)
+
+
+def peft_text(results: Path) -> str:
+    """A step of PEFT's models before and after `accelerate`: on the CPU, then on each card that has it."""
+    found = {"cpu": json.loads((results / "cpu.json").read_text())["sections"].get("peft")}
+    found |= {slug: _detail(results, slug).get("peft") for slug in gpu_reports(results)}
+    parts = []
+    for slug, section in found.items():
+        if section and section.get("models"):
+            text = f"{peft_models_text.what(section)} {peft_models_text.where(section)} {PEFT_SPREAD.format(slug=slug)}"
+            rows = table(peft_models_text.step_table(section["models"], spread=False))
+            parts.append(f"{wrapped(text)}\n\n{rows}" + _pictures(results, {f"{slug}_peft.png": PEFT_PICTURE}))
+    return "\n\n".join(parts) or "Not measured yet: `python -m benchmarks.peft_models` does, and fills this in."
 
 
 def gpu_reports(results: Path) -> dict[str, dict[str, Any]]:
@@ -133,7 +152,7 @@ def wrapped(text: str) -> str:
 
 def expected(text: str, results: Path = RESULTS) -> str:
     """README.md as the results have it."""
-    return replaced(text, {"cpu": cpu_text(results), "gpu": gpu_text(results)})
+    return replaced(text, {"cpu": cpu_text(results), "gpu": gpu_text(results), "peft": peft_text(results)})
 
 
 def update() -> bool:

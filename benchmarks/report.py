@@ -7,10 +7,11 @@
 
 On a card: `pytest -m gpu`, then the battery, stage by stage, each a process of its own that ends within nine minutes;
 then <slug>.json, <slug>_detail.json, <slug>.md and PNGs in --out (benchmarks/results unless given). On a CPU: products,
-small adapters, host cost, ratios, sets of layers and layers over a 4-bit base, then the small battery, into cpu.json,
-cpu.md and PNGs. A finished row is on the disk at once, in <slug>.stage.jsonl; a run with the same device, source and
-versions goes on from there, and one that finds everything there measures nothing: delete that file to measure again.
-README.md is rewritten from benchmarks/results (benchmarks.readme) where --out is that folder.
+small adapters, host cost, ratios, sets of layers, layers over a 4-bit base and PEFT's models before and after
+accelerate, then the small battery, into cpu.json, cpu.md and PNGs. A finished row is on the disk at once, in
+<slug>.stage.jsonl; a run with the same device, source and versions goes on from there, and one that finds everything
+there measures nothing: delete that file to measure again. README.md is rewritten from benchmarks/results
+(benchmarks.readme) where --out is that folder.
 """
 
 from __future__ import annotations
@@ -28,7 +29,20 @@ from typing import Any
 
 import torch
 
-from benchmarks import assemble, battery, cases, devices, peers, plots, readme, schema, sections, stage, surroundings
+from benchmarks import (
+    assemble,
+    battery,
+    cases,
+    devices,
+    peers,
+    peft_models_text,
+    plots,
+    readme,
+    schema,
+    sections,
+    stage,
+    surroundings,
+)
 from benchmarks.battery import Stage
 from benchmarks.devices import Device
 from benchmarks.floor import Ceilings
@@ -163,7 +177,12 @@ class Report:
         if rates is None:
             return {}
         found = Ceilings(rates["tflops"], rates["gbps"])
-        return plots.draw_all(assemble.row_lines(store), store.of("model"), found, self.out, name, store.note("nf4"))
+        titles = plots.draw_all(assemble.row_lines(store), store.of("model"), found, self.out, name, store.note("nf4"))
+        steps = store.note("peft")
+        if steps and steps.get("models"):
+            peft_models_text.plot(steps, self.out / f"{name}_peft.png")
+            titles[f"{name}_peft.png"] = "PEFT before and after accelerate"
+        return titles
 
     def write(self) -> list[Path]:
         """The result files of a card, from whatever rows there are."""

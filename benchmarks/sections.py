@@ -1,4 +1,4 @@
-"""What a CPU measures beside its battery: products, small adapters, host cost, ratios, sets of layers, 4-bit bases."""
+"""What a CPU measures beside its battery: products, small adapters, host cost, ratios, sets, 4-bit bases, PEFT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import grouped, host, nf4, products, ratios, small_adapters
+from benchmarks import grouped, host, nf4, peft_models, products, ratios, small_adapters
 from benchmarks.cases import Shape
 
 SECTIONS: dict[str, tuple[str, Any]] = {
@@ -18,6 +18,7 @@ SECTIONS: dict[str, tuple[str, Any]] = {
     "ratios": ("Time over the frozen layer", ratios),
     "grouped": ("Layers with one input, launches, merging", grouped),
     "nf4": ("A 4-bit base", nf4),
+    "peft": ("PEFT before and after accelerate", peft_models),
 }
 """By section: its heading, and the module with `measure` and `show`."""
 PICTURES: dict[str, tuple[str, str, Any]] = {
@@ -25,6 +26,7 @@ PICTURES: dict[str, tuple[str, str, Any]] = {
     "small_adapters": ("cpu_small_adapters.png", "surviving share", small_adapters.plot),
     "grouped": ("cpu_groups.png", "layers with one input", grouped.plot),
     "nf4": ("cpu_nf4.png", "4-bit base", nf4.plot),
+    "peft": ("cpu_peft.png", "PEFT before and after accelerate", peft_models.plot),
 }
 """By section: the file, the title and the drawing of its picture."""
 
@@ -39,6 +41,7 @@ def measurements(quick: bool) -> dict[str, Callable[[], dict[str, Any]]]:
             "ratios": lambda: ratios.measure(Shape(), rounds=5),
             "grouped": lambda: grouped.measure(rounds=5),
             "nf4": lambda: nf4.measure(rounds=3),
+            "peft": lambda: peft_models.measure(rounds=3),
         }
     return {
         "products": products.measure,
@@ -47,6 +50,7 @@ def measurements(quick: bool) -> dict[str, Callable[[], dict[str, Any]]]:
         "ratios": lambda: ratios.measure(Shape(), rounds=30),
         "grouped": grouped.measure,
         "nf4": nf4.measure,
+        "peft": peft_models.measure,
     }
 
 
@@ -86,5 +90,6 @@ def draw(sections: dict[str, Any], out: Path) -> dict[str, str]:
     for name, (file, caption, plot) in PICTURES.items():
         if name in sections:
             plot(sections[name], out / file)
-            titles[file] = caption
+            if (out / file).exists():
+                titles[file] = caption
     return titles

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks import battery, devices, grouped, model, nf4, runner, surroundings
+from benchmarks import battery, devices, grouped, model, nf4, peft_models, runner, surroundings
 from benchmarks.battery import Stage
 from benchmarks.devices import Device
 from benchmarks.floor import Ceilings
@@ -25,7 +25,11 @@ from benchmarks.schema import slug
 from benchmarks.store import Store, header_of
 
 DONE, OUT_OF_TIME, DEVICE_LOST = 0, 3, 4
-ONCE: dict[str, Callable[..., dict[str, Any]]] = {"grouped": grouped.measure_depth, "nf4": nf4.measure_parts}
+ONCE: dict[str, Callable[..., dict[str, Any]]] = {
+    "grouped": grouped.measure_depth,
+    "nf4": nf4.measure_parts,
+    "peft": peft_models.measure_noted,
+}
 """By note: what makes it."""
 ROUNDS = {"cuda": 25, "cpu": 7, "tiny": 3}
 T = TypeVar("T")

@@ -69,7 +69,7 @@ def main() -> None:
     (scans, labels), (test_scans, test_labels) = split(*load_scans(range(5, 10), args.device))
     before = accuracy(model, test_scans, test_labels)
 
-    config = gk.GLoRAConfig(A="vector", B="lora", C="vector", D="none", E="vector", rank=4, alpha=8)
+    config = gk.GLoRAConfig(A="vector", B="lora", C="vector", D="vector", E="vector", rank=4, alpha=8)
     model = gk.inject(model, config, target_modules=["0", "2"], train=["4"])
     print(f"{gk.trainable_parameters(model):,} parameters are trained")
     losses = train(model, scans, labels, args.steps, "GLoRA")
@@ -97,7 +97,7 @@ def main() -> None:
             ("saved and loaded into the base model", f"{largest_difference(logits, loaded_logits):.1e}"),
             ("merged", f"{largest_difference(logits, merged_logits):.1e}"),
             ("merged and unmerged", f"{largest_difference(logits, unmerged_logits):.1e}"),
-            ("adapters disabled", f"{largest_difference(logits, base_logits):.1e}"),
+            ("what the adapters add", f"{largest_difference(logits, base_logits):.1e}"),
         ]
     )
     print(f"accuracy on unseen scans: {before:.0%} before, {accuracy(model, test_scans, test_labels):.0%} after")

@@ -68,7 +68,7 @@ class Classifier(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-2)
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=3e-3)
 
 
 def load_parts() -> tuple[TensorDataset, TensorDataset]:

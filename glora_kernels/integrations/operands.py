@@ -37,6 +37,7 @@ SUBCLASS = "x is no plain tensor"
 TRANSFORMED = "inside torch.func, forward-mode differentiation or torch.jit.trace"
 TWO_FORMS = "its active adapters have one support in two forms"
 SEVERAL_DROPOUTS = "several active adapters with dropout: each drops elements of its own"
+NARROW = "x and the adapter are wider than the dtype that its 4-bit base computes in, and autocast is off"
 RANK = f"a rank above {MAX_RANK}, which the GPU kernels do not hold"
 
 _PLAIN = (nn.Parameter, Tensor)
@@ -177,6 +178,12 @@ def refusal_of_x(x: Tensor, base: Frozen, operands: Operands) -> str | None:
         and (x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type))
     ):
         return MIXED_DTYPES
+    narrow = base.compute_dtype
+    if narrow is not None and narrow.itemsize < x.dtype.itemsize and not torch.is_autocast_enabled(x.device.type):
+        # PEFT then computes the adapter's part in the wider dtype, and the product alone in the narrow one.
+        down = operands.b_down if operands.a_down is None else operands.a_down
+        if down is not None and narrow.itemsize < down.dtype.itemsize:
+            return NARROW
     if x.is_cuda:
         rank = sum(len(down) for down in (operands.a_down, operands.b_down) if down is not None)
         if rank > MAX_RANK:

@@ -325,6 +325,9 @@ def test_another_size_is_written_nowhere(
     assert "written nowhere" in capsys.readouterr().out
     command(monkeypatch, "--device", "cpu", "--json", str(tmp_path / "figures.json"))
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+    monkeypatch.setattr(peft_models, "measure", lambda *values: section | {"models": []})
+    with pytest.raises(SystemExit, match="1"):  # nothing is written over figures that are there
+        command(monkeypatch, "--device", "cpu", "--out", str(tmp_path))
 
 
 def test_a_card_runs_its_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

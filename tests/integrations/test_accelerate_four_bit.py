@@ -104,7 +104,6 @@ CASES = [
     (torch.float32, torch.float32, torch.float32, False),
     (torch.float32, torch.bfloat16, torch.bfloat16, False),
     (torch.bfloat16, torch.bfloat16, torch.bfloat16, False),
-    (torch.bfloat16, torch.float32, torch.bfloat16, False),
     (torch.bfloat16, torch.float32, torch.bfloat16, True),
     (None, torch.float16, torch.float16, False),
 ]
@@ -119,6 +118,18 @@ def test_no_less_exact_than_peft(quantized, rows, method, compute, dtype, compar
     bases = [model.base_model.model.up.base_layer for model in pair]
     assert bases[0].compute_dtype == bases[1].compute_dtype
     assert bases[1].compute_type_is_set
+
+
+@methods
+def test_wider_than_what_is_computed_in_is_pefts(quantized, rows, method):
+    """PEFT computes the adapter's part in fp32 there, which one call in bfloat16 would round."""
+    pair = quantized(method, compute_dtype=torch.bfloat16)
+    pefts, got = step(pair.plain, rows), step(pair.fast, rows)
+    assert not pair.calls
+    assert all(torch.equal(got[name], value) for name, value in pefts.items())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step(pair.fast, rows)
+    assert pair.calls
 
 
 @methods
@@ -204,8 +215,9 @@ def test_what_others_see_and_decelerate(quantized, rows, method):
     step(pair.fast, rows)
     assert repr(pair.fast) == repr(pair.plain)
     assert_same(pair.fast.state_dict(), pair.plain.state_dict(), 0.0)
-    for other in (copy.deepcopy(pair.fast), pickle.loads(pickle.dumps(pair.fast))):
+    for other in (copy.deepcopy(pair.fast), pickle.loads(pickle.dumps(pair.fast)).to("cpu")):
         mine, its = (model.base_model.model.up for model in (pair.fast, other))
+        assert "weight" in its._glora_kept  # read before its first call, which torch.compile may trace
         pair.calls.clear()
         assert_same(step(other, rows), step(pair.fast, rows), 0.0)
         assert len(pair.calls) == 2
@@ -218,15 +230,23 @@ def test_what_others_see_and_decelerate(quantized, rows, method):
     pair.check(rows, 0, 0.0)
 
 
-def test_training_with_dropout_learns_as_peft_without(quantized, rows):
-    """Dropout of ours has PEFT's mean: over many masks the mean of y is that of eval."""
+def test_a_copy_compiles_in_one_piece(quantized, rows):
+    """Its 4-bit state is read before torch.compile could meet the reading, which it cannot trace."""
+    pair = quantized("lora")
+    fresh = copy.deepcopy(pair.fast)
+    with torch.compiler.set_stance("default"):
+        y = torch.compile(fresh, backend="eager", fullgraph=True)(rows)
+    assert_same({"y": y}, {"y": pair.fast(rows)}, 1e-6)
+
+
+def test_the_mean_over_dropout_masks_is_eval(quantized, rows):
     fast = quantized("lora", {"lora_dropout": 0.3}).fast
     x = rows[0, :2]
     with torch.no_grad():
         expected = fast.eval()(x)
-        ys = torch.stack([fast.train()(x) for _ in range(300)])
+        ys = torch.stack([fast.train()(x) for _ in range(100)])
     assert float(ys.std(0).max()) > 0
-    assert bool(((ys.mean(0) - expected).abs() <= 6 * ys.std(0) / 300**0.5 + 1e-5).all())
+    assert bool(((ys.mean(0) - expected).abs() <= 6 * ys.std(0) / 100**0.5 + 1e-5).all())
 
 
 class OwnForward(bnb.nn.Linear4bit):

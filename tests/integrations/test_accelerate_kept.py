@@ -298,6 +298,28 @@ def test_a_second_derivative_is_an_error(twins, x):
         dx.sum().backward()
 
 
+@pytest.mark.parametrize(("config", "works"), [
+    (LORA(), True), (HIRA(), True), (GLORA(), True), (GLORA(config_A_B="constant"), False),
+    (GLORA(config_A_B="vector"), False),
+])  # fmt: skip
+def test_overwriting_the_output(twins, x, config, works):
+    """Of PEFT's layers anybody may; a trained vector or constant A of ours reads it in backward, and says so."""
+    pair = twins(config)
+    found = []
+    for model in pair:
+        rows = x.clone().requires_grad_()
+        y = model.base_model.model.up(rows)
+        if model is pair.fast and not works:
+            with pytest.raises(RuntimeError, match="overwritten in place"):
+                y.relu_().sum().backward()
+        else:
+            y.relu_().sum().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None} | {"x": rows.grad})
+    if works:
+        assert len(pair.calls) == 1
+        assert_same(found[1], found[0])
+
+
 @pytest.mark.parametrize("method", ["lora", "glora"])
 def test_a_batch_of_several_adapters(twins, x, method):
     pair = twins(METHODS[method]())

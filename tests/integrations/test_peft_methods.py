@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -191,6 +192,10 @@ def test_saved_and_loaded(tmp_path, low_cpu_mem_usage):
     assert "base_model.model.blocks.1.q_proj.gkglora_adapter.A_up" in load_file(tmp_path / "adapter_model.safetensors")
 
 
+SAVES_BIASES = hasattr(BaseTuner, "_get_learnable_bias_state_dict")
+
+
+@pytest.mark.skipif(not SAVES_BIASES, reason="PEFT before 0.21 does not save the biases")
 def test_the_trained_bias_is_trained_and_saved(tmp_path):
     model = trained(adapted(bias="gkglora_only"))
     names = [name for name, p in model.named_parameters() if p.requires_grad and "_adapter" not in name]
@@ -201,6 +206,12 @@ def test_the_trained_bias_is_trained_and_saved(tmp_path):
             parameter -= 0.1 * parameter.grad
     model.save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(Net(), tmp_path)(x_of()), model(x_of()))
+
+
+def test_a_trained_bias_needs_a_peft_that_saves_it(monkeypatch):
+    monkeypatch.delattr(BaseTuner, "_get_learnable_bias_state_dict", raising=SAVES_BIASES)
+    with pytest.raises(ValueError, match=r"bias='all' needs PEFT 0\.21"):
+        adapted(bias="all")
 
 
 def test_several_adapters():

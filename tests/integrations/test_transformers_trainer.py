@@ -15,38 +15,32 @@ import torch
 from torch import Tensor
 from trainer_models import (
     BATCH,
+    LORA,
+    QUERY_VALUE_DOWN,
     STEPS,
     Run,
     adapt,
-    adapters,
     build,
     check_equal,
     check_same,
     check_served,
+    dequantized,
     excess,
+    glora,
+    model_of,
     peft,
+    quantized,
     rows,
     settings,
     train,
     transformers,
+    with_adapters_of_lora,
+    with_shared_lora_a,
 )
 
 import glora_kernels as gk
 
-LORA = peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 DROPPED = peft.LoraConfig(r=4, lora_alpha=16, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
-QUERY_VALUE_DOWN = ["q_proj", "v_proj", "down_proj"]
-
-
-def glora(a_b: str, c: str, d_e: str, targets: Any = QUERY_VALUE_DOWN, task: str = "CAUSAL_LM") -> Any:
-    return peft.GloraConfig(
-        r=4, target_modules=targets, config_A_B=a_b, config_C=c, config_D_E=d_e, init_weights=False, task_type=task
-    )
-
-
-def model_of(name: str, config: Any, accelerated: bool, dtype: torch.dtype = torch.float32) -> Any:
-    model = adapt(build(name, dtype), config)
-    return gk.accelerate(model, verbose=False) if accelerated else model
 
 
 def run(name: str, model: Any, folder: Path, resume: Path | None = None, **changes: Any) -> Run:
@@ -105,7 +99,9 @@ def test_losses_are_those_of_plain_peft(case: str, tmp_path: Path) -> None:
     )
     model = model_of(name, config, accelerated=True)
     check_served(model)
-    check_same(run(name, model, tmp_path).losses, plain, truth)
+    found = run(name, model, tmp_path)
+    check_same(found.losses, plain, truth)
+    assert found.trainer.label_names == ["labels"]  # so an evaluation has a loss
     assert excess(losses_without_adapters(name), plain, truth) > 100.0  # so an error of 1 percent would be noticed
 
 
@@ -135,24 +131,23 @@ def test_activation_checkpointing(use_reentrant: bool, tmp_path: Path) -> None:
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant},
     }
-    model = model_of("llama", LORA, accelerated=True)
-    check_same_as_plain_lora(run("llama", model, tmp_path, **checkpointing))
-    assert model.base_model.model.model.layers[0].gradient_checkpointing
 
+    def of(config: Any, **changes: Any) -> Run:
+        model = model_of("llama", config, accelerated=True)
+        model.enable_input_require_grads()  # newer releases of transformers do so themselves
+        return run("llama", model, tmp_path, **changes)
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_recomputed_layers_drop_the_same_elements(use_reentrant: bool, tmp_path: Path) -> None:
-    checkpointing = {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant},
-    }
-    recomputed = run("llama", model_of("llama", DROPPED, accelerated=True), tmp_path, max_steps=4, **checkpointing)
-    stored = run("llama", model_of("llama", DROPPED, accelerated=True), tmp_path, max_steps=4)
-    assert recomputed.log.training == stored.log.training
+    found = of(LORA, **checkpointing)
+    check_same_as_plain_lora(found)
+    assert found.trainer.model.base_model.model.model.layers[0].gradient_checkpointing
+
+    recomputed, stored = of(DROPPED, max_steps=4, **checkpointing), of(DROPPED, max_steps=4)
+    assert recomputed.log.training == stored.log.training  # a layer that is run again drops the same elements
     check_equal(recomputed.adapters, stored.adapters)
 
 
 def test_compiled(tmp_path: Path) -> None:
+    """Through Dynamo and AOTAutograd; what inductor would generate is left to the tests of compilation."""
     model = model_of("llama", LORA, accelerated=True)
     found = run("llama", model, tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
     check_same_as_plain_lora(found)
@@ -251,28 +246,6 @@ def test_generation_during_evaluation(tmp_path: Path) -> None:
     assert len({tuple(tokens) for tokens in found}) > 2
 
 
-def quantized(folder: Path) -> Any:
-    """The LLaMA with its linear layers in NF4, as transformers loads it."""
-    nf4 = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    return transformers.LlamaForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=torch.float32)
-
-
-def dequantized(folder: Path) -> Any:
-    """`quantized`, its layers made dense, in float64."""
-    functional = pytest.importorskip("bitsandbytes.functional")
-    packed, dense = quantized(folder), build("llama")
-    for path, layer in packed.named_modules():
-        if type(layer).__name__ == "Linear4bit":
-            weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-            dense.get_submodule(path).weight.data.copy_(weight)
-    return dense.double()
-
-
 def test_four_bit_base(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     folder = tmp_path / "base"
@@ -287,26 +260,6 @@ def test_four_bit_base(tmp_path: Path) -> None:
     found = run("llama", model, tmp_path)
     check_same(found.losses, run("llama", plain, tmp_path).losses, truth.losses)
     check_served(model)
-
-
-def with_adapters_of_lora(model: Any) -> Any:
-    """One of our methods, begun at what PEFT's LoRA begins with."""
-    lora = adapters(model_of("llama", LORA, accelerated=False))
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            path, _, _, factor = name.rsplit(".", 3)
-            parameter.data.copy_(lora[f"{path}.lora_{ {'B_down': 'A', 'B_up': 'B'}[factor] }.default.weight"])
-    return model
-
-
-def with_shared_lora_a(model: Any) -> Any:
-    """PEFT's LoRA with the `lora_A` of the first decoder layer in the others too."""
-    first, *others = model.base_model.model.model.layers
-    for path, module in first.named_modules():
-        if path.endswith("lora_A"):
-            for layer in others:
-                layer.get_submodule(path)["default"].weight = module["default"].weight
-    return model
 
 
 def test_glora_as_a_method_begun_as_lora_trains_like_lora(tmp_path: Path) -> None:

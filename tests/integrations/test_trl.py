@@ -13,31 +13,38 @@ from typing import Any
 
 import pytest
 import torch
-from test_transformers_trainer import dequantized, glora, quantized
 from torch import Tensor
 from trainer_models import (
+    LORA,
     STEPS,
     VOCABULARY,
     WINDOW,
     Run,
     adapt,
+    adapters,
     build,
     check_equal,
     check_same,
     check_served,
+    dequantized,
     excess,
+    glora,
     peft,
+    quantized,
     settings,
     texts,
     train,
     transformers,
+    with_adapters_of_lora,
+    with_shared_lora_a,
 )
 
 import glora_kernels as gk
 
 trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
 
-LORA = peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+datasets.disable_progress_bars()
+
 CONFIGS = {"lora": LORA, "glora": glora("vector", "lora", "constant")}
 SINGLE = {"bf16": False, "gradient_checkpointing": False}
 
@@ -59,12 +66,12 @@ def tokenizer() -> Any:
 
 @functools.cache
 def dataset() -> Any:
-    return datasets.Dataset.from_dict({"text": texts(64)})
+    return datasets.Dataset.from_dict({"text": texts(32)})
 
 
 def sft(model: Any, folder: Path, config: Any = None, **changes: Any) -> Any:
-    """The trainer; `config`: of the adapters, for the trainer to make, as from the seed of `adapt`."""
-    arguments = settings(folder, trl.SFTConfig, max_length=WINDOW, seed=1, **changes)
+    """The trainer; `config`: of adapters for the trainer to make, from the same random numbers as `adapt`."""
+    arguments = settings(folder, trl.SFTConfig, max_length=WINDOW, **changes)
     return trl.SFTTrainer(
         model,
         arguments,
@@ -99,16 +106,12 @@ def test_the_trainer_gets_a_wrapped_model(name: str, method: str, tmp_path: Path
 
 
 def test_defaults_of_trl(tmp_path: Path) -> None:
-    """bfloat16 autocast and activation checkpointing."""
-    half = train(sft(build("qwen3"), tmp_path, LORA))
+    plain_half = train(sft(build("qwen3"), tmp_path, LORA))
     trainer = sft(build("qwen3"), tmp_path, LORA)
     assert trainer.args.bf16
     assert trainer.args.gradient_checkpointing
     gk.accelerate(trainer.model, verbose=False)
-    found = train(trainer)
-    truth = plain("qwen3", "lora", torch.float64)
-    print(found.losses - truth, half.losses - truth)
-    check_same(found.losses, half.losses, truth)
+    check_same(train(trainer).losses, plain_half.losses, plain("qwen3", "lora", torch.float64))
     check_served(trainer.model)
 
 
@@ -126,9 +129,7 @@ def test_packed_windows_accumulate_gradients(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_resumed_run_goes_on_as_if_uninterrupted(use_reentrant: bool, tmp_path: Path) -> None:
-    dropped = peft.LoraConfig(
-        r=4, lora_alpha=16, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    dropped = peft.LoraConfig(r=4, lora_alpha=16, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
     checkpointing = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
 
     def trainer(**changes: Any) -> Any:
@@ -143,27 +144,52 @@ def test_a_resumed_run_goes_on_as_if_uninterrupted(use_reentrant: bool, tmp_path
     check_equal(resumed.adapters, whole.adapters)
 
 
-@pytest.mark.parametrize("method", ["GLoRAPeftConfig", "ShareLoRAPeftConfig"])
-def test_our_methods_given_to_the_trainer(method: str, tmp_path: Path) -> None:
+def test_glora_given_to_the_trainer_as_a_method(tmp_path: Path) -> None:
+    """Begun as PEFT's LoRA it trains like it, and what the trainer saves is loaded by PEFT."""
     methods = pytest.importorskip("glora_kernels.integrations.peft")
-    config = getattr(methods, method)(r=4, alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = methods.GLoRAPeftConfig(
+        r=4, alpha=16, A="none", E="none", target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     trainer = sft(build("llama"), tmp_path, config, **SINGLE)
+    with_adapters_of_lora(trainer.model)
     found = train(trainer)
-    print(found.losses)
+    check_same(found.losses, plain("llama", "lora", torch.float32), plain("llama", "lora", torch.float64))
+
     trainer.save_model(str(tmp_path / "saved"))
-    again = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "saved")
+    again = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "saved", is_trainable=True)
+    check_equal(adapters(again), found.adapters)
+
+
+def test_sharelora_given_to_the_trainer_as_a_method(tmp_path: Path) -> None:
+    """It trains like LoRA with one `lora_A` over depth."""
+    methods = pytest.importorskip("glora_kernels.integrations.peft")
+
+    def shared(dtype: torch.dtype) -> Tensor:
+        trainer = sft(build("llama", dtype), tmp_path, LORA, **SINGLE)
+        with_shared_lora_a(trainer.model)
+        return train(trainer).losses
+
+    config = methods.ShareLoRAPeftConfig(r=4, alpha=16, share="A", target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = sft(build("llama"), tmp_path, config, **SINGLE)
+    with_adapters_of_lora(trainer.model)
+    found, literal, truth = train(trainer), shared(torch.float32), shared(torch.float64)
+    check_same(found.losses, literal, truth)
+    assert excess(plain("llama", "lora", torch.float32), literal, truth) > 100.0  # sharing is seen
+
+    trainer.save_model(str(tmp_path / "saved"))
+    again = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "saved", is_trainable=True)
+    check_equal(adapters(again), found.adapters)
 
 
 def test_four_bit_base(tmp_path: Path) -> None:
-    """TRL makes the adapters bfloat16 over a packed base."""
+    """TRL makes the adapters of a packed base bfloat16."""
     pytest.importorskip("bitsandbytes")
-    build("llama").save_pretrained(tmp_path / "base")
-    plain, found = (sft(quantized(tmp_path / "base"), tmp_path, LORA) for _ in range(2))
-    print({p.dtype for p in plain.model.parameters()})
-    gk.accelerate(found.model, verbose=False)
-    print(gk.acceleration(found.model))
-    a,b=train(plain),train(found)
-    truth = train(sft(dequantized(tmp_path / "base"), tmp_path, LORA, **SINGLE)).losses
-    print(a.losses-truth, b.losses-truth)
-    print({p.dtype for p in b.adapters.values()})
-    check_served(found.model)
+    folder = tmp_path / "base"
+    build("llama").save_pretrained(folder)
+    truth = train(sft(dequantized(folder), tmp_path, LORA, **SINGLE))
+    literal, trainer = (sft(quantized(folder), tmp_path, LORA) for _ in range(2))
+    gk.accelerate(trainer.model, verbose=False)
+    found = train(trainer)
+    assert {tensor.dtype for tensor in found.adapters.values()} == {torch.bfloat16}
+    check_same(found.losses, train(literal).losses, truth.losses)
+    check_served(trainer.model)

@@ -12,7 +12,7 @@ import functools
 import importlib
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ pytest.importorskip("accelerate")  # which the Trainer needs
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 VOCABULARY, WINDOW, WIDTH = 512, 48, 64
-STEPS, BATCH, RATE = 8, 4, 1e-2
+STEPS, BATCH, RATE, SEED = 6, 4, 1e-2, 1
 Rows = list[dict[str, Any]]
 
 _SHAPE = {
@@ -62,6 +62,17 @@ _BUILDERS: dict[str, Any] = {
 }
 
 
+LORA = peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+QUERY_VALUE_DOWN = ["q_proj", "v_proj", "down_proj"]
+
+
+def glora(a_b: str, c: str, d_e: str, targets: Any = QUERY_VALUE_DOWN, task: str = "CAUSAL_LM") -> Any:
+    """PEFT's GLoRA in one of its forms, begun away from zero."""
+    return peft.GloraConfig(
+        r=4, target_modules=targets, config_A_B=a_b, config_C=c, config_D_E=d_e, init_weights=False, task_type=task
+    )
+
+
 def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A model with fresh weights, the same for every dtype up to rounding."""
     transformers.set_seed(0)
@@ -76,8 +87,57 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def adapt(model: Any, config: Any) -> Any:
     """The model with the adapters of PEFT, from the same random numbers every time."""
-    transformers.set_seed(1)
+    transformers.set_seed(SEED)
     return peft.get_peft_model(model, copy.deepcopy(config))
+
+
+def model_of(name: str, config: Any, accelerated: bool, dtype: torch.dtype = torch.float32) -> Any:
+    """A model with the adapters of PEFT, accelerated or not."""
+    model = adapt(build(name, dtype), config)
+    return gk.accelerate(model, verbose=False) if accelerated else model
+
+
+def quantized(folder: Path) -> Any:
+    """The LLaMA with its linear layers in NF4, as transformers loads it."""
+    nf4 = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return transformers.LlamaForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=torch.float32)
+
+
+def dequantized(folder: Path) -> Any:
+    """`quantized`, its layers made dense, in float64."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    packed, dense = quantized(folder), build("llama")
+    for path, layer in packed.named_modules():
+        if type(layer).__name__ == "Linear4bit":
+            weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            dense.get_submodule(path).weight.data.copy_(weight)
+    return dense.double()
+
+
+def with_adapters_of_lora(model: Any) -> Any:
+    """One of our methods, begun at what PEFT's LoRA begins with."""
+    lora = adapters(model_of("llama", LORA, accelerated=False))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            path, _, _, factor = name.rsplit(".", 3)
+            theirs = {"B_down": "lora_A", "B_up": "lora_B"}[factor]
+            parameter.data.copy_(lora[f"{path}.{theirs}.default.weight"])
+    return model
+
+
+def with_shared_lora_a(model: Any) -> Any:
+    """PEFT's LoRA with the `lora_A` of the first decoder layer in the others too."""
+    first, *others = model.base_model.model.model.layers
+    for path, module in first.named_modules():
+        if path.endswith("lora_A"):
+            for layer in others:
+                layer.get_submodule(path)["default"].weight = module["default"].weight
+    return model
 
 
 @functools.cache
@@ -132,7 +192,7 @@ class Run:
 
     trainer: Any
     log: LossLog
-    adapters: dict[str, Tensor] = field(default_factory=dict)
+    adapters: dict[str, Tensor]
 
     @property
     def losses(self) -> Tensor:
@@ -156,7 +216,7 @@ def settings(folder: Path, kind: Any = transformers.TrainingArguments, **changes
         "use_cpu": True,
         "disable_tqdm": True,
         "report_to": "none",
-        "seed": 0,
+        "seed": SEED,
         **changes,
     }
     return kind(**chosen)

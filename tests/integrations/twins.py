@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import glora_kernels as gk
+
 EXACT = 1e-12
 ADAPTERS = ("lora_", "glora_", "hira_", "modules_to_save")
 
@@ -67,8 +69,6 @@ class Twins:
     """One model twice: as PEFT runs it, and accelerated. `calls` holds the operands of each call on our operators."""
 
     def __init__(self, model: nn.Module, calls: list[Any]):
-        import glora_kernels as gk
-
         self.plain, self.calls = model, calls
         self.fast = gk.accelerate(copy.deepcopy(model), verbose=False)
 

@@ -1,57 +1,86 @@
-"""The plugin and the comparison over it, on a checkout of three tests in place of PEFT's."""
+"""The plugin and the comparison over it, on a checkout of five small tests in place of PEFT's."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from pathlib import Path
+from collections import Counter
+from typing import Any
 
+import peft_suite
 import pytest
 
 pytest.importorskip("peft")
 
-RUN = Path(__file__).with_name("run.py")
 TESTS = """
 import peft, pytest, torch
 from torch import nn
 
-CONFIGS = [peft.LoraConfig, peft.GloraConfig, peft.HiraConfig]
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_passes(config):
+@pytest.mark.parametrize("config", [peft.LoraConfig, peft.GloraConfig, peft.HiraConfig])
+def test_calls(config):
     model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 4)), config(target_modules=["0"]))
-    x = torch.ones(2, 6)
-    assert torch.allclose(model(x), model.get_base_model()[0].base_layer(x), atol=1e-4)
     model.add_adapter("other", config(target_modules=["0"]))
+    assert model(torch.ones(2, 6)).shape == (2, 4)
+    with model.disable_adapter():
+        model(torch.ones(2, 6))
 
 def test_fails_either_way():
-    embedding = nn.Sequential(nn.Embedding(5, 4))
-    model = peft.get_peft_model(embedding, peft.LoraConfig(target_modules=["0"]))
+    model = peft.get_peft_model(nn.Sequential(nn.Embedding(5, 4)), peft.LoraConfig(target_modules=["0"]))
     assert model(torch.tensor([1])).shape == (0,)
 
-def test_sees_the_class():
+def test_fails_when_accelerated():
     model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 4)), peft.LoraConfig(target_modules=["0"]))
     assert type(model.get_base_model()[0]).__module__ == "peft.tuners.lora.layer"
 """
+PLAIN = {
+    **{f"test_calls[{method}Config]": "passed" for method in ("Lora", "Glora", "Hira")},
+    "test_fails_either_way": "failed",
+    "test_fails_when_accelerated": "passed",
+}
 
 
-def compare(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def compare(tmp_path, monkeypatch, capsys) -> Any:
+    """The exit status of the comparison and what it printed. The way without acceleration is known, and not run."""
     tests = tmp_path / "tests"
     tests.mkdir()
     tests.joinpath("__init__.py").touch()
     tests.joinpath("test_small.py").write_text(TESTS)
-    command = [sys.executable, RUN, tmp_path, "test_small.py", "--installed", "--keep", tmp_path / "kept", *options]
-    return subprocess.run(command, capture_output=True, text=True)
+    run, plain = peft_suite.run, {f"tests.test_small::{name}": outcome for name, outcome in PLAIN.items()}
+    monkeypatch.setattr(
+        peft_suite, "run", lambda *a: run(*a) if a[-1] else peft_suite.Run(plain, Counter[str]())
+    )  # fmt: skip
+
+    def compared(*options: str) -> tuple[int, str]:
+        kept = ["--keep", str(tmp_path / "kept")]
+        status = peft_suite.main([str(tmp_path), "test_small.py", "--installed", "--jobs=1", *kept, *options])
+        return status, capsys.readouterr().out
+
+    return compared
 
 
-def test_what_passes_only_without_acceleration_is_found(tmp_path):
-    done = compare(tmp_path, "-k", "small", "--jobs", "1")
-    assert done.returncode == 1, done.stderr
-    differences = re.findall(r"^(\S+): (\w+) without, (\w+) with acceleration$", done.stdout, re.M)
-    assert differences == [("tests.test_small::test_sees_the_class", "passed", "failed")]
-    assert re.search(r"^all +5 +4 +1 +0 +1$", done.stdout, re.M), done.stdout
-    assert re.search(r"^ +3  glora_kernels$", done.stdout, re.M), done.stdout  # one forward for each method
-    log = (tmp_path / "kept" / "accelerated.log").read_text()
-    assert "3  glora_kernels" in log
-    assert "AssertionError" in log
+def test_what_passes_only_without_acceleration_is_found(compare, tmp_path):
+    status, printed = compare("-k", "test_small")
+    assert status == 1
+    differences = re.findall(r"^(\S+): (\w+) without, (\w+) with acceleration$", printed, re.M)
+    assert differences == [("tests.test_small::test_fails_when_accelerated", "passed", "failed")]
+    assert re.search(r"^all +5 +4 +1 +0 +1$", printed, re.M), printed
+    assert re.findall(r"^ +(\d+)  (\w+)", printed, re.M) == [("3", "glora_kernels"), ("3", "PEFT")]
+    assert "AssertionError" in (tmp_path / "kept" / "accelerated.log").read_text()
+
+
+def test_a_selection_without_an_accelerated_call_is_no_success(compare, monkeypatch):
+    same = peft_suite.Run({"tests.test_small::test_fails_either_way": "failed"}, Counter[str]())
+    monkeypatch.setattr(peft_suite, "run", lambda *_: same)
+    status, printed = compare()
+    assert status == 1
+    assert "no call ran on the operators" in printed
+
+
+def test_no_checkout(capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        peft_suite.main([str(tmp_path)])
+    assert "give a checkout of PEFT's repository" in capsys.readouterr().err
+
+
+def test_a_test_that_ran_in_one_of_the_ways_only_differs():
+    assert peft_suite.differences({"a": "passed", "b": "failed"}, {"b": "failed"}) == [("a", "passed", "did not run")]

@@ -7,7 +7,7 @@ and disabled, hooks come and go); where not, PEFT's forward runs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.glora.layer import GloraEmptyPath, GloraLinear, GloraLoraPath, GloraScalarPath, GloraVectorPath
@@ -27,12 +27,7 @@ from glora_kernels.integrations.operands import (
     total,
 )
 
-if TYPE_CHECKING:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    _Layer = BaseTunerLayer
-else:
-    _Layer = object
+_Layer: Any = object  # in use beside a class of PEFT, whose attributes it may read
 
 VARIANT = "a variant of LoRA"
 FOREIGN = "its adapter is made of other modules than PEFT's own"
@@ -45,7 +40,7 @@ IDLE = "no active adapter, merged or disabled: the base alone"
 class Accelerated(_Layer):
     """The forward that every accelerated layer has; before PEFT's class in the order of resolution."""
 
-    plain: ClassVar[type]
+    plain: ClassVar[Any]
     _glora_kept: dict[str, Any]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -100,17 +95,29 @@ class Accelerated(_Layer):
 
     def accelerated(self) -> None:
         """Called once the layer has this class."""
-        vars(self).pop("forward", None)  # its former class's own, which accelerate's hooks leave behind
+        self.__dict__.pop("forward", None)  # its former class's own, which accelerate's hooks leave behind
         self._glora_kept = {}
 
     def decelerated(self) -> None:
         """Called before the layer gets its own class back."""
-        vars(self).pop("forward", None)
+        self.__dict__.pop("forward", None)
         del self._glora_kept
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._keep_base()
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has a base of its own.
         return {**vars(self), "_glora_kept": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keep_base()
+
+    def _keep_base(self) -> None:
+        frozen_base(self.base_layer, self._glora_kept)  # torch.compile cannot trace the reading of a 4-bit state
 
 
 class Scales(dict[str, float]):
@@ -149,6 +156,8 @@ class Scales(dict[str, float]):
 class LoraOperands(Accelerated):
     """LoRA: B=lora, and its bias, where it has one, as E."""
 
+    scaling: dict[str, float]
+
     def accelerated(self) -> None:
         super().accelerated()
         self._glora_scales: dict[str, Tensor] = {}
@@ -157,7 +166,7 @@ class LoraOperands(Accelerated):
 
     def decelerated(self) -> None:
         super().decelerated()
-        vars(self)["scaling"] = dict(self.scaling)
+        self.__dict__["scaling"] = dict(self.scaling)
         del self._glora_scales
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -52,7 +52,9 @@ def accelerate(model: nn.Module, *, verbose: bool = True) -> nn.Module:
     `nn.Linear`, a `Conv1D` or a bitsandbytes `Linear4bit`, each GLoRA layer and each HiRA layer changes its class to
     a subclass of itself whose forward calls `ops.glora_linear`, wherever that can take the call; else PEFT's own runs.
 
-    Dropout draws its mask from another stream than PEFT's: equal in distribution, not element by element.
+    Dropout draws its mask from another stream than PEFT's: equal in distribution, not element by element. Two things
+    that PEFT's layers allow are errors: a second derivative (`create_graph=True`), and overwriting in place the output
+    of a GLoRA layer whose vector or constant A is trained.
 
     Args:
         model: a `PeftModel`, or any module with PEFT layers inside, also inside DDP, or torch.compile's wrapper.

@@ -166,9 +166,14 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def _mixed(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         """Each row with an adapter of its own: the rows of one adapter together."""
         if len(x) != len(adapter_names):
-            raise ValueError(f"adapter_names has {len(adapter_names)} names for a batch of {len(x)}")
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
         if self.merged_adapters:
-            raise ValueError("adapter_names cannot be given while adapters are merged; call unmerge_adapter() first")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
             rows.setdefault(name if name in self.adapters else BASE, []).append(row)

@@ -27,6 +27,8 @@ class AdaptedModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # Called once the configuration knows its targets, before the first of them is replaced.
+        if peft_config.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
+            raise ValueError(f"bias={peft_config.bias!r} needs PEFT 0.21: older ones do not save the trained biases")
         targets = self._targets(peft_config, model)
         for path, module in targets.items():
             if reason := unfit(module):

@@ -37,7 +37,12 @@ class ShareLoRAPeftModel(AdaptedModel):
 
     prefix = "gksharelora_"
     tuner_layer_cls = ShareLoRAPeftLinear
-    uses_shared_state = True
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; not from a state_dict, in whose keys a layer that has no parameter of its own is missing."""
+        if kwargs.get("state_dict") is not None:
+            raise ValueError("ShareLoRA cannot be injected from a state_dict; give the configuration alone")
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _plan(self, config: ShareLoRAPeftConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
         shared = config.share_config()

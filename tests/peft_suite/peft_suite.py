@@ -61,9 +61,10 @@ def run(options: argparse.Namespace, folder: Path, accelerated: bool) -> Run:
     report, calls, log = (folder / f"{way}.{ending}" for ending in ("xml", "json", "log"))
     command = [
         sys.executable, "-m", "pytest", *(f"tests/{file}" for file in options.files), "-q", "-o", "addopts=",
-        "-p", "no:cacheprovider", "-k", options.k, "-n", str(options.jobs), "--dist", "worksteal",
-        f"--junitxml={report}",
+        "-p", "no:cacheprovider", "-k", options.k, f"--junitxml={report}",
     ]  # fmt: skip
+    if options.jobs > 1:
+        command += ["-n", str(options.jobs), "--dist", "worksteal"]
     paths = [str(HERE), *([] if options.installed else [str(options.checkout / "src")]), os.environ.get("PYTHONPATH")]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)),

@@ -1,0 +1,214 @@
+"""The guides in docs/: every script runs, its checks hold, and the Python in a guide stands in its script."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from glora_kernels.reference.tolerance import FLOOR
+
+for package in ("transformers", "peft", "accelerate", "sklearn", "matplotlib", "tqdm"):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "examples" / "guides"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+GUIDES = {
+    "from-peft-lora": "peft_lora",
+    "from-peft-glora": "peft_glora",
+    "from-pytorch": "plain_pytorch",
+    "from-timm-and-lightning": "timm_lightning",
+    "four-bit": "four_bit",
+    "several-gpus": "several_processes",
+}
+"""The guides with a script each; the other pages of docs/ have none."""
+
+EPS = torch.finfo(torch.float32).eps
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "TOKENIZERS_PARALLELISM": "false"}
+TIMM = os.environ.get("GLORA_KERNELS_TIMM")
+"""A folder with timm and torchvision (`scripts/setup.sh` makes it): they cannot stand beside a CPU build of torch."""
+
+
+def installed(*packages: str) -> bool:
+    return all(importlib.util.find_spec(package) is not None for package in packages)
+
+
+def numbers(printed: str, row: str) -> list[float]:
+    """The numbers at the end of the row of a script's table that begins with `row`."""
+    line = next((line for line in printed.splitlines() if line.startswith(row)), None)
+    assert line is not None, f"no line {row!r} in\n{printed}"
+    return [float(cell) for cell in line.removeprefix(row).split()]
+
+
+def number(printed: str, row: str) -> float:
+    (value,) = numbers(printed, row)
+    return value
+
+
+def check_sum(printed: str, row: str, terms: int = 384) -> None:
+    """Float32 logits differ by no more than sums of this many terms, the widest layer's, do in two orders."""
+    assert number(printed, row) <= FLOOR * EPS * terms**0.5 * number(printed, "largest logit"), row
+
+
+def check_losses(printed: str) -> None:
+    """The losses of the first steps, about log(1024), differ by their rounding."""
+    assert number(printed, "loss by step: accelerated, plain PEFT") <= FLOOR * EPS * math.log(1024)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the output of every script that runs in one process, each in a child of its own."""
+    out = tmp_path_factory.mktemp("guides")
+    names = ["plain_pytorch", "peft_lora", "peft_glora"]
+    names += ["four_bit"] * installed("trl", "datasets", "bitsandbytes")
+    names += ["timm_lightning"] * bool(TIMM and installed("lightning"))
+    command = [sys.executable, str(Path(__file__).with_name("run_guides.py")), str(out)]
+    command += ["--timm", TIMM] * bool(TIMM) + [str(SCRIPTS / f"{name}.py") for name in names]
+    process = subprocess.run(command, capture_output=True, encoding="utf-8", env=ENVIRONMENT, timeout=400, cwd=out)
+    codes = dict(line.split() for line in process.stdout.splitlines() if line.split()[0] in names)
+    failed = [name for name in names if codes.get(name) != "0"]
+    logs = "\n".join((out / f"{name}.txt").read_text() for name in failed if (out / f"{name}.txt").exists())
+    assert not failed, f"{failed}\n{logs}\n{process.stderr}"
+    return out
+
+
+def test_the_scripts_run_and_their_checks_hold(ran: Path) -> None:
+    """One test for all of them: the processes that share their imports are started once."""
+    printed = {path.stem: path.read_text() for path in ran.glob("*.txt")}
+    for name, text in printed.items():
+        assert (ran / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+        assert "100%" in text or "10/10" in text, f"{name} shows no progress"
+
+    lora = printed["peft_lora"]
+    assert re.search(r"14  lora\.Linear +glora_kernels", lora)
+    assert number(lora, "logits: decelerated, loaded by plain PEFT") == 0.0
+    check_losses(lora)
+    check_sum(lora, "logits: accelerated, loaded by plain PEFT")
+    check_sum(lora, "logits: accelerated, merged")
+
+    glora = printed["peft_glora"]
+    assert re.search(r"14  glora\.GloraLinear +glora_kernels", glora)
+    for row in ("logits: full GLoRA, loaded again", "logits: disabled, base model"):
+        assert number(glora, row) == 0.0, row
+    check_losses(glora)
+    for row in ("accelerated, plain PEFT", "accelerated, converted to GLoRAPeftConfig", "full GLoRA, merged"):
+        check_sum(glora, f"logits: {row}")
+
+    plain = printed["plain_pytorch"]
+    for row in ("saved and loaded into the base model", "merged and unmerged"):
+        assert number(plain, row) == 0.0, row
+    assert number(plain, "what the adapters add") > 1.0 > 1e-3 > number(plain, "merged") > 0.0
+    before, after = map(int, re.findall(r"(\d+)%", plain.splitlines()[-2]))
+    assert after > before + 30
+
+
+@pytest.mark.skipif(not installed("trl", "datasets", "bitsandbytes"), reason="trl, datasets or bitsandbytes is missing")
+def test_four_bit(ran: Path) -> None:
+    printed = (ran / "four_bit.txt").read_text()
+    assert re.search(r"14  lora\.Linear4bit +glora_kernels", printed)
+    assert number(printed, "logits: GLoRA over NF4, loaded again") == 0.0
+    largest = number(printed, "largest logit")
+    allowed = 2 * number(printed, "logits: plain PEFT in bf16, PEFT in fp32") + 4 * 2**-8 * largest
+    assert 0.0 < number(printed, "logits: accelerated in bf16, PEFT in fp32") <= allowed
+
+
+@pytest.mark.skipif(not (TIMM and installed("lightning")), reason="GLORA_KERNELS_TIMM or lightning is missing")
+def test_timm_and_lightning(ran: Path) -> None:
+    printed = (ran / "timm_lightning.txt").read_text()
+    assert "blocks.#.attn.qkv" in printed
+    assert number(printed, "Lightning's checkpoint, loaded") == 0.0
+    assert number(printed, "the adapter's file, loaded into the base model") == 0.0
+    assert 0.0 < number(printed, "merged") < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("launcher", "methods"),
+    [
+        (
+            ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+            ["ddp", "fsdp2"],
+        ),
+        (["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], ["shared"]),
+    ],
+    ids=["accelerate launch", "torchrun"],
+)
+def test_two_processes(launcher: list[str], methods: list[str], tmp_path: Path) -> None:
+    script = [str(SCRIPTS / "several_processes.py"), "--smoke", "--device", "cpu", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", *launcher, *script, "--methods", *methods]
+    process = subprocess.run(command, capture_output=True, encoding="utf-8", env=ENVIRONMENT, timeout=400, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    for method in methods:
+        processes, loss, by_step, loaded = numbers(process.stdout, f"{method} ")
+        assert processes == 2.0
+        assert 0.0 < loss < 10.0
+        assert by_step <= FLOOR * EPS * loss, method
+        assert 0.0 <= loaded < 1e-4, method
+    assert (tmp_path / "several_processes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_python_of_a_guide_stands_in_its_script(guide: str) -> None:
+    """Paragraph by paragraph, whatever the script indents it by."""
+    page, script = ROOT / "docs" / f"{guide}.md", SCRIPTS / f"{GUIDES[guide]}.py"
+    assert f"examples/guides/{script.name}" in page.read_text()
+    assert blocks(page, "python"), page.name
+    lines = script.read_text().splitlines()
+    for block in blocks(page, "python"):
+        for paragraph in re.split(r"\n\s*\n", block.strip("\n")):
+            wanted = textwrap.dedent(paragraph).splitlines()
+            starts = range(len(lines) - len(wanted) + 1)
+            found = any(
+                textwrap.dedent("\n".join(lines[start : start + len(wanted)])).splitlines() == wanted
+                for start in starts
+            )
+            assert found, f"{page.name}: not in {script.name}:\n{paragraph}"
+
+
+def test_every_script_has_a_guide_and_no_other_page_has_python() -> None:
+    scripts = {path.stem for path in SCRIPTS.glob("*.py")} - {"guide_parts"}
+    assert scripts == set(GUIDES.values())
+    for page in PAGES:
+        if page.stem not in GUIDES:
+            assert not blocks(page, "python"), page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_files_of_a_guide_exist(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for path in re.findall(r"\b(?:examples|tests|benchmarks|scripts)/[\w/.-]*\w", text):
+        assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def test_the_page_of_reasons_has_all_of_them() -> None:
+    """Read from the sources: importing them imports PEFT."""
+    page = (ROOT / "docs" / "what-is-accelerated.md").read_text()
+    folder = ROOT / "glora_kernels" / "integrations"
+    found = []
+    for path in (folder / "operands.py", folder / "accelerated" / "layers.py", folder / "accelerated" / "switch.py"):
+        found += re.findall(r"""^[A-Z_0-9]+ = f?"([^"{]+ [^"{]+)""", path.read_text(), re.MULTILINE)
+        found += re.findall(r"""^    return f?"([^"{]+ [^"{]+)""", path.read_text(), re.MULTILINE)
+    assert len(found) > 20
+    assert not [reason for reason in found if reason.strip() not in page]
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("[!g]*.py")), ids=lambda path: path.stem)
+def test_a_script_explains_itself(script: Path) -> None:
+    text = script.read_text()
+    assert f"    python examples/guides/{script.name}" in text or f" examples/guides/{script.name}" in text
+    assert "if message := missing(" in text, "no clear word about a missing package"

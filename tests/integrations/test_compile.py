@@ -1,0 +1,268 @@
+"""torch.compile over accelerated layers: one graph, what eager mode gives, and nothing compiled twice without need.
+
+A decoder layer of transformers in float64 with adapters in two of its linear layers is compiled with
+`fullgraph=True`. Without dropout it is compared with PEFT's own model in eager mode, with dropout with the accelerated
+one from the same seed. Compilations are counted, and the operators in their graphs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections import Counter
+from functools import partial
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition  # noqa: E402
+from peft.tuners.lora import LoraLayer  # noqa: E402
+from torch._dynamo.backends.common import aot_autograd  # noqa: E402
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding  # noqa: E402
+from twins import EXACT, assert_same, randomized  # noqa: E402
+
+import glora_kernels as gk  # noqa: E402
+from glora_kernels.integrations.peft import GLoRAPeftConfig, ShareLoRAPeftConfig  # noqa: E402
+from glora_kernels.reference.tolerance import FLOOR  # noqa: E402
+
+WIDTH, TARGETS = 16, ["q_proj", "down_proj"]
+FORWARD, BACKWARD = "glora_kernels.glora_linear.default", "glora_kernels.glora_linear_backward.default"
+LLAMA = {
+    "hidden_size": WIDTH, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "num_hidden_layers": 1, "vocab_size": 32, "attention_bias": True, "mlp_bias": True, "use_cache": False,
+    "attn_implementation": "sdpa",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Block(nn.Module):
+    """A decoder layer with its positions, float64 throughout: the norm of transformers computes in float32.
+
+    `reentrant`: the kind of activation checkpointing around it; None is without.
+    """
+
+    def __init__(self, reentrant: bool | None = None):
+        super().__init__()
+        config = transformers.LlamaConfig(**LLAMA)
+        self.layer, self.rotary = LlamaDecoderLayer(config, 0), LlamaRotaryEmbedding(config)
+        self.layer.input_layernorm, self.layer.post_attention_layernorm = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.decode(x)
+        return checkpoint(self.decode, x, use_reentrant=self.reentrant)
+
+    def decode(self, x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1]).unsqueeze(0)
+        return self.layer(x, position_embeddings=self.rotary(x, positions), position_ids=positions)
+
+
+class Compiler:
+    """A backend that runs the graphs it gets. `forward` and `backward`: for each graph, how often it calls what."""
+
+    def __init__(self) -> None:
+        self.forward: list[Counter[str]] = []
+        self.backward: list[Counter[str]] = []
+        self.run = aot_autograd(
+            fw_compiler=partial(self._record, self.forward),
+            bw_compiler=partial(self._record, self.backward),
+            partition_fn=min_cut_rematerialization_partition,
+        )
+
+    def __call__(self, module: Any, inputs: Any) -> Any:
+        return self.run(module, inputs)
+
+    @staticmethod
+    def _record(graphs: list[Counter[str]], module: Any, inputs: Any) -> Any:
+        graphs.append(Counter(str(node.target) for node in module.graph.nodes if node.op == "call_function"))
+        return make_boxed_func(module.forward)
+
+
+def lora(**more: Any) -> Any:
+    return peft.LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, **more)
+
+
+def four_bit(block: nn.Module) -> nn.Module:
+    """The targets as bitsandbytes' Linear4bit."""
+    bnb = pytest.importorskip("bitsandbytes")
+    for parent, name in ((block.layer.self_attn, "q_proj"), (block.layer.mlp, "down_proj")):
+        linear = getattr(parent, name)
+        packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, compute_dtype=torch.float32)
+        packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+        packed.bias = linear.bias
+        setattr(parent, name, packed.to("cpu"))
+    return block
+
+
+def adapted(config: Any, reentrant: bool | None = None, dtype: torch.dtype = torch.float64, bits: int = 0) -> Any:
+    torch.manual_seed(0)
+    block = Block(reentrant).to(dtype)
+    return randomized(peft.get_peft_model(four_bit(block) if bits == 4 else block, config))
+
+
+def compiled(model: nn.Module, **options: Any) -> Compiler:
+    """Compiles the model in place."""
+    compiler = Compiler()
+    model.compile(backend=compiler, **{"fullgraph": True, **options})
+    return compiler
+
+
+def numbers(*lead: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*lead, WIDTH, generator=torch.Generator().manual_seed(math.prod(lead)), dtype=dtype)
+
+
+PEFTS = {
+    "lora": lora(),
+    "glora-vector": peft.GloraConfig(r=3, target_modules=TARGETS, config_A_B="vector"),
+    "glora-lora": peft.GloraConfig(r=3, target_modules=TARGETS, config_A_B="lora"),
+    "hira": peft.HiraConfig(r=3, target_modules=TARGETS),
+}
+METHODS = {
+    "gkglora": GLoRAPeftConfig(r=3, target_modules=TARGETS, A="vector", B="lora", C="lora", D="vector", E="vector"),
+    "gksharelora": ShareLoRAPeftConfig(r=3, target_modules=TARGETS),
+}
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def step(model: nn.Module, x: Tensor, seed: int = 0, dynamic: bool = False) -> dict[str, Tensor]:
+    """y, dx and the gradients of the adapters, which stay in place. `dynamic`: batch and sequence are marked as such."""
+    x = x.clone().requires_grad_()
+    if dynamic:
+        torch._dynamo.mark_dynamic(x, [0, 1])
+    model.zero_grad()
+    torch.manual_seed(seed)
+    y = model(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=y.dtype))
+    return {"y": y.detach(), "x": x.grad, **{name: p.grad.clone() for name, p in trained(model).items()}}
+
+
+def lora_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+@pytest.mark.parametrize("kind", [*PEFTS, *METHODS])
+def test_one_graph_for_any_rows_and_weights(kind):
+    """Batch and sequence are marked as dynamic, an error where something fixes them; an optimizer steps in between."""
+    plain = adapted((PEFTS | METHODS)[kind])
+    fast = copy.deepcopy(plain)
+    if kind in PEFTS:
+        gk.accelerate(fast, verbose=False)
+    compiler = compiled(fast)
+    optimizers = [torch.optim.SGD(trained(model).values(), lr=0.01) for model in (plain, fast)]
+    for lead in ((2, 5), (3, 7), (4, 6)):
+        assert_same(step(fast, numbers(*lead), dynamic=True), step(plain, numbers(*lead)))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert len(compiler.forward) == len(compiler.backward) == 1
+    assert compiler.forward[0][FORWARD] == compiler.backward[0][BACKWARD] == len(TARGETS)
+
+
+@pytest.mark.parametrize(("dynamic", "graphs"), [(None, 2), (True, 1)])
+def test_alpha_is_no_constant_of_the_graph(dynamic, graphs):
+    """As PEFT changes it in each of its ways. Left alone, torch.compile takes the first other size to see it varies."""
+    plain = adapted(lora())
+    fast = gk.accelerate(copy.deepcopy(plain), verbose=False)
+    compiler = compiled(fast, dynamic=dynamic)
+    for lead in ((2, 5), (3, 7)):
+        assert_same(step(fast, numbers(*lead)), step(plain, numbers(*lead)))
+    assert len(compiler.forward) == graphs
+    changes = [
+        lambda layer: layer.scaling.__setitem__("default", 0.37),
+        lambda layer: layer.set_scale("default", 0.5),
+        lambda layer: layer.scale_layer(0.7),
+        lambda layer: layer.unscale_layer(),
+    ]
+    results = []
+    for lead, change in zip(((3, 7), (5, 4), (2, 9), (4, 4)), changes, strict=True):
+        for layer in (*lora_layers(plain), *lora_layers(fast)):
+            change(layer)
+        with torch.no_grad():
+            for parameter in (*trained(plain).values(), *trained(fast).values()):
+                parameter.mul_(1.25)
+        results.append(step(fast, numbers(*lead)))
+        assert_same(results[-1], step(plain, numbers(*lead)))
+    assert len(compiler.forward) == len(compiler.backward) == graphs
+
+
+def test_a_4bit_base():
+    """In float32, in which bitsandbytes computes here: to the rounding of one operation."""
+    plain = adapted(lora(), dtype=torch.float32, bits=4)
+    fast = gk.accelerate(copy.deepcopy(plain), verbose=False)
+    compiler = compiled(fast)
+    for lead in ((2, 5), (3, 7), (4, 6)):
+        for layer in (*lora_layers(plain), *lora_layers(fast)):
+            layer.set_scale("default", 1.0 / sum(lead))
+        x = numbers(*lead, dtype=torch.float32)
+        expected = step(copy.deepcopy(fast_eager(fast)), x)
+        assert_same(step(fast, x, dynamic=True), expected, FLOOR * torch.finfo(torch.float32).eps)
+    assert len(compiler.forward) == len(compiler.backward) == 1
+    assert compiler.forward[0][FORWARD] == compiler.backward[0][BACKWARD] == len(TARGETS)
+
+
+def fast_eager(model: Any) -> Any:
+    """The same model without its compiled call."""
+    eager = copy.copy(model)
+    eager._compiled_call_impl = None
+    return eager
+
+
+@pytest.mark.parametrize("place", ["without", "inside", "inside-reentrant", "outside"])
+def test_dropout_and_checkpointing(place):
+    """Forward and backward, which computes the block anew, drop the same elements.
+
+    y is linear in lora_B of the last layer, down_proj, so that ⟨dy, y(B+V) - y(B)⟩ = ⟨∂B, V⟩ to rounding, with the
+    mask of the forward on the left and that of the backward on the right.
+    """
+    plain = adapted(lora(lora_dropout=0.25), {"inside": False, "inside-reentrant": True}.get(place))
+    eager = gk.accelerate(plain, verbose=False).train()
+    fast = copy.deepcopy(eager)
+    compiler = compiled(fast)
+    call = Recomputed(fast) if place == "outside" else fast
+    x = numbers(2, 5)
+    found = step(call, x, seed=3)
+    if place == "outside":
+        found = {name.removeprefix("module."): value for name, value in found.items()}
+    assert_same(found, step(eager, x, seed=3))
+    assert not torch.equal(found["y"], step(call, x, seed=4)["y"])
+
+    name = next(name for name in trained(fast) if "down_proj" in name and "lora_B" in name)
+    change = torch.randn(found[name].shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    with torch.no_grad():
+        trained(fast)[name].add_(change)
+    moved = step(call, x, seed=3)
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=x.dtype)
+    difference, gradient = ((moved["y"] - found["y"]) * dy).sum(), (found[name] * change).sum()
+    assert abs(difference - gradient) <= EXACT * (moved["y"] * dy).abs().sum()
+
+    again = compiler.backward[0][FORWARD]
+    assert (again > 0) == place.startswith("inside")
+    assert len(compiler.forward) == 1
+
+
+class Recomputed(nn.Module):
+    """Checkpointing around a compiled module: what is run again is compiled code."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.module, x, use_reentrant=False)
