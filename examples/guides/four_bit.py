@@ -53,7 +53,8 @@ def load_base(checkpoint: Path, device: str, compute_dtype: torch.dtype = torch.
     return model
 
 
-def add_lora(model: Any) -> PeftModel:
+def add_lora(model: Any) -> Any:
+    """PEFT's LoRA on every linear layer but the head."""
     torch.manual_seed(1)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
@@ -99,7 +100,7 @@ def main() -> None:
     gk.decelerate(model)
     plain_logits = logits_of(model, held_out)
 
-    path = Path(args.out) / "four_bit.safetensors"
+    path = args.out / "four_bit.safetensors"
     model = build_decoder().to(args.device)
     model = gk.quantize(model, "nf4", double_quant=True)
     model = gk.inject(model, gk.GLoRAConfig(A="vector", B="lora", C="vector", E="vector", rank=8, alpha=16))
@@ -128,7 +129,11 @@ def main() -> None:
             ("largest logit", f"{exact_logits.abs().max():.1e}"),
         ]
     )
-    curves = {"PEFT's QLoRA": plain_losses, "accelerated": losses, "GLoRA over gk.quantize": glora_losses}
+    curves = {
+        "PEFT's QLoRA": plain_losses,
+        "accelerated": losses,
+        "GLoRA over gk.quantize, other batches": glora_losses,
+    }
     draw_losses(curves, "4-bit bases", args.out / "four_bit.png")
 
 

@@ -10,6 +10,7 @@ import argparse
 import functools
 import os
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import torch
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from tqdm import trange
 
@@ -160,7 +162,7 @@ def largest_difference(one: Tensor | list[float], other: Tensor | list[float]) -
     return (torch.as_tensor(one).double() - torch.as_tensor(other).double()).abs().max().item()
 
 
-def print_table(rows: list[tuple[str, ...]]) -> None:
+def print_table(rows: Sequence[tuple[str, ...]]) -> None:
     """Rows of text in columns, the first row as the heading; all but the first column to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print()
@@ -177,6 +179,7 @@ def draw_losses(curves: dict[str, list[float]], title: str, path: Path) -> None:
         width = 4.5 / (1 + index)
         panel.plot(range(1, len(losses) + 1), losses, label=name, color=COLORS[index], linewidth=width, marker=".")
     panel.set_xlabel("step")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_ylabel("training loss")
     panel.set_title(title)
     panel.grid(alpha=0.3)

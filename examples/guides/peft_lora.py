@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from guide_parts import (
@@ -65,7 +64,7 @@ def train(model: PeftModel, windows: list[dict[str, Any]], args: argparse.Namesp
 def main() -> None:
     args = parse_arguments(__doc__, steps=40, smoke=4)
     windows, held_out = (samples := load_windows())[:-8], samples[-8:]
-    folder = Path(args.out) / "peft-lora"
+    folder = str(args.out / "peft-lora")
 
     plain = make_model()
     plain_losses = train(plain, windows, args)

@@ -140,7 +140,8 @@ def main() -> None:
     args = parse_arguments(__doc__, steps=30, smoke=3, methods=METHODS)
     accelerator = Accelerator(cpu=args.device == "cpu")
     processes = accelerator.num_processes
-    windows, held_out = (samples := load_windows())[: args.steps * BATCH * processes], samples[-8:]
+    samples: Any = load_windows()
+    windows, held_out = samples[: args.steps * BATCH * processes], samples[-8:]
     rows, curves = [("method", "processes", "last loss", "loss by step: beside one process", "saved, loaded")], {}
     for method in args.methods:
         train = {"ddp": train_ddp, "fsdp2": train_fsdp2, "shared": train_shared}[method]

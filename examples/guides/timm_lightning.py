@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from guide_parts import draw_losses, largest_difference, missing, parse_arguments, print_table
 
@@ -100,7 +99,7 @@ def logits_of(model: nn.Module, pictures: Tensor) -> Tensor:
 
 def main() -> None:
     args = parse_arguments(__doc__, steps=200, smoke=10)
-    path = Path(args.out) / "timm_lightning.safetensors"
+    path = args.out / "timm_lightning.safetensors"
     training, held_out = load_parts()
     pictures, labels = held_out.tensors
 

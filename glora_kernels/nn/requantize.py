@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -117,9 +117,9 @@ class Kept(NamedTuple):
     quant_state: QuantState | None = None
 
 
-def keep(layer: GLoRALinear) -> Kept:
-    """A copy in host memory."""
-    bias, state = layer.bias, layer.quant_state
+def keep(layer: Any) -> Kept:
+    """A copy in host memory of what a linear layer holds, dense or in 4 bits."""
+    bias, state = layer.bias, getattr(layer, "quant_state", None)
     return Kept(
         layer.weight.detach().to("cpu", copy=True),
         None if bias is None else bias.detach().to("cpu", copy=True),
@@ -127,7 +127,7 @@ def keep(layer: GLoRALinear) -> Kept:
     )
 
 
-def write(layer: GLoRALinear, values: Kept) -> None:
+def write(layer: Any, values: Kept) -> None:
     """Put values into the parameters of a layer, in place; a bias comes and goes as they have one.
 
     `copy_` tells autograd, so that a backward still to come on the old weight is an error and not a wrong gradient.
@@ -157,26 +157,37 @@ def requantized(layer: GLoRALinear) -> tuple[Kept, MergeReport]:
     """
     weight, config = layer.base_weight(), layer.config
     assert isinstance(weight, QuantizedWeight)
-    state = weight.state
     adapter: dict[str, Tensor] = {name: parameter.detach() for name, parameter in layer.adapter().items()}
     dense = dequantize(weight, torch.float32)
     with without_autocast(dense.device.type):
         effective = effective_weight(dense, adapter, config)
         bias = effective_bias(dense, layer.bias, adapter, config)
-    rounded = weight
+    codes, report = rounded(weight, dense, effective)
+    bias_dtype = layer.base_dtype if layer.bias is None else layer.bias.dtype
+    stored = codes.packed.view(layer.weight.shape)
+    return Kept(stored, None if bias is None else bias.to(bias_dtype), codes.state), report
+
+
+def rounded(base: QuantizedWeight, dense: Tensor, effective: Tensor) -> tuple[QuantizedWeight, MergeReport]:
+    """Q(W_eff) in the type, blocks and nesting of the base, and what Q has done.
+
+    Args:
+        base: W in 4 bits, which is the result where the adapter does not change it.
+        dense: W as it decodes, fp32.
+        effective: W_eff, fp32.
+
+    Raises:
+        ValueError: W_eff holds NaN, inf or what is beyond the dtype that the 4-bit weight stands for.
+    """
+    state, codes = base.state, base
     if not torch.equal(effective, dense):
         if not effective.abs().amax() <= torch.finfo(state.dtype).max:
             raise ValueError(
                 f"the merged weight holds NaN, inf or numbers beyond {state.dtype}, and has no 4-bit codes"
             )
-        rounded = quantize_weight(effective, state.quant_type, state.blocksize, state.nested is not None)
-        rounded = QuantizedWeight(rounded.packed, replace(rounded.state, dtype=state.dtype))
-    del dense
-    bias_dtype = layer.base_dtype if layer.bias is None else layer.bias.dtype
-    merged = Kept(
-        rounded.packed.view(layer.weight.shape), None if bias is None else bias.to(bias_dtype), rounded.state
-    )  # fmt: skip
-    return merged, _compared(weight, rounded, effective)
+        made = quantize_weight(effective, state.quant_type, state.blocksize, state.nested is not None)
+        codes = QuantizedWeight(made.packed, replace(made.state, dtype=state.dtype))
+    return codes, _compared(base, codes, effective)
 
 
 def refusal(layer: GLoRALinear, report: MergeReport) -> str:

@@ -8,6 +8,7 @@ while an accelerated model trains: no case passes by falling back to it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -33,7 +34,8 @@ from glora_kernels.integrations.peft import GLoRAPeftConfig, ShareLoRAPeftConfig
 from glora_kernels.nn.model import clean
 
 EXACT = 1e-12
-RANKS, BATCH, LENGTH = 2, 4, 12
+RANKS, BATCH, LENGTH, STEPS = 2, 4, 12, 6
+HALF = STEPS // 2
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 LICENSE = Path(__file__).parents[2] / "LICENSE"
 
@@ -57,7 +59,7 @@ MOMENTS = ("before the optimizer", "after the optimizer", "after prepare")
 
 def texts():
     """Real text, one byte a token: sequences of LENGTH from the licence beside this project."""
-    data = torch.tensor(list(LICENSE.read_bytes()[: 8 * BATCH * LENGTH]))
+    data = torch.tensor(list(LICENSE.read_bytes()[: STEPS * BATCH * LENGTH]))
     return list(data.view(-1, LENGTH))
 
 
@@ -99,11 +101,12 @@ def loss_of(model, tokens):
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def alone(adapter, steps=8, accumulation=1, dtype=torch.float64):
+@functools.cache
+def alone(adapter, accumulation=1):
     """Losses of plain PEFT in one process on the whole batches, and the model."""
-    model, losses = plain(adapter, dtype), []
+    model, losses = plain(adapter), []
     optimizer = adam(model)
-    for step, tokens in enumerate(list(DataLoader(texts(), BATCH))[:steps], start=1):
+    for step, tokens in enumerate(DataLoader(texts(), BATCH), start=1):
         loss = loss_of(model, tokens)
         (loss / accumulation).backward()
         losses.append(loss.item())
@@ -226,24 +229,24 @@ def equals_plain_peft(folder, sharded, adapter, moment, accumulation=1, wrapped=
 
 
 def resumes(folder, sharded, adapter):
-    """A run of eight steps, and one that is stopped after four and goes on in new objects, dropout included."""
+    """A run in one piece, and one that is stopped half-way and goes on in new objects, dropout included."""
     with accelerator_of(sharded) as accelerator:
         model, optimizer, loader = prepared(accelerator, adapter, "before the optimizer")
         torch.manual_seed(accelerator.process_index)
         batches = list(loader)
-        begun = train(accelerator, model, optimizer, batches[:4])
+        begun = train(accelerator, model, optimizer, batches[:HALF])
         accelerator.save_state(folder)
-        straight = train(accelerator, model, optimizer, batches[4:])
+        straight = train(accelerator, model, optimizer, batches[HALF:])
         values = trained(accelerator, model)
     with accelerator_of(sharded) as accelerator:
         model, optimizer, loader = prepared(accelerator, adapter, "after prepare", seed=9)
-        rest = list(accelerator.skip_first_batches(loader, 4))  # draws a number; the run in one piece drew none here
+        rest = list(accelerator.skip_first_batches(loader, HALF))  # draws a number; the run in one piece drew none here
         accelerator.load_state(folder)
         assert train(accelerator, model, optimizer, rest) == straight
         again = trained(accelerator, model)
     assert values.keys() == again.keys()
     assert all(torch.equal(value, again[name]) for name, value in values.items())
-    assert begun != alone(adapter, 4)[0], "the dropout of PEFT and ours are two streams"
+    assert begun != alone(adapter)[0][:HALF], "the dropout of PEFT and ours are two streams"
 
 
 def in_bf16(folder, sharded, adapter):

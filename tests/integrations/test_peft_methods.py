@@ -458,17 +458,13 @@ def test_a_checkpoint_with_other_parameters(tmp_path, change):
         PeftModel.from_pretrained(Net(), tmp_path)
 
 
-class Embedding(nn.Embedding):
-    pass
-
-
 def test_layers_that_cannot_be_adapted_are_named_and_nothing_is_changed():
     hooked, nested, sharded = Net(), Net(), Net()
     hooked.blocks[1]["up"].register_forward_hook(lambda *_: None)
     nested = get_peft_model(nested, peft.LoraConfig(target_modules=["up"])).base_model.model
     sharded.blocks[1]["up"]._hf_tp_plan = "colwise"
     other = Net()
-    other.blocks[1]["up"] = Embedding(6, 6)
+    other.blocks[1]["up"] = nn.Embedding(6, 6)
     for model, reason in ((hooked, "hooks"), (nested, "another adapter"), (sharded, "sharded"), (other, "a Embedding")):
         with pytest.raises(ValueError, match=reason):
             get_peft_model(model, GLoRAPeftConfig(target_modules=["q_proj", "up"]))

@@ -20,7 +20,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
 WORKER = Path(__file__).with_name("processes_worker.py")
-SECONDS = 300
+SECONDS = 400
 """For what takes about 40 on two free cores; a hang is a failure. A collective gives up after 60."""
 
 

@@ -99,7 +99,7 @@ def test_the_trainer_makes_the_adapters(name: str, method: str, tmp_path: Path) 
     check_same_as_plain(train(trainer), name, method)
 
 
-@pytest.mark.parametrize(("name", "method"), [("llama", "lora"), ("qwen3", "glora")])
+@pytest.mark.parametrize(("name", "method"), [("qwen3", "lora"), ("llama", "glora")])
 def test_the_trainer_gets_a_wrapped_model(name: str, method: str, tmp_path: Path) -> None:
     model = gk.accelerate(adapt(build(name), CONFIGS[method]), verbose=False)
     check_same_as_plain(train(sft(model, tmp_path, **SINGLE)), name, method)

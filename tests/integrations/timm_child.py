@@ -243,7 +243,6 @@ def in_bf16(folder, config):
     assert losses != expected, "rounded alike at every place: not in bf16, or not ours"
     exact, peft_s, found = (as_vector(model) for model in (truth, theirs, ours))
     assert torch.dist(found, exact) <= 2 * torch.dist(peft_s, exact)
-    print(torch.dist(found, exact), torch.dist(peft_s, exact))
 
 
 def as_vector(model):

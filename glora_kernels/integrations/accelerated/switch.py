@@ -76,7 +76,7 @@ def accelerate(model: nn.Module, *, verbose: bool = True) -> nn.Module:
         )
     kinds = _kinds()
     new = {path: layer for path, layer in layers.items() if _refusal(layer, kinds) is None}
-    if not new:
+    if not new and not all(map(_is_ours, layers.values())):
         if any(_is_accelerated(layer) for layer in layers.values()):
             raise ValueError("accelerate: the model is accelerated already; decelerate(model) undoes it")
         raise ValueError(f"accelerate: no layer of this model can be accelerated\n{acceleration(model)}")
@@ -137,6 +137,8 @@ def acceleration(model: nn.Module) -> AccelerationReport:
         if _is_accelerated(layer):
             parts = layer.active_parts()
             reason = parts if isinstance(parts, str) and parts != IDLE else None
+        elif _is_ours(layer):
+            reason = None
         else:
             reason = _refusal(layer, kinds) or "accelerate() was not called since it was added"
         if reason is None:
@@ -192,6 +194,11 @@ def _refusal(layer: Any, kinds: dict[type, Any]) -> str | None:
 
 def _is_accelerated(layer: Any) -> bool:
     return "_glora_kept" in vars(layer)
+
+
+def _is_ours(layer: Any) -> bool:
+    """Whether a layer belongs to a method of `glora_kernels.integrations.peft`, which has no other path."""
+    return not _is_accelerated(layer) and type(layer).__module__.startswith("glora_kernels.")
 
 
 def _kind(layer: Any) -> str:

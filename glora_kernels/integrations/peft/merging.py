@@ -8,7 +8,6 @@ Computed in fp32 (float64 for a float64 base) from the base as it was before any
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,22 +16,16 @@ from torch import Tensor
 from glora_kernels.integrations.peft.adapter import Adapter
 from glora_kernels.nn.base import is_conv1d
 from glora_kernels.nn.frozen import QuantizedLinear
-from glora_kernels.nn.requantize import Kept, MergeReport, _compared, write
+from glora_kernels.nn.requantize import Kept, MergeReport, keep, rounded, write
 from glora_kernels.ops.common import wide_dtype, without_autocast
-from glora_kernels.quant import QuantizedWeight, dequantize, quantize_weight
+from glora_kernels.quant import QuantizedWeight, dequantize
 from glora_kernels.quant.bnb import is_linear4bit
 from glora_kernels.reference import effective_bias, effective_weight
 
 
 def kept_base(base: Any) -> Kept:
     """A copy of the base in host memory."""
-    layer = _written(base)
-    state, bias = getattr(layer, "quant_state", None), layer.bias
-    return Kept(
-        layer.weight.detach().to("cpu", copy=True),
-        None if bias is None else bias.detach().to("cpu", copy=True),
-        None if state is None else state.copied("cpu"),
-    )
+    return keep(_written(base))
 
 
 @torch.no_grad()
@@ -58,9 +51,9 @@ def merged(base: Any, original: Kept, adapters: Sequence[Adapter]) -> tuple[Kept
         quantized = QuantizedWeight(weight, state.to(device))
         dense = dequantize(quantized, torch.float32)
         effective, total = _effective(dense, bias, adapters)
-        rounded, report = _rounded(quantized, dense, effective)
-        stored = rounded.packed.view(weight.shape)
-        return Kept(stored, _cast(total, bias, _computed(base)), rounded.state), report
+        codes, report = rounded(quantized, dense, effective)
+        stored = codes.packed.view(weight.shape)
+        return Kept(stored, _cast(total, bias, _computed(base)), codes.state), report
     transposed = is_conv1d(base)
     dense = (weight.t() if transposed else weight).to(wide_dtype(weight.dtype))
     effective, total = _effective(dense, bias, adapters)
@@ -134,16 +127,3 @@ def _effective(dense: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]) 
                 change = shifted if wide is None else shifted - wide
                 total = change if total is None else total + change
     return effective, total
-
-
-def _rounded(base: QuantizedWeight, dense: Tensor, effective: Tensor) -> tuple[QuantizedWeight, MergeReport]:
-    """Q(W_eff) in the type, blocks and nesting of the base, and what Q has done."""
-    state, rounded = base.state, base
-    if not torch.equal(effective, dense):
-        if not effective.abs().amax() <= torch.finfo(state.dtype).max:
-            raise ValueError(
-                f"merge: the merged weight holds NaN, inf or numbers beyond {state.dtype}, and has no 4-bit codes"
-            )
-        rounded = quantize_weight(effective, state.quant_type, state.blocksize, state.nested is not None)
-        rounded = QuantizedWeight(rounded.packed, replace(rounded.state, dtype=state.dtype))
-    return rounded, _compared(base, rounded, effective)
