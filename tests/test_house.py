@@ -17,11 +17,11 @@ FLOORS = {
     "integrations": 5, "selftest": 5, "commands": 6, "__main__": 6, "__init__": 6,
 }  # fmt: skip
 PUBLIC = {
-    "AccelerationReport", "FusedReport", "GLoRAConfig", "GLoRALinear", "GroupedLoRALinear", "MergeReport", "QuantizedLinear",
-    "ShareLoRAConfig", "accelerate", "acceleration", "backend", "clip_grad_norm_", "decelerate", "deferred_shared_grads", "disabled", "fully_shard",
-    "fuse_cross_attention", "fuse_siblings", "inject", "load_adapter", "merge", "parameter_groups", "quantize",
-    "save_adapter", "shared", "shift_once", "split_siblings", "trainable_parameters", "unmerge", "warmup",
-    "__version__",
+    "AccelerationReport", "FusedReport", "GLoRAConfig", "GLoRALinear", "GroupedLoRALinear", "MergeReport",
+    "QuantizedLinear", "ShareLoRAConfig", "accelerate", "acceleration", "backend", "clip_grad_norm_", "decelerate",
+    "deferred_shared_grads", "disabled", "fully_shard", "fuse_cross_attention", "fuse_siblings", "inject",
+    "load_adapter", "merge", "parameter_groups", "quantize", "save_adapter", "shared", "shift_once", "split_siblings",
+    "trainable_parameters", "unmerge", "warmup", "__version__",
 }  # fmt: skip
 
 

@@ -113,7 +113,7 @@ def main() -> None:
     reloaded = logits_of(fresh, held_out)
 
     report = gk.merge(model, requantize=True)
-    print("\nmerged into 4 bits again, in which most of a small adapter is lost:")
+    print("\nmerged into 4 bits again, and what that loses:")
     print(str(report).splitlines()[0], str(report).splitlines()[-1], sep="\n")
 
     print_table(

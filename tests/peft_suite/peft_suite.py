@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, folder: Path, accelerated: bool) -> Run:
     report, calls, log = (folder / f"{way}.{ending}" for ending in ("xml", "json", "log"))
     command = [
         sys.executable, "-m", "pytest", *(f"tests/{file}" for file in options.files), "-q", "-o", "addopts=",
-        "-p", "no:cacheprovider", "-k", options.k, f"--junitxml={report}",
+        "-p", "no:cacheprovider", "-p", "offline", "-k", options.k, f"--junitxml={report}",
     ]  # fmt: skip
     if options.jobs > 1:
         command += ["-n", str(options.jobs), "--dist", "worksteal"]
