@@ -401,18 +401,18 @@ def test_releases_of_peft(adapted, monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    switch = "glora_kernels.integrations.accelerated.switch.version"
+    asked = "glora_kernels.integrations.release.version"
     for found, words in (
-        (lambda _: "0.19.1", r"PEFT 0\.20 and later; installed is 0\.19\.1"),
+        (lambda _: "0.19.1", r"PEFT 0\.20 or later; installed is 0\.19\.1"),
         (missing, "pip install"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(switch, found)
+            patch.setattr(asked, found)
             with pytest.raises(ImportError, match=words):
                 gk.accelerate(model)
         assert type(model.base_model.model.up) is LoraLinear
     for release in ("0.20.0", "0.21.2.dev0", "0.21.0rc1", "1.0"):
         with monkeypatch.context() as patch:
-            patch.setattr(switch, lambda _, release=release: release)
+            patch.setattr(asked, lambda _, release=release: release)
             gk.decelerate(gk.accelerate(model, verbose=False))
     assert isinstance(model, PeftModel)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import glora_kernels as gk
 import glora_kernels.integrations.peft as package
+from glora_kernels.integrations import release
 from glora_kernels.integrations.peft import GLoRAPeftConfig, registry
 from glora_kernels.integrations.peft.layer import AdaptedLinear, GLoRAPeftLinear
 
@@ -396,16 +397,10 @@ def test_importing_and_registering_twice_is_harmless():
 
 
 def test_another_release_of_peft(monkeypatch):
-    monkeypatch.setattr(registry, "version", lambda name: "0.19.1")
-    with pytest.raises(ImportError, match=r"needs PEFT 0\.20 or later; installed is 0\.19\.1"):
-        registry.check_version()
-
-    def missing(name):
-        raise registry.PackageNotFoundError(name)
-
-    monkeypatch.setattr(registry, "version", missing)
-    with pytest.raises(ImportError, match="PEFT, which is not installed"):
-        registry.check_version()
+    """Asked when the package is imported, before PEFT is."""
+    monkeypatch.setattr(release, "version", lambda name: "0.19.1")
+    with pytest.raises(ImportError, match=r"integrations.peft needs PEFT 0\.20 or later; installed is 0\.19\.1"):
+        importlib.reload(package)
 
 
 # Bad input

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import nn
 
 from glora_kernels.integrations.operands import has_other_forward
-
-PEFT = "0.20"
-"""The lowest release of PEFT whose layers `accelerate` knows; tried up to the one in `PEFT_TRIED`."""
-PEFT_TRIED = "0.21"
+from glora_kernels.integrations.release import need_peft
 
 OWN_FORWARD = "its forward was replaced, or it has accelerate's offloading hooks"
 DERIVED = "a class of its own, derived from PEFT's"
@@ -154,12 +150,7 @@ def _kinds() -> dict[type, Any]:
     Raises:
         ImportError: PEFT is missing or too old.
     """
-    try:
-        found = version("peft")
-    except PackageNotFoundError as error:
-        raise ImportError(f"accelerate needs PEFT, which is not installed: pip install 'peft>={PEFT}'") from error
-    if tuple(map(int, found.split(".")[:2])) < tuple(map(int, PEFT.split("."))):
-        raise ImportError(f"accelerate knows the layers of PEFT {PEFT} and later; installed is {found}")
+    need_peft("accelerate")
     from peft.import_utils import is_bnb_4bit_available
 
     from glora_kernels.integrations.accelerated import layers

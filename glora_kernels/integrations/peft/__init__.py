@@ -7,13 +7,14 @@ From then on they work as any method of PEFT: save_pretrained, PeftModel.from_pr
 add_adapter, set_adapter, disable_adapter. To load such an adapter, import this first.
 """
 
-from glora_kernels.integrations.peft.registry import check_version, register
+from glora_kernels.integrations.release import need_peft
 
-check_version()
+need_peft("glora_kernels.integrations.peft")
 
 from glora_kernels.integrations.peft.config import GLoRAPeftConfig, ShareLoRAPeftConfig  # noqa: E402
 from glora_kernels.integrations.peft.convert import convert_checkpoint  # noqa: E402
 from glora_kernels.integrations.peft.model import GLoRAPeftModel  # noqa: E402
+from glora_kernels.integrations.peft.registry import register  # noqa: E402
 from glora_kernels.integrations.peft.share import ShareLoRAPeftModel  # noqa: E402
 
 register("gkglora", GLoRAPeftConfig, GLoRAPeftModel)

@@ -1,27 +1,11 @@
-"""PEFT's registry of methods: which release of PEFT it must be, and how a method that is not PEFT's own gets into it.
+"""PEFT's registry of methods, and how a method that is not PEFT's own gets into it.
 
 `peft.utils.register_peft_method` takes a method whose name is a member of `PeftType`, an Enum, which is closed.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-
-PEFT = "0.20"
-"""The lowest release of PEFT that the methods are made for."""
-
-
-def check_version() -> None:
-    """An ImportError where PEFT is missing, or older than `PEFT`."""
-    try:
-        found = version("peft")
-    except PackageNotFoundError as error:
-        raise ImportError(
-            f"glora_kernels.integrations.peft needs PEFT, which is not installed: pip install 'peft>={PEFT}'"
-        ) from error
-    if tuple(map(int, found.split(".")[:2])) < tuple(map(int, PEFT.split("."))):
-        raise ImportError(f"glora_kernels.integrations.peft needs PEFT {PEFT} or later; installed is {found}")
 
 
 def peft_type(name: str) -> Any:
