@@ -28,7 +28,8 @@ from glora_kernels.quant.bnb import from_linear4bit, is_linear4bit, linear4bit_c
 HOOKED = "a module inside it has hooks, or a forward of its own (offloading to a CPU or disk is one)"
 NESTED = "its base is another adapter"
 PARAMETRIZED = "the weight of its base is parametrized, or no parameter of its own"
-SHARDED = "the weight of its base is no plain tensor (tensor-parallel or sharded)"
+SHARDED = "the weight of its base is no plain tensor (a part of a sharded one)"
+TENSOR_PARALLEL = "its base is tensor-parallel"
 ON_META = "its weights are on the meta device"
 TRAINED_BASE = "the weight of its base is trained"
 MIXED_DTYPES = "x is not in the dtype of its base"
@@ -40,7 +41,8 @@ SEVERAL_DROPOUTS = "several active adapters with dropout: each drops elements of
 NARROW = "x and the adapter are wider than the dtype that its 4-bit base computes in, and autocast is off"
 RANK = f"a rank above {MAX_RANK}, which the GPU kernels do not hold"
 
-_PLAIN = (nn.Parameter, Tensor)
+PLAIN = (nn.Parameter, Tensor)
+"""The types of a tensor that is what it looks like; a part of a sharded one has another."""
 _PARALLEL = ("_hf_tp_plan", "_hf_device_mesh")  # what transformers writes on a tensor-parallel module
 
 
@@ -105,7 +107,7 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
         return HOOKED
     attributes = vars(base)
     if any(attributes.get(name) is not None for name in _PARALLEL):
-        return SHARDED
+        return TENSOR_PARALLEL
     kind, parameters = type(base), base._parameters
     weight = parameters.get("weight")
     if weight is None:
@@ -115,7 +117,7 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
     if kind is nn.Linear or is_conv1d(base):
         if kind.forward is not (nn.Linear.forward if kind is nn.Linear else _conv1d_forward(kind)):
             return f"{kind.__name__} has a forward of its own"
-        if type(weight) not in _PLAIN:
+        if type(weight) not in PLAIN:
             return SHARDED
         if weight.requires_grad and torch.is_grad_enabled():
             return TRAINED_BASE
@@ -163,7 +165,7 @@ def total(adapters: Sequence[Operands]) -> Operands | str:
 
 def refusal_of_x(x: Tensor, base: Frozen, operands: Operands) -> str | None:
     """Why this x keeps a layer from the operators, or None."""
-    if type(x) not in _PLAIN:
+    if type(x) not in PLAIN:
         return SUBCLASS
     if not x.is_floating_point():
         return "x is not floating point"

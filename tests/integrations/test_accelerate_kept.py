@@ -234,11 +234,15 @@ def test_sharded_and_tensor_parallel_bases(adapted, x, tmp_path):
         assert reasons(sharded) == {operands.SHARDED}
         with pytest.raises(RuntimeError, match="DTensor"):
             sharded(x)
+        whole = torch.distributed.fsdp.fully_shard(gk.accelerate(copy.deepcopy(plain), verbose=False), mesh=mesh)
+        assert type(whole.base_model.model.up.base_layer.weight.data) is not torch.Tensor
+        assert reasons(whole) == set()  # its forward gathers the weights
+        torch.testing.assert_close(whole(x), plain(x), rtol=1e-12, atol=1e-12)
     finally:
         torch.distributed.destroy_process_group()
     parallel = gk.accelerate(copy.deepcopy(plain), verbose=False)
     parallel.base_model.model.up.base_layer._hf_tp_plan = "colwise"
-    assert reasons(parallel) == {operands.SHARDED}
+    assert reasons(parallel) == {operands.TENSOR_PARALLEL}
     assert_same(step(parallel, x), step(plain, x))
 
 

@@ -1,4 +1,4 @@
-"""A pytest plugin that keeps PEFT's tests from the model hub at once: they turn the offline mode off, and would wait."""
+"""A pytest plugin that keeps PEFT's tests offline: they turn that mode off, and would wait for the hub."""
 
 import huggingface_hub.constants
 

@@ -80,6 +80,11 @@ def run(options: argparse.Namespace, folder: Path, accelerated: bool) -> Run:
     return Run(outcomes(report), Counter(counts))
 
 
+def file_of(name: str) -> str:
+    """ "test_mixed" of "tests.test_mixed.TestMixedAdapterTypes::test_delete_adapter"."""
+    return name.partition("::")[0].split(".")[1]
+
+
 def differences(plain: dict[str, str], accelerated: dict[str, str]) -> list[tuple[str, str, str]]:
     """(id, outcome plain, outcome accelerated) of each test whose outcomes differ."""
     names = sorted(plain.keys() | accelerated.keys())
@@ -122,11 +127,11 @@ def compare(options: argparse.Namespace, folder: Path) -> int:
     plain, accelerated = (run(options, folder, way) for way in (False, True))
     changed = differences(plain.outcomes, accelerated.outcomes)
     print(f"{'file':40} {'tests':>6} {'passed':>7} {'failed':>7} {'skipped':>8} {'changed':>8}")
-    for file in [*sorted({name.split(".")[1] for name in plain.outcomes}), ""]:
-        of_file = [outcome for name, outcome in plain.outcomes.items() if f".{file}" in name]
+    for file in [*sorted({file_of(name) for name in plain.outcomes}), "all"]:
+        of_file = [outcome for name, outcome in plain.outcomes.items() if file in (file_of(name), "all")]
         count = Counter(of_file)
         numbers = f"{len(of_file):6} {count['passed']:7} {count['failed']:7} {count['skipped']:8}"
-        print(f"{file or 'all':40} {numbers} {sum(f'.{file}' in name for name, _, _ in changed):8}")
+        print(f"{file:40} {numbers} {sum(file in (file_of(name), 'all') for name, _, _ in changed):8}")
     print("\ncalls of accelerated layers")
     for reason, n in accelerated.calls.most_common():
         print(f"{n:9}  {reason if reason == OURS else f'PEFT: {reason}'}")

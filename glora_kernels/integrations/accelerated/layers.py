@@ -183,7 +183,10 @@ class LoraOperands(Accelerated):
         for name, scale in self._glora_scales.items():
             if isinstance(self.scaling.get(name), Tensor):
                 continue  # PEFT's own, which hot swapping writes to
-            if name in self.lora_B and scale.device != (device := self.lora_B[name].weight.device):
+            if name not in self.lora_B:
+                continue
+            device = self.lora_B[name].weight.device
+            if scale.device != device and device.type != "meta":  # FSDP2 loads through meta, and moves nothing after
                 self._glora_scales[name] = torch.tensor(float(self.scaling[name]), dtype=torch.float64, device=device)
 
     def operands(self, name: str) -> Operands | str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from glora_kernels.integrations.operands import has_other_forward
+from glora_kernels.integrations.operands import SHARDED, has_other_forward
 from glora_kernels.integrations.release import need_peft
 
 OWN_FORWARD = "its forward was replaced, or it has accelerate's offloading hooks"
@@ -128,11 +128,13 @@ def acceleration(model: nn.Module) -> AccelerationReport:
     kinds = _kinds()
     served: Counter[str] = Counter()
     kept: Counter[tuple[str, str]] = Counter()
-    for layer in _tuner_layers(model).values():
+    units = _sharded_units(model)
+    for path, layer in _tuner_layers(model).items():
         kind = _kind(layer)
         if _is_accelerated(layer):
             parts = layer.active_parts()
-            reason = parts if isinstance(parts, str) and parts != IDLE else None
+            whole = parts == SHARDED and f"{path}.".startswith(units)  # inside a forward, of which this is not one
+            reason = parts if isinstance(parts, str) and parts != IDLE and not whole else None
         elif _is_ours(layer):
             reason = None
         else:
@@ -170,6 +172,16 @@ def _tuner_layers(model: nn.Module) -> dict[str, Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _sharded_units(model: nn.Module) -> tuple[str, ...]:
+    """How the paths begin of what FSDP2 shards, and gathers before each forward."""
+    if not torch.distributed.is_available():
+        return ()
+    from torch.distributed.fsdp import FSDPModule
+
+    paths = (path for path, module in model.named_modules() if isinstance(module, FSDPModule))
+    return tuple(f"{path}." if path else "" for path in paths)
 
 
 def _refusal(layer: Any, kinds: dict[type, Any]) -> str | None:

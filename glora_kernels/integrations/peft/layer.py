@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from glora_kernels.integrations.operands import (
     NESTED,
     ON_META,
+    PLAIN,
     RANK,
     Frozen,
     Operands,
@@ -252,4 +253,9 @@ def _called(x: Tensor, frozen: Frozen, operands: Operands) -> Tensor:
     if reason := refusal_of_x(x, frozen, operands):
         given = f"{x.dtype} on a base in {frozen.weight.dtype}"
         raise TypeError(f"this layer cannot be called with this x ({given}): {reason}")
+    if any(isinstance(value, Tensor) and type(value) not in PLAIN for value in operands):
+        raise RuntimeError(
+            "a parameter of this adapter is a part of a sharded one (DTensor), as a factor is that several groups of "
+            "FSDP2 share; use DDP, or glora_kernels.inject with glora_kernels.fully_shard"
+        )
     return adapted_linear(x, frozen, operands)
