@@ -27,8 +27,9 @@ from glora_kernels.quant.bnb import from_linear4bit, is_linear4bit, linear4bit_c
 
 HOOKED = "a module inside it has hooks, or a forward of its own (offloading to a CPU or disk is one)"
 NESTED = "its base is another adapter"
-PARAMETRIZED = "the weight of its base is parametrized, or no parameter of its own"
+PARAMETRIZED = "the weight or bias of its base is parametrized, or no parameter of its own"
 SHARDED = "the weight of its base is no plain tensor (a part of a sharded one)"
+SHARDED_ADAPTER = "a parameter of its adapter is no plain tensor (a part of a sharded one)"
 TENSOR_PARALLEL = "its base is tensor-parallel"
 ON_META = "its weights are on the meta device"
 TRAINED_BASE = "the weight of its base is trained"
@@ -119,8 +120,10 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
             return f"{kind.__name__} has a forward of its own"
         if type(weight) not in PLAIN:
             return SHARDED
-        if weight.requires_grad and torch.is_grad_enabled():
+        if weight.requires_grad:  # also without gradients: reentrant checkpoints run forward so, and again with them
             return TRAINED_BASE
+        if "bias" not in parameters:  # a buffer, or a tensor in its place, which the class's forward reads
+            return PARAMETRIZED
         return Frozen(weight if kind is nn.Linear else weight.t(), parameters.get("bias"))
     if isinstance(base, QuantizedLinear):
         return Frozen(base.base_weight(), base.bias, base.compute_dtype)
@@ -129,6 +132,14 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
     if hasattr(base, "base_layer"):
         return NESTED
     return f"its base is a {kind.__name__}"
+
+
+def read_base(base: nn.Module) -> dict[str, Any]:
+    """What `frozen_base` keeps of a base, read now: torch.compile cannot trace the reading of a 4-bit state."""
+    kept: dict[str, Any] = {}
+    with torch.no_grad():
+        frozen_base(base, kept)
+    return kept
 
 
 def total(adapters: Sequence[Operands]) -> Operands | str:
@@ -186,11 +197,14 @@ def refusal_of_x(x: Tensor, base: Frozen, operands: Operands) -> str | None:
         down = operands.b_down if operands.a_down is None else operands.a_down
         if down is not None and narrow.itemsize < down.dtype.itemsize:
             return NARROW
-    if x.is_cuda:
-        rank = sum(len(down) for down in (operands.a_down, operands.b_down) if down is not None)
-        if rank > MAX_RANK:
-            return RANK
-    return None
+    if any(isinstance(value, Tensor) and type(value) not in PLAIN for value in operands):
+        return SHARDED_ADAPTER
+    return RANK if is_above_rank(operands, x.is_cuda) else None
+
+
+def is_above_rank(operands: Operands, is_cuda: bool) -> bool:
+    """Whether the GPU kernels would have to hold more than `MAX_RANK` rows of factors."""
+    return is_cuda and sum(len(down) for down in (operands.a_down, operands.b_down) if down is not None) > MAX_RANK
 
 
 def adapted_linear(x: Tensor, base: Frozen, o: Operands) -> Tensor:

@@ -130,6 +130,8 @@ def glora_linear(
     call = Call(scale, dropout_p, seed, variant == "matmul", _route(x, weight))
     if torch.compiler.is_compiling():
         return torch.ops.glora_kernels.glora_linear(x, stored(weight), *s, *call, *quant_arguments(weight))[0]
+    if not torch.is_grad_enabled():
+        return _forward(x, weight, s, call)[0]
     return _GLoRAFunction.apply(x, weight, call, *s)
 
 

@@ -460,7 +460,12 @@ def test_layers_that_cannot_be_adapted_are_named_and_nothing_is_changed():
     sharded.blocks[1]["up"]._hf_tp_plan = "colwise"
     other = Net()
     other.blocks[1]["up"] = nn.Embedding(6, 6)
-    for model, reason in ((hooked, "hooks"), (nested, "another adapter"), (sharded, "sharded"), (other, "a Embedding")):
+    for model, reason in (
+        (hooked, "hooks"),
+        (nested, "another adapter"),
+        (sharded, "tensor-parallel"),
+        (other, "a Embedding"),
+    ):
         with pytest.raises(ValueError, match=reason):
             get_peft_model(model, GLoRAPeftConfig(target_modules=["q_proj", "up"]))
         assert not layers_of(model)

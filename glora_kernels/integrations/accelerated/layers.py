@@ -23,6 +23,7 @@ from glora_kernels.integrations.operands import (
     adapted_linear,
     frozen_base,
     is_plain,
+    read_base,
     refusal_of_x,
     total,
 )
@@ -62,7 +63,7 @@ class Accelerated(_Layer):
                 return ARGUMENTS
         found = self.parts(x)
         if isinstance(found, str):
-            if found == ON_META and not getattr(x, "is_meta", True):
+            if found != IDLE and not getattr(x, "is_meta", True) and (found == ON_META or self._is_unwritten()):
                 # On a CPU F.linear takes a meta weight without a word, and returns memory that nobody wrote.
                 raise RuntimeError(f"a {type(self).__name__} cannot run: {ON_META}, x is on {x.device}")
             return found
@@ -89,6 +90,15 @@ class Accelerated(_Layer):
         operands = total(adapters)
         return operands if isinstance(operands, str) else (base, operands)
 
+    def _is_unwritten(self) -> bool:
+        """Whether an active adapter is on the meta device, and not because accelerate fetches it for each call."""
+        if any("_hf_hook" in vars(module) for module in self.modules()):
+            return False
+        containers = [getattr(self, name) for name in self.adapter_layer_names]
+        parts = [container[name] for container in containers for name in self.active_adapters if name in container]
+        tensors = [tensor for part in parts for tensor in ([part] if isinstance(part, Tensor) else part.parameters())]
+        return any(tensor.is_meta for tensor in tensors)
+
     def operands(self, name: str) -> Operands | str | None:
         """The tensors of the adapter of this name, why they cannot be taken, or None where the layer has none."""
         raise NotImplementedError
@@ -96,7 +106,7 @@ class Accelerated(_Layer):
     def accelerated(self) -> None:
         """Called once the layer has this class."""
         self.__dict__.pop("forward", None)  # its former class's own, which accelerate's hooks leave behind
-        self._glora_kept = {}
+        self._glora_kept = read_base(self.base_layer)
 
     def decelerated(self) -> None:
         """Called before the layer gets its own class back."""
@@ -105,19 +115,16 @@ class Accelerated(_Layer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self._keep_base()
+        self._glora_kept = read_base(self.base_layer)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._glora_kept = read_base(self.base_layer)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has a base of its own.
         return {**vars(self), "_glora_kept": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._keep_base()
-
-    def _keep_base(self) -> None:
-        frozen_base(self.base_layer, self._glora_kept)  # torch.compile cannot trace the reading of a 4-bit state
 
 
 class Scales(dict[str, float]):
@@ -139,11 +146,19 @@ class Scales(dict[str, float]):
         elif name in self.tensors:
             self.tensors[name].fill_(value)
         else:
-            self.tensors[name] = torch.tensor(value, dtype=torch.float64, device="cpu")
+            # Not 0-d: that is a Python number to torch.compile, which then traces everything twice.
+            self.tensors[name] = torch.tensor([value], dtype=torch.float64, device="cpu")
 
     def update(self, *values: Any, **named: float) -> None:
         for name, value in dict(*values, **named).items():
             self[name] = value
+
+    def __ior__(self, values: Any) -> Scales:  # type: ignore[override,misc]
+        self.update(values)
+        return self
+
+    def __copy__(self) -> dict[str, float]:
+        return dict(self)
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
@@ -187,7 +202,7 @@ class LoraOperands(Accelerated):
                 continue
             device = self.lora_B[name].weight.device
             if scale.device != device and device.type != "meta":  # FSDP2 loads through meta, and moves nothing after
-                self._glora_scales[name] = torch.tensor(float(self.scaling[name]), dtype=torch.float64, device=device)
+                self._glora_scales[name] = torch.tensor([float(self.scaling[name])], dtype=torch.float64, device=device)
 
     def operands(self, name: str) -> Operands | str | None:
         if name not in self.lora_A:
@@ -203,12 +218,12 @@ class LoraOperands(Accelerated):
         if isinstance(p, str):
             return p
         b_down, b_up, bias = down._parameters.get("weight"), up._parameters.get("weight"), up._parameters.get("bias")
-        if b_down is None or b_up is None or down._parameters.get("bias") is not None:
+        if b_down is None or b_up is None or "bias" not in up._parameters or down.bias is not None:
             return FOREIGN
         if b_up.is_meta or b_down.is_meta:
             return ON_META
         compiling = torch.compiler.is_compiling()
-        scale: float | Tensor = self._glora_scales[name] if compiling else self.scaling[name]
+        scale: float | Tensor = self._glora_scales[name].reshape(()) if compiling else self.scaling[name]
         e = None if bias is None else bias * scale
         return Operands(b_up=b_up, b_down=b_down, e=e, scale=scale, dropout_p=p)
 

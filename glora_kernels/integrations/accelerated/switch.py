@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from glora_kernels.integrations.operands import SHARDED, has_other_forward
+from glora_kernels.integrations.operands import RANK, SHARDED, has_other_forward, is_above_rank
 from glora_kernels.integrations.release import need_peft
 
 OWN_FORWARD = "its forward was replaced, or it has accelerate's offloading hooks"
@@ -128,13 +128,18 @@ def acceleration(model: nn.Module) -> AccelerationReport:
     kinds = _kinds()
     served: Counter[str] = Counter()
     kept: Counter[tuple[str, str]] = Counter()
+    layers = _tuner_layers(model)
     units = _sharded_units(model)
-    for path, layer in _tuner_layers(model).items():
+    for path, layer in layers.items():
         kind = _kind(layer)
         if _is_accelerated(layer):
             parts = layer.active_parts()
             whole = parts == SHARDED and f"{path}.".startswith(units)  # inside a forward, of which this is not one
             reason = parts if isinstance(parts, str) and parts != IDLE and not whole else None
+            if has_other_forward(layer):
+                reason = OWN_FORWARD
+            elif not isinstance(parts, str) and is_above_rank(parts[1], layer.base_layer.weight.is_cuda):
+                reason = RANK
         elif _is_ours(layer):
             reason = None
         else:

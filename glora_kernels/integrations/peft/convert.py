@@ -102,7 +102,15 @@ def _from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
     # Layers without a bias, on which PEFT drops what ours would keep.
     none = dict.fromkeys("CDE", "none")
     supports = wanted | none if len(bare) == len(layers) else wanted
-    patterns = {_module(path): dict(none) for path in bare} if len(bare) < len(layers) else {}
+    patterns: dict[str, dict[str, str]] = {}
+    if len(bare) < len(layers):
+        # "fc" matches the last name of "block.fc" as well, which therefore comes first.
+        for path in sorted(layers, key=lambda path: -path.count(".")):
+            module = _module(path)
+            if path in bare:
+                patterns[module] = dict(none)
+            elif any(_module(other) == module.rpartition(".")[2] for other in bare):
+                patterns[module] = {}
     made = GLoRAPeftConfig(
         **{name: config[name] for name in _COMMON if name in config},
         **supports,

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from glora_kernels.integrations.operands import (
     NESTED,
     ON_META,
-    PLAIN,
     RANK,
+    SHARDED_ADAPTER,
+    TRAINED_BASE,
     Frozen,
     Operands,
     adapted_linear,
     frozen_base,
+    read_base,
     refusal_of_x,
     total,
 )
@@ -44,9 +46,8 @@ def unfit(module: nn.Module) -> str | None:
         return NESTED
     if not is_linear(module):
         return f"it is a {type(module).__name__}, not an nn.Linear, Conv1D, Linear4bit or QuantizedLinear"
-    with torch.no_grad():  # a weight that still requires a gradient is frozen by PEFT once the layer is there
-        found = frozen_base(module, {})
-    if isinstance(found, str) and found != ON_META:
+    found = frozen_base(module, {})
+    if isinstance(found, str) and found not in (ON_META, TRAINED_BASE):  # PEFT freezes it once the layer is there
         return found
     return unsupported(module)
 
@@ -81,7 +82,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self._original: Kept | None = None  # while merged: the base, in host memory
-        self._kept: dict[str, Any] = {}  # what `frozen_base` keeps of a Linear4bit
+        self._kept = read_base(base_layer)  # what `frozen_base` keeps of a Linear4bit
         self.train(base_layer.training)
 
     @property
@@ -208,6 +209,13 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
         put(self.base_layer, values)
         self._original, self.merged_adapters = original, names
+        if original.bias is None and values.bias is not None:
+            warnings.warn(
+                "merged into layers without a bias, which have one now (C and E). A model that transformers builds "
+                "from its configuration drops it when it is loaded: set what the configuration calls it (attention_bias, "
+                "mlp_bias) before saving",
+                stacklevel=2,
+            )
         if report is not None:
             warnings.warn(f"merged weights were rounded to 4 bits:\n{report}", stacklevel=2)
 
@@ -225,6 +233,15 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             adapter = self.adapters[adapter_name]
             if not any(parameter.is_meta for parameter in adapter.parameters()):
                 adapter.to(device if device is not None else self.base_layer.weight.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._kept = read_base(self.base_layer)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._kept = read_base(self.base_layer)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has a base of its own.
@@ -251,11 +268,11 @@ class ShareLoRAPeftLinear(AdaptedLinear):
 
 def _called(x: Tensor, frozen: Frozen, operands: Operands) -> Tensor:
     if reason := refusal_of_x(x, frozen, operands):
+        if reason == SHARDED_ADAPTER:
+            raise RuntimeError(
+                f"{reason}: a DTensor, as a factor is that several groups of FSDP2 share; use DDP, or "
+                "glora_kernels.inject with glora_kernels.fully_shard"
+            )
         given = f"{x.dtype} on a base in {frozen.weight.dtype}"
         raise TypeError(f"this layer cannot be called with this x ({given}): {reason}")
-    if any(isinstance(value, Tensor) and type(value) not in PLAIN for value in operands):
-        raise RuntimeError(
-            "a parameter of this adapter is a part of a sharded one (DTensor), as a factor is that several groups of "
-            "FSDP2 share; use DDP, or glora_kernels.inject with glora_kernels.fully_shard"
-        )
     return adapted_linear(x, frozen, operands)
