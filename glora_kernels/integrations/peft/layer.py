@@ -212,8 +212,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         if original.bias is None and values.bias is not None:
             warnings.warn(
                 "merged into layers without a bias, which have one now (C and E). A model that transformers builds "
-                "from its configuration drops it when it is loaded: set what the configuration calls it (attention_bias, "
-                "mlp_bias) before saving",
+                "from its configuration drops it when it is loaded: set what the configuration calls it "
+                "(attention_bias, mlp_bias) before saving",
                 stacklevel=2,
             )
         if report is not None:
