@@ -413,6 +413,7 @@ def test_distributed_data_parallel_must_come_after(vit, tmp_path):
         gk.merge(wrapped)
         gk.unmerge(wrapped)
         gk.save_adapter(wrapped, tmp_path / "a.safetensors")
+        del wrapped  # before the group, which its last owner could wait for with Python's lock
     finally:
         torch.distributed.destroy_process_group()
     model = gk.load_adapter(vit(), tmp_path / "a.safetensors")
