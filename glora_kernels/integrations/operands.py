@@ -112,7 +112,7 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
     kind, parameters = type(base), base._parameters
     weight = parameters.get("weight")
     if weight is None:
-        return PARAMETRIZED
+        return NESTED if "base_layer" in base._modules else PARAMETRIZED
     if weight.is_meta:
         return ON_META
     if kind is nn.Linear or is_conv1d(base):
@@ -129,8 +129,6 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
         return Frozen(base.base_weight(), base.bias, base.compute_dtype)
     if is_linear4bit(base):
         return _linear4bit(base, kept, x)
-    if hasattr(base, "base_layer"):
-        return NESTED
     return f"its base is a {kind.__name__}"
 
 

@@ -15,9 +15,16 @@ TRITON_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bf
 
 
 class _State:
-    """The process-wide choice. A plain attribute, so that torch.compile guards on it and every thread sees it."""
+    """The process-wide choice, which every thread sees.
 
-    backend: str = "auto"
+    An attribute of an object: torch.compile guards on it, and in torch 2.11 not on one of a class.
+    """
+
+    def __init__(self) -> None:
+        self.backend = "auto"
+
+
+_state = _State()
 
 
 @contextlib.contextmanager
@@ -32,15 +39,15 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {name!r}")
-    before, _State.backend = _State.backend, name
+    before, _state.backend = _state.backend, name
     try:
         yield
     finally:
-        _State.backend = before
+        _state.backend = before
 
 
 def current_backend() -> str:
-    return _State.backend
+    return _state.backend
 
 
 def route(device_type: str, dtype: torch.dtype, four_bit: bool = False) -> str:
@@ -52,7 +59,7 @@ def route(device_type: str, dtype: torch.dtype, four_bit: bool = False) -> str:
     Raises:
         RuntimeError: a forced backend that cannot serve this device or dtype.
     """
-    choice = _State.backend
+    choice = _state.backend
     if choice == "eager":
         return "eager"
     if choice == "auto":

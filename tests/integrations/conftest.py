@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +15,19 @@ from twins import Net, Twins, randomized
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Trainers of older releases leave their precision behind, in the environment and in accelerate's state."""
+    before = set(os.environ)
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name in os.environ.keys() - before:
+        if name.startswith("ACCELERATE_"):
+            del os.environ[name]
 
 
 @pytest.fixture
