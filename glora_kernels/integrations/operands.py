@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from glora_kernels.nn.base import is_conv1d
+from glora_kernels.nn.base import conv1d_class
 from glora_kernels.nn.frozen import QuantizedLinear
 from glora_kernels.ops import glora_linear, glora_wc
 from glora_kernels.ops.common import Weight
@@ -115,8 +115,9 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
         return NESTED if "base_layer" in base._modules else PARAMETRIZED
     if weight.is_meta:
         return ON_META
-    if kind is nn.Linear or is_conv1d(base):
-        if kind.forward is not (nn.Linear.forward if kind is nn.Linear else _conv1d_forward(kind)):
+    plain: Any = nn.Linear if kind is nn.Linear else conv1d_class(base)
+    if plain is not None:
+        if kind.forward is not plain.forward:
             return f"{kind.__name__} has a forward of its own"
         if type(weight) not in PLAIN:
             return SHARDED
@@ -135,8 +136,7 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
 def read_base(base: nn.Module) -> dict[str, Any]:
     """What `frozen_base` keeps of a base, read now: torch.compile cannot trace the reading of a 4-bit state."""
     kept: dict[str, Any] = {}
-    with torch.no_grad():
-        frozen_base(base, kept)
+    frozen_base(base, kept)
     return kept
 
 
@@ -154,22 +154,18 @@ def total(adapters: Sequence[Operands]) -> Operands | str:
         return TWO_FORMS
     parts: dict[str, Tensor | None] = {}
     for name in ("a", "b", "c"):
-        vectors = [v for v in (getattr(adapter, name) for adapter in adapters) if v is not None]
+        parts[name] = _sum(adapters, name)
         ups, downs = [], []
         for adapter in adapters:
             up, down = getattr(adapter, f"{name}_up"), getattr(adapter, f"{name}_down")
             if up is not None:
                 ups.append(up if name != "b" else _scaled(up, adapter.scale))
                 downs.append(down)
-        if vectors and ups:
+        if parts[name] is not None and ups:
             return TWO_FORMS
-        parts[name] = sum(vectors[1:], vectors[0]) if vectors else None
         parts[f"{name}_up"] = torch.cat(ups, dim=1) if ups else None
         parts[f"{name}_down"] = torch.cat(downs, dim=0) if ups else None
-    for name in ("d", "e"):
-        vectors = [v for v in (getattr(adapter, name) for adapter in adapters) if v is not None]
-        parts[name] = sum(vectors[1:], vectors[0]) if vectors else None
-    return Operands(**parts, variant=variant)  # type: ignore[arg-type]
+    return Operands(**parts, d=_sum(adapters, "d"), e=_sum(adapters, "e"), variant=variant)  # type: ignore[arg-type]
 
 
 def refusal_of_x(x: Tensor, base: Frozen, operands: Operands) -> str | None:
@@ -282,9 +278,11 @@ def _is_transformed() -> bool:
     )
 
 
+def _sum(adapters: Sequence[Operands], name: str) -> Tensor | None:
+    """The sum of one vector over the adapters that have it."""
+    vectors = [vector for vector in (getattr(adapter, name) for adapter in adapters) if vector is not None]
+    return sum(vectors[1:], vectors[0]) if vectors else None
+
+
 def _scaled(up: Tensor, scale: float | Tensor) -> Tensor:
     return up if isinstance(scale, float) and scale == 1.0 else up * scale
-
-
-def _conv1d_forward(kind: Any) -> Any:
-    return next(base.forward for base in kind.__mro__ if base.__module__ == "transformers.pytorch_utils")

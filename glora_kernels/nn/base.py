@@ -51,7 +51,7 @@ def is_linear(module: object) -> bool:
 def unsupported(linear: nn.Module) -> str | None:
     """Why a linear layer cannot be replaced by a GLoRALinear, or None where it can."""
     kind: Any = type(linear)
-    plain: Any = _conv1d_class(linear) or nn.Linear
+    plain: Any = conv1d_class(linear) or nn.Linear
     if four_bits := is_linear4bit(linear):
         plain = linear4bit_class(linear)
     elif isinstance(linear, QuantizedLinear):
@@ -86,10 +86,10 @@ def check_config(config: object) -> None:
 
 
 def is_conv1d(module: object) -> bool:
-    return _conv1d_class(module) is not None
+    return conv1d_class(module) is not None
 
 
-def _conv1d_class(module: object) -> type | None:
+def conv1d_class(module: object) -> type | None:
     """The Conv1D of transformers in the module's ancestry, by name: importing transformers takes seconds."""
     for kind in type(module).__mro__:
         if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":

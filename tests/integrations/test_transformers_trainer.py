@@ -39,6 +39,7 @@ from trainer_models import (
 )
 
 import glora_kernels as gk
+import glora_kernels.integrations.peft as methods
 
 DROPPED = peft.LoraConfig(r=4, lora_alpha=16, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -263,7 +264,6 @@ def test_four_bit_base(tmp_path: Path) -> None:
 
 
 def test_glora_as_a_method_begun_as_lora_trains_like_lora(tmp_path: Path) -> None:
-    methods = pytest.importorskip("glora_kernels.integrations.peft")
     config = methods.GLoRAPeftConfig(
         r=4, alpha=16, A="none", E="none", target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -271,7 +271,6 @@ def test_glora_as_a_method_begun_as_lora_trains_like_lora(tmp_path: Path) -> Non
 
 
 def test_sharelora_as_a_method_trains_like_lora_with_one_lora_a(tmp_path: Path) -> None:
-    methods = pytest.importorskip("glora_kernels.integrations.peft")
     truth, plain = (
         run("llama", with_shared_lora_a(model_of("llama", LORA, False, dtype)), tmp_path).losses
         for dtype in (torch.float64, torch.float32)
@@ -283,7 +282,6 @@ def test_sharelora_as_a_method_trains_like_lora_with_one_lora_a(tmp_path: Path) 
 
 
 def test_glora_of_peft_converted_trains_the_same(tmp_path: Path) -> None:
-    methods = pytest.importorskip("glora_kernels.integrations.peft")
     name, config = CASES["qwen2-glora"]
     truth, plain = (
         run(name, model_of(name, config, False, dtype), tmp_path).losses for dtype in (torch.float64, torch.float32)
@@ -296,6 +294,5 @@ def test_glora_of_peft_converted_trains_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["GLoRAPeftConfig", "ShareLoRAPeftConfig"])
 def test_a_run_of_our_methods_is_resumed(method: str, tmp_path: Path) -> None:
-    methods = pytest.importorskip("glora_kernels.integrations.peft")
     config = getattr(methods, method)(r=4, alpha=16, dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
     check_resumed("llama", lambda: adapt(build("llama"), config), tmp_path)

@@ -40,6 +40,7 @@ from trainer_models import (
 )
 
 import glora_kernels as gk
+import glora_kernels.integrations.peft as methods
 
 trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
 
@@ -146,7 +147,6 @@ def test_a_resumed_run_goes_on_as_if_uninterrupted(use_reentrant: bool, tmp_path
 
 def test_glora_given_to_the_trainer_as_a_method(tmp_path: Path) -> None:
     """Begun as PEFT's LoRA it trains like it, and what the trainer saves is loaded by PEFT."""
-    methods = pytest.importorskip("glora_kernels.integrations.peft")
     config = methods.GLoRAPeftConfig(
         r=4, alpha=16, A="none", E="none", target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -162,7 +162,6 @@ def test_glora_given_to_the_trainer_as_a_method(tmp_path: Path) -> None:
 
 def test_sharelora_given_to_the_trainer_as_a_method(tmp_path: Path) -> None:
     """It trains like LoRA with one `lora_A` over depth."""
-    methods = pytest.importorskip("glora_kernels.integrations.peft")
 
     def shared(dtype: torch.dtype) -> Tensor:
         trainer = sft(build("llama", dtype), tmp_path, LORA, **SINGLE)

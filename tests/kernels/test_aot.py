@@ -38,8 +38,7 @@ def reports(tmp_path: Path, *options: str) -> list[aot.Report]:
 
 ALWAYS = {("sm_80", "bf16"), ("sm_90", "bf16"), ("sm_100", "bf16"), ("gfx942", "bf16")}
 EVERYTHING = "GLORA_KERNELS_TEST_ALL"
-"""Set to 1, this also compiles the combinations whose code differs least from that of another one: eight minutes more
-on two cores. benchmarks/results/aot.md has all of them."""
+"""Set to 1, this also compiles the other combinations, about twice as many; benchmarks/results/aot.md has all."""
 
 
 @pytest.mark.aot

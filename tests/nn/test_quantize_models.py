@@ -1,13 +1,18 @@
-"""What quantizing a model leaves alone, and who owns what afterwards."""
+"""Quantizing whole models: which layers, what is left alone, and who owns what afterwards."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import transformers
+from packed import FULL, TARGETS, packed_layers
 from torch import nn
 
 import glora_kernels as gk
+from glora_kernels.quant import dequantize
+
+QUANTIZED = {"embed", *(f"blocks.{i}.{n}" for i in range(2) for n in
+             ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.0", "mlp.2"))}  # fmt: skip
 
 
 def test_a_loaded_state_is_its_own():
@@ -61,3 +66,87 @@ def test_t5_keeps_its_wo():
     assert kinds["wi"] is kinds["q"] is gk.QuantizedLinear
     ids = torch.tensor([[1, 2, 3]])
     assert torch.isfinite(model(input_ids=ids, labels=ids).loss)
+
+
+def test_a_model_is_quantized_in_place_but_its_head(vit):
+    model = vit()
+    weights = {path: m.weight.clone() for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    head = model.classifier[1]
+    assert gk.quantize(model, "nf4", double_quant=True, target_modules=TARGETS) is model
+    assert set(packed_layers(model)) == QUANTIZED
+    assert model.classifier[1] is head
+    for path, layer in packed_layers(model).items():
+        dense = dequantize(layer.base_weight(), torch.float32)
+        assert (dense - weights[path]).norm() < 0.15 * weights[path].norm()
+        assert not any(p.requires_grad for p in layer.parameters())
+    assert model(torch.randn(2, 4, 12)).isfinite().all()
+
+
+def test_default_targets_skip_the_head(llama):
+    for tied in (False, True):
+        model = llama(tied)
+        gk.quantize(model)
+        assert type(model.lm_head) is nn.Linear
+        assert len(packed_layers(model)) == 14
+        assert not model.training
+        assert not any(layer.training for layer in packed_layers(model).values())
+
+
+def test_conv1d_is_quantized_as_the_matrix_it_computes_with(gpt2):
+    model = gpt2()
+    conv = model.transformer.h[0].attn.c_attn
+    weight, bias = conv.weight.t().clone(), conv.bias
+    gk.quantize(model)
+    layer = model.transformer.h[0].attn.c_attn
+    assert (layer.out_features, layer.in_features) == tuple(weight.shape)
+    assert layer.bias is not None
+    assert torch.equal(layer.bias, bias)
+    expected = gk.quantize(linear_of(weight, bias), "nf4")
+    assert torch.equal(layer.weight, expected.weight)
+
+
+def linear_of(weight, bias):
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.weight, linear.bias = nn.Parameter(weight.contiguous()), nn.Parameter(bias.detach().clone())
+    return linear
+
+
+def test_a_shared_layer_is_quantized_once():
+    linear = nn.Linear(8, 8)
+    model = gk.quantize(nn.Sequential(linear, nn.ReLU(), linear))
+    assert model[0] is model[2]
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"quant_type": "int4"}, "quant_type"), ({"blocksize": 63}, "blocksize"),
+    ({"compute_dtype": torch.int8}, "compute_dtype"),
+    ({"target_modules": ["nothing"]}, "matches no module"), ({"target_modules": ["norm"]}, "no linear layer"),
+])  # fmt: skip
+def test_bad_arguments_leave_the_model(change, words):
+    model = nn.Sequential()
+    model.add_module("a", nn.Linear(8, 8))
+    model.add_module("norm", nn.LayerNorm(8))
+    with pytest.raises(ValueError, match=words):
+        gk.quantize(model, **change)
+    assert type(model.a) is nn.Linear
+
+
+@pytest.mark.parametrize(("spoil", "error", "words"), [
+    (lambda m: m[1].weight.data.fill_(float("nan")), ValueError, r"'1'.*NaN"),
+    (lambda m: m[1].weight.data[0].fill_(float("inf")), ValueError, r"'1'.*NaN or inf"),
+    (lambda m: m[1].double(), TypeError, r"'1'.*float64"),
+    (lambda m: m[1].to("meta"), ValueError, r"'1'.*meta"),
+    (lambda m: m[1].register_forward_hook(print), ValueError, r"'1'.*hooks"),
+    (lambda m: m.__setitem__(1, gk.quantize(m[1])), ValueError, r"'1'.*4 bits already"),
+    (lambda m: gk.inject(m[1:], FULL), ValueError, "GLoRA layers"),
+])  # fmt: skip
+def test_a_layer_that_cannot_be_quantized_leaves_the_whole_model(spoil, error, words):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    spoil(model)
+    if "GLoRA" in words:
+        model[1] = gk.inject(nn.Linear(8, 8), FULL)
+    first, weight = model[0], model[0].weight.clone()
+    with pytest.raises(error, match=words):
+        gk.quantize(model)
+    assert model[0] is first
+    assert torch.equal(model[0].weight, weight)

@@ -79,9 +79,8 @@ def accelerate(model: nn.Module, *, verbose: bool = True) -> nn.Module:
     for layer in new.values():
         layer.__class__ = kinds[type(layer)]
         layer.accelerated()
-    report = acceleration(model)
     if verbose and _is_first_process():
-        print(report)
+        print(acceleration(model))
     return model
 
 
@@ -125,10 +124,9 @@ def acceleration(model: nn.Module) -> AccelerationReport:
     """
     from glora_kernels.integrations.accelerated.layers import IDLE
 
-    kinds = _kinds()
+    layers, kinds = _tuner_layers(model), _kinds()
     served: Counter[str] = Counter()
     kept: Counter[tuple[str, str]] = Counter()
-    layers = _tuner_layers(model)
     units = _sharded_units(model)
     for path, layer in layers.items():
         kind = _kind(layer)
@@ -152,12 +150,7 @@ def acceleration(model: nn.Module) -> AccelerationReport:
 
 
 def _kinds() -> dict[type, Any]:
-    """PEFT's classes, each with its accelerated one.
-
-    Raises:
-        ImportError: PEFT is missing or too old.
-    """
-    need_peft("accelerate")
+    """PEFT's classes, each with its accelerated one; after `_tuner_layers`, which asks for the release of PEFT."""
     from peft.import_utils import is_bnb_4bit_available
 
     from glora_kernels.integrations.accelerated import layers
@@ -173,7 +166,7 @@ def _kinds() -> dict[type, Any]:
 def _tuner_layers(model: nn.Module) -> dict[str, Any]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    _kinds()
+    need_peft("accelerate")
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}

@@ -44,7 +44,7 @@ def merged(base: Any, original: Kept, adapters: Sequence[Adapter]) -> tuple[Kept
         RuntimeError: an adapter is on the meta device.
         ValueError: over 4 bits, W_eff holds NaN, inf or what is beyond the dtype that the weight stands for.
     """
-    device = _written(base).weight.device
+    device = base.weight.device
     weight, bias, state = original
     weight, bias = weight.to(device), None if bias is None else bias.to(device)
     if state is not None:
