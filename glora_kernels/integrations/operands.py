@@ -27,7 +27,7 @@ from glora_kernels.quant.bnb import from_linear4bit, is_linear4bit, linear4bit_c
 
 HOOKED = "a module inside it has hooks, or a forward of its own (offloading to a CPU or disk is one)"
 NESTED = "its base is another adapter"
-PARAMETRIZED = "the weight or bias of its base is parametrized, or no parameter of its own"
+PARAMETRIZED = "its base is parametrized"
 SHARDED = "the weight of its base is no plain tensor (a part of a sharded one)"
 SHARDED_ADAPTER = "a parameter of its adapter is no plain tensor (a part of a sharded one)"
 TENSOR_PARALLEL = "its base is tensor-parallel"
@@ -96,6 +96,16 @@ def has_other_forward(module: nn.Module) -> bool:
     return forward is not None and not own
 
 
+def tensor_of(module: nn.Module, name: str) -> Any:
+    """What the module's forward reads under this name: a parameter, or what stands in its place.
+
+    That is a buffer, or the view of gathered memory that FSDP (the first) sets as a plain attribute; None where the
+    module has nothing of the name. The parameter is asked for first because `nn.Module.__getattr__` is slow.
+    """
+    found = module._parameters.get(name)
+    return getattr(module, name, None) if found is None else found
+
+
 def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) -> Frozen | str:
     """What the base of a layer is made of, or why the operators cannot take it.
 
@@ -109,11 +119,12 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
     attributes = vars(base)
     if any(attributes.get(name) is not None for name in _PARALLEL):
         return TENSOR_PARALLEL
-    kind, parameters = type(base), base._parameters
-    weight = parameters.get("weight")
-    if weight is None:
-        return NESTED if "base_layer" in base._modules else PARAMETRIZED
-    if weight.is_meta:
+    if "base_layer" in base._modules:
+        return NESTED
+    if "parametrizations" in base._modules:
+        return PARAMETRIZED
+    kind, weight = type(base), tensor_of(base, "weight")
+    if isinstance(weight, Tensor) and weight.is_meta:
         return ON_META
     plain: Any = nn.Linear if kind is nn.Linear else conv1d_class(base)
     if plain is not None:
@@ -121,11 +132,11 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
             return f"{kind.__name__} has a forward of its own"
         if type(weight) not in PLAIN:
             return SHARDED
-        if weight.requires_grad:  # also without gradients: reentrant checkpoints run forward so, and again with them
+        # Without gradients as well: reentrant checkpoints run forward so, and again with them. A view that FSDP (the
+        # first) took of a unit's parameters needs gradients for the trained ones among them.
+        if weight.requires_grad and (weight.is_leaf or torch.is_grad_enabled()):
             return TRAINED_BASE
-        if "bias" not in parameters:  # a buffer, or a tensor in its place, which the class's forward reads
-            return PARAMETRIZED
-        return Frozen(weight if kind is nn.Linear else weight.t(), parameters.get("bias"))
+        return Frozen(weight if kind is nn.Linear else weight.t(), tensor_of(base, "bias"))
     if isinstance(base, QuantizedLinear):
         return Frozen(base.base_weight(), base.bias, base.compute_dtype)
     if is_linear4bit(base):
@@ -175,6 +186,8 @@ def refusal_of_x(x: Tensor, base: Frozen, operands: Operands) -> str | None:
     if not x.is_floating_point():
         return "x is not floating point"
     weight = base.weight
+    if operands.dropout_p and weight.requires_grad:  # in a checkpoint: PEFT's path will recompute it, and its mask
+        return TRAINED_BASE
     if x.ndim == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
         return MISFIT
     if not torch.compiler.is_compiling() and _is_transformed():

@@ -93,14 +93,14 @@ def test_a_trained_base_weight(twins, x, method):
     assert not pair.calls
 
 
-def test_a_bias_that_is_no_parameter(twins, x):
+def test_a_bias_that_is_a_buffer(twins, x):
     pair = twins(LORA())
     for model in pair:
         base = model.base_model.model.up.base_layer
         bias = base.bias.detach().clone()
         del base.bias
         base.register_buffer("bias", bias)
-    kept(pair, x, operands.PARAMETRIZED)
+    pair.check(x, 1)
 
 
 def test_one_of_two_adapters_without_values(adapted, x):
@@ -267,6 +267,27 @@ def test_sharded_and_tensor_parallel_bases(adapted, x, tmp_path):
     parallel.base_model.model.up.base_layer._hf_tp_plan = "colwise"
     assert reasons(parallel) == {operands.TENSOR_PARALLEL}
     assert_same(step(parallel, x), step(plain, x))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_first_fsdp_trains_on_pefts_path_and_evaluates_on_ours(twins, x, tmp_path):
+    """Its views of frozen weights need gradients where they stand in one unit with trained ones."""
+    pair = twins(LORA())
+    expected = step(pair.plain, x)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        cpu = torch.device("cpu")
+        sharded = torch.distributed.fsdp.FullyShardedDataParallel(pair.fast, use_orig_params=True, device_id=cpu)
+        got = {name.removeprefix("_fsdp_wrapped_module."): value for name, value in step(sharded, x).items()}
+        assert_same(got, expected)
+        assert not pair.calls
+        with torch.no_grad():
+            torch.testing.assert_close(sharded(x), expected["y"], rtol=1e-12, atol=1e-12)
+        assert len(pair.calls) == 1
+        del sharded  # before the group, as above
+        gc.collect()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -25,6 +25,7 @@ from glora_kernels.integrations.operands import (
     is_plain,
     read_base,
     refusal_of_x,
+    tensor_of,
     total,
 )
 
@@ -217,8 +218,8 @@ class LoraOperands(Accelerated):
         p = dropout_of(dropout)
         if isinstance(p, str):
             return p
-        b_down, b_up, bias = down._parameters.get("weight"), up._parameters.get("weight"), up._parameters.get("bias")
-        if b_down is None or b_up is None or "bias" not in up._parameters or down.bias is not None:
+        b_down, b_up, bias = tensor_of(down, "weight"), tensor_of(up, "weight"), tensor_of(up, "bias")
+        if b_down is None or b_up is None or tensor_of(down, "bias") is not None:
             return FOREIGN
         if b_up.is_meta or b_down.is_meta:
             return ON_META
