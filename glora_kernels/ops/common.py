@@ -70,7 +70,7 @@ class Call(NamedTuple):
     """The values of one call that are no tensors, and the dropout seed.
 
     scale: s on the low-rank B path. dropout_p: p of that path. seed: one int64 on the CPU or the device of x, or
-    None where p = 0.
+    None where p = 0; on the eager path also the mask that it stands for, (M,K) bool.
     matmul: A=lora is the product variant. route: "eager", "triton", or over a 4-bit weight also "cuda" and "auto"
     (`launch.four_bit`).
     """

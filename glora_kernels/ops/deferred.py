@@ -33,6 +33,7 @@ from glora_kernels.ops.common import (
     wide_dtype,
     without_autocast,
 )
+from glora_kernels.ops.eager import dropped
 from glora_kernels.reference.random import keep_mask
 
 _N = len(Supports._fields)
@@ -125,8 +126,8 @@ def _sum(products: list[SharedProduct], transposed: bool) -> Tensor:
         if p > 0.0:
             rows, cols = right.shape
             keep = keep_mask(given(seed).to(right.device), rows, cols, p)
-            right = (right * (1.0 / (1.0 - p))).masked_fill_(~keep, 0.0)
-        total.addmm_(left.to(wide).t(), right.to(wide), alpha=scale)
+            right = dropped(right, keep)
+        total.addmm_(left.to(wide).t(), right.to(wide), alpha=scale / (1.0 - p))
     return total.t() if transposed else total
 
 

@@ -100,12 +100,12 @@ def backward(
         if needs.b_up or needs.a:
             db_up = (_columns(h, split, None).t() @ dy).t()  # a third of the time of dyᵀ·h in MKL
         if needs.x or needs.b_down:
-            ds = _scaled(torch.mm(dy, cast(s.b_up, dtype)), call.scale)
-            keep = _keep(dy.shape[0], s.b_down.shape[1], call, dy.device)
+            ds = scaled(torch.mm(dy, cast(s.b_up, dtype)), call.scale / (1.0 - call.dropout_p))
+            keep = keep_of(call, dy.shape[0], s.b_down.shape[1], dy.device)
             if needs.b_down:
-                db_down = ds.t() @ _drop(given(x), keep, call.dropout_p)
+                db_down = ds.t() @ dropped(given(x), keep)
             if needs.x:
-                masked = _drop(ds @ cast(s.b_down, dtype), keep, call.dropout_p)
+                masked = dropped(ds @ cast(s.b_down, dtype), keep)
                 delta = masked if delta is None else delta.add_(masked)
     dy_sigma = None
     if s.b is not None:
@@ -219,8 +219,8 @@ def _low_rank(x: Tensor, weight: Weight, s: Supports, call: Call) -> tuple[Tenso
         h = linear(x, cast(s.a_down, dtype))
     if s.b_up is not None and s.b_down is not None:
         b_up = cast(s.b_up, dtype)
-        dropped = _drop(x, _keep(x.shape[0], x.shape[1], call, x.device), call.dropout_p)
-        h_b = _scaled(linear(dropped, cast(s.b_down, dtype)), call.scale)
+        kept = dropped(x, keep_of(call, x.shape[0], x.shape[1], x.device))
+        h_b = scaled(linear(kept, cast(s.b_down, dtype)), call.scale / (1.0 - call.dropout_p))
         h, factor = (h_b, b_up) if h is None else (torch.cat([h, h_b], 1), torch.cat([given(factor), b_up], 1))
     return factor, h, u
 
@@ -360,18 +360,22 @@ def _scale_gradient(
     return recover.gradient(total, rest, exact, exact_total, a)
 
 
-def _keep(rows: int, cols: int, call: Call, device: torch.device) -> Tensor | None:
+def keep_of(call: Call, rows: int, cols: int, device: torch.device) -> Tensor | None:
+    """The mask of a call; None without dropout. Eager mode makes it once, in forward, and `call.seed` is the mask."""
     if call.dropout_p == 0.0:
         return None
-    seed = given(call.seed).to(device, non_blocking=True)  # the mask is made where its seed is
-    return keep_mask(seed, rows, cols, call.dropout_p)
+    seed = given(call.seed)
+    if seed.dtype == torch.bool:
+        return seed
+    return keep_mask(seed.to(device, non_blocking=True), rows, cols, call.dropout_p)
 
 
-def _drop(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
-    return x if keep is None else (x * (1.0 / (1.0 - p))).masked_fill_(~keep, 0.0)
+def dropped(x: Tensor, keep: Tensor | None) -> Tensor:
+    """mask∘x, in one pass: the 1/(1-p) goes into the factor of rank R beside it."""
+    return x if keep is None else torch.where(keep, x, 0.0)
 
 
-def _scaled(product: Tensor, scale: float) -> Tensor:
+def scaled(product: Tensor, scale: float) -> Tensor:
     return product if scale == 1.0 else product.mul_(scale)
 
 

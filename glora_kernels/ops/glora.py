@@ -306,9 +306,14 @@ class _GLoRAFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, call: Call, *tensors: Tensor | None) -> Tensor:
         s = Supports(*tensors)
-        y, h, sigma, u = _forward(x, weight, s, call)
         wanted = ctx.needs_input_grad
         needs = Needs(wanted[0], *wanted[3:])
+        if call.route == "eager" and call.dropout_p and needs.b_down:
+            # Of PyTorch operations the mask is dear to make twice, and a byte an element beside the x that is kept
+            # anyway. The kernels make it in registers, and again in backward.
+            rows, cols = math.prod(x.shape[:-1]), x.shape[-1]
+            call = call._replace(seed=eager_path.keep_of(call, rows, cols, x.device))
+        y, h, sigma, u = _forward(x, weight, s, call)
         if any(needs):
 
             def needs_z() -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from glora_kernels.ops.common import cast, wide_dtype
-from glora_kernels.ops.eager import added_terms, cast_weight
+from glora_kernels.ops.eager import added_terms, cast_weight, dropped, scaled
 from glora_kernels.ops.grouped_common import ABSENT, Group, GroupGradients, GroupNeeds, Operands
 from glora_kernels.reference.random import keep_mask
 
@@ -23,7 +23,7 @@ def forward(operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor
     for x_of, down_of, seed_of, scale in group.paths():
         x, down = operands.xs[x_of], operands.downs[down_of]
         keep = _keep(len(x), down.shape[1], operands, group, seed_of)
-        hs.append(_scaled(linear(_dropped(x, keep, group.dropout_p), cast(down, x.dtype)), scale))
+        hs.append(scaled(linear(dropped(x, keep), cast(down, x.dtype)), scale / (1.0 - group.dropout_p)))
     ys = []
     for i, path in enumerate(group.path_of()):
         x, weight = operands.xs[group.x[i]], operands.weights[group.weight[i]]
@@ -63,16 +63,17 @@ def backward(
         if needs.ups[group.up[i]]:
             _add(grads.ups, group.up[i], (hs[path].t() @ dy).t().to(wide))
         if needs.xs[group.x[i]] or needs.downs[group.down[i]]:
-            _add(sums, path, _scaled(dy @ cast(operands.ups[group.up[i]], dtype), group.scales[i]).to(wide))
+            scale = group.scales[i] / (1.0 - group.dropout_p)
+            _add(sums, path, scaled(dy @ cast(operands.ups[group.up[i]], dtype), scale).to(wide))
     for (x_of, down_of, seed_of, _), total in zip(paths, sums, strict=True):
         if total is None:
             continue
         s, down = total.to(dtype), cast(operands.downs[down_of], dtype)
         keep = _keep(len(s), down.shape[1], operands, group, seed_of)
         if needs.downs[down_of]:
-            _add(grads.downs, down_of, (s.t() @ _dropped(operands.xs[x_of], keep, group.dropout_p)).to(wide))
+            _add(grads.downs, down_of, (s.t() @ dropped(operands.xs[x_of], keep)).to(wide))
         if needs.xs[x_of]:
-            _add(grads.xs, x_of, _dropped(s @ down, keep, group.dropout_p))
+            _add(grads.xs, x_of, dropped(s @ down, keep))
     # The small terms of dx first, as in forward.
     for i, dy in enumerate(dys):
         if needs.xs[group.x[i]]:
@@ -87,11 +88,6 @@ def _keep(rows: int, cols: int, operands: Operands, group: Group, seed_of: int) 
     return keep_mask(seed, rows, cols, group.dropout_p)
 
 
-def _dropped(value: Tensor, keep: Tensor | None, p: float) -> Tensor:
-    """mask∘value/(1-p)."""
-    return value if keep is None else (value * (1.0 / (1.0 - p))).masked_fill_(~keep, 0.0)
-
-
 def _add(totals: list[Tensor | None], index: int, term: Tensor) -> None:
     known = totals[index]
     totals[index] = term if known is None else known + term
@@ -100,7 +96,3 @@ def _add(totals: list[Tensor | None], index: int, term: Tensor) -> None:
 def _add_product(totals: list[Tensor | None], index: int, left: Tensor, right: Tensor) -> None:
     known = totals[index]
     totals[index] = left @ right if known is None else torch.addmm(known, left, right, out=known)
-
-
-def _scaled(product: Tensor, scale: float) -> Tensor:
-    return product if scale == 1.0 else product.mul_(scale)
