@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -97,10 +98,18 @@ class Report:
         return found
 
 
-def cases(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Launch]]:
-    """(name, launch) of every form of every kernel. They import the kernels, and so Triton."""
+def cases(dtype: torch.dtype, arch: str, every: int = 1) -> Iterator[tuple[str, Launch]]:
+    """(name, launch) of every form of every kernel, or of the first form of each and every so many after it.
+
+    They import the kernels, and so Triton.
+    """
+    seen: Counter[str] = Counter()
     for part in (aot_cases, aot_grouped_cases, aot_depth_cases, aot_quant_cases, aot_small_m_cases):
-        yield from part.cases(dtype, arch)
+        for name, launch in part.cases(dtype, arch):
+            kernel = launch.kernel.__name__
+            if seen[kernel] % every == 0:
+                yield name, launch
+            seen[kernel] += 1
 
 
 def compile_launch(launch: Launch, arch: str) -> tuple[Any, str]:
@@ -133,11 +142,15 @@ def compile_launch(launch: Launch, arch: str) -> tuple[Any, str]:
     return compiled, log.getvalue()
 
 
+def blocks_of(launch: Launch) -> str:
+    """The configuration of a launch as the report writes it: blocks, warps, stages."""
+    blocks = "x".join(str(value) for key, value in launch.args.items() if key.startswith("BLOCK_"))
+    return f"{blocks} w{launch.options['num_warps']} s{launch.options['num_stages']}"
+
+
 def report(name: str, launch: Launch, dtype: str, arch: str) -> Report:
     """Compile one launch and read the machine code. A failed compilation is a report with `error` set."""
-    blocks = "x".join(str(v) for key, v in launch.args.items() if key.startswith("BLOCK_"))
-    config = f"{blocks} w{launch.options['num_warps']} s{launch.options['num_stages']}"
-    head = (launch.kernel.__name__, name, dtype, arch, config)
+    head = (launch.kernel.__name__, name, dtype, arch, blocks_of(launch))
     try:
         compiled, log = compile_launch(launch, arch)
     except Exception as error:
@@ -147,10 +160,19 @@ def report(name: str, launch: Launch, dtype: str, arch: str) -> Report:
 
 
 def run(
-    archs: Iterable[str], dtypes: Iterable[str], jobs: int, progress: Callable[[int, int], None] | None = None
+    archs: Iterable[str],
+    dtypes: Iterable[str],
+    jobs: int,
+    every: int = 1,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Report]:
     """All reports, `jobs` compilations at a time."""
-    tasks = [(arch, dtype, i) for arch in archs for dtype in dtypes for i in range(_case_count(dtype, arch))]
+    tasks = [
+        (arch, dtype, every, i)
+        for arch in archs
+        for dtype in dtypes
+        for i in range(sum(1 for _ in cases(DTYPES[dtype], arch, every)))
+    ]
     reports = []
     with ProcessPoolExecutor(jobs) as pool:
         for done, result in enumerate(pool.map(_task, tasks), start=1):
@@ -187,7 +209,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m glora_kernels.launch.aot", description=__doc__)
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS), help="default: all")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="default: all")
-    parser.add_argument("--jobs", type=int, default=2, help="compilations at a time (default 2)")
+    parser.add_argument("--every", type=_count, default=1, metavar="N", help="one form in N of each kernel (default 1)")
+    parser.add_argument("--jobs", type=_count, default=2, help="compilations at a time (default 2)")
     parser.add_argument("--json", type=Path, help="write the reports as JSON")
     parser.add_argument("--markdown", type=Path, help="write the reports as a Markdown table")
     args = parser.parse_args(argv)
@@ -198,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         end = "\n" if done == total else "\r"
         print(f"compiled {done}/{total}", end=end, file=sys.stderr, flush=True)
 
-    reports = run(args.arch, args.dtype, args.jobs, progress)
+    reports = run(args.arch, args.dtype, args.jobs, args.every, progress)
     if args.json:
         args.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
     if args.markdown:
@@ -211,14 +234,16 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if faulty else 0
 
 
-def _case_count(dtype: str, arch: str) -> int:
-    return sum(1 for _ in cases(DTYPES[dtype], arch))
-
-
-def _task(task: tuple[str, str, int]) -> Report:
-    arch, dtype, index = task
-    name, launch = list(cases(DTYPES[dtype], arch))[index]
+def _task(task: tuple[str, str, int, int]) -> Report:
+    arch, dtype, every, index = task
+    name, launch = list(cases(DTYPES[dtype], arch, every))[index]
     return report(name, launch, dtype, arch)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on; got {text!r}")
+    return int(text)
 
 
 def _argument(path: tuple[int, ...], value: Any, constants: dict[Any, Any], attrs: dict[Any, Any]) -> Any:

@@ -155,8 +155,9 @@ def test_any_number_of_leading_sizes_and_expanded_dy(a, b, variant, lead, device
 
 @pytest.mark.parametrize(("a", "b", "variant"), FORMS)
 def test_two_runs_give_the_same_bits(a, b, variant, device):
-    p = problem(config(a, b, variant, 17, 0.25 if b == "lora" else 0.0), (70,), 70, 45, dtype=torch.float16,
-                device=device)  # fmt: skip
+    """In the interpreter, which is one thread, only what reads memory that nobody wrote could differ: less will do."""
+    m, k, n = (70, 70, 45) if device == "cuda" else (40, 36, 18)
+    p = problem(config(a, b, variant, 17, 0.25 if b == "lora" else 0.0), (m,), k, n, dtype=torch.float16, device=device)
     assert same(ours(p, "triton"), ours(p, "triton"))
 
 
