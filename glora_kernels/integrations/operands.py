@@ -44,6 +44,7 @@ RANK = f"a rank above {MAX_RANK}, which the GPU kernels do not hold"
 
 PLAIN = (nn.Parameter, Tensor)
 """The types of a tensor that is what it looks like; a part of a sharded one has another."""
+_EXPECTED = frozenset({*PLAIN, float, str, type(None)})  # of the values of an adapter: looked up faster than compared
 _PARALLEL = ("_hf_tp_plan", "_hf_device_mesh")  # what transformers writes on a tensor-parallel module
 
 
@@ -204,8 +205,9 @@ def refusal_of_x(x: Tensor, base: Frozen, operands: Operands) -> str | None:
         down = operands.b_down if operands.a_down is None else operands.a_down
         if down is not None and narrow.itemsize < down.dtype.itemsize:
             return NARROW
-    if any(isinstance(value, Tensor) and type(value) not in PLAIN for value in operands):
-        return SHARDED_ADAPTER
+    for value in operands:
+        if type(value) not in _EXPECTED and isinstance(value, Tensor):
+            return SHARDED_ADAPTER
     return RANK if is_above_rank(operands, x.is_cuda) else None
 
 

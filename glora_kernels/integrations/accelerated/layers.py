@@ -206,11 +206,13 @@ class LoraOperands(Accelerated):
                 self._glora_scales[name] = torch.tensor([float(self.scaling[name])], dtype=torch.float64, device=device)
 
     def operands(self, name: str) -> Operands | str | None:
-        if name not in self.lora_A:
+        # Not self.lora_A[name]: nn.Module.__getattr__ costs more than all that is looked at here.
+        downs, ups, dropouts = (self._modules[part]._modules for part in ("lora_A", "lora_B", "lora_dropout"))
+        if name not in downs:
             return None
         if name in self.lora_variant:
             return f"{VARIANT} ({type(self.lora_variant[name]).__name__.removesuffix('Variant')})"
-        down, up, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        down, up, dropout = downs[name], ups[name], dropouts[name]
         if type(down) is not nn.Linear or type(up) is not nn.Linear:
             return FOREIGN
         if not (is_plain(down) and is_plain(up) and is_plain(dropout)):
