@@ -323,6 +323,8 @@ def test_a_4_bit_base(make):
     torch.manual_seed(4)
     dense = nn.Linear(64, 64, bias=False)
     quantized = gk.quantize(dense, "nf4", double_quant=True)
+    if make == "bitsandbytes":
+        pytest.importorskip("bitsandbytes")
     linear = quantized.to_linear4bit() if make == "bitsandbytes" else quantized
     codes, reference = linear.weight.detach().clone(), quantized.to_linear()
     model = trained(get_peft_model(nn.ModuleDict({"q": linear}), GLoRAPeftConfig(r=2, target_modules=["q"], **FULL)))
