@@ -5,9 +5,10 @@
     python -m benchmarks.peft_models --hidden 256 --layers 2 --json figures.json    # another size: nowhere else
 
 A LLaMA made from its configuration, random weights, every linear of its layers adapted: LoRA, GLoRA and HiRA as PEFT
-has them, dropout 0, and the frozen model. A step is forward, loss, backward and AdamW over the adapters; every model
-carries the gradient through to the output of the embeddings. Before and after are models of their own over the same
-frozen weights, each timed once a round, in an order that rotates; figures are medians of the ratios of the rounds.
+has them, LoRA with dropout too, and the frozen model. A step is forward, loss, backward and AdamW over the adapters;
+every model carries the gradient through to the output of the embeddings. Before and after are models of their own over
+the same frozen weights, each timed once a round, in an order that rotates; figures are medians of the ratios of the
+rounds.
 
 Nothing is timed unchecked: losses and every adapter's gradient after `accelerate` are compared with PEFT's model in
 float64 first (`benchmarks.peft_models_build`).
@@ -44,14 +45,14 @@ from benchmarks.peft_models_build import (
     peft_model,
     same_weights,
 )
-from benchmarks.peft_models_text import HIRA, TARGETS
+from benchmarks.peft_models_text import DROPPED, HIRA, TARGETS
 from benchmarks.timing import Spread, progress, ratio
 from glora_kernels.launch import workspace
 
 ROUNDS = {"cpu": 9, "cuda": 25}
 LEAST_ROUNDS = 3
 """So many are timed even where the time is up."""
-CASES = (LORA, VECTORS, LORA_LORA, HIRA)
+CASES = (LORA, DROPPED, VECTORS, LORA_LORA, HIRA)
 
 
 def memory(trained: Trained, sizes: Sizes, device: Device) -> dict[str, int]:
@@ -186,7 +187,8 @@ def _pair(base: nn.Module, case: str, sizes: Sizes, ids: Tensor) -> list[Trained
 def _line(one: Trained, sizes: Sizes, times: Mapping[str, list[float]], found: Mapping[str, int]) -> dict[str, Any]:
     """A row of the results' `models`, and what it has no field for."""
     took = Spread.of(times[one.key])
-    row: dict[str, Any] = {"model": sizes.name, "case": one.case, "impl": one.impl, "tokens": sizes.tokens}
+    row: dict[str, Any] = peft_models_text.named_in_a_row(one.case, sizes.name)
+    row |= {"impl": one.impl, "tokens": sizes.tokens}
     row |= {"median_ms": 1e3 * took.median, "tokens_per_s": sizes.tokens / took.median}
     row |= {"peak_bytes": found["peak_bytes"]}
     schema.check_model(row)

@@ -20,7 +20,7 @@ from benchmarks import cases
 from benchmarks.battery import LORA_LORA, VECTORS
 from benchmarks.model import LINEARS
 from benchmarks.peers import Unavailable
-from benchmarks.peft_models_text import HIRA, MODEL
+from benchmarks.peft_models_text import DROPOUT, DROPPED, HIRA, MODEL
 from glora_kernels.reference.tolerance import allowed_error, largest_error
 
 BEFORE, AFTER = "peft", "ours"
@@ -106,8 +106,10 @@ class Trained:
             self.optimizer.zero_grad()
 
     def results(self, ids: Tensor) -> dict[str, Tensor]:
-        """The loss of every token, and the gradient that their mean has for every adapter parameter."""
+        """The loss of every token, and the gradient that their mean has for every adapter parameter; no dropout."""
+        self.model.eval()
         params, losses = self.params, self.losses(ids)
+        self.model.train()
         gradients = torch.autograd.grad(losses.mean(), list(params.values()))
         return {"the loss of a token": losses.detach(), **dict(zip(params, gradients, strict=True))}
 
@@ -172,7 +174,8 @@ def _peft_config(library: Any, case: str, rank: int) -> Any:
         return library.GloraConfig(r=rank, config_A_B=GLORA[case], target_modules=list(LINEARS))
     if case == HIRA:
         return library.HiraConfig(r=rank, hira_dropout=0.0, target_modules=list(LINEARS))
-    return library.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(LINEARS))
+    p = DROPOUT if case == DROPPED else 0.0
+    return library.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=p, target_modules=list(LINEARS))
 
 
 def adapters(model: nn.Module) -> dict[str, Tensor]:

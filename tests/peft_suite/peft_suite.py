@@ -62,6 +62,7 @@ def run(options: argparse.Namespace, folder: Path, accelerated: bool) -> Run:
     command = [
         sys.executable, "-m", "pytest", *(f"tests/{file}" for file in options.files), "-q", "-o", "addopts=",
         "-p", "no:cacheprovider", "-p", "offline", "-k", options.k, f"--junitxml={report}",
+        "--continue-on-collection-errors",
     ]  # fmt: skip
     if options.jobs > 1:
         command += ["-n", str(options.jobs), "--dist", "worksteal"]
@@ -81,8 +82,11 @@ def run(options: argparse.Namespace, folder: Path, accelerated: bool) -> Run:
 
 
 def file_of(name: str) -> str:
-    """ "test_mixed" of "tests.test_mixed.TestMixedAdapterTypes::test_delete_adapter"."""
-    return name.partition("::")[0].split(".")[1]
+    """ "test_mixed" of "tests.test_mixed.TestMixedAdapterTypes::test_delete_adapter", or of "::tests.test_mixed".
+
+    The latter is a file that could not be collected.
+    """
+    return name.removeprefix("::").partition("::")[0].split(".")[1]
 
 
 def differences(plain: dict[str, str], accelerated: dict[str, str]) -> list[tuple[str, str, str]]:
@@ -132,6 +136,9 @@ def compare(options: argparse.Namespace, folder: Path) -> int:
         count = Counter(of_file)
         numbers = f"{len(of_file):6} {count['passed']:7} {count['failed']:7} {count['skipped']:8}"
         print(f"{file:40} {numbers} {sum(file in (file_of(name), 'all') for name, _, _ in changed):8}")
+    broken = [file_of(name) for name in plain.outcomes if name.startswith("::")]
+    if broken:
+        print(f"\ncould not be collected, a failed test each: {', '.join(broken)} (--keep FOLDER has the logs)")
     print("\ncalls of accelerated layers")
     for reason, n in accelerated.calls.most_common():
         print(f"{n:9}  {reason if reason == OURS else f'PEFT: {reason}'}")

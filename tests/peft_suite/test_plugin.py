@@ -1,4 +1,4 @@
-"""The plugin and the comparison over it, on a checkout of five small tests in place of PEFT's."""
+"""The plugin and the comparison over it, on a checkout of five small tests, and a broken file, in place of PEFT's."""
 
 from __future__ import annotations
 
@@ -45,14 +45,18 @@ def compare(tmp_path, monkeypatch, capsys) -> Any:
     tests.mkdir()
     tests.joinpath("__init__.py").touch()
     tests.joinpath("test_small.py").write_text(TESTS)
+    tests.joinpath("test_broken.py").write_text("import a_module_that_nobody_has")
     run, plain = peft_suite.run, {f"tests.test_small::{name}": outcome for name, outcome in PLAIN.items()}
+    plain |= {"::tests.test_broken": "failed"}
     monkeypatch.setattr(
         peft_suite, "run", lambda *a: run(*a) if a[-1] else peft_suite.Run(plain, Counter[str]())
     )  # fmt: skip
 
     def compared(*options: str) -> tuple[int, str]:
         kept = ["--keep", str(tmp_path / "kept")]
-        status = peft_suite.main([str(tmp_path), "test_small.py", "--installed", "--jobs=1", *kept, *options])
+        status = peft_suite.main(
+            [str(tmp_path), "test_small.py", "test_broken.py", "--installed", "--jobs=1", *kept, *options]
+        )
         return status, capsys.readouterr().out
 
     return compared
@@ -63,7 +67,8 @@ def test_what_passes_only_without_acceleration_is_found(compare, tmp_path):
     assert status == 1
     differences = re.findall(r"^(\S+): (\w+) without, (\w+) with acceleration$", printed, re.M)
     assert differences == [("tests.test_small::test_fails_when_accelerated", "passed", "failed")]
-    assert re.search(r"^all +5 +4 +1 +0 +1$", printed, re.M), printed
+    assert re.search(r"^all +6 +4 +2 +0 +1$", printed, re.M), printed
+    assert "could not be collected, a failed test each: test_broken " in printed
     assert re.findall(r"^ +(\d+)  (\w+)", printed, re.M) == [("3", "glora_kernels"), ("3", "PEFT")]
     assert "AssertionError" in (tmp_path / "kept" / "accelerated.log").read_text()
 
