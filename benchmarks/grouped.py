@@ -94,19 +94,7 @@ def measure_depth(
         "launches": lambda: launches(device),
         "merge": lambda: merging.measure(merging.SIZES[scale], device, rates, rounds),
     }
-    found: dict[str, Any] = {}
-    for name, part in parts.items():
-        reason = None
-        try:
-            found[name] = part()
-        except Exception as error:  # one must not cost the other, nor the battery
-            reason = runner.describe(error)
-        if reason is not None:
-            found[name] = {"error": reason}
-            say(f"    left out: {name}: {reason}")
-            if device.healthy():
-                device.free()
-    return found
+    return runner.run_parts(parts, device, say)
 
 
 def launches(device: Device, m: int = 8192) -> dict[str, Any]:

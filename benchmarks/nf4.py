@@ -62,19 +62,7 @@ def measure_parts(
         "dequantize": lambda: dequantizing.measure(dequantizing.SIZES[scale], device, rates, rounds, say),
         "memory": lambda: nf4_memory.measure(nf4_memory.SIZES[scale], device, say),
     }
-    found: dict[str, Any] = {}
-    for name, part in parts.items():
-        reason = None
-        try:
-            found[name] = part()
-        except Exception as error:  # one must not cost the other, nor the battery
-            reason = runner.describe(error)
-        if reason is not None:
-            found[name] = {"error": reason}
-            say(f"    left out: {name}: {reason}")
-            if device.healthy():
-                device.free()
-    return found
+    return runner.run_parts(parts, device, say)
 
 
 def show(result: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -310,6 +310,25 @@ def _recorded(
     if not device.healthy():
         raise DeviceLost(reason)
     device.free()
+
+
+def run_parts(
+    parts: Mapping[str, Callable[[], dict[str, Any]]], device: Device, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """What each part returned, or the reason in its place: one must not cost the others, nor the battery."""
+    found: dict[str, Any] = {}
+    for name, part in parts.items():
+        reason = None
+        try:
+            found[name] = part()
+        except Exception as error:
+            reason = describe(error)
+        if reason is not None:  # outside the handler, which would keep the failed part's tensors alive
+            found[name] = {"error": reason}
+            say(f"    left out: {name}: {reason}")
+            if device.healthy():
+                device.free()
+    return found
 
 
 def describe(error: BaseException) -> str:
