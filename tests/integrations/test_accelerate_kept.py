@@ -443,7 +443,7 @@ def test_bad_models(adapted):
 
 
 def test_releases_of_peft(adapted, monkeypatch):
-    """Too old or missing: an error that says what is needed, and a model as it was."""
+    """Too old or missing: an error that says what is needed, and a model as it was. Newer than tested: a warning."""
     model = adapted(LORA())
 
     def missing(name):
@@ -459,8 +459,18 @@ def test_releases_of_peft(adapted, monkeypatch):
             with pytest.raises(ImportError, match=words):
                 gk.accelerate(model)
         assert type(model.base_model.model.up) is LoraLinear
-    for release in ("0.20.0", "0.21.2.dev0", "0.21.0rc1", "1.0"):
-        with monkeypatch.context() as patch:
+    for release, newer in (
+        ("0.20.0", False),
+        ("0.21.2.dev0", False),
+        ("0.21.0rc1", False),
+        ("0.22.0", True),
+        ("1.0", True),
+    ):
+        with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             patch.setattr(asked, lambda _, release=release: release)
-            gk.decelerate(gk.accelerate(model, verbose=False))
+            gk.accelerate(model, verbose=False)
+            told = {str(one.message) for one in caught if one.filename == __file__}
+            gk.decelerate(model)
+        assert any(f"0.20 to 0.21; installed is {release}" in text for text in told) == newer
     assert isinstance(model, PeftModel)
