@@ -44,6 +44,9 @@ RANK = f"a rank above {MAX_RANK}, which the GPU kernels do not hold"
 
 PLAIN = (nn.Parameter, Tensor)
 """The types of a tensor that is what it looks like; a part of a sharded one has another."""
+IN_A_TRAINED_UNIT = "in a trained unit"
+"""Of a base that FSDP (the first) gathers together with trained parameters: its weight then is a view, which needs
+gradients because they do."""
 _EXPECTED = frozenset({*PLAIN, float, str, type(None)})  # of the values of an adapter: looked up faster than compared
 _PARALLEL = ("_hf_tp_plan", "_hf_device_mesh")  # what transformers writes on a tensor-parallel module
 
@@ -112,7 +115,8 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
 
     Args:
         base: an `nn.Linear`, a transformers `Conv1D`, a bitsandbytes `Linear4bit` or a `QuantizedLinear`.
-        kept: where the 4-bit weight of a `Linear4bit` is kept from call to call: reading its state asks the device.
+        kept: what is known of the base from call to call: the 4-bit weight of a `Linear4bit`, whose reading asks the
+            device; `IN_A_TRAINED_UNIT`.
         x: what the layer is called with; a `Linear4bit` takes the dtype it computes in from its first one.
     """
     if not is_plain(base):
@@ -124,25 +128,28 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
         return NESTED
     if "parametrizations" in base._modules:
         return PARAMETRIZED
-    kind, weight = type(base), tensor_of(base, "weight")
-    if isinstance(weight, Tensor) and weight.is_meta:
-        return ON_META
+    kind = type(base)
     plain: Any = nn.Linear if kind is nn.Linear else conv1d_class(base)
+    if plain is None and not isinstance(base, QuantizedLinear) and not is_linear4bit(base):
+        return f"its base is a {kind.__name__}"
+    weight = tensor_of(base, "weight")
+    if weight is not None and weight.is_meta:
+        return ON_META
     if plain is not None:
         if kind.forward is not plain.forward:
             return f"{kind.__name__} has a forward of its own"
         if type(weight) not in PLAIN:
             return SHARDED
-        # Without gradients as well: reentrant checkpoints run forward so, and again with them. A view that FSDP (the
-        # first) took of a unit's parameters needs gradients for the trained ones among them.
-        if weight.requires_grad and (weight.is_leaf or torch.is_grad_enabled()):
-            return TRAINED_BASE
+        if weight.requires_grad:
+            if not weight.is_leaf:
+                kept[IN_A_TRAINED_UNIT] = True
+            # Without gradients as well: reentrant checkpoints run forward so, and again with them.
+            if weight.is_leaf or torch.is_grad_enabled():
+                return TRAINED_BASE
         return Frozen(weight if kind is nn.Linear else weight.t(), tensor_of(base, "bias"))
     if isinstance(base, QuantizedLinear):
         return Frozen(base.base_weight(), base.bias, base.compute_dtype)
-    if is_linear4bit(base):
-        return _linear4bit(base, kept, x)
-    return f"its base is a {kind.__name__}"
+    return _linear4bit(base, kept, x)
 
 
 def read_base(base: nn.Module) -> dict[str, Any]:
@@ -187,8 +194,6 @@ def refusal_of_x(x: Tensor, base: Frozen, operands: Operands) -> str | None:
     if not x.is_floating_point():
         return "x is not floating point"
     weight = base.weight
-    if operands.dropout_p and weight.requires_grad:  # in a checkpoint: PEFT's path will recompute it, and its mask
-        return TRAINED_BASE
     if x.ndim == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
         return MISFIT
     if not torch.compiler.is_compiling() and _is_transformed():

@@ -214,6 +214,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the reports as JSON")
     parser.add_argument("--markdown", type=Path, help="write the reports as a Markdown table")
     args = parser.parse_args(argv)
+    if args.markdown and args.every > 1:
+        parser.error("--markdown is the report of every form: leave out --every")
     if environment.interpreting():
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
 

@@ -361,7 +361,7 @@ def _scale_gradient(
 
 
 def keep_of(call: Call, rows: int, cols: int, device: torch.device) -> Tensor | None:
-    """The mask of a call; None without dropout. Eager mode makes it once, in forward, and `call.seed` is the mask."""
+    """The mask of a call; None without dropout. `call.seed` may be the mask itself, kept by forward for backward."""
     if call.dropout_p == 0.0:
         return None
     seed = given(call.seed)

@@ -309,8 +309,8 @@ class _GLoRAFunction(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         needs = Needs(wanted[0], *wanted[3:])
         if call.route == "eager" and call.dropout_p and needs.b_down:
-            # Of PyTorch operations the mask is dear to make twice, and a byte an element beside the x that is kept
-            # anyway. The kernels make it in registers, and again in backward.
+            # Of PyTorch operations the mask is dear to make twice, and a byte an element beside an x that is kept too.
+            # The kernels make it in registers, and again in backward.
             rows, cols = math.prod(x.shape[:-1]), x.shape[-1]
             call = call._replace(seed=eager_path.keep_of(call, rows, cols, x.device))
         y, h, sigma, u = _forward(x, weight, s, call)

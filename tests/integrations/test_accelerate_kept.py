@@ -18,6 +18,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 from twins import Net, assert_same, randomized, step
 
 import glora_kernels as gk
@@ -269,25 +270,59 @@ def test_sharded_and_tensor_parallel_bases(adapted, x, tmp_path):
     assert_same(step(parallel, x), step(plain, x))
 
 
+class Checkpointed(nn.Module):
+    """Each layer recomputed in backward, as reentrant checkpoints do it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(20, 12), nn.Linear(12, 20)
+
+    def forward(self, x):
+        return checkpoint(self.down, torch.tanh(checkpoint(self.up, x, use_reentrant=True)), use_reentrant=True)
+
+
+@pytest.fixture
+def fsdp(tmp_path):
+    """Wraps a model in the first FSDP, in a group of one process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    cpu = torch.device("cpu")
+    yield partial(torch.distributed.fsdp.FullyShardedDataParallel, use_orig_params=True, device_id=cpu)
+    gc.collect()  # the models before the group: the last owner may wait for it with Python's lock
+    torch.distributed.destroy_process_group()
+
+
+def whole_names(found):
+    return {name.replace("_fsdp_wrapped_module.", ""): value for name, value in found.items()}
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_first_fsdp_trains_on_pefts_path_and_evaluates_on_ours(twins, x, tmp_path):
+def test_the_first_fsdp_trains_on_pefts_path_and_evaluates_on_ours(twins, x, fsdp):
     """Its views of frozen weights need gradients where they stand in one unit with trained ones."""
     pair = twins(LORA())
     expected = step(pair.plain, x)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        cpu = torch.device("cpu")
-        sharded = torch.distributed.fsdp.FullyShardedDataParallel(pair.fast, use_orig_params=True, device_id=cpu)
-        got = {name.removeprefix("_fsdp_wrapped_module."): value for name, value in step(sharded, x).items()}
-        assert_same(got, expected)
-        assert not pair.calls
-        with torch.no_grad():
-            torch.testing.assert_close(sharded(x), expected["y"], rtol=1e-12, atol=1e-12)
-        assert len(pair.calls) == 1
-        del sharded  # before the group, as above
-        gc.collect()
-    finally:
-        torch.distributed.destroy_process_group()
+    sharded = fsdp(pair.fast)
+    assert_same(whole_names(step(sharded, x)), expected)
+    assert not pair.calls
+    with torch.no_grad():
+        torch.testing.assert_close(sharded(x), expected["y"], rtol=1e-12, atol=1e-12)
+    assert len(pair.calls) == 1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_checkpoint_under_the_first_fsdp_meets_one_mask(twins, x, fsdp, whole):
+    """Without gradients, then with them, then with the parameters put back: PEFT's path, and its mask, each time."""
+    pair = twins(LoraConfig(r=3, target_modules=["up", "down"], lora_dropout=0.3), net=Checkpointed())
+    found = []
+    for model in pair:
+        net = model.train().base_model.model
+        if not whole:
+            net.up, net.down = fsdp(net.up), fsdp(net.down)
+        sharded = fsdp(model)
+        torch.manual_seed(7)
+        found.append(whole_names(step(sharded, x)))
+    assert_same(found[1], found[0])
+    assert not pair.calls
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -45,7 +45,7 @@ EVERYTHING = "GLORA_KERNELS_TEST_ALL"
 
 @pytest.mark.aot
 @pytest.mark.parametrize(("arch", "dtype"), [
-    (arch, dtype) for arch in aot.ARCHS for dtype in aot.DTYPES if arch != "sm_89" or dtype == "bf16"
+    (arch, dtype) for arch in aot.ARCHS for dtype in aot.DTYPES
 ])  # fmt: skip
 def test_every_kernel_compiles_without_a_fault(arch, dtype, tmp_path):
     every = 1 if os.environ.get(EVERYTHING) == "1" else ALWAYS.get((arch, dtype))

@@ -11,6 +11,7 @@ import torch
 from helpers import PAIRS, check, layer, ours, problem, same, train_only, truth
 
 from glora_kernels.launch import workspace
+from glora_kernels.ops import eager as eager_path
 from glora_kernels.ops import glora_linear, glora_wc
 from glora_kernels.ops.common import Supports, shift
 from glora_kernels.ops.glora import dropout_seed
@@ -210,6 +211,20 @@ def test_lora_keeps_x_and_m_r_only():
     p = problem(config("none", "lora"), (9,), 40, 50)
     kept, x, _ = saved(p)
     assert sorted((t.data_ptr() == x.data_ptr(), tuple(t.shape)) for t in kept) == [(False, (9, 3)), (True, (9, 40))]
+
+
+@pytest.mark.parametrize("is_down_trained", [True, False])
+def test_the_mask_is_kept_where_x_is_and_else_made_again(is_down_trained, monkeypatch):
+    made = []
+    real = eager_path.keep_mask
+    monkeypatch.setattr(eager_path, "keep_mask", lambda *args: made.append(args) or real(*args))
+    p = problem(config("none", "lora", dropout=0.25), (9,), 40, 50)
+    p = p if is_down_trained else train_only(p, p.trained - {"B_down"})
+    kept, _, y = saved(p)
+    assert [tuple(t.shape) for t in kept if t.dtype == torch.bool] == ([(9, 40)] if is_down_trained else [])
+    y.sum().backward()
+    assert len(made) == (1 if is_down_trained else 2)
+    exact(p, ours(p))
 
 
 def test_frozen_adapters_keep_no_activation():

@@ -284,14 +284,15 @@ def stored_bytes(p: Problem) -> dict[int, int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @forms
 def test_no_dense_weight_is_saved(a, b, variant, dtype):
-    """What stays beside references to x, the codes and the adapter: y (for dA), h, σ, U of the product variant, W·c."""
+    """What stays beside x, the codes and the adapter: y (for dA), h, the mask, σ, U of the product variant, W·c."""
     m, k, n, r = 6, 320, 256, 3
     _, p = build(config(a, b, variant, rank=r, dropout=0.1), (m,), k, n, True, dtype)
     rank = r * ((a == "lora" and variant == "matmul") + (b == "lora"))
     y = m * n * dtype.itemsize if a in ("vector", "constant") else 0
     u = n * r * dtype.itemsize if variant == "matmul" else 0
     sigma = 4 * m if b in ("vector", "constant") else 0
-    assert sum(stored_bytes(p).values()) <= y + m * rank * dtype.itemsize + sigma + u + 4 * n
+    mask = m * k if b == "lora" else 0  # a byte an element
+    assert sum(stored_bytes(p).values()) <= y + m * rank * dtype.itemsize + mask + sigma + u + 4 * n
 
 
 class Allocations(TorchDispatchMode):

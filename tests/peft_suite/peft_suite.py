@@ -136,7 +136,9 @@ def compare(options: argparse.Namespace, folder: Path) -> int:
         count = Counter(of_file)
         numbers = f"{len(of_file):6} {count['passed']:7} {count['failed']:7} {count['skipped']:8}"
         print(f"{file:40} {numbers} {sum(file in (file_of(name), 'all') for name, _, _ in changed):8}")
-    broken = [file_of(name) for name in plain.outcomes if name.startswith("::")]
+    broken = [
+        file_of(name) for name, outcome in plain.outcomes.items() if name.startswith("::") and outcome == "failed"
+    ]
     if broken:
         print(f"\ncould not be collected, a failed test each: {', '.join(broken)} (--keep FOLDER has the logs)")
     print("\ncalls of accelerated layers")

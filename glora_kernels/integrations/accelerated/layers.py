@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from glora_kernels.integrations.operands import (
     HOOKED,
+    IN_A_TRAINED_UNIT,
     ON_META,
+    TRAINED_BASE,
     Frozen,
     Operands,
     adapted_linear,
@@ -68,6 +70,10 @@ class Accelerated(_Layer):
                 # On a CPU F.linear takes a meta weight without a word, and returns memory that nobody wrote.
                 raise RuntimeError(f"a {type(self).__name__} cannot run: {ON_META}, x is on {x.device}")
             return found
+        if found[1].dropout_p and IN_A_TRAINED_UNIT in self._glora_kept:
+            # With gradients PEFT's path runs, and its mask. A reentrant checkpoint must meet the same one both times:
+            # first without gradients, then with them, and by then FSDP may have put the parameter itself back.
+            return TRAINED_BASE
         return refusal_of_x(x, *found) or found
 
     def parts(self, x: Tensor | None = None) -> tuple[Frozen, Operands] | str:
