@@ -103,8 +103,8 @@ def has_other_forward(module: nn.Module) -> bool:
 def tensor_of(module: nn.Module, name: str) -> Any:
     """What the module's forward reads under this name: a parameter, or what stands in its place.
 
-    That is a buffer, or the view of gathered memory that FSDP (the first) sets as a plain attribute; None where the
-    module has nothing of the name. The parameter is asked for first because `nn.Module.__getattr__` is slow.
+    That is a buffer, or the copy that a replica of `nn.DataParallel` has as a plain attribute; None where the module
+    has nothing of the name. The parameter is asked for first because `nn.Module.__getattr__` is slow.
     """
     found = module._parameters.get(name)
     return getattr(module, name, None) if found is None else found
