@@ -44,7 +44,7 @@ RANK = f"a rank above {MAX_RANK}, which the GPU kernels do not hold"
 
 PLAIN = (nn.Parameter, Tensor)
 """The types of a tensor that is what it looks like; a part of a sharded one has another."""
-IN_A_TRAINED_UNIT = "in a trained unit"
+IN_A_TRAINED_UNIT = "in_a_trained_unit"
 """Of a base that FSDP (the first) gathers together with trained parameters: its weight then is a view, which needs
 gradients because they do."""
 _EXPECTED = frozenset({*PLAIN, float, str, type(None)})  # of the values of an adapter: looked up faster than compared
