@@ -15,6 +15,7 @@ signs of dy.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -29,6 +30,17 @@ from glora_kernels.spec import GLoRAConfig
 FACTOR, FLOOR = 2.0, {"rms": 2.0, "max": 4.0}
 PAIRS = [(a, b) for a in ("lora", "vector", "constant", "none") for b in ("lora", "vector", "constant", "none")]
 """The 16 forms of (A, B)."""
+EVERYTHING = "GLORA_KERNELS_TEST_ALL"
+"""Set to 1, what else stands for more cases than it runs (`thinned`, tests/kernels/test_aot.py) runs all of them."""
+
+
+def thinned(step: int, cases: Iterable) -> list:
+    """One case in `step`, the first among them, where the interpreter runs the kernels, and a case takes a second.
+
+    `step` has no common divisor with the lengths of the lists that the cases are a product of: each entry of each
+    list is met. A GPU runs all cases.
+    """
+    return list(cases)[:: 1 if torch.cuda.is_available() or os.environ.get(EVERYTHING) == "1" else step]
 
 
 @dataclass
