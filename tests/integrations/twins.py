@@ -65,6 +65,11 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: 
             assert error <= tolerance * max(1.0, float(value.detach().double().abs().max())), f"{name}: {error}"
 
 
+def reasons(model: nn.Module) -> set[str]:
+    """Why layers of the model keep PEFT's path, by the summary."""
+    return {reason for _, reason in gk.acceleration(model).kept}
+
+
 class Twins:
     """One model twice: as PEFT runs it, and accelerated. `calls` holds the operands of each call on our operators."""
 
