@@ -30,17 +30,17 @@ from glora_kernels.spec import GLoRAConfig
 FACTOR, FLOOR = 2.0, {"rms": 2.0, "max": 4.0}
 PAIRS = [(a, b) for a in ("lora", "vector", "constant", "none") for b in ("lora", "vector", "constant", "none")]
 """The 16 forms of (A, B)."""
-EVERYTHING = "GLORA_KERNELS_TEST_ALL"
-"""Set to 1, what else stands for more cases than it runs (`thinned`, tests/kernels/test_aot.py) runs all of them."""
+EVERYTHING = os.environ.get("GLORA_KERNELS_TEST_ALL") == "1"
+"""Whether what else runs a part of its cases (`thinned`, tests/kernels/test_aot.py) runs all of them."""
 
 
 def thinned(step: int, cases: Iterable) -> list:
     """One case in `step`, the first among them, where the interpreter runs the kernels, and a case takes a second.
 
-    `step` has no common divisor with the lengths of the lists that the cases are a product of: each entry of each
-    list is met. A GPU runs all cases.
+    Of a product of lists each entry of each list is met where `step` has no common divisor with the length of any but
+    the first of them. A GPU runs all cases.
     """
-    return list(cases)[:: 1 if torch.cuda.is_available() or os.environ.get(EVERYTHING) == "1" else step]
+    return list(cases)[:: 1 if EVERYTHING or torch.cuda.is_available() else step]
 
 
 @dataclass

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from peft import GloraConfig, HiraConfig, LoraConfig
-from twins import assert_same, step
+from twins import ADAPTERS, assert_same, step
 
 ALL = ["up", "mix", "down"]
 
@@ -45,7 +45,7 @@ def scale_all(model, factor):
 
 def freeze_some(model, draw):
     for name, parameter in model.named_parameters():
-        if any(part in name for part in ("lora_", "glora_", "hira_")):
+        if any(part in name for part in ADAPTERS):
             parameter.requires_grad_(draw.random() < 0.7)
 
 
