@@ -11,6 +11,7 @@ TRITON_VERSION=${TRITON_VERSION:-3.7.1}
 
 # Bytecode is written when a module is first imported: pip would compile all that it installs, for a minute or two.
 unset PYTHONDONTWRITEBYTECODE
+pip_install() { pip install --quiet --no-compile "$@"; }
 
 # install_into_venv EXTRA: the package in editable form with one of its extras.
 install_into_venv() {
@@ -18,8 +19,8 @@ install_into_venv() {
   # shellcheck disable=SC1091
   source "$VENV/bin/activate"
   export PIP_DISABLE_PIP_VERSION_CHECK=1
-  python -c 'import torch' 2>/dev/null || pip install --quiet --no-compile "torch==$TORCH_VERSION" "triton==$TRITON_VERSION"
-  pip install --quiet --no-compile -e ".[$1]"
+  python -c 'import torch' 2>/dev/null || pip_install "torch==$TORCH_VERSION" "triton==$TRITON_VERSION"
+  pip_install -e ".[$1]"
 }
 
 # install_timm: timm and torchvision in a folder of their own, $VENV/timm, which one test puts on its path.
@@ -27,6 +28,6 @@ install_into_venv() {
 # PyPI's torchvision does not fit a CPU build of torch, and beside it in the environment it would break transformers.
 install_timm() {
   TORCHVISION_VERSION=${TORCHVISION_VERSION:-0.28.0}
-  [ -d "$VENV/timm/timm" ] || pip install --quiet --no-compile --no-deps --target "$VENV/timm" "timm>=1.0" "torchvision==$TORCHVISION_VERSION"
+  [ -d "$VENV/timm/timm" ] || pip_install --no-deps --target "$VENV/timm" "timm>=1.0" "torchvision==$TORCHVISION_VERSION"
   export GLORA_KERNELS_TIMM="$PWD/$VENV/timm"
 }
