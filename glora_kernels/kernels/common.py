@@ -12,7 +12,29 @@ _DITHER_COL = tl.constexpr(stream.DITHER_COL)
 
 @triton.jit
 def _dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + left·right in fp32. UPCAST is for the interpreter, whose bfloat16 product is wrong."""
+    """acc + left·right in fp32. UPCAST is for the interpreter, whose bfloat16 product is wrong.
+
+    PRECISION "halves" multiplies fp32 by 16 bits, or by fp32, on the matrix unit: an operand is the sum of two halves
+    in bfloat16, which has the range of fp32 (exact for fp16; 2⁻¹⁷ of an fp32 number is lost), and what both low halves
+    give together is left out. Beside bfloat16, whose low half is zero, these are two products, else three.
+    """
+    if PRECISION == "halves":
+        left_high = left.to(tl.bfloat16)
+        right_high = right.to(tl.bfloat16)
+        acc = _plain_dot(left_high, right_high, acc, "ieee", UPCAST)
+        if left.dtype != tl.bfloat16:
+            low = (left.to(tl.float32) - left_high.to(tl.float32)).to(tl.bfloat16)
+            acc = _plain_dot(low, right_high, acc, "ieee", UPCAST)
+        if right.dtype != tl.bfloat16:
+            low = (right.to(tl.float32) - right_high.to(tl.float32)).to(tl.bfloat16)
+            acc = _plain_dot(left_high, low, acc, "ieee", UPCAST)
+        return acc
+    else:
+        return _plain_dot(left, right, acc, PRECISION, UPCAST)
+
+
+@triton.jit
+def _plain_dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:
         left = left.to(tl.float32)
         right = right.to(tl.float32)

@@ -24,12 +24,12 @@ beta: where the full bias goes. g: ∂β, fp32. d…: where the gradients go; dc
 COPY_COLUMNS = ("target", "source", "size", "bias_target", "bias_source", "bias_size")
 """One layer to restore: two copies from `source` to `target`, sizes in elements."""
 
-FACTOR_COLUMNS = ("first", "count", "R", "C", "out", "stride_r", "stride_c", "adds")
+FACTOR_COLUMNS = ("first", "count", "R", "C", "out", "stride_r", "stride_c")
 """One shared factor: its (R, C) gradient, and its rows first … first+count of the other table."""
 
 PRODUCT_COLUMNS = (
     "left", "left_stride_m", "left_stride_r", "right", "right_stride_m", "M", "scale", "seed", "seed_address",
-    "threshold", "inv_keep",
+    "threshold",
 )  # fmt: skip
 """One layer's part of a shared factor's gradient: scale·leftᵀ·drop(right), left (M,R), right (M,C)."""
 
@@ -51,8 +51,8 @@ _DC_WIDE, _DD, _DE = _layer("dc_wide"), _layer("dd"), _layer("de")
 _COPY_WIDTH, _FACTOR_WIDTH = tl.constexpr(len(COPY_COLUMNS)), tl.constexpr(len(FACTOR_COLUMNS))
 _PRODUCT_WIDTH = tl.constexpr(len(PRODUCT_COLUMNS))
 _TARGET, _SOURCE, _SIZE, _BIAS_TARGET, _BIAS_SOURCE, _BIAS_SIZE = map(tl.constexpr, range(len(COPY_COLUMNS)))
-_FIRST, _COUNT, _R, _COLS, _OUT, _STRIDE_R, _STRIDE_C, _ADDS = map(tl.constexpr, range(len(FACTOR_COLUMNS)))
-_LEFT, _LEFT_M, _LEFT_R, _RIGHT, _RIGHT_M, _M, _PART_SCALE, _SEED, _SEED_ADDRESS, _THRESHOLD, _INV_KEEP = map(
+_FIRST, _COUNT, _R, _COLS, _OUT, _STRIDE_R, _STRIDE_C = map(tl.constexpr, range(len(FACTOR_COLUMNS)))
+_LEFT, _LEFT_M, _LEFT_R, _RIGHT, _RIGHT_M, _M, _PART_SCALE, _SEED, _SEED_ADDRESS, _THRESHOLD = map(
     tl.constexpr, range(len(PRODUCT_COLUMNS))
 )
 
@@ -407,16 +407,14 @@ def _shared_grad_kernel(
     ALIGN: tl.constexpr,
     DTYPE: tl.constexpr,
     OUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Σ_l scale_l·left_lᵀ·drop(right_l) (R,C) of every shared factor, over its layers in the order of the table.
-
-    In fp32; where the factor has a gradient already (`adds`), that is added before the one rounding.
-    """
+    """Σ_l scale_l·left_lᵀ·(mask∘right_l) (R,C) of every shared factor, in fp32, in the order of the table's layers."""
     factor = factor_ptr + tl.program_id(2).to(tl.int64) * _FACTOR_WIDTH
     R, C = _size(factor, _R), _size(factor, _COLS, ALIGN)
     c0, r0 = tl.program_id(0) * BLOCK_C, tl.program_id(1) * BLOCK_R
@@ -427,25 +425,23 @@ def _shared_grad_kernel(
     first = _size(factor, _FIRST)
     for member in range(first, first + _size(factor, _COUNT)):
         row = product_ptr + tl.cast(member, tl.int64) * _PRODUCT_WIDTH
-        left, right = _pointer(row, _LEFT, DTYPE), _pointer(row, _RIGHT, DTYPE, ALIGN)
+        left, right = _pointer(row, _LEFT, FACTOR_DTYPE), _pointer(row, _RIGHT, DTYPE, ALIGN)
         left_m, left_r, right_m = _number(row, _LEFT_M), _number(row, _LEFT_R), _number(row, _RIGHT_M, ALIGN)
         M = _size(row, _M)
         if HAS_DROPOUT:
             seed, seed_ptr = _number(row, _SEED), _pointer(row, _SEED_ADDRESS, tl.int64)
             if _number(row, _SEED_ADDRESS) != 0:
                 seed = tl.load(seed_ptr)
-            threshold, inv_keep = _size(row, _THRESHOLD), _real(row, _INV_KEEP)
+            threshold = _size(row, _THRESHOLD)
         acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         for m0 in range(0, M, BLOCK_M):
             m = m0 + tl.arange(0, BLOCK_M)
             x = _load(right, m, c, right_m, 1, M, C)
             if HAS_DROPOUT:
                 if threshold > 0:
-                    x = _dropped(x, seed, m, c0, threshold, inv_keep, BLOCK_M, BLOCK_C)
-            acc = _dot(_load(left, r, m, left_r, left_m, R, M), x, acc, PRECISION, UPCAST)
+                    x = _dropped(x, seed, m, c0, threshold, 1.0, BLOCK_M, BLOCK_C)
+            acc = _dot(_load(left, r, m, left_r, left_m, R, M), x, acc, FACTOR_PRECISION, UPCAST)
         total += acc * _real(row, _PART_SCALE)
     out = _pointer(factor, _OUT, OUT)
     stride_r, stride_c = _number(factor, _STRIDE_R), _number(factor, _STRIDE_C)
-    if _size(factor, _ADDS) != 0:
-        total += _load(out, r, c, stride_r, stride_c, R, C).to(tl.float32)
     _store(out, total, r, c, stride_r, stride_c, R, C)

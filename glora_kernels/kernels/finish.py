@@ -3,7 +3,10 @@
 import triton
 import triton.language as tl
 
-from glora_kernels.kernels.common import _dot, _load, _load_shift, _load_vector, _store, _vector_sum
+from glora_kernels.kernels.common import _dot, _load, _load_vector, _store, _vector_sum
+from glora_kernels.reference import recovery
+
+_TINY = tl.constexpr(recovery.TINY)
 
 
 @triton.jit
@@ -32,7 +35,7 @@ def _sum_tile(
 
 @triton.jit(
     do_not_specialize=[
-        "splits", "factor_splits", "first_splits", "second_splits", "sample_step", "column_programs", "first_programs",
+        "splits", "factor_splits", "first_splits", "second_splits", "column_programs", "first_programs",
         "FIRST_I", "SECOND_I",
     ]
 )  # fmt: skip
@@ -51,36 +54,21 @@ def _finish_kernel(
     dwc_ptr,
     dd_ptr,
     de_ptr,
-    up_ptr,
-    stride_upn,
-    stride_upr,
     a_ptr,
     stride_a,
-    b_ptr,
-    stride_b,
     bias_ptr,
     stride_bias,
-    wc_ptr,
     d_ptr,
     stride_d,
-    e_ptr,
-    stride_e,
     dy_ptr,
     stride_dym,
     stride_dyn,
-    y_ptr,
-    stride_ym,
-    stride_yn,
     x_ptr,
     stride_xm,
     stride_xk,
     w_ptr,
     stride_wn,
     stride_wk,
-    h_ptr,
-    stride_hm,
-    stride_hr,
-    sigma_ptr,
     first_part_ptr,
     stride_first,
     first_out_ptr,
@@ -106,11 +94,9 @@ def _finish_kernel(
     second_splits,
     SECOND_I,
     SECOND_J,
-    sample_step,
     HAS_COLUMNS: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     HAS_G: tl.constexpr,
-    HAS_SIGMA: tl.constexpr,
     HAS_DU: tl.constexpr,
     HAS_DB_UP: tl.constexpr,
     HAS_DA: tl.constexpr,
@@ -119,12 +105,8 @@ def _finish_kernel(
     HAS_DWC: tl.constexpr,
     HAS_DD: tl.constexpr,
     HAS_DE: tl.constexpr,
-    HAS_UP: tl.constexpr,
-    HAS_B: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_WC: tl.constexpr,
     HAS_D: tl.constexpr,
-    HAS_E: tl.constexpr,
+    MIXED: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_SECOND: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -135,21 +117,20 @@ def _finish_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SAMPLES: tl.constexpr,
 ):
     """The sums of `_dy_kernel` over its splits, as gradients, and up to two more sums of partial sums.
 
-    factor[split,c,n] holds dyᵀ[P|h], part[split,·,n] what is there of Σ dy, dyᵀσ and Σ dy∘y, in this order.
+    factor[split,c,n] holds dyᵀ[P|h], part[split,·,n] what there is of Σ dy, dyᵀσ and the sums for dA, in this order.
 
-    db_up = dyᵀh, db = dyᵀσ, dwc = e = g, dbias = g∘(1+d), dd = g∘bias, and for a vector or constant A
-    da = Σₘ dy∘Z = (Σₘ dy∘y - rest)/(1+a), rest = β∘g + Σᵣ B_up∘(dyᵀh) + b∘(dyᵀσ); Z is computed for the columns
-    where y hardly holds it (the rule of `ops.recover.ill_conditioned_rows`, looked at per block of columns).
+    db_up = dyᵀh, db = dyᵀσ, dwc = de = g, dbias = g∘(1+d), dd = g∘bias, and for a vector or constant A
+    da = Σₘ dy∘Z = Σₘ q/(1+a), q = dy∘(Z∘(1+a)) as `_dy_kernel` found it in y. With MIXED y holds more than that, and
+    where that is large beside it (the last two sums are no longer ≤ 0), or 1+a is next to nothing, or y overflowed, Z
+    is computed anew (the rule of `ops.recover`).
     """
     pid = tl.program_id(0)
     if HAS_COLUMNS:
         if pid < column_programs:
             n = pid * BLOCK_N + tl.arange(0, BLOCK_N)
-            rest = tl.zeros((BLOCK_N,), tl.float32)
             if HAS_FACTOR:
                 for c0 in tl.range(0, P + R, BLOCK_C, num_stages=1):
                     c = c0 + tl.arange(0, BLOCK_C)
@@ -166,10 +147,6 @@ def _finish_kernel(
                     if HAS_DB_UP:
                         offsets = n.to(tl.int64)[None, :] * R + r[:, None]
                         tl.store(db_up_ptr + offsets, total.to(db_up_ptr.dtype.element_ty), mask=inside)
-                    if HAS_DA and HAS_UP:
-                        offsets = n.to(tl.int64)[None, :] * stride_upn + r.to(tl.int64)[:, None] * stride_upr
-                        up = tl.load(up_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-                        rest += tl.sum(up * total, 0)
             row = part_ptr
             if HAS_G:
                 g = _vector_sum(row, stride_part, n, N, splits)
@@ -186,43 +163,21 @@ def _finish_kernel(
                 if HAS_DD:
                     dd = g * _load_vector(bias_ptr, n, stride_bias, N)
                     tl.store(dd_ptr + n, dd.to(dd_ptr.dtype.element_ty), mask=n < N)
-            if HAS_SIGMA:
+            if HAS_DB:
                 db = _vector_sum(row, stride_part, n, N, splits)
                 row += stride_pc
-                if HAS_DB:
-                    tl.store(db_ptr + n, db.to(db_ptr.dtype.element_ty), mask=n < N)
+                tl.store(db_ptr + n, db.to(db_ptr.dtype.element_ty), mask=n < N)
             if HAS_DA:
                 total = _vector_sum(row, stride_part, n, N, splits)
-                beta = _load_shift(
-                    bias_ptr, stride_bias, wc_ptr, d_ptr, stride_d, e_ptr, stride_e, n, N,
-                    HAS_BIAS, HAS_WC, HAS_D, HAS_E,
-                )  # fmt: skip
-                if HAS_BIAS or HAS_WC or HAS_E:
-                    rest += beta * g
-                if HAS_B:
-                    b = _load_vector(b_ptr, n, stride_b, N)
-                    rest += b * db
                 scale = 1.0 + _load_vector(a_ptr, n, stride_a, N)
-                # y against its part Z∘(1+a), in some of its rows.
-                seen = tl.arange(0, SAMPLES) * sample_step
-                y = _load(y_ptr, seen, n, stride_ym, stride_yn, M, N).to(tl.float32)
-                own = y
-                if HAS_BIAS or HAS_WC or HAS_E:
-                    own -= beta[None, :]
-                if HAS_UP:
-                    for r0 in tl.range(0, R, BLOCK_C, num_stages=1):
-                        r = r0 + tl.arange(0, BLOCK_C)
-                        h = _load(h_ptr + P * stride_hr, seen, r, stride_hm, stride_hr, M, R).to(DTYPE)
-                        up = _load(up_ptr, r, n, stride_upr, stride_upn, R, N).to(DTYPE)
-                        own -= _dot(h, up, tl.zeros((SAMPLES, BLOCK_N), tl.float32), PRECISION, UPCAST)
-                if HAS_B:
-                    own -= _load_vector(sigma_ptr, seen, 1, M)[:, None] * b[None, :]
-                inside = seen[:, None] < M
-                own_size = tl.sum(tl.where(inside, own * own, 0.0), 0)
-                size = tl.sum(tl.where(inside, y * y, 0.0), 0)
-                marked = ((tl.abs(scale) < 0.0009765625) | (size > 4.0 * own_size)) & (n < N)
-                da = (total - rest) / tl.where(marked, 1.0, scale)
-                if tl.max(marked.to(tl.int32), 0) > 0:
+                # Written so that what is no number is computed anew.
+                kept = (tl.abs(scale) >= _TINY) & (tl.abs(total) < float("inf"))
+                if MIXED:
+                    for _ in tl.static_range(2):
+                        row += stride_pc
+                        kept &= _vector_sum(row, stride_part, n, N, splits) <= 0.0
+                da = total / tl.where(kept, scale, 1.0)
+                if tl.min(kept.to(tl.int32), 0) == 0:
                     exact = tl.zeros((BLOCK_N,), tl.float32)
                     for m0 in range(0, M, BLOCK_M):
                         m = m0 + tl.arange(0, BLOCK_M)
@@ -234,7 +189,7 @@ def _finish_kernel(
                             z = _dot(x, w, z, PRECISION, UPCAST)
                         dy = _load(dy_ptr, m, n, stride_dym, stride_dyn, M, N).to(tl.float32)
                         exact += tl.sum(dy * z, 0)
-                    da = tl.where(marked, exact, da)
+                    da = tl.where(kept, da, exact)
                 tl.store(da_ptr + n, da.to(da_ptr.dtype.element_ty), mask=n < N)
     if HAS_FIRST:
         if (pid >= column_programs) & (pid < column_programs + first_programs):

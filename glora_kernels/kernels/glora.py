@@ -80,6 +80,8 @@ def _glora_fwd_kernel(
     PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -112,12 +114,12 @@ def _glora_fwd_kernel(
             if HAS_U:
                 part += _low_rank(
                     h_ptr, stride_hb, stride_hm, stride_hr, u_ptr, stride_un, stride_ur, m, n, M, N, P,
-                    BANDS, DTYPE, PRECISION, UPCAST, BLOCK_M, BLOCK_N // PARTS, BLOCK_R,
+                    BANDS, FACTOR_DTYPE, FACTOR_PRECISION, UPCAST, BLOCK_M, BLOCK_N // PARTS, BLOCK_R,
                 )  # fmt: skip
             if HAS_UP:
                 part += _low_rank(
                     h_ptr + P * stride_hr, stride_hb, stride_hm, stride_hr, up_ptr, stride_upn, stride_upr, m, n,
-                    M, N, R, BANDS, DTYPE, PRECISION, UPCAST, BLOCK_M, BLOCK_N // PARTS, BLOCK_R,
+                    M, N, R, BANDS, FACTOR_DTYPE, FACTOR_PRECISION, UPCAST, BLOCK_M, BLOCK_N // PARTS, BLOCK_R,
                 )  # fmt: skip
             if HAS_B:
                 sigma = _load_banded_vector(sigma_ptr, stride_sigma, m, M, BANDS)
@@ -192,6 +194,8 @@ def _glora_dx_kernel(
     PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -223,12 +227,12 @@ def _glora_dx_kernel(
             if HAS_U:
                 part += _low_rank(
                     s_ptr, stride_sb, stride_sm, stride_sr, a_down_ptr, stride_adk, stride_adr, m, k, M, K, P,
-                    BANDS, DTYPE, PRECISION, UPCAST, BLOCK_M, BLOCK_K // PARTS, BLOCK_R,
+                    BANDS, FACTOR_DTYPE, FACTOR_PRECISION, UPCAST, BLOCK_M, BLOCK_K // PARTS, BLOCK_R,
                 )  # fmt: skip
             if HAS_UP:
                 term = _low_rank(
                     s_ptr + P * stride_sr, stride_sb, stride_sm, stride_sr, b_down_ptr, stride_bdk, stride_bdr, m, k,
-                    M, K, R, BANDS, DTYPE, PRECISION, UPCAST, BLOCK_M, BLOCK_K // PARTS, BLOCK_R,
+                    M, K, R, BANDS, FACTOR_DTYPE, FACTOR_PRECISION, UPCAST, BLOCK_M, BLOCK_K // PARTS, BLOCK_R,
                 )  # fmt: skip
                 if HAS_DROPOUT:
                     term = _dropped(

@@ -70,6 +70,8 @@ def _fwd_tile(
     PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -97,10 +99,10 @@ def _fwd_tile(
             else:
                 a = _load(x, m, k, stride_x, 1, M, K)
                 b = _load(w, k, n, stride_wk, stride_wn, K, N).to(DTYPE)
-            factor = _load(down, k, r, 1, K, K, R).to(DTYPE)
+            factor = _load(down, k, r, 1, K, K, R).to(FACTOR_DTYPE)
             acc = _dot(a, b, acc, PRECISION, UPCAST)
-            low = _dot(a, factor, low, PRECISION, UPCAST)
-        rounded = (scale * low).to(DTYPE)
+            low = _dot(a, factor, low, FACTOR_PRECISION, UPCAST)
+        rounded = (scale * low).to(FACTOR_DTYPE)
         if (j == 0) & (leaves_h != 0):
             _store(h, rounded, m, r, R, 1, M, R)
     else:
@@ -114,12 +116,13 @@ def _fwd_tile(
         n0 = j * BLOCK_N + q * (BLOCK_N // PARTS)
         n = n0 + tl.arange(0, BLOCK_N // PARTS)
         if DOWN_INSIDE:
-            factor = _load(up, r, n, 1, R, R, N).to(DTYPE)
+            factor = _load(up, r, n, 1, R, R, N).to(FACTOR_DTYPE)
             zeros = tl.zeros((BLOCK_M, BLOCK_N // PARTS), tl.float32)
-            part += _dot(rounded, factor, zeros, PRECISION, UPCAST)
+            part += _dot(rounded, factor, zeros, FACTOR_PRECISION, UPCAST)
         elif HAS_DOWN:
             part += _low_rank(
-                h, 0, R, 1, up, R, 1, m, n, M, N, R, 1, DTYPE, PRECISION, UPCAST, BLOCK_M, BLOCK_N // PARTS, BLOCK_R,
+                h, 0, R, 1, up, R, 1, m, n, M, N, R, 1, FACTOR_DTYPE, FACTOR_PRECISION, UPCAST,
+                BLOCK_M, BLOCK_N // PARTS, BLOCK_R,
             )  # fmt: skip
         if HAS_BIAS:
             part += _load_vector(bias, n, 1, bias_size)[None, :]
@@ -168,6 +171,8 @@ def _grouped_fwd_kernel(
     PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -193,8 +198,8 @@ def _grouped_fwd_kernel(
                         downs[g] if HAS_DOWN else None, ups[g] if HAS_DOWN else None,
                         biases[g] if HAS_BIAS else None, bias_sizes[g], hs[g] if HAS_DOWN else None, leave_h[g],
                         Ms[g], Ns[g], Ks[g], Rs[g], scales[g],
-                        HAS_DOWN, DOWN_INSIDE, HAS_BIAS, TMA, W_IS_ROW_MAJOR, PARTS, DTYPE, PRECISION, UPCAST,
-                        BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP,
+                        HAS_DOWN, DOWN_INSIDE, HAS_BIAS, TMA, W_IS_ROW_MAJOR, PARTS, DTYPE, PRECISION,
+                        FACTOR_DTYPE, FACTOR_PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP,
                     )  # fmt: skip
                 first += count
         else:
@@ -206,8 +211,8 @@ def _grouped_fwd_kernel(
                 _pick(downs, g) if HAS_DOWN else None, _pick(ups, g) if HAS_DOWN else None,
                 _pick(biases, g) if HAS_BIAS else None, _pick(bias_sizes, g), _pick(hs, g) if HAS_DOWN else None,
                 _pick(leave_h, g), _pick(Ms, g), _pick(Ns, g), _pick(Ks, g), _pick(Rs, g), _pick(scales, g),
-                HAS_DOWN, DOWN_INSIDE, HAS_BIAS, TMA, W_IS_ROW_MAJOR, PARTS, DTYPE, PRECISION, UPCAST,
-                BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP,
+                HAS_DOWN, DOWN_INSIDE, HAS_BIAS, TMA, W_IS_ROW_MAJOR, PARTS, DTYPE, PRECISION,
+                FACTOR_DTYPE, FACTOR_PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP,
             )  # fmt: skip
 
 
@@ -237,6 +242,8 @@ def _dx_rest(
     PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -253,7 +260,7 @@ def _dx_rest(
             for t in range(first_path, last_path):
                 term = _low_rank(
                     _pick(ss, t), _pick(stride_sbs, t), _pick(stride_sms, t), 1, _pick(downs, t), 1, K, m, k, M, K,
-                    _pick(Rs, t), BANDS, DTYPE, PRECISION, UPCAST, BLOCK_M, BLOCK_K // PARTS, BLOCK_R,
+                    _pick(Rs, t), BANDS, FACTOR_DTYPE, FACTOR_PRECISION, UPCAST, BLOCK_M, BLOCK_K // PARTS, BLOCK_R,
                 )  # fmt: skip
                 if HAS_DROPOUT:
                     seed = _seed(_pick(seeds, t), SEED_IS_POINTER)
@@ -308,6 +315,8 @@ def _grouped_dx_kernel(
     PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -341,7 +350,7 @@ def _grouped_dx_kernel(
                     _dx_rest(
                         acc, dx_list[o], first_paths[o], first_paths[o + 1], ss, stride_sbs, stride_sms, downs, Rs,
                         seeds, i, j, Ms[o], Ks[o], threshold, inv_keep, HAS_DOWN, HAS_DROPOUT, SEED_IS_POINTER, BANDS,
-                        TMA, PARTS, DTYPE, PRECISION, UPCAST, BLOCK_M, BLOCK_K, BLOCK_R,
+                        TMA, PARTS, DTYPE, PRECISION, FACTOR_DTYPE, FACTOR_PRECISION, UPCAST, BLOCK_M, BLOCK_K, BLOCK_R,
                     )  # fmt: skip
                 first += count
         else:
@@ -361,5 +370,5 @@ def _grouped_dx_kernel(
             _dx_rest(
                 acc, _pick(dxs, o), _pick(first_paths, o), _pick(first_paths, o + 1), ss, stride_sbs, stride_sms,
                 downs, Rs, seeds, i, j, M, K, threshold, inv_keep, HAS_DOWN, HAS_DROPOUT, SEED_IS_POINTER, BANDS,
-                TMA, PARTS, DTYPE, PRECISION, UPCAST, BLOCK_M, BLOCK_K, BLOCK_R,
+                TMA, PARTS, DTYPE, PRECISION, FACTOR_DTYPE, FACTOR_PRECISION, UPCAST, BLOCK_M, BLOCK_K, BLOCK_R,
             )  # fmt: skip

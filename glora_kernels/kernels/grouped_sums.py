@@ -26,8 +26,8 @@ def _grouped_down_kernel(
     inv_keep,
     HAS_DROPOUT: tl.constexpr,
     SEED_IS_POINTER: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -49,10 +49,10 @@ def _grouped_down_kernel(
         k = k0 + tl.arange(0, BLOCK_K)
         x = _load(x_ptr, m, k, stride_x, 1, M, K)
         if HAS_DROPOUT:
-            x = _dropped(x, _seed(_pick(seeds, t), SEED_IS_POINTER), m, k0, threshold, inv_keep, BLOCK_M, BLOCK_K)
-        down = _load(down_ptr, k, r, 1, K, K, R).to(DTYPE)
-        acc = _dot(x, down, acc, PRECISION, UPCAST)
-    _store(_pick(hs, t), acc * _pick(scales, t), m, r, R, 1, M, R)
+            x = _dropped(x, _seed(_pick(seeds, t), SEED_IS_POINTER), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K)
+        down = _load(down_ptr, k, r, 1, K, K, R).to(FACTOR_DTYPE)
+        acc = _dot(x, down, acc, FACTOR_PRECISION, UPCAST)
+    _store(_pick(hs, t), acc * (_pick(scales, t) * inv_keep), m, r, R, 1, M, R)
 
 
 @triton.jit(do_not_specialize=["band_width"])
@@ -75,8 +75,8 @@ def _grouped_dy_kernel(
     HAS_S: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     HAS_G: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -90,11 +90,12 @@ def _grouped_dy_kernel(
     R = _pick(Rs, g)
     _dy_kernel(
         _pick(dys, g), _pick(stride_dys, g), 1, None, 0, 0, None, 0, 0, _pick(ups, g) if HAS_S else None, R, 1,
-        None, 0, _pick(hs, g) if HAS_FACTOR else None, R, 1, None,
+        None, 0, None, 0, None, None, 0, None, 0, _pick(hs, g) if HAS_FACTOR else None, R, 1, None,
         _pick(ss, g) if HAS_S else None, _pick(stride_sbs, g), _pick(stride_sms, g), 1, None, 0,
         _pick(parts, g) if HAS_FACTOR or HAS_G else None, stride_part, stride_pc,
         _pick(Ms, g), _pick(Ns, g), 0, R, band_width, _pick(scales, g),
-        HAS_S, False, HAS_S, False, HAS_FACTOR, HAS_G, False, False, DTYPE, PRECISION, UPCAST,
+        HAS_S, False, HAS_S, False, False, False, False, False, False, HAS_FACTOR, HAS_G, False, False,
+        FACTOR_DTYPE, FACTOR_PRECISION, UPCAST,
         BLOCK_M, BLOCK_N, 16, BLOCK_R, BLOCK_R,
     )  # fmt: skip
 
@@ -119,8 +120,8 @@ def _grouped_x_kernel(
     HAS_DROPOUT: tl.constexpr,
     SEED_IS_POINTER: tl.constexpr,
     BANDS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -135,6 +136,6 @@ def _grouped_x_kernel(
             None, 0, 0, None, 0, 0, None, 0, 0, _pick(parts, t), _pick(stride_parts, t), _pick(stride_pcs, t),
             _pick(seeds, t),
             _pick(Ms, t), K, 0, _pick(Rs, t), rows_per_split, threshold, inv_keep,
-            False, True, HAS_DROPOUT, SEED_IS_POINTER, False, False, False, False, BANDS, DTYPE, PRECISION, UPCAST,
-            BLOCK_M, BLOCK_K, 16, BLOCK_R,
+            False, True, HAS_DROPOUT, SEED_IS_POINTER, False, False, False, False, BANDS,
+            FACTOR_DTYPE, FACTOR_PRECISION, UPCAST, BLOCK_M, BLOCK_K, 16, BLOCK_R,
         )  # fmt: skip

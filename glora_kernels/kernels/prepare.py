@@ -26,21 +26,20 @@ def _into_rank(
     P,
     R,
     threshold,
-    inv_keep,
     HAS_P: tl.constexpr,
     HAS_V: tl.constexpr,
     HAS_SUM: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     SEED_IS_POINTER: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """(x·Pᵀ, drop(x)·Vᵀ, Σₖ x) of the rows m over first_k ≤ k < last_k, first_k a multiple of 8."""
+    """(x·Pᵀ, (mask∘x)·Vᵀ, Σₖ x) of the rows m over first_k ≤ k < last_k, first_k a multiple of 8."""
     p_acc = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
     v_acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -53,12 +52,12 @@ def _into_rank(
             total += tl.sum(x.to(tl.float32), 1)
         if HAS_P:
             factor = _load(p_ptr, k, p, stride_pk, stride_pr, last_k, P)
-            p_acc = _dot(x.to(DTYPE), factor.to(DTYPE), p_acc, PRECISION, UPCAST)
+            p_acc = _dot(x, factor.to(FACTOR_DTYPE), p_acc, FACTOR_PRECISION, UPCAST)
         if HAS_V:
             if HAS_DROPOUT:
-                x = _dropped(x, _seed(seed, SEED_IS_POINTER), m, k0, threshold, inv_keep, BLOCK_M, BLOCK_K)
+                x = _dropped(x, _seed(seed, SEED_IS_POINTER), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K)
             factor = _load(v_ptr, k, r, stride_vk, stride_vr, last_k, R)
-            v_acc = _dot(x.to(DTYPE), factor.to(DTYPE), v_acc, PRECISION, UPCAST)
+            v_acc = _dot(x, factor.to(FACTOR_DTYPE), v_acc, FACTOR_PRECISION, UPCAST)
     return p_acc, v_acc, total + 0.0  # one use of a loop's sum: Triton 3.7 asserts it in a pass
 
 
@@ -111,8 +110,8 @@ def _prepare_kernel(
     HAS_U: tl.constexpr,
     HAS_WEFF: tl.constexpr,
     HAS_A: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -137,8 +136,8 @@ def _prepare_kernel(
             last = tl.minimum(first + band_width, K)
             p_acc, v_acc, total = _into_rank(
                 x_ptr, stride_xm, stride_xk, a_down_ptr, stride_adr, stride_adk, b_down_ptr, stride_bdr, stride_bdk,
-                seed, m, M, first, last, P, R, threshold, inv_keep, HAS_P, HAS_V, HAS_SUM, HAS_DROPOUT,
-                SEED_IS_POINTER, DTYPE, PRECISION, UPCAST, BLOCK_M, BLOCK_K, BLOCK_P, BLOCK_R,
+                seed, m, M, first, last, P, R, threshold, HAS_P, HAS_V, HAS_SUM, HAS_DROPOUT,
+                SEED_IS_POINTER, FACTOR_DTYPE, FACTOR_PRECISION, UPCAST, BLOCK_M, BLOCK_K, BLOCK_P, BLOCK_R,
             )  # fmt: skip
             if HAS_P or HAS_V:
                 h_ptr += tl.cast(band, tl.int64) * stride_hb
@@ -147,7 +146,7 @@ def _prepare_kernel(
             if HAS_V:
                 if HAS_P:
                     h_ptr += P * stride_hr
-                _store(h_ptr, v_acc * scale, m, tl.arange(0, BLOCK_R), stride_hm, stride_hr, M, R)
+                _store(h_ptr, v_acc * (scale * inv_keep), m, tl.arange(0, BLOCK_R), stride_hm, stride_hr, M, R)
             if HAS_SUM:
                 tl.store(sigma_ptr + tl.cast(band, tl.int64) * stride_sigma + m, total, mask=m < M)
     if HAS_U or HAS_WEFF:
@@ -159,9 +158,9 @@ def _prepare_kernel(
                 u = tl.zeros((BLOCK_WN, BLOCK_P), tl.float32)
                 for k0 in range(0, K, BLOCK_WK):
                     k = k0 + tl.arange(0, BLOCK_WK)
-                    w = _load(w_ptr, n, k, stride_wn, stride_wk, N, K).to(DTYPE)
-                    factor = _load(a_up_ptr, k, p, stride_aun, stride_aur, K, P).to(DTYPE)
-                    u = _dot(w, factor, u, PRECISION, UPCAST)
+                    w = _load(w_ptr, n, k, stride_wn, stride_wk, N, K).to(x_ptr.dtype.element_ty)
+                    factor = _load(a_up_ptr, k, p, stride_aun, stride_aur, K, P).to(FACTOR_DTYPE)
+                    u = _dot(w, factor, u, FACTOR_PRECISION, UPCAST)
                 _store(u_ptr, u, n, p, stride_un, stride_ur, N, P)
             else:
                 across = tl.cdiv(K, BLOCK_WK)
@@ -173,7 +172,7 @@ def _prepare_kernel(
                 else:
                     w = _weff_tile(
                         w, a_up_ptr, stride_aun, stride_aur, a_down_ptr, stride_adr, stride_adk, n, k, N, K, P,
-                        PRECISION, UPCAST, BLOCK_WN, BLOCK_WK, BLOCK_A,
+                        FACTOR_PRECISION, UPCAST, BLOCK_WN, BLOCK_WK, BLOCK_A,
                     )  # fmt: skip
                 _store(weff_ptr, _round(w, n, k, weff_ptr.dtype.element_ty), n, k, K, 1, N, K)
 
@@ -233,8 +232,8 @@ def _added_terms_kernel(
     HAS_DROPOUT: tl.constexpr,
     SEED_IS_POINTER: tl.constexpr,
     READ_Z: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -249,12 +248,12 @@ def _added_terms_kernel(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     p_acc, v_acc, sigma = _into_rank(
         x_ptr, stride_xm, stride_xk, a_down_ptr, stride_adr, stride_adk, b_down_ptr, stride_bdr, stride_bdk, seed, m,
-        M, 0, K, P, R, threshold, inv_keep, HAS_P, HAS_V, HAS_B, HAS_DROPOUT, SEED_IS_POINTER, DTYPE, PRECISION,
+        M, 0, K, P, R, threshold, HAS_P, HAS_V, HAS_B, HAS_DROPOUT, SEED_IS_POINTER, FACTOR_DTYPE, FACTOR_PRECISION,
         UPCAST, BLOCK_M, BLOCK_K, BLOCK_P, BLOCK_R,
     )  # fmt: skip
     p = tl.arange(0, BLOCK_P)
     r = tl.arange(0, BLOCK_R)
-    v_acc *= scale
+    v_acc *= scale * inv_keep
     if HAS_P:
         _store(h_ptr, p_acc, m, p, stride_hm, stride_hr, M, P)
     if HAS_V:
@@ -269,11 +268,13 @@ def _added_terms_kernel(
         if HAS_A:
             acc *= 1.0 + _load_vector(a_ptr, n, stride_a, N)[None, :]
         if HAS_P:
-            u = _load(u_ptr, p, n, stride_ur, stride_un, P, N).to(DTYPE)
-            acc += _dot(p_acc.to(DTYPE), u, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION, UPCAST)
+            u = _load(u_ptr, p, n, stride_ur, stride_un, P, N).to(FACTOR_DTYPE)
+            zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            acc += _dot(p_acc.to(FACTOR_DTYPE), u, zeros, FACTOR_PRECISION, UPCAST)
         if HAS_V:
-            up = _load(up_ptr, r, n, stride_upr, stride_upn, R, N).to(DTYPE)
-            acc += _dot(v_acc.to(DTYPE), up, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION, UPCAST)
+            up = _load(up_ptr, r, n, stride_upr, stride_upn, R, N).to(FACTOR_DTYPE)
+            zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            acc += _dot(v_acc.to(FACTOR_DTYPE), up, zeros, FACTOR_PRECISION, UPCAST)
         if HAS_B:
             acc += sigma[:, None] * _load_vector(b_ptr, n, stride_b, N)[None, :]
         if HAS_BIAS or HAS_WC or HAS_E:
@@ -281,4 +282,4 @@ def _added_terms_kernel(
                 bias_ptr, stride_bias, wc_ptr, d_ptr, stride_d, e_ptr, stride_e, n, N, HAS_BIAS, HAS_WC, HAS_D, HAS_E
             )[None, :]
         # What was rounded before, or is rounded before the product is added: to nearest would lose a small adapter.
-        _store(y_ptr, _round(acc, m, n, DTYPE), m, n, stride_ym, stride_yn, M, N)
+        _store(y_ptr, _round(acc, m, n, y_ptr.dtype.element_ty), m, n, stride_ym, stride_yn, M, N)

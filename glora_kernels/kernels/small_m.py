@@ -125,6 +125,8 @@ def _small_m_kernel(
     NESTED_BLOCKSIZE: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -133,8 +135,8 @@ def _small_m_kernel(
 ):
     """y[m,n] = (Σₖ x[m,k]·w[n,k])·(1+a[n]) + Σᵣ h[m,r]·B_up[n,r] + σ[m]·b[n] + β[n], w = code[nibble]·absmax in DTYPE.
 
-    h[m,r] = scale·Σₖ x[m,k]·B_down[r,k], rounded to DTYPE, is made here (MAKE_H) or read; h and σ are stored by the
-    first program where wanted. HALF = K/2 bytes are a row of W. BLOCK_M = 1, or a multiple of 16 with masked tokens.
+    h[m,r] = scale·Σₖ x[m,k]·B_down[r,k], rounded to FACTOR_DTYPE, is made here (MAKE_H) or read; h and σ are stored by
+    the first program where wanted. HALF = K/2 bytes are a row of W. BLOCK_M = 1, or a multiple of 16 with masks.
     """
     BLOCK_H: tl.constexpr = BLOCK_K // 2
     ONE: tl.constexpr = BLOCK_M == 1
@@ -171,8 +173,8 @@ def _small_m_kernel(
                     down = _load(b_down_ptr, r, k, stride_bdr, stride_bdk, R, K).to(tl.float32)
                     h_acc += down * x.to(tl.float32)
                 else:
-                    down = _load(b_down_ptr, k, r, stride_bdk, stride_bdr, K, R).to(DTYPE)
-                    h_acc = _dot(x, down, h_acc, PRECISION, UPCAST)
+                    down = _load(b_down_ptr, k, r, stride_bdk, stride_bdr, K, R).to(FACTOR_DTYPE)
+                    h_acc = _dot(x, down, h_acc, FACTOR_PRECISION, UPCAST)
         of_byte = tl.broadcast_to(absmax[:, :, None], (BLOCK_N, BLOCK_H // _RUN, _RUN))
         of_byte = tl.reshape(of_byte, (BLOCK_N, BLOCK_H))
         number = byte.to(tl.int32)
@@ -198,18 +200,18 @@ def _small_m_kernel(
                 h = tl.sum(h_acc, 1)[None, :]
             else:
                 h = h_acc
-            h = _nearest(h * scale, DTYPE, UPCAST)
+            h = _nearest(h * scale, FACTOR_DTYPE, UPCAST)
             if STORE_H:
                 if tl.program_id(0) == 0:
                     _store(h_ptr, h, m, r, stride_hm, stride_hr, M, R)
         else:
-            h = _load(h_ptr, m, r, stride_hm, stride_hr, M, R).to(DTYPE)
+            h = _load(h_ptr, m, r, stride_hm, stride_hr, M, R).to(FACTOR_DTYPE)
         if ONE:
             up = _load(up_ptr, n, r, stride_upn, stride_upr, N, R).to(tl.float32)
             y += tl.sum(up * h.to(tl.float32), 1)[None, :]
         else:
-            up = _load(up_ptr, r, n, stride_upr, stride_upn, R, N).to(DTYPE)
-            y += _dot(h, up, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION, UPCAST)
+            up = _load(up_ptr, r, n, stride_upr, stride_upn, R, N).to(FACTOR_DTYPE)
+            y += _dot(h, up, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), FACTOR_PRECISION, UPCAST)
     if MAKE_SIGMA:
         # One use of a loop's sum: Triton 3.7 asserts it in a pass.
         sigma = tl.sum(sigma_acc, 1) if ONE else sigma_acc + 0.0
@@ -238,7 +240,6 @@ def _small_h_kernel(
     K,
     R,
     scale,
-    DTYPE: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -251,5 +252,5 @@ def _small_h_kernel(
         x = _load_vector(x_ptr + m * stride_xm, k, 1, K)
         down = tl.load(b_down_ptr + r * stride_bdr + k.to(tl.int64) * stride_bdk, mask=k < K, other=0.0)
         acc += x * down.to(tl.float32)
-    h = _nearest(tl.sum(acc, 0) * scale, DTYPE, UPCAST)
-    tl.store(h_ptr + m * stride_hm + r * stride_hr, h.to(h_ptr.dtype.element_ty))
+    h = _nearest(tl.sum(acc, 0) * scale, h_ptr.dtype.element_ty, UPCAST)
+    tl.store(h_ptr + m * stride_hm + r * stride_hr, h)

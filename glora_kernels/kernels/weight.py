@@ -170,6 +170,8 @@ def _hadamard_grad_kernel(
     BANDS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    FACTOR_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -196,11 +198,11 @@ def _hadamard_grad_kernel(
                 x = _load(x_ptr, m, k, stride_xm, stride_xk, M, K)
                 if HAS_DROPOUT:
                     x = _dropped(
-                        x, _seed(seed, SEED_IS_POINTER), m, j * BLOCK_K, threshold, inv_keep, BLOCK_M, BLOCK_K
+                        x, _seed(seed, SEED_IS_POINTER), m, j * BLOCK_K, threshold, 1.0, BLOCK_M, BLOCK_K
                     )  # fmt: skip
                 s = _load_banded(s_ptr, stride_sb, b, m, stride_sr, stride_sm, B_RANK, M, BANDS)
-                db = _dot(s.to(DTYPE), x, db, PRECISION, UPCAST)
-            _store(db_down_ptr, db, b, k, K, 1, B_RANK, K)
+                db = _dot(s.to(FACTOR_DTYPE), x, db, FACTOR_PRECISION, UPCAST)
+            _store(db_down_ptr, db * inv_keep, b, k, K, 1, B_RANK, K)
     if i < num_n:
         n = i * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -216,25 +218,33 @@ def _hadamard_grad_kernel(
         )  # fmt: skip
         if QUANTIZED:  # to what the dense weight would be: both then give the same numbers
             w = _nearest(w, DTYPE, UPCAST).to(tl.float32)
-        h = (acc * w).to(DTYPE)
+        h = (acc * w).to(FACTOR_DTYPE)
         if HAS_DUP:
             part = dup_ptr + tl.cast(j, tl.int64) * stride_dup_part
             for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
                 r = r0 + tl.arange(0, BLOCK_R)
-                down = _load(down_ptr, k, r, stride_dk, stride_dr, K, R).to(DTYPE)
-                value = _dot(h, down, tl.zeros((BLOCK_N, BLOCK_R), tl.float32), PRECISION, UPCAST)
+                down = _load(down_ptr, k, r, stride_dk, stride_dr, K, R).to(FACTOR_DTYPE)
+                value = _dot(h, down, tl.zeros((BLOCK_N, BLOCK_R), tl.float32), FACTOR_PRECISION, UPCAST)
                 _store(part, value, n, r, R, 1, N, R)
         if HAS_DDOWN:
             part = ddown_ptr + tl.cast(i, tl.int64) * stride_ddown_part
             for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
                 r = r0 + tl.arange(0, BLOCK_R)
-                up = _load(up_ptr, r, n, stride_ur, stride_un, R, N).to(DTYPE)
-                value = _dot(up, h, tl.zeros((BLOCK_R, BLOCK_K), tl.float32), PRECISION, UPCAST)
+                up = _load(up_ptr, r, n, stride_ur, stride_un, R, N).to(FACTOR_DTYPE)
+                value = _dot(up, h, tl.zeros((BLOCK_R, BLOCK_K), tl.float32), FACTOR_PRECISION, UPCAST)
                 _store(part, value, r, k, K, 1, R, K)
         if HAS_WEFF:
+            # Read anew: kept in registers until here, it would make them spill.
+            w = _read_weight(
+                w_ptr, stride_wn, stride_wk, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, i * BLOCK_N,
+                j * BLOCK_K, N, K, QUANTIZED, CODE, BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, W_DTYPE, WORDS, UPCAST,
+                BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            if QUANTIZED:  # to what the dense weight would be: both then give the same numbers
+                w = _nearest(w, DTYPE, UPCAST).to(tl.float32)
             w = _weff_tile(
                 w, up_ptr, stride_un, stride_ur, down_ptr, stride_dr, stride_dk, n, k, N, K, R,
-                PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_R,
+                FACTOR_PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_R,
             )  # fmt: skip
             _store(weff_ptr, _round(w, n, k, DTYPE), n, k, K, 1, N, K)
 

@@ -33,6 +33,7 @@ from glora_kernels.launch import (
     aot_quant_cases,
     aot_small_m_cases,
     environment,
+    outputs,
 )
 from glora_kernels.launch.configs import SHARED_LIMIT
 from glora_kernels.launch.plan import Launch
@@ -47,7 +48,7 @@ MATRIX_INSTRUCTION = {
 
 _WITHOUT_PRODUCT = (
     "prepare, W_eff of a vector", "finish lora", "totals", "wc", "c grad", "merge vectors", "restore", "shift",
-    "dequantize", "4-bit, one token", "4-bit, h of few tokens",
+    "dequantize", "4-bit, one token", "4-bit, h of few tokens", "dy, A vector",
 )  # fmt: skip
 """Forms that only read and add."""
 
@@ -211,8 +212,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="default: all")
     parser.add_argument("--every", type=_count, default=1, metavar="N", help="one form in N of each kernel (default 1)")
     parser.add_argument("--jobs", type=_count, default=2, help="compilations at a time (default 2)")
-    parser.add_argument("--json", type=Path, help="write the reports as JSON")
-    parser.add_argument("--markdown", type=Path, help="write the reports as a Markdown table")
+    parser.add_argument("--json", type=outputs.file, help="write the reports as JSON")
+    parser.add_argument("--markdown", type=outputs.file, help="write the reports as a Markdown table")
     args = parser.parse_args(argv)
     if args.markdown and args.every > 1:
         parser.error("--markdown is the report of every form: leave out --every")

@@ -17,7 +17,7 @@ BF16_ONLY = frozenset([
     "merge lora", "merge vectors", "merge lora, R=64", "merge product variant, R=64", "merge lora, unaligned",
     "merge lora, R=64, adapters fp32", "merge full, W transposed", "shift, W transposed", "shift grad, W transposed",
     "shift, unaligned", "shift grad, unaligned", "shared grad, R=16", "shared grad, R=16, dropout",
-    "shared grad, R=64", "shared grad, R=64, dropout, unaligned",
+    "shared grad, R=64", "shared grad, R=64, dropout, unaligned", "shared grad, R=16, dropout, factors fp32",
 ])  # fmt: skip
 """Forms compiled for bf16 alone: other flags or sizes of kernels that every dtype compiles in their fullest form."""
 
@@ -82,15 +82,17 @@ def _shift(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
 def _shared(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
     from glora_kernels.launch import depth
 
-    def shared(rank: int, p: float, k: int = K) -> Any:
-        left, right = _empty(M, rank, dtype=dtype), _empty(M, k, dtype=dtype)
+    def shared(rank: int, p: float, k: int = K, left_dtype: torch.dtype = dtype) -> Any:
+        left, right = _empty(M, rank, dtype=left_dtype), _empty(M, k, dtype=dtype)
         part = SharedProduct(left, right, 2.0, p, torch.tensor([SEED]) if p else None)
-        factors = [SharedFactor(_empty(rank, k, dtype=torch.float32), False, [part, part])]
+        factors = [SharedFactor(_empty(rank, k, dtype=torch.float32), [part, part])]
         return depth.shared_grad_launch(depth.shared_grad_tables(factors), factors, arch=arch)
 
     for rank in (R, 64):
         yield f"shared grad, R={rank}", shared(rank, 0.0)
         yield f"shared grad, R={rank}, dropout", shared(rank, 0.1)
+        if dtype != torch.float32:
+            yield f"shared grad, R={rank}, dropout, factors fp32", shared(rank, 0.1, left_dtype=torch.float32)
     yield "shared grad, R=64, dropout, unaligned", shared(64, 0.1, K + 1)
 
 

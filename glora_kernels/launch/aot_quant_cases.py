@@ -16,6 +16,7 @@ M, N, K, R = 8192, 4096, 14336, 16
 BF16_ONLY = frozenset([
     "dequantize fp4, by bytes", "dequantize, vectors", "W_eff of 4 bits, R=64", "dequantize, lora in fp32",
     "W_eff of 4 bits, odd", "hadamard grad, 4-bit, W_eff", "wc, 4-bit, odd",
+    "hadamard grad, 4-bit, factors fp32",
 ])  # fmt: skip
 """Forms compiled for bf16 alone: other flags or sizes of kernels that every dtype compiles in their fullest form."""
 
@@ -54,6 +55,11 @@ def _training(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
     dy, x = _empty(M, N, dtype=dtype), _empty(M, K, dtype=dtype)
     n_tiles, k_tiles = around.hadamard_grad_tiles(Shape(M, N, K, R), dtype, arch)
     sums: dict[str, Any] = {"dup": _empty(k_tiles, N, R), "ddown": _empty(n_tiles, R, K), **_factors("a", R, dtype)}
+    if dtype != torch.float32:
+        n_tiles, k_tiles = around.hadamard_grad_tiles(Shape(M, N, K, R), dtype, arch, torch.float32)
+        wide: dict[str, Any] = {"dup": _empty(k_tiles, N, R), "ddown": _empty(n_tiles, R, K), "factors": torch.float32}
+        wide |= _factors("a", R, torch.float32)
+        yield "hadamard grad, 4-bit, factors fp32", around.hadamard_grad_launch(dy, x, weight, **wide, arch=arch)
     yield "hadamard grad, 4-bit", around.hadamard_grad_launch(dy, x, weight, **sums, arch=arch)
     more: dict[str, Any] = {"weff": _empty(N, K, dtype=dtype), "s": _empty(2, M, R), "db_down": _empty(R, K)}
     yield "hadamard grad, 4-bit, W_eff", around.hadamard_grad_launch(dy, x, weight, **sums, **more, arch=arch)

@@ -15,7 +15,7 @@ N, K = 28672, 8192
 
 BF16_ONLY = frozenset([
     "4-bit, one token, W alone", "4-bit, one token, largest rank", "4-bit, few tokens, h before",
-    "4-bit, few tokens, fp4", "4-bit, few tokens, blocks of 4096",
+    "4-bit, few tokens, fp4", "4-bit, few tokens, blocks of 4096", "4-bit, few tokens, factors fp32",
 ])  # fmt: skip
 """Forms compiled for bf16 alone: other flags or sizes of kernels that every dtype compiles in their fullest form."""
 
@@ -38,6 +38,10 @@ def _cases(dtype: torch.dtype, arch: str) -> Iterator[tuple[str, Any]]:
     yield "4-bit, few tokens, M=64", _launch(dtype, arch, 64, **_terms(dtype, 64, 16))
     yield "4-bit, few tokens, fp4", _launch(dtype, arch, 3, "fp4", **_low_rank(dtype, 3, 16))
     yield "4-bit, few tokens, blocks of 4096", _launch(dtype, arch, 32, blocksize=4096)
+    if dtype != torch.float32:
+        wide = torch.float32
+        yield "4-bit, few tokens, factors fp32", _launch(dtype, arch, 16, nested=True, **_terms(dtype, 16, 16, wide))
+        yield "4-bit, few tokens, M=64, factors fp32", _launch(dtype, arch, 64, **_terms(dtype, 64, 16, wide))
     both = _launch(dtype, arch, 17, **_low_rank(dtype, 17, largest))
     assert isinstance(both, Launches)
     for name, step in zip(("h of few tokens", "few tokens, h before"), both.steps, strict=True):
@@ -63,14 +67,15 @@ def _launch(
     return small_m_launch(_empty(m, K, dtype=dtype), weight, _empty(m, N, dtype=dtype), **terms, arch=arch)
 
 
-def _low_rank(dtype: torch.dtype, m: int, rank: int) -> dict[str, Any]:
+def _low_rank(dtype: torch.dtype, m: int, rank: int, factors: torch.dtype | None = None) -> dict[str, Any]:
+    dtype = factors or dtype
     up, down, h = _empty(N, rank, dtype=dtype), _empty(rank, K, dtype=dtype), _empty(m, rank, dtype=dtype)
     return {"b_up": up, "b_down": down, "h": h, "scale": 2.0}
 
 
-def _terms(dtype: torch.dtype, m: int, rank: int) -> dict[str, Any]:
+def _terms(dtype: torch.dtype, m: int, rank: int, factors: torch.dtype | None = None) -> dict[str, Any]:
     vectors = {name: _empty(N, dtype=dtype) for name in ("a", "b", "bias", "d", "e")}
-    return {**_low_rank(dtype, m, rank), **vectors, "wc": _empty(N), "sigma": _empty(m)}
+    return {**_low_rank(dtype, m, rank, factors), **vectors, "wc": _empty(N), "sigma": _empty(m)}
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 
 KERNELS: tuple[str, ...] = (
-    "fwd", "dx", "prepare", "added_terms", "dy", "x", "hadamard_grad", "finish", "weight", "dequantize",
+    "fwd", "dx", "prepare", "added_terms", "dy", "dy_mixed", "x", "hadamard_grad", "finish", "weight", "dequantize",
 )  # fmt: skip
-"""The kernels with a configuration of their own; "weight" serves W_eff, U and W·c."""
+"""The kernels with a configuration of their own; "weight" serves W_eff, U and W·c, "dy_mixed" a read of dy and of a y
+that holds more than Z."""
 
 TOTALS_BESIDE_DX = ("sm_90", "sm_100", "cpu")
 """Where `_glora_dx_kernel` also sums the gradients of constants; elsewhere its pointers leave no register for that."""
@@ -69,7 +70,8 @@ def choose(
         rows, cols = (shape.m, shape.n) if kernel == "fwd" else (shape.m, shape.k)
         return large_product(arch, dtype, rows, cols, mixed)
     return {
-        "prepare": into_rank, "added_terms": into_rank, "dy": dy_pass, "x": x_pass, "hadamard_grad": hadamard_grad,
+        "prepare": into_rank, "added_terms": into_rank, "dy": dy_pass, "dy_mixed": dy_mixed_pass,
+        "x": x_pass, "hadamard_grad": hadamard_grad,
         "finish": finish, "weight": weight_pass, "dequantize": dequantize,
     }[kernel](arch, dtype, shape)  # fmt: skip
 
@@ -136,6 +138,16 @@ def dy_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     return {"rows": 256, "cols": 64, "num_warps": 8, "num_stages": 2}
 
 
+def dy_mixed_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
+    """Blocks of `_dy_kernel` where it takes out of y what is no part of Z: a tile more of each in registers."""
+    config = dy_pass(arch, dtype, shape)
+    if arch.startswith("gfx"):
+        config = config | {"cols": 32}  # what does not spill
+    if dtype == torch.float32:
+        return config | {"rows": 32, "num_warps": 8}
+    return config | {"rows": min(config["rows"], 128), "num_warps": 8}
+
+
 def x_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Blocks of `_x_kernel`: rows of x at a time, columns."""
     cols = 64 if shape.r > 16 or dtype == torch.float32 else 128
@@ -158,10 +170,9 @@ def hadamard_grad(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]
 def finish(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Blocks of `_finish_kernel`: rows and columns of the gradients; tokens and depth of the product seldom made."""
     if dtype == torch.float32:  # it spills at the sizes that 16 bits take
-        cols = 16 if arch in ("sm_89", "sm_90") else 32
-        warps = 8 if arch == "sm_80" else 4
-        return {"rows": 32, "cols": cols, "tokens": 32, "depth": 32, "num_warps": warps, "num_stages": 2}
-    return {"rows": 32, "cols": 32, "tokens": 128, "depth": 64, "num_warps": 4, "num_stages": 2}
+        return {"rows": 32, "cols": 32, "tokens": 32, "depth": 32, "num_warps": 4, "num_stages": 2}
+    warps = 8 if arch == "sm_80" else 4
+    return {"rows": 32, "cols": 32, "tokens": 128, "depth": 64, "num_warps": warps, "num_stages": 2}
 
 
 def weight_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
@@ -173,8 +184,7 @@ def weight_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
 def dequantize(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Blocks of W where it is made of 4 bits: rows and columns where terms are added, else their product at a time.
 
-    `depth` is a step of the rank. The dtype is fp32 also where a factor is: its product is taken without the matrix
-    unit and fills registers.
+    `depth` is a step of the rank.
     """
     if dtype == torch.float32:
         return {"rows": 32, "cols": 64, "depth": 16, "num_warps": 4, "num_stages": 2}

@@ -20,6 +20,7 @@ from glora_kernels.launch import configs
 from glora_kernels.launch.cuda_build import available, build_info, module, why_missing
 from glora_kernels.launch.plan import _Planning, vector_stride
 from glora_kernels.launch.workspace import is_private
+from glora_kernels.modes import outside_modes
 from glora_kernels.quant import QuantizedWeight
 
 __all__ = [
@@ -147,13 +148,14 @@ def dequantize_launch(
     return CudaLaunch(name, "dequantize", grid, 4 * 16 * (32 + 256) if adapters else 0, args, tensors + adapters)
 
 
-def serves_small_m(x: Tensor, weight: QuantizedWeight, rank: int = 0) -> str | None:
+def serves_small_m(x: Tensor, weight: QuantizedWeight, rank: int = 0, factors: torch.dtype | None = None) -> str | None:
     """Why `small_m_launch` does not serve this call, or None where it does.
 
     Args:
         x: (M, K), as the launch would get it.
         weight: (N, K) in 4 bits.
         rank: of the low-rank pair, 0 without one.
+        factors: the dtype that it is to be multiplied in, that of x where it is not given.
     """
     nested, blocksize, k = weight.state.nested, weight.state.blocksize, weight.shape[1]
     if x.ndim != 2 or x.shape[1] != k:
@@ -165,6 +167,8 @@ def serves_small_m(x: Tensor, weight: QuantizedWeight, rank: int = 0) -> str | N
         return f"x must be float16 or bfloat16, got {x.dtype}"
     if weight.dtype not in (x.dtype, torch.float32):
         return f"x is {x.dtype} and W was quantized from {weight.dtype}, which it would be rounded to first"
+    if rank and factors is not None and factors.itemsize > x.itemsize:
+        return f"it multiplies the factors in the dtype of x, {x.dtype}, and these are {factors}"
     if not 0 <= rank <= MAX_RANK:
         return f"it takes ranks up to {MAX_RANK}, got {rank}"
     if blocksize < 32 or k % blocksize:
@@ -318,9 +322,12 @@ def _scratch(stream: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
         key = (index, stream.cuda_stream)
         with _scratch_lock:
             if key not in _scratches:
-                _scratches[key] = torch.zeros(_BARRIER_FLOATS + _SCRATCH_FLOATS, dtype=torch.float32, device=device)
+                with outside_modes():
+                    _scratches[key] = torch.zeros(_BARRIER_FLOATS + _SCRATCH_FLOATS, dtype=torch.float32, device=device)
             if index not in _slots:
-                _slots[index] = torch.zeros(_SLOTS, _SLOT_WORDS, dtype=torch.int32, device=device), itertools.count()
+                with outside_modes():
+                    counters = torch.zeros(_SLOTS, _SLOT_WORDS, dtype=torch.int32, device=device)
+                _slots[index] = counters, itertools.count()
                 stream.synchronize()
             buffer = _scratches[key]
         return buffer, buffer[_BARRIER_FLOATS:]

@@ -26,7 +26,7 @@ from glora_kernels.kernels.depth import (
     _shift_kernel,
 )
 from glora_kernels.launch import configs
-from glora_kernels.launch.plan import Launch, arithmetic, vector_stride
+from glora_kernels.launch.plan import Launch, arithmetic, factor_arithmetic, options, triton_dtype, vector_stride
 from glora_kernels.launch.table import GroupKey, Layer, PointerTable, SharedFactor, aligned, pointer_table
 from glora_kernels.reference.random import dropout_threshold
 
@@ -104,7 +104,7 @@ def merge_launch(table: LayerTable, *, arch: str) -> Launch:
         "BLOCK_R": configs.block_r(max(1, low_a, low_b), config["rank"]), "BLOCK_P": configs.block_r(max(1, product)),
     }  # fmt: skip
     # A fused multiply-add would round W + W∘A once where the literal sum rounds twice.
-    return Launch(_merge_kernel, _grid(table, config), args, _options(config) | {"enable_fp_fusion": False})
+    return Launch(_merge_kernel, _grid(table, config), args, options(config) | {"enable_fp_fusion": False})
 
 
 def restore_table(copies: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]) -> PointerTable:
@@ -129,11 +129,11 @@ def restore_launch(
     config = restore_config(arch)
     args = {
         "table_ptr": table.entries,
-        "WORD": _triton_dtype(_WORDS[width]), "BIAS_WORD": _triton_dtype(_WORDS[bias_width]),
+        "WORD": triton_dtype(_WORDS[width]), "BIAS_WORD": triton_dtype(_WORDS[bias_width]),
         "ALIGN": 16 if ok else 1, "BLOCK": config["rows"],
     }  # fmt: skip
     blocks = max(cdiv(w.numel(), config["rows"]) for w, _, _, _ in copies)
-    return Launch(_restore_kernel, (blocks, len(copies)), args, _options(config))
+    return Launch(_restore_kernel, (blocks, len(copies)), args, options(config))
 
 
 def shift_launch(table: LayerTable, *, arch: str) -> Launch:
@@ -144,7 +144,7 @@ def shift_launch(table: LayerTable, *, arch: str) -> Launch:
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"],
         "BLOCK_R": configs.block_r(max(1, table.rank("C_down")), 32),
     }  # fmt: skip
-    return Launch(_shift_kernel, _grid(table, config), args, _options(config))
+    return Launch(_shift_kernel, _grid(table, config), args, options(config))
 
 
 def shift_grad_launch(table: LayerTable, *, arch: str) -> Launch:
@@ -156,7 +156,7 @@ def shift_grad_launch(table: LayerTable, *, arch: str) -> Launch:
         "BLOCK_R": configs.block_r(max(1, table.rank("C_down")), 32), "BLOCK_V": 32 if arch == "cpu" else 1024,
     }  # fmt: skip
     blocks = cdiv(table.cols, config["cols"]) if table.has("C", "C_up") else 0
-    return Launch(_shift_grad_kernel, (blocks + 1, len(table.layers)), args, _options(config))
+    return Launch(_shift_grad_kernel, (blocks + 1, len(table.layers)), args, options(config))
 
 
 def shift_down_launch(table: LayerTable, *, arch: str) -> Launch:
@@ -164,7 +164,7 @@ def shift_down_launch(table: LayerTable, *, arch: str) -> Launch:
     rank = table.rank("C_down")
     block_r = configs.block_r(rank, 32)
     args = {
-        "table_ptr": table.pointers.entries, "ADAPTER": _triton_dtype(table.key.adapter),
+        "table_ptr": table.pointers.entries, "ADAPTER": triton_dtype(table.key.adapter),
         "BLOCK_K": 32 if arch == "cpu" else 256, "BLOCK_R": block_r,
     }  # fmt: skip
     return Launch(_shift_down_kernel, (cdiv(rank, block_r), len(table.layers)), args,
@@ -175,18 +175,18 @@ def shared_grad_tables(factors: Sequence[SharedFactor]) -> tuple[PointerTable, P
     """The two tables of `shared_grad_launch`: the factors, and the products of all of them."""
     rows: list[dict[str, Any]] = []
     products: list[dict[str, Any]] = []
-    for out, adds, parts in factors:
+    for out, parts in factors:
         rows.append({
             "first": len(products), "count": len(parts), "R": out.shape[0], "C": out.shape[1], "out": out,
-            "stride_r": out.stride(0), "stride_c": out.stride(1), "adds": adds,
+            "stride_r": out.stride(0), "stride_c": out.stride(1),
         })  # fmt: skip
         for left, right, scale, p, seed in parts:
             on_device = seed is not None and seed.device.type != "cpu"
             products.append({
                 "left": left, "left_stride_m": left.stride(0), "left_stride_r": left.stride(1),
-                "right": right, "right_stride_m": right.stride(0), "M": left.shape[0], "scale": float(scale),
+                "right": right, "right_stride_m": right.stride(0), "M": left.shape[0], "scale": scale / (1.0 - p),
                 "seed": None if seed is None or on_device else int(seed), "seed_address": seed if on_device else None,
-                "threshold": dropout_threshold(p), "inv_keep": 1.0 / (1.0 - p),
+                "threshold": dropout_threshold(p),
             })  # fmt: skip
     device = factors[0].out.device
     return pointer_table(rows, FACTOR_COLUMNS, device), pointer_table(products, PRODUCT_COLUMNS, device)
@@ -195,22 +195,26 @@ def shared_grad_tables(factors: Sequence[SharedFactor]) -> tuple[PointerTable, P
 def shared_grad_launch(
     tables: tuple[PointerTable, PointerTable], factors: Sequence[SharedFactor], *, arch: str
 ) -> Launch:  # fmt: skip
-    """out (R,C) = Σ_l scale_l·left_lᵀ·drop(right_l), plus `out` itself where it adds, of every factor."""
+    """out (R,C) = Σ_l scale_l·left_lᵀ·drop(right_l) of every factor."""
     parts = [part for factor in factors for part in factor.products]
-    dtype = parts[0].left.dtype
+    dtype = parts[0].right.dtype
     rank, width = max(f.out.shape[0] for f in factors), max(f.out.shape[1] for f in factors)
     config = shared_grad_config(arch, dtype, rank)
+    products = factor_arithmetic(dtype, parts[0].left)
     ok = all(
         aligned(part.right) and part.right.stride(0) % 16 == 0 and part.right.shape[1] % 16 == 0 for part in parts
     )  # fmt: skip
+    if arch in ("sm_80", "sm_89") and config["rows"] > 16 and (products["FACTOR_PRECISION"] == "halves" or not ok):
+        config = config | {"cols": 32}  # what does not spill
     args = {
         "factor_ptr": tables[0].entries, "product_ptr": tables[1].entries,
         "HAS_DROPOUT": any(part.dropout_p > 0.0 for part in parts), "ALIGN": 16 if ok else 1,
-        **arithmetic(dtype), "OUT": _triton_dtype(factors[0].out.dtype),
+        "DTYPE": triton_dtype(dtype), "OUT": triton_dtype(factors[0].out.dtype),
+        **products,
         "BLOCK_R": config["rows"], "BLOCK_C": config["cols"], "BLOCK_M": config["depth"],
     }  # fmt: skip
     grid = (cdiv(width, config["cols"]), cdiv(rank, config["rows"]), len(factors))
-    return Launch(_shared_grad_kernel, grid, args, _options(config))
+    return Launch(_shared_grad_kernel, grid, args, options(config, args))
 
 
 def merge_config(arch: str, key: GroupKey, terms: int, align: int) -> dict[str, int]:
@@ -243,7 +247,8 @@ def shared_grad_config(arch: str, dtype: torch.dtype, rank: int) -> dict[str, in
         return {"rows": 16, "cols": 32, "depth": 32, "num_warps": 4, "num_stages": 1}
     rows = configs.block_r(rank, 64)
     if dtype == torch.float32:  # products on the ordinary units hold their operands in registers
-        return {"rows": rows, "cols": 32 if rows > 16 else 64, "depth": 32, "num_warps": 4, "num_stages": 2}
+        warps = 8 if rows > 16 and arch in ("sm_80", "sm_89") else 4  # what does not spill
+        return {"rows": rows, "cols": 32 if rows > 16 else 64, "depth": 32, "num_warps": warps, "num_stages": 2}
     return {"rows": rows, "cols": 64, "depth": 64, "num_warps": 4, "num_stages": 2 if arch.startswith("gfx") else 3}
 
 
@@ -270,8 +275,8 @@ def _row(layer: Layer, key: GroupKey) -> dict[str, Any]:
 def _common(table: LayerTable) -> dict[str, Any]:
     key = table.key
     return {
-        "TRANSPOSED": key.transposed, "ALIGN": table.align, "DTYPE": _triton_dtype(key.dtype),
-        "ADAPTER": _triton_dtype(key.adapter), "BIAS": _triton_dtype(key.bias),
+        "TRANSPOSED": key.transposed, "ALIGN": table.align, "DTYPE": triton_dtype(key.dtype),
+        "ADAPTER": triton_dtype(key.adapter), "BIAS": triton_dtype(key.bias),
     }  # fmt: skip
 
 
@@ -287,13 +292,3 @@ def _merge_precision(arch: str, dtype: torch.dtype) -> str:
     than the memory (H100: 67 TFLOP/s, 3 TB/s).
     """
     return "tf32x3" if arch.startswith("sm_") and dtype != torch.float32 else "ieee"
-
-
-def _triton_dtype(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-
-    return getattr(tl, str(dtype).removeprefix("torch."))
-
-
-def _options(config: dict[str, int]) -> dict[str, int]:
-    return {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}

@@ -10,7 +10,7 @@ from triton import cdiv
 from glora_kernels.kernels.dequantize import _dequantize_adapted_kernel, _dequantize_kernel
 from glora_kernels.launch import configs, tables
 from glora_kernels.launch.configs import Shape
-from glora_kernels.launch.plan import Launch, arithmetic, options, strides, vector_stride
+from glora_kernels.launch.plan import Launch, arithmetic, factor_arithmetic, options, strides, vector_stride
 from glora_kernels.quant import QuantizedWeight
 
 _WORD_CODES = 8
@@ -73,8 +73,7 @@ def dequantize_launch(
     """
     n, k = weight.shape
     p, r = 0 if a_up is None else a_up.shape[1], 0 if b_up is None else b_up.shape[1]
-    widest = max((t.dtype for t in (out, a_up, a_down, b_up, b_down) if t is not None), key=lambda t: t.itemsize)
-    config = config or tables.choose("dequantize", arch, widest, Shape(0, n, k, max(p, r)))
+    config = config or tables.choose("dequantize", arch, out.dtype, Shape(0, n, k, max(p, r)))
     if all(t is None for t in (a, a_up, b, b_up)):
         return _plain(weight, out, config)
     args = {
@@ -88,12 +87,12 @@ def dequantize_launch(
         "out_ptr": out, "N": n, "K": k, "P": p, "R": r, "scale": float(scale),
         "HAS_A": a is not None, "HAS_A_LORA": a_up is not None,
         "HAS_B": b is not None, "HAS_B_LORA": b_up is not None,
-        "PRECISION": arithmetic(out.dtype)["PRECISION"],
+        "PRECISION": factor_arithmetic(out.dtype, a_up, a_down, b_up, b_down)["FACTOR_PRECISION"],
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"],
         "BLOCK_P": configs.block_r(max(1, p), config["depth"]), "BLOCK_R": configs.block_r(max(1, r), config["depth"]),
     }  # fmt: skip
     tiles = cdiv(n, config["rows"]) * cdiv(k, config["cols"])
-    return Launch(_dequantize_adapted_kernel, (tiles,), args, options(config))
+    return Launch(_dequantize_adapted_kernel, (tiles,), args, options(config, args))
 
 
 def _plain(weight: QuantizedWeight, out: Tensor, config: dict[str, int]) -> Launch:
@@ -104,7 +103,9 @@ def _plain(weight: QuantizedWeight, out: Tensor, config: dict[str, int]) -> Laun
         "packed_ptr": weight.packed, **codec_arguments(weight, words), **_rounding(weight),
         "out_ptr": out, "total": total, "BLOCK_UNITS": block,
     }  # fmt: skip
-    return Launch(_dequantize_kernel, (cdiv(cdiv(total, _WORD_CODES if words else 2), block),), args, options(config))
+    return Launch(
+        _dequantize_kernel, (cdiv(cdiv(total, _WORD_CODES if words else 2), block),), args, options(config, args)
+    )
 
 
 def _rounding(weight: Tensor | QuantizedWeight) -> dict[str, Any]:

@@ -10,10 +10,7 @@ from triton import cdiv
 from glora_kernels.kernels.finish import _finish_kernel, _totals_kernel
 from glora_kernels.launch import configs, tables
 from glora_kernels.launch.configs import Shape
-from glora_kernels.launch.plan import Launch, arithmetic, leading_stride, options, shift, strides, vector_stride
-
-SAMPLES = 64
-"""Rows of y by which `_finish_kernel` judges whether y holds enough of Z."""
+from glora_kernels.launch.plan import Launch, arithmetic, leading_stride, options, strides, vector_stride
 
 
 class Sum(NamedTuple):
@@ -30,29 +27,22 @@ def finish_launch(
     p: int = 0,
     r: int = 0,
     with_g: bool = False,
-    with_sigma: bool = False,
+    mixed: bool = False,
     outputs: dict[str, Tensor],
-    up: Tensor | None = None,
     a: Tensor | None = None,
-    b: Tensor | None = None,
     bias: Tensor | None = None,
-    wc: Tensor | None = None,
     d: Tensor | None = None,
-    e: Tensor | None = None,
     dy: Tensor | None = None,
-    y: Tensor | None = None,
     x: Tensor | None = None,
     weight: Tensor | None = None,
-    h: Tensor | None = None,
-    sigma: Tensor | None = None,
     sums: tuple[Sum, ...] = (),
     device_of: Tensor,
     arch: str,
 ) -> Launch:
     """The gradients named in `outputs` (du, db_up, da, db, dbias, dwc, dd, de), and up to two `sums`.
 
-    factor (splits,p+r,N) is dyᵀ[P|h]; part (splits,·,N) holds Σ dy (`with_g`), dyᵀσ (`with_sigma`) and, for dA, Σ dy∘y;
-    dA needs dy, y, x and W as well.
+    factor (splits,p+r,N) is dyᵀ[P|h]; part (splits,·,N) holds Σ dy (`with_g`), dyᵀσ where db is asked for, and the
+    sums for dA, one or, where `mixed`, three (`sums.dy_launch`). dA needs a, dy, x and W as well.
     """
     if len(sums) > 2:
         raise ValueError(f"a launch takes up to two sums, got {len(sums)}")
@@ -86,28 +76,23 @@ def finish_launch(
         "stride_factor_part": leading_stride(factor),
         "stride_factor_c": 0 if factor is None else factor.stride(1),
         **{f"{name}_ptr": outputs.get(name) for name in gradients},
-        "up_ptr": up, **strides(up, "stride_upn", "stride_upr"),
         "a_ptr": a, "stride_a": vector_stride(a),
-        "b_ptr": b, "stride_b": vector_stride(b),
-        **shift(bias, wc, d, e),
+        "bias_ptr": bias, "stride_bias": leading_stride(bias),
+        "d_ptr": d, "stride_d": vector_stride(d),
         "dy_ptr": dy, **strides(dy, "stride_dym", "stride_dyn"),
-        "y_ptr": y, **strides(y, "stride_ym", "stride_yn"),
         "x_ptr": x, **strides(x, "stride_xm", "stride_xk"),
         "w_ptr": weight, **strides(weight, "stride_wn", "stride_wk"),
-        "h_ptr": h, **strides(h, "stride_hm", "stride_hr"),
-        "sigma_ptr": sigma,
         **segments,
         "M": m, "N": n, "K": k, "P": p, "R": r,
         "splits": 0 if part is None else part.shape[0],
         "factor_splits": 0 if factor is None else factor.shape[0],
         "column_programs": column_programs, "first_programs": tiles(first),
-        "sample_step": max(1, m // SAMPLES),
-        "HAS_COLUMNS": column_programs > 0, "HAS_FACTOR": factor is not None, "HAS_G": with_g, "HAS_SIGMA": with_sigma,
+        "HAS_COLUMNS": column_programs > 0, "HAS_FACTOR": factor is not None, "HAS_G": with_g,
         **{f"HAS_{name.upper()}": name in outputs for name in gradients},
-        "HAS_UP": up is not None, "HAS_B": b is not None,
+        "HAS_D": d is not None, "MIXED": mixed,
         **arithmetic(device_of.dtype),
         "BLOCK_N": cols, "BLOCK_C": configs.block_r(max(1, p + r), 64), "BLOCK_I": rows,
-        "BLOCK_M": config["tokens"], "BLOCK_K": config["depth"], "SAMPLES": SAMPLES,
+        "BLOCK_M": config["tokens"], "BLOCK_K": config["depth"],
     }  # fmt: skip
     return Launch(_finish_kernel, (column_programs + tiles(first) + tiles(second),), args, options(config))
 

@@ -75,16 +75,19 @@ def dequantize_launch(weight: QuantizedWeight, out: Tensor, *, route: str, arch:
     return dequantize.dequantize_launch(weight, out, arch=arch, **terms)
 
 
-def small_m(x: Tensor, weight: QuantizedWeight, rank: int, *, route: str, arch: str) -> str | None:
+def small_m(
+    x: Tensor, weight: QuantizedWeight, rank: int, *, factors: torch.dtype | None = None, route: str, arch: str
+) -> str | None:
     """Whose `small_m_launch` serves a call, "cuda" or "triton", or None: a dense workspace is better, or all there is.
 
-    Where the kind that is faster or forced does not take the call, the other is not asked.
+    Where the kind that is faster or forced does not take the call, the other is not asked. `factors`: their dtype, that
+    of x where it is not given.
     """
     (m, k), n = x.shape, weight.shape[0]
     if m == 0:
         return None
     chosen = kind("small_m", route, arch, x.dtype, Shape(m, n, k, rank))
-    return chosen if chosen != "workspace" and serves(chosen, x, weight, rank) is None else None
+    return chosen if chosen != "workspace" and serves(chosen, x, weight, rank, factors) is None else None
 
 
 def small_m_launch(chosen: str, x: Tensor, weight: QuantizedWeight, y: Tensor, *, arch: str, **terms: Any) -> Any:
@@ -96,10 +99,12 @@ def small_m_launch(chosen: str, x: Tensor, weight: QuantizedWeight, y: Tensor, *
     return few.small_m_launch(x, weight, y, arch=arch, **terms)
 
 
-def serves(chosen: str, x: Tensor, weight: QuantizedWeight, rank: int) -> str | None:
+def serves(
+    chosen: str, x: Tensor, weight: QuantizedWeight, rank: int, factors: torch.dtype | None = None
+) -> str | None:
     """Why the `small_m_launch` of a kind does not serve a call, or None where it does."""
     if chosen == "cuda":
-        return cuda.serves_small_m(x, weight, rank)
+        return cuda.serves_small_m(x, weight, rank, factors)
     from glora_kernels.launch import small_m as few
 
     return few.serves_small_m(x, weight, rank)

@@ -17,6 +17,7 @@ from glora_kernels.launch.plan import (
     arithmetic,
     descriptor,
     dropout,
+    factor_arithmetic,
     leading_stride,
     options,
     shift,
@@ -59,7 +60,8 @@ def glora_fwd_launch(
     p, r = 0 if u is None else u.shape[1], 0 if up is None else up.shape[1]
     bands = h.shape[0] if h is not None else (1 if sigma is None else sigma.shape[0])
     config = config or tables.choose("fwd", arch, x.dtype, configs.Shape(m, n, k, max(p, r)), weight.dtype)
-    operands, config = _operands(x, weight, y, config, arch, ("x", "w", "y"))
+    factors = factor_arithmetic(x.dtype, u, up)
+    operands, config = _operands(x, weight, y, in_parts(config, arch, factors), arch, ("x", "w", "y"))
     rows, cols, depth, tma = config["rows"], config["cols"], config["depth"], bool(config["tma"])
     args = {
         **operands, **strides(x, "stride_xm", "stride_xk"), **strides(weight, "stride_wn", "stride_wk"),
@@ -76,11 +78,11 @@ def glora_fwd_launch(
         "HAS_A": a is not None, "HAS_B": b is not None, "HAS_U": u is not None, "HAS_UP": up is not None,
         "BANDS": bands, "TMA": tma, "W_IS_ROW_MAJOR": weight.stride(1) == 1,
         "WARP_SPECIALIZE": bool(config["warp_specialize"]), "PARTS": config["parts"],
-        **arithmetic(x.dtype),
+        **arithmetic(x.dtype), **factors,
         "BLOCK_M": rows, "BLOCK_N": cols, "BLOCK_K": depth,
         "BLOCK_R": RANK_STEP, "GROUP": GROUP,
     }  # fmt: skip
-    return Launch(_glora_fwd_kernel, product_grid(_tiles(y, config), y, config, arch), args, options(config))
+    return Launch(_glora_fwd_kernel, product_grid(_tiles(y, config), y, config, arch), args, options(config, args))
 
 
 def glora_dx_launch(
@@ -108,7 +110,13 @@ def glora_dx_launch(
     p, r = 0 if a_down is None else a_down.shape[0], 0 if b_down is None else b_down.shape[0]
     bands = s.shape[0] if s is not None else (1 if tau is None else tau.shape[0])
     config = config or tables.choose("dx", arch, dy.dtype, configs.Shape(m, n, k, max(p, r)), weight.dtype)
+    factors = factor_arithmetic(dy.dtype, a_down, b_down)
+    config = in_parts(config, arch, factors)
+    if arch == "sm_100" and p and factors["FACTOR_PRECISION"] == "halves":
+        config = config | {"rows": min(64, config["rows"])}  # of two pairs of factors: what does not spill
     operands, config = _operands(dy, weight.t(), dx, config, arch, ("dy", "w", "dx"))
+    if arch in ("sm_80", "sm_89") and weight.dtype != dy.dtype and b_down is not None:
+        config = config | {"cols": min(64, config["cols"])}  # a wider W is cast on its way: what does not spill
     rows, cols, depth, tma = config["rows"], config["cols"], config["depth"], bool(config["tma"])
     args = {
         **operands, **strides(dy, "stride_dym", "stride_dyn"), **strides(weight, "stride_wn", "stride_wk"),
@@ -124,11 +132,16 @@ def glora_dx_launch(
         "HAS_A": a is not None, "HAS_TAU": tau is not None, "HAS_U": a_down is not None, "HAS_UP": b_down is not None,
         "BANDS": bands, "TMA": tma, "W_IS_ROW_MAJOR": weight.stride(1) == 1,
         "WARP_SPECIALIZE": bool(config["warp_specialize"]), "PARTS": config["parts"],
-        **arithmetic(dy.dtype),
+        **arithmetic(dy.dtype), **factors,
         "BLOCK_M": rows, "BLOCK_N": depth, "BLOCK_K": cols,
         "BLOCK_R": RANK_STEP, "GROUP": GROUP,
     }  # fmt: skip
-    return Launch(_glora_dx_kernel, product_grid(_tiles(dx, config), dx, config, arch), args, options(config))
+    return Launch(_glora_dx_kernel, product_grid(_tiles(dx, config), dx, config, arch), args, options(config, args))
+
+
+def in_parts(config: dict[str, int], arch: str, factors: dict[str, Any]) -> dict[str, int]:
+    """A product's configuration beside its factors: halves of fp32 ones spill on sm_100 if a tile has fewer parts."""
+    return config | {"parts": 4} if arch == "sm_100" and factors["FACTOR_PRECISION"] == "halves" else config
 
 
 def _operands(

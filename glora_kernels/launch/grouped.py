@@ -17,8 +17,9 @@ from glora_kernels.kernels.grouped import _grouped_dx_kernel, _grouped_fwd_kerne
 from glora_kernels.kernels.grouped_sums import _grouped_down_kernel, _grouped_dy_kernel, _grouped_x_kernel
 from glora_kernels.launch import configs, tables
 from glora_kernels.launch.configs import Shape
-from glora_kernels.launch.glora import GROUP, RANK_STEP, product_grid
-from glora_kernels.launch.plan import Launch, arithmetic, descriptor, dropout, options
+from glora_kernels.launch.glora import GROUP, RANK_STEP, in_parts, product_grid
+from glora_kernels.launch.plan import Launch, arithmetic, descriptor, dropout, factor_arithmetic, factor_depth, options
+from glora_kernels.launch.sums import dy_config
 
 MAX_DESCRIBED = 4
 """Up to so many members come as tensor descriptors, each with its own copy of the loop in the kernel."""
@@ -31,12 +32,22 @@ def group_shape(xs: Sequence[Tensor], weights: Sequence[Tensor], rank: int) -> S
     )  # fmt: skip
 
 
-def makes_h_inside(xs: Sequence[Tensor], weights: Sequence[Tensor], rank: int, dropout_p: float, arch: str) -> bool:
+def makes_h_inside(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    factors: Sequence[Tensor | None],
+    rank: int,
+    dropout_p: float,
+    arch: str,
+) -> bool:
     """Whether `grouped_fwd_launch` makes h beside the product, which saves a launch and a read of x.
 
     Every column tile makes it again: rank/cols of the product's own work, taken where it is at most an eighth. A mask
-    would have to be drawn again with it, so never with dropout.
+    would have to be drawn again with it, so never with dropout; nor with fp32 factors beside 16 bits, whose halves
+    have no place in the registers of the product's loop.
     """
+    if factor_arithmetic(xs[0].dtype, *factors)["FACTOR_PRECISION"] == "halves":
+        return False
     config = _fwd_config(xs, weights, rank, arch)
     cols = 128 if arch == "cpu" else config["cols"]  # the interpreter's small tiles say nothing about a card
     return dropout_p == 0.0 and rank > 0 and 8 * configs.block_r(rank) <= cols
@@ -81,11 +92,11 @@ def grouped_fwd_launch(
         "tiles": tiles,
         "HAS_DOWN": max(ranks) > 0, "DOWN_INSIDE": inside, "HAS_BIAS": any(b is not None for b in biases),
         "TMA": bool(config["tma"]), "W_IS_ROW_MAJOR": row_major, "PARTS": config["parts"],
-        **arithmetic(xs[0].dtype),
+        **arithmetic(xs[0].dtype), **factor_arithmetic(xs[0].dtype, *downs, *ups),
         "BLOCK_M": rows, "BLOCK_N": cols, "BLOCK_K": depth,
         "BLOCK_R": configs.block_r(max(1, *ranks)) if inside else RANK_STEP, "GROUP": GROUP,
     }  # fmt: skip
-    return Launch(_grouped_fwd_kernel, product_grid(tiles, ys[0], config, arch), args, options(config))
+    return Launch(_grouped_fwd_kernel, product_grid(tiles, ys[0], config, arch), args, options(config, args))
 
 
 def grouped_down_launch(
@@ -106,16 +117,17 @@ def grouped_down_launch(
         config = config | {"num_warps": 8}
         if xs[0].dtype == torch.float32:
             config |= {"rows": 16, "depth": config["depth"] if arch.startswith("gfx") else 64}
+    factors = factor_arithmetic(xs[0].dtype, *downs)
     args = {
         "xs": tuple(xs), "stride_xs": tuple(x.stride(0) for x in xs),
         "downs": tuple(downs), "hs": tuple(hs),
         "Ms": tuple(x.shape[0] for x in xs), "Ks": tuple(x.shape[1] for x in xs),
         "Rs": tuple(down.shape[0] for down in downs), "scales": tuple(map(float, scales)),
         **_dropout(dropout_p, seeds, len(xs)),
-        **arithmetic(xs[0].dtype),
-        "BLOCK_M": config["rows"], "BLOCK_K": config["depth"], "BLOCK_R": configs.block_r(rank),
+        **factors,
+        "BLOCK_M": config["rows"], "BLOCK_K": factor_depth(config, factors), "BLOCK_R": configs.block_r(rank),
     }  # fmt: skip
-    return Launch(_grouped_down_kernel, (cdiv(rows_max, config["rows"]) * len(xs),), args, options(config))
+    return Launch(_grouped_down_kernel, (cdiv(rows_max, config["rows"]) * len(xs),), args, options(config, args))
 
 
 class Paths(NamedTuple):
@@ -147,8 +159,13 @@ def grouped_dx_launch(
     config = config or tables.choose("dx", arch, dys[0].dtype, shape, weights[0].dtype)
     row_major = _row_major(weights)
     cols = sum(dx.shape[1] for dx in dxs)
+    factors = factor_arithmetic(dys[0].dtype, *paths.downs)
+    config = in_parts(config, arch, factors)
+    if arch == "sm_100" and dropout_p > 0.0 and factors["FACTOR_PRECISION"] == "halves":
+        config = config | {"cols": min(64, config["cols"])}  # what does not spill
     described, config = _described(
-        dys, [w.t() for w in weights], dxs, config, arch, (shape.m, cols), ("dy", "w", "dx"), not row_major
+        dys, [w.t() for w in weights], dxs, config, arch, (shape.m, cols), ("dy", "w", "dx"),
+        not row_major,
     )  # fmt: skip
     tiles = sum(cdiv(dx.shape[0], config["rows"]) * cdiv(dx.shape[1], config["cols"]) for dx in dxs)
     args = {
@@ -165,11 +182,11 @@ def grouped_dx_launch(
         "tiles": tiles, "OWNERS": tuple(owners), "HAS_DOWN": bool(ranks),
         "BANDS": paths.ss[0].shape[0] if ranks else 1,
         "TMA": bool(config["tma"]), "W_IS_ROW_MAJOR": row_major, "PARTS": config["parts"],
-        **arithmetic(dys[0].dtype),
+        **arithmetic(dys[0].dtype), **factors,
         "BLOCK_M": config["rows"], "BLOCK_N": config["depth"], "BLOCK_K": config["cols"],
         "BLOCK_R": RANK_STEP, "GROUP": GROUP,
     }  # fmt: skip
-    return Launch(_grouped_dx_kernel, product_grid(tiles, dxs[0], config, arch), args, options(config))
+    return Launch(_grouped_dx_kernel, product_grid(tiles, dxs[0], config, arch), args, options(config, args))
 
 
 def most_bands(rank: int) -> int:
@@ -177,13 +194,15 @@ def most_bands(rank: int) -> int:
     return max(1, min(configs.MAX_BANDS, 192 // configs.block_r(max(1, rank))))
 
 
-def grouped_dy_sizes(shape: Shape, members: int, sharing: int, dtype: torch.dtype, arch: str) -> tuple[int, int, int]:
+def grouped_dy_sizes(
+    shape: Shape, members: int, sharing: int, dtype: torch.dtype, arch: str, factors: torch.dtype | None = None
+) -> tuple[int, int, int]:
     """(splits of M, bands of N, width of a band): the leading sizes of what `grouped_dy_launch` fills.
 
     The members' programs run beside each other, so that each needs fewer bands than alone. Where up to `sharing`
     members add to one S, their bands together are no more than `most_bands`, as long as that can be.
     """
-    config = tables.choose("dy", arch, dtype, shape)
+    config = dy_config(shape, dtype, arch, factors=factors)
     most = max(1, most_bands(shape.r) // max(1, sharing))
     step = cdiv(cdiv(shape.n, most), config["cols"]) * config["cols"]
     number, width = configs.bands(arch, members * shape.m, config["rows"], shape.n, max(step, config["cols"]))
@@ -199,6 +218,7 @@ def grouped_dy_launch(
     parts: Sequence[Tensor] | None,
     with_g: bool,
     scales: Sequence[float],
+    factors: torch.dtype | None = None,
     shape: Shape,
     bands: tuple[int, int],
     arch: str,
@@ -207,7 +227,7 @@ def grouped_dy_launch(
 
     The parts are columns of one tensor, and `shape` is the largest of the members.
     """
-    config = tables.choose("dy", arch, dys[0].dtype, shape)
+    config = dy_config(shape, dys[0].dtype, arch, factors=factors)
     ranks = tuple(0 if up is None else up.shape[1] for up in ups)
     first = None if parts is None else parts[0]
     args = {
@@ -220,11 +240,11 @@ def grouped_dy_launch(
         "Ms": tuple(dy.shape[0] for dy in dys), "Ns": tuple(dy.shape[1] for dy in dys), "Rs": ranks,
         "scales": tuple(map(float, scales)), "band_width": bands[1],
         "HAS_S": any(s is not None for s in ss), "HAS_FACTOR": any(h is not None for h in hs), "HAS_G": with_g,
-        **arithmetic(dys[0].dtype),
+        **factor_arithmetic(dys[0].dtype, factors),
         "BLOCK_M": config["rows"], "BLOCK_N": config["cols"], "BLOCK_R": configs.block_r(max(1, *ranks)),
     }  # fmt: skip
     grid = (cdiv(shape.m, config["rows"]), bands[0], len(dys))
-    return Launch(_grouped_dy_kernel, grid, args, options(config))
+    return Launch(_grouped_dy_kernel, grid, args, options(config, args))
 
 
 def grouped_x_launch(
@@ -234,11 +254,15 @@ def grouped_x_launch(
     parts: Sequence[Tensor],
     dropout_p: float = 0.0,
     seeds: Sequence[Tensor | int] = (),
+    factors: torch.dtype | None = None,
     shape: Shape,
     splits: int,
     arch: str,
 ) -> Launch:
-    """part_t (splits,R,K) = S_tᵀ·drop_t(x_t) over the rows of each split; `shape` is the largest of the paths."""
+    """part_t (splits,R,K) = S_tᵀ·drop_t(x_t) over the rows of each split; `shape` is the largest of the paths.
+
+    S is multiplied in the dtype of x, or of the `factors` where that is wider.
+    """
     config = tables.choose("x", arch, xs[0].dtype, shape)
     if xs[0].dtype == torch.float32 and shape.r > 16:  # with fewer they spill
         config = config | {"num_warps": 8}
@@ -252,10 +276,10 @@ def grouped_x_launch(
         "rows_per_split": cdiv(cdiv(shape.m, splits), config["rows"]) * config["rows"],
         **_dropout(dropout_p, seeds, len(xs)),
         "BANDS": ss[0].shape[0],
-        **arithmetic(xs[0].dtype),
+        **factor_arithmetic(xs[0].dtype, factors),
         "BLOCK_M": config["rows"], "BLOCK_K": config["cols"], "BLOCK_R": configs.block_r(max(ranks)),
     }  # fmt: skip
-    return Launch(_grouped_x_kernel, (cdiv(shape.k, config["cols"]), splits, len(xs)), args, options(config))
+    return Launch(_grouped_x_kernel, (cdiv(shape.k, config["cols"]), splits, len(xs)), args, options(config, args))
 
 
 def _beside(config: dict[str, int]) -> dict[str, int]:

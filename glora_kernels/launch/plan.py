@@ -93,6 +93,11 @@ def planning(arch: str) -> Iterator[list[Any]]:
         _Planning.steps, _Planning.arch = before
 
 
+def is_planning() -> bool:
+    """Whether steps are collected: what they would write has no values."""
+    return _Planning.steps is not None
+
+
 def arch_of(tensor: Tensor | QuantizedWeight) -> str:
     """The architecture that the configurations are chosen for: a GPU's, or "cpu" in the interpreter."""
     if _Planning.steps is not None:
@@ -102,15 +107,39 @@ def arch_of(tensor: Tensor | QuantizedWeight) -> str:
 
 def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
     """How products are taken: fp32 exactly, unless PyTorch itself may use TF32; UPCAST in the interpreter."""
-    import triton.language as tl
-
-    names = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     ieee = dtype != torch.float32 or not environment.allow_tf32()
     return {
-        "DTYPE": names[dtype],
+        "DTYPE": triton_dtype(dtype),
         "PRECISION": "ieee" if ieee else "tf32",
         "UPCAST": environment.interpreting(),
     }
+
+
+def factor_arithmetic(dtype: torch.dtype, *factors: Tensor | torch.dtype | None) -> dict[str, Any]:
+    """How factors, and what is made with them, are multiplied in a computation in `dtype`: in fp32 where one is wider.
+
+    fp32 beside 16 bits is taken as halves in bfloat16 (`kernels.common._dot`): two or three products of the matrix unit
+    where TF32 would take three at half of the speed.
+    """
+    products = arithmetic(dtype)
+    dtypes = (t.dtype if isinstance(t, Tensor) else t for t in factors)
+    widens = dtype.itemsize == 2 and any(t is not None and t.itemsize > 2 for t in dtypes)
+    return {
+        "FACTOR_DTYPE": triton_dtype(torch.float32) if widens else products["DTYPE"],
+        "FACTOR_PRECISION": "halves" if widens else products["PRECISION"],
+        "UPCAST": products["UPCAST"],
+    }
+
+
+def factor_depth(config: dict[str, int], factors: dict[str, Any]) -> int:
+    """The depth of a step of x·downᵀ: of halves, which take registers, no more than 64."""
+    return min(config["depth"], 64) if factors["FACTOR_PRECISION"] == "halves" else config["depth"]
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def strides(tensor: Tensor | None, *names: str) -> dict[str, int]:
@@ -172,6 +201,12 @@ def dropout(p: float, seed: Tensor | int | None) -> dict[str, Any]:
     }
 
 
-def options(config: dict[str, int]) -> dict[str, int]:
-    """The compiler's options of a configuration."""
-    return {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
+def options(config: dict[str, int], args: dict[str, Any] | None = None) -> dict[str, int]:
+    """The compiler's options of a configuration.
+
+    Halves of fp32 factors take registers: beside them, more warps share a tile.
+    """
+    warps = config["num_warps"]
+    if args is not None and args.get("FACTOR_PRECISION") == "halves":
+        warps = max(warps, 8)
+    return {"num_warps": warps, "num_stages": config["num_stages"]}

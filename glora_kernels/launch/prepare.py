@@ -14,8 +14,9 @@ from glora_kernels.launch import configs, tables
 from glora_kernels.launch.configs import Shape
 from glora_kernels.launch.plan import (
     Launch,
-    arithmetic,
     dropout,
+    factor_arithmetic,
+    factor_depth,
     leading_stride,
     options,
     shift,
@@ -58,12 +59,15 @@ def prepare_launch(
     p = 0 if a_down is None else a_down.shape[0]
     r = 0 if b_down is None else b_down.shape[0]
     config = config or tables.choose("prepare", arch, x.dtype, Shape(m, n, k, max(p if into_p else 0, r)))
+    if dropout_p > 0.0 and r > 32 and x.dtype.itemsize == 2:  # a mask beside that many sums: what does not spill
+        config = config | {"num_warps": 8}
     around = tables.choose("weight", arch, x.dtype, Shape(m, n, k, p))
     bands = h.shape[0] if h is not None else (0 if sigma is None else sigma.shape[0])
     row_programs = cdiv(m, config["rows"]) * bands
     weight_programs = cdiv(n, around["rows"]) if u is not None else 0
     if weff is not None:
         weight_programs = cdiv(n, around["rows"]) * cdiv(k, around["cols"])
+    factors = factor_arithmetic(x.dtype, a_up, a_down, b_down)
     args = {
         "x_ptr": x, **strides(x, "stride_xm", "stride_xk"),
         "w_ptr": weight, **strides(weight, "stride_wn", "stride_wk"),
@@ -81,12 +85,13 @@ def prepare_launch(
         **dropout(dropout_p if b_down is not None else 0.0, seed),
         "HAS_ROWS": row_programs > 0, "HAS_P": into_p, "HAS_V": b_down is not None, "HAS_SUM": sigma is not None,
         "HAS_U": u is not None, "HAS_WEFF": weff is not None, "HAS_A": a is not None,
-        **arithmetic(x.dtype),
-        "BLOCK_M": config["rows"], "BLOCK_K": config["depth"], "BLOCK_P": configs.block_r(max(1, p)) if into_p else 16,
+        **factors,
+        "BLOCK_M": config["rows"], "BLOCK_K": factor_depth(config, factors),
+        "BLOCK_P": configs.block_r(max(1, p)) if into_p else 16,
         "BLOCK_R": configs.block_r(max(1, r)), "BLOCK_A": configs.block_r(max(1, p), 64),
         "BLOCK_WN": around["rows"], "BLOCK_WK": around["cols"],
     }  # fmt: skip
-    return Launch(_prepare_kernel, (row_programs + weight_programs,), args, options(config))
+    return Launch(_prepare_kernel, (row_programs + weight_programs,), args, options(config, args))
 
 
 def added_terms_launch(
@@ -116,6 +121,9 @@ def added_terms_launch(
     (m, k), n = x.shape, y.shape[1]
     p, r = 0 if a_down is None else a_down.shape[0], 0 if b_down is None else b_down.shape[0]
     config = config or tables.choose("added_terms", arch, x.dtype, Shape(m, n, k, max(p, r)))
+    factors = factor_arithmetic(x.dtype, a_down, b_down, u, up)
+    if arch.startswith("gfx") and factors["FACTOR_PRECISION"] == "halves":
+        config = config | {"cols": min(32, config["cols"])}  # what does not spill
     args = {
         "x_ptr": x, **strides(x, "stride_xm", "stride_xk"),
         "a_down_ptr": a_down, **strides(a_down, "stride_adr", "stride_adk"),
@@ -132,8 +140,8 @@ def added_terms_launch(
         **dropout(dropout_p if b_down is not None else 0.0, seed),
         "HAS_A": a is not None, "HAS_B": b is not None, "HAS_P": a_down is not None, "HAS_V": b_down is not None,
         "READ_Z": read_z,
-        **arithmetic(x.dtype),
-        "BLOCK_M": config["rows"], "BLOCK_N": config["cols"], "BLOCK_K": config["depth"],
+        **factors,
+        "BLOCK_M": config["rows"], "BLOCK_N": config["cols"], "BLOCK_K": factor_depth(config, factors),
         "BLOCK_P": configs.block_r(max(1, p)), "BLOCK_R": configs.block_r(max(1, r)),
     }  # fmt: skip
-    return Launch(_added_terms_kernel, (cdiv(m, config["rows"]),), args, options(config))
+    return Launch(_added_terms_kernel, (cdiv(m, config["rows"]),), args, options(config, args))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Literal, get_args
 
 import torch
 
 from glora_kernels.launch import cost, environment, tables
 from glora_kernels.launch.configs import Shape
 
-BACKENDS: tuple[str, ...] = ("auto", "eager", "triton", "cuda")
+Backend = Literal["auto", "eager", "triton", "cuda"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 TRITON_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -21,14 +23,14 @@ class _State:
     """
 
     def __init__(self) -> None:
-        self.backend = "auto"
+        self.backend: Backend = "auto"
 
 
 _state = _State()
 
 
 @contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
+def backend(name: Backend) -> Iterator[None]:
     """Choose the path of every layer called inside: "auto", "eager", "triton" or "cuda".
 
     The choice is read at forward and kept for that call's backward, which runs in another thread. It holds for
@@ -46,7 +48,7 @@ def backend(name: str) -> Iterator[None]:
         _state.backend = before
 
 
-def current_backend() -> str:
+def current_backend() -> Backend:
     return _state.backend
 
 

@@ -12,7 +12,7 @@ from glora_kernels.kernels.small_m import _small_h_kernel, _small_m_kernel
 from glora_kernels.launch import configs
 from glora_kernels.launch.configs import Shape
 from glora_kernels.launch.dequantize import codec_arguments
-from glora_kernels.launch.plan import Launch, arithmetic, options, shift, strides, vector_stride
+from glora_kernels.launch.plan import Launch, arithmetic, factor_arithmetic, options, shift, strides, vector_stride
 from glora_kernels.quant import QuantizedWeight
 
 MAX_TOKENS = 64
@@ -144,7 +144,7 @@ def small_m_launch(
         a, b, d, e: (N,) or (1,).
         b_up, b_down: (N, R) and (R, K), any strides, both or neither.
         bias, wc: (N,).
-        h: (M, R) in x's dtype, written where given (with b_down).
+        h: (M, R) in x's dtype, in fp32 where a factor is, written where given (with b_down).
         sigma: (M,) fp32, written where given.
         arch: whose configuration is taken.
         config: in the place of `small_m_config`.
@@ -163,6 +163,9 @@ def small_m_launch(
         raise ValueError(f"the fused product of few tokens does not serve this call: {reason}")
     shape = Shape(m, n, k, r)
     config = config or small_m_config(arch, x.dtype, shape)
+    factors = factor_arithmetic(x.dtype, b_up, b_down)
+    if arch in ("sm_80", "sm_89", "gfx942") and config["rows"] == 64 and factors["FACTOR_PRECISION"] == "halves":
+        config = config | {"depth": min(64, config["depth"])}  # what does not spill
     before = h is not None and h_before(shape, config["cols"])
     args = {
         "x_ptr": x, "stride_xm": x.stride(0) if m > 1 else 0,
@@ -179,11 +182,11 @@ def small_m_launch(
         "HAS_A": a is not None, "HAS_B": b is not None, "HAS_UP": b_up is not None,
         "MAKE_H": b_down is not None and not before, "STORE_H": h is not None and not before,
         "MAKE_SIGMA": b is not None or sigma is not None, "STORE_SIGMA": sigma is not None,
-        **arithmetic(x.dtype),
+        **arithmetic(x.dtype), **factors,
         "BLOCK_M": config["rows"], "BLOCK_N": config["cols"], "BLOCK_K": config["depth"],
         "BLOCK_R": configs.block_r(max(1, r)),
     }  # fmt: skip
-    product = Launch(_small_m_kernel, (cdiv(n, config["cols"]),), args, options(config))
+    product = Launch(_small_m_kernel, (cdiv(n, config["cols"]),), args, options(config, args))
     if not before:
         return product
     assert h is not None
@@ -194,13 +197,12 @@ def small_m_launch(
 def _h_launch(x: Tensor, b_down: Tensor, h: Tensor, scale: float, arch: str) -> Launch:
     """h (M,R) = scale·x·B_downᵀ, a program a number."""
     (m, k), r = x.shape, b_down.shape[0]
-    products = arithmetic(x.dtype)
     args = {
         "x_ptr": x, "stride_xm": x.stride(0) if m > 1 else 0,
         "b_down_ptr": b_down, **strides(b_down, "stride_bdr", "stride_bdk"),
         "h_ptr": h, **strides(h, "stride_hm", "stride_hr"),
         "K": k, "R": r, "scale": float(scale),
-        "DTYPE": products["DTYPE"], "UPCAST": products["UPCAST"], "BLOCK_K": 64 if arch == "cpu" else 1024,
+        "UPCAST": arithmetic(x.dtype)["UPCAST"], "BLOCK_K": 64 if arch == "cpu" else 1024,
     }  # fmt: skip
     return Launch(_small_h_kernel, (m * r,), args, {"num_warps": 4, "num_stages": 1})
 

@@ -65,7 +65,9 @@ class GroupKey(NamedTuple):
 
 
 class SharedProduct(NamedTuple):
-    """scale·leftᵀ·drop(right), one layer's part: left (M,R), right (M,C) with contiguous rows, in one dtype.
+    """scale·leftᵀ·drop(right), one layer's part: left (M,R), right (M,C) with contiguous rows.
+
+    In one dtype, or left in fp32 over 16 bits; the same for all products of a launch.
 
     seed: one int64 where dropout_p > 0; it must not change before the launch.
     """
@@ -78,10 +80,9 @@ class SharedProduct(NamedTuple):
 
 
 class SharedFactor(NamedTuple):
-    """One shared factor's gradient: out (R,C), of any strides, and whether it is added to what `out` holds."""
+    """One shared factor's gradient: where it goes, out (R,C) of any strides, and what it is the sum of."""
 
     out: Tensor
-    adds: bool
     products: Sequence[SharedProduct]
 
 

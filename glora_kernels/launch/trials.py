@@ -201,13 +201,13 @@ def _dy(form: str, data: Data, config: dict[str, int]) -> Trial:
     m, n, _, r = data.shape
     number, width = configs.bands(data.arch, m, config["rows"], n, config["cols"])
     rank = r * (1 + (form == "product"))
-    more = 3 * (form == "full")
+    more = 2 * (form == "full")
     out: dict[str, Any] = {"s": data.out("s", number, m, rank, wide=True)}
     out["part"] = data.out("part", -(-m // config["rows"]), rank + more, n, wide=True)
     terms: dict[str, Any] = {"up": data["up"], "h": data["h_pair" if form == "product" else "h"][0]}
     if form == "full":
         out["tau"] = data.out("tau", number, m, wide=True)
-        terms |= {"y": data["y"], "b": data["b"], "sigma": data["sigma"][0], "with_g": True}
+        terms |= {"b": data["b"], "sigma": data["sigma"][0], "with_g": True, "with_sigma": True}
     if form == "product":
         terms["u"] = data["u"]
     launch = dy_launch(

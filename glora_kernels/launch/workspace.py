@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from glora_kernels.modes import in_a_mode, outside_modes
 from glora_kernels.quant import QuantizedWeight
 
 workspace_lock = threading.RLock()
@@ -49,14 +50,14 @@ def workspace_like(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tens
     """A contiguous view of the buffer in the shape of `weight`, with whatever its last user left in it."""
     device = weight.device
     size = weight.numel() * dtype.itemsize
-    if type(weight.data) is not Tensor or device.type not in ("cpu", "cuda"):
+    if in_a_mode() or type(weight.data) is not Tensor or device.type not in ("cpu", "cuda"):
         # A fake or wrapped tensor must leave nothing behind in the buffer.
         buffer = torch.empty(size, dtype=torch.uint8, device=device)
     elif device.type == "cuda":
         buffer = _cuda_buffer(size, device)
     else:
         if _thread.buffer is None or _thread.buffer.numel() < size:
-            _thread.buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
+            _thread.buffer = _lasting(size, device)
         buffer = _thread.buffer
     return buffer[:size].view(dtype).view(weight.shape)
 
@@ -75,5 +76,11 @@ def _cuda_buffer(size: int, device: torch.device) -> Tensor:
     key = (stream.device_index, stream.cuda_stream)
     buffer = _cuda.get(key)
     if buffer is None or buffer.numel() < size:
-        buffer = _cuda[key] = torch.empty(size, dtype=torch.uint8, device=device)
+        buffer = _cuda[key] = _lasting(size, device)
     return buffer
+
+
+def _lasting(size: int, device: torch.device) -> Tensor:
+    """Memory that later calls can write to as well, whatever mode this one is in."""
+    with outside_modes():
+        return torch.empty(size, dtype=torch.uint8, device=device)
