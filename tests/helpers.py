@@ -16,12 +16,16 @@ signs of dy.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import Tensor
 
+import glora_kernels
 from glora_kernels import reference
 from glora_kernels.launch.routes import backend
 from glora_kernels.ops import glora_linear, glora_wc
@@ -254,6 +258,35 @@ def _unlucky(p: Problem, name: str, autocast: torch.dtype | None) -> float:
         drawn = replace(p, dy=p.dy * signs.to(p.dy.dtype))
         errors.append(_largest(eager(drawn, autocast)[name].double() - truth(drawn)[0][name]))
     return max(errors)
+
+
+def interrupted(act: Callable[[], object], line: int) -> bool:
+    """Call `act`; KeyboardInterrupt is raised at that line of the package's. Whether there was one."""
+    root = str(Path(glora_kernels.__file__).parent)
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable | None:
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(root):
+            return None
+        if event == "line":
+            count += 1
+            if count == line:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    before, grad = sys.gettrace(), torch.is_grad_enabled()
+    sys.settrace(trace)
+    try:
+        act()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+        # Python may raise between the last line of `with torch.no_grad():` and its end, which then never comes.
+        torch.set_grad_enabled(grad)
+    return False
 
 
 def same(left: dict, right: dict) -> bool:

@@ -200,6 +200,16 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize == 2 else dtype
 
 
+def factor_dtype(dtype: torch.dtype, s: Supports) -> torch.dtype:
+    """The dtype of h, S and U in a computation in `dtype`: fp32 where that has 16 bits and a factor is wider.
+
+    fp32 adapters mean fp32 arithmetic in everything that multiplies them; the large products keep `dtype`.
+    """
+    factors = (s.a_up, s.a_down, s.b_up, s.b_down)
+    widens = dtype.itemsize == 2 and any(t is not None and t.dtype.itemsize > 2 for t in factors)
+    return torch.float32 if widens else dtype
+
+
 def wc_dtype(weight: Weight, c: Tensor | None, c_up: Tensor | None) -> torch.dtype:
     """The dtype of W·c: the wide one of W; beside a 4-bit W, which is exact in any, float64 for a float64 c."""
     factor = given(c if c_up is None else c_up)
@@ -226,6 +236,26 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
+
+
+def read_saved(ctx: Any, with_y: bool = False) -> tuple[Any, ...]:
+    """What forward saved; where a tensor of it was overwritten meanwhile, an error that says what to write instead.
+
+    with_y: backward reads the output of the layer as well, for a trained vector or constant A.
+    """
+    try:
+        return tuple(ctx.saved_tensors)
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        output = (
+            "; or its output, which a trained vector or constant A needs (an activation or dropout with inplace=True)"
+        )
+        raise RuntimeError(
+            "a tensor was overwritten in place between the forward of a layer and its backward, which needs it as it "
+            "was: the layer's input (h += layer(h); write h = h + layer(h)), one of its parameters (a step of the "
+            f"optimizer before backward){output if with_y else ''}; use the out-of-place form. PyTorch says: {error}"
+        ) from error
 
 
 def owned(grads: list[Tensor]) -> tuple[Tensor, ...]:

@@ -1,24 +1,27 @@
-"""The gradient of a factor that layers share, as one product over all of them at the end.
+"""The gradient of a factor that layers share, as one product over all of them at the end of a backward pass.
 
     dB_down = Σ_l s_l·(dy_l·B_up,l)ᵀ·x̃_l,   dB_up = Σ_l dy_lᵀ·h_l,   h = s·x̃·B_downᵀ,   x̃ = mask·x/(1-p)
 
 Inside `nn.deferred_shared_grads`, layers call `glora_linear` here: the same result and gradients as
 `ops.glora_linear`, but backward hands the two factors of a shared parameter's gradient to a `Deferred` instead of
-multiplying them, and returns no gradient for it. `Deferred.finish` has one launch for all.
+multiplying them. The layers read a tensor without elements, the result of a node of autograd that the shared
+parameters go into (`ticket`). Autograd calls that node when all layers have run, whatever began the pass; it has one
+launch for all of them and returns the gradients, which go their usual way: to `.grad`, hooks, other processes, or to
+the caller of `torch.autograd.grad`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from glora_kernels.launch.plan import arch_of
 from glora_kernels.launch.table import SharedFactor, SharedProduct
 from glora_kernels.ops import glora as plain
+from glora_kernels.ops.chunks import thin
 from glora_kernels.ops.common import (
     Call,
     Needs,
@@ -26,7 +29,9 @@ from glora_kernels.ops.common import (
     Weight,
     autocast_dtype,
     cast,
+    factor_dtype,
     given,
+    read_saved,
     restored,
     state_of,
     stored,
@@ -34,9 +39,10 @@ from glora_kernels.ops.common import (
     without_autocast,
 )
 from glora_kernels.ops.eager import dropped
+from glora_kernels.ops.ways import is_batched, is_plain, is_transformed, is_watched
 from glora_kernels.reference.random import keep_mask
 
-_N = len(Supports._fields)
+_AB = Supports._fields.index("bias")
 
 
 class _Record(NamedTuple):
@@ -45,76 +51,88 @@ class _Record(NamedTuple):
     layer: int
     turn: int
     product: SharedProduct
+    transposed: bool
     triton: bool
 
 
 class Deferred:
-    """What the layers' backwards hand over, and at the end the gradients of the shared factors.
+    """What the layers' backwards hand over, until the pass that they are part of asks for the gradients.
 
     Attributes:
-        bytes: of the tensors handed over, which stay alive until the end: for each layer M·(K + R) numbers where
-            `B_down` is shared (x and S = dy·B_up), M·(N + R) where `B_up` is (dy and h), in the dtype of x. What
-            several layers hand over, as q, k and v do with their x, counts once.
+        bytes: of the tensors handed over, in all passes so far; those of a pass stay alive until its end: for each
+            layer M·(K + R) numbers where `B_down` is shared (x and S = dy·B_up), M·(N + R) where `B_up` is (dy and
+            h), in the dtype of x. What several layers hand over, as q, k and v do with their x, counts once a pass.
     """
 
     def __init__(self) -> None:
         self.bytes = 0
-        self._records: dict[str, dict[nn.Parameter, list[_Record]]] = {"b_down": {}, "b_up": {}}
-        self._counted: set[tuple[int, int]] = set()
+        self._records: dict[tuple[int, nn.Parameter], list[_Record]] = {}  # by backward pass and parameter
         self._turn = 0
 
-    def add(self, name: str, parameter: nn.Parameter, layer: int, product: SharedProduct, triton: bool) -> None:
-        """Take one layer's product leftᵀ·right, (R,K) for "b_down" or, transposed, (N,R) for "b_up"."""
+    def add(self, parameter: nn.Parameter, layer: int, product: SharedProduct, transposed: bool, triton: bool) -> None:
+        """Take one layer's product leftᵀ·right: (R,K), or `transposed` the gradient of a `B_up` (N,R)."""
         self._turn += 1
-        self._records[name].setdefault(parameter, []).append(_Record(layer, self._turn, product, triton))
-        for tensor in (product.left, product.right):
-            key = tensor.data_ptr(), tensor.numel()
-            if key not in self._counted:
-                self._counted.add(key)
-                self.bytes += tensor.numel() * tensor.element_size()
+        record = _Record(layer, self._turn, product, transposed, triton)
+        self._records.setdefault((_pass(), parameter), []).append(record)
 
     def drop(self) -> None:
-        """Forget what was handed over."""
-        for records in self._records.values():
-            records.clear()
-        self._counted.clear()
+        """Forget what a backward pass that failed has left."""
+        self._records.clear()
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Add every gradient to `.grad`, summed in fp32 in the order of the layers: one launch a device and dtype."""
-        launches: dict[tuple[object, ...], list[tuple[nn.Parameter, Tensor, SharedFactor]]] = {}
-        for name, found in self._records.items():
-            for parameter, records in found.items():
-                records.sort()
-                products = [record.product for record in records]
-                dtypes = {product.right.dtype for product in products}
-                if not all(record.triton for record in records) or len(dtypes) > 1:
-                    _add(parameter, _sum(products, name == "b_up"))
-                    continue
-                grad = _gradient(parameter)
-                factor = SharedFactor(grad.t() if name == "b_up" else grad, grad is parameter.grad, products)
-                launches.setdefault((grad.device, grad.dtype, *dtypes), []).append((parameter, grad, factor))
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """What this pass handed over, summed in fp32 in the order of the layers and rounded once: a launch a dtype."""
+        grads: dict[nn.Parameter, Tensor] = {}
+        sizes: dict[tuple[int, int], int] = {}
+        launches: dict[tuple[object, ...], list[SharedFactor]] = {}
+        for parameter in parameters:
+            records = sorted(self._records.pop((_pass(), parameter), ()))
+            if not records:
+                continue
+            products, transposed = [record.product for record in records], records[0].transposed
+            for product in products:
+                sizes |= {(t.data_ptr(), t.numel()): t.nbytes for t in (product.left, product.right)}
+            dtypes = {(product.left.dtype, product.right.dtype) for product in products}
+            if not all(record.triton for record in records) or len(dtypes) > 1:
+                grads[parameter] = _sum(products, transposed).to(parameter.dtype).contiguous()
+                continue
+            grad = grads[parameter] = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+            factor = SharedFactor(grad.t() if transposed else grad, products)
+            launches.setdefault((grad.dtype, *dtypes), []).append(factor)
         for factors in launches.values():
             _launch(factors)
-        self.drop()
+        self.bytes += sum(sizes.values())
+        return [grads.get(parameter) for parameter in parameters]
 
 
-def _launch(found: list[tuple[nn.Parameter, Tensor, SharedFactor]]) -> None:
+def ticket(deferred: Deferred, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """No numbers, but an input of every layer that shares one of the parameters, which are on one device."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return _SharedGradients.apply(deferred, *parameters)
+
+
+class _SharedGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, deferred: Deferred, *parameters: nn.Parameter) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.deferred, ctx.parameters = deferred, parameters
+        return parameters[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *ctx.deferred.gradients(ctx.parameters)
+
+
+def _pass() -> int:
+    """Which backward pass this is: a reentrant checkpoint has one of its own."""
+    return torch._C._current_graph_task_id()
+
+
+def _launch(factors: list[SharedFactor]) -> None:
     from glora_kernels.launch import depth
 
-    factors = [factor for *_, factor in found]
     tables = depth.shared_grad_tables(factors)
     depth.shared_grad_launch(tables, factors, arch=arch_of(factors[0].out)).run()
-    for parameter, grad, factor in found:
-        if factor.adds:
-            torch.autograd.graph.increment_version(grad)
-        parameter.grad = grad
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    """Where a kernel puts a gradient: `.grad` itself, to which it then adds, or new memory where there is none."""
-    grad = parameter.grad
-    return torch.empty_like(parameter, memory_format=torch.contiguous_format) if grad is None else grad
 
 
 def _sum(products: list[SharedProduct], transposed: bool) -> Tensor:
@@ -131,24 +149,19 @@ def _sum(products: list[SharedProduct], transposed: bool) -> Tensor:
     return total.t() if transposed else total
 
 
-def _add(parameter: nn.Parameter, total: Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = total.to(parameter.dtype).contiguous()
-    else:
-        parameter.grad += total.to(parameter.grad.dtype)
-
-
 class DeferredLinear:
     """`ops.glora_linear` of one layer whose shared factors' gradients go to a `Deferred`.
 
     Args:
         deferred: where they go.
+        ticket: the `ticket` of the shared parameters.
         layer: the layer's place, which fixes the order of the sum.
         shared: the shared parameters by the name of the argument, "b_down" and "b_up".
     """
 
-    def __init__(self, deferred: Deferred, layer: int, shared: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, deferred: Deferred, ticket: Tensor, layer: int, shared: Mapping[str, nn.Parameter]) -> None:
         self.deferred = deferred
+        self.ticket = ticket
         self.layer = layer
         self.shared = shared
 
@@ -164,8 +177,13 @@ class DeferredLinear:
         variant: str = "hadamard",
         **supports: Tensor | None,
     ) -> Tensor:
-        """As `ops.glora_linear`, with its errors. Traced by torch.compile it is that, gradients included."""
-        if torch.compiler.is_compiling():
+        """As `ops.glora_linear`, with its errors.
+
+        It is that, gradients included, in the other `ops.ways`, without gradients, and where the layer has another
+        parameter by now or one that is not trained.
+        """
+        trained = {name: p for name, p in self.shared.items() if supports.get(name) is p and p.requires_grad}
+        if not trained or not torch.is_grad_enabled() or not is_plain(x) or is_transformed() or is_watched(x):
             return plain.glora_linear(
                 x, weight, bias, scale=scale, dropout_p=dropout_p, seed=seed, variant=variant, **supports
             )
@@ -175,49 +193,71 @@ class DeferredLinear:
         if target is not None and x.dtype != target:
             x = x.to(target)
         call = Call(scale, dropout_p, seed, variant == "matmul", plain._route(x, weight))
-        return _DeferredFunction.apply(x, weight, call, self, *s)
+        return _DeferredFunction.apply(x, weight, call, self, trained, self.ticket, *s)
 
 
 class _DeferredFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, call: Call, to: DeferredLinear, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Weight,
+        call: Call,
+        to: DeferredLinear,
+        trained: Mapping[str, nn.Parameter],
+        ticket: Tensor,
+        *tensors: Tensor | None,
+    ) -> Tensor:
         s = Supports(*tensors)
         y, h, sigma, u = plain._forward(x, weight, s, call)
-        needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
-        keep = plain._saved(needs, s, call, None)
+        needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[6:])
+        keep = plain._saved(needs, s, call)
         kept = (t if k else None for t, k in zip((x, y, h, sigma, u), keep, strict=True))
-        ctx.save_for_backward(stored(weight), *s, call.seed, *kept)
+        # In the order of `ops.glora`: a checkpoint may compute again after the context, and finds them there.
+        shifts = tensors[_AB:] if needs.a or needs.bias or needs.wc or needs.d or needs.e else ()
+        ctx.save_for_backward(stored(weight), *tensors[:_AB], call.seed, *kept, *shifts)
         ctx.quant_state = state_of(weight)
-        ctx.needs, ctx.call, ctx.to = needs, call._replace(seed=None), to
+        ctx.needs, ctx.call, ctx.to, ctx.trained = needs, call._replace(seed=None), to, trained
+        ctx.node = ticket.grad_fn
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        tensor, *rest = ctx.saved_tensors
-        weight = restored(tensor, ctx.quant_state)
-        s = Supports(*rest[:_N])
-        seed, x, y, h, sigma, u = rest[_N:]
-        call = ctx.call._replace(seed=seed)
-        to, needs = ctx.to, ctx.needs
-        down, up = to.shared.get("b_down"), to.shared.get("b_up")
-        rest_of_needs = needs
-        if down is not None and needs.b_down:
-            rest_of_needs = rest_of_needs._replace(b_down=False)
-        if up is not None and needs.b_up:
-            rest_of_needs = rest_of_needs._replace(b_up=False)
-        grads = plain._backward(dy, x, weight, s, y, h, sigma, u, call, rest_of_needs)
-        flat = _rows(dy)
+        # Under create_graph=True PyTorch must refuse a second derivative of what is returned, and whoever watches the
+        # operations or batches gradients sees no sum of what was handed over: the gradients are returned as ever.
+        if torch.is_grad_enabled() or is_batched(dy) or is_watched(dy):
+            dx, _, _, *grads = plain._GLoRAFunction.backward(ctx, dy)
+        else:
+            dx, *grads = _deferred_backward(ctx, dy)
+        return (dx, None, None, None, None, None, *grads)
+
+
+def _deferred_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
+    tensor, *rest = read_saved(ctx, with_y=ctx.needs.a)
+    weight = restored(tensor, ctx.quant_state)
+    seed, x, y, h, sigma, u, *shifts = rest[_AB:]
+    s = Supports(*rest[:_AB], *shifts)
+    call = ctx.call._replace(seed=seed)
+    to, needs = ctx.to, ctx.needs
+    down, up = ctx.trained.get("b_down"), ctx.trained.get("b_up")
+    rest_of_needs = needs._replace(
+        b_down=needs.b_down and down is None,
+        b_up=needs.b_up and up is None,
+    )
+    grads = plain._backward(dy, x, weight, s, y, h, sigma, u, call, rest_of_needs)
+    # Of a pass that is not asked for the shared parameters (`torch.autograd.grad`, `backward(inputs=...)`), no more.
+    if (down is not None or up is not None) and torch._C._will_engine_execute_node(ctx.node):
+        flat, triton = _rows(dy), call.route != "eager"
         with without_autocast(dy.device.type):
-            if down is not None and needs.b_down:
-                left = torch.mm(flat, cast(given(s.b_up), dy.dtype))
+            if down is not None:
+                left = thin(flat, cast(given(s.b_up), factor_dtype(dy.dtype, s)).t(), dy.dtype)
                 product = SharedProduct(left, _rows(given(x)), call.scale, call.dropout_p, seed)
-                to.deferred.add("b_down", down, to.layer, product, call.route != "eager")
-            if up is not None and needs.b_up:
+                to.deferred.add(down, to.layer, product, False, triton)
+            if up is not None:
                 rank = given(s.b_up).shape[1]
                 product = SharedProduct(given(h)[:, -rank:], flat, 1.0, 0.0, None)
-                to.deferred.add("b_up", up, to.layer, product, call.route != "eager")
-        return (grads[0], None, None, None, *grads[1:])
+                to.deferred.add(up, to.layer, product, True, triton)
+    return grads
 
 
 def _rows(tensor: Tensor) -> Tensor:

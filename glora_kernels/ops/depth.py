@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from glora_kernels.launch import environment, routes
 from glora_kernels.launch.plan import arch_of
 from glora_kernels.launch.table import GroupKey, Layer, group_key
+from glora_kernels.ops import composite
 from glora_kernels.ops import eager as eager_path
+from glora_kernels.ops import wc as operator
 from glora_kernels.ops.common import Supports, Weight, cast, given, shift, stored, wide_dtype, without_autocast
+from glora_kernels.ops.ways import is_batched, is_transformed, is_watched, once_differentiable
 from glora_kernels.quant import QuantizedWeight
 
 Copy = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -128,6 +131,8 @@ def shifts(layers: Sequence[Layer]) -> list[Tensor]:
     Raises:
         RuntimeError: in backward: a parameter was overwritten since.
     """
+    if is_transformed() or any(is_watched(stored(layer.weight)) for layer in layers):
+        return [_composite_shift(layer) for layer in layers]
     groups: dict[GroupKey | None, list[int]] = {}
     wanted = [_shift_only(layer) for layer in layers]
     for i, layer in enumerate(wanted):
@@ -149,13 +154,10 @@ class _Plan(NamedTuple):
     layers: tuple[Layer, ...]
     slots: tuple[tuple[int, str], ...]
 
-    def versions(self) -> list[int]:
-        """How often each tensor was overwritten, which those of inference mode do not count."""
-        tensors = [
-            *(stored(layer.weight) for layer in self.layers),
-            *(_tensor(self.layers[i], name) for i, name in self.slots),
-        ]
-        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    def versions(self) -> list[list[int]]:
+        """How often each tensor of each layer was overwritten, which those of inference mode do not count."""
+        tensors = [[stored(layer.weight), *map(partial(_tensor, layer), _names(layer))] for layer in self.layers]
+        return [[0 if tensor.is_inference() else tensor._version for tensor in own] for own in tensors]
 
 
 class _ShiftFunction(torch.autograd.Function):
@@ -170,17 +172,20 @@ class _ShiftFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
-        plan = ctx.plan
-        if ctx.versions != plan.versions():
-            raise RuntimeError(
-                "a weight, bias or parameter of C, D or E was overwritten between shift_once and backward, which needs "
-                "its old value; change parameters outside shift_once only, and after backward"
-            )
+        plan, versions = ctx.plan, ctx.plan.versions()
         grads: dict[tuple[int, str], Tensor] = {}
         asked = {slot for slot, need in zip(plan.slots, ctx.needs_input_grad[1:], strict=True) if need}
         active = {i: g for i, g in enumerate(gs) if g is not None and any(slot[0] == i for slot in asked)}
+        if any(ctx.versions[i] != versions[i] for i in active):
+            raise RuntimeError(
+                "a weight, bias or parameter of C, D or E was overwritten between shift_once and backward, which needs "
+                "its old value; change parameters after backward only"
+            )
         with without_autocast(plan.layers[0].weight.device.type):
-            if plan.key is not None and active:
+            if any(map(is_batched, active.values())):
+                for i, g in active.items():
+                    grads |= _batched_shift_grads(plan.layers[i], g, i, asked)
+            elif plan.key is not None and active:
                 grads = _triton_shift_grads(plan.key, plan.layers, active, asked)
             elif active:
                 for i, g in active.items():
@@ -196,11 +201,25 @@ def _eager_shift(layer: Layer) -> Tensor:
     wc = None
     if get("C") is not None or get("C_up") is not None:
         wc = eager_path.wc_forward(weight, get("C"), get("C_up"), get("C_down"))
+    return _beta(layer, wc).clone()
+
+
+def _composite_shift(layer: Layer) -> Tensor:
+    """β by differentiable operations and `ops.glora_wc`, which is itself one of the `ops.ways`."""
+    get = layer.adapter.get
+    wc = None
+    if get("C") is not None or get("C_up") is not None:
+        wc = operator.glora_wc(layer.weight, get("C"), c_up=get("C_up"), c_down=get("C_down"))
+    return _beta(layer, wc)
+
+
+def _beta(layer: Layer, wc: Tensor | None) -> Tensor:
+    get, weight = layer.adapter.get, layer.weight
     # A 4-bit W is exact in any dtype: its adapter's decides.
     exact = isinstance(weight, QuantizedWeight) and any(t.dtype == torch.float64 for t in layer.adapter.values())
     dtype = torch.float64 if exact else weight.dtype
     beta = given(shift(Supports(bias=layer.bias, wc=wc, d=get("D"), e=get("E")), dtype))
-    return beta.to(wide_dtype(dtype)).expand(weight.shape[0]).clone()
+    return beta.to(wide_dtype(dtype)).expand(weight.shape[0])
 
 
 def _eager_shift_grads(layer: Layer, g: Tensor, names: set[str]) -> dict[str, Tensor]:
@@ -213,11 +232,24 @@ def _eager_shift_grads(layer: Layer, g: Tensor, names: set[str]) -> dict[str, Te
     }
     if names & {"C", "C_up", "C_down"}:
         needs = [name in names for name in ("C", "C_up", "C_down")]
-        dc = eager_path.wc_backward(g, layer.weight, get("C"), get("C_up"), get("C_down"), needs)
+        dc = operator.gradients(g, layer.weight, get("C"), get("C_up"), get("C_down"), needs, "eager")
         found |= zip(("C", "C_up", "C_down"), dc, strict=True)
     grads = {name: given(found[name]) for name in names}
     constants = {name for name in names & {"D", "E"} if layer.adapter[name].numel() == 1}
     return {name: grad.sum().view(1) if name in constants else grad for name, grad in grads.items()}
+
+
+def _batched_shift_grads(layer: Layer, g: Tensor, i: int, asked: set[tuple[int, str]]) -> dict[tuple[int, str], Tensor]:
+    """The gradients of one layer for a batch of g."""
+    names = [name for name in _names(layer) if (i, name) in asked]
+
+    def forward(*tensors: Tensor) -> Tensor:
+        new = dict(zip(names, tensors, strict=True))
+        bias = new.pop("bias", layer.bias)
+        return _composite_shift(Layer(layer.weight, bias, {**layer.adapter, **new}))
+
+    found = composite.gradients(forward, [_tensor(layer, name) for name in names], [True] * len(names), g)
+    return {(i, name): given(grad) for name, grad in zip(names, found, strict=True)}
 
 
 def _triton_shifts(key: GroupKey, layers: Sequence[Layer]) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ H are built from a few rows of it at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,11 +26,23 @@ from torch.nn.functional import linear
 
 from glora_kernels.launch.workspace import workspace_like
 from glora_kernels.ops import recover
-from glora_kernels.ops.common import Call, Needs, Supports, Weight, cast, given, shift, wc_dtype, wide_dtype
+from glora_kernels.ops.chunks import gathered, row_chunks, spread, thin, weight_rows, weighted_sum, wide_chunks
+from glora_kernels.ops.common import (
+    Call,
+    Needs,
+    Supports,
+    Weight,
+    cast,
+    factor_dtype,
+    given,
+    shift,
+    wc_dtype,
+    wide_dtype,
+)
 from glora_kernels.quant import QuantizedWeight, dequantize
 from glora_kernels.reference.random import keep_mask, round_dithered
 
-_CHUNK = 1 << 17  # elements at a time where 16-bit values are worked on in fp32: the temporaries stay in the cache
+_ROWS_OF_H = 1 << 19  # elements at a time of H in fp32 over 16 bits: products of a size that BLAS is fast at
 
 
 def forward(
@@ -78,10 +90,9 @@ def backward(
     B vector: dyᵀσ; A vector: Σₘ dy∘Z, from y; A lora: H = (dyᵀx)∘W, dA_up = H·A_downᵀ, dA_down = A_upᵀ·H; product
     variant: dA_up = Wᵀ(dyᵀP), dA_down = (dy·U)ᵀx. With g = Σₘ dy: ∂bias = g∘(1+d), ∂wc = g, ∂d = g∘bias, ∂e = g.
     """
-    dtype = dy.dtype
+    dtype, narrow = dy.dtype, factor_dtype(dy.dtype, s)
     da = da_up = da_down = db = db_up = db_down = None
-    beta = shift(s, dtype) if needs.a else None
-    wants_g = beta is not None or needs.bias or needs.wc or needs.d or needs.e
+    wants_g = needs.bias or needs.wc or needs.d or needs.e
     g = dy.sum(0, dtype=wide_dtype(dtype)) if wants_g else None
     delta = None  # the part of dx beside dy·W_eff
 
@@ -89,54 +100,69 @@ def backward(
     if call.matmul and s.a_up is not None and s.a_down is not None:
         split = s.a_up.shape[1]
         if needs.a_up:
-            da_up = cast_weight(weight, dtype).t() @ (_columns(h, 0, split).t() @ dy).t()
+            da_up = gathered(gathered(_columns(h, 0, split), dy, dtype).t(), weight, dtype).t()
         if (needs.x or needs.a_down) and u is not None:
-            du = dy @ u
+            du = thin(dy, u.t(), dtype)
             if needs.a_down:
-                da_down = du.t() @ given(x)
+                da_down = gathered(du, given(x), dtype)
             if needs.x:
-                delta = du @ cast(s.a_down, dtype)
+                delta = spread(du, cast(s.a_down, narrow), dtype)
     if s.b_up is not None and s.b_down is not None:
-        if needs.b_up or needs.a:
-            db_up = (_columns(h, split, None).t() @ dy).t()  # a third of the time of dyᵀ·h in MKL
+        if needs.b_up:
+            db_up = gathered(_columns(h, split, None), dy, dtype).t()  # a third of the time of dyᵀ·h in MKL
         if needs.x or needs.b_down:
-            ds = scaled(torch.mm(dy, cast(s.b_up, dtype)), call.scale / (1.0 - call.dropout_p))
+            ds = scaled(thin(dy, cast(s.b_up, narrow).t(), dtype), call.scale / (1.0 - call.dropout_p))
             keep = keep_of(call, dy.shape[0], s.b_down.shape[1], dy.device)
             if needs.b_down:
-                db_down = ds.t() @ dropped(given(x), keep)
+                db_down = gathered(ds, dropped(given(x), keep), dtype)
             if needs.x:
-                masked = dropped(ds @ cast(s.b_down, dtype), keep)
+                masked = dropped(spread(ds, cast(s.b_down, narrow), dtype), keep)
                 delta = masked if delta is None else delta.add_(masked)
-    dy_sigma = None
     if s.b is not None:
-        if needs.b or needs.a:
-            dy_sigma = dy.t().to(given(sigma).dtype) @ given(sigma)
-            db = dy_sigma if s.b.numel() > 1 else dy_sigma.sum().view(1)
+        if needs.b:
+            db = weighted_sum(given(sigma), dy)
+            db = db if s.b.numel() > 1 else db.sum().view(1)
         if needs.x:
             b = s.b.to(wide_dtype(dtype))
             tau = dy.to(b.dtype) @ b if s.b.numel() > 1 else dy.sum(-1, dtype=b.dtype) * b
             ones = tau.to(dtype)[:, None].expand(dy.shape[0], weight.shape[1])
             delta = ones.contiguous() if delta is None else delta.add_(ones)
-    if needs.a and s.a is not None:
-        rest = recover.rest_of_gradient(g, beta, db_up, dy_sigma, s)
-        exact = None if x is None else recover.ill_conditioned_rows(given(y), beta, h, sigma, s, x_is_kept=True)
-        da = _scale_gradient(dy, given(y), rest, exact, x, weight, s.a)
+    if needs.a:
+        da = recover.gradient(dy, given(y), given(x), weight, s, shift(s, dtype), h, sigma)
 
     dx = None
     if needs.x:
         left = dy if s.a is None else _scale_dy(dy, s.a)
         effective = weight_for(weight, s, call, dtype)
         dx = left @ effective if delta is None else torch.addmm(delta, left, effective, out=delta)
-    if not call.matmul and s.a_up is not None and s.a_down is not None and (needs.a_up or needs.a_down):
-        hadamard = workspace_like(weight, dtype)  # W_eff is no longer needed: G takes its place
-        torch.mm(dy.t(), given(x), out=hadamard)
-        for rows in _row_chunks(hadamard, always=True) if isinstance(weight, QuantizedWeight) else [slice(None)]:
-            hadamard[rows].mul_(weight_rows(weight, rows, dtype))
-        da_up = hadamard @ cast(s.a_down, dtype).t() if needs.a_up else None
-        da_down = cast(s.a_up, dtype).t() @ hadamard if needs.a_down else None
-    db = db if needs.b else None
-    db_up = db_up if needs.b_up else None
+    if not call.matmul and (needs.a_up or needs.a_down):
+        da_up, da_down = _hadamard_gradients(dy, given(x), weight, s, needs)
     return dx, da, da_up, da_down, db, db_up, db_down, *_shift_gradients(g, s, needs)
+
+
+def _hadamard_gradients(
+    dy: Tensor, x: Tensor, weight: Weight, s: Supports, needs: Needs
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dA_up, dA_down) from H = (dyᵀx)∘W, which takes the place of W_eff, or in fp32 over 16 bits is never whole."""
+    dtype, narrow = dy.dtype, factor_dtype(dy.dtype, s)
+    up, down = cast(given(s.a_up), narrow), cast(given(s.a_down), narrow)
+    if narrow == dtype:
+        h = workspace_like(weight, dtype)
+        torch.mm(dy.t(), x, out=h)
+        for rows in row_chunks(h, always=True) if isinstance(weight, QuantizedWeight) else [slice(None)]:
+            h[rows].mul_(weight_rows(weight, rows, dtype))
+        return h @ down.t() if needs.a_up else None, up.t() @ h if needs.a_down else None
+    dup = torch.empty_like(up) if needs.a_up else None
+    ddown = torch.zeros_like(down) if needs.a_down else None
+    x = x.to(narrow)
+    for rows in row_chunks(weight, always=True, size=_ROWS_OF_H):
+        h = dy[:, rows].t().to(narrow) @ x
+        h.mul_(weight_rows(weight, rows, dtype))
+        if dup is not None:
+            dup[rows] = h @ down.t()
+        if ddown is not None:
+            ddown.addmm_(up[rows].t(), h)
+    return dup, ddown
 
 
 def wc_forward(weight: Weight, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None) -> Tensor:
@@ -146,7 +172,7 @@ def wc_forward(weight: Weight, c: Tensor | None, c_up: Tensor | None, c_down: Te
     if isinstance(weight, Tensor) and weight.dtype == wide:
         return weight @ c
     wc = torch.empty(weight.shape[0], dtype=wide, device=weight.device)
-    for rows, part in _wide_chunks(weight, wide):
+    for rows, part in wide_chunks(weight, wide):
         torch.mv(part, c, out=wc[rows])
     return wc
 
@@ -161,13 +187,7 @@ def wc_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dc = Wᵀg, dC_up = dc·C_downᵀ, dC_down = C_upᵀ·dc, in the wide dtype; None where not wanted."""
     wide = wc_dtype(weight, c, c_up)
-    g = cast(g, wide)
-    if isinstance(weight, Tensor) and weight.dtype == wide:
-        dc = weight.t() @ g
-    else:
-        dc = torch.zeros(weight.shape[1], dtype=wide, device=weight.device)
-        for rows, part in _wide_chunks(weight, wide):
-            dc.addmv_(part.t(), g[rows])
+    dc = weighted_sum(cast(g, wide), weight)
     need_c, need_up, need_down = needs
     return (
         dc if need_c else None,
@@ -186,16 +206,11 @@ def weight_for(weight: Weight, s: Supports, call: Call, dtype: torch.dtype) -> T
         torch.mm(cast(s.a_up, dtype), cast(s.a_down, dtype), out=effective)
         return torch.addcmul(weight, weight, effective, out=effective)
     up, down = s.a_up.to(wide), s.a_down.to(wide)
-    for rows in _row_chunks(effective, always=True):
+    for rows in row_chunks(effective, always=True):
         part = weight_rows(weight, rows, dtype).to(wide)
         part = torch.addcmul(part, part, up[rows] @ down)
         effective[rows] = round_dithered(part, dtype, first_row=rows.start)
     return effective
-
-
-def weight_rows(weight: Weight, rows: slice, dtype: torch.dtype) -> Tensor:
-    """Some rows of W: of a 4-bit one in the dtype of the computation, of a matrix as they are."""
-    return dequantize(weight, dtype, rows) if isinstance(weight, QuantizedWeight) else weight[rows]
 
 
 def cast_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -212,15 +227,15 @@ def cast_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 def _low_rank(x: Tensor, weight: Weight, s: Supports, call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Every low-rank term as one product h·factorᵀ: the factor (N,·), h (M,·), and U of the product variant."""
-    dtype = x.dtype
+    dtype, narrow = x.dtype, factor_dtype(x.dtype, s)
     h = factor = u = None
     if call.matmul and s.a_up is not None and s.a_down is not None:
-        factor = u = cast_weight(weight, dtype) @ cast(s.a_up, dtype)
-        h = linear(x, cast(s.a_down, dtype))
+        factor = u = thin(weight if narrow != dtype else cast_weight(weight, dtype), cast(s.a_up, narrow).t(), dtype)
+        h = thin(x, cast(s.a_down, narrow), dtype)
     if s.b_up is not None and s.b_down is not None:
-        b_up = cast(s.b_up, dtype)
+        b_up = cast(s.b_up, narrow)
         kept = dropped(x, keep_of(call, x.shape[0], x.shape[1], x.device))
-        h_b = scaled(linear(kept, cast(s.b_down, dtype)), call.scale / (1.0 - call.dropout_p))
+        h_b = scaled(thin(kept, cast(s.b_down, narrow), dtype), call.scale / (1.0 - call.dropout_p))
         h, factor = (h_b, b_up) if h is None else (torch.cat([h, h_b], 1), torch.cat([given(factor), b_up], 1))
     return factor, h, u
 
@@ -238,10 +253,12 @@ def added_terms(
     dtype, wide = x.dtype, wide_dtype(x.dtype)
     if h is None and sigma is None and (beta is None or beta.dtype == dtype):
         return None
-    if h is not None and factor is not None and sigma is None and (dtype == wide or beta is None):
-        return linear(h, factor, None if beta is None else cast(beta, dtype))
+    if h is not None and factor is not None and sigma is None and beta is None:
+        return spread(h, factor.t(), dtype)
+    if h is not None and factor is not None and sigma is None and dtype == wide:
+        return linear(h, factor, cast(given(beta), dtype))
     delta = torch.empty(x.shape[0], n, dtype=dtype, device=x.device)
-    for rows in _row_chunks(delta):
+    for rows in row_chunks(delta):
         part = delta[rows] if dtype == wide else torch.empty(delta[rows].shape, dtype=wide, device=x.device)
         if beta is None:
             part.zero_()
@@ -263,14 +280,17 @@ def _scale_rows(
 ) -> Tensor:
     """y = Z∘(1+a) + h·factorᵀ + σ·bᵀ + β from base = Z + β, in its place.
 
-    Written as base∘(1+a) + (β - (1+a)∘β) + …, so that y is the base bit for bit where all supports are zero.
+    Written so that y is the base bit for bit where all supports are zero: base∘(1+a) + (β - (1+a)∘β) + … in 16 bits.
+    In wider ones β + (1+a)∘(base - β) + …, where nothing is rounded alike in all rows: dA is recovered from their sum.
     """
     dtype, wide = base.dtype, row_scale.dtype
-    offset = None if beta is None else beta.to(wide) - row_scale * beta.to(dtype).to(wide)
-    for rows in _row_chunks(base):
+    offset = None if beta is None or dtype == wide else beta.to(wide) - row_scale * beta.to(dtype).to(wide)
+    for rows in row_chunks(base):
         y = base[rows].to(wide)
-        if offset is None:
+        if beta is None:
             y.mul_(row_scale)
+        elif offset is None:
+            torch.lerp(beta.to(wide), y, row_scale, out=y)
         else:
             torch.addcmul(offset, y, row_scale, out=y)
         # A 16-bit base was rounded: rounding base∘(1+a) to nearest would mostly give it again.
@@ -304,27 +324,9 @@ def _scale_dy(dy: Tensor, a: Tensor) -> Tensor:
     if scale.dtype == dtype:
         return dy * scale
     scaled = torch.empty(dy.shape, dtype=dtype, device=dy.device)
-    for rows in _row_chunks(dy):
+    for rows in row_chunks(dy):
         scaled[rows] = round_dithered(dy[rows] * scale, dtype, first_row=rows.start)
     return scaled
-
-
-def _row_chunks(matrix: Tensor | QuantizedWeight, always: bool = False) -> list[slice]:
-    """All rows at once, or in chunks where `always` or for 16-bit values, so that fp32 copies stay in the cache."""
-    rows, cols = matrix.shape
-    step = rows if matrix.dtype.itemsize > 2 and not always else max(1, _CHUNK // max(1, cols))
-    return [slice(i, min(i + step, rows)) for i in range(0, rows, max(1, step))]
-
-
-def _wide_chunks(matrix: Weight, wide: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """A 16-bit or 4-bit matrix as wide chunks of its rows: exact, and nothing of its size."""
-    chunks = _row_chunks(matrix, always=True)
-    if isinstance(matrix, QuantizedWeight):
-        yield from ((rows, dequantize(matrix, wide, rows)) for rows in chunks)
-        return
-    buffer = torch.empty(chunks[0].stop, matrix.shape[1], dtype=wide, device=matrix.device)
-    for rows in chunks:
-        yield rows, buffer[: rows.stop - rows.start].copy_(matrix[rows])
 
 
 def _shift_gradients(g: Tensor | None, s: Supports, needs: Needs) -> tuple[Tensor | None, ...]:
@@ -340,24 +342,6 @@ def _shift_gradients(g: Tensor | None, s: Supports, needs: Needs) -> tuple[Tenso
     if needs.e and s.e is not None:
         de = g if s.e.numel() > 1 else g.sum().view(1)
     return dbias, g if needs.wc else None, dd, de
-
-
-def _scale_gradient(
-    dy: Tensor, y: Tensor, rest: Tensor | None, exact: Tensor | None, x: Tensor | None, weight: Weight, a: Tensor
-) -> Tensor:
-    """dA = Σₘ dy∘Z (summed over n as well for a constant): recovered from y, from Z itself in the `exact` rows."""
-    wide = wide_dtype(dy.dtype)
-    total = torch.zeros(dy.shape[1], dtype=wide, device=dy.device)
-    for rows in _row_chunks(dy):
-        total += (dy[rows].to(wide) * y[rows]).sum(0)
-    exact_total = None
-    if exact is not None and bool(exact.any()):
-        near = exact.nonzero().squeeze(1)
-        near_rows = cast_weight(weight, dy.dtype)[near] if isinstance(weight, QuantizedWeight) else weight[near]
-        z = linear(given(x), near_rows.to(dy.dtype))
-        exact_total = torch.zeros_like(total)
-        exact_total[near] = (dy[:, near].to(wide) * z).sum(0)
-    return recover.gradient(total, rest, exact, exact_total, a)
 
 
 def keep_of(call: Call, rows: int, cols: int, device: torch.device) -> Tensor | None:

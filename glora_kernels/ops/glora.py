@@ -3,26 +3,26 @@
     y = Z∘(1+a) + s·(x̃·B_downᵀ)·B_upᵀ + σ·bᵀ + β,   Z = xWᵀ, σ = Σₖ xₖ, x̃ = mask·x/(1-p), β = bias∘(1+d) + e + wc
 
 with Z from W_eff = W∘(1 + A_up·A_down) where A is lora, and x·A_downᵀ·(W·A_up)ᵀ added in the product variant.
-Two ways lead to the same implementation: in eager mode an `autograd.Function` calls it (8 µs a call), under
-torch.compile the registered operator is one node of the graph. What it computes: `ops.eager`, `ops.triton`.
+Three ways lead into it (`ops.ways`): in eager mode an `autograd.Function` (8 µs a call), under torch.compile and for
+whoever watches the operations the registered operator, one node, and under torch.func PyTorch's own operations. What
+it computes: `ops.eager`, `ops.triton`; `ops.composite`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from glora_kernels.launch import routes
 from glora_kernels.launch.workspace import private_workspace, workspace_lock
+from glora_kernels.ops import composite
 from glora_kernels.ops import eager as eager_path
-from glora_kernels.ops import recover
 from glora_kernels.ops import triton as triton_path
 from glora_kernels.ops.common import (
     LIBRARY,
@@ -35,16 +35,18 @@ from glora_kernels.ops.common import (
     autocast_dtype,
     check_form,
     check_vector,
+    factor_dtype,
     owned,
     quant_arguments,
+    read_saved,
     restored,
-    shift,
     state_of,
     stored,
     weight_of,
     wide_dtype,
     without_autocast,
 )
+from glora_kernels.ops.ways import is_batched, is_plain, is_transformed, is_watched, once_differentiable, rows_of
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.spec import VARIANTS
 
@@ -92,7 +94,7 @@ def glora_linear(
     those of x, A and B: `ops.eager.backward`.
 
     Args:
-        x: (..., K).
+        x: (..., K); also nested, whose y is nested as it is, or sparse, whose y is dense.
         weight: W (N, K), frozen; any strides. In the dtype of x, or any where autocast settles it. Or a
             `QuantizedWeight`: W is what the codes stand for, rounded to the dtype of x (of autocast).
         bias: of the base (N,), or None.
@@ -119,16 +121,27 @@ def glora_linear(
         ValueError: sizes, devices or a combination of arguments that do not fit (d without a bias is one), a seed
             that is not one int64, or a weight that requires grad.
         TypeError: an x that is not floating point, or a dtype that differs from the weight's.
-        RuntimeError: a forced `backend` that cannot serve the call. In backward: y was overwritten in place while
-            a trained vector or constant A needs it.
+        RuntimeError: a forced `backend` that cannot serve the call. In backward: x or a parameter was
+            overwritten in place meanwhile, or y while a trained vector or constant A needs it.
     """
     s = Supports(a, a_up, a_down, b, b_up, b_down, bias, wc, d, e)
-    target = autocast_dtype(x)
-    _check(x, weight, s, dropout_p, seed, variant, target)
+    if not is_plain(x):
+        x, nested = rows_of(x)
+        return nested(_linear(x, weight, s, scale, dropout_p, seed, variant))
+    return _linear(x, weight, s, scale, dropout_p, seed, variant)
+
+
+def _linear(
+    x: Tensor, weight: Weight, s: Supports, scale: float, dropout_p: float, seed: Tensor | None, variant: str
+) -> Tensor:
+    target, transformed = autocast_dtype(x), is_transformed()
+    _check(x, weight, s, dropout_p, seed, variant, target, transformed)
     if target is not None and x.dtype != target:
         x = x.to(target)
     call = Call(scale, dropout_p, seed, variant == "matmul", _route(x, weight))
-    if torch.compiler.is_compiling():
+    if transformed:
+        return composite.glora_linear(x, weight, s, call)
+    if is_watched(x):
         return torch.ops.glora_kernels.glora_linear(x, stored(weight), *s, *call, *quant_arguments(weight))[0]
     if not torch.is_grad_enabled():
         return _forward(x, weight, s, call)[0]
@@ -178,6 +191,7 @@ def _check(
     seed: Tensor | None,
     variant: str,
     target: torch.dtype | None,
+    transformed: bool = False,
 ) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
@@ -192,7 +206,7 @@ def _check(
             names = ("weight", *Supports._fields)
             name = next(n for n, t in zip(names, (weight, *s), strict=True) if t is tensor)
             raise ValueError(f"x and {name} must be on one device; got x on {device} and {name} on {tensor.device}")
-    if weight.requires_grad and torch.is_grad_enabled():
+    if weight.requires_grad and torch.is_grad_enabled() and not transformed:
         raise ValueError(
             "weight requires a gradient, but a GLoRA layer's base is frozen and gets none; "
             "call weight.requires_grad_(False)"
@@ -281,22 +295,16 @@ def _backward(
     return grads
 
 
-def _saved(
-    needs: Needs, s: Supports, call: Call, needs_z: Callable[[], bool] | None
-) -> tuple[bool, bool, bool, bool, bool]:
+def _saved(needs: Needs, s: Supports, call: Call) -> tuple[bool, bool, bool, bool, bool]:
     """Which of (x, y, h, σ, U) backward will read.
 
-    x is kept only for a gradient that multiplies it, or to compute Z anew in rows of A where y does not give it
-    (`ops.recover`). Whether there are any, a CPU can look up through `needs_z`; a GPU would have to wait for the
-    answer, so there, and while tracing, `needs_z` is None and a trained A keeps x.
+    x is kept for a gradient that multiplies it, and beside y for a vector or constant A: Z is computed anew in the
+    rows where y does not give it (`ops.recover`).
     """
-    lora_a = s.a_up is not None
-    keep_x = needs.b_down or needs.a_down or (needs.a_up and not call.matmul)
-    if needs.a and s.a is not None and not keep_x:
-        keep_x = needs_z is None or needs_z()
+    keep_x = needs.a or needs.b_down or needs.a_down or (needs.a_up and not call.matmul)
     keep_h = needs.b_up or (needs.a and s.b_up is not None) or (call.matmul and needs.a_up)
     keep_sigma = s.b is not None and (needs.b or needs.a)
-    keep_u = call.matmul and lora_a and (needs.x or needs.a_down)
+    keep_u = call.matmul and s.a_up is not None and (needs.x or needs.a_down)
     return keep_x, needs.a, keep_h, keep_sigma, keep_u
 
 
@@ -315,15 +323,7 @@ class _GLoRAFunction(torch.autograd.Function):
             call = call._replace(seed=eager_path.keep_of(call, rows, cols, x.device))
         y, h, sigma, u = _forward(x, weight, s, call)
         if any(needs):
-
-            def needs_z() -> bool:
-                flat = y if y.ndim == 2 else y.reshape(math.prod(y.shape[:-1]), y.shape[-1])
-                beta = shift(s, y.dtype)
-                return bool(recover.ill_conditioned_rows(flat, beta, h, sigma, s, x_is_kept=False).any())
-
-            # A fake y has no values to look at.
-            looks = needs.a and y.device.type == "cpu" and call.route == "eager" and type(y) is Tensor
-            keep_x, keep_y, keep_h, keep_sigma, keep_u = _saved(needs, s, call, needs_z if looks else None)
+            keep_x, keep_y, keep_h, keep_sigma, keep_u = _saved(needs, s, call)
             reads_shift = needs.a or needs.bias or needs.wc or needs.d or needs.e
             ctx.save_for_backward(
                 stored(weight),
@@ -342,29 +342,56 @@ class _GLoRAFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        # Gradients are recorded here only under create_graph=True, where PyTorch must refuse a second derivative.
-        return _once_differentiable_backward(ctx, dy) if torch.is_grad_enabled() else _function_backward(ctx, dy)
+        tensor, *rest = read_saved(ctx, with_y=ctx.needs.a)
+        seed, x, y, h, sigma, u, *terms = rest[_AB:]
+        call = ctx.call if seed is None else ctx.call._replace(seed=seed)
+        weight, s = restored(tensor, ctx.quant_state), Supports(*rest[:_AB], *terms)
+        run = _batched_backward if is_batched(dy) else _operator_backward if is_watched(dy) else _backward
+        grads = run(dy, x, weight, s, y, h, sigma, u, call, ctx.needs)
+        return (grads[0], None, None, *grads[1:])
 
 
-def _function_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    try:
-        tensor, *rest = ctx.saved_tensors
-    except RuntimeError as error:
-        if ctx.needs.a and "inplace operation" in str(error):
-            raise RuntimeError(
-                "the output of a GLoRA layer with a trained vector or constant A was overwritten in place (an "
-                "activation or dropout with inplace=True, or +=), but its backward needs it; use the out-of-place form"
-            ) from error
-        raise
-    seed, x, y, h, sigma, u, *terms = rest[_AB:]
-    call = ctx.call if seed is None else ctx.call._replace(seed=seed)
-    weight = restored(tensor, ctx.quant_state)
-    grads = _backward(dy, x, weight, Supports(*rest[:_AB], *terms), y, h, sigma, u, call, ctx.needs)
-    return (grads[0], None, None, *grads[1:])
+def _operator_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Weight,
+    s: Supports,
+    y: Tensor | None,
+    h: Tensor | None,
+    sigma: Tensor | None,
+    u: Tensor | None,
+    call: Call,
+    needs: Needs,
+) -> list[Tensor | None]:
+    """`_backward` through the registered operator."""
+    grads = torch.ops.glora_kernels.glora_linear_backward(
+        dy, x, stored(weight), *s, y, h, sigma, u, *call, list(needs), *quant_arguments(weight)
+    )
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-_once_differentiable_backward = once_differentiable(_function_backward)
+def _batched_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Weight,
+    s: Supports,
+    y: Tensor | None,
+    h: Tensor | None,
+    sigma: Tensor | None,
+    u: Tensor | None,
+    call: Call,
+    needs: Needs,
+) -> list[Tensor | None]:
+    """`_backward` of a batch of dy. An x that was not kept takes no part in any wanted gradient."""
+    if x is None:
+        x = torch.zeros(*dy.shape[:-1], weight.shape[1], dtype=dy.dtype, device=dy.device)
+
+    def forward(x: Tensor, *tensors: Tensor | None) -> Tensor:
+        return composite.glora_linear(x, weight, Supports(*tensors), call, h, sigma)
+
+    return composite.gradients(forward, (x, *s), needs, dy)
 
 
 def _needs(ctx: Any) -> Needs:
@@ -385,12 +412,12 @@ def _fake(x: Tensor, weight: Tensor, *rest: Any) -> Any:
     s, call, (*_, form) = Supports(*rest[:_N]), Call(*rest[_N:_V]), rest[_V:] or NO_QUANT
     m, n = math.prod(x.shape[:-1]), form[0] if form else weight.shape[0]
     rank = s.a_up.shape[1] if call.matmul and s.a_up is not None else 0
-    total = rank + (0 if s.b_up is None else s.b_up.shape[1])
+    total, narrow = rank + (0 if s.b_up is None else s.b_up.shape[1]), factor_dtype(x.dtype, s)
     return (
         x.new_empty(*x.shape[:-1], n),
-        x.new_empty(m, total) if total else x.new_empty(0),
+        x.new_empty(m, total, dtype=narrow) if total else x.new_empty(0),
         x.new_empty(m, dtype=wide_dtype(x.dtype)) if s.b is not None else x.new_empty(0),
-        x.new_empty(n, rank) if rank else x.new_empty(0),
+        x.new_empty(n, rank, dtype=narrow) if rank else x.new_empty(0),
     )
 
 
@@ -418,7 +445,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     y, h, sigma, u = output
     ctx.mark_non_differentiable(h, sigma, u)
     s, call, (*state, form) = Supports(*rest[:_N]), Call(*rest[_N:_V]), rest[_V:] or NO_QUANT
-    keep = _saved(_needs(ctx), s, call, None)
+    keep = _saved(_needs(ctx), s, call)
     kept = (t if k else None for t, k in zip((x, y, h, sigma, u), keep, strict=True))
     ctx.save_for_backward(weight, *s, call.seed, *kept, *state)
     ctx.form = form
@@ -426,13 +453,11 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _op_autograd(ctx: Any, dy: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-    weight, *rest = ctx.saved_tensors
+    weight, *rest = read_saved(ctx, with_y=_needs(ctx).a)
     seed, x, y, h, sigma, u, *state = rest[_N:]
-    call, needs = ctx.call._replace(seed=seed), _needs(ctx)
-    grads = torch.ops.glora_kernels.glora_linear_backward(
-        dy, x, weight, *rest[:_N], y, h, sigma, u, *call, list(needs), *state, ctx.form
-    )
-    grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    call, weight = ctx.call._replace(seed=seed), weight_of(weight, *(*state, ctx.form))
+    run = _batched_backward if is_batched(dy) else _operator_backward
+    grads = run(dy, x, weight, Supports(*rest[:_N]), y, h, sigma, u, call, _needs(ctx))
     return (grads[0], None, *grads[1:], *(None for _ in range(len(Call._fields) + len(NO_QUANT))))
 
 

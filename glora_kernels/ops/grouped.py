@@ -2,28 +2,28 @@
 
     y_i = x_i·W_iᵀ + s_i·(x̃_i·down_iᵀ)·up_iᵀ + bias_i,   x̃ = mask·x/(1-p)
 
-On a GPU the forward of a group is one launch (two with dropout or a large rank) and its backward is four, as of one
-layer. It takes the place of `ops.glora_linear` where projections read one input: q, k and v; gate and up; K and V of
-every decoder layer on one encoder state.
+On a GPU the forward of a group is one launch (two with dropout, a large rank, or fp32 factors over 16 bits) and its
+backward is four, as of one layer. It takes the place of `ops.glora_linear` where projections read one input: q, k and
+v; gate and up; K and V of every decoder layer on one encoder state.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from glora_kernels.launch import routes
 from glora_kernels.launch.workspace import private_workspace, workspace_lock
-from glora_kernels.ops import grouped_eager, grouped_triton
-from glora_kernels.ops.common import LIBRARY, autocast_dtype, cast, check_vector, owned, without_autocast
-from glora_kernels.ops.grouped_common import ABSENT, Group, GroupNeeds, Operands
+from glora_kernels.ops import composite, grouped_eager, grouped_triton
+from glora_kernels.ops.common import LIBRARY, autocast_dtype, cast, check_vector, owned, read_saved, without_autocast
+from glora_kernels.ops.grouped_common import ABSENT, Group, GroupNeeds, Operands, factor_dtype
+from glora_kernels.ops.ways import is_batched, is_plain, is_transformed, is_watched, once_differentiable, rows_of
 
 MAX_MEMBERS = 64
 """The most members of one call: their addresses are arguments of one kernel."""
@@ -60,7 +60,7 @@ def grouped_lora_linear(
     d_bias_i = Σₘ dy_i.
 
     Args:
-        xs: (..., K_i) each.
+        xs: (..., K_i) each; also nested or sparse, as in `ops.glora_linear`.
         weights: W_i (N_i, K_i), frozen; row-major, or the transpose of such a matrix.
         downs: (R_i, K_i) or None; ranks may differ.
         ups: (N_i, R_i); there where `downs` is.
@@ -82,6 +82,7 @@ def grouped_lora_linear(
     x_list, weight_list = _each("xs", xs, members), _each("weights", weights, members)
     down_list, up_list = _each("downs", downs, members), _each("ups", ups, members)
     bias_list, seed_list = _each("biases", biases, members), _each("seeds", seeds, members)
+    nestings = _to_rows(x_list)
     s = [float(scales)] * members if isinstance(scales, (int, float)) else [float(value) for value in scales]
     for i in range(members):
         _check(
@@ -101,10 +102,26 @@ def grouped_lora_linear(
     group = Group(
         x_of, w_of, d_of, u_of, b_of, k_of, s, dropout_p if keys else 0.0, routes.route(first.device.type, dtype)
     )
-    if torch.compiler.is_compiling():
-        return torch.ops.glora_kernels.grouped_lora_linear(*operands, *group)[0]
-    sizes = tuple(len(tensors) for tensors in operands)
-    return list(_GroupedFunction.apply(group, sizes, *operands.flat()))
+    if is_transformed():
+        ys = composite.grouped_lora_linear(operands, group)
+    elif is_watched(operands.xs[0]):
+        ys = torch.ops.glora_kernels.grouped_lora_linear(*operands, *group)[0]
+    else:
+        sizes = tuple(len(tensors) for tensors in operands)
+        ys = list(_GroupedFunction.apply(group, sizes, *operands.flat()))
+    return [y if nested is None else nested(y) for y, nested in zip(ys, nestings, strict=True)]
+
+
+def _to_rows(xs: list[Tensor | None]) -> list[Callable[[Tensor], Tensor] | None]:
+    """Put the rows of every nested or sparse x in its place, and return what gives the members' y the nesting."""
+    known: dict[int, tuple[Tensor, Callable[[Tensor], Tensor]]] = {}
+    found: list[Callable[[Tensor], Tensor] | None] = [None] * len(xs)
+    for i, x in enumerate(xs):
+        if x is not None and not is_plain(x):
+            if id(x) not in known:
+                known[id(x)] = rows_of(x)
+            xs[i], found[i] = known[id(x)]
+    return found
 
 
 def _size(**operands: Any) -> int:
@@ -172,7 +189,7 @@ def _check(
         raise TypeError(f"xs[{i}] and weights[{i}] must have one dtype outside autocast; got {x.dtype}, {weight.dtype}")
     if autocast_dtype(first) is None and x.dtype != first.dtype:
         raise TypeError(f"xs[{i}] is {x.dtype} and xs[0] {first.dtype}; a group has one dtype")
-    if weight.requires_grad and torch.is_grad_enabled():
+    if weight.requires_grad and torch.is_grad_enabled() and not is_transformed():
         raise ValueError(f"weights[{i}] requires a gradient, but the base of a LoRA layer is frozen and gets none")
     if (down is None) != (up is None):
         raise ValueError(f"downs[{i}] and ups[{i}] come together; one of them is None")
@@ -273,10 +290,36 @@ class _GroupedFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved = read_saved(ctx)
         count = sum(ctx.sizes)
         operands, hs = Operands(*_split(saved[:count], ctx.sizes)), list(saved[count:])
-        return None, None, *_backward(dys, operands, hs, ctx.group, ctx.needs_input_grad[2:])
+        batched, watched = any(map(is_batched, dys)), any(map(is_watched, dys))
+        run = _batched_backward if batched else _operator_backward if watched else _backward
+        return None, None, *run(dys, operands, hs, ctx.group, ctx.needs_input_grad[2:])
+
+
+def _operator_backward(
+    dys: Sequence[Tensor], operands: Operands, hs: list[Tensor], group: Group, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """`_backward` through the registered operator."""
+    grads = torch.ops.glora_kernels.grouped_lora_linear_backward(list(dys), *operands, hs, *group, list(needs))
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+def _batched_backward(
+    dys: Sequence[Tensor], operands: Operands, hs: list[Tensor], group: Group, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """`_backward` where a dy is a batch. An x that was not kept takes no part in any wanted gradient."""
+    sizes, shapes = [len(tensors) for tensors in operands], _shapes(dys, operands, group)
+    xs = [
+        x if x.numel() else torch.zeros(shape, dtype=x.dtype, device=x.device)
+        for x, shape in zip(operands.xs, shapes[: len(operands.xs)], strict=True)
+    ]
+
+    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(composite.grouped_lora_linear(Operands(*_split(tensors, sizes)), group, hs))
+
+    return composite.gradients(forward, operands._replace(xs=xs).flat(), needs, tuple(dys))
 
 
 def _kept(operands: Operands, group: Group, needs: Sequence[bool]) -> list[Tensor]:
@@ -302,7 +345,9 @@ def _fake(*arguments: Any) -> Any:
         for x, w in zip(group.x, group.weight, strict=True)
     ]
     hs = [
-        operands.xs[x].new_empty(math.prod(operands.xs[x].shape[:-1]), operands.downs[down].shape[0])
+        operands.xs[x].new_empty(
+            math.prod(operands.xs[x].shape[:-1]), operands.downs[down].shape[0], dtype=factor_dtype(operands)
+        )
         for x, down, _, _ in group.paths()
     ]
     return ys, hs
@@ -335,12 +380,12 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _op_autograd(ctx: Any, dys: list[Tensor], dhs: Any) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
+    saved = read_saved(ctx)
     count = sum(ctx.sizes)
-    operands, hs = _split(saved[:count], ctx.sizes), list(saved[count:])
-    grads = torch.ops.glora_kernels.grouped_lora_linear_backward(list(dys), *operands, hs, *ctx.group, ctx.needs)
-    kept = [grad if need else None for grad, need in zip(grads, ctx.needs, strict=True)]
-    return *_split(kept, ctx.sizes), *(None for _ in Group._fields)
+    operands, hs = Operands(*_split(saved[:count], ctx.sizes)), list(saved[count:])
+    run = _batched_backward if any(map(is_batched, dys)) else _operator_backward
+    grads = run(dys, operands, hs, ctx.group, ctx.needs)
+    return *_split(grads, ctx.sizes), *(None for _ in Group._fields)
 
 
 def _op_autocast(xs: list[Tensor], *rest: Any) -> Any:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from glora_kernels.ops import common
+from glora_kernels.ops.common import Supports
 
 ABSENT = -1
 """The index of an operand that a member does not have."""
@@ -60,6 +64,13 @@ class Group(NamedTuple):
         """The index in `paths` of each member, or ABSENT."""
         index = {path: i for i, path in enumerate(self.paths())}
         return [index.get(key, ABSENT) for key in self.keys()]
+
+
+def factor_dtype(operands: Operands) -> torch.dtype:
+    """The dtype of every h and S of a group: fp32 where x has 16 bits and a factor of any member is wider."""
+    dtype = operands.xs[0].dtype
+    found = {common.factor_dtype(dtype, Supports(b_up=factor)) for factor in (*operands.ups, *operands.downs)}
+    return max(found, key=lambda each: each.itemsize, default=dtype)
 
 
 class GroupNeeds(NamedTuple):

@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from glora_kernels.ops.chunks import gathered, spread, thin
 from glora_kernels.ops.common import cast, wide_dtype
 from glora_kernels.ops.eager import added_terms, cast_weight, dropped, scaled
-from glora_kernels.ops.grouped_common import ABSENT, Group, GroupGradients, GroupNeeds, Operands
+from glora_kernels.ops.grouped_common import ABSENT, Group, GroupGradients, GroupNeeds, Operands, factor_dtype
 from glora_kernels.reference.random import keep_mask
 
 
 def forward(operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor]]:
     """(y_i (M,N) of every member, h_t (M,R) of every path)."""
-    hs = []
+    hs, narrow = [], factor_dtype(operands)
     for x_of, down_of, seed_of, scale in group.paths():
         x, down = operands.xs[x_of], operands.downs[down_of]
         keep = _keep(len(x), down.shape[1], operands, group, seed_of)
-        hs.append(scaled(linear(dropped(x, keep), cast(down, x.dtype)), scale / (1.0 - group.dropout_p)))
+        h = thin(dropped(x, keep), cast(down, narrow), x.dtype)
+        hs.append(scaled(h, scale / (1.0 - group.dropout_p)))
     ys = []
     for i, path in enumerate(group.path_of()):
         x, weight = operands.xs[group.x[i]], operands.weights[group.weight[i]]
@@ -32,7 +34,7 @@ def forward(operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor
             bias = cast(bias, wide_dtype(x.dtype))
         low = up = None
         if path != ABSENT:
-            low, up = hs[path], cast(operands.ups[group.up[i]], x.dtype)
+            low, up = hs[path], cast(operands.ups[group.up[i]], narrow)
         # The small terms first, and into the large product: 16 bits round their sum once, as in a single layer.
         delta = added_terms(x, weight.shape[0], bias, low, up, None, None)
         if delta is None:
@@ -52,7 +54,7 @@ def backward(
     """
     grads = GroupGradients.empty(needs)
     paths, path_of = group.paths(), group.path_of()
-    dtype, wide = dys[0].dtype, wide_dtype(dys[0].dtype)
+    dtype, wide, narrow = dys[0].dtype, wide_dtype(dys[0].dtype), factor_dtype(operands)
     sums: list[Tensor | None] = [None] * len(paths)
     for i, dy in enumerate(dys):
         path = path_of[i]
@@ -61,19 +63,19 @@ def backward(
         if path == ABSENT:
             continue
         if needs.ups[group.up[i]]:
-            _add(grads.ups, group.up[i], (hs[path].t() @ dy).t().to(wide))
+            _add(grads.ups, group.up[i], gathered(hs[path], dy, dtype).t().to(wide))
         if needs.xs[group.x[i]] or needs.downs[group.down[i]]:
             scale = group.scales[i] / (1.0 - group.dropout_p)
-            _add(sums, path, scaled(dy @ cast(operands.ups[group.up[i]], dtype), scale).to(wide))
+            _add(sums, path, scaled(thin(dy, cast(operands.ups[group.up[i]], narrow).t(), dtype), scale).to(wide))
     for (x_of, down_of, seed_of, _), total in zip(paths, sums, strict=True):
         if total is None:
             continue
-        s, down = total.to(dtype), cast(operands.downs[down_of], dtype)
+        s, down = total.to(narrow), cast(operands.downs[down_of], narrow)
         keep = _keep(len(s), down.shape[1], operands, group, seed_of)
         if needs.downs[down_of]:
-            _add(grads.downs, down_of, (s.t() @ dropped(operands.xs[x_of], keep)).to(wide))
+            _add(grads.downs, down_of, gathered(s, dropped(operands.xs[x_of], keep), dtype).to(wide))
         if needs.xs[x_of]:
-            _add(grads.xs, x_of, dropped(s @ down, keep))
+            _add(grads.xs, x_of, dropped(spread(s, down, dtype), keep))
     # The small terms of dx first, as in forward.
     for i, dy in enumerate(dys):
         if needs.xs[group.x[i]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from glora_kernels.launch import environment
 from glora_kernels.launch.configs import MAX_FACTOR_RANK, Shape
 from glora_kernels.launch.plan import arch_of
-from glora_kernels.ops.common import given
+from glora_kernels.ops.common import Supports, factor_dtype, given
 from glora_kernels.ops.grouped_common import ABSENT, Group, GroupGradients, GroupNeeds, Operands
 from glora_kernels.ops.triton import MAX_RANK
 
@@ -55,8 +55,11 @@ def forward(operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor
     paths, path_of = group.paths(), group.path_of()
     rank = _max_rank(operands.downs)
     arch = arch_of(xs[0])
-    hs = [operands.xs[x].new_empty(len(operands.xs[x]), len(operands.downs[down])) for x, down, _, _ in paths]
-    inside = launch.makes_h_inside(xs, weights, rank, group.dropout_p, arch)
+    wide = _factor_dtype(xs[0].dtype, operands)
+    hs = [
+        operands.xs[x].new_empty(len(operands.xs[x]), len(operands.downs[down]), dtype=wide) for x, down, _, _ in paths
+    ]
+    inside = launch.makes_h_inside(xs, weights, [*operands.downs, *operands.ups], rank, group.dropout_p, arch)
     if hs and not inside:
         launch.grouped_down_launch(
             [operands.xs[x] for x, _, _, _ in paths], [operands.downs[down] for _, down, _, _ in paths], hs,
@@ -108,7 +111,8 @@ def _read_dy(
     shape = Shape(max(len(dy) for dy in dys), max(widths), max(widths), rank)
     users = [path_of.count(t) for t in range(len(paths))]
     sharing = max(users, default=0)
-    splits, bands, width = launch.grouped_dy_sizes(shape, group.size, sharing, dys[0].dtype, arch)
+    wide = _factor_dtype(dys[0].dtype, operands)
+    splits, bands, width = launch.grouped_dy_sizes(shape, group.size, sharing, dys[0].dtype, arch, wide)
     # Of all paths or of none: a member whose place were missing would write into another's.
     wants_s = any(needs.xs[x] or needs.downs[down] for x, down, _, _ in paths)
     sizes = [(len(dys[path_of.index(t)]), len(operands.downs[path[1]])) for t, path in enumerate(paths) if wants_s]
@@ -129,8 +133,8 @@ def _read_dy(
     if part is not None or ss:
         launch.grouped_dy_launch(
             dys, ups=_of(operands.ups, group.up), hs=own_h if here else [None] * group.size, ss=own_s,
-            parts=None if part is None else _columns(part, widths), with_g=with_g, scales=group.scales, shape=shape,
-            bands=(bands, width), arch=arch,
+            parts=None if part is None else _columns(part, widths), with_g=with_g, scales=group.scales, factors=wide,
+            shape=shape, bands=(bands, width), arch=arch,
         ).run()  # fmt: skip
     if ss and len(memory) > launch.most_bands(rank):
         memory, parts = memory.new_empty(1, memory.shape[1]), memory
@@ -144,7 +148,7 @@ def _read_dy(
         columns = _columns(factor, widths)
         launch.grouped_x_launch(
             [dys[i] for i in low], ss=[given(own_h[i])[None] for i in low], parts=[columns[i] for i in low],
-            shape=shape, splits=count, arch=arch,
+            factors=hs[0].dtype, shape=shape, splits=count, arch=arch,
         ).run()  # fmt: skip
     return _Read(ss, part[:, :1] if part is not None and with_g else None, factor)
 
@@ -172,7 +176,8 @@ def _read_x(operands: Operands, ss: list[Tensor], group: Group, needs: GroupNeed
     keys = _seeds(operands, group)
     launch.grouped_x_launch(
         xs, ss=[ss[t] for t in wanted], parts=_views(parts, sizes), dropout_p=group.dropout_p,
-        seeds=[keys[t] for t in wanted] if keys else [], shape=shape, splits=splits, arch=arch,
+        seeds=[keys[t] for t in wanted] if keys else [], factors=_factor_dtype(xs[0].dtype, operands), shape=shape,
+        splits=splits, arch=arch,
     ).run()  # fmt: skip
     sums = parts.new_empty(1, parts.shape[1], dtype=_gradient_dtype(operands.downs, [down for _, down, _, _ in paths]))
     return _Downs(parts, sums, dict(zip(wanted, _views(sums, sizes), strict=True)))
@@ -274,6 +279,12 @@ def _small(tensors: list[Tensor]) -> list[Tensor]:
     if len({tensor.dtype for tensor in tensors}) > 1:
         tensors = [tensor.float() for tensor in tensors]
     return [tensor.contiguous() for tensor in tensors]
+
+
+def _factor_dtype(dtype: torch.dtype, operands: Operands) -> torch.dtype:
+    """`ops.common.factor_dtype` of a group: one for all of its members."""
+    down, up = (next(iter(tensors), None) for tensors in (operands.downs, operands.ups))
+    return factor_dtype(dtype, Supports(b_up=up, b_down=down))
 
 
 def _gradient_dtype(tensors: Sequence[Tensor], indices: Sequence[int]) -> torch.dtype:

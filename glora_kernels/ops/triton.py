@@ -21,7 +21,7 @@ from glora_kernels.launch import environment, four_bit, routes
 from glora_kernels.launch.configs import MAX_FACTOR_RANK, TOTALS_BESIDE_DX, Shape
 from glora_kernels.launch.plan import LibraryProduct, arch_of
 from glora_kernels.launch.workspace import workspace_like
-from glora_kernels.ops.common import Call, Needs, Supports, Weight, given, wide_dtype
+from glora_kernels.ops.common import Call, Needs, Supports, Weight, factor_dtype, given, wide_dtype
 from glora_kernels.quant import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -61,14 +61,19 @@ def forward(
     p, r = _ranks(s, call)
     rank = p + r
     lora = s.a_up is not None and not call.matmul
+    wide = factor_dtype(x.dtype, s)
     if isinstance(weight, QuantizedWeight):
-        few = None if lora or p or call.dropout_p > 0 else four_bit.small_m(x, weight, r, route=call.route, arch=arch)
+        few = (
+            None
+            if lora or p or call.dropout_p > 0
+            else four_bit.small_m(x, weight, r, factors=wide, route=call.route, arch=arch)
+        )
         if few is not None:
             return _few_tokens(few, x, weight, s, call, arch)
         weight = _dense(weight, x.dtype, call, arch, s if lora else None)
         if lora:
             s, lora = s._replace(a_up=None, a_down=None), False
-    u = x.new_empty(n, p) if p else None
+    u = x.new_empty(n, p, dtype=wide) if p else None
     weff = workspace_like(weight, x.dtype) if lora else None
     y = x.new_empty(m, n)
     factors: dict[str, Any] = {"a_up": s.a_up, "a_down": s.a_down, "u": u, "weff": weff}
@@ -77,7 +82,7 @@ def forward(
     effective = weight if weff is None else weff
 
     if _route(x, weight, s, call, shape, arch, backward=False) == "library":
-        h = x.new_empty(m, rank) if rank else None
+        h = x.new_empty(m, rank, dtype=wide) if rank else None
         sigma = x.new_empty(m, dtype=torch.float32) if s.b is not None else None
         if u is not None or weff is not None:
             before.prepare_launch(x, weight, **factors, arch=arch).run()
@@ -95,15 +100,14 @@ def forward(
         return y, h, sigma, u
 
     bands, width = before.prepare_bands(shape, x.dtype, arch)
-    narrow = x.dtype if bands == 1 else torch.float32
-    h_bands = x.new_empty(bands, m, rank, dtype=narrow) if rank else None
+    h_bands = x.new_empty(bands, m, rank, dtype=wide if bands == 1 else torch.float32) if rank else None
     sigma_bands = x.new_empty(bands, m, dtype=torch.float32) if s.b is not None else None
     if any(t is not None for t in (h_bands, sigma_bands, weff)):
         before.prepare_launch(
             x, weight, **factors, b_down=s.b_down, h=h_bands, sigma=sigma_bands, band_width=width, **dropped
         ).run()
     summed = bands > 1
-    h = (x.new_empty(m, rank) if summed else given(h_bands)[0]) if rank else None
+    h = (x.new_empty(m, rank, dtype=wide) if summed else given(h_bands)[0]) if rank else None
     sigma = None
     if sigma_bands is not None:
         sigma = sigma_bands.new_empty(m) if summed else sigma_bands[0]
@@ -120,7 +124,7 @@ def _few_tokens(
     """`forward` of a few tokens over a 4-bit weight, in one launch."""
     m, n = x.shape[0], weight.shape[0]
     y = x.new_empty(m, n)
-    h = None if s.b_down is None else x.new_empty(m, s.b_down.shape[0])
+    h = None if s.b_down is None else x.new_empty(m, s.b_down.shape[0], dtype=factor_dtype(x.dtype, s))
     sigma = None if s.b is None else x.new_empty(m, dtype=torch.float32)
     four_bit.small_m_launch(
         kind, x, weight, y, a=s.a, b=s.b, b_up=s.b_up, b_down=s.b_down, scale=call.scale, bias=s.bias, wc=s.wc, d=s.d,
@@ -154,6 +158,7 @@ def backward(
     m, n, k = shape.m, shape.n, shape.k
     p, r = _ranks(s, call)
     lora = s.a_up is not None and not call.matmul
+    wide = factor_dtype(dy.dtype, s)
     dropped: dict[str, Any] = {"dropout_p": call.dropout_p if r else 0.0, "seed": call.seed, "arch": arch}
     sums: list[end.Sum] = []
     read_dy = _read_dy(dy, s, y, h, sigma, u, call, needs, shape, arch)
@@ -164,7 +169,7 @@ def backward(
     if lora and (needs.a_up or needs.a_down):
         a_up, a_down = given(s.a_up), given(s.a_down)
         rank = a_up.shape[1]
-        n_tiles, k_tiles = around.hadamard_grad_tiles(shape._replace(r=rank), dy.dtype, arch)
+        n_tiles, k_tiles = around.hadamard_grad_tiles(shape._replace(r=rank), dy.dtype, arch, wide)
         dup = dy.new_empty(k_tiles, n, rank, dtype=torch.float32) if needs.a_up else None
         ddown = dy.new_empty(n_tiles, rank, k, dtype=torch.float32) if needs.a_down else None
         db_down = _like(s.b_down) if needs.b_down and r <= MAX_RANK_BESIDE_HADAMARD else None
@@ -173,7 +178,7 @@ def backward(
         read = _dense(weight, dy.dtype, call, arch) if isinstance(weight, QuantizedWeight) and k % 8 else weight
         around.hadamard_grad_launch(
             dy, given(x), read, a_up=a_up, a_down=a_down, dup=dup, ddown=ddown, weff=weff,
-            s=None if db_down is None else ds, db_down=db_down, **dropped,
+            s=None if db_down is None else ds, db_down=db_down, factors=wide, **dropped,
         ).run()  # fmt: skip
         if dup is not None:
             da_up = _like(a_up)
@@ -208,7 +213,7 @@ def backward(
         terms: dict[str, Any] = {"dx": dx, "tau": tau, **down} if adds_to_dx else {}
         reads.x_launch(
             given(dx) if part is None else given(x), s=ds, p=p, r=r, part=part, want_p=want_p, want_v=want_v, **terms,
-            shape=shape, splits=splits, **dropped,
+            factors=wide, shape=shape, splits=splits, **dropped,
         ).run()  # fmt: skip
         if part is not None and want_p:
             da_down = _like(s.a_down)
@@ -217,7 +222,7 @@ def backward(
             db_down = _like(s.b_down)
             sums.append(end.Sum(part[:, p * want_p :], db_down))
     # Before dx, whose launch sums the gradients of constants on the way.
-    grads, vectors, totals = _finish(read_dy, sums, dy, x, dense, s, y, h, sigma, needs, p, r, arch)
+    grads, vectors, totals = _finish(read_dy, sums, dy, x, dense, s, needs, p, r, arch)
     if p and needs.a_up:
         da_up = _gradient_through_weight(given(dense), grads["du"], given(s.a_up), arch)
     if isinstance(weight, QuantizedWeight) and builds:
@@ -240,14 +245,17 @@ def backward(
 
 
 class _Read(NamedTuple):
-    """What reading dy gave: S (bands,M,P+R), τ (bands,M), and partial sums along M: of dyᵀ[P|h], and of the rest."""
+    """What reading dy gave: S (bands,M,P+R), τ (bands,M), and partial sums along M: of dyᵀ[P|h], and of the rest.
+
+    `mixed`: y holds more than Z∘(1+a), and dA has sums by which its recovery from y is judged.
+    """
 
     ds: Tensor | None
     tau: Tensor | None
     part: Tensor | None
     factor: Tensor | None
     with_g: bool
-    with_sigma: bool
+    mixed: bool
 
 
 def _read_dy(
@@ -262,25 +270,28 @@ def _read_dy(
     shape: Shape,
     arch: str,
 ) -> _Read:
-    """S = [dy·U | s·dy·B_up] and τ = dy·b along N; dyᵀ[P|h], Σ dy, dyᵀσ and Σ dy∘y along M, as far as wanted."""
+    """S = [dy·U | s·dy·B_up] and τ = dy·b along N; dyᵀ[P|h], Σ dy, dyᵀσ and dA's sums along M, as far as wanted."""
     p, r = _ranks(s, call)
     want_s = p + r > 0 and (needs.x or needs.b_down or (p > 0 and needs.a_down))
-    with_factor = needs.b_up or (needs.a and r > 0) or (p > 0 and needs.a_up)
-    has_shift = s.bias is not None or s.wc is not None or s.e is not None
-    with_g = needs.bias or needs.wc or needs.d or needs.e or (needs.a and has_shift)
-    with_sigma = s.b is not None and (needs.b or needs.a)
+    with_factor = needs.b_up or (p > 0 and needs.a_up)
+    shift: dict[str, Any] = {"bias": s.bias, "wc": s.wc, "d": s.d, "e": s.e} if needs.a else {}
+    mixed = needs.a and (r > 0 or any(t is not None for t in (s.b, s.bias, s.wc, s.e)))
+    with_g = needs.bias or needs.wc or needs.d or needs.e
     here = with_factor and p + r <= MAX_FACTOR_RANK
-    others = with_g + with_sigma + needs.a
+    others = with_g + needs.b + needs.a + 2 * mixed
     rows = others + (p + r) * here
-    splits, bands, width = reads.dy_sizes(shape, dy.dtype, arch)
+    wide = factor_dtype(dy.dtype, s)
+    splits, bands, width = reads.dy_sizes(shape, dy.dtype, arch, mixed, wide)
     ds = dy.new_empty(bands, shape.m, p + r, dtype=torch.float32) if want_s else None
     tau = dy.new_empty(bands, shape.m, dtype=torch.float32) if s.b is not None and needs.x else None
     part = dy.new_empty(splits, rows, shape.n, dtype=torch.float32) if rows else None
     if ds is not None or tau is not None or part is not None:
         reads.dy_launch(
-            dy, y=given(y) if needs.a else None, u=u, up=s.b_up, b=None if tau is None else s.b,
-            h=given(h) if here else None, sigma=given(sigma) if with_sigma else None, s=ds, tau=tau, part=part,
-            with_g=with_g, p=p, r=r, shape=shape, bands=(bands, width), scale=call.scale, arch=arch,
+            dy, y=given(y) if needs.a else None, u=u, up=s.b_up, b=s.b if needs.a or tau is not None else None, **shift,
+            h=given(h) if here or (needs.a and r > 0) else None, with_factor=here,
+            sigma=given(sigma) if needs.b or (needs.a and s.b is not None) else None, with_sigma=needs.b, s=ds, tau=tau,
+            part=part, with_g=with_g, factors=wide, p=p, r=r, shape=shape, bands=(bands, width), scale=call.scale,
+            arch=arch,
         ).run()  # fmt: skip
     factor = None
     if here and part is not None:
@@ -290,9 +301,10 @@ def _read_dy(
         parts = reads.x_splits(across, dy.dtype, arch)
         factor = dy.new_empty(parts, p + r, shape.n, dtype=torch.float32)
         reads.x_launch(
-            dy, s=given(h)[None], p=0, r=p + r, part=factor, want_v=True, shape=across, splits=parts, arch=arch
-        ).run()
-    return _Read(ds, tau, part, factor, with_g, with_sigma)
+            dy, s=given(h)[None], p=0, r=p + r, part=factor, want_v=True, factors=given(h).dtype, shape=across,
+            splits=parts, arch=arch,
+        ).run()  # fmt: skip
+    return _Read(ds, tau, part, factor, with_g, mixed)
 
 
 def _finish(
@@ -302,9 +314,6 @@ def _finish(
     x: Tensor | None,
     weight: Tensor | None,
     s: Supports,
-    y: Tensor | None,
-    h: Tensor | None,
-    sigma: Tensor | None,
     needs: Needs,
     p: int,
     r: int,
@@ -321,21 +330,17 @@ def _finish(
     }  # fmt: skip
     grads = {name: _like(tensor) for name, (need, tensor) in wanted.items() if need and tensor is not None}
     if p and needs.a_up:
-        grads["du"] = dy.new_empty(n, p)
+        grads["du"] = dy.new_empty(n, p, dtype=factor_dtype(dy.dtype, s))
     constants = [name for name, grad in grads.items() if grad.numel() == 1 and n != 1]
     vectors = dy.new_empty(len(constants), n, dtype=torch.float32)
     outputs = grads | dict(zip(constants, vectors, strict=True))
     if outputs or sums:
-        # Z of a row where y hardly holds it is computed anew, from all of this.
-        rest: dict[str, Any] = {"up": s.b_up, "a": s.a, "b": s.b, "dy": dy, "y": y, "x": given(x),
-                                "weight": given(weight), "h": h if r else None,
-                                "sigma": sigma} if needs.a else {}  # fmt: skip
-        shift: dict[str, Any] = {"bias": s.bias if needs.d else None, "d": s.d if needs.bias else None}
-        if needs.a:
-            shift = {"bias": s.bias, "wc": s.wc, "d": s.d, "e": s.e}
+        # Z is computed anew, from all of this, where y hardly holds it.
+        anew: dict[str, Any] = {"a": s.a, "dy": dy, "x": given(x), "weight": given(weight)} if needs.a else {}
         end.finish_launch(
-            part=read.part, factor=read.factor, p=p, r=r, with_g=read.with_g, with_sigma=read.with_sigma,
-            outputs=outputs, **shift, **rest, sums=tuple(sums[:2]), device_of=dy, arch=arch,
+            part=read.part, factor=read.factor, p=p, r=r, with_g=read.with_g, mixed=read.mixed, outputs=outputs, **anew,
+            bias=s.bias if needs.d else None, d=s.d if needs.bias else None, sums=tuple(sums[:2]), device_of=dy,
+            arch=arch,
         ).run()  # fmt: skip
         if len(sums) > 2:
             end.finish_launch(outputs={}, sums=tuple(sums[2:]), device_of=dy, arch=arch).run()
@@ -371,11 +376,12 @@ def _gradient_through_weight(weight: Tensor, du: Tensor, a_up: Tensor, arch: str
     """dA_up (K,P) of the product variant: Wᵀ·du."""
     n, k = weight.shape
     shape = Shape(n, k, k, du.shape[1])
-    splits = reads.x_splits(shape, du.dtype, arch)
+    splits = reads.x_splits(shape, weight.dtype, arch)
     part = du.new_empty(splits, du.shape[1], k, dtype=torch.float32)
     reads.x_launch(
-        weight, s=du[None], p=0, r=du.shape[1], part=part, want_v=True, shape=shape, splits=splits, arch=arch
-    ).run()
+        weight, s=du[None], p=0, r=du.shape[1], part=part, want_v=True, factors=du.dtype, shape=shape, splits=splits,
+        arch=arch,
+    ).run()  # fmt: skip
     da_up = _like(a_up)
     end.finish_launch(outputs={}, sums=(end.Sum(part, da_up.t()),), device_of=du, arch=arch).run()
     return da_up

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from glora_kernels.launch import routes
+from glora_kernels.ops import composite
 from glora_kernels.ops import eager as eager_path
 from glora_kernels.ops import triton as triton_path
 from glora_kernels.ops.common import (
@@ -34,6 +34,7 @@ from glora_kernels.ops.common import (
     weight_of,
     without_autocast,
 )
+from glora_kernels.ops.ways import is_batched, is_transformed, is_watched, once_differentiable
 from glora_kernels.quant import QuantizedWeight
 
 LIBRARY.define(
@@ -72,7 +73,9 @@ def glora_wc(
             raise ValueError(f"weight and {name} must be on one device; got {weight.device} and {tensor.device}")
     four_bit = isinstance(weight, QuantizedWeight)
     route = routes.route(weight.device.type, wc_dtype(weight, c, c_up), four_bit=four_bit)
-    if torch.compiler.is_compiling():
+    if is_transformed():
+        return composite.glora_wc(weight, c, c_up, c_down)
+    if is_watched(stored(weight)):
         return torch.ops.glora_kernels.glora_wc(stored(weight), c, c_up, c_down, route, *quant_arguments(weight))
     return _WCFunction.apply(weight, c, c_up, c_down, route)
 
@@ -83,7 +86,7 @@ def _forward(weight: Weight, c: Tensor | None, c_up: Tensor | None, c_down: Tens
         return path.wc_forward(weight, c, c_up, c_down)
 
 
-def _backward(
+def gradients(
     g: Tensor,
     weight: Weight,
     c: Tensor | None,
@@ -92,7 +95,39 @@ def _backward(
     needs: Sequence[bool],
     route: str,
 ) -> tuple[Tensor | None, ...]:
-    """(dc, dC_up, dC_down), each in the dtype of its tensor; None where not wanted."""
+    """(dc, dC_up, dC_down) from g = ∂wc, each in the dtype of its tensor; None where not wanted."""
+    if is_batched(g):
+        tensors = c, c_up, c_down
+        return tuple(composite.gradients(lambda *of: composite.glora_wc(weight, *of), tensors, needs, g))
+    if is_watched(g):
+        return _operator_gradients(g, weight, c, c_up, c_down, needs, route)
+    return _gradients(g, weight, c, c_up, c_down, needs, route)
+
+
+def _operator_gradients(
+    g: Tensor,
+    weight: Weight,
+    c: Tensor | None,
+    c_up: Tensor | None,
+    c_down: Tensor | None,
+    needs: Sequence[bool],
+    route: str,
+) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.glora_kernels.glora_wc_backward(
+        g.contiguous(), stored(weight), c, c_up, c_down, list(needs), route, *quant_arguments(weight)
+    )
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _gradients(
+    g: Tensor,
+    weight: Weight,
+    c: Tensor | None,
+    c_up: Tensor | None,
+    c_down: Tensor | None,
+    needs: Sequence[bool],
+    route: str,
+) -> tuple[Tensor | None, ...]:
     path = eager_path if route == "eager" else triton_path
     with without_autocast(weight.device.type):
         grads = path.wc_backward(g, weight, c, c_up, c_down, needs)
@@ -115,7 +150,7 @@ class _WCFunction(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         tensor, c, c_up, c_down = ctx.saved_tensors
         weight = restored(tensor, ctx.quant_state)
-        return (None, *_backward(g, weight, c, c_up, c_down, ctx.needs_input_grad[1:4], ctx.route), None)
+        return (None, *gradients(g, weight, c, c_up, c_down, ctx.needs_input_grad[1:4], ctx.route), None)
 
 
 # The registered operators: the same functions behind torch.compile's boundary. An absent result is an empty tensor.
@@ -128,7 +163,7 @@ def _op(weight: Tensor, c: Any, c_up: Any, c_down: Any, route: str, *quant: Any)
 def _op_backward(
     g: Tensor, weight: Tensor, c: Any, c_up: Any, c_down: Any, needs: list[bool], route: str, *quant: Any
 ) -> Any:
-    grads = _backward(g, weight_of(weight, *quant), c, c_up, c_down, needs, route)
+    grads = _gradients(g, weight_of(weight, *quant), c, c_up, c_down, needs, route)
     return tuple(g.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
@@ -153,13 +188,11 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _op_autograd(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[1:4])
-    saved = ctx.saved_tensors
-    grads = torch.ops.glora_kernels.glora_wc_backward(
-        g.contiguous(), *saved[:4], needs, ctx.route, *saved[4:], ctx.form
-    )
-    wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return (None, *wanted, *(None for _ in range(6)))  # the route and QUANT_ARGUMENTS
+    weight, c, c_up, c_down, *state = ctx.saved_tensors
+    whole = weight_of(weight, *(*state, ctx.form))
+    run = gradients if is_batched(g) else _operator_gradients
+    grads = run(g, whole, c, c_up, c_down, ctx.needs_input_grad[1:4], ctx.route)
+    return (None, *grads, *(None for _ in range(6)))  # the route and QUANT_ARGUMENTS
 
 
 for _device in ("CPU", "CUDA"):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glora_kernels.modes import ordinary
 from glora_kernels.quant.codes import QUANT_TYPES, codebook
 from glora_kernels.quant.weight import NestedState, QuantizedWeight, QuantState
 
@@ -18,6 +19,10 @@ REPACKED = (
     "absmax to bfloat16 for good; load the model again and adapt it before its first forward in eval mode"
 )
 UNQUANTIZED = "it is not quantized yet; bitsandbytes does that when it is moved to a device: call .to(device) first"
+
+
+_REPACKS, _HELD = "support_avx512bf16_for_cpu", None
+"""What a `Linear4bit` asks before it repacks its codes, and what says no where it has been yes."""
 
 
 def is_linear4bit(module: object) -> bool:
@@ -38,6 +43,24 @@ def refusal(linear: Any) -> str | None:
     if getattr(state, "packing_format_for_cpu", False):
         return REPACKED
     return None
+
+
+def keep_codes(module: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking the codes of the `Linear4bit` layers in a module, itself among them.
+
+    On a CPU with AVX512's bf16 its forward does that at the first call in eval mode, and rounds absmax for good;
+    through what is repacked no gradient comes back. `free_codes` allows it again.
+    """
+    for part in module.modules():
+        if getattr(part, _REPACKS, False) and is_linear4bit(part):
+            setattr(part, _REPACKS, _HELD)
+
+
+def free_codes(module: torch.nn.Module) -> None:
+    """Undo `keep_codes`."""
+    for part in module.modules():
+        if getattr(part, _REPACKS, False) is _HELD and is_linear4bit(part):
+            setattr(part, _REPACKS, True)
 
 
 def from_linear4bit(linear: Any) -> QuantizedWeight:
@@ -64,6 +87,7 @@ def from_params4bit(parameter: Any) -> QuantizedWeight:
     return from_state(parameter.data, parameter.quant_state)
 
 
+@torch.inference_mode(False)  # it may be kept, and trained over
 def from_state(packed: Tensor, state: Any) -> QuantizedWeight:
     """The weight of packed codes and a bitsandbytes `QuantState`; the same memory.
 
@@ -86,14 +110,13 @@ def from_state(packed: Tensor, state: Any) -> QuantizedWeight:
     nested = None
     if state.nested:
         inner = state.state2
-        offset = state.offset if isinstance(state.offset, Tensor) else torch.tensor(float(state.offset))
-        nested = NestedState(inner.absmax, inner.code, inner.blocksize, offset.to(state.absmax.device).float())
+        offset = torch.as_tensor(state.offset, dtype=torch.float32, device=state.absmax.device)
+        nested = NestedState(inner.absmax, inner.code, inner.blocksize, offset)
     absmax = state.absmax if nested is not None else state.absmax.float()
     if not bool(torch.isfinite(absmax if nested is None else nested.absmax).all()):
         raise ValueError("the absmax of this QuantState holds NaN or inf")
-    return QuantizedWeight(
-        packed, QuantState(absmax, state.quant_type, state.blocksize, (shape[0], shape[1]), state.dtype, nested)
-    )
+    taken = QuantState(absmax, state.quant_type, state.blocksize, (shape[0], shape[1]), state.dtype, nested)
+    return QuantizedWeight(ordinary(packed), taken.map(ordinary))
 
 
 def packed_bytes(packed: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 <name>.absmax                             fp32, or uint8 where nested
 <name>.quant_map                          fp32 (16,)
 <name>.nested_absmax, .nested_quant_map   fp32, where nested
-<name>.quant_state.bitsandbytes__nf4      uint8: the other values as JSON
+<name>.quant_state.bitsandbytes__nf4      uint8 (256,): the other values as JSON, and blanks; read at any length
 """
 
 from __future__ import annotations
@@ -15,31 +15,37 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from glora_kernels.modes import has_values
 from glora_kernels.quant.codes import QUANT_TYPES, codebook, dynamic_map
 from glora_kernels.quant.weight import DTYPES, NestedState, QuantState
 
 _JSON = "quant_state.bitsandbytes__"
+_JSON_BYTES = 256  # more than any state takes: a checkpoint loads in place, also into what other weights gave
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 NAMES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(_JSON + name for name in QUANT_TYPES))
 """Every name that can stand behind that of the weight."""
 
 
 def state_tensors(state: QuantState) -> dict[str, Tensor]:
-    """What stands beside the packed codes, by the names above without the weight's own."""
+    """What stands beside the packed codes, by the names above without the weight's own; no memory is there twice."""
     values: dict[str, object] = {
         "quant_type": state.quant_type, "blocksize": state.blocksize,
         "dtype": str(state.dtype).removeprefix("torch."), "shape": list(state.shape),
     }  # fmt: skip
-    # Copies of what layers share: a file holds no memory twice.
-    tensors = {"absmax": state.absmax, "quant_map": codebook(state.quant_type, state.absmax.device).clone()}
+    known, device = all(map(has_values, state.tensors())), state.absmax.device
+    tensors = {"absmax": state.absmax, "quant_map": codebook(state.quant_type, device).clone()}
     if state.nested is not None:
         tensors |= {"nested_absmax": state.nested.absmax, "nested_quant_map": state.nested.code.clone()}
         values |= {
             "nested_blocksize": state.nested.blocksize, "nested_dtype": "float32",
-            "nested_offset": float(state.nested.offset),
+            "nested_offset": float(state.nested.offset) if known else None,
         }  # fmt: skip
-    tensors[_JSON + state.quant_type] = torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
-    return tensors
+    if known:
+        text = json.dumps(values).ljust(_JSON_BYTES).encode()
+        entry = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+    else:
+        entry = torch.empty(_JSON_BYTES, dtype=torch.uint8, device=device)
+    return tensors | {_JSON + state.quant_type: entry}
 
 
 def state_from_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> QuantState:
@@ -52,6 +58,8 @@ def state_from_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> Q
     found = [name for name in tensors if name.startswith(_JSON)]
     if len(found) != 1:
         raise ValueError(f"a 4-bit weight needs one entry {_JSON}nf4 or {_JSON}fp4; got {sorted(tensors)}")
+    if not all(map(has_values, tensors.values())):
+        raise ValueError("the quantization state is on the meta device and has no values")
     try:
         values = json.loads(bytes(tensors[found[0]].tolist()))
         quant_type, shape, dtype = values["quant_type"], values["shape"], _DTYPES[values["dtype"]]
@@ -61,7 +69,8 @@ def state_from_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> Q
         if "nested_blocksize" in values:
             nested = NestedState(
                 tensors["nested_absmax"].to(device), tensors["nested_quant_map"].to(device),
-                int(values["nested_blocksize"]), torch.tensor(float(values["nested_offset"]), device=device),
+                int(values["nested_blocksize"]),
+                torch.tensor(float(values["nested_offset"]), dtype=torch.float32, device=device),
             )  # fmt: skip
         absmax, code = tensors["absmax"].to(device), tensors["quant_map"]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:

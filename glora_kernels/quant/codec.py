@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glora_kernels.modes import has_values
 from glora_kernels.quant.codes import NESTED_BLOCKSIZE, QUANT_TYPES, dynamic_map, encoder, pairs
 from glora_kernels.quant.weight import DTYPES, NestedState, QuantizedWeight, QuantState, check_blocksize
 
@@ -15,6 +16,7 @@ _CHUNK = 1 << 18  # elements at a time: the temporaries stay in the cache
 _GRID = 65535
 
 
+@torch.inference_mode(False)  # what is made here is kept
 @torch.no_grad()
 def quantize_weight(
     weight: Tensor, quant_type: str, blocksize: int = 64, double_quant: bool = False
@@ -41,7 +43,7 @@ def quantize_weight(
         raise ValueError(f"weight must be a matrix with at least one element; got shape {tuple(weight.shape)}")
     if weight.is_meta:
         raise ValueError("weight is on the meta device and has no values to quantize")
-    if not bool(torch.isfinite(weight).all()):
+    if has_values(weight) and not bool(torch.isfinite(weight).all()):
         raise ValueError("weight holds NaN or inf, which have no 4-bit code")
     flat = weight.reshape(-1)
     total = flat.numel()
@@ -144,7 +146,7 @@ def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, NestedState]:
     """
     code = dynamic_map(absmax.device)
     offset = absmax.mean()
-    if not bool(torch.isfinite(offset)):
+    if has_values(offset) and not bool(torch.isfinite(offset)):
         raise ValueError("weight holds numbers too large for double quantization: the mean of absmax overflows")
     centred = absmax - offset
     blocks = -(-len(centred) // NESTED_BLOCKSIZE)
@@ -155,4 +157,5 @@ def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, NestedState]:
     place = ((scaled + 1) * 0.5).double().mul_(_GRID).add_(0.5).float().floor_()
     codes = torch.bucketize(place.mul_(2.0).div_(_GRID).sub_(1.0), (code[:-1] + code[1:]) / 2, out_int32=True)
     codes.masked_fill_((scale == 0)[:, None], 0)
-    return codes.to(torch.uint8).view(-1)[: len(centred)], NestedState(scale, code, NESTED_BLOCKSIZE, offset)
+    # Memory of its own and of its own size: a file takes whole tensors, and loading writes to them.
+    return codes.view(-1)[: len(centred)].to(torch.uint8), NestedState(scale, code.clone(), NESTED_BLOCKSIZE, offset)

@@ -8,10 +8,10 @@ decimal exponent, the bits that are left a linear fraction.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
+
+from glora_kernels.modes import constant
 
 QUANT_TYPES: tuple[str, ...] = ("nf4", "fp4")
 BLOCKSIZES: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -28,40 +28,52 @@ FP4: tuple[float, ...] = (*_FP4_POSITIVE, 0.0, *(-level for level in _FP4_POSITI
 _LEVELS = {"nf4": NF4, "fp4": FP4}
 
 
-@functools.cache
 def codebook(quant_type: str, device: torch.device) -> Tensor:
     """(16,) fp32: the level of each 4-bit code."""
-    return torch.tensor(_LEVELS[quant_type], dtype=torch.float32, device=device)
+    return constant(f"codebook of {quant_type}", device, lambda: _levels(quant_type))
 
 
-@functools.cache
 def pairs(quant_type: str, device: torch.device) -> Tensor:
     """(256,) int64: the bits of the two fp32 levels of a byte, that of its high nibble first.
 
     One look-up of a 64-bit number a byte takes a third of the time of one of two floats.
     """
-    byte = torch.arange(256, device=device)
-    levels = codebook(quant_type, device)[torch.stack([byte >> 4, byte & 15], 1)]
-    return levels.view(torch.int64).view(256)
+
+    def build() -> Tensor:
+        byte = torch.arange(256, device="cpu")
+        return _levels(quant_type)[torch.stack([byte >> 4, byte & 15], 1)].view(torch.int64).view(256)
+
+    return constant(f"pairs of {quant_type}", device, build)
 
 
-@functools.cache
 def encoder(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """(bounds (15,), codes (16,)): a value takes codes[i] where i bounds lie below it; one on a bound goes down."""
-    levels = codebook(quant_type, device)
-    codes = torch.argsort(levels, stable=True)
-    ordered = levels[codes]
-    return (ordered[:-1] + ordered[1:]) / 2, codes.to(torch.uint8)
+
+    def bounds() -> Tensor:
+        ordered = _levels(quant_type).sort().values
+        return (ordered[:-1] + ordered[1:]) / 2
+
+    def codes() -> Tensor:
+        return _levels(quant_type).argsort(stable=True).to(torch.uint8)
+
+    return constant(f"bounds of {quant_type}", device, bounds), constant(f"codes of {quant_type}", device, codes)
 
 
-@functools.cache
 def dynamic_map(device: torch.device) -> Tensor:
     """(256,) fp32, sorted: the signed 8-bit dynamic data type."""
-    levels = [0.0, 1.0]
-    for exponent in range(7):
-        # The middles of 2^exponent equal parts of [0.1, 1], in fp32 as everybody computes them.
-        bounds = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
-        middles = (bounds[:-1] + bounds[1:]) / 2.0
-        for sign in (1, -1):
-            levels += (sign * 10 ** (exponent - 6) * middles).tolist()
-    return torch.tensor(sorted(levels), dtype=torch.float32, device=device)
+
+    def build() -> Tensor:
+        levels = [0.0, 1.0]
+        for exponent in range(7):
+            # The middles of 2^exponent equal parts of [0.1, 1], in fp32 as everybody computes them.
+            bounds = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
+            middles = (bounds[:-1] + bounds[1:]) / 2.0
+            for sign in (1, -1):
+                levels += (sign * 10 ** (exponent - 6) * middles).tolist()
+        return torch.tensor(sorted(levels), dtype=torch.float32, device="cpu")
+
+    return constant("dynamic map", device, build)
+
+
+def _levels(quant_type: str) -> Tensor:
+    return torch.tensor(_LEVELS[quant_type], dtype=torch.float32, device="cpu")

@@ -8,6 +8,7 @@ absmax[j] = nested.code[absmax[j]] · nested.absmax[j // nested.blocksize] + nes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,10 +31,6 @@ class NestedState:
     code: Tensor
     blocksize: int
     offset: Tensor
-
-    def to(self, device: torch.device | str) -> NestedState:
-        absmax, code, offset = (_moved(tensor, device) for tensor in (self.absmax, self.code, self.offset))
-        return NestedState(absmax, code, self.blocksize, offset)
 
 
 @dataclass(frozen=True)
@@ -81,10 +78,13 @@ class QuantState:
 
     def to(self, device: torch.device | str) -> QuantState:
         """The same state on a device; itself where it is there."""
-        if self.absmax.device == torch.device(device):
-            return self
-        nested = None if self.nested is None else self.nested.to(device)
-        return replace(self, absmax=_moved(self.absmax, device), nested=nested)
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> QuantState:
+        """The same state of changed tensors; itself where none changes."""
+        mine = self.tensors()
+        changed = [change(tensor) for tensor in mine]
+        return self if all(a is b for a, b in zip(changed, mine, strict=True)) else self._with(changed)
 
     def written(self, new: QuantState) -> QuantState:
         """`new`, its numbers in the memory of this state where they fit, as parameters are loaded; else in new memory.
@@ -94,13 +94,15 @@ class QuantState:
         mine, theirs = self.tensors(), new.tensors()
         if len(mine) != len(theirs) or any(a.shape != b.shape for a, b in zip(mine, theirs, strict=True)):
             return new._with([tensor.to(self.absmax.device, copy=True) for tensor in theirs])
+        written = []
         for into, values in zip(mine, theirs, strict=True):
-            into.copy_(values)
-        return new._with(list(mine))
+            # What is equal is not written: bitsandbytes' layers have one nested code together.
+            written.append(into if torch.equal(into, values) else into.copy_(values))
+        return new._with(written)
 
     def copied(self, device: torch.device | str) -> QuantState:
         """On a device, in memory of its own."""
-        return self._with([tensor.detach().to(device, copy=True) for tensor in self.tensors()])
+        return self.map(lambda tensor: tensor.detach().to(device, copy=True))
 
     def _with(self, tensors: list[Tensor]) -> QuantState:
         if self.nested is None:
@@ -159,7 +161,7 @@ class QuantizedWeight:
 
     @property
     def data(self) -> Tensor:
-        """The codes without their Parameter, as `Tensor.data`: what tells a plain tensor from a wrapped one."""
+        """The codes, as `Tensor.data`: what tells a plain tensor from a wrapped one."""
         return self.packed.data
 
     def detach(self) -> QuantizedWeight:
@@ -180,11 +182,6 @@ def _check_tensor(
             f"{name} of a {state.quant_type} weight {state.shape[0]}x{state.shape[1]} with blocks of "
             f"{state.blocksize} must hold {size} numbers in a row; got shape {tuple(tensor.shape)}"
         )
-
-
-def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """On a device; from the meta device memory without values, as `Module.to_empty` gives parameters."""
-    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
 
 def check_blocksize(blocksize: int) -> None:

@@ -45,15 +45,17 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
     """
     groups = (cols + 7) // 8
     threshold = dropout_threshold(p)
-    keep = torch.empty(rows, groups, 8, dtype=torch.bool, device=seed.device)
+    parts = []
     step = max(1, _CHUNK // max(1, groups))
     c0 = torch.arange(groups, device=seed.device)
     for i in range(0, rows, step):
         c1 = torch.arange(i, min(i + step, rows), device=seed.device)[:, None]
-        for j, word in enumerate(_philox(seed, c0, c1)):
-            keep[i : i + step, :, 2 * j] = (word & 0xFFFF) >= threshold
-            keep[i : i + step, :, 2 * j + 1] = word >= threshold << 16
-    return keep.view(rows, groups * 8)[:, :cols]
+        halves = [
+            half for word in _philox(seed, c0, c1) for half in ((word & 0xFFFF) >= threshold, word >= threshold << 16)
+        ]
+        parts.append(torch.stack(halves, -1).reshape(-1, groups * 8))
+    keep = torch.cat(parts) if parts else torch.empty(0, groups * 8, dtype=torch.bool, device=seed.device)
+    return keep[:, :cols]
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import PAIRS, check, layer, ours, problem, same, train_only, truth
+from helpers import PAIRS, check, layer, ours, problem, train_only, truth
 
 from glora_kernels.launch import workspace
 from glora_kernels.ops import eager as eager_path
@@ -61,20 +61,13 @@ def test_gradient_of_a_where_one_plus_a_is_near_zero(form, a, trained, bias):
 @pytest.mark.parametrize("adapters", [torch.float32, None])
 @pytest.mark.parametrize("form", ["vector", "constant"])
 @pytest.mark.parametrize("a", [-1.0, -0.99, -0.97, -0.9, -0.7, -0.55, -0.45])
-@pytest.mark.parametrize("x_is_kept", [True, False])
-def test_gradient_of_a_in_few_bits(form, a, x_is_kept, dtype, adapters):
-    """fp32 adapters over a 16-bit x: what forward keeps and what backward asks for must go by the same rule.
-
-    Where B_down trains, x is at hand and dA is as good as from Z. Else dA may carry up to 8 (16 bits) or 64 times
-    the rounding of y rather than cost the memory of x; one more doubling for the sample that decides.
-    """
+@pytest.mark.parametrize("others", [["B_down"], []], ids=["beside B_down", "alone"])
+def test_gradient_of_a_in_few_bits(form, a, others, dtype, adapters):
+    """Whether anything else keeps x or not, dA is as good as from Z."""
     p = problem(config(form, "lora"), (29,), 40, 45, True, dtype, adapters, size=0.1)
-    p = train_only(p, ["A", "B_down"] if x_is_kept else ["A"])
+    p = train_only(p, ["A", *others])
     p.params["A"][::3] = a
-    if x_is_kept:
-        check(p, ours(p), "eager")
-    else:
-        check(p, ours(p), "eager", loosened={"A": 2 * (8 if dtype == torch.bfloat16 else 64)})
+    check(p, ours(p), "eager")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -197,13 +190,13 @@ def test_nothing_of_the_size_of_the_weight_is_saved(a, b, variant, dtype):
 
 
 @pytest.mark.parametrize("a", ["none", "vector", "constant"])
-def test_lora_fa_keeps_no_x(a):
-    """B_down frozen: nothing needs x, and a trained A finds Z in y."""
+def test_lora_fa_keeps_x_for_a_alone(a):
+    """B_down frozen: nothing multiplies x, and only a trained A keeps it, for rows where y holds little of Z."""
     p = problem(config(a, "lora"), (9,), 40, 50)
     p = train_only(p, p.trained - {"B_down"})
     kept, x, _ = saved(p)
-    assert all(t.data_ptr() != x.data_ptr() for t in kept)
-    assert sum(t.numel() for t in kept) <= 9 * 3 + (9 * 50 if a != "none" else 0)
+    assert any(t.data_ptr() == x.data_ptr() for t in kept) == (a != "none")
+    assert sum(t.numel() for t in kept) <= 9 * 3 + (9 * (40 + 50) if a != "none" else 0)
     exact(p, ours(p))
 
 
@@ -319,7 +312,7 @@ def test_second_derivatives_are_refused():
     x = p.x.requires_grad_()
     y = layer(x, p.weight, p.bias, {n: t.requires_grad_() for n, t in p.params.items()}, p.config)
     (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="differentiated once"):
         gradient.sum().backward()
 
 
@@ -459,7 +452,19 @@ def test_fake_tensors_leave_no_trace():
 
 def test_threads():
     problems = [problem(config(a, b, v, "vector"), (9,), 20 + i, 11 + i, seed=i) for i, (a, b, v) in enumerate(FORMS)]
-    alone = [ours(p) for p in problems]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(ours, problems * 5))
-    assert all(same(got, alone[i % len(problems)]) for i, got in enumerate(together))
+        for p, got in zip(problems * 5, pool.map(ours, problems * 5), strict=True):
+            exact(p, got)
+
+
+def test_sums_over_thousands_of_rows_lose_no_digit():
+    """Of fp32 gradients that are one sum over all rows of x, or of W: a BLAS adds row after row to one number."""
+    p = problem(config("none", "vector", cde="vector"), (4096,), 48, 4096, False, torch.float32)
+    p = train_only(p, ["B", "C", "E"])
+    p.x += 0.5
+    p.dy += 0.5
+    p.weight.abs_()
+    got, (values, _) = ours(p), truth(p)
+    for name in p.trained:
+        error = (got[name].double() - values[name]).abs().max() / values[name].abs().max()
+        assert error < 8 * torch.finfo(torch.float32).eps, name

@@ -441,3 +441,29 @@ def test_out_of_a_weight_that_is_not_uint8_column():
     out = ours.to_params4bit(flat)
     assert out.shape == (64 * 48, 1)
     assert out.data_ptr() == weight.packed.data_ptr()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_base_that_inference_mode_read_first_is_trained_over(nested):
+    """What is kept of a `Linear4bit` is an ordinary tensor, whichever mode it was made or read in."""
+    peft = pytest.importorskip("peft")
+
+    def linear4bit():
+        options = {"bias": False, "compute_dtype": torch.float32, "compress_statistics": nested, "quant_type": "nf4"}
+        return nn.Sequential(bnb.nn.Linear4bit(64, 32, **options)).to("cpu")
+
+    model = linear4bit()
+    model.is_loaded_in_4bit = True
+    model = gk.accelerate(peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"])), verbose=False)
+    x = torch.randn(3, 64)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    with torch.inference_mode():
+        model(x)
+    model(x).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    with torch.inference_mode():
+        made = linear4bit()
+    adapted = gk.inject(made, gk.GLoRAConfig(A="vector", B="lora", rank=2), target_modules=["0"])
+    adapted(x).sum().backward()
+    adapted.load_state_dict(adapted.state_dict())

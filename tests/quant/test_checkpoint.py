@@ -146,7 +146,8 @@ def test_onto_a_layer_without_memory(kind):
 def test_a_frozen_state_loads_below_an_adapter(kind):
     """The base of a GLoRA layer has the names of a frozen one."""
     frozen, layer = build("frozen", seed=7), build("glora")
-    missing, unexpected = layer.load_state_dict(frozen.state_dict(), strict=False)
+    with pytest.warns(UserWarning, match="a state without an adapter"):
+        missing, unexpected = layer.load_state_dict(frozen.state_dict(), strict=False)
     assert set(missing) == set(layer.adapter())
     assert not unexpected
     assert torch.equal(layer.weight, frozen.weight)
@@ -220,8 +221,8 @@ def test_a_dense_checkpoint_is_refused(kind):
     layer = build(kind)
     dense = nn.Linear(40, 9)
     for dtype in (torch.float32, torch.bfloat16):
-        refused(layer, copy.deepcopy(dense).to(dtype).state_dict(), "weight is dense.*4 bits", strict=False)
-    refused(layer, dense.state_dict(), "weight is dense.*4 bits.*load first, then quantize")
+        refused(layer, copy.deepcopy(dense).to(dtype).state_dict(), "weight: it is dense.*4 bits", strict=False)
+    refused(layer, dense.state_dict(), "weight: it is dense.*4 bits.*load first, then quantize")
 
 
 def test_a_4_bit_checkpoint_into_a_dense_layer_is_refused():
@@ -248,7 +249,7 @@ def test_another_shape_is_refused(kind, k, n):
 
 @kinds
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda s: s | {KEY: s[KEY][:-1]}, "damaged"),
+    (lambda s: s | {KEY: s[KEY][:40]}, "damaged"),
     (lambda s: s | {KEY: s[KEY][:0]}, "damaged"),
     (lambda s: s | {KEY: s[KEY].float()}, "damaged"),
     (lambda s: s | {KEY: s[KEY][None]}, "damaged"),
