@@ -11,24 +11,37 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 SUPPORTS: tuple[str, ...] = ("A", "B", "C", "D", "E")
 """The five support tensors, in the order of the equation."""
 
+Matrix = Literal["lora", "vector", "constant", "none"]
+"""The forms of A and B."""
+Shift = Literal["lora", "vector", "none"]
+"""The forms of C."""
+Row = Literal["vector", "constant", "none"]
+"""The forms of D and E."""
+
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "A": ("lora", "vector", "constant", "none"),
-    "B": ("lora", "vector", "constant", "none"),
-    "C": ("lora", "vector", "none"),
-    "D": ("vector", "constant", "none"),
-    "E": ("vector", "constant", "none"),
+    "A": get_args(Matrix),
+    "B": get_args(Matrix),
+    "C": get_args(Shift),
+    "D": get_args(Row),
+    "E": get_args(Row),
 }
 """The forms each support can take: 4·4·3·3·3 = 432 configurations a layer."""
 
-VARIANTS: tuple[str, ...] = ("hadamard", "matmul")
-INITS: tuple[str, ...] = ("xavier", "kaiming")
+Variant = Literal["hadamard", "matmul"]
+Init = Literal["xavier", "kaiming"]
+Share = Literal["none", "A", "B", "AB"]
+
+VARIANTS: tuple[str, ...] = get_args(Variant)
+INITS: tuple[str, ...] = get_args(Init)
 
 SHARED_FACTORS: Mapping[str, tuple[str, ...]] = {
     "none": (),
@@ -53,9 +66,9 @@ class GLoRAConfig:
         D: "vector" (N,), "constant" (1,) or "none"; not registered on a layer without a bias.
         E: "vector" (N,), "constant" (1,) or "none".
         rank: R of every low-rank support; an integer ≥ 1.
-        alpha: with B="lora", s = alpha/rank; None means s = 1.
+        alpha: with B="lora", s = alpha/rank, which is not 0; None means s = 1.
         dropout: probability p in [0, 1) of dropping an element of x in the low-rank B path; the other
-            supports see x itself, so it has no effect where B is not "lora".
+            supports see x itself, so it has no effect where B is not "lora" (a warning).
         variant: "hadamard" (W∘A, elementwise, A is (N,K)) or "matmul" (W·A, A is (K,K): "lora" or "none").
         init: how ``_down`` factors start: "xavier" (GLoRA's own) or "kaiming" (as PEFT's LoRA, a=√5).
 
@@ -66,16 +79,16 @@ class GLoRAConfig:
     Source: Chavan et al., "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning", 2023.
     """
 
-    A: str = "vector"
-    B: str = "lora"
-    C: str = "none"
-    D: str = "none"
-    E: str = "vector"
+    A: Matrix = "vector"
+    B: Matrix = "lora"
+    C: Shift = "none"
+    D: Row = "none"
+    E: Row = "none"
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0
-    variant: str = "hadamard"
-    init: str = "xavier"
+    variant: Variant = "hadamard"
+    init: Init = "xavier"
 
     def __post_init__(self) -> None:
         for name in SUPPORTS:
@@ -91,6 +104,14 @@ class GLoRAConfig:
                 raise ValueError(f"alpha must be a finite number or None, got {self.alpha!r}")
             if self.B != "lora":
                 raise ValueError(f"alpha scales B='lora' only; got alpha={self.alpha!r} with B={self.B!r}")
+            if self.alpha == 0:
+                raise ValueError("alpha must not be 0: B='lora' would have no effect and never be trained")
+        if self.dropout and self.B != "lora":
+            warnings.warn(
+                f"dropout={self.dropout!r} has no effect with B={self.B!r}: it acts in the low-rank B path only",
+                UserWarning,
+                stacklevel=3,
+            )
         if self.variant == "matmul" and self.A not in ("lora", "none"):
             raise ValueError(f"variant='matmul' accepts A='lora' or 'none', got A={self.A!r}")
 
@@ -99,10 +120,27 @@ class GLoRAConfig:
         """Plain LoRA, ``y = x Wᵀ + b + s·(x·B_downᵀ)·B_upᵀ`` with s = alpha/rank, initialised as PEFT does."""
         return cls("none", "lora", "none", "none", "none", rank, alpha, dropout, init="kaiming")
 
+    @classmethod
+    def of(cls, forms: Iterable[str], **others: Any) -> GLoRAConfig:
+        """A configuration from the forms of A, B, C, D and E as text: a case of a command line, one of all.
+
+        Of the other arguments, alpha and dropout are left out where B is not "lora".
+        """
+        supports: dict[str, Any] = dict(zip(SUPPORTS, forms, strict=True))
+        low_rank = supports["B"] == "lora"
+        return cls(
+            **supports, **{name: v for name, v in others.items() if low_rank or name not in ("alpha", "dropout")}
+        )
+
     @property
     def scale(self) -> float:
         """s = alpha/rank, the factor on the low-rank B path; 1 where alpha is None."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every support is "none": such a layer is its base."""
+        return all(getattr(self, name) == "none" for name in SUPPORTS)
 
     def parameter_shapes(self, in_features: int, out_features: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
         """The adapter's parameters for a (N=out_features, K=in_features) layer: name → shape.
@@ -191,13 +229,13 @@ class ShareLoRAConfig:
     rank: int = 64
     alpha: float | None = None
     dropout: float = 0.0
-    share: str = "A"
+    share: Share = "A"
     projections: Sequence[str] | None = None
     tie_siblings: bool = False
-    A: str = "none"
-    C: str = "none"
-    D: str = "none"
-    E: str = "none"
+    A: Matrix = "none"
+    C: Shift = "none"
+    D: Row = "none"
+    E: Row = "none"
 
     def __post_init__(self) -> None:
         _check_choice("share", self.share, tuple(SHARED_FACTORS))
@@ -229,31 +267,92 @@ class ShareLoRAConfig:
         return cls(**values)
 
 
-def projection_type(path: str, out_features: int, in_features: int) -> str:
-    """The key of the layers that share: the module path with whole numbers replaced by `#`, and the shape (N, K).
+def projection_type(path: str, out_features: int, in_features: int, numbered: Collection[str] = ()) -> str:
+    """The key of the layers that share: the module path with the numbers of its depth replaced by `#`, and (N, K).
 
     "model.layers.7.self_attn.k_proj" of 1024 x 4096 → "model.layers.#.self_attn.k_proj (1024, 4096)". The names that
     stay keep a model's encoder, decoder and cross-attention apart.
+
+    Args:
+        path: of the layer. Whole numbers in it are depths.
+        out_features: N.
+        in_features: K.
+        numbered: paths of the modules around layers in whose names other numbers are, too: with
+            "layers.encoder_layer_3" among them, "layers.encoder_layer_3.mlp.0" → "layers.encoder_layer_#.mlp.#".
     """
-    parts = ("#" if part.isdecimal() else part for part in path.split("."))
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal() or (i < len(parts) - 1 and ".".join(path.split(".")[: i + 1]) in numbered):
+            parts[i] = re.sub(r"\d+", "#", part)
     return f"{'.'.join(parts)} ({out_features}, {in_features})".lstrip()
 
 
 def all_configs(**common: Any) -> Iterator[GLoRAConfig]:
-    """All 432 support combinations of the elementwise variant; `common` goes to each (rank, ...)."""
+    """All 432 support combinations of the elementwise variant; `common` goes to each (rank, ...).
+
+    alpha and dropout go to those with B="lora". The last has no support at all: a layer that stays as it is.
+    """
     for forms in itertools.product(*(CHOICES[name] for name in SUPPORTS)):
-        supports: dict[str, Any] = dict(zip(SUPPORTS, forms, strict=True))
-        yield GLoRAConfig(**supports, **common)
+        yield GLoRAConfig.of(forms, **common)
 
 
-def matches(path: str, pattern: str) -> bool:
-    """Whether a module path matches a glob, as a whole or by its last name ("q_proj" matches "a.b.q_proj")."""
+def select(pattern: str, paths: Collection[str]) -> set[str]:
+    """The module paths that a pattern names: by the first of these rules that gives any.
+
+    1. The path itself: "blocks.0.attn.q_proj".
+    2. The end of paths, whole names: "q_proj", "attn.q_proj".
+    3. A glob on the path, or on its last name: "blocks.0.*", "*.attn.?_proj", "?_proj".
+    4. A regular expression that the whole path matches, as PEFT reads a string: r".*\\.(q|v)_proj". It is one by a
+       character that neither paths nor globs have (backslash, parentheses, |, ^, $, +, braces) or a dot in front.
+    """
+    if pattern in paths:
+        return {pattern}
+    return (
+        {path for path in paths if path.endswith(f".{pattern}")}
+        or {path for path in paths if _globs(path, pattern)}
+        or _by_expression(pattern, paths)
+    )
+
+
+def assign(patterns: Iterable[str], paths: Collection[str]) -> dict[str, str]:
+    """Each path's pattern: the path itself where that is given, else the first in order that selects it.
+
+    Raises:
+        ValueError: a pattern other than "*" that selects paths, all of which others have. Patterns that select
+            nothing are the caller's to judge.
+    """
+    patterns = list(patterns)
+    found = {path: path for path in patterns if path in paths}
+    for pattern in patterns:
+        selected = select(pattern, paths)
+        free = selected - found.keys()
+        if selected and not free and pattern not in (*paths, "*"):
+            others = ", ".join(sorted({repr(found[path]) for path in selected}))
+            raise ValueError(
+                f"the pattern {pattern!r} has no effect: all that it matches is taken by {others}; put what is special "
+                "first"
+            )
+        found |= dict.fromkeys(free, pattern)
+    return found
+
+
+def is_exact(pattern: str) -> bool:
+    """Whether a pattern has no wildcard, so that it means one module or modules of one name."""
+    return not any(character in pattern for character in "*?[")
+
+
+def _globs(path: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path.rpartition(".")[2], pattern)
 
 
-def first_match(path: str, patterns: Mapping[str, Any]) -> str | None:
-    """The first pattern, in the mapping's order, that matches the path; None where none does."""
-    return next((pattern for pattern in patterns if matches(path, pattern)), None)
+def _by_expression(pattern: str, paths: Collection[str]) -> set[str]:
+    if not pattern.startswith(".") and set(pattern).isdisjoint("\\()|^$+{}"):
+        return set()
+    try:
+        expression = re.compile(pattern)
+    except re.error:
+        return set()
+    return {path for path in paths if expression.fullmatch(path)}
 
 
 def _checked_projections(given: object) -> tuple[str, ...]:

@@ -13,15 +13,15 @@ import glora_kernels
 ROOT = Path(glora_kernels.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = {
-    "spec": 0, "reference": 1, "quant": 1, "launch.environment": 1, "kernels": 2, "launch": 2, "ops": 3, "nn": 4,
-    "integrations": 5, "selftest": 5, "commands": 6, "__main__": 6, "__init__": 6,
+    "spec": 0, "modes": 0, "reference": 1, "quant": 1, "launch.environment": 1, "kernels": 2, "launch": 2, "ops": 3,
+    "nn": 4, "integrations": 5, "selftest": 5, "commands": 6, "__main__": 6, "__init__": 6,
 }  # fmt: skip
 PUBLIC = {
     "AccelerationReport", "FusedReport", "GLoRAConfig", "GLoRALinear", "GroupedLoRALinear", "MergeReport",
     "QuantizedLinear", "ShareLoRAConfig", "accelerate", "acceleration", "backend", "clip_grad_norm_", "decelerate",
     "deferred_shared_grads", "disabled", "fully_shard", "fuse_cross_attention", "fuse_siblings", "inject",
-    "load_adapter", "merge", "parameter_groups", "quantize", "save_adapter", "shared", "shift_once", "split_siblings",
-    "trainable_parameters", "unmerge", "warmup", "__version__",
+    "load_adapter", "merge", "merge_and_unload", "parameter_groups", "quantize", "save_adapter", "shared",
+    "shift_once", "split_siblings", "trainable_parameters", "unmerge", "warmup", "__version__",
 }  # fmt: skip
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import random
 import re
+import sys
 
 import pytest
 import torch
 
-from glora_kernels.__main__ import COMMANDS, main
-from glora_kernels.launch import configs, cuda, environment, four_bit, tables
+from glora_kernels import selftest
+from glora_kernels.__main__ import COMMANDS, main, run
+from glora_kernels.commands.bench import row
+from glora_kernels.launch import configs, cuda, environment, four_bit, outputs, tables
 from glora_kernels.launch.configs import Shape
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -49,8 +54,13 @@ def test_help(command, capsys):
 
 
 @pytest.mark.parametrize(
-    "args", [[], ["nonsense"], ["info", "--layer", "8x8"], ["tune", "--rank", "0"], ["info", "--arch", "90"]]
-)
+    "args",
+    [
+        [], ["nonsense"], ["info", "--layer", "8x8"], ["tune", "--rank", "0"], ["info", "--arch", "90"],
+        ["info", "--layer", f"8x8x{10**20}"], ["info", "--layer", "8x8x8", "--rank", f"{2**31}"],
+        ["params", "--hidden", f"{10**20}", "--intermediate", "4"], ["tune", "--out", os.path.dirname(__file__)],
+    ],
+)  # fmt: skip
 def test_bad_arguments(args, capsys):
     with pytest.raises(SystemExit) as end:
         main(args)
@@ -278,10 +288,67 @@ def test_tune_says_what_it_gained(capsys, monkeypatch, tmp_path):
 
 def test_bench(capsys):
     text = out(capsys, "bench", "--device", "cpu", "--layer", "16x24x32", "--rank", "2", "--rounds", "3", "--bias")
-    rows = re.findall(r"^(forward[ +\w]*?) +([\d.]+) +([\d.]+) +([\d.]+)$", text, re.M)
+    rows = re.findall(rf"^(forward[ +\w]*?){5 * ' +([.0-9]+)'}$", text, re.M)
     assert [row[0] for row in rows] == ["forward", "forward + backward"]
     assert all(float(number) > 0 for row in rows for number in row[1:])
     assert main(["bench", "--case", "dora"]) == 2
+    assert main(["bench", "--device", "cpu", "--layer", f"{2**30}x{2**30}x{2**30}"]) == 2, "no memory holds it"
+
+
+def test_the_times_and_the_ratio_of_bench_are_of_one_round():
+    """Also on a machine that slows down in some of the rounds, where medians of each would not fit together."""
+    generator = random.Random(0)
+    for rounds in (1, 2, 7, 20):
+        frozen, ours = (
+            [generator.choice([0.2, 2.0]) * generator.uniform(0.9, 1.1) for _ in range(rounds)] for _ in "ab"
+        )
+        name, *shown = row("forward", frozen, ours)
+        a, b, over, low, high = map(float, shown)
+        assert name == "forward"
+        assert (a, b) in [(round(x, 3), round(y, 3)) for x, y in zip(frozen, ours, strict=True)]
+        assert over == pytest.approx(b / a, rel=1e-2)
+        assert low <= over <= high
+
+
+def test_a_reader_that_goes_away(monkeypatch):
+    """As `tune --list | head` does: 141 without a traceback, also for what is still to be flushed."""
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "argv", ["glora_kernels", "tune", "--list", "--shape", "64x64x64"])
+    with os.fdopen(write, "w") as gone, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", gone)
+        assert run() == 141
+        gone.write("the descriptor can be written to at exit")
+
+
+def test_outputs_are_tried_first(tmp_path):
+    assert outputs.file(tmp_path / "new" / "folder" / "a.json") == tmp_path / "new" / "folder" / "a.json"
+    assert outputs.folder(tmp_path / "other").is_dir()
+    (tmp_path / "a").touch()
+    for wrong, act in (
+        (tmp_path, outputs.file),
+        (tmp_path / "a", outputs.folder),
+        (tmp_path / "a" / "b", outputs.file),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=str(wrong if act is outputs.folder else tmp_path)):
+            act(wrong)
+    assert not any((tmp_path / "new" / "folder").iterdir())
+
+
+def test_check_passes_on_this_machine(capsys):
+    text = out(capsys, "check", "--device", "cpu", "--quick")
+    assert re.search(r"(\d+) of \1 results within their tolerance on cpu", text.splitlines()[-1]), text
+    assert re.search(r"^eager +float32 +dA +plain PyTorch", text, re.M)
+
+
+def test_check_names_what_fails_last(capsys, monkeypatch):
+    rows = [selftest.Row("eager", "float32", "dA", "plain PyTorch", 3, 1.5, 3e-5, 2e-5, "A=constant B=none")]
+    monkeypatch.setattr(selftest, "run", lambda *args: rows)
+    for more in ([], ["--json"]):
+        assert main(["check", "--device", "cpu", "--quick", *more]) == 1
+        said = capsys.readouterr()
+        last = (said.err if more else said.out).splitlines()[-1]
+        assert last == "FAILED: eager float32 dA (plain PyTorch): error 3.000e-05 over 2.000e-05 at A=constant B=none"
 
 
 @no_gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 
@@ -13,9 +14,9 @@ from glora_kernels.spec import (
     GLoRAConfig,
     ShareLoRAConfig,
     all_configs,
-    first_match,
-    matches,
+    assign,
     projection_type,
+    select,
 )
 
 K, N, R = 20, 11, 3
@@ -28,9 +29,22 @@ def test_all_432():
     assert {c.variant for c in configs} == {"hadamard"}
 
 
+def test_what_is_of_a_low_rank_b_goes_to_those_that_have_one():
+    configs = list(all_configs(rank=R, alpha=6, dropout=0.1))
+    assert len(configs) == 432
+    assert {(c.B == "lora", c.alpha, c.dropout) for c in configs} == {(True, 6, 0.1), (False, None, 0.0)}
+    assert [c for c in configs if c.is_empty] == [GLoRAConfig(*["none"] * 5, rank=R)]
+
+
+def test_dropout_without_a_low_rank_b_is_a_warning():
+    with pytest.warns(UserWarning, match=r"dropout=0\.5 has no effect with B='vector'") as caught:
+        GLoRAConfig(B="vector", dropout=0.5)
+    assert caught[0].filename == __file__
+
+
 def test_defaults():
     config = GLoRAConfig()
-    assert (config.A, config.B, config.C, config.D, config.E) == ("vector", "lora", "none", "none", "vector")
+    assert (config.A, config.B, config.C, config.D, config.E) == ("vector", "lora", "none", "none", "none")
     assert (config.rank, config.alpha, config.dropout, config.variant) == (8, None, 0.0, "hadamard")
     assert config.init == "xavier"
     assert config.scale == 1.0
@@ -46,9 +60,7 @@ def test_lora():
     assert config.parameter_shapes(K, N) == {"B_up": (N, 8), "B_down": (8, K)}
 
 
-@pytest.mark.parametrize(
-    ("alpha", "rank", "scale"), [(None, 4, 1.0), (16, 8, 2.0), (1, 3, 1 / 3), (0, 4, 0.0), (-2.0, 4, -0.5)]
-)
+@pytest.mark.parametrize(("alpha", "rank", "scale"), [(None, 4, 1.0), (16, 8, 2.0), (1, 3, 1 / 3), (-2.0, 4, -0.5)])
 def test_scale(alpha, rank, scale):
     assert GLoRAConfig(rank=rank, alpha=alpha).scale == scale
 
@@ -74,6 +86,8 @@ def test_scale(alpha, rank, scale):
     ({"alpha": math.nan}, ("alpha", "nan")),
     ({"alpha": "16"}, ("alpha", "'16'")),
     ({"alpha": True}, ("alpha", "True")),
+    ({"alpha": 0}, ("alpha", "0", "no effect")),
+    ({"alpha": -0.0}, ("alpha", "0")),
     ({"B": "vector", "alpha": 16}, ("alpha", "16", "'vector'")),
     ({"B": "none", "alpha": 1.0}, ("alpha", "'none'")),
     ({"variant": "product"}, ("variant", "'product'", "'hadamard'", "'matmul'")),
@@ -151,25 +165,50 @@ def test_bad_json(text, words):
 
 @pytest.mark.parametrize(("path", "pattern", "expected"), [
     ("model.layers.0.q_proj", "q_proj", True),
+    ("model.layers.0.q_proj", "0.q_proj", True),
     ("model.layers.0.q_proj", "*.q_proj", True),
     ("model.layers.0.q_proj", "model.layers.0.*", True),
     ("model.layers.10.q_proj", "model.layers.1.*", False),
     ("model.layers.0.q_proj", "*_proj", True),
     ("model.layers.0.q_proj", "layers", False),
+    ("model.layers.0.q_proj", "ers.0.q_proj", False),
     ("model.layers.0.q_proj", "Q_PROJ", False),
     ("q_proj", "q_proj", True),
     ("q_proj_extra", "q_proj", False),
     ("a.b", "[ab].[ab]", True),
     ("a.b", "*", True),
+    ("model.layers.0.q_proj", r".*\.(q|v)_proj", True),
+    ("model.layers.0.k_proj", r".*\.(q|v)_proj", False),
+    ("model.layers.0.q_proj", "(q|v)_proj", False),
+    ("model.layers.0.q_proj", r"model\.layers\.\d+\.q_proj", True),
+    ("model.layers.0.q_proj", ".*_proj", True),
+    ("model.layers.0.q_proj", "*(", False),
 ])  # fmt: skip
-def test_matches(path, pattern, expected):
-    assert matches(path, pattern) is expected
+def test_what_a_pattern_selects(path, pattern, expected):
+    assert select(pattern, {path}) == ({path} if expected else set())
 
 
-def test_first_match_goes_by_the_order_of_the_mapping():
-    assert first_match("blocks.0.fc", {"blocks.0.*": 1, "*": 2}) == "blocks.0.*"
-    assert first_match("blocks.0.fc", {"*": 2, "blocks.0.*": 1}) == "*"
-    assert first_match("blocks.1.fc", {"blocks.0.*": 1}) is None
+@pytest.mark.parametrize(("pattern", "expected"), [
+    ("a[0]", {"a[0]"}), ("x.a0", {"x.a0"}), ("a0", {"a0"}), ("a?", {"a0", "x.a0"}), ("b", {"y.b", "b.b"}),
+    ("b.b", {"b.b"}), ("y.*", {"y.b"}),
+])  # fmt: skip
+def test_a_path_wins_over_the_end_of_a_path_and_that_over_a_glob(pattern, expected):
+    assert select(pattern, {"a[0]", "a0", "x.a0", "y.b", "b.b"}) == expected
+
+
+def test_a_path_wins_in_a_mapping_and_then_the_order():
+    paths = {"blocks.0.fc", "blocks.1.fc"}
+    assert assign(["blocks.0.*", "*"], paths) == {"blocks.0.fc": "blocks.0.*", "blocks.1.fc": "*"}
+    assert assign(["*", "blocks.0.fc"], paths) == {"blocks.0.fc": "blocks.0.fc", "blocks.1.fc": "*"}
+    assert assign(["blocks.0.*"], {"blocks.1.fc"}) == {}
+    assert assign(["a[0]", "a0"], {"a[0]", "a0"}) == {"a[0]": "a[0]", "a0": "a0"}
+    assert assign(["fc", "*"], paths) == dict.fromkeys(paths, "fc"), "what is left may be nothing"
+
+
+@pytest.mark.parametrize("patterns", [["*", "fc"], ["blocks.*", "blocks.0.*"], ["[x0]*", "blocks.?.fc", "fc"]])
+def test_a_pattern_from_which_others_take_everything_is_an_error(patterns):
+    with pytest.raises(ValueError, match=rf"{re.escape(repr(patterns[-1]))} has no effect.*{re.escape(patterns[-2])}"):
+        assign(patterns, {"blocks.0.fc", "blocks.1.fc"})
 
 
 def test_sharelora_defaults():
@@ -193,6 +232,7 @@ def test_sharelora_says_which_factors_it_shares():
     ({"share": ["A"]}, ValueError, ("share", "['A']")),
     ({"rank": 0}, ValueError, ("rank", "0")),
     ({"alpha": math.nan}, ValueError, ("alpha", "nan")),
+    ({"alpha": 0}, ValueError, ("alpha", "0")),
     ({"dropout": 1.0}, ValueError, ("dropout", "1.0")),
     ({"A": "matrix"}, ValueError, ("A", "'matrix'")),
     ({"C": "constant"}, ValueError, ("C", "'constant'")),

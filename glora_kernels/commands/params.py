@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from glora_kernels.commands import text
-from glora_kernels.spec import ShareLoRAConfig, matches
+from glora_kernels.spec import ShareLoRAConfig, select
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,7 +85,9 @@ def methods(rank: int, targets: Sequence[str] | None) -> dict[str, ShareLoRAConf
         "ShareB": ShareLoRAConfig(rank=rank, share="B"),
         "ShareAB": ShareLoRAConfig(rank=rank, share="AB"),
     }
-    shared = tuple(name for name in QKV if targets is None or any(matches(name, pattern) for pattern in targets))
+    paths = {f"model.layers.0.self_attn.{name}": name for name in QKV}
+    selected = paths.keys() if targets is None else {path for pattern in targets for path in select(pattern, paths)}
+    shared = tuple(name for path, name in paths.items() if path in selected)
     if shared:
         found["Share-qkv"] = ShareLoRAConfig(rank=rank, share="A", projections=shared)
     return found

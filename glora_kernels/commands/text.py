@@ -15,14 +15,14 @@ def sizes(text: str) -> tuple[int, int, int]:
     found = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)[x×]([1-9]\d*)", text)
     if found is None:
         raise argparse.ArgumentTypeError(f"must be MxNxK, as 8192x4096x4096, got {text!r}")
-    m, n, k = map(int, found.groups())
+    m, n, k = map(positive, found.groups())
     return m, n, k
 
 
 def positive(text: str) -> int:
-    """An integer of at least 1."""
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    """An integer from 1 to the largest that an index of 32 bits holds."""
+    if not re.fullmatch(r"[1-9]\d{0,9}", text) or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1 and < 2^31, got {text!r}")
     return int(text)
 
 
@@ -55,8 +55,7 @@ def case(text: str, rank: int, dropout: float, variant: str) -> GLoRAConfig:
     forms = text.removeprefix("glora:").split(",")
     if not text.startswith("glora:") or len(forms) != len(SUPPORTS):
         raise ValueError(f"--case must be lora or glora:A,B,C,D,E, as glora:vector,lora,none,none,none; got {text!r}")
-    a, b, c, d, e = forms
-    return GLoRAConfig(a, b, c, d, e, rank=rank, dropout=dropout, variant=variant)
+    return GLoRAConfig.of(forms, rank=rank, dropout=dropout, variant=variant)
 
 
 def table(head: Sequence[str], rows: Sequence[Any]) -> str:

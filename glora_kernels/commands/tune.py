@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glora_kernels.commands import text
+from glora_kernels.launch import outputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure also, or only, what serves 4-bit layers of these sizes: csrc, Triton or a dense workspace, "
         "for the dense weight and at 1 to 64 tokens whatever M is",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the table (default: where launches look for it)")
+    parser.add_argument(
+        "--out", type=outputs.file, metavar="FILE", help="the table (default: where launches look for it)"
+    )
     parser.add_argument("--minutes", type=float, default=8.0, help="begin nothing new after this long (default: 8)")
     parser.add_argument("--again", action="store_true", help="measure anew what is in the table already")
     parser.add_argument(
@@ -87,7 +89,11 @@ def run(args: argparse.Namespace) -> int:
         )
         return 2
     card = machine.this_gpu()
-    path = args.out or environment.tables_directory() / f"{environment.slug(card.name)}.json"
+    try:
+        path = outputs.file(args.out or environment.tables_directory() / f"{environment.slug(card.name)}.json")
+    except argparse.ArgumentTypeError as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 2
     passes = whole_pass if dense and "routes" in args.kernels else None
     few = None if args.four_bit is None else few_tokens
     print(f"{card.name} ({card.arch}): {len(shapes)} shapes, table {path}", file=sys.stderr)

@@ -9,21 +9,24 @@ the operators cannot take is a string: the reason, in words for a summary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from glora_kernels.nn.base import conv1d_class
+from glora_kernels.nn.base import conv1d_class, is_linear_anew
 from glora_kernels.nn.frozen import QuantizedLinear
+from glora_kernels.nn.warmup import Form
 from glora_kernels.ops import glora_linear, glora_wc
 from glora_kernels.ops.common import Weight
 from glora_kernels.ops.glora import dropout_seed
 from glora_kernels.ops.triton import MAX_RANK
+from glora_kernels.ops.ways import is_plain as is_strided
+from glora_kernels.ops.ways import is_transformed
 from glora_kernels.quant import QuantizedWeight
-from glora_kernels.quant.bnb import from_linear4bit, is_linear4bit, linear4bit_class, refusal
+from glora_kernels.quant.bnb import REPACKED, from_linear4bit, is_linear4bit, keep_codes, linear4bit_class, refusal
 
 HOOKED = "a module inside it has hooks, or a forward of its own (offloading to a CPU or disk is one)"
 NESTED = "its base is another adapter"
@@ -36,6 +39,7 @@ TRAINED_BASE = "the weight of its base is trained"
 MIXED_DTYPES = "x is not in the dtype of its base"
 MISFIT = "x is of another size or device than its base"
 SUBCLASS = "x is no plain tensor"
+LAYOUT = "x is a nested or a sparse tensor"
 TRANSFORMED = "inside torch.func, forward-mode differentiation or torch.jit.trace"
 TWO_FORMS = "its active adapters have one support in two forms"
 SEVERAL_DROPOUTS = "several active adapters with dropout: each drops elements of its own"
@@ -80,6 +84,13 @@ class Operands(NamedTuple):
     scale: float | Tensor = 1.0
     dropout_p: float = 0.0
     variant: str = "hadamard"
+
+
+_NOTHING_ADDED: dict[str, Any] = dict.fromkeys(("b", "b_up", "b_down", "c", "c_up", "c_down", "d", "e")) | {
+    "dropout_p": 0.0,
+    "scale": 1.0,
+}
+_TENSORS = Operands._fields.index("scale")
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -129,14 +140,14 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
     if "parametrizations" in base._modules:
         return PARAMETRIZED
     kind = type(base)
-    plain: Any = nn.Linear if kind is nn.Linear else conv1d_class(base)
+    plain: Any = nn.Linear if kind is nn.Linear or _is_linear_anew(base, kept) else conv1d_class(base)
     if plain is None and not isinstance(base, QuantizedLinear) and not is_linear4bit(base):
         return f"its base is a {kind.__name__}"
     weight = tensor_of(base, "weight")
     if weight is not None and weight.is_meta:
         return ON_META
     if plain is not None:
-        if kind.forward is not plain.forward:
+        if plain is not nn.Linear and kind.forward is not plain.forward:
             return f"{kind.__name__} has a forward of its own"
         if type(weight) not in PLAIN:
             return SHARDED
@@ -146,7 +157,7 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
             # Without gradients as well: reentrant checkpoints run forward so, and again with them.
             if weight.is_leaf or torch.is_grad_enabled():
                 return TRAINED_BASE
-        return Frozen(weight if kind is nn.Linear else weight.t(), tensor_of(base, "bias"))
+        return Frozen(weight if plain is nn.Linear else weight.t(), tensor_of(base, "bias"))
     if isinstance(base, QuantizedLinear):
         return Frozen(base.base_weight(), base.bias, base.compute_dtype)
     return _linear4bit(base, kept, x)
@@ -157,6 +168,28 @@ def read_base(base: nn.Module) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     frozen_base(base, kept)
     return kept
+
+
+def before_its_own_forward(base: nn.Module, differentiated: Iterable[Any]) -> None:
+    """What there is to do before a base is called by its own forward, in eval mode as in training.
+
+    Args:
+        base: of an adapted layer.
+        differentiated: what the call may be asked the gradient of: x, the parameters of the adapters.
+
+    Raises:
+        RuntimeError: bitsandbytes has repacked the base, and a gradient is wanted, which would be wrong.
+    """
+    if not is_linear4bit(base):
+        return
+    keep_codes(base)
+    if not torch.is_grad_enabled() or refusal(base) != REPACKED:
+        return
+    if any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in differentiated):
+        raise RuntimeError(
+            f"no gradient can be computed through this Linear4bit: {REPACKED}. For inference call it under "
+            "torch.no_grad()"
+        )
 
 
 def total(adapters: Sequence[Operands]) -> Operands | str:
@@ -191,12 +224,14 @@ def refusal_of_x(x: Tensor, base: Frozen, operands: Operands) -> str | None:
     """Why this x keeps a layer from the operators, or None."""
     if type(x) not in PLAIN:
         return SUBCLASS
+    if not is_strided(x):
+        return LAYOUT
     if not x.is_floating_point():
         return "x is not floating point"
     weight = base.weight
     if x.ndim == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
         return MISFIT
-    if not torch.compiler.is_compiling() and _is_transformed():
+    if is_transformed():
         return TRANSFORMED
     if (
         isinstance(weight, Tensor)
@@ -204,16 +239,43 @@ def refusal_of_x(x: Tensor, base: Frozen, operands: Operands) -> str | None:
         and (x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type))
     ):
         return MIXED_DTYPES
-    narrow = base.compute_dtype
-    if narrow is not None and narrow.itemsize < x.dtype.itemsize and not torch.is_autocast_enabled(x.device.type):
-        # PEFT then computes the adapter's part in the wider dtype, and the product alone in the narrow one.
-        down = operands.b_down if operands.a_down is None else operands.a_down
-        if down is not None and narrow.itemsize < down.dtype.itemsize:
-            return NARROW
     for value in operands:
         if type(value) not in _EXPECTED and isinstance(value, Tensor):
             return SHARDED_ADAPTER
     return RANK if is_above_rank(operands, x.is_cuda) else None
+
+
+def is_wider(x: Tensor, base: Frozen, operands: Operands) -> bool:
+    """Whether x and a part of its adapter are wider than what their 4-bit base computes in, and autocast is off.
+
+    As after `prepare_model_for_kbit_training`, where a model of bfloat16 has an fp32 residual stream.
+    """
+    narrow = base.compute_dtype
+    if narrow is None or narrow.itemsize >= x.dtype.itemsize or torch.is_autocast_enabled(x.device.type):
+        return False
+    parts: Any = operands[:_TENSORS]
+    return any(part is not None and narrow.itemsize < part.dtype.itemsize for part in parts)
+
+
+def warmup_form(layer: nn.Module, base: Frozen, operands: Operands) -> Form:
+    """A layer as `warmup` runs it."""
+    weight = base.weight
+    is_4bit = isinstance(weight, QuantizedWeight)
+    dtype = base.compute_dtype or (weight.state.dtype if isinstance(weight, QuantizedWeight) else weight.dtype)
+    layout: tuple[object, ...] = (tuple(weight.shape), weight.device, dtype, base.compute_dtype)
+    if isinstance(weight, QuantizedWeight):
+        state = weight.state
+        layout += (state.quant_type, state.blocksize, state.nested is not None)
+    else:
+        layout += (weight.stride(),)
+    tensors = {"bias": base.bias} | operands._asdict()
+    given = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    parts = ((name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in given.items())
+    drops, (n, k) = operands.dropout_p > 0, weight.shape
+    key = (*layout, *parts, operands.variant, drops)
+    return Form(
+        layer, k, weight.device, dtype, is_4bit, drops, key, f"{type(layer).__name__}, {k} to {n}: {', '.join(given)}"
+    )
 
 
 def is_above_rank(operands: Operands, is_cuda: bool) -> bool:
@@ -224,18 +286,25 @@ def is_above_rank(operands: Operands, is_cuda: bool) -> bool:
 def adapted_linear(x: Tensor, base: Frozen, o: Operands) -> Tensor:
     """y (..., N) of an x (..., K), in the dtype of x, under autocast in that of autocast.
 
+    Where x is wider than what its base computes in (`is_wider`), only what multiplies W is computed there, and what
+    is added to it in the dtype of x, as PEFT's layers do.
+
     Raises:
         The errors of `ops.glora_linear`.
     """
+    if is_wider(x, base, o):
+        added = o._replace(a=None, a_up=None, a_down=None)
+        return _one_call(x, base, o._replace(**_NOTHING_ADDED)) + _added(x, base, added)
+    return _one_call(x, base, o)
+
+
+def _one_call(x: Tensor, base: Frozen, o: Operands) -> Tensor:
     weight, bias, compute_dtype = base
     dtype = None
     if compute_dtype is not None:
         x, bias, dtype = x.to(compute_dtype), None if bias is None else bias.to(compute_dtype), x.dtype
     elif bias is not None and isinstance(weight, QuantizedWeight) and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    wc = None
-    if o.c is not None or o.c_up is not None:
-        wc = glora_wc(weight, o.c, c_up=o.c_up, c_down=o.c_down)
     b_up, scale = o.b_up, o.scale
     if isinstance(scale, Tensor):
         b_up, scale = None if b_up is None else _scaled(b_up, scale), 1.0
@@ -250,7 +319,7 @@ def adapted_linear(x: Tensor, base: Frozen, o: Operands) -> Tensor:
         b=o.b,
         b_up=b_up,
         b_down=o.b_down,
-        wc=wc,
+        wc=_wc(weight, o),
         d=o.d,
         e=o.e,
         scale=scale,
@@ -259,6 +328,37 @@ def adapted_linear(x: Tensor, base: Frozen, o: Operands) -> Tensor:
         variant=o.variant,
     )
     return y if dtype is None else y.to(dtype)
+
+
+def _added(x: Tensor, base: Frozen, o: Operands) -> Tensor:
+    """s·h·B_upᵀ + σ·bᵀ + bias∘d + e + W·c in the dtype of x, of PyTorch's operations."""
+    dtype = x.dtype
+    y = x.new_zeros(())
+    if o.b_up is not None and o.b_down is not None:
+        dropped = nn.functional.dropout(x, o.dropout_p)
+        y = nn.functional.linear(nn.functional.linear(dropped, o.b_down.to(dtype)), o.b_up.to(dtype)) * o.scale
+    if o.b is not None:
+        y = y + x.sum(-1, keepdim=True) * o.b.to(dtype)
+    if o.d is not None and base.bias is not None:
+        y = y + (base.bias * o.d).to(dtype)
+    for part in (o.e, _wc(base.weight, o)):
+        y = y if part is None else y + part.to(dtype)
+    return y
+
+
+def _wc(weight: Weight, o: Operands) -> Tensor | None:
+    return None if o.c is None and o.c_up is None else glora_wc(weight, o.c, c_up=o.c_up, c_down=o.c_down)
+
+
+def _is_linear_anew(base: nn.Module, kept: dict[str, Any]) -> bool:
+    """Whether the base is of a class derived from `nn.Linear` that computes the same; tried once for each layer."""
+    if not isinstance(base, nn.Linear) or is_linear4bit(base):
+        return False
+    kind = type(base)
+    if kept.get("kind") is not kind:
+        kept |= {"kind": kind, "anew": kind.forward is nn.Linear.forward or is_linear_anew(base)}
+    found: bool = kept["anew"]
+    return found
 
 
 def _linear4bit(base: Any, kept: dict[str, Any], x: Tensor | None) -> Frozen | str:
@@ -279,7 +379,8 @@ def _linear4bit(base: Any, kept: dict[str, Any], x: Tensor | None) -> Frozen | s
         or (memory is not None and kept.get("memory") != memory)
     ):
         try:
-            weight = from_linear4bit(base)
+            with torch.inference_mode(False):  # it outlives the call that it is first read in
+                weight = _recordable(from_linear4bit(base))
         except (TypeError, ValueError) as error:
             return str(error)
         kept |= {"parameter": parameter, "state": state, "device": device, "memory": memory, "weight": weight}
@@ -289,13 +390,20 @@ def _linear4bit(base: Any, kept: dict[str, Any], x: Tensor | None) -> Frozen | s
     return Frozen(kept["weight"], base.bias, base.compute_dtype)
 
 
-def _is_transformed() -> bool:
-    # The operators' autograd.Function knows reverse-mode differentiation alone; PEFT's forward knows all of these.
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
+def _recordable(weight: QuantizedWeight) -> QuantizedWeight:
+    """On the same memory, without the mark of inference mode, which bitsandbytes leaves on what is merged there."""
+    state, nested = weight.state, weight.state.nested
+    if nested is not None:
+        absmax, code, offset = map(_unmarked, (nested.absmax, nested.code, nested.offset))
+        nested = replace(nested, absmax=absmax, code=code, offset=offset)
+    return QuantizedWeight(_unmarked(weight.packed), replace(state, absmax=_unmarked(state.absmax), nested=nested))
+
+
+def _unmarked(tensor: Tensor) -> Tensor:
+    if not tensor.is_inference():
+        return tensor
+    place = (tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(*place)
 
 
 def _sum(adapters: Sequence[Operands], name: str) -> Tensor | None:

@@ -12,6 +12,7 @@ from glora_kernels.nn.quantize import quantize
 from glora_kernels.nn.requantize import MergeReport
 from glora_kernels.nn.sharded import clip_grad_norm_, fully_shard, parameter_groups
 from glora_kernels.nn.share import shared
+from glora_kernels.nn.unload import merge_and_unload
 from glora_kernels.nn.warmup import warmup
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge",
+    "merge_and_unload",
     "parameter_groups",
     "quantize",
     "save_adapter",

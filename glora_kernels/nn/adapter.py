@@ -5,21 +5,28 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace as changed
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 
-from glora_kernels.nn.base import Base, base_of, unsupported
+from glora_kernels.nn.base import Base, M, base_of, unsupported
 from glora_kernels.nn.file import Adapter, LayerEntry, host_copy, read, write
-from glora_kernels.nn.inject import TRAINED, Linear, linears, replace
+from glora_kernels.nn.frozen import QuantizedLinear
+from glora_kernels.nn.inject import Linear, linears, refuse_4bit, replace
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.model import all_paths, clean, named_layers, unwrap
+from glora_kernels.nn.model import TRAINED, all_paths, clean, named_layers, unwrap
 from glora_kernels.nn.ranks import mesh_of, on_first_rank, refuse_sharded, whole
 from glora_kernels.nn.share import Sharing, Tie, check_devices
 from glora_kernels.nn.siblings import tied_sets
+from glora_kernels.nn.undo import all_or_none
 from glora_kernels.spec import GLoRAConfig
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes that values are cast between; any other must be the model's own."""
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -34,11 +41,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     (DistributedDataParallel) is written by whoever calls: let one rank do it.
 
     Args:
-        model: a model with GLoRA layers, also inside torch.compile or DistributedDataParallel.
+        model: a model with GLoRA layers, also inside torch.compile, DistributedDataParallel, AveragedModel and their
+            like: the file has the names of the model inside.
         path: the file; an existing one is replaced.
 
     Raises:
-        ValueError: the model has no GLoRA layer, or parameters on the meta device.
+        ValueError: the model has no GLoRA layer, parameters on the meta device, or parts of parameters under the
+            first FSDP.
         FileNotFoundError: the directory does not exist.
         RuntimeError: the model is sharded, and the first rank failed.
 
@@ -54,6 +63,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     entries = {name: _entry(layer) for name, layer in layers.items()}
     state = _state(layers, entries) | _trained_state(trained)
     _warn_unsaved(root, layers, entries, state)
+    for path, entry in entries.items():
+        for name, shape in _shapes(path, entry).items():
+            if (found := tuple(state[name].shape)) != shape:
+                raise ValueError(
+                    f"save_adapter: {name!r} has shape {found} in place of {shape}, as a part of a sharded parameter "
+                    "has; under the first FSDP, save inside FullyShardedDataParallel.summon_full_params(model)"
+                )
     if meta := [name for name, tensor in state.items() if tensor.is_meta]:
         raise ValueError(f"save_adapter: {meta[0]!r} is on the meta device and has no values")
     tied = _ties(state)
@@ -67,13 +83,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     on_first_rank(mesh, "save_adapter", lambda: None if target is None else write(adapter, target))
 
 
+@overload
+def load_adapter(model: nn.Linear | QuantizedLinear, path: str | os.PathLike[str]) -> GLoRALinear: ...
+@overload
+def load_adapter(model: M, path: str | os.PathLike[str]) -> M: ...
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load what `save_adapter` wrote. A plain model is injected first, exactly as the saved one was.
 
     An injected model must have the file's layers with the file's configurations (dropout may differ), the
     same modules trained whole, and share the factors that the file's model shared. Values are cast to the dtype
-    of the model's parameters; over a plain 16-bit base, adapters that were saved in fp32 stay fp32. Everything is
-    checked before anything is changed.
+    of the model's parameters. In a plain model that is the base's, but fp32 over a 16-bit base unless they were saved
+    in its very dtype: loading rounds nothing. Where it fails, at whatever point, the model is as before.
 
     Args:
         model: the plain or injected model; changed in place.
@@ -85,7 +105,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, altered, no adapter or of a newer format, or it does not fit the
-            model; the message names the first differences. Or the model is sharded already.
+            model (a value beyond the model's dtype does not); the message names the first differences. Or the model
+            is sharded already.
         RuntimeError: a layer of the model is merged.
     """
     refuse_sharded(unwrap(model), "load_adapter", "load the adapter before fully_shard")
@@ -94,21 +115,41 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     layers = named_layers(unwrap(model))
     if merged := [name for name, layer in layers.items() if layer.merged]:
         raise RuntimeError(f"load_adapter: {merged[0]!r} is merged; call unmerge(model) first")
-    if not layers:
-        model = _inject(model, adapter, where)
-        layers = named_layers(unwrap(model))
-    else:
-        _check_layers(layers, adapter.layers, where)
-    state = _state(layers, adapter.layers) | _trained_state(_trained(unwrap(model)))
-    _check_injected(unwrap(model), adapter, state, where)
-    values = adapter.values()
-    with torch.no_grad():
-        for name, tensor in state.items():
-            tensor.copy_(values[name])
     for name, layer in layers.items():
-        if layer.bias is not None and adapter.layers[name].train_bias:
-            layer.bias.requires_grad_(True)
+        layer.check_intact(f"load_adapter: {name!r}")
+    if layers:
+        _check_layers(layers, adapter.layers, where)
+    with all_or_none() as undo:
+        if not layers:
+            model = _inject(model, adapter, where, undo)
+            layers = named_layers(unwrap(model))
+        state = _state(layers, adapter.layers) | _trained_state(_trained(unwrap(model)))
+        _check_injected(unwrap(model), adapter, state, where)
+        values = {name: _cast(where, name, value, state[name].dtype) for name, value in adapter.values().items()}
+        with torch.no_grad():
+            for name, tensor in state.items():
+                undo.callback(_put, tensor, host_copy(tensor))
+                tensor.copy_(values[name])
+        for name, layer in layers.items():
+            if layer.bias is not None and adapter.layers[name].train_bias:
+                undo.callback(layer.bias.requires_grad_, layer.bias.requires_grad)
+                layer.bias.requires_grad_(True)
     return model
+
+
+@torch.no_grad()
+def _put(tensor: Tensor, values: Tensor) -> None:
+    tensor.copy_(values)
+
+
+def _cast(where: str, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of a file in the dtype that the model has them in; none may become infinite."""
+    cast = values.to(dtype)
+    if values.is_floating_point() and (cast.isinf() & ~values.isinf()).any():
+        raise ValueError(
+            f"{where} holds {name!r} in {values.dtype} with values beyond {dtype}, in which the model has it"
+        )
+    return cast
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
@@ -120,7 +161,7 @@ def _target(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _inject(model: nn.Module, adapter: Adapter, where: str) -> nn.Module:
+def _inject(model: nn.Module, adapter: Adapter, where: str, undo: ExitStack) -> nn.Module:
     """Give a plain model the file's layers, once everything about the two was found to fit."""
     root = unwrap(model)
     found = {path: linear for linear in linears(root) for path in linear.paths}
@@ -149,20 +190,20 @@ def _inject(model: nn.Module, adapter: Adapter, where: str) -> nn.Module:
         _check_entry(where, path, entry, fitting)
         expected = _shapes(path, entry)
         shapes |= expected
-        # fp32 adapters over a 16-bit base were asked for when made: rounding them would lose small ones.
         names = entry.config.parameter_shapes(in_features, out_features, entry.bias)
         own = [name for name in names if (full := _join(path, name)) in values and full not in shared]
-        fp32 = [name for name in own if values[_join(path, name)].dtype == torch.float32]
-        kept_wide = fp32 if base.dtype.itemsize == 2 else []
-        every = bool(kept_wide) and kept_wide == own
-        plan.append((found[path], entry.config, torch.float32 if every else None))
-        alone += [] if every else [Tie(((path, name),), torch.float32) for name in kept_wide]
+        wide = [name for name in own if _dtype(values[_join(path, name)], base) != base.dtype]
+        every = bool(wide) and wide == own
+        plan.append((found[path], entry.config, torch.float32 if every else base.dtype))
+        alone += [] if every else [Tie(((path, name),), torch.float32) for name in wide]
         bases[path] = base
         if entry.train_bias and bias is not None:
             biases[_join(path, "bias")] = bias
     if absent := sorted(set(adapter.train) - set(modules)):
         raise ValueError(f"{where} trains the module {absent[0]!r}, which the model does not have")
     trained = {path: modules[path] for path in adapter.train}
+    for path, module in trained.items():
+        refuse_4bit(path, module)
     kept = _trained_state(trained) | biases  # what the model has and shares already
     shapes |= {name: tuple(tensor.shape) for name, tensor in kept.items()}
     _check_values(where, shapes, values, kept)
@@ -171,7 +212,11 @@ def _inject(model: nn.Module, adapter: Adapter, where: str) -> nn.Module:
             raise ValueError(f"{where} ties {name!r} to {first!r}, an adapter to a module trained whole")
     _check_ties(where, {name: first for name, first in adapter.tied.items() if name in kept}, _ties(kept))
     ties = {name: first for name, first in adapter.tied.items() if name not in kept}
-    return replace(model, plan, trained, Sharing(_planned_ties(ties, values, bases) + alone, adapter.siblings))
+    # Modules that were trained in fp32 inside a 16-bit model are so again.
+    kept_fp32 = {name for name, value in values.items() if value.dtype == torch.float32}
+    widened = [m for path, m in trained.items() if not kept_fp32.isdisjoint(_trained_state({path: m}))]
+    sharing = Sharing(_planned_ties(ties, values, bases) + alone, adapter.siblings)
+    return replace(model, plan, trained, sharing, undo, widened)
 
 
 def _planned_ties(tied: Mapping[str, str], values: Mapping[str, Tensor], bases: Mapping[str, Base]) -> list[Tie]:
@@ -183,10 +228,13 @@ def _planned_ties(tied: Mapping[str, str], values: Mapping[str, Tensor], bases: 
     for first, names in groups.items():
         factors = tuple((path, own) for path, _, own in (name.rpartition(".") for name in names))
         check_devices(factors, {path: base.weight.device for path, base in bases.items()})
-        dtype = bases[factors[0][0]].dtype
-        wide = dtype.itemsize == 2 and values[first].dtype == torch.float32
-        ties.append(Tie(factors, torch.float32 if wide else dtype))
+        ties.append(Tie(factors, _dtype(values[first], bases[factors[0][0]])))
     return ties
+
+
+def _dtype(saved: Tensor, base: Base) -> torch.dtype:
+    """Of an adapter that is made for a saved one: the base's, but over 16 bits fp32 where that would round."""
+    return torch.float32 if base.dtype.itemsize == 2 and saved.dtype != base.dtype else base.dtype
 
 
 def _check_layers(layers: Mapping[str, GLoRALinear], entries: Mapping[str, LayerEntry], where: str) -> None:
@@ -209,7 +257,10 @@ def _check_entry(where: str, path: str, given: LayerEntry, own: LayerEntry) -> N
     want |= {"in_features": own.in_features, "out_features": own.out_features, "bias": own.bias}
     if differing := [key for key in have if key != "dropout" and have[key] != want[key]]:
         first = ", ".join(f"{key}={have[key]!r} (the model: {want[key]!r})" for key in differing[:4])
-        raise ValueError(f"{where} does not fit the layer {path!r}: it has {first}")
+        raise ValueError(
+            f"{where} does not fit the layer {path!r}: it has {first}. Load it into the plain base model, which gets "
+            f"its adapters from the file, or inject the configuration of the file: {given.config}"
+        )
 
 
 def _check_values(
@@ -222,6 +273,9 @@ def _check_values(
     for name, shape in expected.items():
         if tuple(values[name].shape) != shape:
             raise ValueError(f"{where} holds {name!r} with shape {tuple(values[name].shape)}; the model takes {shape}")
+        own = state[name].dtype if name in state else torch.float32
+        if (given := values[name].dtype) != own and not (given in _FLOATS and own in _FLOATS):
+            raise ValueError(f"{where} holds {name!r} in {given}; the model takes {own}")
     for name, tensor in state.items():
         if tensor.is_meta:
             raise ValueError(f"{where}: {name!r} is on the meta device in the model; load the base model first")
@@ -319,6 +373,7 @@ def _warn_unsaved(
     state: Mapping[str, Tensor],
 ) -> None:
     saved = {id(tensor) for tensor in state.values()}
+    saved |= {id(p) for layer in layers.values() if not layer.is_intact for p in layer.parameters()}  # by their product
     saved |= {id(layer.bias) for path, layer in layers.items() if entries[path].train_bias}
     lost = [clean(name) for name, p in root.named_parameters() if p.requires_grad and id(p) not in saved]
     if lost:

@@ -1,4 +1,4 @@
-"""Contexts of one training step in which work of all layers is done at once: β before it, shared gradients after it."""
+"""Contexts in which work of all layers is done at once: β before a forward, shared gradients after its backward."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.merging import SHIFTS, operands
 from glora_kernels.nn.model import named_layers, unwrap
 from glora_kernels.ops import depth
-from glora_kernels.ops.deferred import Deferred, DeferredLinear
+from glora_kernels.ops.deferred import Deferred, DeferredLinear, ticket
 
 _FACTORS = {"B_down": "b_down", "B_up": "b_up"}
 
@@ -27,10 +28,13 @@ def shift_once(model: nn.Module) -> Iterator[None]:
             loss.backward()
             optimizer.step()
 
-    Without it each layer computes W·C and adds its terms anew at each forward, since a changed parameter leaves no
-    trace. Entering the context says that no weight, bias or parameter of C, D and E changes until the backward of what
-    was computed inside has run: enter it once a step. Gradients reach the parameters as ever, in one launch (two where
-    a C is lora). Several forwards and backwards may follow one another inside; each backward has its own launch.
+    Without it each layer computes W·C and adds its terms anew at each forward. Enter it once a step. Gradients reach
+    the parameters as ever, in one launch (two where a C is lora). Several forwards and backwards may follow one another
+    inside; each backward has its own launch.
+
+    A layer of which a weight, bias or parameter of C, D and E changes inside (an optimizer's step, a state that is
+    loaded, `requires_grad_`) computes its terms anew from then on, as it does under torch.compile. What writes through
+    `.data` is not noticed: leave the context first.
 
     A forward that activation checkpointing computes again, of either kind, must find the context open: call backward
     inside it. A reentrant checkpoint asks for its layers' gradients by itself: one launch each.
@@ -44,62 +48,111 @@ def shift_once(model: nn.Module) -> Iterator[None]:
     """
     layers = [layer for layer in _layers(model, "shift_once") if _is_shifted(layer)]
     before = [layer._beta for layer in layers]
-    for layer, beta in zip(layers, depth.shifts([operands(layer) for layer in layers]), strict=True):
-        layer._beta = beta
+    kept = [
+        KeptShift(layer, beta)
+        for layer, beta in zip(layers, depth.shifts([operands(layer) for layer in layers]), strict=True)
+    ]
+
+    def stepped(*_: object) -> None:
+        for shift in kept:
+            shift.stale = True
+
+    after_steps = register_optimizer_step_post_hook(stepped)
     try:
+        for layer, shift in zip(layers, kept, strict=True):
+            layer._beta = shift
         yield
     finally:
+        after_steps.remove()
         for layer, beta_before in zip(layers, before, strict=True):
             layer._beta = beta_before
 
 
 @contextlib.contextmanager
 def deferred_shared_grads(model: nn.Module) -> Iterator[Deferred]:
-    """Compute the gradient of every factor that layers share at the end, in one launch for all of them.
+    """Compute the gradient of every factor that layers share at the end of backward, in one launch for all of them.
 
         with gk.deferred_shared_grads(model) as deferred:
             loss = model(batch)
-            loss.backward()
+        loss.backward()
         optimizer.step()
 
     dB_down = Σ_l s·(dy_l·B_up,l)ᵀ·x̃_l (dB_up = s·Σ_l dy_lᵀ·(x̃_l·B_down,lᵀ)) is then one product in fp32 over all
-    layers that hold the factor, summed in their order and rounded once, added to `.grad` when the context is left.
-    Forward and backward both belong inside. Without the context autograd accumulates the layers' gradients one by one,
-    in the dtype of the parameter, and keeps nothing.
+    layers that hold the factor, summed in their order and rounded once. Without the context autograd accumulates the
+    layers' gradients one by one, in the dtype of the parameter, and keeps nothing.
 
-    It costs memory: what backward would have freed layer by layer lives until the end: M·(K + R)·itemsize bytes a
+    The forward belongs inside; backward may follow there or later, once or several times, and optimizers, clipping,
+    hooks and `torch.autograd.grad` find what they find without the context, in DistributedDataParallel too. Each
+    backward has its own launch, and each segment of a reentrant checkpoint. What activation checkpointing computes
+    again after the context has been left is accumulated by autograd.
+
+    It costs memory: what backward would have freed layer by layer lives until its end: M·(K + R)·itemsize bytes a
     layer where B_down is shared (x_l and S_l = dy_l·B_up,l), M·(N + R)·itemsize where B_up is (dy_l and h_l); an x that
-    several layers read counts once. `deferred.bytes` is the sum so far.
+    several layers read counts once. `deferred.bytes` is the sum over all backwards so far.
 
-    `torch.autograd.grad` finds no gradient of a shared factor inside. Layers that torch.compile traces, or that are
-    fused with siblings, keep autograd's own accumulation. An exception inside drops what was handed over.
+    Layers that torch.compile traces, that run under a dispatch mode or a transform of torch.func, or that are fused
+    with siblings, keep autograd's own accumulation; so does a backward with create_graph=True.
 
     Raises:
         ValueError: the model has no GLoRA layer.
-        RuntimeError: the context is open already; or something waits for the gradient as autograd delivers it: more
-            than one process in torch.distributed, or a hook on a shared parameter.
+        RuntimeError: the context is open already.
     """
     layers = _layers(model, "deferred_shared_grads")
     if any(layer._deferred is not None for layer in layers):
         raise RuntimeError("deferred_shared_grads was entered inside deferred_shared_grads of the same layers")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        processes = torch.distributed.get_world_size()
-        if processes > 1:
-            raise RuntimeError(
-                f"deferred_shared_grads: {processes} processes train together, and none would be sent the gradients "
-                "that are computed at the end; leave the context out"
-            )
     shared = _shared(layers)
     deferred = Deferred()
-    for place, (layer, names) in enumerate(shared.items()):
-        layer._deferred = DeferredLinear(deferred, place, names)
+    by_device: dict[torch.device, dict[nn.Parameter, None]] = {}
+    for names in shared.values():
+        for parameter in names.values():
+            by_device.setdefault(parameter.device, {})[parameter] = None
+    tickets = {device: ticket(deferred, tuple(parameters)) for device, parameters in by_device.items()}
     try:
+        for place, (layer, names) in enumerate(shared.items()):
+            device = next(iter(names.values())).device
+            layer._deferred = DeferredLinear(deferred, tickets[device], place, names)
         yield deferred
-        deferred.finish()
     finally:
         deferred.drop()
         for layer in shared:
             layer._deferred = None
+
+
+class KeptShift:
+    """β = b + b∘D + E + W·C of a layer, and what it was made of.
+
+    PyTorch counts what is overwritten, but for writes through `.data` and tensors of inference mode. An optimizer may
+    write past the counter: its step sets `stale`.
+    """
+
+    def __init__(self, layer: GLoRALinear, beta: Tensor) -> None:
+        self.beta, self.stale = beta, False
+        # Detached, a tensor keeps its memory although the parameter is given another: no new one can have its place.
+        self._terms = [(tensor, tensor.detach(), *_state(tensor)) for tensor in _terms(layer)]
+
+    def is_current(self, layer: GLoRALinear) -> bool:
+        """Whether β is that of the layer's parameters as they are now, and part of the graph if that is wanted."""
+        if self.stale or (self.beta.is_inference() and not torch.is_inference_mode_enabled()):
+            return False
+        terms = _terms(layer)
+        if torch.is_grad_enabled() and not self.beta.requires_grad and any(tensor.requires_grad for tensor in terms):
+            return False
+        return len(terms) == len(self._terms) and all(
+            tensor is before
+            and torch._C._is_alias_of(tensor, memory)  # type: ignore[attr-defined]
+            and _state(tensor) == tuple(state)
+            for tensor, (before, memory, *state) in zip(terms, self._terms, strict=True)
+        )
+
+
+def _terms(layer: GLoRALinear) -> list[Tensor]:
+    """The tensors that a layer's β is made of."""
+    tensors = (getattr(layer, name) for name in ("weight", "bias", "C", "C_up", "C_down", "D", "E"))
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _state(tensor: Tensor) -> tuple[int, bool]:
+    return 0 if tensor.is_inference() else tensor._version, tensor.requires_grad
 
 
 def _layers(model: nn.Module, caller: str) -> list[GLoRALinear]:
@@ -122,14 +175,7 @@ def _shared(layers: list[GLoRALinear]) -> dict[GLoRALinear, dict[str, nn.Paramet
                 owners.setdefault(parameter, []).append(layer)
     found: dict[GLoRALinear, dict[str, nn.Parameter]] = {}
     for parameter, holders in owners.items():
-        if len(holders) < 2:
-            continue
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            raise RuntimeError(
-                "deferred_shared_grads: a shared factor has a hook on its gradient, which would not be called; remove "
-                "it, or leave the context out"
-            )
-        for layer in holders:
+        for layer in holders if len(holders) > 1 else ():
             name = next(name for name in _FACTORS if getattr(layer, name) is parameter)
             found.setdefault(layer, {})[_FACTORS[name]] = parameter
     return {layer: found[layer] for layer in layers if layer in found}

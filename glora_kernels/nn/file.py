@@ -15,20 +15,38 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from sys import float_info
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from glora_kernels.spec import GLoRAConfig
+from glora_kernels.spec import SUPPORTS, GLoRAConfig
 
 FORMAT = "glora_kernels.adapter"
-VERSION = 2
+
+Schema = Mapping[str, tuple[type, ...]]
+"""The keys of a JSON object and the types of their values, as json.loads makes them: a bool is no int."""
+
+VERSIONS: Mapping[str, Schema] = {
+    "1": {"layers": (dict,), "train": (list,), "tied": (dict,)},
+    "2": {"layers": (dict,), "train": (list,), "tied": (dict,), "siblings": (list,)},
+}
+"""What "config" holds in each version of the format."""
+
+ENTRY: Schema = {
+    "config": (dict,), "in_features": (int,), "out_features": (int,), "bias": (bool,), "train_bias": (bool,),
+}  # fmt: skip
+CONFIG: Schema = dict.fromkeys((*SUPPORTS, "variant", "init"), (str,)) | {
+    "rank": (int,), "alpha": (int, float, type(None)), "dropout": (int, float),
+}  # fmt: skip
+TENSOR: Schema = {"dtype": (str,), "shape": (list,), "data_offsets": (list,)}
 
 
 @dataclass(frozen=True)
@@ -42,11 +60,17 @@ class LayerEntry:
     train_bias: bool
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> LayerEntry:
-        config = values["config"]
-        if not isinstance(config, dict):
-            raise TypeError("a layer's config is not an object")
-        return cls(**{**values, "config": GLoRAConfig.from_dict(config)})  # type: ignore[arg-type]
+    def parsed(cls, values: object, what: str) -> LayerEntry:
+        found = _fields(values, ENTRY, what)
+        config = _fields(found["config"], CONFIG, f"the config of {what}")
+        alpha = config["alpha"]
+        if alpha is not None and not -float_info.max <= alpha <= float_info.max:
+            raise ValueError(f"the alpha of {what} is no finite number")
+        if found["in_features"] < 0 or found["out_features"] < 0:
+            raise ValueError(f"{what} has a negative size")
+        if found["train_bias"] and not found["bias"]:
+            raise ValueError(f"{what} trains a bias that it does not have")
+        return cls(**found | {"config": GLoRAConfig.from_dict(config)})
 
 
 @dataclass(frozen=True)
@@ -59,14 +83,39 @@ class Adapter:
     tensors: dict[str, Tensor]
     siblings: list[list[str]] = field(default_factory=list)
 
+    @classmethod
+    def parsed(cls, text: str, schema: Schema, tensors: dict[str, Tensor]) -> Adapter:
+        """What "config" says, every value of it checked.
+
+        Raises:
+            ValueError: it is no JSON, lacks or adds a key, has a value of another type, or ties or siblings refer to
+                what the file does not have.
+        """
+        found = _fields(_json(text), schema, "the configuration")
+        layers = {path: LayerEntry.parsed(entry, f"layer {path!r}") for path, entry in found["layers"].items()}
+        if not layers:
+            raise ValueError("it has no layers")
+        train = _strings(found["train"], "train")
+        _strings(found["tied"].values(), "tied", distinct=False)
+        siblings = [
+            _strings(_typed(group, (list,), "a set of siblings"), "siblings") for group in found.get("siblings", [])
+        ]
+        _strings([path for group in siblings for path in group], "siblings")
+        adapter = cls(layers, train, found["tied"], tensors, siblings)
+        adapter.check()
+        return adapter
+
     def check(self) -> None:
         """Raises ValueError where ties or siblings refer to what the file does not have."""
         for name, first in self.tied.items():
             if name in self.tensors or first not in self.tensors or name < first:
                 raise ValueError(f"{name!r} cannot be tied to {first!r}")
         for group in self.siblings:
-            factors = [f"{path}.B_down" for path in group]
-            if len(group) < 2 or len({self.tied.get(name, name) for name in factors}) > 1:
+            if unknown := [path for path in group if path not in self.layers]:
+                raise ValueError(f"the sibling {unknown[0]!r} is no layer")
+            factors = [f"{path}.B_down" if path else "B_down" for path in group]
+            common = {self.tied.get(name, name) for name in factors}
+            if len(group) < 2 or len(common) > 1 or not common <= self.tensors.keys():
                 raise ValueError(f"{group} cannot be tied as siblings: they have no common B_down")
 
     def values(self) -> dict[str, Tensor]:
@@ -116,8 +165,8 @@ def read(path: Path) -> Adapter:
     def bad(reason: str) -> ValueError:
         return ValueError(f"load_adapter: {str(path)!r} {reason}")
 
-    if path.is_dir():
-        raise bad("is a directory, not a file")
+    if path.exists() and not path.is_file():
+        raise bad("is a directory, not a file" if path.is_dir() else "is no regular file")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(8)
@@ -126,31 +175,80 @@ def read(path: Path) -> Adapter:
             raise bad(f"is truncated or no safetensors file ({size} bytes)")
         data += file.read(length)
         try:
-            header = json.loads(data[8:])
-            about = header.get("__metadata__", {})
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise bad("is no safetensors file: its header is not a JSON object") from error
-        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            about = _metadata(data[8:])
+        except ValueError as error:
+            raise bad(f"is truncated or no safetensors file: {error}") from error
+        if about.get("format") != FORMAT:
             raise bad(f"is no adapter of this library: its metadata lacks format={FORMAT!r}")
-        version = about.get("format_version", "")
-        if not isinstance(version, str) or not version.isdecimal() or int(version) > VERSION:
-            raise bad(f"has format version {version!r}; this library reads versions up to {VERSION}: upgrade it")
+        if (version := about.get("format_version", "")) not in VERSIONS:
+            raise bad(f"has format version {version!r}; this library reads {', '.join(VERSIONS)}: upgrade it")
         data += file.read()
     try:
         tensors = load(data)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, KeyError, RuntimeError) as error:  # KeyError: a dtype that PyTorch does not have
         raise bad(f"is truncated or damaged: {error}") from error
     if about.get("sha256") != _digest(about, tensors):
         raise bad("was altered or damaged: its SHA-256 does not match its contents")
     try:
-        values = json.loads(about["config"])
-        layers = {name: LayerEntry.from_dict(entry) for name, entry in values["layers"].items()}
-        siblings = [list(group) for group in values.get("siblings", [])]
-        adapter = Adapter(layers, list(values["train"]), dict(values["tied"]), tensors, siblings)
-        adapter.check()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return Adapter.parsed(about.get("config", ""), VERSIONS[version], tensors)
+    except ValueError as error:
         raise bad(f"has a configuration that cannot be used: {error}") from error
-    return adapter
+
+
+def _metadata(header: bytes) -> dict[str, str]:
+    """The metadata of a safetensors header, once every entry has the form it must have."""
+    entries = _typed(_json(header), (dict,), "its header")
+    about = _typed(entries.pop("__metadata__", {}), (dict,), "its metadata")
+    _strings(about.values(), "metadata", distinct=False)
+    for name, entry in entries.items():
+        count = 1
+        for size in _fields(entry, TENSOR, f"tensor {name!r}")["shape"]:
+            count *= max(_typed(size, (int,), f"a size of tensor {name!r}"), 1)
+            if size < 0 or count >= 2**63:  # a tensor without elements has strides too
+                raise ValueError(f"tensor {name!r} has a shape that no tensor has")
+    return about
+
+
+def _json(text: str | bytes) -> Any:
+    """The value of a JSON text that says nothing twice and has no NaN, which JSON does not know."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key is there twice")
+        return found
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no number in JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("JSON nested too deeply") from error
+
+
+def _typed(value: Any, types: tuple[type, ...], what: str) -> Any:
+    if type(value) not in types:
+        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+        raise ValueError(f"{what} must be of type {names}, got {type(value).__name__}")
+    return value
+
+
+def _fields(value: object, schema: Schema, what: str) -> dict[str, Any]:
+    """A JSON object with the keys of a schema, all of them and no others."""
+    found: dict[str, Any] = _typed(value, (dict,), what)
+    if found.keys() != schema.keys():
+        raise ValueError(f"{what} must have the keys {sorted(schema)}, got {sorted(found)}")
+    for key, types in schema.items():
+        _typed(found[key], types, f"{key} of {what}")
+    return found
+
+
+def _strings(values: Iterable[object], what: str, distinct: bool = True) -> list[str]:
+    found: list[str] = [_typed(value, (str,), f"a value of {what}") for value in values]
+    if distinct and len(set(found)) < len(found):
+        raise ValueError(f"{what} names something twice")
+    return found
 
 
 def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

@@ -1,16 +1,22 @@
 """The frozen base of a layer, dense or in 4 bits: its weight, its state dict, its moves between devices.
 
-A 4-bit base has the packed codes as its parameter `weight`, uint8 (P, 1), and everything beside them as the attribute
-`quant_state`: no buffers, which `model.to(torch.bfloat16)` would round.
+A 4-bit base has the packed codes as its attribute `weight`, uint8 (P, 1), and everything beside them as the attribute
+`quant_state`. They are plain tensors, neither parameters nor buffers: nothing may average, cast, decay, prune, shard or
+broadcast codes, and what does so asks a module for its parameters and buffers. The module itself moves them between
+devices, saves and loads them.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from glora_kernels.modes import ordinary
 from glora_kernels.ops import glora_linear
 from glora_kernels.ops.common import Weight
 from glora_kernels.quant import QuantizedWeight, QuantState, dequantize
@@ -19,6 +25,12 @@ from glora_kernels.quant.checkpoint import NAMES, state_from_tensors, state_tens
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The dtypes of a base and of an adapter."""
+
+_BESIDE = SimpleNamespace(
+    **dict.fromkeys(name for name in NAMES if "." not in name),
+    quant_state=SimpleNamespace(**{name.partition(".")[2]: None for name in NAMES if "." in name}),
+)
+"""An attribute for each of `NAMES`."""
 
 
 class FrozenBase(nn.Module):
@@ -31,11 +43,28 @@ class FrozenBase(nn.Module):
 
     in_features: int
     out_features: int
-    weight: nn.Parameter
+    weight: Tensor
     bias: nn.Parameter | None
     quant_state: QuantState | None
     compute_dtype: torch.dtype | None
     _transposed: bool
+    _entries = SimpleNamespace(weight=_BESIDE)
+
+    def hold(self, weight: QuantizedWeight) -> None:
+        """Make codes and what stands beside them the base; the same memory, and the same tensors where they can be.
+
+        Tied layers have one tensor then, as they have one state: what copies an object once (pickle) keeps both tied.
+        """
+        packed = weight.packed
+        if packed.shape != (packed.numel(), 1) or type(packed) is not Tensor or packed.requires_grad:
+            packed = packed.detach().view(-1, 1)
+        self.quant_state = weight.state.map(ordinary)
+        self.weight = ordinary(packed)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and (state := self.__dict__.get("quant_state")) is not None:
+            _check_codes(value, state)
+        super().__setattr__(name, value)
 
     def base_weight(self) -> Weight:
         """W (N, K): the parameter (transposed, where it is stored so), or the 4-bit weight on it."""
@@ -52,11 +81,21 @@ class FrozenBase(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        if self.quant_state is not None:
-            self.quant_state = self.quant_state.to(self.weight.device)
+        self.change_codes(lambda tensor: _moved(tensor, fn))
         return self
 
+    def change_codes(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put what `change` makes of them in the place of the codes and what stands beside them; dense: nothing."""
+        if self.quant_state is not None:
+            self.hold(QuantizedWeight(change(self.weight), self.quant_state.map(change)))
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For `torch.distributed.checkpoint`, which looks each key of a state up by `getattr`: where it goes on."""
+        return {} if self.quant_state is None else {"weight": "_entries"}
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.quant_state is not None:
+            destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.quant_state is not None:
             destination |= {f"{prefix}weight.{k}": v for k, v in state_tensors(self.quant_state).items()}
@@ -73,31 +112,44 @@ class FrozenBase(nn.Module):
     ) -> None:
         name = prefix + "weight"
         parts = {part: state_dict[f"{name}.{part}"] for part in NAMES if f"{name}.{part}" in state_dict}
-        given = state_dict.get(name)
-        if parts and self.quant_state is None:
+        if self.quant_state is None and parts:
             errors.append(f"{name} is in 4 bits and this layer's is dense; build the layer with quantize()")
             return
-        if self.quant_state is not None and given is not None:
-            if not parts and given.dtype != torch.uint8:
-                errors.append(
-                    f"{name} is dense ({given.dtype}) and this layer's is in 4 bits; load first, then quantize()"
-                )
-                return
-            assigned = metadata.get("assign_to_params_buffers", False)
-            try:
-                codes = packed_bytes(given).to(given.device if assigned else self.weight.device)
-                state = state_from_tensors(parts, codes.device)
-                QuantizedWeight(codes, state)
-                if state.shape != self.quant_state.shape:
-                    raise ValueError(f"it has shape {state.shape}, the layer {self.quant_state.shape}")
-            except (ValueError, TypeError, RuntimeError) as error:
-                errors.append(f"{name}: {error}")
-                return
-            state_dict = state_dict | {name: codes.view(-1, 1)}
-            self.quant_state = state if assigned else self.quant_state.written(state)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         known = {f"{name}.{part}" for part in parts}
+        if (state := self.quant_state) is not None:
+            known.add(name)
+            if name not in state_dict:
+                own = [name, *(f"{name}.{part}" for part in state_tensors(state))]
+                missing.extend(key for key in own if key not in state_dict)
+            else:
+                try:
+                    self._load_codes(state, state_dict[name], parts, metadata.get("assign_to_params_buffers", False))
+                except (ValueError, TypeError, RuntimeError) as error:
+                    errors.append(f"{name}: {error}")
+                    return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         unexpected[:] = [key for key in unexpected if key not in known]
+
+    def _load_codes(self, mine: QuantState, given: Tensor, parts: dict[str, Tensor], assign: bool) -> None:
+        """Take the codes of a state dict, in place unless they are to be assigned; an error changes nothing."""
+        if self.weight.is_meta and not assign:
+            warnings.warn(
+                "a 4-bit layer on the meta device has no memory to load into; use to_empty(device=...) first, or "
+                "load_state_dict(assign=True)",
+                stacklevel=2,
+            )
+            return
+        if not parts and given.dtype != torch.uint8:
+            raise ValueError(f"it is dense ({given.dtype}) and this layer's is in 4 bits; load first, then quantize()")
+        codes = packed_bytes(given).to(given.device if assign else self.weight.device)
+        new = QuantizedWeight(codes, state_from_tensors(parts, codes.device))
+        if new.state.shape != mine.shape:
+            raise ValueError(f"it has shape {new.state.shape}, the layer {mine.shape}")
+        if assign:
+            self.hold(new)
+        else:
+            self.quant_state = mine.written(new.state)
+            self.weight.copy_(codes.view(-1, 1))
 
 
 class QuantizedLinear(FrozenBase):
@@ -123,9 +175,10 @@ class QuantizedLinear(FrozenBase):
             check_dtype("compute_dtype", compute_dtype)
         if bias is not None and bias.shape != (self.out_features,):
             raise ValueError(f"bias must have shape ({self.out_features},); got {tuple(bias.shape)}")
-        self.weight = nn.Parameter(weight.packed.detach().view(-1, 1), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.quant_state, self.compute_dtype, self._transposed = weight.state, compute_dtype, False
+        self.hold(weight)
+        with torch.inference_mode(False):
+            self.bias = None if bias is None else nn.Parameter(ordinary(bias.detach()), requires_grad=False)
+        self.compute_dtype, self._transposed = compute_dtype, False
 
     @classmethod
     def from_linear4bit(cls, linear: nn.Module) -> QuantizedLinear:
@@ -167,6 +220,27 @@ class QuantizedLinear(FrozenBase):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{describe(self.quant_state)}"
         )
+
+
+def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a change of `Module._apply` makes of a tensor whose dtype stays: where it is moved to."""
+    moved = fn(tensor)
+    return moved if (moved.dtype, moved.shape) == (tensor.dtype, tensor.shape) else tensor.to(moved.device)
+
+
+def _check_codes(value: Any, state: QuantState) -> None:
+    """An error where anything but codes is assigned to the weight of a 4-bit layer."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.dtype == torch.uint8:
+        QuantizedWeight(value, state)
+        return
+    given = f"{type(value).__name__}"
+    if isinstance(value, Tensor):
+        given += f" of {dtype_name(value.dtype)}, shape {tuple(value.shape)}"
+    raise TypeError(
+        f"the weight of this layer is in 4 bits ({describe(state)}, {state.shape[0]}x{state.shape[1]}) and takes "
+        f"uint8 codes, no {given}. If it is to share the weight of another module (tie_weights() of transformers: "
+        "the head and the embedding), leave it out of quantize(target_modules=...)"
+    )
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

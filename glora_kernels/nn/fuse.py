@@ -16,7 +16,7 @@ from glora_kernels.nn.model import listed, named_layers, unwrap
 from glora_kernels.nn.sibling_names import cross_attention_sets, sibling_sets
 from glora_kernels.nn.siblings import SiblingGroup, install, refusal
 from glora_kernels.ops.grouped import MAX_MEMBERS
-from glora_kernels.spec import matches
+from glora_kernels.spec import select
 
 _QUOTED = re.compile("'([^']*)'")  # a path in a sentence
 
@@ -33,7 +33,7 @@ class FusedReport:
 
     def __repr__(self) -> str:
         count = _counted(len(self.groups), "group")
-        lines = [f"{count} of siblings, each one launch forward (two with dropout or a large rank)"]
+        lines = [f"{count} of siblings, each one launch forward (two with dropout, a large rank or fp32 factors)"]
         counts: dict[str, int] = {}
         for paths in self.groups:
             counts[_type(paths)] = counts.get(_type(paths), 0) + 1
@@ -208,7 +208,8 @@ def _matching(argument: str, layers: Mapping[str, GLoRALinear], patterns: Sequen
     """The paths that the patterns match, in the order of the patterns."""
     found: list[str] = []
     for pattern in patterns:
-        hits = [path for path in layers if matches(path, pattern)]
+        selected = select(pattern, layers.keys())
+        hits = [path for path in layers if path in selected]
         if not hits:
             names = sorted({path.rpartition(".")[2] for path in layers})
             raise ValueError(f"{argument}: the pattern {pattern!r} matches no GLoRA layer. {listed('layer', names)}")

@@ -8,53 +8,44 @@ The layer owns parameters and state (merged, disabled); the mathematics is in `o
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glora_kernels.nn.base import Base, base_of, check_config, is_linear, unsupported
+from glora_kernels.modes import ordinary
+from glora_kernels.nn.base import Base, base_of, check_config, is_linear, shell, unsupported
 from glora_kernels.nn.frozen import (
-    FrozenBase,
-    QuantizedLinear,
     check_dtype,
     check_floating,
     describe,
-    plain_linear,
 )
-from glora_kernels.nn.ranks import refuse_sharded
-from glora_kernels.nn.requantize import Kept, MergeReport, copied_weight, keep, refusal, requantized, write
+from glora_kernels.nn.mergeable import ADAPTER_NAMES, FROZEN, NAMES, Mergeable
+from glora_kernels.nn.requantize import (
+    Kept,
+)
 from glora_kernels.ops import glora_linear, glora_wc
-from glora_kernels.ops.common import Weight, wide_dtype, without_autocast
+from glora_kernels.ops.common import Weight
 from glora_kernels.ops.glora import dropout_seed
-from glora_kernels.quant import QuantizedWeight, dequantize
-from glora_kernels.reference import effective_bias, effective_weight
+from glora_kernels.quant import QuantizedWeight
 from glora_kernels.spec import GLoRAConfig
 
 if TYPE_CHECKING:
+    from glora_kernels.nn.depth import KeptShift
+    from glora_kernels.nn.share import Holders
     from glora_kernels.nn.siblings import SiblingGroup
     from glora_kernels.ops.deferred import DeferredLinear
 
-ADAPTER_NAMES: tuple[str, ...] = (
-    "A",
-    "A_up",
-    "A_down",
-    "B",
-    "B_up",
-    "B_down",
-    "C",
-    "C_up",
-    "C_down",
-    "D",
-    "E",
-)
-"""Every name a parameter of an adapter can have; those that a configuration lacks are registered as None."""
 
-_NAMES = ("weight", "bias", *ADAPTER_NAMES)
-UNSHARD = "save the adapter, load it into a model in one piece and merge that"
+def _frozen(parameter: Tensor) -> nn.Parameter:
+    """The parameter itself, frozen; for one of inference mode, over which nothing is trained, another on its memory."""
+    if parameter.is_inference():
+        return nn.Parameter(ordinary(parameter.detach()), requires_grad=False)
+    return parameter.requires_grad_(False)  # type: ignore[return-value]
 
 
 @torch.no_grad()
@@ -69,7 +60,7 @@ def initialize(adapter: Mapping[str, nn.Parameter], init: str) -> None:
             nn.init.xavier_uniform_(parameter)
 
 
-class GLoRALinear(FrozenBase):
+class GLoRALinear(Mergeable):
     """y = x (W + W∘A + s·B)ᵀ + b + b∘D + E + W·C with W and b frozen; a fresh layer equals its base.
 
     Shapes: x (..., K), y (..., N), weight (N, K), or (K, N) as stored where the base was a `Conv1D`, or the packed
@@ -139,10 +130,13 @@ class GLoRALinear(FrozenBase):
             raise ValueError(f"from_linear cannot take this {type(linear).__name__}: {reason}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
+        thawed = tuple(name for name, parameter in linear.named_parameters() if parameter.requires_grad)
         layer._register(base_of(linear), config, adapter_dtype)
+        vars(layer).update({"_origin": shell(linear), FROZEN: thawed})
         layer.reset_adapter()
         return layer.train(linear.training)
 
+    @torch.inference_mode(False)  # the layer may be trained later
     def _register(self, base: Base | None, config: GLoRAConfig, adapter_dtype: torch.dtype | None) -> None:
         check_config(config)
         if base is None:
@@ -159,19 +153,21 @@ class GLoRALinear(FrozenBase):
             else None
             for name in ADAPTER_NAMES
         }
-        for frozen in (weight, bias):
-            if frozen is not None:
-                frozen.requires_grad_(False)
-        self.register_parameter("weight", weight)
-        self.register_parameter("bias", bias)
+        self.quant_state, self.compute_dtype = None, base.compute_dtype
+        if base.quant_state is not None:
+            self.hold(QuantizedWeight(weight, base.quant_state))
+        else:
+            self.weight = _frozen(weight)
+        self.register_parameter("bias", None if bias is None else _frozen(bias))
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
         self._transposed = base.transposed
-        self.quant_state, self.compute_dtype = base.quant_state, base.compute_dtype
+        vars(self)["_origin"] = None  # the module that it was made from, without its tensors; no module of this one
         self._base: Kept | None = None  # while merged: W and b, in host memory
-        self._disabled = 0  # how many `disabled` contexts the layer is in
-        self._beta: Tensor | None = None  # inside `shift_once`: the full bias
+        self._disabled: tuple[object, ...] = ()  # the `disabled` contexts that the layer is in
+        self._beta: KeptShift | None = None  # inside `shift_once`: the full bias
         self._deferred: DeferredLinear | None = None  # inside `deferred_shared_grads`: what to call
+        self._holders: dict[str, Holders] = {}  # of each shared factor: the layers that have it
         self._siblings: SiblingGroup | None = None  # the layers that read the same input, this one among them ...
         self._place = 0  # ... and which of them it is
         # What a forward would otherwise work out each time.
@@ -180,18 +176,20 @@ class GLoRALinear(FrozenBase):
         self._variant = config.variant
 
     def _apply(self, fn: Any, recurse: bool = True) -> GLoRALinear:
-        """As PyTorch's, but a factor that layers share stays one.
-
-        Where a parameter cannot be changed in place (to and from the meta device) PyTorch makes a new one for each
-        module that has it.
-        """
-        before = dict(self._parameters)
-        super()._apply(fn, recurse)
-        for name in ADAPTER_NAMES:
-            old, new = before[name], self._parameters[name]
-            if old is not None and new is not None and new is not old:
-                self._parameters[name] = vars(old).setdefault("_glora_moved", new)
+        """As PyTorch's, which makes a new parameter where it cannot change one in place, as from the meta device."""
+        with self._staying_shared():
+            super()._apply(fn, recurse)
         return self
+
+    @contextlib.contextmanager
+    def _staying_shared(self) -> Iterator[None]:
+        """A factor that is given a new parameter inside is given it in all layers that share it."""
+        before = {name: self._parameters.get(name) for name in self._holders}
+        yield
+        for name, old in before.items():
+            new = self._parameters.get(name)
+            if old is not None and new is not None and new is not old:
+                self._holders[name].replace(old, new)
 
     def reset_parameters(self) -> None:
         """Initialise the base as `nn.Linear` does, and the adapter. Overwrites a pretrained base.
@@ -209,22 +207,13 @@ class GLoRALinear(FrozenBase):
 
     def reset_adapter(self) -> None:
         """Make the layer equal to its base: `_down` factors random (`config.init`), everything else zero."""
+        self.check_intact("reset_adapter", ADAPTER_NAMES)
         initialize(self.adapter(), self.config.init)
 
-    def adapter(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters that exist, by name."""
-        found = {name: getattr(self, name) for name in ADAPTER_NAMES}
-        return {name: parameter for name, parameter in found.items() if parameter is not None}
-
-    @property
-    def merged(self) -> bool:
-        """Whether `weight` and `bias` hold the merged values."""
-        return self._base is not None
-
-    @property
-    def base_bias(self) -> Tensor | None:
-        """b, the bias of the base: `bias`, or while merged the copy of it in host memory."""
-        return self.bias if self._base is None else self._base.bias
+    def kept_shift(self) -> Tensor | None:
+        """β as `shift_once` has computed it, or None: outside of it, or where what β is made of has changed since."""
+        kept = self._beta
+        return kept.beta if kept is not None and not torch.compiler.is_compiling() and kept.is_current(self) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """The output y, (..., N), of an x (..., K); the errors of `ops.glora_linear`, and one of its own.
@@ -238,11 +227,11 @@ class GLoRALinear(FrozenBase):
             return y
         # One dictionary look-up a parameter: attribute access on a module costs ten times as much.
         p: dict[str, Tensor | None] = self._parameters  # type: ignore[assignment]
-        if len(p) < len(_NAMES):  # data parallel replicas keep their parameters as attributes
-            p = {name: getattr(self, name) for name in _NAMES}
-        stored, bias = p["weight"], p["bias"]
-        assert stored is not None
+        if not self.is_intact:  # pruned, normalised, parametrized; data parallel replicas
+            p = {name: getattr(self, name) for name in NAMES}
         state, dtype = self.quant_state, None
+        stored, bias = self.weight if state is not None else p["weight"], p["bias"]
+        assert stored is not None
         weight: Weight = stored
         if state is not None:
             weight = QuantizedWeight(stored, state)
@@ -266,8 +255,8 @@ class GLoRALinear(FrozenBase):
             y = glora_linear(x, weight, bias)
             return y if dtype is None else y.to(dtype)
         c, c_up, d, e, wc = p["C"], p["C_up"], p["D"], p["E"], None
-        if self._beta is not None:  # of which all of these are part
-            bias, d, e = self._beta, None, None
+        if (beta := self.kept_shift()) is not None:  # of which all of these are part
+            bias, d, e = beta, None, None
         elif c is not None or c_up is not None:
             wc = glora_wc(weight, c, c_up=c_up, c_down=p["C_down"])
         dropout_p, seed = self._dropout if self.training else 0.0, None
@@ -294,133 +283,19 @@ class GLoRALinear(FrozenBase):
         )
         return y if dtype is None else y.to(dtype)
 
-    @torch.no_grad()
-    def merge(self, requantize: bool = False) -> MergeReport | None:
-        """Write W_eff into `weight` and b + b∘D + E + W·C into `bias`, in place; the host keeps the base.
-
-        Both are computed in fp32 (float64 for a float64 base) and rounded once. A layer without a bias that
-        needs one gets it until `unmerge`. A weight shared with another module changes there too;
-        `merge(model)` refuses that.
-
-        Over a 4-bit base W_eff is rounded to 4 bits again, in the same type, blocks and nesting, and most of a small
-        adapter is lost in that: it needs `requantize=True`, and the report says what is left (`nn.requantize`). A
-        weight that the adapter does not change keeps its codes.
-
-        Args:
-            requantize: round to 4 bits where the base is in 4 bits; a dense base is merged as ever.
-
-        Returns:
-            What rounding to 4 bits has done; None where the base is dense.
-
-        Raises:
-            RuntimeError: the layer is merged already, or disabled; or the base is in 4 bits, without `requantize`.
-            ValueError: the layer is sharded; or its base is in 4 bits and W_eff holds NaN or inf.
-        """
-        self.check_mergeable()
-        if self.quant_state is None:
-            weight, bias = self._effective()
-            merged, report = Kept(weight.t() if self._transposed else weight, bias), None
-        else:
-            refuse_sharded(self, "merge", UNSHARD)
-            merged, report = requantized(self)
-            if not requantize:
-                raise RuntimeError(f"merge: {refusal(self, report)}")
-        base = keep(self)
-        # Nothing below can fail: a layer is never half merged.
-        write(self, merged)
-        self._base = base
-        return report
-
-    def check_mergeable(self) -> None:
-        """The errors of `merge` that depend on the state of the layer."""
-        if self._base is not None:
-            raise RuntimeError("merge() was called on a layer that is merged already; call unmerge() first")
-        if self._disabled:
-            raise RuntimeError("merge() was called inside disabled(model); leave that context first")
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the base back as it was, bit for bit.
-
-        Raises:
-            RuntimeError: the layer is not merged.
-        """
-        if self._base is None:
-            raise RuntimeError("unmerge() was called on a layer that is not merged")
-        write(self, self._base)
-        self._base = None
-
-    @torch.no_grad()
-    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A plain `nn.Linear` (N, K) with W_eff and the full bias: frozen, nothing shared with this layer.
-
-        W_eff is computed in fp32 and rounded once, also from a 4-bit base.
-
-        Args:
-            dtype: of the weight; None means the base's, of a 4-bit base the dtype that is computed in.
-        """
-        if dtype is not None:
-            check_dtype("dtype", dtype)
-        weight, bias = self._effective(dtype)
-        contiguous = torch.contiguous_format
-        bias = None if bias is None else bias.clone(memory_format=contiguous)
-        return plain_linear(weight.clone(memory_format=contiguous), bias).train(self.training)
-
-    @torch.no_grad()
-    def to_quantized(self) -> QuantizedLinear:
-        """A frozen `QuantizedLinear` with the merged codes and the full bias; nothing is shared with this layer.
-
-        Raises:
-            RuntimeError: the base is dense, or the layer is not merged.
-        """
-        if self.quant_state is None:
-            raise RuntimeError("to_quantized: the base is dense; quantize(layer.to_linear()) gives a 4-bit layer")
-        if self._base is None:
-            raise RuntimeError(
-                "to_quantized: the layer is not merged; call merge(requantize=True) first, which reports what rounding "
-                "to 4 bits loses"
-            )
-        bias = None if self.bias is None else self.bias.clone()
-        return QuantizedLinear(copied_weight(self), bias, self.compute_dtype).train(self.training)
-
-    def _effective(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
-        """W_eff (N, K) and the full bias (N,), in `dtype` or those of the base; may alias them."""
-        refuse_sharded(self, "merge", UNSHARD)
-        weight, bias = self.base_weight(), self.bias
-        beta_dtype = dtype or (self.base_dtype if bias is None else bias.dtype)
-        dtype = dtype or self.base_dtype
-        wide = wide_dtype(self.base_dtype)
-        dense = dequantize(weight, wide) if isinstance(weight, QuantizedWeight) else weight.to(wide)
-        if self._base is not None:
-            return dense.to(dtype), None if bias is None else bias.to(beta_dtype)
-        adapter: dict[str, Tensor] = {name: parameter.detach() for name, parameter in self.adapter().items()}
-        with without_autocast(dense.device.type):
-            merged = effective_weight(dense, adapter, self.config).to(dtype)
-            beta = effective_bias(dense, bias, adapter, self.config)
-        return merged, None if beta is None else beta.to(beta_dtype)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        metadata: Any,
-        strict: Any,
-        missing: Any,
-        unexpected: Any,
-        errors: Any,
-    ) -> None:
-        # Loaded into a merged layer, a base would be lost at unmerge and an adapter would have no effect.
-        if self._base is not None and any(prefix + name in state_dict for name in _NAMES):
-            errors.append(f"{prefix.removesuffix('.') or 'the layer'} is merged; call unmerge() before loading")
-            return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+    def _load_from_state_dict(self, *args: Any) -> None:
+        with self._staying_shared():  # assign=True
+            super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: one made inside a context (`disabled(model)`, say) would otherwise never leave it."""
-        return self.__dict__ | {"_disabled": 0, "_beta": None, "_deferred": None}
+        return self.__dict__ | {"_disabled": (), "_beta": None, "_deferred": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.rejoin_merged()
+        for holders in self._holders.values():
+            holders.join(self)
         if self._siblings is not None:
             self._siblings.join(self)
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import contextlib
+import math
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from glora_kernels.launch.plan import is_planning
 from glora_kernels.launch.table import Layer
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.requantize import Kept
+from glora_kernels.nn.requantize import Kept, check_finite, keep
+from glora_kernels.nn.undo import all_or_none
 from glora_kernels.ops import depth
 
 SHIFTS = frozenset(("C", "C_up", "D", "E"))
 """The parameters that make a layer's full bias another than its base's."""
+
+
+def adds_bias(layer: GLoRALinear) -> bool:
+    """Whether the merged layer has a bias that its base has not."""
+    return layer.base_bias is None and not SHIFTS.isdisjoint(layer.adapter())
 
 
 def operands(layer: GLoRALinear) -> Layer:
@@ -22,50 +31,82 @@ def operands(layer: GLoRALinear) -> Layer:
     return Layer(layer.base_weight(), layer.bias, adapter, layer.config.scale, layer.config.variant == "matmul")
 
 
-def split_for_merge(layers: Mapping[str, GLoRALinear]) -> tuple[list[GLoRALinear], dict[str, GLoRALinear]]:
-    """(the layers that `merge_together` takes, the others by path)."""
+def split_for_merge(layers: Mapping[str, GLoRALinear]) -> tuple[dict[str, GLoRALinear], dict[str, GLoRALinear]]:
+    """(the layers that `merge_together` takes, the others), by path."""
     single = {path: layer for path, layer in layers.items() if depth.served(operands(layer)) is None}
-    return [layer for path, layer in layers.items() if path not in single], single
+    return {path: layer for path, layer in layers.items() if path not in single}, single
 
 
 @torch.no_grad()
-def merge_together(layers: Sequence[GLoRALinear]) -> None:
+def merge_together(layers: Mapping[str, GLoRALinear]) -> None:
     """`GLoRALinear.merge` of every layer, one launch for those of one device, dtype and order of storage; or of none.
 
     The bases are copied to the host first, from a GPU into pinned memory (which PyTorch keeps for the next merge) and
     waited for once.
 
+    Args:
+        layers: by path.
+
     Raises:
         RuntimeError: a layer is merged already, or disabled.
+        ValueError: a merged weight or bias holds NaN or inf where the base does not.
     """
-    groups: dict[Hashable, list[int]] = {}
-    tables = [operands(layer) for layer in layers]
-    for i, (layer, table) in enumerate(zip(layers, tables, strict=True)):
+    groups: dict[Hashable, list[str]] = {}
+    tables = {path: operands(layer) for path, layer in layers.items()}
+    for path, layer in layers.items():
         layer.check_mergeable()
-        if table.adapter:
-            groups.setdefault(depth.served(table), []).append(i)
-    betas = [_beta_target(layer) for layer in layers]
-    bases = [
-        Kept(depth.host_copy(layer.weight), None if layer.bias is None else depth.host_copy(layer.bias))
-        for layer in layers
-    ]
-    for device in {layer.weight.device for layer in layers if layer.weight.is_cuda}:
+        if tables[path].adapter:
+            groups.setdefault(depth.served(tables[path]), []).append(path)
+    betas = {path: _beta_target(layer) for path, layer in layers.items()}
+    bases = {
+        path: Kept(depth.host_copy(layer.weight), None if layer.bias is None else depth.host_copy(layer.bias))
+        for path, layer in layers.items()
+    }
+    for device in {layer.weight.device for layer in layers.values() if layer.weight.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
-    done: list[GLoRALinear] = []
-    try:
-        for places in groups.values():
-            depth.merge([tables[i] for i in places], [betas[i] for i in places])
-            for i in places:
-                layers[i]._base = bases[i]
-                done.append(layers[i])
-    except BaseException:
-        for layer in done:
+    with all_or_none() as undo:
+        undo.callback(unmerge_all, layers.values())
+        for path, layer in layers.items():
+            layer.keep_base(bases[path])
+        for paths in groups.values():
+            depth.merge([tables[path] for path in paths], [betas[path] for path in paths])
+        for path, layer in layers.items():
+            if layer.bias is None and (beta := betas[path]) is not None:
+                layer.bias = nn.Parameter(beta, requires_grad=False)
+        if not is_planning():
+            _check_finite(layers, bases)
+
+
+def unmerge_all(layers: Iterable[GLoRALinear]) -> None:
+    """Put back the base of every layer that is merged."""
+    for layer in layers:
+        if layer.merged:
             layer.unmerge()
-        raise
-    for layer, base, beta in zip(layers, bases, betas, strict=True):
-        layer._base = base
-        if layer.bias is None and beta is not None:
-            layer.bias = nn.Parameter(beta, requires_grad=False)
+
+
+def _check_finite(layers: Mapping[str, GLoRALinear], bases: Mapping[str, Kept]) -> None:
+    """One pass over the merged values, and a look at the base only where that finds NaN or inf."""
+    merged = [(path, t) for path, layer in layers.items() for t in (layer.weight, layer.bias) if t is not None]
+    if not merged:
+        return
+    norms = torch._foreach_norm([tensor for _, tensor in merged], math.inf)
+    broken = {path for (path, _), norm in zip(merged, norms, strict=True) if not math.isfinite(norm)}
+    for path in broken:
+        merged_values, base = (
+            Kept(values.weight.t() if layers[path]._transposed else values.weight, values.bias)
+            for values in (keep(layers[path]), bases[path])
+        )
+        with named(path):
+            check_finite(merged_values, base)
+
+
+@contextlib.contextmanager
+def named(path: str) -> Iterator[None]:
+    """A ValueError of a layer's says of which layer it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"merge: {path!r}: {error}") from error
 
 
 def split_for_unmerge(layers: Mapping[str, GLoRALinear]) -> tuple[list[GLoRALinear], dict[str, GLoRALinear]]:
@@ -84,19 +125,17 @@ def unmerge_together(layers: Sequence[GLoRALinear]) -> None:
     groups: dict[Hashable, list[GLoRALinear]] = {}
     for layer in layers:
         groups.setdefault(depth.restorable(_copies(layer)), []).append(layer)
-    done: list[GLoRALinear] = []
-    try:
+    with all_or_none() as undo:
+        undo.callback(_merge_anew, layers)
         for group in groups.values():
             depth.restore([_copies(layer) for layer in group])
             for layer in group:
-                if layer.base_bias is None:
-                    layer.bias = None
-                layer._base = None
-                done.append(layer)
-    except BaseException:
-        for layer in done:
-            layer.merge()
-        raise
+                layer.forget_base()
+
+
+def _merge_anew(layers: Sequence[GLoRALinear]) -> None:
+    unmerge_all(layers)  # a launch may have come to its end in part
+    merge_together({str(i): layer for i, layer in enumerate(layers)})
 
 
 def _copies(layer: GLoRALinear) -> depth.Copy:

@@ -3,33 +3,53 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from glora_kernels.launch.progress import progress as shown
-from glora_kernels.nn.linear import UNSHARD, GLoRALinear
-from glora_kernels.nn.merging import merge_together, split_for_merge, split_for_unmerge, unmerge_together
+from glora_kernels.nn.biases import added_biases, warn_of_biases
+from glora_kernels.nn.linear import GLoRALinear
+from glora_kernels.nn.mergeable import UNSHARD
+from glora_kernels.nn.merging import (
+    SHIFTS,
+    adds_bias,
+    merge_together,
+    named,
+    split_for_merge,
+    split_for_unmerge,
+    unmerge_all,
+    unmerge_together,
+)
 from glora_kernels.nn.ranks import refuse_sharded
 from glora_kernels.nn.requantize import MergeReport, refusal, remerging, requantized
+from glora_kernels.nn.ties import memory, overlaps, owned
+from glora_kernels.nn.undo import all_or_none
 
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 """The names under which wrappers hold the module they wrap; they are no part of a module's path."""
+
+TRAINED = "_glora_trained"
+"""The attribute that marks a module trained whole: it travels with the module through copies and pickles."""
+
+
+def wrapped(model: nn.Module) -> nn.Module | None:
+    """What torch.compile, PyTorch's data parallelism or AveragedModel, Lightning's Fabric or DeepSpeed has wrapped."""
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)):
+        return model.module
+    if any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__):
+        return model._modules["module"]
+    return next((model._modules[name] for name in _WRAPPERS if name in model._modules), None)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DistributedDataParallel and DataParallel."""
+    """The model inside all its wrappers, whose names are no part of a path (`wrapped`)."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    while True:
-        if "_orig_mod" in model._modules:
-            inner = model._modules["_orig_mod"]
-        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner = model.module
-        else:
-            return model
-        assert inner is not None
+    while (inner := wrapped(model)) is not None:
         model = inner
+    return model
 
 
 def clean(path: str) -> str:
@@ -42,7 +62,7 @@ def named_layers(model: nn.Module) -> dict[str, GLoRALinear]:
     return {clean(path): m for path, m in model.named_modules() if isinstance(m, GLoRALinear)}
 
 
-def _layers(model: nn.Module, caller: str) -> dict[str, GLoRALinear]:
+def layers_of(model: nn.Module, caller: str) -> dict[str, GLoRALinear]:
     layers = named_layers(unwrap(model))
     if not layers:
         raise ValueError(f"{caller}: the model has no GLoRA layer; call inject(model, config) first")
@@ -70,46 +90,53 @@ def merge(model: nn.Module, requantize: bool = False, *, progress: bool = False)
 
     Raises:
         ValueError: the model has no GLoRA layer or is sharded, or a base weight or bias that would change belongs to
-            another module too (an embedding tied to it, say), or a merged weight to round to 4 bits holds NaN or inf.
+            another module too (an embedding tied to it, say), or a merged weight or bias holds NaN or inf where the
+            base does not (an overflow of fp16, say). The message names the layer.
         RuntimeError: a layer is merged already, or disabled, or has a 4-bit base and `requantize` is False.
+
+    Warns:
+        UserWarning: layers without a bias get one (C, E) that the architecture drops when it is loaded again; the
+            message names the flag of its configuration that keeps it, where there is one.
     """
-    layers = _layers(model, "merge")
+    layers = layers_of(model, "merge")
     refuse_sharded(unwrap(model), "merge", UNSHARD)
     if path := next((path for path, layer in layers.items() if layer.merged), None):
         raise RuntimeError(f"merge: {path!r} is merged already; call unmerge(model) first")
+    for path, layer in layers.items():
+        layer.check_intact(f"merge: {path!r}", ("weight", "bias"))
+    refuse_four_bit("merge", layers, requantize)
+    refuse_tied("merge", unwrap(model), layers)
     four_bit = {path: layer for path, layer in layers.items() if layer.quant_state is not None}
-    if four_bit and not requantize:
-        path, layer = next(iter(four_bit.items()))
-        reason = refusal(layer, requantized(layer)[1])
-        raise RuntimeError(
-            f"merge: {len(four_bit)} of {len(layers)} layers are in 4 bits, the first {path!r}: {reason}"
-        )
-    _refuse_tied(unwrap(model), layers)
     together, single = split_for_merge({path: layer for path, layer in layers.items() if path not in four_bit})
+    biases = added_biases(unwrap(model), [path for path, layer in layers.items() if adds_bias(layer)])
     reports: dict[str, MergeReport] = {}
-    with contextlib.ExitStack() as undo:
+    with all_or_none() as undo:
+        undo.callback(unmerge_all, layers.values())
         for path, layer in shown(list(four_bit.items()), "requantizing", progress):
-            reports[path] = _merge_4bit(path, layer)
-            undo.callback(layer.unmerge)
-        for layer in single.values():
-            layer.merge()
-            undo.callback(layer.unmerge)
+            with named(path):
+                report = layer.merge(requantize=True)
+            if report is not None:
+                reports[path] = report
+        for path, layer in single.items():
+            with named(path):
+                layer.merge()
         merge_together(together)
-        undo.pop_all()
+        warn_of_biases("merge", biases, 2)
     return MergeReport.of_model(reports) if reports else None
 
 
-def _merge_4bit(path: str, layer: GLoRALinear) -> MergeReport:
-    try:
-        report = layer.merge(requantize=True)
-    except ValueError as error:
-        raise ValueError(f"merge: {path!r}: {error}") from error
-    assert report is not None
-    return report
+def refuse_four_bit(caller: str, layers: Mapping[str, GLoRALinear], requantize: bool) -> None:
+    """An error where layers are in 4 bits and merged weights may not be rounded to them."""
+    four_bit = {path: layer for path, layer in layers.items() if layer.quant_state is not None}
+    if not four_bit or requantize:
+        return
+    path, layer = next(iter(four_bit.items()))
+    reason = refusal(layer, requantized(layer)[1])
+    raise RuntimeError(f"{caller}: {len(four_bit)} of {len(layers)} layers are in 4 bits, the first {path!r}: {reason}")
 
 
 def unmerge(model: nn.Module) -> None:
-    """Restore the base of every GLoRA layer of the model, bit for bit.
+    """Restore the base of every GLoRA layer of the model, bit for bit; or, where one fails, of none.
 
     On a GPU in one launch that reads the bases from pinned host memory; layer by layer where none could be pinned (a
     warning of `merge`), or where weights have changed their dtype or device meanwhile.
@@ -118,55 +145,43 @@ def unmerge(model: nn.Module) -> None:
         ValueError: the model has no GLoRA layer.
         RuntimeError: a layer is not merged.
     """
-    layers = _layers(model, "unmerge")
+    layers = layers_of(model, "unmerge")
     if path := next((path for path, layer in layers.items() if not layer.merged), None):
         raise RuntimeError(f"unmerge: {path!r} is not merged")
     together, single = split_for_unmerge(layers)
-    again = {layer: remerging(layer) for layer in single.values()}
-    _all_or_none(single, GLoRALinear.unmerge, lambda layer: again[layer]())
-    try:
+    with all_or_none() as undo:
+        _unmerged(single.values(), undo)
         unmerge_together(together)
-    except BaseException:
-        for layer in single.values():
-            again[layer]()
-        raise
 
 
-def _all_or_none(
-    layers: dict[str, GLoRALinear], act: Callable[[GLoRALinear], object], undo: Callable[[GLoRALinear], object]
-) -> None:
-    done: list[GLoRALinear] = []
-    try:
-        for layer in layers.values():
-            act(layer)
-            done.append(layer)
-    except BaseException:
-        for layer in done:
-            undo(layer)
-        raise
+def _unmerged(layers: Iterable[GLoRALinear], undo: contextlib.ExitStack) -> None:
+    """Unmerge layers, which `undo` merges again."""
+    for layer in layers:
+        undo.callback(remerging(layer))
+    for layer in layers:
+        layer.unmerge()
 
 
-def _refuse_tied(model: nn.Module, layers: dict[str, GLoRALinear]) -> None:
+def refuse_tied(caller: str, model: nn.Module, layers: Mapping[str, GLoRALinear]) -> None:
     """An error where merging a layer would change another module's parameter."""
-    owners: dict[object, list[str]] = {}
+    owners: dict[object, list[tuple[str, Tensor]]] = {}
     for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(_memory(parameter), []).append(clean(f"{path}.{name}".lstrip(".")))
-    shifts = {"C", "C_up", "D", "E"}
+        for name, tensor in owned(module):
+            owners.setdefault(memory(tensor), []).append((clean(f"{path}.{name}".lstrip(".")), tensor))
     for path, layer in layers.items():
-        changed = {"weight": layer.weight, "bias": layer.bias if not shifts.isdisjoint(layer.adapter()) else None}
-        for name, parameter in changed.items():
-            if parameter is not None and len(names := owners[_memory(parameter)]) > 1:
+        changed: dict[str, Tensor | None] = {
+            "weight": layer.weight,
+            "absmax": None if layer.quant_state is None else layer.quant_state.absmax,
+            "bias": None if SHIFTS.isdisjoint(layer.adapter()) else layer.bias,
+        }
+        for name, mine in changed.items():
+            if mine is None or len(near := owners[memory(mine)]) < 2:
+                continue
+            if len(names := [owner for owner, other in near if overlaps(mine, other)]) > 1:
                 raise ValueError(
-                    f"merge: the {name} of {path!r} is shared by {names}, and merging would change all of "
+                    f"{caller}: the {name} of {path!r} is shared by {names}, and merging would change all of "
                     "them; untie it, or replace the layer by to_linear()"
                 )
-
-
-def _memory(tensor: Tensor) -> object:
-    """What two tied parameters have in common, even where they are two Parameter objects."""
-    return (tensor.device, tensor.data_ptr()) if tensor.data_ptr() else id(tensor)
 
 
 @contextlib.contextmanager
@@ -180,18 +195,30 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model has no GLoRA layer.
     """
-    layers = _layers(model, "disabled")
-    merged = {path: layer for path, layer in layers.items() if layer.merged}
-    again = {layer: remerging(layer) for layer in merged.values()}
-    _all_or_none(merged, GLoRALinear.unmerge, lambda layer: again[layer]())
-    for layer in layers.values():
-        layer._disabled += 1
+    layers = layers_of(model, "disabled").values()
+    merged = [layer for layer in layers if layer.merged]
+    again = [remerging(layer) for layer in merged]
+    here = object()
+
+    def leave() -> None:
+        for layer in layers:
+            layer._disabled = tuple(context for context in layer._disabled if context is not here)
+        with all_or_none() as undo:
+            undo.callback(unmerge_all, merged)
+            for merge_again in again:
+                merge_again()
+
     try:
-        yield
-    finally:
-        for layer in layers.values():
-            layer._disabled -= 1
-        _all_or_none(merged, lambda layer: again[layer](), GLoRALinear.unmerge)
+        try:
+            unmerge_all(merged)
+            for layer in layers:
+                layer._disabled = (*layer._disabled, here)
+            yield
+        finally:
+            leave()
+    except BaseException:
+        leave()  # the first may have been interrupted
+        raise
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -3,28 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal, overload
 
 import torch
 from torch import nn
 
 from glora_kernels.launch.progress import progress as shown
-from glora_kernels.nn.base import base_of
+from glora_kernels.modes import has_values
+from glora_kernels.nn.base import M, base_of
 from glora_kernels.nn.frozen import QuantizedLinear, check_dtype
-from glora_kernels.nn.inject import Linear, check_replaceable, check_wrapper, find_targets, linears, patterns_of
-from glora_kernels.nn.model import named_layers, unwrap
+from glora_kernels.nn.inject import (
+    Linear,
+    check_replaceable,
+    check_wrapper,
+    find_targets,
+    linears,
+    patterns_of,
+    put,
+    refuse_adapted,
+    targets_of,
+)
+from glora_kernels.nn.model import all_paths, unwrap
+from glora_kernels.nn.undo import all_or_none
 from glora_kernels.quant import QuantizedWeight, quantize_weight
 from glora_kernels.quant.codes import QUANT_TYPES
 from glora_kernels.quant.weight import DTYPES, check_blocksize
 
+QuantType = Literal["nf4", "fp4"]
+"""`QUANT_TYPES`, for type checkers."""
 
+
+@overload
 def quantize(
-    module: nn.Module,
-    quant_type: str = "nf4",
+    module: nn.Linear,
+    quant_type: QuantType = "nf4",
     *,
     blocksize: int = 64,
     double_quant: bool = False,
     compute_dtype: torch.dtype | None = None,
     target_modules: str | Iterable[str] | None = None,
+    exclude_modules: str | Iterable[str] = (),
+    progress: bool = False,
+) -> QuantizedLinear: ...
+@overload
+def quantize(
+    module: M,
+    quant_type: QuantType = "nf4",
+    *,
+    blocksize: int = 64,
+    double_quant: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    target_modules: str | Iterable[str] | None = None,
+    exclude_modules: str | Iterable[str] = (),
+    progress: bool = False,
+) -> M: ...
+def quantize(
+    module: nn.Module,
+    quant_type: QuantType = "nf4",
+    *,
+    blocksize: int = 64,
+    double_quant: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    target_modules: str | Iterable[str] | None = None,
+    exclude_modules: str | Iterable[str] = (),
     progress: bool = False,
 ) -> nn.Module:
     """The 4-bit layer of a linear layer; or every linear layer of a model but the head, replaced in place.
@@ -42,17 +83,20 @@ def quantize(
         blocksize: how many weights of the flat matrix have one absmax: 32, 64, ... 4096.
         double_quant: absmax in 8 bits itself: 4.13 bits a weight at blocksize 64, instead of 4.5.
         compute_dtype: what the layers cast x to, and y back from; None means that x decides.
-        target_modules: of a model, which layers, as in `inject`; None means every linear layer but the head and those
-            that a transformers model keeps in fp32 (`_keep_in_fp32_modules`: T5's wo).
+        target_modules: of a model, which layers, as in `inject`; None or "all-linear" means every linear layer but the
+            head, those that a transformers model keeps in fp32 (`_keep_in_fp32_modules`: T5's wo), and those that share
+            their weight with a module that stays dense (an embedding).
+        exclude_modules: of those, the ones to leave out, as in `inject`.
         progress: show how far along it is on stderr.
 
     Returns:
         A `QuantizedLinear`, or the model.
 
     Raises:
-        ValueError: an unknown type or block size; a pattern that matches nothing, GLoRA layers in the model, a layer
-            that cannot be replaced, is in 4 bits already, is on the meta device or holds NaN or inf. Nothing has
-            changed then.
+        ValueError: an unknown type or block size; a pattern that matches nothing, GLoRA or PEFT layers in the model, a
+            layer that cannot be replaced or whose weight a module around it reads, is in 4 bits already, is on the
+            meta device, holds NaN or inf, or shares its weight with a module that stays dense. Nothing has changed
+            then.
         TypeError: a weight in float64, or an argument of the wrong kind.
     """
     if quant_type not in QUANT_TYPES:
@@ -61,19 +105,24 @@ def quantize(
     if compute_dtype is not None:
         check_dtype("compute_dtype", compute_dtype)
     root = unwrap(module)
-    if named_layers(root):
-        raise ValueError(f"quantize: the model has GLoRA layers already ({next(iter(named_layers(root)))!r}, ...)")
-    targets = None if target_modules is None else patterns_of("target_modules", target_modules)
-    every, chosen = find_targets(root, targets, {})
+    refuse_adapted("quantize", root)
+    targets = targets_of(target_modules)
+    every, chosen = find_targets(root, targets, {}, patterns_of("exclude_modules", exclude_modules))
     if linears(root) and every[0].module is root:
         chosen = every
     if targets is None and every and every[0].module is not root:
         chosen = [linear for linear in chosen if not _kept_wide(root, linear)]
+        chosen = [linear for linear in chosen if linear.paths[0] not in _half_tied(root, chosen)]
     if not chosen:
         raise ValueError("quantize: the model has no linear layer to quantize")
     check_wrapper(module, root)
+    check_replaceable(root, chosen)
+    for path, other in _half_tied(root, chosen).items():
+        raise ValueError(
+            f"quantize: {path!r} shares its weight with {other!r}, which stays dense, so that nothing would be saved; "
+            "leave it out of target_modules, or give it a weight of its own first"
+        )
     for linear in chosen:
-        check_replaceable(linear)
         _check_quantizable(linear)
     made: dict[tuple[int, bool], QuantizedWeight] = {}  # layers that share one weight go on sharing it
     layers = []
@@ -89,10 +138,9 @@ def quantize(
                 raise ValueError(f"quantize: {linear.paths[0]!r}: {error}") from error
         bias = None if base.bias is None else base.bias.detach().clone()
         layers.append(QuantizedLinear(made[key], bias, compute_dtype).train(linear.module.training))
-    for linear, layer in zip(chosen, layers, strict=True):  # nothing below can fail
-        for parent, name in linear.parents:
-            if parent is not None:
-                parent._modules[name] = layer
+    with all_or_none() as undo:
+        for linear, layer in zip(chosen, layers, strict=True):
+            put(linear, layer, undo)
     return layers[0] if every[0].module is root else module
 
 
@@ -101,6 +149,20 @@ def _kept_wide(root: nn.Module, linear: Linear) -> bool:
     lists = (getattr(root, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
     names = {name for found in lists if found for name in found}
     return any(part in names for path in linear.paths for part in path.split("."))
+
+
+def _half_tied(root: nn.Module, chosen: list[Linear]) -> dict[str, str]:
+    """The layers that share their weight with a module that is not among them: path → the other's path."""
+    modules = {id(linear.module) for linear in chosen}
+    others = {
+        id(parameter): path
+        for path, module in all_paths(root)
+        if id(module) not in modules
+        for parameter in module._parameters.values()
+        if parameter is not None
+    }
+    owned = {linear.paths[0]: id(linear.module._parameters.get("weight")) for linear in chosen}
+    return {path: others[weight] for path, weight in owned.items() if weight in others}
 
 
 def _check_quantizable(linear: Linear) -> None:
@@ -114,5 +176,5 @@ def _check_quantizable(linear: Linear) -> None:
         raise TypeError(f"{what} has a weight in {base.dtype}; accepted: float32, bfloat16, float16")
     if base.weight.is_meta:
         raise ValueError(f"{what} is on the meta device and has no values")
-    if not bool(torch.isfinite(base.weight).all()):
+    if has_values(base.weight) and not bool(torch.isfinite(base.weight).all()):
         raise ValueError(f"{what} holds NaN or inf, which have no 4-bit code")

@@ -25,7 +25,7 @@ from glora_kernels.quant import QuantizedWeight, QuantState, dequantize, quantiz
 from glora_kernels.reference import effective_bias, effective_weight
 
 if TYPE_CHECKING:
-    from glora_kernels.nn.linear import GLoRALinear
+    from glora_kernels.nn.mergeable import Mergeable
 
 _CHUNK = 1 << 18  # weights at a time that are compared in float64
 _HEADER = ("layer", "shape", "rel. error", "survived", "error of change", "codes changed", "max error")
@@ -128,15 +128,15 @@ def keep(layer: Any) -> Kept:
 
 
 def write(layer: Any, values: Kept) -> None:
-    """Put values into the parameters of a layer, in place; a bias comes and goes as they have one.
+    """Put values into the parameters of a layer, in place; a bias comes and goes as they have one. May be done twice.
 
     `copy_` tells autograd, so that a backward still to come on the old weight is an error and not a wrong gradient.
     """
     weight, bias, state = values
+    layer.weight.copy_(weight)
     if state is not None:
         assert layer.quant_state is not None
         layer.quant_state = layer.quant_state.written(state)
-    layer.weight.copy_(weight)
     if bias is None:
         layer.bias = None
     elif layer.bias is None:
@@ -146,7 +146,7 @@ def write(layer: Any, values: Kept) -> None:
 
 
 @torch.no_grad()
-def requantized(layer: GLoRALinear) -> tuple[Kept, MergeReport]:
+def requantized(layer: Mergeable) -> tuple[Kept, MergeReport]:
     """Q(W_eff) and the full bias of a layer that is not merged, and what Q has done; the layer stays as it is.
 
     W_eff is computed in fp32 from the decoded base and quantized as bitsandbytes would quantize it: in the base's type,
@@ -190,7 +190,7 @@ def rounded(base: QuantizedWeight, dense: Tensor, effective: Tensor) -> tuple[Qu
     return codes, _compared(base, codes, effective)
 
 
-def refusal(layer: GLoRALinear, report: MergeReport) -> str:
+def refusal(layer: Mergeable, report: MergeReport) -> str:
     """Why `merge` does not round to 4 bits unasked, and what to do instead."""
     assert layer.quant_state is not None
     if report.survived is None:
@@ -207,28 +207,51 @@ def refusal(layer: GLoRALinear, report: MergeReport) -> str:
     )
 
 
-def remerging(layer: GLoRALinear) -> Callable[[], object]:
+def check_finite(merged: Kept, base: Kept) -> None:
+    """An error where rounding (an overflow of fp16), or an adapter, has left what the base has not.
+
+    Args:
+        merged: W_eff (N, K) and the full bias.
+        base: W (N, K) and b. In rows where they hold NaN or inf themselves, anything goes.
+
+    Raises:
+        ValueError: NaN or inf elsewhere.
+    """
+    rows = torch.isfinite(base.weight).all(1)
+    if base.bias is not None:
+        rows = rows & torch.isfinite(base.bias.to(rows.device))
+    for name, tensor in (("weight", merged.weight), ("bias", merged.bias)):
+        if tensor is None:
+            continue
+        broken = ~torch.isfinite(tensor) & rows.view(-1, *[1] * (tensor.ndim - 1))
+        if bool(broken.any()):
+            raise ValueError(
+                f"the merged {name} holds NaN, inf or numbers beyond {tensor.dtype} in {int(broken.sum())} places, "
+                "and the base does not"
+            )
+
+
+def remerging(layer: Mergeable) -> Callable[[], object]:
     """What merges a merged layer again after `unmerge`; a 4-bit one with the codes that it has now, bit for bit.
 
-    Unless its adapter was changed in between: then it is merged anew, as a dense layer always is.
+    Unless its adapter was changed in between: then it is merged anew, as a dense layer always is. It does nothing to a
+    layer that is merged.
     """
-    if layer.quant_state is None:
-        return layer.merge
-    merged, versions = keep(layer), _versions(layer)
+    merged = None if layer.quant_state is None else keep(layer)
+    versions = _versions(layer)
 
-    @torch.no_grad()
     def again() -> None:
-        if _versions(layer) != versions:
-            layer.merge(requantize=True)
+        if layer.merged:
             return
-        base = keep(layer)
-        write(layer, merged)
-        layer._base = base
+        if merged is None or _versions(layer) != versions:
+            layer.merge(requantize=True)
+        else:
+            layer.write_merged(merged)
 
     return again
 
 
-def copied_weight(layer: GLoRALinear) -> QuantizedWeight:
+def copied_weight(layer: Mergeable) -> QuantizedWeight:
     """The 4-bit weight of a layer as it is now, in memory of its own."""
     assert layer.quant_state is not None
     return QuantizedWeight(layer.weight.detach().clone(), layer.quant_state.copied("cpu").to(layer.weight.device))
@@ -266,11 +289,11 @@ def _compared(base: QuantizedWeight, rounded: QuantizedWeight, effective: Tensor
 
 def _levels(weight: QuantizedWeight) -> QuantizedWeight:
     """The same codes with absmax 1: it decodes to the values of the codes. FP4 has two codes for 0."""
-    ones = torch.ones(weight.state.absmax.shape, device=weight.device)
+    ones = torch.ones(weight.state.absmax.shape, dtype=torch.float32, device=weight.device)
     return QuantizedWeight(weight.packed, replace(weight.state, absmax=ones, nested=None, dtype=torch.float32))
 
 
-def _versions(layer: GLoRALinear) -> list[tuple[int, int]]:
+def _versions(layer: Mergeable) -> list[tuple[int, int]]:
     """Changes with every change of the adapter; tensors of inference mode count none."""
     return [(id(p), 0 if p.is_inference() else p._version) for p in layer.adapter().values()]
 

@@ -4,27 +4,29 @@ FSDP2 shards the parameters group by group (a block of the model is one) and ref
 have, which a factor shared over depth is. Such a factor stays whole on every rank instead, and its gradient is
 averaged over the ranks here:
 
-    grad ← 1/P · Σ_p grad_p        (P ranks)
+    .grad ← .grad + 1/P · Σ_p g_p        (P ranks)
 
-after every accumulation of autograd into it. That is once a backward; a reentrant checkpoint accumulates once a
-segment, gradient accumulation once a micro-step. Averaging between is right because an average stays as it is when
-averaged again: mean(mean(a) + b) = mean(a + b).
+of what autograd is about to add to it, g: that of a backward, of a segment of a reentrant checkpoint, of all backwards
+since the last average where FSDP's gradient sync was off. What is in `.grad` already is not averaged and rounded anew.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from glora_kernels.nn.base import M
+from glora_kernels.nn.frozen import FrozenBase
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import all_paths, clean, named_layers, unwrap
 from glora_kernels.nn.ranks import is_part, refuse_sharded, whole
-from glora_kernels.spec import matches
+from glora_kernels.spec import select
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -32,19 +34,20 @@ if TYPE_CHECKING:
 
 
 def fully_shard(
-    model: nn.Module,
+    model: M,
     blocks: str | nn.Module | Iterable[str | nn.Module] | None = None,
     *,
     mesh: DeviceMesh | None = None,
     reshard_after_forward: bool | int | None = None,
     mp_policy: MixedPrecisionPolicy | None = None,
     offload_policy: OffloadPolicy | None = None,
-) -> nn.Module:
+) -> M:
     """Shard a model with GLoRA layers by `torch.distributed.fsdp.fully_shard`, shared factors included.
 
     Every block becomes an FSDP group, then the model with what is left. A parameter that several groups have (a
     factor shared over depth, say) is no part of any: it is whole on every rank, starts with the values of the mesh's
-    first rank, and its gradient is averaged over the mesh after backward. Gradient accumulation
+    first rank, and its gradient is averaged over the mesh in backward. The codes of a 4-bit base are no parameters:
+    every rank keeps all of its own, which must be those of the others, on the mesh's device. Gradient accumulation
     (`model.set_requires_gradient_sync(False)`), both kinds of activation checkpointing and 2-D (hybrid) meshes
     work as for any FSDP model. Inject and load before this call, make the optimizer after it.
 
@@ -79,9 +82,9 @@ def fully_shard(
 
     Raises:
         TypeError: `model` or a block is of the wrong kind.
-        ValueError: a model that is wrapped, sharded already, without a GLoRA layer, or has a 4-bit base, a shared
-            parameter on the meta device; blocks that are not in the model or do not say which; trained parameters of
-            several dtypes in one group.
+        ValueError: a model that is wrapped, sharded already, without a GLoRA layer, or has a shared parameter on the
+            meta device; blocks that are not in the model or do not say which; trained parameters of several dtypes in
+            one group.
         RuntimeError: a layer is merged.
     """
     from torch.distributed.fsdp import fully_shard as shard
@@ -92,11 +95,6 @@ def fully_shard(
     layers = named_layers(model)
     if not layers:
         raise ValueError("fully_shard: the model has no GLoRA layer; call inject(model, config) first")
-    if packed := [path for path, layer in layers.items() if layer.quant_state is not None]:
-        raise ValueError(
-            f"fully_shard: the base of {packed[0]!r} is in 4 bits, whose blocks a shard would cut; every rank "
-            "holds it in full under DistributedDataParallel"
-        )
     if merged := [path for path, layer in layers.items() if layer.merged]:
         raise RuntimeError(f"fully_shard: {merged[0]!r} is merged; call unmerge(model) first")
     chosen = _own_blocks(model) if blocks is None else _named_blocks(model, blocks)
@@ -109,8 +107,12 @@ def fully_shard(
     given = {"mp_policy": mp_policy, "offload_policy": offload_policy, "reshard_after_forward": reshard_after_forward}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     mesh = mesh or _every_rank()
-    for module in (*chosen, model):
+    everything: list[nn.Module] = [*chosen, model]
+    for module in everything:
         shard(module, mesh=mesh, ignored_params=set(common), **options)
+    for module in model.modules():
+        if isinstance(module, FrozenBase):
+            module.change_codes(lambda codes: codes.to(mesh.device_type))
     _replicate(model, common, mesh, None if mp_policy is None else mp_policy.reduce_dtype)
     return model
 
@@ -160,19 +162,38 @@ def clip_grad_norm_(
 
 
 class _Average:
-    """A hook that averages the gradient of a parameter over the ranks of a mesh, in `dtype`, while `on`."""
+    """Averages what autograd adds to the gradient of parameters over the ranks of a mesh, in `dtype`.
+
+    While not `on`, it is kept for the next average and not added, as FSDP does with the gradients of what it shards.
+    """
 
     def __init__(self, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
         self.groups, self.ranks, self.dtype, self.on = mesh.get_all_groups(), mesh.size(), dtype, True
+        self._watched: set[nn.Parameter] = set()
+        self._kept: dict[nn.Parameter, Tensor] = {}
+
+    def watch(self, parameter: nn.Parameter) -> None:
+        """Average the gradients of a parameter from now on, also where it is trained only later; once is enough."""
+        if parameter in self._watched:
+            return
+        trained = parameter.requires_grad
+        parameter.requires_grad_(parameter.is_floating_point())  # what cannot be trained takes no hook
+        if parameter.requires_grad:
+            parameter.register_hook(partial(self._mean, parameter))
+        parameter.requires_grad_(trained)
+        self._watched.add(parameter)
 
     @torch.no_grad()
-    def __call__(self, parameter: Tensor) -> None:
-        if not self.on or parameter.grad is None:
-            return
-        mean = parameter.grad.to(self.dtype or parameter.grad.dtype) / self.ranks
+    def _mean(self, parameter: nn.Parameter, grad: Tensor) -> Tensor:
+        if (kept := self._kept.pop(parameter, None)) is not None:
+            grad = grad + kept
+        if not self.on:
+            self._kept[parameter] = grad
+            return torch.zeros_like(grad)
+        mean = (grad / self.ranks).to(self.dtype or grad.dtype).contiguous()
         for group in self.groups:
             dist.all_reduce(mean, group=group)
-        parameter.grad.copy_(mean)
+        return mean.to(grad.dtype)
 
 
 def _replicate(model: Any, common: list[nn.Parameter], mesh: DeviceMesh, reduce_dtype: torch.dtype | None) -> None:
@@ -182,8 +203,23 @@ def _replicate(model: Any, common: list[nn.Parameter], mesh: DeviceMesh, reduce_
         parameter.data = parameter.data.to(mesh.device_type)
         for group in mesh.get_all_groups():
             dist.broadcast(parameter.data, group=group, group_src=0)
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(average)
+        average.watch(parameter)
+    whole_ones = set(common)
+    places = [
+        (module, name)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter in whole_ones
+    ]
+
+    def watch_new_ones(*_: object) -> None:
+        for module, name in places:
+            parameter = module._parameters.get(name)  # another one after load_state_dict(assign=True), say
+            if parameter is not None:
+                average.watch(parameter)
+
+    if places:
+        model.register_forward_pre_hook(watch_new_ones)
     native = model.set_requires_gradient_sync
 
     def set_requires_gradient_sync(requires_gradient_sync: bool, *, recurse: bool = True) -> None:
@@ -242,7 +278,8 @@ def _named_blocks(model: nn.Module, blocks: str | nn.Module | Iterable[str | nn.
     for item in given:
         if not isinstance(item, (str, nn.Module)):
             raise TypeError(f"blocks takes patterns (str) and modules, got {item!r}")
-        hits = [(p, m) for p, m in paths if (matches(p, item) if isinstance(item, str) else m is item)]
+        named = select(item, {path for path, _ in paths}) if isinstance(item, str) else ()
+        hits = [(path, module) for path, module in paths if path in named or module is item]
         if not hits:
             what = f"the pattern {item!r} matches no module" if isinstance(item, str) else f"{item} is not a module"
             raise ValueError(f"blocks: {what} of the model")

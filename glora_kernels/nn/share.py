@@ -6,7 +6,9 @@ parameter is counted, optimised, clipped and copied once, and autograd sums its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+import warnings
+import weakref
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +18,9 @@ from torch import Tensor, nn
 from glora_kernels.nn.base import is_linear
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import all_paths, clean, listed, named_layers, trainable_parameters, unwrap
+from glora_kernels.nn.numbered import numbered
 from glora_kernels.nn.siblings import ATTENTION, GATED, cross_attention_sets, install, sibling_sets
-from glora_kernels.spec import ShareLoRAConfig, matches, projection_type
+from glora_kernels.spec import ShareLoRAConfig, projection_type, select
 
 DECLARED = "_tied_weights_keys"
 """Where transformers looks, in every module of a model to save, for the names of it that a checkpoint is to omit.
@@ -40,9 +43,6 @@ class Member:
     @property
     def path(self) -> str:
         return self.paths[0]
-
-    def matches(self, pattern: str) -> bool:
-        return any(matches(path, pattern) for path in self.paths)
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ def plan_sharing(root: nn.Module, members: Iterable[Member], adapter_dtype: torc
     precision, without an `adapter_dtype` fp32 over a 16-bit base: layers that share and their siblings that do not,
     by `projections` or as the only one of a type, can then be computed in one call.
 
+    Warns where configurations are to share over depth, and none of them finds two layers of one type.
+
     Raises:
         ValueError: a projections pattern that matches no member; tie_siblings without siblings, or where layers with
             their names differ in in_features; a factor that layers on several devices would share or, without an
@@ -81,17 +83,25 @@ def plan_sharing(root: nn.Module, members: Iterable[Member], adapter_dtype: torc
         configs.setdefault(member.config, []).append(member)
     ties: list[Tie] = []
     tied_sets: list[list[str]] = []
+    depths = numbered(root)
+    of_depth: list[tuple[str, list[Member]]] = []
     for config, alike in configs.items():
         sharers = _projected(root, config, alike)
+        types = _by_type(sharers, depths)
+        if config.shared_factors:
+            of_depth += types.items()
         siblings = _siblings(root, sharers) if config.tie_siblings else []
         tied_sets += [[member.path for member in group] for group in siblings]
         for name in ("B_down", "B_up"):
-            groups = _by_type(sharers) if name in config.shared_factors else [[member] for member in sharers]
+            over_depth = name in config.shared_factors
+            groups = list(types.values()) if over_depth else [[member] for member in sharers]
             if name == "B_down":
                 groups = _joined(groups, siblings)
             if any(len(group) > 1 for group in groups):
                 groups += [[member] for member in alike if all(member is not sharer for sharer in sharers)]
                 ties += [_tie(name, group, adapter_dtype) for group in groups]
+    if of_depth and all(len(alike) == 1 for _, alike in of_depth):
+        warnings.warn(_nothing_shared([key for key, _ in of_depth]), stacklevel=3)
     return Sharing(ties, tied_sets)
 
 
@@ -121,14 +131,45 @@ def tie(layers: Mapping[str, GLoRALinear], sharing: Sharing) -> None:
         install({path: layers[path] for path in group}, fused=False)
 
 
-def keep_tied(root: nn.Module) -> None:
-    """From now on `load_state_dict` refuses values that differ under the names of one shared factor.
+class Holders:
+    """The layers that have one shared factor: where PyTorch replaces the parameter in one, all get the new one.
 
-    Of every module that has two names of one, since a part of a model may be loaded alone. All names but the first
-    are declared to transformers, whose checkpoints hold a shared tensor once.
+    They are held weakly. A copy of a model has holders of its own, which its layers join, and so has a copy of a part.
+    """
+
+    def __init__(self) -> None:
+        self._layers: weakref.WeakSet[GLoRALinear] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def join(self, layer: GLoRALinear) -> None:
+        """From now on this layer is one of them."""
+        self._layers.add(layer)
+
+    def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """The new parameter in every layer that has the old one."""
+        for layer in self._layers:
+            for name in layer._holders:
+                if layer._parameters.get(name) is old:
+                    layer._parameters[name] = new
+
+
+def keep_tied(root: nn.Module) -> None:
+    """From now on a shared factor stays one, and `load_state_dict` refuses values that differ under its names.
+
+    In every module that has a name or two of one, since a part of a model may be loaded or moved alone. All names but
+    the first are declared to transformers, whose checkpoints hold a shared tensor once.
     """
     for places in _tied_places(root):
         first, *others = places
+        holders = Holders()
+        for layer, own in places.values():
+            layer._holders[own] = holders
+            holders.join(layer)
         for layer, own in (places[name] for name in others):
             vars(layer).setdefault(DECLARED, {})[own] = first
     for module in root.modules():
@@ -136,47 +177,27 @@ def keep_tied(root: nn.Module) -> None:
             module.register_load_state_dict_pre_hook(_load_tied)
 
 
-def _load_tied(
-    module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *_: Any
-) -> None:
+def forget_tied(root: nn.Module) -> None:
+    """Take off what `keep_tied` has put on the modules of a model whose GLoRA layers are gone."""
+    for module in root.modules():
+        for key, hook in list(module._load_state_dict_pre_hooks.items()):
+            if getattr(hook, "hook", hook) is _load_tied:
+                del module._load_state_dict_pre_hooks[key]
+
+
+def _load_tied(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Before a state is loaded: its values under the names of a shared factor must agree, or the last would win.
 
-    A name that the state lacks is missing, as that of any tied parameter is, and has the value of the others. With
-    assign=True all names get one parameter, since each would become one of its own otherwise.
+    A name that the state lacks is missing, as that of any tied parameter is, and has the value of the others.
     """
     for places in _tied_places(module):
-        keys = {_key(state_dict, prefix, name): place for name, place in places.items()}
-        given = [key for key in keys if isinstance(state_dict.get(key), Tensor)]
-        if not given:
-            continue
-        value = state_dict[given[0]]
-        if other := next((key for key in given if not _same(state_dict[key], value)), None):
+        given = [key for name in places if isinstance(state_dict.get(key := _key(state_dict, prefix, name)), Tensor)]
+        if other := next((key for key in given if not _same(state_dict[key], state_dict[given[0]])), None):
             raise RuntimeError(
                 f"load_state_dict: {given[0]!r} and {other!r} are one shared parameter of the model, but the state has "
                 "different values for them: it comes from a model that does not share them, and one value cannot "
                 "stand for several. Nothing of this model was loaded"
             )
-        if local_metadata.get("assign_to_params_buffers"):
-            _assign_one(state_dict, value, given, keys)
-
-
-def _assign_one(
-    state_dict: MutableMapping[str, Any],
-    value: Tensor,
-    given: Sequence[str],
-    keys: Mapping[str, tuple[GLoRALinear, str]],
-) -> None:
-    """One parameter for all names of a factor: those given get it from the state, the others now."""
-    layer, own = keys[given[0]]
-    current = getattr(layer, own)
-    if not isinstance(value, nn.Parameter):
-        value = nn.Parameter(value, requires_grad=value.is_floating_point() and current.requires_grad)
-    for key in given:
-        state_dict[key] = value
-    if value.shape == current.shape:  # otherwise load_state_dict assigns nothing and says so
-        for key in keys.keys() - set(given):
-            layer, own = keys[key]
-            setattr(layer, own, value)
 
 
 def _tied_places(module: nn.Module) -> list[dict[str, tuple[GLoRALinear, str]]]:
@@ -264,7 +285,7 @@ def shared(model: nn.Module) -> SharedFactors:
     Raises:
         ValueError: the model has no GLoRA layer.
     """
-    layers = named_layers(unwrap(model))
+    layers, depths = named_layers(unwrap(model)), numbered(unwrap(model))
     if not layers:
         raise ValueError("shared: the model has no GLoRA layer; call inject(model, config) first")
     found: dict[int, list[tuple[str, str]]] = {}
@@ -277,8 +298,9 @@ def shared(model: nn.Module) -> SharedFactors:
             path, name = factors[0]
             parameter = layers[path].adapter()[name]
             names = "/".join(dict.fromkeys(own for _, own in factors))
-            keys = [projection_type(path, layers[path].out_features, layers[path].in_features) for path, _ in factors]
             paths = tuple(path for path, _ in factors)
+            sizes = [(layers[path].out_features, layers[path].in_features) for path in paths]
+            keys = [projection_type(path, *size, depths) for path, size in zip(paths, sizes, strict=True)]
             rows.append(SharedFactor(names, _common_key(keys), tuple(parameter.shape), parameter.numel(), paths))
     return SharedFactors(tuple(rows), trainable_parameters(model))
 
@@ -296,23 +318,37 @@ def _projected(root: nn.Module, config: ShareLoRAConfig, members: list[Member]) 
     """The members that `config.projections` names: those that share."""
     if config.projections is None:
         return members
+    adapted = {path for member in members for path in member.paths}
+    every = adapted | {path for path, module in all_paths(root) if is_linear(module)}
+    named: set[str] = set()
     for pattern in config.projections:
-        if not any(member.matches(pattern) for member in members):
-            exists = any(is_linear(module) and matches(path, pattern) for path, module in all_paths(root))
-            hint = "; it matches only layers that this configuration does not adapt" if exists else ""
-            names = sorted({path.rpartition(".")[2] for member in members for path in member.paths})
+        selected = select(pattern, every)
+        named |= selected
+        if not selected & adapted:
+            hint = "; it matches only layers that this configuration does not adapt" if selected else ""
+            names = sorted({path.rpartition(".")[2] for path in adapted})
             raise ValueError(
                 f"projections: the pattern {pattern!r} matches no linear layer to adapt{hint}. "
                 f"{listed('linear layer', names)}"
             )
-    return [member for member in members if any(member.matches(pattern) for pattern in config.projections)]
+    return [member for member in members if not named.isdisjoint(member.paths)]
 
 
-def _by_type(members: list[Member]) -> list[list[Member]]:
+def _by_type(members: list[Member], depths: Collection[str]) -> dict[str, list[Member]]:
     groups: dict[str, list[Member]] = {}
     for member in members:
-        groups.setdefault(projection_type(member.path, *member.shape), []).append(member)
-    return list(groups.values())
+        groups.setdefault(projection_type(member.path, *member.shape, depths), []).append(member)
+    return groups
+
+
+def _nothing_shared(types: list[str]) -> str:
+    some = ", ".join(map(repr, types[:4])) + (", ..." if len(types) > 4 else "")
+    return (
+        "the ShareLoRAConfig shares nothing over depth, and trains as much as with share='none': no two layers have "
+        f"one projection type (the path with the numbers of the depth as #, and the shape): {some}. Layers share where "
+        "their paths differ in the numbers of a list of modules, or of modules of one class that are named alike but "
+        "for a number"
+    )
 
 
 def _siblings(root: nn.Module, members: list[Member]) -> list[list[Member]]:

@@ -145,9 +145,10 @@ class SiblingGroup:
         ys = self._compute(places, x)
         others = {i: y for i, y in zip(places, ys, strict=True) if i != place}
         store.pending = _Pending(x, place, others, self.members, self._backwards)
-        node = None if torch.compiler.is_compiling() else ys[0].grad_fn  # all outputs are results of this one node
-        if node is not None:
-            node.register_prehook(self._backwards.note)
+        if not torch.compiler.is_compiling():
+            # All outputs are results of one node, or of one each (`ops.ways`).
+            for node in {y.grad_fn for y in ys if y.grad_fn is not None}:
+                node.register_prehook(self._backwards.note)
         return ys[places.index(place)]
 
     def _check_input(self, layer: GLoRALinear, x: Tensor) -> None:
@@ -218,8 +219,8 @@ class SiblingGroup:
             member = self.members[place]
             if member is None or member._base is not None or member._disabled or member.training is not layer.training:
                 return False
-            weight = member._parameters["weight"]
-            if weight is None or weight.device != x.device or is_part(weight):
+            weight = member._parameters.get("weight")
+            if not member.is_intact or weight is None or weight.device != x.device or is_part(weight):
                 return False
             if member._backward_hooks or member._backward_pre_hooks:  # these see the gradient of one layer's own input
                 return False
@@ -256,7 +257,7 @@ class SiblingGroup:
 
     def _down(self, place: int) -> Tensor | None:
         member = self.members[place]
-        return None if member is None else member._parameters["B_down"]
+        return None if member is None else member._parameters.get("B_down")
 
     def _listed(self) -> str:
         names = [repr(name) for name in self.names]
@@ -389,7 +390,7 @@ def _state(layer: GLoRALinear | None) -> tuple[object, ...]:
 
 def _beta(layer: GLoRALinear, x: Tensor) -> Tensor | None:
     """β = b∘(1+D) + E + W·C of one layer, (N,) or None; what was computed for all layers of a step, where it was."""
-    if (beta := getattr(layer, "_beta", None)) is not None:
+    if (beta := layer.kept_shift()) is not None:
         return beta
     p: dict[str, Any] = layer._parameters
     wc = None

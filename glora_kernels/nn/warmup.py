@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,23 @@ from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import named_layers, unwrap
 from glora_kernels.nn.ranks import refuse_sharded
 from glora_kernels.ops.glora import seeds_on_device
+
+
+class Form(NamedTuple):
+    """What `warmup` asks of a layer. One of another class than GLoRALinear gives it by its method `warmup_form`.
+
+    layer: called with one x (M, in_features). key: equal where two layers are alike. text: the layer in a few words.
+    """
+
+    layer: nn.Module
+    in_features: int
+    device: torch.device
+    dtype: torch.dtype
+    is_4bit: bool
+    drops: bool
+    key: tuple[object, ...]
+    text: str
+
 
 _DIVISOR = 16
 """Triton compiles a kernel anew for sizes that are no multiple of this."""
@@ -29,6 +46,8 @@ def warmup(
     progress: bool = True,
 ) -> list[str]:
     """Run each different GLoRA layer of the model once on zeros, so that its kernels are compiled before step one.
+
+    Also the layers of an accelerated PEFT model, and of our methods of PEFT, with the adapters that are active.
 
     Layers that are fused as siblings are run together.
 
@@ -57,42 +76,49 @@ def warmup(
 
     Raises:
         TypeError: `model` is no module, or `tokens` no integers.
-        ValueError: the model has no GLoRA layer or is sharded, tokens below 1, or a dtype that autocast does not offer.
+        ValueError: the model has no layer that runs on our operators or is sharded, tokens below 1, or a dtype that
+            autocast does not offer.
     """
     refuse_sharded(unwrap(model), "warmup", "call it before fully_shard")
     layers = named_layers(unwrap(model))
-    if not layers:
-        raise ValueError("warmup: the model has no GLoRA layer; call inject(model, config) first")
+    others: Any = [module for module in unwrap(model).modules() if hasattr(module, "warmup_form")]
+    if not layers and not others:
+        raise ValueError(
+            "warmup: the model has no GLoRA layer; call inject(model, config) first, or accelerate(model) on a model "
+            "of PEFT"
+        )
     sizes = _sizes(tokens)
-    kinds: dict[object, list[list[GLoRALinear]]] = {}
-    for unit in _units(layers.values()):
-        for layer in unit:
-            _check_dtype(layer, dtype)
-        if all(not layer.merged and not layer._disabled and _is_served(layer, dtype) for layer in unit):
-            kinds.setdefault(tuple(map(_signature, unit)), []).append(unit)
+    units = [list(map(_form, unit)) for unit in _units(layers.values())]
+    units += [[form] for form in (module.warmup_form() for module in others) if form is not None]
+    kinds: dict[object, list[list[Form]]] = {}
+    for unit in units:
+        for form in unit:
+            _check_dtype(form, dtype)
+        if all(_is_served(form, dtype) for form in unit):
+            kinds.setdefault(tuple(form.key for form in unit), []).append(unit)
     lines = []
     plan = [(alike, size) for alike in kinds.values() for size in sizes]
     for alike, size in shown(plan, "compiling", progress):
         unit = alike[0]
         _run(unit, size, dtype, training)
-        if any(layer._dropout for layer in unit) and training and unit[0].weight.device.type == "cuda":
+        if any(form.drops for form in unit) and training and unit[0].device.type == "cuda":
             with seeds_on_device():  # as a CUDA graph or torch.compile will call them
                 _run(unit, size, dtype, training)
         kind = "layer" if len(unit) == 1 else "group"
         count = f"{len(alike)} {kind}{'' if len(alike) == 1 else 's'}"
         what = "forward and backward" if training else "forward"
-        lines.append(f"{count} like ({unit[0].extra_repr()}): {what} with {size} tokens")
+        lines.append(f"{count} like ({unit[0].text}): {what} with {size} tokens")
     return lines
 
 
 def _units(layers: Iterable[GLoRALinear]) -> list[list[GLoRALinear]]:
-    """What one launch computes: the members of a group of siblings, any other layer by itself."""
+    """What one launch computes: the members of a group of siblings, any other layer by itself; what is not idle."""
     units: dict[int, list[GLoRALinear]] = {}
     for layer in layers:
         members = [layer] if layer._siblings is None or not layer._siblings.fused else layer._siblings.members
         present = [member for member in members if member is not None]
         units.setdefault(id(present[0]), present)
-    return list(units.values())
+    return [unit for unit in units.values() if not any(layer.merged or layer._disabled for layer in unit)]
 
 
 def _sizes(tokens: int | Iterable[int]) -> list[int]:
@@ -111,19 +137,27 @@ def _sizes(tokens: int | Iterable[int]) -> list[int]:
     return list(dict.fromkeys(size for size in given if size > 0))
 
 
-def _check_dtype(layer: GLoRALinear, dtype: torch.dtype | None) -> None:
-    if dtype not in (None, layer.base_dtype, torch.float16, torch.bfloat16):
+def _check_dtype(form: Form, dtype: torch.dtype | None) -> None:
+    if dtype not in (None, form.dtype, torch.float16, torch.bfloat16):
         raise ValueError(
-            f"dtype must be None, that of the weights ({layer.base_dtype}), or torch.float16 or torch.bfloat16 for "
+            f"dtype must be None, that of the weights ({form.dtype}), or torch.float16 or torch.bfloat16 for "
             f"autocast; got {dtype}"
         )
 
 
-def _is_served(layer: GLoRALinear, dtype: torch.dtype | None) -> bool:
+def _is_served(form: Form, dtype: torch.dtype | None) -> bool:
     """Whether kernels serve the layer where it is."""
-    device = layer.weight.device.type
+    device = form.device.type
+    return device != "meta" and routes.route(device, dtype or form.dtype, form.is_4bit) != "eager"
+
+
+def _form(layer: GLoRALinear) -> Form:
     four_bit = layer.quant_state is not None
-    return device != "meta" and routes.route(device, dtype or layer.base_dtype, four_bit) != "eager"
+    key = _signature(layer)
+    return Form(
+        layer, layer.in_features, layer.weight.device, layer.base_dtype, four_bit, layer._dropout > 0, key,
+        layer.extra_repr(),
+    )  # fmt: skip
 
 
 def _signature(layer: GLoRALinear) -> tuple[object, ...]:
@@ -146,29 +180,31 @@ def _signature(layer: GLoRALinear) -> tuple[object, ...]:
     return (*layout, *parameters, config.variant, layer._dropout > 0)
 
 
-def _run(unit: list[GLoRALinear], tokens: int, dtype: torch.dtype | None, training: bool) -> None:
+def _run(unit: list[Form], tokens: int, dtype: torch.dtype | None, training: bool) -> None:
     """One forward, and backward, without a trace: on parameters that share the layers' memory, and without hooks."""
-    device, base_dtype, was = unit[0].weight.device, unit[0].base_dtype, [layer.training for layer in unit]
+    device, base_dtype = unit[0].device, unit[0].dtype
     autocast: Any = contextlib.nullcontext()
     if dtype is not None and dtype != base_dtype:
         autocast = torch.autocast(device.type, dtype=dtype)
     x = torch.zeros(tokens, unit[0].in_features, device=device, dtype=base_dtype, requires_grad=training)
-    bare = _Bare(unit)
+    bare = _Bare([form.layer for form in unit])
+    was = [(module, module.training) for module in bare.modules()]
     own: dict[str, Tensor] = {
-        name: parameter.detach().requires_grad_(training and parameter.requires_grad)
+        name: parameter.detach().requires_grad_(training)
         for name, parameter in bare.named_parameters()
+        if parameter.requires_grad
     }
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []), torch.set_grad_enabled(training), autocast:
-        for layer in unit:
-            layer.training = training
+        for module, _ in was:
+            module.training = training
         try:
             ys = functional_call(bare, own, (x,))
         finally:
-            for layer, flag in zip(unit, was, strict=True):
-                layer.training = flag
+            for module, flag in was:
+                module.training = flag
         if training:
-            wanted = [x, *(value for value in own.values() if value.requires_grad)]
+            wanted = [x, *own.values()]
             torch.autograd.grad(ys, wanted, [torch.zeros_like(y) for y in ys], allow_unused=True)
     if on_gpu:
         torch.cuda.synchronize(device)
@@ -177,7 +213,7 @@ def _run(unit: list[GLoRALinear], tokens: int, dtype: torch.dtype | None, traini
 class _Bare(nn.Module):
     """Layers called with one input, without their hooks."""
 
-    def __init__(self, layers: list[GLoRALinear]) -> None:
+    def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 

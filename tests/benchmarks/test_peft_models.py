@@ -95,6 +95,8 @@ def test_no_dense_weight_is_kept(section: dict[str, Any]) -> None:
         else:
             assert before["dense_bytes"] >= weights
             inner = 4 * TINY.layers * 7 * TINY.tokens * TINY.rank  # h of every layer
+            if case == VECTORS:  # y of every layer, for dA: q, k, v and o, gate and up, down
+                inner += 4 * TINY.layers * TINY.tokens * (5 * hidden + 2 * wide)
             assert after["saved_bytes"] <= before["saved_bytes"] - before["dense_bytes"] + inner
 
 
@@ -313,6 +315,25 @@ def test_tables_picture_and_files(
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "cpu_peft.png").stat().st_size > 1000
         assert "cpu_peft.png" in shown
+
+
+def test_a_new_folder_gets_what_was_measured(
+    section: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "new" / "folder"
+    (tmp_path / "file").touch()
+
+    def measure(*values: Any) -> dict[str, Any]:
+        assert folder.is_dir(), "tried before anything is measured"
+        return section
+
+    monkeypatch.setattr(peft_models, "measure", measure)
+    command(monkeypatch, "--device", "cpu", "--out", str(folder))
+    assert json.loads((folder / "peft.json").read_text()) == section
+    assert "GLoRA, vectors" in (folder / "peft.md").read_text()
+    for arguments in (["--out", str(tmp_path / "file")], ["--json", str(tmp_path)]):
+        with pytest.raises(SystemExit, match="2"):
+            command(monkeypatch, "--device", "cpu", *arguments)
 
 
 def test_another_size_is_written_nowhere(

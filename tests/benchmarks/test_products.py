@@ -56,23 +56,23 @@ def test_lora_keeps_h_and_x_only(alpha: float | None) -> None:
 
 
 @pytest.mark.parametrize("a", ["none", "vector"])
-def test_x_is_not_kept_where_b_down_is_frozen(a: str) -> None:
-    """LoRA-FA: dB_up needs h alone, and dA is recovered from y."""
+def test_x_is_kept_for_a_alone_where_b_down_is_frozen(a: str) -> None:
+    """LoRA-FA: dB_up needs h alone; a trained A keeps x beside y, for rows where y holds little of xWᵀ."""
     problem = _problem(a, "lora", "none", "none", "none")
     layer = cases.ours(problem)
     layer.params["B_down"].requires_grad_(False)
     saved = products.saved_tensors(layer, problem)
-    assert not any(tensor.kind == "x" for tensor in saved)
+    assert any(tensor.kind == "x" for tensor in saved) == (a == "vector")
     assert (SHAPE.m, SHAPE.r) in [tensor.shape for tensor in saved if tensor.kind == "other"]
 
 
 @pytest.mark.parametrize("b", ["vector", "constant", "none"])
-def test_a_vector_keeps_y_instead_of_z_and_x(b: str) -> None:
+def test_a_vector_keeps_x_and_y_instead_of_z(b: str) -> None:
     problem = _problem("vector", b, "none", "none", "none")
     saved = products.saved_tensors(cases.ours(problem), problem)
     kinds = {tensor.kind for tensor in saved}
-    assert "x" not in kinds
-    assert "y" in kinds
+    assert kinds >= {"x", "y"}
+    assert (SHAPE.m, SHAPE.n) not in [tensor.shape for tensor in saved if tensor.kind == "other"]
 
 
 def test_a_frozen_adapter_keeps_nothing() -> None:

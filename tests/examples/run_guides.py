@@ -4,8 +4,8 @@
 
 Importing torch, transformers, PEFT, TRL and Lightning takes several times as long as the short runs of the scripts. So
 this process imports them once, and every script runs in a child of it, as `python SCRIPT --smoke` would. What a script
-prints goes to FOLDER/<its name>.txt, its pictures and adapters to FOLDER; at the end there is one line a script, with
-its name and exit code.
+prints goes to FOLDER/<its name>.txt, its pictures and adapters to FOLDER, and what it writes where it stands to
+FOLDER/<its name>-files; there is one line a script, with its name and exit code.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ def run(script: Path, out: Path, timm: Path | None) -> None:
     with open(out / f"{script.stem}.txt", "wb") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    folder = out / f"{script.stem}-files"
+    folder.mkdir()
+    os.chdir(folder)
     if timm is not None:
         import_torchvision(timm)
     sys.argv = [str(script), "--smoke", "--device", "cpu", "--out", str(out)]
@@ -73,7 +76,7 @@ def main() -> None:
             importlib.import_module(package)
     context = multiprocessing.get_context("fork")
     for script in args.scripts:
-        timm = args.timm if script.stem == "timm_lightning" else None
+        timm = args.timm if "import timm" in script.read_text() else None
         child = context.Process(target=run, args=(script, args.out, timm))
         child.start()
         child.join()

@@ -1,4 +1,4 @@
-"""The guides in docs/: every script runs, its checks hold, and the Python in a guide stands in its script."""
+"""The guides in docs/: every script runs, its checks hold, and so does the Python of every page, the README's too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -32,6 +31,12 @@ GUIDES = {
     "several-gpus": "several_processes",
 }
 """The guides with a script each; the other pages of docs/ have none."""
+
+WITH_PYTHON = [page for page in (ROOT / "README.md", *PAGES) if "```python" in page.read_text()]
+TORCHRUN = (
+    "import os; os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')"
+)
+"""What a program finds that torchrun starts, as the only process of its."""
 
 EPS = torch.finfo(torch.float32).eps
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "TOKENIZERS_PARALLELISM": "false"}
@@ -65,16 +70,45 @@ def check_losses(printed: str) -> None:
     assert number(printed, "loss by step: accelerated, plain PEFT") <= FLOOR * EPS * math.log(1024)
 
 
+def programs(page: Path) -> dict[str, str]:
+    """The Python blocks of a page as one program, each line where it stands in the page; those of torchrun one each."""
+    found: dict[str, list[str]] = {}
+    mark, here = None, page.stem
+    for number, line in enumerate(page.read_text().splitlines()):
+        if line.startswith("```"):
+            mark = line.removeprefix("```") if mark is None else None
+            here = f"{page.stem}-{number}" if mark == "python torchrun" else page.stem
+        elif mark in ("python", "python torchrun"):
+            lines = found.setdefault(here, [])
+            lines += [""] * (number - len(lines)) + [line]
+    for name, lines in found.items():
+        if name != page.stem or page.stem == "several-gpus":
+            lines[0] = TORCHRUN
+    return {name: "\n".join(lines) for name, lines in found.items()}
+
+
+def can_run(code: str) -> bool:
+    packages = set(re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE))
+    return installed(*packages - {"timm"}) and bool(TIMM or "timm" not in packages)
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the output of every script that runs in one process, each in a child of its own."""
+    """A folder with the output of every script and page that runs in one process, each in a child of its own."""
     out = tmp_path_factory.mktemp("guides")
     names = ["plain_pytorch", "peft_lora", "peft_glora"]
     names += ["four_bit"] * installed("trl", "datasets", "bitsandbytes")
     names += ["timm_lightning"] * bool(TIMM and installed("lightning"))
+    paths = [SCRIPTS / f"{name}.py" for name in names]
+    (out / "pages").mkdir()
+    for name, code in (item for page in WITH_PYTHON for item in programs(page).items()):
+        if can_run(code):
+            paths.append(out / "pages" / f"{name}.py")
+            paths[-1].write_text(code)
     command = [sys.executable, str(Path(__file__).with_name("run_guides.py")), str(out)]
-    command += ["--timm", TIMM] * bool(TIMM) + [str(SCRIPTS / f"{name}.py") for name in names]
-    process = subprocess.run(command, capture_output=True, encoding="utf-8", env=ENVIRONMENT, timeout=400, cwd=out)
+    command += ["--timm", TIMM] * bool(TIMM) + list(map(str, paths))
+    names = [path.stem for path in paths]
+    process = subprocess.run(command, capture_output=True, encoding="utf-8", env=ENVIRONMENT, timeout=800, cwd=out)
     codes = dict(line.split() for line in process.stdout.splitlines() if line.split()[0] in names)
     failed = [name for name in names if codes.get(name) != "0"]
     logs = "\n".join((out / f"{name}.txt").read_text() for name in failed if (out / f"{name}.txt").exists())
@@ -84,7 +118,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_scripts_run_and_their_checks_hold(ran: Path) -> None:
     """One test for all of them: the processes that share their imports are started once."""
-    printed = {path.stem: path.read_text() for path in ran.glob("*.txt")}
+    printed = {path.stem: path.read_text() for path in ran.glob("*.txt") if path.stem in GUIDES.values()}
     for name, text in printed.items():
         assert (ran / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
         assert "100%" in text or "10/10" in text, f"{name} shows no progress"
@@ -156,34 +190,30 @@ def test_two_processes(launcher: list[str], methods: list[str], tmp_path: Path) 
     assert (tmp_path / "several_processes.png").read_bytes().startswith(b"\x89PNG")
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)
+def test_the_python_of_a_page_runs_as_a_reader_pastes_it(page: Path, ran: Path) -> None:
+    programs = {path.stem: path for path in (ran / "pages").glob(f"{page.stem}*.py")}
+    if not programs:
+        pytest.skip("packages that the page imports are missing")
+    for name in programs:
+        assert (ran / f"{name}.txt").exists(), name
 
 
-@pytest.mark.parametrize("guide", GUIDES)
-def test_the_python_of_a_guide_stands_in_its_script(guide: str) -> None:
-    """Paragraph by paragraph, whatever the script indents it by."""
-    page, script = ROOT / "docs" / f"{guide}.md", SCRIPTS / f"{GUIDES[guide]}.py"
-    assert f"examples/guides/{script.name}" in page.read_text()
-    assert blocks(page, "python"), page.name
-    lines = script.read_text().splitlines()
-    for block in blocks(page, "python"):
-        for paragraph in re.split(r"\n\s*\n", block.strip("\n")):
-            wanted = textwrap.dedent(paragraph).splitlines()
-            starts = range(len(lines) - len(wanted) + 1)
-            found = any(
-                textwrap.dedent("\n".join(lines[start : start + len(wanted)])).splitlines() == wanted
-                for start in starts
-            )
-            assert found, f"{page.name}: not in {script.name}:\n{paragraph}"
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)
+def test_blocks_can_be_pasted(page: Path) -> None:
+    """They begin at the margin, in the page and in themselves, and are marked as Python or as a program of torchrun."""
+    text = page.read_text()
+    assert not re.findall(r"^ +```", text, re.MULTILINE)
+    for mark, block in re.findall(r"^```(python.*?)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        assert mark in ("python", "python torchrun"), mark
+        assert not block.startswith((" ", "\n")), block
 
 
-def test_every_script_has_a_guide_and_no_other_page_has_python() -> None:
+def test_every_script_has_a_guide() -> None:
     scripts = {path.stem for path in SCRIPTS.glob("*.py")} - {"guide_parts"}
     assert scripts == set(GUIDES.values())
-    for page in PAGES:
-        if page.stem not in GUIDES:
-            assert not blocks(page, "python"), page.name
+    for guide, script in GUIDES.items():
+        assert f"examples/guides/{script}.py" in (ROOT / "docs" / f"{guide}.md").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

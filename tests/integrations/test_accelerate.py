@@ -283,6 +283,18 @@ def test_the_scale_that_compiled_code_reads_follows_every_change(adapted, x, tmp
     assert agree()
 
 
+def test_what_is_set_in_inference_mode_can_be_set_afterwards(twins, x):
+    """The tensors that compiled code reads the scales from are made there, and written to later."""
+    pair = twins(LoraConfig(r=3, lora_alpha=5, target_modules=ALL))
+    gk.decelerate(pair.fast)
+    with torch.inference_mode():
+        gk.accelerate(pair.fast, verbose=False)
+        with rescale_adapter_scale(pair.plain, 0.5), rescale_adapter_scale(pair.fast, 0.5):
+            torch.testing.assert_close(pair.fast(x), pair.plain(x))
+    pair.both(lambda m: [layer.scale_layer(3.0) for layer in m.modules() if isinstance(layer, LoraLinear)])
+    pair.check(x, 3)
+
+
 def test_an_optimizer_made_before_keeps_working(twins, x):
     """Ten steps of Adam, accelerated after the third and given back after the seventh, equal PEFT's alone."""
     for name in ("lora_bias", "glora"):
@@ -443,7 +455,29 @@ def test_decelerate_leaves_nothing(twins, x):
                 assert type(layer.scaling) is dict
                 assert layer.scaling == original.scaling
         pair.check(x, 0)
-        with pytest.raises(ValueError, match="no layer of this model is accelerated"):
-            gk.decelerate(pair.fast)
+        assert gk.decelerate(pair.fast) is pair.fast
         gk.accelerate(pair.fast, verbose=False)
         pair.check(x, CONFIGS[name][1])
+
+
+class ReadsQ(nn.Module):
+    """A module that reads the weight of `q` and calls `p`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.p = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.p(nn.functional.linear(x, self.q.weight))
+
+
+def test_a_layer_whose_weight_a_module_reads_stays_pefts_and_the_report_says_so():
+    model = get_peft_model(nn.Sequential(ReadsQ()), LoraConfig(r=2, target_modules=["q", "p"]))
+    for _ in "ab":
+        report = gk.acceleration(gk.accelerate(model, verbose=False))
+        assert report.accelerated == {"lora.Linear": 1}
+        assert [why for _, why in report.kept] == [
+            "ReadsQ.forward (test_accelerate.py) reads its weight without calling it, and misses its adapter there"
+        ]
+    with pytest.raises(ValueError, match="reads its weight without calling it"):
+        gk.accelerate(get_peft_model(nn.Sequential(ReadsQ()), LoraConfig(r=2, target_modules=["q"])))

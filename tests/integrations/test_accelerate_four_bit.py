@@ -120,10 +120,18 @@ def test_no_less_exact_than_peft(quantized, rows, method, compute, dtype, compar
     assert bases[1].compute_type_is_set
 
 
-@methods
-def test_wider_than_what_is_computed_in_is_pefts(quantized, rows, method):
-    """PEFT computes the adapter's part in fp32 there, which one call in bfloat16 would round."""
-    pair = quantized(method, compute_dtype=torch.bfloat16)
+def test_wider_than_what_is_computed_in(quantized, rows):
+    """As after prepare_model_for_kbit_training: the product in bfloat16, the adapter in fp32, no worse than PEFT's."""
+    pair = quantized("lora", {"lora_alpha": 7, "lora_bias": True}, compute_dtype=torch.bfloat16)
+    no_less_exact(pair, rows, torch.float32)
+    pair.both(lambda m: m.add_adapter("other", LoraConfig(r=2, target_modules=["up"], lora_bias=True)))
+    pair.both(lambda m: m.base_model.set_adapter(["default", "other"]))
+    no_less_exact(pair, rows, torch.float32)
+
+
+def test_hira_wider_than_what_is_computed_in_is_pefts(quantized, rows):
+    """PEFT multiplies by W∘(up·down) in fp32 there, which one call in bfloat16 would round."""
+    pair = quantized("hira", compute_dtype=torch.bfloat16)
     pefts, got = step(pair.plain, rows), step(pair.fast, rows)
     assert not pair.calls
     assert all(torch.equal(got[name], value) for name, value in pefts.items())

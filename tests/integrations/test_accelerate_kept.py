@@ -21,6 +21,7 @@ from twins import Net, assert_same, randomized, reasons, step
 
 import glora_kernels as gk
 from glora_kernels.integrations import operands
+from glora_kernels.integrations.accelerated.layers import IDLE
 
 UP = "up"
 LORA, HIRA, GLORA = (partial(kind, r=3, target_modules=[UP]) for kind in (LoraConfig, HiraConfig, GloraConfig))
@@ -269,6 +270,20 @@ def test_a_subclass_of_tensor(twins, x, method):
     assert_same({"y": ys[1].as_subclass(torch.Tensor)}, {"y": ys[0].as_subclass(torch.Tensor)}, 0.0)
 
 
+def test_nested_and_sparse_tensors(twins, x):
+    pair = twins(LORA())
+    layers = [model.base_model.model.up for model in pair]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*nested tensors is in prototype stage")
+        nested = torch.nested.nested_tensor([x[0], x[1, :2]])
+    plain, fast = (layer(nested) for layer in layers)
+    for expected, got in zip(plain.unbind(), fast.unbind(), strict=True):
+        assert torch.equal(got, expected)
+    plain, fast = (layer(x[0].to_sparse()) for layer in layers)
+    assert torch.equal(fast, plain)
+    assert not pair.calls
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_torch_func_forward_mode_and_tracing(twins, x, method):
     """They see through PEFT's forward, not through our operators' autograd.Function."""
@@ -298,7 +313,7 @@ def test_a_second_derivative_is_an_error(twins, x):
     pair = twins(LORA())
     x.requires_grad_()
     (dx,) = torch.autograd.grad(pair.fast(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="differentiated once"):
         dx.sum().backward()
 
 
@@ -387,15 +402,57 @@ def test_bad_models(adapted):
                 function(wrong)
     with pytest.raises(ValueError, match=r"no PEFT layers; use it on the result of peft\.get_peft_model"):
         gk.accelerate(Net())
-    with pytest.raises(ValueError, match="no layer of this model is accelerated"):
+    with pytest.raises(ValueError, match="decelerate: the model has no PEFT layers"):
         gk.decelerate(Net())
     embedding = adapted(LoraConfig(r=2, target_modules=["e"]), net=nn.ModuleDict({"e": nn.Embedding(4, 4)}))
     with pytest.raises(ValueError, match=r"no layer of this model can be accelerated\n.*\n.*lora\.Embedding"):
         gk.accelerate(embedding)
-    model = gk.accelerate(adapted(LORA()), verbose=False)
-    with pytest.raises(ValueError, match="accelerated already; decelerate"):
-        gk.accelerate(model)
-    assert gk.acceleration(model).accelerated == {"lora.Linear": 1}
+
+
+def test_called_twice_as_in_a_notebook(twins, x, capsys):
+    """The second call changes nothing but layers that are new, and says so."""
+    pair = twins(LORA())
+    assert gk.decelerate(gk.decelerate(pair.fast)) is pair.fast
+    assert capsys.readouterr().out == "decelerate: no layer of this model is accelerated, and nothing was changed\n"
+    for _ in range(2):
+        assert gk.accelerate(pair.fast) is pair.fast
+        pair.check(x, 1)
+    first, second = capsys.readouterr().out.split("layers  kind")[1:]
+    assert "already" not in first
+    assert second.endswith("accelerate: the model was accelerated already, and nothing was changed\n")
+    pair.both(lambda m: m.add_adapter("wide", LoraConfig(r=2, target_modules=["up", "down"])))
+    pair.both(lambda m: m.set_adapter("wide"))
+    gk.accelerate(pair.fast)
+    pair.check(x, 2)
+    assert "already" not in capsys.readouterr().out
+
+
+def test_calls_on_pefts_path_are_counted(adapted, x):
+    model = gk.accelerate(adapted(LoraConfig(r=3, target_modules=["up", "down"])), verbose=False)
+    model(x)
+    assert gk.acceleration(model).fallbacks == {}
+    up, down = "base_model.model.up", "base_model.model.down"
+    with model.disable_adapter():
+        model(x)
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            model(x.float())
+    report = gk.acceleration(model)
+    assert report.fallbacks == {(up, IDLE): 1, (down, IDLE): 1, (up, operands.MIXED_DTYPES): 2}
+    assert report.accelerated == {"lora.Linear": 2}
+    assert str(report).splitlines()[2:] == [
+        "single calls of layers on glora_kernels:",
+        "calls  of layers  ran on  because",
+        f"    2  2          PEFT    {IDLE}",
+        f"    2  1          PEFT    {operands.MIXED_DTYPES}",
+    ]
+    assert gk.acceleration(copy.deepcopy(model)).fallbacks == {}
+    assert gk.acceleration(model, reset=True).fallbacks == report.fallbacks
+    assert gk.acceleration(model).fallbacks == {}
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with model.disable_adapter():
+        compiled(x)
+    assert gk.acceleration(model).fallbacks == {}
 
 
 def test_releases_of_peft(adapted, monkeypatch):

@@ -162,6 +162,16 @@ def test_bad_input(tmp_path, monkeypatch):
     refused("the checkpoint has", tensors={key: value for key, value in tensors.items() if key != place + "B.Xu"})
     refused("the checkpoint has zeros", values | {"config_A_B": "vector"}, _with_zeros(tensors, "A"))
 
+    without_c = {name: value for name, value in values.items() if name != "config_C"}
+    refused(r"source: adapter_config\.json has no config_C", without_c)
+    refused(r"source: .*'lora', 'vector'", values | {"config_C": ["lora"]})
+    refused("holds NaN or inf", tensors=tensors | {place + "B.Xd": torch.full((8, 2), float("nan"))})
+    refused("holds NaN or inf", tensors=tensors | {"beside": torch.tensor([float("inf")])})
+    refused(r"is torch\.int64", tensors=tensors | {place + "A.Xd": torch.ones(8, 2, dtype=torch.int64)})
+    refused("must have 2 dimensions, got shape", tensors=tensors | {place + "A.Xd": torch.ones(8)})
+    refused("must have 2 dimensions, got shape", tensors=tensors | {place + "A.Xu": torch.tensor(1.0)})
+    refused(r"must have shape \(N, 1\)", tensors=tensors | {place + "E.X": torch.ones(4, 2)})
+
     # Whole, or not at all.
     config.write_text(json.dumps(values))
     save_file(tensors, file)
@@ -172,6 +182,36 @@ def test_bad_input(tmp_path, monkeypatch):
     monkeypatch.setattr("glora_kernels.integrations.peft.convert.save_file", fails)
     with pytest.raises(OSError, match="full"):
         convert_checkpoint(source, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("direction", ["theirs", "ours"])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_config.json", b"", "no JSON"),
+        ("adapter_config.json", b'{"peft_type": "GLO', "no JSON"),
+        ("adapter_config.json", b"\xff\xfe", "no JSON"),
+        ("adapter_config.json", b"[" * 100_000, "no JSON"),
+        ("adapter_config.json", b'["GLORA"]', "must hold a JSON object"),
+        ("adapter_model.safetensors", b"", "no whole safetensors file"),
+        ("adapter_model.safetensors", 200, "no whole safetensors file"),
+        ("adapter_model.safetensors", -8, "no whole safetensors file"),
+        ("adapter_model.safetensors", None, "has no adapter_model"),
+    ],
+)
+def test_files_that_are_damaged(tmp_path, direction, name, content, message):
+    source = tmp_path / "source"
+    trained("bias", theirs() if direction == "theirs" else ours()).save_pretrained(source)
+    file = source / name
+    whole = file.read_bytes()
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(whole[:content] if isinstance(content, int) else content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        convert_checkpoint(source, tmp_path / "target")
+    assert name in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

@@ -241,3 +241,8 @@ def test_bad_input(tmp_path):
     save_file(tensors | {place.format(1): tensors[place.format(0)] + 1}, file)
     with pytest.raises((ValueError, RuntimeError), match="comes from another configuration"):
         PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_a_model_that_shares_nothing_warns():
+    with pytest.warns(UserWarning, match=r"shares nothing over depth.*'model.layers.#.mlp.up_proj \(24, 16\)'"):
+        adapted(target_modules=["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"])

@@ -22,7 +22,12 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.nn import functional as F
@@ -243,19 +248,70 @@ def fsdp_of_factors_tied_inside_a_block(rank, mesh):
 
 def fsdp_accumulates_gradients(rank, mesh):
     model, alone = gk.fully_shard(build(), mesh=mesh), build()
-    model.set_requires_gradient_sync(False)
-    backward(model, 0, rank)
-    half = build()
-    backward(half, 0, rank)
-    shared_here, shared_half = shared_factors(model), shared_factors(half)
-    for ours, theirs in zip(shared_here, shared_half, strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=EXACT, msg="averaged too early")
-    model.set_requires_gradient_sync(True)
-    for step in (1, 2):  # averaged after each of these: an average stays what it is
+    for step in range(5):  # sharded or shared, a gradient waits for the next step with a sync
+        model.set_requires_gradient_sync(step in (1, 2, 4))
+        before = {name: None if p.grad is None else whole(p.grad).clone() for name, p in model.named_parameters()}
         backward(model, step, rank)
-    for step in (0, 1, 2):
         backward(alone, step)
+        if step in (1, 2, 4):
+            assert_alike(gradients(model), gradients(alone))
+        else:
+            for name, p in model.named_parameters():
+                now, then = (t if t is None else whole(t) for t in (p.grad, before[name]))
+                assert now is then is None or torch.equal(now, torch.zeros_like(now) if then is None else then), name
+
+
+def fsdp_adds_what_is_new_to_a_gradient(rank, mesh):
+    """Reduced in bf16, every new part is rounded once; 32 backwards lose no more than one does."""
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16)
+    model = gk.fully_shard(build(dtype=torch.float32), mesh=mesh, mp_policy=policy)
+    for clear in (True, False):
+        model.zero_grad(set_to_none=clear)
+        backward(model, 0, rank, torch.float32)
+        once = gradients(model)
+        for _ in range(31):
+            backward(model, 0, rank, torch.float32)
+        for name, grad in gradients(model).items():
+            size = float(grad.abs().max())
+            torch.testing.assert_close(grad, 32 * once[name], rtol=0, atol=size * 1e-5, msg=name)
+
+
+def fsdp_averages_what_is_trained_later(rank, mesh):
+    """A shared factor frozen when the model was sharded, or put in later, and a module that is frozen and back."""
+    model, alone = build("AB"), build("AB")
+    for one in (model, alone):
+        factor = one.blocks[0].q_proj.B_down
+        factor.requires_grad_(False)
+        one.head.requires_grad_(False)
+    gk.fully_shard(model, mesh=mesh)
+    backward(model, 0, rank)
+    assert model.blocks[0].q_proj.B_down.grad is None
+    backward(alone, 0)
+    for one in (model, alone):
+        one.blocks[0].q_proj.B_down.requires_grad_(True)
+        one.head.requires_grad_(True)
+        one.blocks[0].mlp.B_down.requires_grad_(False).requires_grad_(True)
+        state = {name: value.detach().clone() for name, value in one.state_dict().items()}
+        one.load_state_dict(state, assign=True)
+    assert len(shared_factors(model)) == len(shared_factors(alone)) == 6
+    for one in (model, alone):
+        one.zero_grad()
+    backward(model, 1, rank)
+    backward(alone, 1)
     assert_alike(gradients(model), gradients(alone))
+
+
+def deferred_gradients(rank, mesh):
+    """Computed at the end of backward, they go the way of all gradients."""
+    alone = build("AB")
+    backward(alone, 0)
+    sharded = gk.fully_shard(build("AB"), mesh=mesh)
+    for model, called in ((sharded, sharded), *((m, nn.parallel.DistributedDataParallel(m)) for m in [build("AB")])):
+        with gk.deferred_shared_grads(model) as deferred:
+            loss = F.cross_entropy(called(batch(0, rank)[0]), batch(0, rank)[1])
+        loss.backward()
+        assert deferred.bytes > 0
+        assert_alike(gradients(model), gradients(alone))
 
 
 def described(path):
@@ -350,6 +406,32 @@ def fsdp_of_a_16_bit_base(rank, mesh):
         assert torch.equal(*both), "the ranks have drifted apart"
 
 
+def fsdp_of_4_bits(rank, mesh, folder):
+    """Every rank holds all codes: the gradients of one process in fp32; a checkpoint brings them along."""
+
+    def packed(seed):
+        torch.manual_seed(seed)
+        model = gk.quantize(Classifier(), double_quant=True, target_modules=["blocks.*"])
+        model = gk.inject(model, gk.ShareLoRAConfig(rank=3), target_modules=["blocks.*"])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.1)
+        return model
+
+    whole_one = packed(0)
+    model = gk.fully_shard(copy.deepcopy(whole_one), mesh=mesh)
+    backward(model, 0, rank, torch.float32)
+    backward(whole_one, 0, None, torch.float32)
+    assert_alike(gradients(model), gradients(whole_one), 1e-5)
+    dcp.save(get_model_state_dict(model), checkpoint_id=folder / "packed")
+    other = gk.fully_shard(packed(7), mesh=mesh)
+    state = get_model_state_dict(other)
+    dcp.load(state, checkpoint_id=folder / "packed")
+    set_model_state_dict(other, state)
+    assert torch.equal(other(batch(1, rank, torch.float32)[0]), model(batch(1, rank, torch.float32)[0]))
+
+
 def fsdp_blocks_by_name(rank, mesh):
     model = gk.fully_shard(build(), ["blocks.?", "*.ln"], mesh=mesh)
     named = [model, *model.blocks, *(block.ln for block in model.blocks)]
@@ -416,10 +498,14 @@ def cases(folder, hybrid):
         "FSDP lists": fsdp_steps_and_clips_over_lists,
         "FSDP tied inside a block": fsdp_of_factors_tied_inside_a_block,
         "FSDP accumulation": fsdp_accumulates_gradients,
+        "FSDP accumulation in bf16": fsdp_adds_what_is_new_to_a_gradient,
+        "FSDP trained later": fsdp_averages_what_is_trained_later,
+        "deferred gradients": deferred_gradients,
         "FSDP save": partial(fsdp_saves_one_file_from_one_rank, folder=folder),
         "FSDP resume": partial(fsdp_resumes_from_a_distributed_checkpoint, folder=folder),
         "FSDP mixed precision": fsdp_in_mixed_precision,
         "FSDP 16-bit base": fsdp_of_a_16_bit_base,
+        "FSDP 4 bits": partial(fsdp_of_4_bits, folder=folder),
         "FSDP blocks by name": fsdp_blocks_by_name,
         "FSDP refuses": fsdp_refuses,
     }

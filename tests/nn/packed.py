@@ -5,7 +5,7 @@ from glora_kernels import GLoRAConfig
 FULL = GLoRAConfig("vector", "lora", "lora", "vector", "vector", rank=3, alpha=6)
 
 TARGETS = ["embed", "blocks.*"]
-"""Of the classifier, all but its head, whose last name does not give it away."""
+"""Of the classifier, all but its head."""
 
 
 def packed_layers(model):

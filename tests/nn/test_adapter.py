@@ -15,6 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 
 import glora_kernels as gk
 from glora_kernels import GLoRAConfig, GLoRALinear
@@ -132,11 +134,8 @@ def test_dtypes(base, adapter, tmp_path, randomize):
     gk.save_adapter(first, path)
     assert {t.dtype for t in contents(path)[0].values()} == {adapter}
     second = gk.load_adapter(nn.Sequential(nn.Linear(8, 8)).to(base), path)
-    assert second[0].B_up.dtype == (torch.float32 if torch.float32 in (base, adapter) else base)
-    if adapter == second[0].B_up.dtype:
-        assert torch.equal(first[0].B_up, second[0].B_up)
-    else:
-        torch.testing.assert_close(first[0].B_up.float(), second[0].B_up.float(), rtol=1e-2, atol=1e-3)
+    assert second[0].B_up.dtype == (base if base == adapter else torch.float32)
+    assert torch.equal(first[0].B_up.float(), second[0].B_up.float()), "nothing is rounded"
 
 
 def test_a_model_that_is_one_layer(tmp_path, randomize):
@@ -153,7 +152,7 @@ def test_a_model_that_is_one_layer(tmp_path, randomize):
 
 def test_an_adapter_without_parameters(tmp_path):
     nothing = GLoRAConfig("none", "none", "none", "none", "none")
-    gk.save_adapter(gk.inject(nn.Sequential(nn.Linear(4, 3)), nothing), tmp_path / "a.safetensors")
+    gk.save_adapter(nn.Sequential(GLoRALinear(4, 3, nothing)), tmp_path / "a.safetensors")
     assert gk.load_adapter(nn.Sequential(nn.Linear(4, 3)), tmp_path / "a.safetensors")[0].config == nothing
 
 
@@ -240,6 +239,59 @@ def test_compiled_models_save_and_load_clean_names(vit, trained, saved, tmp_path
     gk.load_adapter(trained, saved)
 
 
+class LikeFabric(nn.Module):
+    """What Lightning's Fabric.setup makes of a model: it is held twice, by the names used here."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._forward_module = self._original_module = model
+
+    def forward(self, x):
+        return self._forward_module(x)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        AveragedModel,
+        nn.DataParallel,
+        lambda model: torch.compile(AveragedModel(torch.compile(model, backend="eager")), backend="eager"),
+        checkpoint_wrapper,
+        LikeFabric,
+        lambda model: type("DeepSpeedEngine", (nn.DataParallel,), {})(model),
+    ],
+    ids=["AveragedModel", "DataParallel", "compiled", "checkpointed", "Fabric", "DeepSpeed"],
+)
+def test_a_wrapped_model_has_the_names_of_the_model_inside(wrap, vit, trained, saved, tmp_path):
+    wrapped = wrap(trained)
+    gk.save_adapter(wrapped, tmp_path / "b.safetensors")
+    assert_same(tmp_path / "b.safetensors", saved)
+    assert gk.trainable_parameters(wrapped) == gk.trainable_parameters(trained)
+    plain = wrap(vit())
+    assert gk.load_adapter(plain, saved) is plain
+    x = torch.randn(3, 4, 12)
+    assert torch.equal(plain.eval()(x), trained(x))
+    gk.load_adapter(wrapped, saved)
+    gk.merge(wrapped)
+
+
+def test_parts_of_parameters_are_not_saved(tmp_path):
+    model = gk.inject(nn.Sequential(nn.Linear(4, 4)), OTHER)
+    model[0].B_up = nn.Parameter(torch.zeros(6))  # as the first FSDP leaves it on one of two ranks
+    with pytest.raises(ValueError, match=r"'0\.B_up' has shape \(6,\) in place of \(4, 3\).*summon_full_params"):
+        gk.save_adapter(model, tmp_path / "a.safetensors")
+    assert leftovers(tmp_path) == []
+
+
+def test_values_that_the_dtype_of_the_model_does_not_hold(tmp_path):
+    model = gk.inject(nn.Sequential(nn.Linear(4, 4)), OTHER)
+    with torch.no_grad():
+        model[0].B_up[0, 0] = 1e5
+    gk.save_adapter(model, tmp_path / "a.safetensors")
+    half = gk.inject(nn.Sequential(nn.Linear(4, 4)), OTHER, adapter_dtype=torch.float16)
+    refused(half, tmp_path / "a.safetensors", r"'0\.B_up' in torch\.float32 with values beyond torch\.float16")
+
+
 def test_copies_keep_the_mark_of_trained_modules(trained, saved, tmp_path):
     gk.save_adapter(copy.deepcopy(trained), tmp_path / "b.safetensors")
     assert_same(tmp_path / "b.safetensors", saved)
@@ -306,7 +358,7 @@ def test_a_process_killed_while_saving_leaves_the_old_file(moment, tmp_path):
         path, moment = sys.argv[1:]
         model = gk.load_adapter(torch.nn.Sequential(torch.nn.Linear(4, 3)), path)
         with torch.no_grad():
-            model[0].E.fill_(1.0)
+            model[0].C.fill_(1.0)
         def die(*args, **kwargs):
             if args and isinstance(args[0], dict):
                 open(args[1], "wb").write(b"half a file")
@@ -403,7 +455,7 @@ def test_altered_contents(vit, saved):
 def test_foreign_files(vit, saved):
     tensors, _ = contents(saved)
     rewrite(saved, format_version="3")
-    refused(vit(), saved, "'3'.*up to 2")
+    refused(vit(), saved, "'3'.*reads 1, 2")
     rewrite(saved, format_version="one")
     refused(vit(), saved, "'one'")
     rewrite(saved, format="pt")
@@ -463,7 +515,9 @@ def test_other_configurations(vit, saved):
     model = gk.inject(vit(), config | {"*": GLoRAConfig.lora(4, 6)}, train=["classifier"])
     refused(model, saved, r"does not fit the layer 'embed': it has rank=3 \(the model: 4\)")
     model = gk.inject(vit(), config | {"*": GLoRAConfig.lora(3, 5)}, train=["classifier"])
-    refused(model, saved, r"alpha=6 \(the model: 5\)")
+    refused(
+        model, saved, r"alpha=6 \(the model: 5\)\. Load it into the plain base model.*GLoRAConfig\(A='none', B='lora'"
+    )
 
 
 def test_other_trained_modules(vit, saved):

@@ -1,17 +1,18 @@
-"""What is done for all layers at once: merging a model, β once a step, gradients of shared factors at the end."""
+"""What is done for all layers at once: merging a model, and β once a step."""
 
+import contextlib
 import copy
 import pickle
 
 import pytest
 import torch
+from stack import Stack, close, names, shifted, step
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import glora_kernels as gk
 from glora_kernels import GLoRAConfig
 from glora_kernels.launch.plan import planning
-from glora_kernels.nn.depth import deferred_shared_grads, shift_once
+from glora_kernels.nn.depth import shift_once
 from glora_kernels.nn.model import named_layers
 from glora_kernels.ops import depth
 from glora_kernels.reference.tolerance import allowed_error, largest_error
@@ -24,10 +25,6 @@ MIXED = {
     "*": GLoRAConfig("constant", "lora", "none", "none", "constant", rank=5, dropout=0.25),
 }
 """Layers with and without a bias, and every kind of support."""
-
-
-def names(steps):
-    return [step.kernel.__name__ for step in steps if hasattr(step, "kernel")]
 
 
 def state(model):
@@ -47,8 +44,8 @@ def same_bits(left, right):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_model_is_merged_and_restored_in_one_launch_each(vit, randomize, dtype, poison):
     model = randomize(gk.inject(vit().to(dtype), MIXED))
-    one_by_one, before = copy.deepcopy(model), state(model)
-    for layer in named_layers(one_by_one).values():
+    one_by_one, exact, before = copy.deepcopy(model), copy.deepcopy(model).double(), state(model)
+    for layer in (*named_layers(one_by_one).values(), *named_layers(exact).values()):
         layer.merge()
     with gk.backend("triton"):
         with planning("cpu") as steps:
@@ -58,10 +55,10 @@ def test_a_model_is_merged_and_restored_in_one_launch_each(vit, randomize, dtype
         assert same_bits(state(model), before)
         gk.merge(model)
         assert all(layer.merged for layer in named_layers(model).values())
-        got, expected = state(model), state(one_by_one)
-        assert got.keys() == expected.keys()
-        for name, value in got.items():  # a low-rank sum in another order: the last bit
-            assert largest_error(value, expected[name]) <= torch.finfo(dtype).eps * float(expected[name].abs().max())
+        got, plain, true = state(model), state(one_by_one), state(exact)
+        assert got.keys() == plain.keys()
+        for name, value in got.items():
+            assert largest_error(value, true[name]) <= allowed_error(true[name], plain[name], dtype), name
         gk.unmerge(model)
     assert same_bits(state(model), before)
     assert not any(layer.merged for layer in named_layers(model).values())
@@ -144,58 +141,6 @@ def test_without_pinned_memory_layers_are_restored_one_by_one(vit, full, randomi
 # β once a step.
 
 
-class Stack(nn.Module):
-    """Residual blocks of two layers each, through activation checkpoints if asked for."""
-
-    def __init__(self, dim=12, depth=3, dtype=torch.float32):
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(dim, dim + 7), nn.GELU(), nn.Linear(dim + 7, dim, bias=False)) for _ in range(depth)
-        ).to(dtype)
-        self.reentrant = None
-
-    def forward(self, x):
-        for block in self.blocks:
-            if self.reentrant is None:
-                x = x + block(x)
-            else:
-                x = x + checkpoint(block, x, use_reentrant=self.reentrant)
-        return x
-
-
-SHIFTS = {
-    "*.0": GLoRAConfig("vector", "lora", "lora", "vector", "constant", rank=3, dropout=0.25),
-    "*.2": GLoRAConfig("none", "none", "vector", "none", "vector"),
-}
-
-
-def shifted(randomize, dtype=torch.float32, depth=3):
-    return randomize(gk.inject(Stack(depth=depth, dtype=dtype), SHIFTS, target_modules=["0", "2"]))
-
-
-def step(model, x, context=None):
-    """y and every gradient of one training step, and what the context gave."""
-    model.zero_grad()
-    torch.manual_seed(1)
-    leaf = x.clone().requires_grad_()
-    if context is None:
-        given, y = None, model(leaf)
-        y.square().sum().backward()
-    else:
-        with context(model) as given:
-            y = model(leaf)
-            y.square().sum().backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"y": y.detach(), "x": leaf.grad, **grads}, given
-
-
-def close(got, expected, rtol=1e-5):
-    assert got.keys() == expected.keys()
-    for name, value in got.items():
-        size = float(expected[name].abs().max())
-        assert float((value.double() - expected[name].double()).abs().max()) <= rtol * size, name
-
-
 @pytest.mark.parametrize(("route", "dtype", "reentrant"), [
     ("eager", torch.float64, None), ("eager", torch.float64, False), ("eager", torch.float64, True),
     ("triton", torch.float32, True),
@@ -235,17 +180,85 @@ def test_shift_once_leaves_nothing_behind(randomize):
     assert all(layer._beta is None for layer in layers)
     with shift_once(model):
         outer = [layer._beta for layer in layers]
-        assert all(beta.shape == (layer.out_features,) for beta, layer in zip(outer, layers, strict=True))
+        assert all(layer.kept_shift().shape == (layer.out_features,) for layer in layers)
         with torch.no_grad(), shift_once(model):
-            assert not any(layer._beta.requires_grad for layer in layers)
+            assert not any(layer.kept_shift().requires_grad for layer in layers)
         assert [layer._beta for layer in layers] == outer
         for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert all(layer._beta is None for layer in named_layers(copied).values())
             assert torch.equal(copied(x), expected)
+
+
+def stepped(model, layer):
+    """By an optimizer, of which some write past PyTorch's counter of versions."""
+    layer.E.grad = torch.ones_like(layer.E)
+    torch.optim.AdamW([layer.E], lr=0.5, foreach=True).step()
+
+
+class Raw(torch.optim.Optimizer):
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self, closure=None):
+        self.param_groups[0]["params"][0].data.add_(1)
+
+
+CHANGES = {
+    "in place": lambda model, layer: layer.D.add_(1),
+    "an optimizer": stepped,
+    "an optimizer that writes past the counter": lambda model, layer: Raw([layer.C_up]).step(),
+    "other memory": lambda model, layer: setattr(layer.E, "data", layer.E.data + 1),
+    "another parameter": lambda model, layer: setattr(layer, "E", nn.Parameter(layer.E.detach() + 1)),
+    "a state": lambda model, layer: layer.load_state_dict({n: t + 1 for n, t in layer.state_dict().items()}),
+    "a state that is assigned": lambda model, layer: layer.load_state_dict(
+        {n: t + 1 for n, t in layer.state_dict().items()}, assign=True
+    ),
+    "merged": lambda model, layer: layer.merge(),
+    "merged and unmerged, with another bias": lambda model, layer: (
+        layer.merge(), layer.unmerge(), layer.bias.detach().add_(1)
+    ),
+    "frozen": lambda model, layer: layer.E.requires_grad_(False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_what_changes_inside_shift_once_is_noticed(randomize, change):
+    """With and without gradients, and the layers that did not change still have their gradients."""
+    model, x = shifted(randomize, torch.float64).eval(), torch.randn(5, 12, dtype=torch.float64)
+    layer = model.blocks[1][0]
+    with shift_once(model):
+        model(x).square().sum().backward()
+        before = model(x).detach()
         with torch.no_grad():
-            layers[0].E.add_(1)
-        assert torch.equal(model(x), expected), "β is that of the moment the context was entered"
-    assert not torch.equal(model(x), expected)
+            change(model, layer)
+            model.zero_grad()
+            quiet = model(x)
+        with torch.set_grad_enabled(not layer.merged):
+            y = model(x)
+        if not layer.merged:
+            y.square().sum().backward()
+    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    expected = model(x)
+    torch.testing.assert_close(quiet, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    assert layer.merged or not layer.E.requires_grad or not torch.allclose(before, quiet)
+    if not layer.merged:
+        expected.square().sum().backward()
+        close(got, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, 1e-12)
+
+
+def test_shift_once_entered_in_another_mode(randomize):
+    """Without gradients or in inference mode, and used with gradients: they are there all the same."""
+    model, x = shifted(randomize, torch.float64).eval(), torch.randn(5, 12, dtype=torch.float64)
+    expected, _ = step(model, x)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with contextlib.ExitStack() as stack:
+            with mode():
+                stack.enter_context(shift_once(model))
+                torch.testing.assert_close(model(x), expected["y"])
+            got, _ = step(model, x)
+        close(got, expected, 1e-12)
 
 
 def test_shift_once_and_merged_or_disabled_layers(randomize):
@@ -275,198 +288,3 @@ def test_several_backwards_inside_one_shift_once(randomize):
         for x in xs:
             model(x).square().sum().backward()
     close({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, expected)
-
-
-# Gradients of shared factors.
-
-
-def shared(randomize, names=("B_down",), dtype=torch.float32, dropout=0.25, depth=3):
-    """Blocks whose first layers share factors, and so do their last ones."""
-    config = GLoRAConfig("vector", "lora", E="vector", rank=3, alpha=6, dropout=dropout)
-    model = gk.inject(Stack(depth=depth, dtype=dtype), config, target_modules=["0", "2"])
-    for block in model.blocks[1:]:
-        for place in (0, 2):
-            for name in names:
-                setattr(block[place], name, getattr(model.blocks[0][place], name))
-    return randomize(model)
-
-
-SHARED = [("B_down",), ("B_up",), ("B_down", "B_up")]
-
-
-def literal_sum(model, x, name):
-    """The gradient of one type's factor as the sum over layers, from each layer's own inputs and output gradients."""
-    inputs, hooks = {}, []
-    for i, block in enumerate(model.blocks):
-
-        def keep(module, args, y, i=i):
-            inputs[i] = [args[0].detach().reshape(-1, args[0].shape[-1])]
-            y.register_hook(lambda dy: inputs[i].append(dy.reshape(-1, dy.shape[-1])))
-
-        hooks.append(block[0].register_forward_hook(keep))
-    step(model, x)
-    for hook in hooks:
-        hook.remove()
-    total = 0
-    for i, block in enumerate(model.blocks):
-        (layer_x, dy), layer = inputs[i], block[0]
-        scale = layer.config.scale
-        if name == "B_down":
-            total = total + scale * layer.B_up.t() @ dy.t() @ layer_x
-        else:
-            total = total + scale * dy.t() @ layer_x @ layer.B_down.t()
-    return total.detach()
-
-
-@pytest.mark.parametrize("names", SHARED, ids="+".join)
-def test_the_deferred_gradient_is_the_sum_over_layers(randomize, names):
-    model, x = shared(randomize, names, torch.float64, dropout=0.0), torch.randn(2, 5, 12, dtype=torch.float64)
-    expected, _ = step(model, x)
-    got, deferred = step(model, x, deferred_shared_grads)
-    close(got, expected, 1e-12)
-    for name in names:
-        literal = literal_sum(model, x, name)
-        size = float(literal.abs().max())
-        assert float((got[f"blocks.0.0.{name}"] - literal).abs().max()) <= 1e-12 * size
-    m, r, itemsize = 10, 3, 8
-    widths = [(19, 12), (12, 19)] * 3  # N and K of every layer
-    kept = sum(m * ("B_down" in names) * (k + r) + m * ("B_up" in names) * (n + r) for n, k in widths)
-    assert deferred.bytes == kept * itemsize
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_kernel_on_the_triton_route(randomize, dtype, poison):
-    """Against float64, beside autograd's own accumulation in this dtype; the other gradients are bit for bit equal."""
-    names = ("B_down", "B_up") if dtype == torch.float16 else ("B_down",)
-    model, x = shared(randomize, names, dtype, depth=2), torch.randn(5, 12, dtype=dtype) * 0.1
-    with gk.backend("triton"):
-        plain, _ = step(model, x)
-        got, _ = step(model, x, deferred_shared_grads)
-    exact, _ = step(shared(randomize, names, dtype, depth=2).double(), x.double())
-    assert got.keys() == plain.keys()
-    for name, value in got.items():
-        if name.rpartition(".")[2] in names:
-            assert largest_error(value, exact[name]) <= allowed_error(exact[name], plain[name], dtype), name
-        else:
-            assert torch.equal(value, plain[name]), name
-
-
-def test_all_shared_gradients_are_one_launch(randomize):
-    model, x = shared(randomize, ("B_down", "B_up")), torch.randn(5, 12)
-    with gk.backend("triton"), planning("cpu") as steps:
-        with deferred_shared_grads(model):
-            model(x).sum().backward()
-            inside = len(steps)
-        assert names(steps[inside:]) == ["_shared_grad_kernel"]
-    assert "_x_kernel" not in names(steps), "the layers do not compute what is deferred"
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_deferred_gradients_through_activation_checkpoints(randomize, reentrant):
-    model, x = shared(randomize, dtype=torch.float64), torch.randn(2, 5, 12, dtype=torch.float64)
-    expected, _ = step(model, x)
-    model.reentrant = reentrant
-    got, deferred = step(model, x, deferred_shared_grads)
-    close(got, expected, 1e-12)
-    assert deferred.bytes > 0
-
-
-def test_deferred_gradients_are_added_to_those_there_are(randomize):
-    """Gradient accumulation, inside one context and over several; under autocast too."""
-    model, x = shared(randomize, dropout=0.0), torch.randn(2, 5, 12)
-    once, _ = step(model, x)
-    with deferred_shared_grads(model):
-        for _ in range(2):
-            model(x).square().sum().backward()
-    with deferred_shared_grads(model):
-        pass  # nothing was handed over: nothing changes
-    down = model.blocks[0][0].B_down
-    torch.testing.assert_close(down.grad, 3 * once["blocks.0.0.B_down"])
-    with torch.autocast("cpu", torch.bfloat16):
-        expected, _ = step(model, x)
-        got, _ = step(model, x, deferred_shared_grads)
-    assert down.grad.dtype == torch.float32
-    for name in ("blocks.0.0.B_down", "blocks.0.2.B_down"):
-        torch.testing.assert_close(
-            got[name], expected[name], rtol=2**-6, atol=2**-6 * float(expected[name].abs().max())
-        )
-
-
-def test_one_input_of_several_layers_is_kept_once(randomize):
-    class Fan(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q, self.k, self.v = (nn.Linear(12, 12) for _ in range(3))
-
-        def forward(self, x):
-            return self.q(x) + self.k(x) + self.v(x)
-
-    model = randomize(gk.inject(Fan(), GLoRAConfig.lora(2)))
-    model.k.B_down = model.v.B_down = model.q.B_down
-    _, deferred = step(model, torch.randn(5, 12), deferred_shared_grads)
-    assert deferred.bytes == (5 * 12 + 3 * 5 * 2) * 4
-
-
-def test_what_is_not_shared_or_not_trained_is_left_alone(randomize):
-    model = shifted(randomize)
-    got, deferred = step(model, torch.randn(5, 12), deferred_shared_grads)
-    assert deferred.bytes == 0
-    assert "blocks.0.0.B_down" in got
-    model = shared(randomize)
-    for layer in named_layers(model).values():
-        layer.B_down.requires_grad_(False)
-    got, deferred = step(model, torch.randn(5, 12), deferred_shared_grads)
-    assert deferred.bytes == 0
-    assert not any(name.endswith("B_down") for name in got)
-
-
-def test_an_exception_drops_what_was_handed_over(randomize):
-    model, x = shared(randomize), torch.randn(5, 12)
-
-    def fail():
-        with deferred_shared_grads(model) as deferred:
-            model(x).sum().backward()
-            assert deferred.bytes > 0
-            assert all(layer._deferred is None for layer in named_layers(copy.deepcopy(model)).values())
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert model.blocks[0][0].B_down.grad is None
-    assert all(layer._deferred is None for layer in named_layers(model).values())
-
-
-def test_deferral_refuses_what_would_miss_the_gradient(randomize, monkeypatch):
-    model = shared(randomize)
-
-    def refused(words, error=RuntimeError, of=model):
-        with pytest.raises(error, match=words), deferred_shared_grads(of):
-            pass
-        assert all(layer._deferred is None for layer in named_layers(of).values())
-
-    down = model.blocks[0][0].B_down
-    for register in (down.register_post_accumulate_grad_hook, down.register_hook):
-        handle = register(lambda _: None)
-        refused("a shared factor has a hook")
-        handle.remove()
-    words = "inside deferred_shared_grads"
-    with deferred_shared_grads(model), pytest.raises(RuntimeError, match=words), deferred_shared_grads(model):
-        pass
-    refused("the model has no GLoRA layer", ValueError, Stack())
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    refused("2 processes train together")
-
-
-@pytest.mark.parametrize("context", [shift_once, deferred_shared_grads])
-def test_torch_compile_inside_the_contexts(randomize, context):
-    """One graph, and autograd's own accumulation where it is traced."""
-    model = shared(randomize, dropout=0.0)
-    x = torch.randn(5, 12)
-    expected, _ = step(model, x)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    model.zero_grad()
-    with context(model):
-        compiled(x).square().sum().backward()
-    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    close(got, {name: value for name, value in expected.items() if name not in ("x", "y")})

@@ -69,14 +69,14 @@ def test_patterns_choose_layers_of_a_quantized_model(vit):
     model = gk.inject(gk.quantize(vit(), target_modules=["q_proj"]), FULL)
     kinds = {path: layer.quant_state is not None for path, layer in named_layers(model).items()}
     assert {path for path, packed in kinds.items() if packed} == {f"blocks.{i}.attn.q_proj" for i in range(2)}
-    assert len(kinds) == 14
+    assert len(kinds) == 13
     with pytest.raises(ValueError, match="already"):
         gk.inject(model, FULL)
 
 
 def test_a_4_bit_module_cannot_be_trained_whole(vit):
     """Its weight would stay as it is, and nobody would know."""
-    model = gk.quantize(vit())
+    model = gk.quantize(vit(), target_modules=["*"])
     assert isinstance(model.classifier[1], QuantizedLinear)
     with pytest.raises(ValueError, match="4 bits"):
         gk.inject(model, FULL, target_modules=["embed"], train=["classifier"])
@@ -132,15 +132,9 @@ def test_warmup_leaves_no_trace(vit, randomize):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_sharding_is_refused_with_the_reason(vit):
-    model = gk.inject(gk.quantize(vit()), FULL)
-    with pytest.raises(ValueError, match=r"fully_shard.*4 bits.*DistributedDataParallel"):
-        gk.fully_shard(model)
-
-
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
 def test_distributed_data_parallel_of_one_process(vit, randomize, tmp_path):
-    """DDP takes the uint8 codes as any frozen parameter, and the gradients are those of the model alone."""
+    """DDP sees no codes, and the gradients are those of the model alone."""
     model = randomize(gk.inject(gk.quantize(vit()), FULL)).double()
     x = torch.randn(3, 4, 12).double()
     model(x).square().sum().backward()
@@ -178,7 +172,7 @@ def test_an_adapter_goes_into_a_freshly_quantized_model(config, vit, randomize, 
 def test_an_adapter_of_a_dense_model_goes_over_4_bits(vit, randomize, tmp_path):
     gk.save_adapter(randomize(gk.inject(vit(), FULL)), tmp_path / "a.safetensors")
     other = gk.load_adapter(gk.quantize(vit()), tmp_path / "a.safetensors")
-    assert len(packed_layers(other)) == 14
+    assert len(packed_layers(other)) == 13
     assert {type(m) for m in packed_layers(other).values()} == {GLoRALinear}
 
 

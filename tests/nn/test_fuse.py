@@ -84,7 +84,7 @@ def test_llama_computes_the_same_in_two_calls_a_layer(llama, randomize, calls, t
         "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj",
     ]  # fmt: skip
     assert str(report).splitlines() == [
-        "4 groups of siblings, each one launch forward (two with dropout or a large rank)",
+        "4 groups of siblings, each one launch forward (two with dropout, a large rank or fp32 factors)",
         "  2 x  model.layers.#.self_attn: q_proj, k_proj, v_proj",
         "  2 x  model.layers.#.mlp: gate_proj, up_proj",
     ]
@@ -268,7 +268,7 @@ def test_the_report_has_one_line_for_blocks_that_are_alike(llama):
     report = fuse_siblings(model)
     q, k, v = (f"model.layers.#.self_attn.{name}_proj" for name in "qkv")
     assert str(report).splitlines() == [
-        "2 groups of siblings, each one launch forward (two with dropout or a large rank)",
+        "2 groups of siblings, each one launch forward (two with dropout, a large rank or fp32 factors)",
         "  2 x  model.layers.#.mlp: gate_proj, up_proj",
         f"  left out: {q}, {k}, {v}: only {q!r} is adapted (2 such sets)",
     ]

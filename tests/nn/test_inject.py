@@ -1,53 +1,35 @@
 """Injection: what becomes a GLoRA layer, what is trained; every mistake is named and changes nothing."""
 
+import copy
+
 import pytest
 import torch
+from injected import CFG, OTHER, paths, refused
 from torch import nn
 
 import glora_kernels as gk
-from glora_kernels import GLoRAConfig, GLoRALinear
+from glora_kernels import GLoRALinear, ShareLoRAConfig
 from glora_kernels.nn.model import named_layers
-
-CFG = GLoRAConfig(rank=2)
-OTHER = GLoRAConfig.lora(rank=3, alpha=6)
-
-
-def fingerprint(model):
-    """Everything injection could change."""
-    modules = [(path, id(m), m.training) for path, m in model.named_modules(remove_duplicate=False)]
-    parameters = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
-    return modules, parameters, [vars(m).get("_glora_trained") for m in model.modules()]
-
-
-def refused(model, *args, error=ValueError, match, **kwargs):
-    """Injection fails with a message that matches, and nothing has changed."""
-    before = fingerprint(model)
-    with pytest.raises(error, match=match):
-        gk.inject(model, *args, **kwargs)
-    assert fingerprint(model) == before
-
-
-def paths(model):
-    return set(named_layers(model))
-
 
 LINEARS = {
     f"blocks.{i}.{name}"
     for i in range(2)
     for name in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.0", "mlp.2")
 } | {"embed", "classifier.1"}
+BODY = LINEARS - {"classifier.1"}
 
 
-def test_every_linear_layer_by_default(vit):
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_every_linear_layer_but_the_head_by_default(vit, targets):
     model = vit()
-    assert gk.inject(model, CFG) is model
-    assert paths(model) == LINEARS
+    assert gk.inject(model, CFG, targets) is model
+    assert paths(model) == BODY
 
 
 def test_everything_but_the_adapters_is_frozen(vit):
     model = gk.inject(vit(), CFG, target_modules=["q_proj"])
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {f"blocks.{i}.attn.q_proj.{name}" for i in range(2) for name in ("A", "B_up", "B_down", "E")}
+    assert trained == {f"blocks.{i}.attn.q_proj.{name}" for i in range(2) for name in ("A", "B_up", "B_down")}
     assert gk.trainable_parameters(model) == 2 * CFG.num_parameters(16, 16)
 
 
@@ -139,6 +121,34 @@ class Embeds(Headed):
 
 
 @pytest.mark.parametrize("name", ["lm_head", "head", "classifier", "score", "embed_out"])
+def test_a_head_may_be_inside_a_module_of_its_name(name):
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), name: nn.Sequential(nn.Dropout(), nn.Linear(4, 4))})
+    assert paths(gk.inject(model, CFG)) == {"body"}
+    inner = nn.ModuleDict({"fc": nn.Linear(4, 4), "attention": nn.ModuleDict({"out": nn.Linear(4, 4)})})
+    assert paths(gk.inject(nn.ModuleDict({"body": nn.Linear(4, 4), name: inner}), CFG)) == {
+        "body",
+        f"{name}.attention.out",
+    }
+
+
+def test_fc_is_a_head_of_the_model_itself_and_no_layer_of_its_blocks():
+    block = nn.ModuleDict({"fc": nn.Linear(4, 4), "fc1": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"layer": nn.ModuleList([block]), "fc": nn.Linear(4, 4), "fc1": nn.Linear(4, 4)})
+    assert paths(gk.inject(model, CFG)) == {"layer.0.fc", "layer.0.fc1", "fc1"}
+
+
+class Classifies(Headed):
+    def get_classifier(self):
+        return (self.body, nn.Identity()) if self.get == "pair" else self.final if self.get else nn.Identity()
+
+
+def test_timms_get_classifier_names_the_head():
+    assert paths(gk.inject(Classifies("final", get="final"), CFG)) == {"body"}
+    assert paths(gk.inject(Classifies("final", get="pair"), CFG)) == {"final"}
+    assert paths(gk.inject(Classifies("head"), CFG)) == {"body"}, "without a classifier the names decide"
+
+
+@pytest.mark.parametrize("name", ["lm_head", "head", "classifier", "score", "embed_out"])
 def test_a_head_is_known_by_its_last_name(name):
     assert paths(gk.inject(Headed(name), CFG)) == {"body"}
     assert paths(gk.inject(nn.Sequential(Headed(name)), CFG)) == {"0.body"}
@@ -197,7 +207,7 @@ def test_targets_inside_trained_modules_are_refused(vit):
 
 
 def test_train_that_leaves_nothing_to_adapt_is_refused(vit):
-    refused(vit(), CFG, train=["*"], match="no linear layer to adapt")
+    refused(vit(), CFG, train=["*"], match="no linear layer is left to adapt")
 
 
 def test_a_trained_module_tied_to_a_target_is_refused():
@@ -265,22 +275,27 @@ class MyEncoderLayer(nn.TransformerEncoderLayer):
     pass
 
 
+@pytest.mark.filterwarnings("ignore:inject")
 @pytest.mark.parametrize("kind", [nn.MultiheadAttention, MyAttention])
 def test_multihead_attention_is_refused_and_can_be_excluded(kind):
     def build():
         return nn.ModuleDict({"attn": kind(8, 2), "mlp": nn.Linear(8, 8)})
 
-    refused(build(), CFG, match=r"'attn\.out_proj' cannot be replaced: nn\.MultiheadAttention.*target_modules")
-    refused(build(), CFG, ["out_proj"], match=r"nn.MultiheadAttention")
+    match = r"'attn\.out_proj' .* cannot be replaced: MultiheadAttention\.forward .*exclude_modules=\['out_proj'\]"
+    refused(build(), CFG, match=match)
+    refused(build(), CFG, ["out_proj"], match=match)
     assert paths(gk.inject(build(), CFG, ["mlp"])) == {"mlp"}
     assert paths(gk.inject(build(), {"out_proj": None, "*": CFG})) == {"mlp"}
+    assert paths(gk.inject(build(), CFG, exclude_modules=["out_proj"])) == {"mlp"}
 
 
 @pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, MyEncoderLayer])
 def test_transformer_encoder_layers_are_refused(kind):
     model = nn.Sequential(kind(8, 2, 16), nn.Linear(8, 8))
-    refused(model, CFG, ["linear1", "1"], match=r"'0\.linear1'.*nn\.TransformerEncoderLayer")
-    refused(model, CFG, match="cannot be replaced")
+    refused(model, CFG, ["linear1", "1"], match=r"'0\.linear1'.*TransformerEncoderLayer\.forward")
+    refused(
+        model, CFG, match=r"3 of 4 layers cannot be replaced(.|\n)*exclude_modules=\['linear1', 'linear2', 'out_proj'\]"
+    )
     assert paths(gk.inject(model, CFG, ["1"])) == {"1"}
 
 
@@ -301,7 +316,9 @@ class Doubled(nn.Linear):
 
 def test_unsupported_linear_layers_are_refused_by_path():
     model = nn.Sequential(nn.Linear(4, 4), Doubled(4, 4))
-    refused(model, CFG, match=r"'1' \(Doubled\) cannot be replaced: its forward.*target_modules")
+    refused(
+        model, CFG, match=r"'1' \(Doubled\) cannot be replaced: its forward.*exclude_modules=\['1'\].*target_modules"
+    )
     hooked = nn.Sequential(nn.Linear(4, 4))
     hooked[0].register_forward_hook(lambda *args: None)
     refused(hooked, CFG, match="hooks")
@@ -365,10 +382,55 @@ def test_modes_and_dtypes_are_kept(vit):
     gk.inject(model, CFG, train=["classifier"])
     for path, layer in named_layers(model).items():
         assert layer.training is not path.startswith("blocks.0")
-        assert layer.B_up.dtype == torch.bfloat16
-    model = gk.inject(vit().bfloat16(), CFG, adapter_dtype=torch.float32)
-    assert {p.dtype for layer in named_layers(model).values() for p in layer.adapter().values()} == {torch.float32}
     assert model.embed.weight.dtype == torch.bfloat16
+
+
+def dtypes(model):
+    return {p.dtype for p in model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", [CFG, ShareLoRAConfig(rank=2)])
+def test_what_is_trained_in_a_16_bit_model_is_fp32(vit, dtype, config):
+    x = torch.randn(3, 4, 12).to(dtype)
+    expected = vit().to(dtype)(x)
+    model = gk.inject(vit().to(dtype), config, ["*_proj"], train=["classifier", "ln"])
+    assert dtypes(model) == {torch.float32}
+    assert model.embed.weight.dtype == dtype
+    y = model(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+    y.float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert copy.deepcopy(model).float()(x.float()).dtype == torch.float32
+    assert dtypes(gk.inject(vit().to(dtype), config, ["*_proj"], "ln", adapter_dtype=dtype)) == {dtype}
+    assert dtypes(gk.inject(vit().double(), config, ["*_proj"], "ln")) == {torch.float64}
+    assert dtypes(gk.inject(vit(), config, ["*_proj"], "ln")) == {torch.float32}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("train", [["lm_head"], ["embed_tokens", "norm"], ["embed_tokens", "lm_head"], ["mlp"]])
+def test_a_16_bit_llama_trains_fp32_modules_without_autocast(llama, train, tied, tmp_path):
+    ids = torch.arange(8)[None]
+    model = gk.inject(llama(tied).bfloat16(), OTHER, ["q_proj"], train)
+    logits = model(ids).logits
+    assert torch.equal(logits, llama(tied).bfloat16()(ids).logits) or train != ["lm_head"]
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    # What is tied to a module that is not trained stays as that is.
+    alone = tied and len({"embed_tokens", "lm_head"} & set(train)) == 1
+    assert dtypes(model) == {torch.float32} | ({torch.bfloat16} if alone else set())
+    gk.save_adapter(model, tmp_path / "a.safetensors")
+    loaded = gk.load_adapter(llama(tied).bfloat16(), tmp_path / "a.safetensors")
+    assert dtypes(loaded) == dtypes(model)
+    assert torch.equal(loaded(ids).logits, logits)
+
+
+def test_a_trained_module_with_no_place_for_a_cast_keeps_its_dtype():
+    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16)).bfloat16()
+    gk.inject(model, CFG, ["0"], train=["1"])
+    assert {p.dtype for p in model[1].parameters()} == {torch.bfloat16}
+    assert model(torch.randn(3, 1, 8).bfloat16()).dtype == torch.bfloat16
 
 
 def test_a_meta_model_is_injected_on_meta(vit):
@@ -386,7 +448,7 @@ def test_a_compiled_model_is_injected_through_its_wrapper(vit, randomize):
     x = torch.randn(3, 4, 12)
     expected = compiled(x)
     assert gk.inject(compiled, CFG) is compiled
-    assert paths(model) == LINEARS
+    assert paths(model) == BODY
     torch.testing.assert_close(compiled(x), expected)
     randomize(model)
     torch.testing.assert_close(compiled(x), model(x))
@@ -417,7 +479,7 @@ def test_distributed_data_parallel_must_come_after(vit, tmp_path):
     finally:
         torch.distributed.destroy_process_group()
     model = gk.load_adapter(vit(), tmp_path / "a.safetensors")
-    assert paths(model) == LINEARS
+    assert paths(model) == BODY
 
 
 # Counting.

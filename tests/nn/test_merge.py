@@ -12,6 +12,7 @@ from glora_kernels.nn.model import named_layers
 
 CONFIGS = {
     "default": GLoRAConfig(rank=3),
+    "shifted": GLoRAConfig(E="vector", rank=3),
     "lora": GLoRAConfig.lora(rank=3, alpha=6),
     "all-lora": GLoRAConfig("lora", "lora", "lora", "vector", "vector", rank=3, alpha=6, dropout=0.5),
     "vectors": GLoRAConfig("vector", "vector", "vector", "vector", "vector"),
@@ -114,7 +115,7 @@ def test_to_linear_is_plain_and_shares_nothing(config, base, merged, randomize):
 
 
 def test_a_layer_without_a_bias_gets_one_while_merged(randomize):
-    layer = randomize(make("no-bias", GLoRAConfig(rank=2)))
+    layer = randomize(make("no-bias", GLoRAConfig(E="vector", rank=2)))
     names = [name for name, _ in layer.named_parameters()]
     layer.merge()
     assert torch.equal(layer.bias, layer.E)
@@ -165,7 +166,7 @@ def test_a_failing_merge_changes_nothing(full, randomize, monkeypatch):
     def fail(*args):
         raise MemoryError
 
-    monkeypatch.setattr("glora_kernels.nn.linear.effective_bias", fail)
+    monkeypatch.setattr("glora_kernels.nn.mergeable.effective_bias", fail)
     with pytest.raises(MemoryError):
         layer.merge()
     assert not layer.merged
@@ -268,7 +269,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("kind", ["object", "memory", "bias"])
 def test_a_tied_weight_may_be_adapted_but_not_merged(kind):
-    model = gk.inject(Tied(kind), GLoRAConfig(rank=2), target_modules=["out"])
+    model = gk.inject(Tied(kind), GLoRAConfig(E="vector", rank=2), target_modules=["out"])
     before = model.embed.weight.detach().clone()
     with pytest.raises(ValueError, match=r"'out' is shared by \[.*(embed|other)"):
         gk.merge(model)
@@ -280,6 +281,34 @@ def test_a_tied_bias_that_merging_leaves_alone_is_fine():
     model = gk.inject(Tied("bias"), GLoRAConfig.lora(2), target_modules=["out"])
     gk.merge(model)
     assert model.out.merged
+
+
+@pytest.mark.parametrize("rows", [slice(0, 4), slice(2, 6)])
+def test_a_view_of_another_weight_is_tied_and_columns_beside_it_are_not(rows):
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(4, 4), nn.Linear(2, 6), nn.Linear(2, 6))
+    model[1].weight = nn.Parameter(model[0].weight.data[rows])
+    columns = torch.randn(6, 4)
+    model[2].weight, model[3].weight = (nn.Parameter(columns[:, half : half + 2]) for half in (0, 2))
+    gk.inject(model, GLoRAConfig(rank=2), target_modules=["1", "2", "3"])
+    with pytest.raises(ValueError, match=r"weight of '1' is shared by \['0\.weight', '1\.weight'\]"):
+        gk.merge(model)
+    model[1] = nn.Identity()
+    gk.merge(model)
+
+
+def test_layers_on_one_weight_are_merged_one_at_a_time(full, randomize):
+    linear = nn.Linear(5, 4)
+    other = nn.Linear(5, 4)
+    other.weight = nn.Parameter(linear.weight.data)
+    left, right = (randomize(GLoRALinear.from_linear(module, full)) for module in (linear, other))
+    before = bits(left)
+    left.merge()
+    with pytest.raises(RuntimeError, match="that of another layer, which is merged"):
+        right.merge()
+    left.unmerge()
+    right.merge()
+    right.unmerge()
+    assert same(bits(left), before)
 
 
 def test_a_layer_used_at_two_paths_is_merged_once(full, randomize):

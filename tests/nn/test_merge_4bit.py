@@ -311,7 +311,7 @@ def test_a_merge_that_fails_leaves_nothing_merged(vit, kind, monkeypatch):
         def fail(*args):
             raise MemoryError
 
-        monkeypatch.setattr("glora_kernels.nn.linear.effective_bias", fail)  # only of dense bases
+        monkeypatch.setattr("glora_kernels.nn.mergeable.effective_bias", fail)  # only of dense bases
         error = pytest.raises(MemoryError)
     with error:
         gk.merge(model, requantize=True)

@@ -150,3 +150,23 @@ def test_a_layer_that_cannot_be_quantized_leaves_the_whole_model(spoil, error, w
         gk.quantize(model)
     assert model[0] is first
     assert torch.equal(model[0].weight, weight)
+
+
+def test_adapters_are_no_layers_to_quantize():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(64, 64)), peft.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"quantize: the model has PEFT layers.*merge_and_unload"):
+        gk.quantize(model)
+    other = nn.ModuleDict({"wrapped": nn.Linear(64, 64), "lora_a": nn.Linear(64, 4), "lora_b": nn.Linear(4, 64)})
+    with pytest.raises(ValueError, match=r"low-rank adapters.*lora_a"):
+        gk.quantize(other)
+    assert all(type(layer) is nn.Linear for layer in other.values())
+
+
+def test_targets_and_exclusions_are_those_of_inject(vit):
+    model = gk.quantize(vit(), target_modules="all-linear", exclude_modules=["embed", r"blocks\.0\..*"])
+    assert set(packed_layers(model)) == {path for path in QUANTIZED if path.startswith("blocks.1")}
+    with pytest.raises(ValueError, match="target_modules is empty"):
+        gk.quantize(vit(), target_modules=[])
+    with pytest.raises(ValueError, match=r"MultiheadAttention\.forward .* reads its weight"):
+        gk.quantize(nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "mlp": nn.Linear(8, 8)}))

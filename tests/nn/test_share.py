@@ -1,6 +1,8 @@
 """Sharing factors over depth: what shares with what, what is refused, and what is saved and loaded."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -186,12 +188,12 @@ def test_shared_factors_are_fp32_over_16_bits(dtype, vit):
     model = gk.inject(vit().to(dtype), {"k_proj": GLoRAConfig.lora(2), "o_proj": ShareLoRAConfig(), "*": config})
     # q shares; embed is the only one of its type, and v is no projection that shares: B_down is that of q's siblings.
     for layer in (model.blocks[0].attn.q_proj, model.embed, model.blocks[0].attn.v_proj):
-        assert (layer.B_down.dtype, layer.B_up.dtype, layer.E.dtype) == (wide, dtype, dtype)
+        assert (layer.B_down.dtype, layer.B_up.dtype, layer.E.dtype) == (wide, wide, wide)
         assert 0 < layer.B_down.abs().max() <= 1 / math.sqrt(layer.in_features)
     assert model.blocks[0].attn.v_proj.B_down is not model.blocks[1].attn.v_proj.B_down
-    assert {p.dtype for p in model.blocks[0].attn.k_proj.adapter().values()} == {dtype}, "of another configuration"
+    assert {p.dtype for p in model.blocks[0].attn.k_proj.adapter().values()} == {wide}, "of another configuration"
     alone = gk.inject(vit().to(dtype), ShareLoRAConfig(rank=2), ["embed"])
-    assert alone.embed.B_down.dtype == dtype, "nothing is shared"
+    assert alone.embed.B_down.dtype == wide, "nothing is shared"
     model = gk.inject(vit().to(dtype), ShareLoRAConfig(rank=2, share="AB"), adapter_dtype=torch.bfloat16)
     assert {p.dtype for layer in named_layers(model).values() for p in layer.adapter().values()} == {torch.bfloat16}
 
@@ -259,8 +261,8 @@ def test_siblings_come_back_from_a_file_with_one_dropout_mask(vit, randomize, tm
 def test_a_file_with_siblings_that_share_nothing_is_refused():
     tensors = {"a.B_down": torch.zeros(1), "b.B_down": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"\['a', 'b'\] cannot be tied as siblings"):
-        Adapter({}, [], {}, tensors, [["a", "b"]]).check()
-    Adapter({}, [], {"b.B_down": "a.B_down"}, {"a.B_down": torch.zeros(1)}, [["a", "b"]]).check()
+        Adapter(dict.fromkeys("ab"), [], {}, tensors, [["a", "b"]]).check()
+    Adapter(dict.fromkeys("ab"), [], {"b.B_down": "a.B_down"}, {"a.B_down": torch.zeros(1)}, [["a", "b"]]).check()
 
 
 def split_siblings(model):
@@ -376,7 +378,7 @@ def test_files_keep_the_dtypes_over_a_16_bit_base(vit, randomize, tmp_path):
         gk.save_adapter(model, tmp_path / "a.safetensors")
         other = named_layers(gk.load_adapter(vit().bfloat16(), tmp_path / "a.safetensors"))
         for path, layer in named_layers(model).items():
-            assert (layer.B_down.dtype, layer.B_up.dtype) == (down, dtype or torch.bfloat16)
+            assert (layer.B_down.dtype, layer.B_up.dtype) == (down, down)
             for name, parameter in layer.adapter().items():
                 assert other[path].adapter()[name].dtype == parameter.dtype, (path, name)
                 assert torch.equal(other[path].adapter()[name], parameter)
@@ -497,6 +499,54 @@ def test_a_part_of_a_model_is_loaded_as_the_whole_is(assign, llama, randomize):
         part.load_state_dict({name: value.clone() for name, value in other.state_dict().items()}, assign=assign)
         assert len(gk.shared(model).rows) == rows == 7
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def taken_from(source, part):
+    """The state of a part of a model, its values in memory of their own."""
+    return {name: value.clone() for name, value in source.get_submodule(part).state_dict().items()}
+
+
+PARTS = ["blocks.1", "blocks.1.attn", "blocks.0.attn.q_proj", "blocks.1.mlp.2"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("copies", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_part_with_one_name_of_a_factor_loads_it_for_all_layers(part, assign, copies, vit, randomize):
+    config = ShareLoRAConfig(rank=2, share="AB")
+    source, model = randomize(gk.inject(vit(), config)), copies(gk.inject(vit(), config))
+    count, rows = gk.trainable_parameters(model), gk.shared(model)
+    model.get_submodule(part).load_state_dict(taken_from(source, part), assign=assign)
+    assert gk.trainable_parameters(model) == count
+    assert gk.shared(model) == rows
+    for path, layer in named_layers(model).items():
+        alike = [other for other in named_layers(source) if other.startswith(part) and other[8:] == path[8:]]
+        for name, parameter in layer.adapter().items():
+            for other in alike:
+                assert torch.equal(parameter, named_layers(source)[other].adapter()[name])
+
+
+def test_a_part_is_moved_to_and_from_the_meta_device_without_untying(vit):
+    model = gk.inject(vit(), ShareLoRAConfig(rank=2, share="AB"))
+    rows, count = gk.shared(model), gk.trainable_parameters(model)
+    model.blocks[1].to("meta")
+    assert model.blocks[0].attn.q_proj.B_down.is_meta
+    for module in model.modules():  # as they are given memory one by one
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            module.to_empty(device="cpu", recurse=False)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert (gk.shared(model), gk.trainable_parameters(model)) == (rows, count)
+
+
+def test_a_copy_of_a_part_is_its_own(vit, randomize):
+    model = gk.inject(vit(), ShareLoRAConfig(rank=2))
+    source, before = randomize(gk.inject(vit(), ShareLoRAConfig(rank=2))), model.blocks[0].attn.q_proj.B_down
+    other = copy.deepcopy(model.blocks[1])
+    other.load_state_dict(taken_from(source, "blocks.1"), assign=True)
+    assert model.blocks[0].attn.q_proj.B_down is model.blocks[1].attn.q_proj.B_down is before
+    model.blocks[1] = other
+    model.blocks[1].load_state_dict(taken_from(source, "blocks.0"), assign=True)
+    assert model.blocks[0].attn.q_proj.B_down is before
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -13,6 +13,7 @@ from torch import nn
 
 from glora_kernels import GLoRAConfig, GLoRALinear, reference
 from glora_kernels.nn import siblings
+from glora_kernels.nn.depth import KeptShift
 from glora_kernels.nn.siblings import install, tied_sets
 from glora_kernels.reference.tolerance import allowed_error, largest_error
 
@@ -138,7 +139,7 @@ def test_a_beta_computed_beforehand_takes_the_place_of_its_terms(brood):
     for layer in layers.values():
         weight = layer.weight.t() if layer._transposed else layer.weight
         betas.append(reference.effective_bias(weight, layer.bias, layer.adapter(), RICH))
-        layer._beta = 3 * betas[-1]
+        layer._beta = KeptShift(layer, 3 * betas[-1].detach().requires_grad_())
     install(layers)
     for got, y, beta in zip(outputs(layers, x), expected, betas, strict=True):
         torch.testing.assert_close(got, y + 2 * beta, rtol=1e-12, atol=1e-12)
@@ -195,7 +196,7 @@ def offloaded(layers):
 
 
 def disabled(layers):
-    layers["layer1"]._disabled += 1
+    layers["layer1"]._disabled = (object(),)
 
 
 def hooked(layers):

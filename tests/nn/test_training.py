@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import glora_kernels as gk
-from glora_kernels import GLoRAConfig
+from glora_kernels import GLoRAConfig, GLoRALinear
 from glora_kernels.nn.model import named_layers
 
 CONFIGS = {
@@ -180,3 +180,24 @@ def test_a_compiled_model_trains_as_the_eager_one(vit):
     for (name, ours), (_, theirs) in zip(eager.named_parameters(), other.named_parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
     assert named_layers(other).keys() == named_layers(eager).keys()
+
+
+@pytest.mark.parametrize("kind", ["Linear", "quantized", "GLoRALinear"])
+def test_a_layer_of_inference_mode_is_trained(kind):
+    """Its weight and bias cannot be saved for a backward; the same memory as other parameters can."""
+    config = GLoRAConfig("vector", "lora", "lora", "vector", "vector", rank=2)
+    with torch.inference_mode():
+        layer = GLoRALinear(8, 4, config) if kind == "GLoRALinear" else nn.Linear(8, 4)
+        if kind == "quantized":
+            layer = gk.quantize(layer)
+    if kind != "GLoRALinear":
+        layer = gk.inject(nn.Sequential(layer), config, target_modules="*")[0]
+    layer(torch.randn(3, 8)).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.adapter().values())
+
+
+def test_a_layer_adapted_in_inference_mode_is_trained():
+    with torch.inference_mode():
+        layer = gk.inject(nn.Sequential(nn.Linear(8, 4)), GLoRAConfig(rank=2), target_modules="*")[0]
+    layer(torch.randn(3, 8)).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.adapter().values())

@@ -18,18 +18,23 @@ from torch import Tensor, nn
 from glora_kernels.integrations.operands import (
     HOOKED,
     IN_A_TRAINED_UNIT,
+    NARROW,
     ON_META,
     TRAINED_BASE,
     Frozen,
     Operands,
     adapted_linear,
+    before_its_own_forward,
     frozen_base,
     is_plain,
+    is_wider,
     read_base,
     refusal_of_x,
     tensor_of,
     total,
+    warmup_form,
 )
+from glora_kernels.nn.warmup import Form
 
 _Layer: Any = object  # in use beside a class of PEFT, whose attributes it may read
 
@@ -46,10 +51,14 @@ class Accelerated(_Layer):
 
     plain: ClassVar[Any]
     _glora_kept: dict[str, Any]
+    _glora_fallbacks: dict[str, int]  # of the calls that PEFT's forward served, how many for which reason
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call = self.call(x, args, kwargs)
         if isinstance(call, str):
+            if not torch.compiler.is_compiling():
+                self._glora_fallbacks[call] = self._glora_fallbacks.get(call, 0) + 1
+            before_its_own_forward(self.get_base_layer(), (x, *(() if call == IDLE else self.parameters())))
             return self.plain.forward(self, x, *args, **kwargs)
         return adapted_linear(x, *call)
 
@@ -75,6 +84,11 @@ class Accelerated(_Layer):
             # first without gradients, then with them, and by then FSDP may have put the parameter itself back.
             return TRAINED_BASE
         return refusal_of_x(x, *found) or found
+
+    def warmup_form(self) -> Form | None:
+        """The layer as `warmup` runs it; None where PEFT's forward would run."""
+        found = self.parts()
+        return None if isinstance(found, str) else warmup_form(self, *found)
 
     def parts(self, x: Tensor | None = None) -> tuple[Frozen, Operands] | str:
         """The base and the sum of the active adapters, or why the operators do not take them."""
@@ -113,12 +127,12 @@ class Accelerated(_Layer):
     def accelerated(self) -> None:
         """Called once the layer has this class."""
         self.__dict__.pop("forward", None)  # its former class's own, which accelerate's hooks leave behind
-        self._glora_kept = read_base(self.base_layer)
+        self._glora_kept, self._glora_fallbacks = read_base(self.base_layer), {}
 
     def decelerated(self) -> None:
         """Called before the layer gets its own class back."""
         self.__dict__.pop("forward", None)
-        del self._glora_kept
+        del self._glora_kept, self._glora_fallbacks
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -130,8 +144,8 @@ class Accelerated(_Layer):
         self._glora_kept = read_base(self.base_layer)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has a base of its own.
-        return {**vars(self), "_glora_kept": {}}
+        # A copy has a base of its own, and was not called yet.
+        return {**vars(self), "_glora_kept": {}, "_glora_fallbacks": {}}
 
 
 class Scales(dict[str, float]):
@@ -153,8 +167,7 @@ class Scales(dict[str, float]):
         elif name in self.tensors:
             self.tensors[name].fill_(value)
         else:
-            # Not 0-d: that is a Python number to torch.compile, which then traces everything twice.
-            self.tensors[name] = torch.tensor([value], dtype=torch.float64, device="cpu")
+            self.tensors[name] = _scale_tensor(value, torch.device("cpu"))
 
     def update(self, *values: Any, **named: float) -> None:
         for name, value in dict(*values, **named).items():
@@ -173,6 +186,12 @@ class Scales(dict[str, float]):
 
     def __reduce__(self) -> Any:
         return Scales, (dict(self), self.tensors)
+
+
+def _scale_tensor(scale: float, device: torch.device) -> Tensor:
+    """Not 0-d: that is a Python number to torch.compile, which then traces everything twice."""
+    with torch.inference_mode(False):  # it is written to when the scale changes, in whatever mode
+        return torch.tensor([scale], dtype=torch.float64, device=device)
 
 
 class LoraOperands(Accelerated):
@@ -209,7 +228,7 @@ class LoraOperands(Accelerated):
                 continue
             device = self.lora_B[name].weight.device
             if scale.device != device and device.type != "meta":  # FSDP2 loads through meta, and moves nothing after
-                self._glora_scales[name] = torch.tensor([float(self.scaling[name])], dtype=torch.float64, device=device)
+                self._glora_scales[name] = _scale_tensor(self.scaling[name], device)
 
     def operands(self, name: str) -> Operands | str | None:
         # Not self.lora_A[name]: nn.Module.__getattr__ costs more than all that is looked at here.
@@ -239,6 +258,11 @@ class LoraOperands(Accelerated):
 
 class HiraOperands(Accelerated):
     """HiRA: W∘(up·down) is A=lora alone."""
+
+    def call(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: Any = None) -> tuple[Frozen, Operands] | str:
+        """As of every layer. PEFT multiplies by W∘(up·down) in the dtype of the adapter, where that is a wider one."""
+        found = super().call(x, args, kwargs)
+        return NARROW if not isinstance(found, str) and is_wider(x, *found) else found
 
     def operands(self, name: str) -> Operands | str | None:
         if name not in self.hira_A:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from glora_kernels.integrations.operands import RANK, SHARDED, has_other_forward, is_above_rank
+from glora_kernels.integrations.operands import (
+    RANK,
+    SHARDED,
+    has_other_forward,
+    is_above_rank,
+)
 from glora_kernels.integrations.release import need_peft
+from glora_kernels.nn.base import M
+from glora_kernels.nn.model import unwrap
+from glora_kernels.nn.reads import reads
+from glora_kernels.nn.undo import all_or_none
+from glora_kernels.quant.bnb import free_codes, keep_codes
 
 OWN_FORWARD = "its forward was replaced, or it has accelerate's offloading hooks"
 DERIVED = "a class of its own, derived from PEFT's"
@@ -24,29 +35,48 @@ class AccelerationReport:
     Attributes:
         accelerated: the number of layers on our operators, by kind of layer ("lora.Linear").
         kept: the number of layers on PEFT's path, by (kind, reason).
+        fallbacks: of the layers on our operators, the number of calls that PEFT's forward served all the same, by
+            (path of the layer, reason); since `accelerate`, or the last `acceleration(model, reset=True)`. What runs
+            inside a graph of torch.compile is not counted, and a copy of a model starts at none.
     """
 
     accelerated: dict[str, int]
     kept: dict[tuple[str, str], int]
+    fallbacks: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         rows = [("layers", "kind", "runs on", "because")]
         rows += [(str(n), kind, ON_OURS, "") for kind, n in sorted(self.accelerated.items())]
         rows += [(str(n), kind, "PEFT", reason) for (kind, reason), n in sorted(self.kept.items())]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = (
-            "  ".join([row[0].rjust(widths[0]), *map(str.ljust, row[1:], widths[1:])]).rstrip() for row in rows
-        )  # fmt: skip
+        lines = _table(rows)
+        if self.fallbacks:
+            calls: Counter[str] = Counter()
+            layers: Counter[str] = Counter()
+            for (_, reason), n in self.fallbacks.items():
+                calls[reason] += n
+                layers[reason] += 1
+            rows = [("calls", "of layers", "ran on", "because")]
+            rows += [(str(n), str(layers[reason]), "PEFT", reason) for reason, n in sorted(calls.items())]
+            lines += ["single calls of layers on glora_kernels:", *_table(rows)]
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module, *, verbose: bool = True) -> nn.Module:
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].rjust(widths[0]), *map(str.ljust, row[1:], widths[1:])]).rstrip() for row in rows]
+
+
+def accelerate(model: M, *, verbose: bool = True) -> M:
     """Move the PEFT layers of a model onto our operators, in place; nothing else changes.
 
     Adapters stay PEFT's own Parameters under their own names, so optimizers, checkpoints, `save_pretrained` and DDP
     do not notice; adapters can be added, switched, disabled, merged and deleted as before. Each LoRA layer over an
     `nn.Linear`, a `Conv1D` or a bitsandbytes `Linear4bit`, each GLoRA layer and each HiRA layer changes its class to
     a subclass of itself whose forward calls `ops.glora_linear`, wherever that can take the call; else PEFT's own runs.
+    So it does for a layer whose weight a module around it reads without calling it: PEFT leaves its adapter without
+    effect there, without a word, and the summary says so.
+
+    On an accelerated model it takes the layers that were added since; where there are none it changes nothing.
 
     Dropout draws its mask from another stream than PEFT's: equal in distribution, not element by element. Two things
     that PEFT's layers allow are errors: a second derivative (`create_graph=True`), and overwriting in place the output
@@ -62,7 +92,7 @@ def accelerate(model: nn.Module, *, verbose: bool = True) -> nn.Module:
     Raises:
         TypeError: `model` is no module.
         ImportError: PEFT is missing, or older than the oldest release that is known.
-        ValueError: the model has no PEFT layers, none that can be accelerated, or all are accelerated already.
+        ValueError: the model has no PEFT layers, or none that can be accelerated.
     """
     layers = _tuner_layers(model)
     if not layers:
@@ -72,31 +102,46 @@ def accelerate(model: nn.Module, *, verbose: bool = True) -> nn.Module:
         )
     kinds = _kinds()
     new = {path: layer for path, layer in layers.items() if _refusal(layer, kinds) is None}
-    if not new and not all(map(_is_ours, layers.values())):
-        if any(_is_accelerated(layer) for layer in layers.values()):
-            raise ValueError("accelerate: the model is accelerated already; decelerate(model) undoes it")
+    read = _read(model, layers.values()) if new else {}
+    new = {path: layer for path, layer in new.items() if layer not in read}
+    again = any(map(_is_accelerated, layers.values()))
+    if not new and not again and not all(map(_is_ours, layers.values())):
         raise ValueError(f"accelerate: no layer of this model can be accelerated\n{acceleration(model)}")
-    for layer in new.values():
-        layer.__class__ = kinds[type(layer)]
-        layer.accelerated()
+    with all_or_none() as undo:
+        if not again:
+            undo.callback(free_codes, model)
+        for layer in new.values():
+            undo.callback(_put_back, layer, type(layer), dict(vars(layer)))
+            layer.__class__ = kinds[type(layer)]
+            layer.accelerated()
+        keep_codes(model)
     if verbose and _is_first_process():
         print(acceleration(model))
+        if again and not new:
+            print("accelerate: the model was accelerated already, and nothing was changed")
     return model
 
 
-def decelerate(model: nn.Module) -> nn.Module:
+def decelerate(model: M) -> M:
     """Give the layers of an accelerated model PEFT's own forward back, in place; parameters stay as they are.
+
+    On a model without accelerated layers it changes nothing, and says so.
 
     Returns:
         The model itself.
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: no layer of it is accelerated, or a layer's class or forward was changed since; nothing is changed.
+        ValueError: it has no PEFT layers, or a layer's class or forward was changed since; nothing is changed.
     """
-    layers = [layer for layer in _tuner_layers(model).values() if _is_accelerated(layer)]
+    found = _tuner_layers(model).values()
+    if not found:
+        raise ValueError("decelerate: the model has no PEFT layers")
+    layers = [layer for layer in found if _is_accelerated(layer)]
     if not layers:
-        raise ValueError("decelerate: no layer of this model is accelerated")
+        if _is_first_process():
+            print("decelerate: no layer of this model is accelerated, and nothing was changed")
+        return model
     kinds = set(_kinds().values())
     sharded = [layer for layer in layers if type(layer) not in kinds]
     if sharded:
@@ -110,27 +155,46 @@ def decelerate(model: nn.Module) -> nn.Module:
             f"decelerate: the forward of {len(wrapped)} layers was replaced since, by one that may call the "
             "accelerated one (accelerate's offloading hooks do); take it off first"
         )
-    for layer in layers:
-        layer.decelerated()
-        layer.__class__ = layer.plain
+    with all_or_none() as undo:
+        undo.callback(keep_codes, model)
+        for layer in layers:
+            undo.callback(_put_back, layer, type(layer), dict(vars(layer)))
+            layer.decelerated()
+            layer.__class__ = layer.plain
+        free_codes(model)
     return model
 
 
-def acceleration(model: nn.Module) -> AccelerationReport:
+def _put_back(layer: Any, kind: type, attributes: dict[str, Any]) -> None:
+    layer.__class__ = kind
+    object.__setattr__(layer, "__dict__", attributes)
+
+
+def acceleration(model: nn.Module, *, reset: bool = False) -> AccelerationReport:
     """How many PEFT layers of a model run on our operators, and why the others do not, as the model stands now.
 
-    What a call adds (an x in another dtype, a batch of several adapters) is not known here, and can send single calls
-    to PEFT's forward. A disabled or merged layer counts as the layer it is once that is over.
+    A disabled or merged layer counts as the layer it is once that is over. What a call adds (an x in another dtype, a
+    batch of several adapters) sends single calls to PEFT's forward: `fallbacks` of the report counts those.
+
+    Args:
+        model: a model with PEFT layers.
+        reset: whether to count single calls anew from here on.
     """
     from glora_kernels.integrations.accelerated.layers import IDLE
 
     layers, kinds = _tuner_layers(model), _kinds()
+    left = any(_refusal(layer, kinds) is None for layer in layers.values())
+    read = _read(model, layers.values()) if left else {}
     served: Counter[str] = Counter()
     kept: Counter[tuple[str, str]] = Counter()
+    fallbacks: dict[tuple[str, str], int] = {}
     units = _sharded_units(model)
     for path, layer in layers.items():
         kind = _kind(layer)
         if _is_accelerated(layer):
+            fallbacks |= {(path, why): n for why, n in layer._glora_fallbacks.items()}
+            if reset:
+                layer._glora_fallbacks.clear()
             parts = layer.active_parts()
             whole = parts == SHARDED and f"{path}.".startswith(units)  # inside a forward, of which this is not one
             reason = parts if isinstance(parts, str) and parts != IDLE and not whole else None
@@ -141,12 +205,12 @@ def acceleration(model: nn.Module) -> AccelerationReport:
         elif _is_ours(layer):
             reason = None
         else:
-            reason = _refusal(layer, kinds) or "accelerate() was not called since it was added"
+            reason = _refusal(layer, kinds) or read.get(layer) or "accelerate() was not called since it was added"
         if reason is None:
             served[kind] += 1
         else:
             kept[kind, reason] += 1
-    return AccelerationReport(dict(served), dict(kept))
+    return AccelerationReport(dict(served), dict(kept), fallbacks)
 
 
 def _kinds() -> dict[type, Any]:
@@ -191,6 +255,13 @@ def _refusal(layer: Any, kinds: dict[type, Any]) -> str | None:
     if any(isinstance(layer, kind) for kind in kinds):
         return DERIVED
     return "no linear layer of LoRA, GLoRA or HiRA"
+
+
+def _read(model: nn.Module, layers: Collection[Any]) -> dict[Any, str]:
+    """The layers whose base a module around them reads, and where it does."""
+    found = reads(unwrap(model), set(layers))  # a wrapper reads weights to send them, not to compute
+    bases = ((layer, found.get(layer) or found.get(layer.get_base_layer())) for layer in layers)
+    return {layer: f"{read}, and misses its adapter there" for layer, read in bases if read}
 
 
 def _is_accelerated(layer: Any) -> bool:

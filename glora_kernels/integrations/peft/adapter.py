@@ -20,6 +20,9 @@ class Adapter(nn.Module):
     of old ones (a cast, a move from the meta device, loading with assign=True) then changes it for every layer, and
     it is counted, saved and loaded once.
 
+    Attributes:
+        scaling: what everything that the adapter changes is multiplied by, 1 as it was trained; not saved.
+
     Args:
         config: which supports exist, rank, scale, dropout.
         shapes: of the parameters, by name (`GLoRAConfig.parameter_shapes`).
@@ -40,6 +43,7 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.scaling = 1.0
         self._owners = dict(owners or {})  # a dict, so that they are no modules of this one
         self._names = tuple(shapes)
         for name, shape in shapes.items():
@@ -53,7 +57,7 @@ class Adapter(nn.Module):
         initialize(dict(self.named_parameters()), self.config.init)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every support by name, also those of other layers.
+        """Every support by name, also those of other layers, times `scaling`.
 
         Raises:
             RuntimeError: they are on the meta device.
@@ -64,6 +68,8 @@ class Adapter(nn.Module):
                 "this adapter is on the meta device, without values: load them (PeftModel.load_adapter, or "
                 "load_state_dict with assign=True)"
             )
+        if self.scaling != 1.0:  # a product of two factors has it once
+            return {name: t if name.endswith("_down") else t * self.scaling for name, t in found.items()}
         return found
 
     def operands(self) -> Operands:

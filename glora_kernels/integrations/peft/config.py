@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft.config import PeftConfig
 
 from glora_kernels.integrations.peft.registry import peft_type
-from glora_kernels.spec import SUPPORTS, GLoRAConfig, ShareLoRAConfig, first_match
+from glora_kernels.spec import (
+    SUPPORTS,
+    GLoRAConfig,
+    Init,
+    Matrix,
+    Row,
+    Share,
+    ShareLoRAConfig,
+    Shift,
+    Variant,
+    assign,
+    select,
+)
 
 FORMAT = 1
 """The format of what is saved; a file of a higher one is refused."""
 SETTINGS: tuple[str, ...] = (*SUPPORTS, "r", "alpha", "dropout", "variant", "init")
 """The fields of `GLoRAPeftConfig` that `patterns` can set for some of the layers."""
+
+_LATER = ("layers_to_transform", "layers_pattern")
+_INSTEAD = {
+    "lora_alpha": "alpha", "lora_dropout": "dropout", "rank_pattern": "patterns, {'*.q_proj': {'r': 4}}",
+    "alpha_pattern": "patterns, {'*.q_proj': {'alpha': 8}}", "init_lora_weights": "init", "rank": "r",
+    "use_rslora": "alpha=a*sqrt(r) for its scale of a/sqrt(r)", "lora_bias": "E='vector'",
+    "config_A_B": "A and B", "config_C": "C", "config_D_E": "D and E",
+}  # fmt: skip
+"""What stands for a field of PEFT's `LoraConfig` or `GloraConfig`."""
 
 
 @dataclass
@@ -25,6 +46,9 @@ class AdapterConfig(PeftConfig):
         target_modules: names of the modules to adapt (a path, or the end of one), a regular expression of whole
             paths, or "all-linear".
         exclude_modules: of those, the ones to leave out; names, or a regular expression.
+        layers_to_transform: the numbers of the layers to adapt, or one number; None: all. Not with target_modules as a
+            str.
+        layers_pattern: the name of the list that they are numbered in ("layers", "h"), or several; None: any.
         modules_to_save: other modules that are trained as a whole and saved with the adapter.
         bias: which biases of the base are trained: "none", "all", or those of the adapted layers
             ("gkglora_only", "gksharelora_only").
@@ -37,6 +61,8 @@ class AdapterConfig(PeftConfig):
 
     target_modules: list[str] | str | None = field(default=None)
     exclude_modules: list[str] | str | None = field(default=None)
+    layers_to_transform: list[int] | int | None = field(default=None)
+    layers_pattern: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
     bias: str = field(default="none")
     format: int = field(default=FORMAT)
@@ -45,9 +71,10 @@ class AdapterConfig(PeftConfig):
         # PEFT drops the fields that it does not know from a file, with a warning; the numbers would change with them.
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(kwargs) - known):
+            hints = "".join(f"; for {name} use {_INSTEAD[name]}" for name in unknown if name in _INSTEAD)
             raise TypeError(
-                f"{cls.__name__} has no {', '.join(map(repr, unknown))}; it has {', '.join(sorted(known))}. A file "
-                "with other fields comes from a newer version of glora_kernels or PEFT"
+                f"{cls.__name__} has no {', '.join(map(repr, unknown))}{hints}; it has {', '.join(sorted(known))}. A "
+                "file with other fields comes from a newer version of glora_kernels or PEFT"
             )
         return super().__new__(cls)
 
@@ -61,6 +88,30 @@ class AdapterConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(given := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(given))
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        chosen, pattern = self.layers_to_transform, self.layers_pattern
+        numbers = chosen if isinstance(chosen, (list, tuple, range, set)) else [] if chosen is None else [chosen]
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError(f"layers_to_transform must be None, an integer >= 0 or a list of them; got {chosen!r}")
+        names = pattern if isinstance(pattern, (list, tuple)) else [] if pattern is None else [pattern]
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"layers_pattern must be None, a str or a list of them; got {pattern!r}")
+        if names and not numbers:
+            raise ValueError(f"layers_pattern={pattern!r} says where layers_to_transform is numbered; give both")
+        if numbers and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform={chosen!r} with target_modules={self.target_modules!r}: PEFT numbers the layers "
+                "of a list of names alone; name the modules, or write the numbers into the regular expression"
+            )
+        if numbers and not isinstance(chosen, int):
+            self.layers_to_transform = list(numbers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT saves it, without what an earlier version does not know, where that is not set."""
+        values: dict[str, Any] = super().to_dict()
+        return {name: value for name, value in values.items() if value is not None or name not in _LATER}
 
     def _named(self, method: str) -> None:
         """Set the type of the method, and check what depends on it."""
@@ -82,8 +133,9 @@ class GLoRAPeftConfig(AdapterConfig):
         dropout: probability of dropping an element of x in the low-rank B path.
         variant: "hadamard" (W∘A) or "matmul" (W·A).
         init: of the `_down` factors, "xavier" or "kaiming".
-        patterns: other settings for some layers: a glob on the module path (or on its last name) → the fields that
-            differ, {"*.q_proj": {"A": "none", "r": 4}}. The first glob that matches wins. Pairs are accepted too.
+        patterns: other settings for some layers: a pattern (as in `inject`) → the fields that differ,
+            {"*.q_proj": {"A": "none", "r": 4}}. A path wins, then the first pattern that matches. Pairs are accepted
+            too.
 
     The other arguments are those of `AdapterConfig` and `peft.PeftConfig`.
 
@@ -92,36 +144,49 @@ class GLoRAPeftConfig(AdapterConfig):
     """
 
     r: int = field(default=8)
-    A: str = field(default="vector")
-    B: str = field(default="lora")
-    C: str = field(default="none")
-    D: str = field(default="none")
-    E: str = field(default="vector")
+    A: Matrix = field(default="vector")
+    B: Matrix = field(default="lora")
+    C: Shift = field(default="none")
+    D: Row = field(default="none")
+    E: Row = field(default="none")
     alpha: float | None = field(default=None)
     dropout: float = field(default=0.0)
-    variant: str = field(default="hadamard")
-    init: str = field(default="xavier")
+    variant: Variant = field(default="hadamard")
+    init: Init = field(default="xavier")
     patterns: dict[str, dict[str, Any]] | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._named("GKGLORA")
         self.patterns = _checked_patterns(self.patterns)
-        self._config({})
+        if self._config({}).is_empty and not self.patterns:
+            raise ValueError("A, B, C, D and E are all 'none', so nothing would be adapted; choose at least one")
         for pattern, settings in (self.patterns or {}).items():
             try:
                 self._config(settings)
             except ValueError as error:
                 raise ValueError(f"patterns[{pattern!r}]: {error}") from error
 
-    def layer_config(self, path: str) -> GLoRAConfig:
-        """What the layer at a module path gets."""
+    def layer_configs(self, paths: Collection[str]) -> dict[str, GLoRAConfig]:
+        """What the layers at these module paths get, which are all that are adapted.
+
+        Raises:
+            ValueError: a pattern that matches none of them, or only such as others before it match.
+        """
         patterns = self.patterns or {}
-        pattern = first_match(path, patterns)
-        return self._config({} if pattern is None else patterns[pattern])
+        try:
+            chosen = assign(patterns, paths)
+        except ValueError as error:
+            raise ValueError(f"patterns: {error}") from error
+        for pattern in patterns if paths else ():
+            if not select(pattern, paths):
+                raise ValueError(f"patterns: {pattern!r} matches none of the {len(paths)} layers that are adapted")
+        return {path: self._config(patterns[chosen[path]] if path in chosen else {}) for path in paths}
 
     def _config(self, settings: Mapping[str, Any]) -> GLoRAConfig:
         values = {name: settings.get(name, getattr(self, name)) for name in SETTINGS}
+        if values["B"] != "lora" and "B" in settings:  # what the others say of a low-rank B is not for these
+            values |= {name: settings.get(name, default) for name, default in (("alpha", None), ("dropout", 0.0))}
         return GLoRAConfig(rank=values.pop("r"), **values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,13 +220,13 @@ class ShareLoRAPeftConfig(AdapterConfig):
     r: int = field(default=64)
     alpha: float | None = field(default=None)
     dropout: float = field(default=0.0)
-    share: str = field(default="A")
+    share: Share = field(default="A")
     projections: list[str] | None = field(default=None)
     tie_siblings: bool = field(default=False)
-    A: str = field(default="none")
-    C: str = field(default="none")
-    D: str = field(default="none")
-    E: str = field(default="none")
+    A: Matrix = field(default="none")
+    C: Shift = field(default="none")
+    D: Row = field(default="none")
+    E: Row = field(default="none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -179,9 +244,9 @@ class ShareLoRAPeftConfig(AdapterConfig):
         names = ("alpha", "dropout", "share", "projections", "tie_siblings", "A", "C", "D", "E")
         return ShareLoRAConfig(rank=self.r, **{name: getattr(self, name) for name in names})
 
-    def layer_config(self, path: str) -> GLoRAConfig:
-        """What the layer at a module path gets; the same for all."""
-        return self.share_config().layer_config()
+    def layer_configs(self, paths: Collection[str]) -> dict[str, GLoRAConfig]:
+        """What the layers at these module paths get; the same for all."""
+        return dict.fromkeys(paths, self.share_config().layer_config())
 
 
 def _checked_patterns(given: object) -> dict[str, dict[str, Any]] | None:

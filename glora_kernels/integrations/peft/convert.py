@@ -18,6 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,7 +54,8 @@ def convert_checkpoint(source_dir: str | Path, target_dir: str | Path, *, every_
     Raises:
         FileNotFoundError: the source lacks one of the two files.
         FileExistsError: the target exists.
-        ValueError: the source is of another method, of a newer format, or what the other form cannot express, and why.
+        ValueError: a file that cannot be read, holds NaN or inf, or parameters that are not those of its configuration;
+            a source of another method, of a newer format, or what the other form cannot express, and why.
     """
     source, target = Path(source_dir), Path(target_dir)
     if target.exists():
@@ -61,15 +63,17 @@ def convert_checkpoint(source_dir: str | Path, target_dir: str | Path, *, every_
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (source / name).is_file():
             raise FileNotFoundError(f"{source} has no {name}; a checkpoint in another form is to be saved again first")
-    config = json.loads((source / CONFIG_NAME).read_text())
-    tensors = load_file(source / SAFETENSORS_WEIGHTS_NAME)
+    config, tensors = _read_config(source / CONFIG_NAME), _read_tensors(source / SAFETENSORS_WEIGHTS_NAME)
     kind = config.get("peft_type")
-    if kind == "GLORA":
-        config, tensors = _from_peft(config, tensors)
-    elif kind == "GKGLORA":
-        config, tensors = _to_peft(config, tensors, every_layer_has_bias)
-    else:
-        raise ValueError(f"{source}: peft_type must be 'GLORA' or 'GKGLORA', got {kind!r}")
+    try:
+        if kind == "GLORA":
+            config, tensors = _from_peft(config, tensors)
+        elif kind == "GKGLORA":
+            config, tensors = _to_peft(config, tensors, every_layer_has_bias)
+        else:
+            raise ValueError(f"peft_type must be 'GLORA' or 'GKGLORA', got {kind!r}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}-{uuid4().hex}")
     beside.mkdir()
@@ -82,12 +86,35 @@ def convert_checkpoint(source_dir: str | Path, target_dir: str | Path, *, every_
         raise
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (RecursionError, ValueError) as error:  # what is no JSON or no UTF-8 is a ValueError
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object with the fields of a configuration, got {config!r:.60}")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{path}: {key!r} holds NaN or inf")
+    return tensors
+
+
 def _from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     known = {*_COMMON, *_ONLY_THEIRS}
     if unknown := sorted(name for name in config if name not in known and config[name] is not None):
         raise ValueError(f"this GLoRA configuration has fields of a version of PEFT that is not known: {unknown}")
     layers, rest = _split(tensors, _THEIRS)
     forms = {"A": "config_A_B", "B": "config_A_B", "C": "config_C", "D": "config_D_E", "E": "config_D_E"}
+    if absent := sorted(set(forms.values()) - set(config)):
+        raise ValueError(f"{CONFIG_NAME} has no {', '.join(absent)}")
     wanted = {letter: config[field] for letter, field in forms.items()}
     ours, bare = {}, []
     for path, stored in layers.items():
@@ -126,7 +153,7 @@ def _to_peft(
     values: Mapping[str, Any], tensors: Mapping[str, Tensor], every_layer_has_bias: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = GLoRAPeftConfig(**values)
-    s = config.layer_config("").scale
+    s = 1.0 if config.alpha is None else config.alpha / config.r
     reasons = [
         ("A and B in one form", config.A == config.B, f"A={config.A!r} and B={config.B!r}"),
         ("D and E in one form", config.D == config.E, f"D={config.D!r} and E={config.E!r}"),
@@ -135,6 +162,7 @@ def _to_peft(
         ("no dropout", config.dropout == 0.0, f"dropout={config.dropout!r}"),
         ("the elementwise variant", config.variant == "hadamard", f"variant={config.variant!r}"),
         ("no exclude_modules", not config.exclude_modules, "exclude_modules"),
+        ("all layers or none", config.layers_to_transform is None, "layers_to_transform"),
     ]
     for has, met, given in reasons:
         if not met:
@@ -167,6 +195,8 @@ def _split(tensors: Mapping[str, Tensor], names: re.Pattern[str]) -> tuple[Layer
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if found := names.fullmatch(key):
+            if not tensor.is_floating_point():
+                raise ValueError(f"{key!r} is {tensor.dtype}, and a parameter of an adapter is floating point")
             layers.setdefault(found["path"], {})[found["name"]] = tensor
         elif "glora_" in key:
             raise ValueError(f"{key!r} is no parameter of GLoRA that is known; it comes from another version")
@@ -188,6 +218,8 @@ def _our_names(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
             raise ValueError(f"glora_{name} must be zeros")
         return []
     if part == "X":
+        if tensor.ndim != 1 and tensor.shape[1:] != (1,):
+            raise ValueError(f"glora_{name} must have shape (N, 1) or (N,), the checkpoint has {tuple(tensor.shape)}")
         return [(letter, tensor.reshape(-1))]
     return [(f"{letter}_{'up' if part == 'Xd' else 'down'}", tensor)]
 
@@ -223,8 +255,12 @@ def _sizes(config: GLoRAPeftConfig, ours: Mapping[str, Tensor]) -> tuple[int | N
 
 def _check_shapes(config: GLoRAPeftConfig, layers: Layers) -> None:
     """An error where the parameters of a layer are not those of the configuration."""
+    configs = config.layer_configs([_module(path) for path in layers])
     for path, stored in layers.items():
-        layer = config.layer_config(_module(path))
+        layer = configs[_module(path)]
+        if flat := [name for name, tensor in stored.items() if tensor.ndim != (2 if "_" in name else 1)]:
+            shape = tuple(stored[flat[0]].shape)
+            raise ValueError(f"{path}: {flat[0]} must have {2 if '_' in flat[0] else 1} dimensions, got shape {shape}")
         n, k = _sizes(config, stored)
         shapes = layer.parameter_shapes(k or 1, n or 1, "D" in stored)
         given = {name: tuple(tensor.shape) for name, tensor in stored.items()}

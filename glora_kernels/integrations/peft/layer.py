@@ -5,8 +5,11 @@ y = x (W + Σᵢ (W∘Aᵢ + sᵢ·Bᵢ))ᵀ + b + Σᵢ (b∘Dᵢ + Eᵢ + W·C
 
 from __future__ import annotations
 
+import math
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,28 +17,46 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from glora_kernels.integrations.operands import (
+    LAYOUT,
     NESTED,
     ON_META,
     RANK,
     SHARDED_ADAPTER,
     TRAINED_BASE,
+    TRANSFORMED,
     Frozen,
     Operands,
     adapted_linear,
+    before_its_own_forward,
     frozen_base,
     read_base,
     refusal_of_x,
     total,
+    warmup_form,
 )
 from glora_kernels.integrations.peft.adapter import Adapter
-from glora_kernels.integrations.peft.merging import finite, kept_base, merged, put
+from glora_kernels.integrations.peft.merging import (
+    Merged,
+    check_against_base,
+    check_writable,
+    finite,
+    kept_base,
+    merged,
+    put,
+    tied,
+    without_adapters,
+)
 from glora_kernels.nn.base import base_of, is_linear, unsupported
 from glora_kernels.nn.requantize import Kept
+from glora_kernels.nn.undo import finish
+from glora_kernels.nn.warmup import Form
 from glora_kernels.quant.bnb import is_linear4bit
 from glora_kernels.spec import GLoRAConfig
 
 BASE = "__base__"
 """The name that stands for no adapter in a batch of several."""
+
+_MERGED: weakref.WeakSet[AdaptedLinear] = weakref.WeakSet()  # the layers that hold merged values
 
 
 def unfit(module: nn.Module) -> str | None:
@@ -139,11 +160,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         return self._adapted(x, self.active_adapters)
 
     def _base(self, x: Tensor) -> Tensor:
-        """Of the base alone. bitsandbytes would repack 4-bit codes at its first call in eval mode on some CPUs."""
-        if is_linear4bit(self.base_layer):
+        """Of the base alone."""
+        if is_linear4bit(self.base_layer):  # bitsandbytes' own forward is not always as exact, and casts the bias
             frozen = frozen_base(self.base_layer, self._kept, x)
             if not isinstance(frozen, str):
                 return _called(x, frozen, Operands())
+        before_its_own_forward(self.base_layer, (x,))
         return self.base_layer(x)
 
     def _adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
@@ -164,6 +186,14 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             return y
         assert isinstance(together, Operands)
         return _called(x, frozen, together)
+
+    def warmup_form(self) -> Form | None:
+        """The layer as `warmup` runs it; None where it is not one call on the operators."""
+        frozen, operands = frozen_base(self.base_layer, self._kept), [adapter.operands() for adapter in self._active()]
+        if not operands or self._disable_adapters or self.merged_adapters or isinstance(frozen, str):
+            return None
+        together = total(operands)
+        return None if isinstance(together, str) else warmup_form(self, frozen, together)
 
     def _mixed(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         """Each row with an adapter of its own: the rows of one adapter together."""
@@ -188,7 +218,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
         Adapters that are merged on top of others are merged with them, from the base as it was. A base without a bias
         gets one, where an adapter needs it. Over 4 bits W_eff is rounded to 4 bits again, with a warning that says
-        what that leaves of the adapter.
+        what that leaves of the adapter. A weight that other layers have too (tied weights) holds the sum of what is
+        merged into it by all of them, which each of them sees, as with PEFT's own methods.
 
         Args:
             safe_merge: an error, and an unchanged base, where the merged values hold NaN or inf.
@@ -196,36 +227,101 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
         Raises:
             RuntimeError: an adapter has no values yet.
-            ValueError: merged values that cannot be stored, or with `safe_merge` NaN or inf in them.
+            ValueError: merged values that cannot be stored, that hold NaN or inf where the base does not (an overflow
+                of fp16, say), or with `safe_merge` anywhere.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
         if not names:
             return
         names = [*self.merged_adapters, *names]
-        original = self._original or kept_base(self.base_layer)
-        adapters: list[Any] = [self.adapters[name] for name in names]
-        values, report = merged(self.base_layer, original, adapters)
-        if safe_merge and not finite(values):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
-        put(self.base_layer, values)
-        self._original, self.merged_adapters = original, names
-        if original.bias is None and values.bias is not None:
-            warnings.warn(
-                "merged into layers without a bias, which have one now (C and E). A model that transformers builds "
-                "from its configuration drops it when it is loaded: set what the configuration calls it "
-                "(attention_bias, mlp_bias) before saving",
-                stacklevel=2,
-            )
+        check_writable(self.base_layer)
+        now, others = kept_base(self.base_layer), self._tied()
+        original = self._original or without_adapters(self.base_layer, now, others)
+        own = self._merged(original, names)
+        values, report = merged(own, others)
+        if not finite(values):
+            if safe_merge:
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
+                )
+            check_against_base(own, values)
+        before = self._original, self.merged_adapters
+        try:
+            self._original, self.merged_adapters = original, names
+            _MERGED.add(self)
+            put(self.base_layer, values)
+        except BaseException:
+            put(self.base_layer, now)
+            self._original, self.merged_adapters = before
+            raise
         if report is not None:
             warnings.warn(f"merged weights were rounded to 4 bits:\n{report}", stacklevel=2)
 
     def unmerge(self) -> None:
-        """Put the base back as it was, bit for bit; without anything merged, a warning."""
+        """Put the base back as it was, bit for bit; without anything merged, a warning.
+
+        A weight that other layers have merged into keeps what their adapters change until these are unmerged too.
+        """
         if self._original is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        put(self.base_layer, self._original)
+        values, _ = merged(self._merged(self._original, []), self._tied())
+        finish(partial(self._restore, values))
+
+    def _restore(self, values: Kept) -> None:
+        put(self.base_layer, values)
         self._original, self.merged_adapters = None, []
+        _MERGED.discard(self)
+
+    def _merged(self, original: Kept, names: Sequence[str]) -> Merged:
+        adapters: list[Any] = [self.adapters[name] for name in names if name in self.adapters]
+        return Merged(self.base_layer, original, adapters)
+
+    def _tied(self) -> list[Merged]:
+        """The other layers that have merged into the memory of this one's base."""
+        others = [
+            other._merged(other._original, other.merged_adapters)
+            for other in _MERGED
+            if other is not self and other._original is not None
+        ]
+        return tied(self.base_layer, others)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply all that an adapter changes by `scale`, 1 as it was trained; nothing where the layer has it not.
+
+        Raises:
+            TypeError, ValueError: `scale` is no finite number.
+        """
+        _check_scale(scale)
+        if adapter in self.adapters:
+            self._adapter(adapter).scaling = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply what the active adapters change by `scale` once more; the errors of `set_scale`."""
+        _check_scale(scale)
+        for adapter in self._active():
+            adapter.scaling *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide what `scale_layer` multiplied by; None: back to the active adapters as they were trained.
+
+        Raises:
+            TypeError, ValueError: `scale` is no finite number, or 0.
+        """
+        if scale is not None:
+            _check_scale(scale)
+            if scale == 0:
+                raise ValueError("scale must not be 0: nothing can be divided by it; set_scale sets another")
+        for adapter in self._active():
+            adapter.scaling = 1.0 if scale is None else adapter.scaling / scale
+
+    def _active(self) -> list[Adapter]:
+        return [self._adapter(name) for name in self.active_adapters if name in self.adapters]
+
+    def _adapter(self, name: str) -> Adapter:
+        adapter = self.adapters[name]
+        assert isinstance(adapter, Adapter)
+        return adapter
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts, to the dtype of the base: fp32 adapters would be rounded as they are loaded.
@@ -242,6 +338,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._kept = read_base(self.base_layer)
+        if self._original is not None:
+            _MERGED.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has a base of its own.
@@ -266,8 +364,16 @@ class ShareLoRAPeftLinear(AdaptedLinear):
         return "gksharelora." + super().__repr__()
 
 
+def _check_scale(scale: object) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number, got {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale!r}")
+
+
 def _called(x: Tensor, frozen: Frozen, operands: Operands) -> Tensor:
-    if reason := refusal_of_x(x, frozen, operands):
+    reason = refusal_of_x(x, frozen, operands)
+    if reason is not None and reason not in (TRANSFORMED, LAYOUT):  # which the operators see to themselves
         if reason == SHARDED_ADAPTER:
             raise RuntimeError(
                 f"{reason}: a DTensor, as a factor is that several groups of FSDP2 share; use DDP, or "

@@ -14,9 +14,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from glora_kernels.integrations.peft.adapter import Adapter
-from glora_kernels.integrations.peft.config import GLoRAPeftConfig
 from glora_kernels.integrations.peft.layer import BASE, AdaptedLinear, GLoRAPeftLinear, unfit
-from glora_kernels.spec import matches
+from glora_kernels.integrations.peft.weighted import weighted_config, write_weighted
+from glora_kernels.nn.biases import added_biases, keep_biases, warn_of_biases
+from glora_kernels.nn.door import refuse, warn_skipped
+from glora_kernels.quant.bnb import keep_codes
 
 
 class AdaptedModel(BaseTuner):
@@ -29,15 +31,17 @@ class AdaptedModel(BaseTuner):
         # Called once the configuration knows its targets, before the first of them is replaced.
         if peft_config.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise ValueError(f"bias={peft_config.bias!r} needs PEFT 0.21: older ones do not save the trained biases")
+        everything = peft_config.target_modules == "all-linear"  # which PEFT replaces by names
         targets = self._targets(peft_config, model)
-        for path, module in targets.items():
-            if reason := unfit(module):
-                raise ValueError(f"{path!r} cannot be adapted: {reason}")
+        refuse(model, {p: m for p, m in targets.items() if not isinstance(m, AdaptedLinear)}, "adapted", unfit)
+        self._configs = peft_config.layer_configs(targets.keys())
         self._plan(peft_config, model, targets)
+        keep_codes(model)
+        if everything:
+            warn_skipped(type(peft_config).__name__, model, ())
 
     def _plan(self, config: Any, model: nn.Module, targets: dict[str, nn.Module]) -> None:
-        """Check a configuration against the layers that it is for."""
-        raise NotImplementedError
+        """Work out what the layers of a configuration share."""
 
     def _targets(self, config: Any, model: nn.Module) -> dict[str, nn.Module]:
         """The modules that a configuration is for, by path; those that have an adapter already are the layers."""
@@ -63,7 +67,7 @@ class AdaptedModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        config = peft_config.layer_config(current_key)
+        config = self._configs[current_key]
         owners, dtypes = self._shared(adapter_name, current_key)
         layer = target if isinstance(target, AdaptedLinear) else self.tuner_layer_cls(target)
         layer.update_layer(adapter_name, config, owners, dtypes)
@@ -76,6 +80,71 @@ class AdaptedModel(BaseTuner):
     def _shared(self, adapter_name: str, path: str) -> tuple[dict[str, Adapter], dict[str, torch.dtype]]:
         """Of a layer that is made: the owners of its shared parameters, and the dtypes of those that it owns."""
         return {}, {}
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; with a warning where a layer without a bias gets one that its architecture drops on reload."""
+        layers = self._layers()
+        bare = [path for path, layer in layers.items() if layer.base_layer.bias is None]
+        super().merge_adapter(*args, **kwargs)
+        assert self.model is not None
+        warn_of_biases("merge_adapter", added_biases(self.model, _with_bias(layers, bare)), 2)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        layers = self._layers()  # held: a layer asks those that share its weight what they have merged into it
+        bare = [path for path, layer in layers.items() if layer.base_layer.bias is None]
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        found = added_biases(model, _with_bias(layers, bare))
+        keep_biases(dict(model.named_modules()), found)
+        if found.lost:
+            warn_of_biases("merge_and_unload", found, 3)
+        return model
+
+    def _layers(self) -> dict[str, AdaptedLinear]:
+        return {path: layer for path, layer in self.model.named_modules() if isinstance(layer, AdaptedLinear)}
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Add an adapter whose change of every layer is the weighted sum of those of others, exactly.
+
+        Args:
+            adapters: the names of those that are added up.
+            weights: a number for each; negative ones subtract.
+            adapter_name: of the new one. Its r is the sum of theirs, its alpha None.
+            combination_type: "cat", PEFT's name for it.
+
+        Raises:
+            ValueError: names that there are not, or one that there is; another combination_type; adapters that do not
+                have one form. Nothing has changed then.
+        """
+        if combination_type != "cat":
+            raise ValueError(
+                f"combination_type must be 'cat', the exact sum, for this method; got {combination_type!r}"
+            )
+        if missing := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"adapters: {missing} are not among {list(self.peft_config)}")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name: there is an adapter {adapter_name!r} already")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(
+                f"adapters and weights must be as many, one or more; got {len(adapters)} and {len(weights)}"
+            )
+        self.peft_config[adapter_name] = weighted_config([self.peft_config[name] for name in adapters], adapters)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        for module in self.model.modules():
+            if isinstance(module, AdaptedLinear) and adapter_name in module.adapters:
+                write_weighted(module, adapters, weights, adapter_name)
+
+    def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> None:
+        """An error: PEFT's is for LoRA whose initialisation changes the base (PiSSA, OLoRA)."""
+        raise ValueError(
+            "subtract_mutated_init is for LoRA whose initialisation changes the base; adapters of this method never "
+            "change it: save them as they are"
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -121,10 +190,9 @@ class GLoRAPeftModel(AdaptedModel):
     prefix = "gkglora_"
     tuner_layer_cls = GLoRAPeftLinear
 
-    def _plan(self, config: GLoRAPeftConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
-        for pattern in (config.patterns or {}) if targets else ():
-            if not any(matches(path, pattern) for path in targets):
-                raise ValueError(f"patterns: {pattern!r} matches none of the {len(targets)} layers that are adapted")
+
+def _with_bias(layers: dict[str, AdaptedLinear], paths: list[str]) -> list[str]:
+    return [path for path in paths if layers[path].base_layer.bias is not None]
 
 
 def _with_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
