@@ -81,8 +81,7 @@ def case_config(case: str, rank: int, dropout: float = 0.0) -> GLoRAConfig:
     if case == "lora":
         return GLoRAConfig.lora(rank=rank, alpha=2 * rank, dropout=dropout)
     forms = ["none"] * 5 if case == "frozen" else case.removeprefix("glora:").split(",")
-    a, b, c, d, e = forms
-    return GLoRAConfig(a, b, c, d, e, rank, dropout=dropout)
+    return GLoRAConfig.of(forms, rank=rank, dropout=dropout)
 
 
 def config_case(config: GLoRAConfig) -> str:

@@ -33,7 +33,7 @@ from benchmarks.floor import Ceilings
 from benchmarks.peers import Unavailable
 from benchmarks.store import Store
 from benchmarks.timing import progress, table
-from glora_kernels.launch import environment
+from glora_kernels.launch import environment, outputs
 
 ARCH = "sm_90"
 RANK = 16
@@ -51,13 +51,19 @@ NO_LAUNCH = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty"
 
 
 class OperatorCounter(TorchDispatchMode):
-    """Counts the operators below autograd that do something on the device: all but views and allocations."""
+    """Counts the operators below autograd that do something on the device: all but views and allocations.
+
+    Of our registered operators those inside are counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "glora_kernels":
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
         views = [ret.alias_info is not None and not ret.alias_info.is_write for ret in func._schema.returns]
         if not any(views) and func.overloadpacket.__name__ not in NO_LAUNCH:
             self.count += 1
@@ -233,9 +239,11 @@ def main() -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="a card if there is one")
     parser.add_argument("--rounds", type=int, help="timed rounds (default: 15 on a CPU, 25 on a card)")
     parser.add_argument(
-        "--out", type=Path, default=report.RESULTS, metavar="DIR", help="benchmarks/results unless given"
+        "--out", type=outputs.folder, default=report.RESULTS, metavar="DIR", help="benchmarks/results unless given"
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="on a CPU: only write the figures here, as JSON")
+    parser.add_argument(
+        "--json", type=outputs.file, metavar="PATH", help="on a CPU: only write the figures here, as JSON"
+    )
     args = parser.parse_args()
     device = devices.chosen(args.device)
     if device.kind == "cuda":

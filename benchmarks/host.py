@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +18,11 @@ import torch
 from benchmarks import cases
 from benchmarks.cases import Contestant, Shape
 from benchmarks.timing import Spread, interleaved, table
+from glora_kernels.launch import outputs
 
 SHAPE = Shape(m=1, k=16, n=16, r=4)
 CASES = ("lora", "glora:vector,lora,none,none,vector")
-"""LoRA, and GLoRA as `GLoRAConfig()` has it."""
+"""LoRA, and GLoRA with a vector A and E."""
 
 
 def contestants(shape: Shape = SHAPE) -> tuple[dict[str, Contestant], torch.Tensor, torch.Tensor]:
@@ -78,7 +78,7 @@ def show(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=200, help="rounds of 50 calls (default 200)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures as JSON")
+    parser.add_argument("--json", type=outputs.file, metavar="PATH", help="write the figures as JSON")
     args = parser.parse_args()
     result = measure(args.rounds)
     print(show(result))

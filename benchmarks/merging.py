@@ -104,7 +104,7 @@ def make_model(sizes: Sizes, device: Device) -> nn.ModuleList:
                 linear.weight.normal_(std=linear.in_features**-0.5, generator=generator)
             block[name] = linear
         model.append(block)
-    gk.inject(model, cases.case_config("lora", sizes.r))
+    gk.inject(model, cases.case_config("lora", sizes.r), adapter_dtype=sizes.dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -138,7 +138,8 @@ def adapt(base: nn.Sequential, case: str, impl: str, rank: int) -> tuple[nn.Modu
         return model, {}
     config = cases.case_config(case, rank)
     if impl == "ours":
-        model = gk.inject(model, config, target_modules=list(LINEARS))
+        dtype = next(base.parameters()).dtype  # of the others' adapters too
+        model = gk.inject(model, config, target_modules=list(LINEARS), adapter_dtype=dtype)
         layers = {name: m for name, m in model.named_modules() if isinstance(m, GLoRALinear)}
         named = {name: _supports(layer, config) for name, layer in layers.items()}
     elif impl == "peft":

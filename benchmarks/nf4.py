@@ -27,6 +27,7 @@ from benchmarks.devices import Device
 from benchmarks.floor import Ceilings
 from benchmarks.store import Store
 from benchmarks.timing import progress, table
+from glora_kernels.launch import outputs
 
 ROUNDS = {"cpu": 11, "cuda": 25}
 STAGES = ("nf4", "nf4-decode", "nf4-parts")
@@ -94,9 +95,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="timed rounds (default: 11 on a CPU, 25 on a card)")
     parser.add_argument("--minutes", type=float, help="on a card: all the time there is; run it again to go on")
     parser.add_argument(
-        "--out", type=Path, default=report.RESULTS, metavar="DIR", help="benchmarks/results unless given"
+        "--out", type=outputs.folder, default=report.RESULTS, metavar="DIR", help="benchmarks/results unless given"
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="on a CPU: only write the figures here, as JSON")
+    parser.add_argument(
+        "--json", type=outputs.file, metavar="PATH", help="on a CPU: only write the figures here, as JSON"
+    )
     args = parser.parse_args()
     device = devices.chosen(args.device)
     if device.kind == "cuda":

@@ -123,11 +123,13 @@ def _layer(entry: Entry, seed: int, device: Device) -> Checked:
 
 
 def held(module: nn.Module, params: Mapping[str, Tensor]) -> list[Tensor]:
-    """What a module keeps beside its adapter: frozen parameters, buffers, quantization states."""
+    """What a module keeps beside its adapter: frozen parameters, buffers, codes and quantization states."""
     trained = {id(tensor) for tensor in params.values()}
     found = [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in trained]
+    layer: Any
     for layer in module.modules():
-        found += state_tensors(getattr(layer, "quant_state", None))
+        state = getattr(layer, "quant_state", None)
+        found += [*([layer.weight] if isinstance(state, QuantState) else []), *state_tensors(state)]
     return found
 
 

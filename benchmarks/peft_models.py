@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ from benchmarks.peft_models_build import (
 )
 from benchmarks.peft_models_text import DROPPED, HIRA, TARGETS
 from benchmarks.timing import Spread, progress, ratio
-from glora_kernels.launch import workspace
+from glora_kernels.launch import outputs, workspace
 
 ROUNDS = {"cpu": 9, "cuda": 25}
 LEAST_ROUNDS = 3
@@ -218,9 +217,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="timed rounds (default: 9 on a CPU, 25 on a card)")
     parser.add_argument("--minutes", type=float, help="all the time there is: fewer rounds, three at least")
     parser.add_argument(
-        "--out", type=Path, default=report.RESULTS, metavar="DIR", help="benchmarks/results unless given"
+        "--out", type=outputs.folder, default=report.RESULTS, metavar="DIR", help="benchmarks/results unless given"
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="only write the figures here, as JSON")
+    parser.add_argument("--json", type=outputs.file, metavar="PATH", help="only write the figures here, as JSON")
     parser.add_argument("--hidden", type=int, help="hidden size, a multiple of 64 (default: 1024, on a card 4096)")
     for name, text in (
         ("layers", "decoder layers (4)"),

@@ -6,7 +6,7 @@ Products are counted as GEMM-equivalents of 2·M·N·K. Every operator is interc
 TorchDispatchMode, and its products are computed from its name and the shapes of its arguments: a profiler
 looks up a formula by the operator's exact name and finds none for in-place forms (`addmm_`, `baddbmm_`), so
 it counts as zero what those compute. An operator whose name says that it multiplies matrices and that is not
-in the table here is an error, not a zero.
+in the table here is an error, not a zero. Of our registered operators the operations inside are counted.
 
 Memory is what autograd saves, seen through `saved_tensors_hooks`: the storages kept alive, each once, except
 those of the parameters (which exist anyway) and of x; y is the layer's output and is reported apart.
@@ -22,7 +22,6 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from benchmarks import cases
 from benchmarks.cases import Contestant, Problem, Shape
 from benchmarks.timing import progress, table
 from glora_kernels import GLoRAConfig
+from glora_kernels.launch import outputs
 from glora_kernels.spec import CHOICES
 
 SHAPE = Shape(m=256, k=512, n=512, r=8)
@@ -75,6 +75,9 @@ class ProductCounter(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "glora_kernels":
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         plain = name.rstrip("_")
         if plain in FLOPS:
@@ -144,8 +147,9 @@ def limit(config: GLoRAConfig) -> float:
 def configurations(rank: int) -> list[GLoRAConfig]:
     """Every pair of A and B in both variants with C, D, E absent, and a full one."""
     pairs = itertools.product(CHOICES["A"], CHOICES["B"])
-    found = [GLoRAConfig(a, b, "none", "none", "none", rank) for a, b in pairs]
-    found += [GLoRAConfig("lora", b, "none", "none", "none", rank, variant="matmul") for b in CHOICES["B"]]
+    rest = ("none", "none", "none")
+    found = [GLoRAConfig.of((a, b, *rest), rank=rank) for a, b in pairs]
+    found += [GLoRAConfig.of(("lora", b, *rest), rank=rank, variant="matmul") for b in CHOICES["B"]]
     return [*found, GLoRAConfig("vector", "lora", "vector", "vector", "vector", rank)]
 
 
@@ -194,7 +198,7 @@ def show(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures as JSON")
+    parser.add_argument("--json", type=outputs.file, metavar="PATH", help="write the figures as JSON")
     args = parser.parse_args()
     result = measure()
     print(show(result))

@@ -21,6 +21,7 @@ import torch
 from benchmarks import cases
 from benchmarks.cases import Contestant, Shape
 from benchmarks.timing import Spread, interleaved, progress, ratio, table
+from glora_kernels.launch import outputs
 
 CASES = (
     "lora",
@@ -129,8 +130,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=[name for name in cases.DTYPES if name != "fp64"], default="fp32")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--rounds", type=int, default=20, help="rounds, each times every layer once (default 20)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures as JSON")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="write a bar chart (PNG; needs matplotlib)")
+    parser.add_argument("--json", type=outputs.file, metavar="PATH", help="write the figures as JSON")
+    parser.add_argument("--plot", type=outputs.file, metavar="PATH", help="write a bar chart (PNG; needs matplotlib)")
     args = parser.parse_args()
     shape = Shape(args.m, args.k, args.n, args.rank, cases.DTYPES[args.dtype])
     result = measure(shape, args.rounds, args.threads)

@@ -48,6 +48,7 @@ from benchmarks.devices import Device
 from benchmarks.floor import Ceilings
 from benchmarks.stage import DEVICE_LOST, DONE, OUT_OF_TIME
 from benchmarks.store import Store
+from glora_kernels.launch import outputs
 
 RESULTS = Path(__file__).parent / "results"
 STAGE_MINUTES = 8.5
@@ -256,9 +257,14 @@ def write_cpu(report: Report, found: dict[str, Any]) -> None:
 def write_section(out: Path, name: str, value: dict[str, Any]) -> None:
     """One section alone into the cpu.json, cpu.md and pictures of an earlier run, and README.md where it shows them.
 
-    Raises:
-        FileNotFoundError: no earlier run left its files in `out`.
+    A folder that no earlier run left its files in gets the section's own, as `peft.json` and `peft.md`.
     """
+    if not (out / "cpu.json").exists():
+        schema.write(out / f"{name}.json", value)
+        (out / f"{name}.md").write_text("\n".join(sections.section_lines(name, value)).strip() + "\n")
+        pictures = sections.draw({name: value}, out)
+        print(f"written to {out}: {', '.join([f'{name}.json', f'{name}.md', *pictures])}")
+        return
     found = json.loads((out / "cpu.json").read_text())
     found["sections"][name] = value
     text = sections.replaced((out / "cpu.md").read_text(), name, value)
@@ -335,7 +341,9 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these stages (a card's battery only)")
     parser.add_argument("--rounds", type=int, help="timed rounds of every group (a card's battery only)")
     parser.add_argument("--no-tests", action="store_true", help="leave out pytest -m gpu")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="benchmarks/results unless given")
+    parser.add_argument(
+        "--out", type=outputs.folder, default=RESULTS, metavar="DIR", help="benchmarks/results unless given"
+    )
     args = parser.parse_args()
     device = devices.chosen(args.device)
     if device.kind == "cuda":

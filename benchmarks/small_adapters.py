@@ -32,6 +32,7 @@ from benchmarks import cases
 from benchmarks.cases import Contestant, Problem, Shape
 from benchmarks.timing import progress, table
 from glora_kernels import GLoRAConfig, backend, reference
+from glora_kernels.launch import outputs
 
 SIZES_A, SIZES_B = (1e-3, 3e-3, 1e-2), (1e-3, 1e-2)
 FORMS_A, FORMS_B = ("vector", "constant", "lora"), ("lora", "vector")
@@ -153,7 +154,7 @@ def plot(result: dict[str, Any], path: Path, dtype: str = "bf16") -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("bf16", "fp16"), help="only this one (default: both)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures as JSON")
+    parser.add_argument("--json", type=outputs.file, metavar="PATH", help="write the figures as JSON")
     args = parser.parse_args()
     result = measure((args.dtype,) if args.dtype else ("bf16", "fp16"))
     print(show(result))

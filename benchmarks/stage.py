@@ -23,6 +23,7 @@ from benchmarks.floor import Ceilings
 from benchmarks.runner import DeviceLost
 from benchmarks.schema import slug
 from benchmarks.store import Store, header_of
+from glora_kernels.launch import outputs
 
 DONE, OUT_OF_TIME, DEVICE_LOST = 0, 3, 4
 ONCE: dict[str, Callable[..., dict[str, Any]]] = {
@@ -135,7 +136,7 @@ def _progress(items: Iterable[T], label: str) -> Iterable[T]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", required=True, help="name or number of the stage")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=outputs.folder, required=True, metavar="DIR")
     parser.add_argument("--minutes", type=float, default=8.5, help="the stage's time (default 8.5)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--scale", choices=["cuda", "cpu", "tiny"], help="which battery (default: the device's)")

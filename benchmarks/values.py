@@ -90,9 +90,10 @@ def _copied(problem: Problem) -> Problem:
 
 
 def _state(problem: Problem) -> tuple[Tensor, ...]:
-    """What stands beside the codes of a 4-bit base."""
-    state = getattr(problem.base, "quant_state", None)
-    return state.tensors() if isinstance(state, QuantState) else ()
+    """The codes of a 4-bit base of ours, which are no parameters, and what stands beside them."""
+    base: Any = problem.base
+    state = getattr(base, "quant_state", None)
+    return (base.weight, *state.tensors()) if isinstance(state, QuantState) else ()
 
 
 def _state_bytes(problem: Problem) -> int:

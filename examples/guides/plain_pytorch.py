@@ -89,7 +89,7 @@ def main() -> None:
     fresh = gk.load_adapter(fresh, path)
     loaded_logits = fresh.eval()(scans)
 
-    gk.merge(model)
+    model = gk.merge_and_unload(model)
     print_table(
         [
             ("check", "largest difference of the logits"),
