@@ -25,9 +25,7 @@ from glora_kernels.nn.frozen import (
     describe,
 )
 from glora_kernels.nn.mergeable import ADAPTER_NAMES, FROZEN, NAMES, Mergeable
-from glora_kernels.nn.requantize import (
-    Kept,
-)
+from glora_kernels.nn.requantize import Kept
 from glora_kernels.ops import glora_linear, glora_wc
 from glora_kernels.ops.common import Weight
 from glora_kernels.ops.glora import dropout_seed
