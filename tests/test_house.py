@@ -14,7 +14,7 @@ ROOT = Path(glora_kernels.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = {
     "spec": 0, "modes": 0, "reference": 1, "quant": 1, "launch.environment": 1, "kernels": 2, "launch": 2, "ops": 3,
-    "nn": 4, "integrations": 5, "selftest": 5, "commands": 6, "__main__": 6, "__init__": 6,
+    "launch.aot": 3, "nn": 4, "integrations": 5, "selftest": 5, "commands": 6, "__main__": 6, "__init__": 6,
 }  # fmt: skip
 PUBLIC = {
     "AccelerationReport", "FusedReport", "GLoRAConfig", "GLoRALinear", "GroupedLoRALinear", "MergeReport",

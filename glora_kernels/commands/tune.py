@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from glora_kernels.commands import text
-from glora_kernels.launch import outputs
+from glora_kernels.launch import configs, outputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,6 @@ LAYERS: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {
 }
 """Tokens (of vit-b-16: 64 images of 197), and the different (N, K) of a model's layers."""
 
-KERNELS = ("fwd", "dx", "prepare", "added_terms", "dy", "x", "hadamard_grad")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
@@ -41,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=text.positive, default=16, help="R (default: 16)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: bf16")
     parser.add_argument(
-        "--kernels", nargs="+", choices=(*KERNELS, "routes"), default=[*KERNELS, "routes"], metavar="KERNEL",
-        help=f"which of {', '.join(KERNELS)}, and routes (default: all)",
+        "--kernels", nargs="+", choices=(*configs.TUNED, "routes"), default=[*configs.TUNED, "routes"],
+        metavar="KERNEL",
+        help=f"which of {', '.join(configs.TUNED)}, and routes (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--four-bit", nargs="?", const="also", choices=("also", "only"),
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     shapes = [Shape(m, n, k, args.rank) for m, n, k in dict.fromkeys(found)]
     dense = args.four_bit != "only"
-    kernels = [name for name in KERNELS if dense and name in args.kernels]
+    kernels = [name for name in configs.TUNED if dense and name in args.kernels]
     if args.list:
         here = environment.arch(torch.cuda.current_device()) if torch.cuda.is_available() else "sm_90"
         return _list(shapes, args.dtype, args.arch or here, kernels, args.four_bit is not None)

@@ -16,7 +16,7 @@
 | `_wc_kernel` | weight | W·c | C's share of β |
 | `_wc_grad_kernel`, `_c_grad_kernel` | weight | Wᵀg, and its factors' gradients | dC |
 
-Conventions: a pointer, then its strides; sizes; scalars; flags; BLOCK_*. A constant (1,) is a vector with
-stride 0. Presence is a flag. Sums are fp32, with one cast at the store. Nothing is added with atomics: what
-several programs contribute to goes to partial sums, so that two runs give the same bits.
+Conventions: operands as structures (`operands`), None where absent; sizes; scalars; constexprs; BLOCK_*. Sums are fp32,
+with one cast at the store. Nothing is added with atomics: what several programs contribute to goes to partial sums, so
+that two runs give the same bits.
 """

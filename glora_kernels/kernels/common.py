@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from glora_kernels.kernels.operands import Matrix
 from glora_kernels.reference import random as stream
 
 _PHILOX_ROUNDS = tl.constexpr(stream.PHILOX_ROUNDS)
@@ -31,6 +32,22 @@ def _dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
         return acc
     else:
         return _plain_dot(left, right, acc, PRECISION, UPCAST)
+
+
+@triton.jit
+def _dot_wide(left, right, acc, NUMERICS: tl.constexpr):
+    """acc + left·right as operands of a large product are multiplied."""
+    PRECISION: tl.constexpr = NUMERICS.precision
+    UPCAST: tl.constexpr = NUMERICS.upcast
+    return _dot(left, right, acc, PRECISION, UPCAST)
+
+
+@triton.jit
+def _dot_thin(left, right, acc, NUMERICS: tl.constexpr):
+    """acc + left·right as factors, and what is made with them, are multiplied."""
+    PRECISION: tl.constexpr = NUMERICS.factor_precision
+    UPCAST: tl.constexpr = NUMERICS.upcast
+    return _dot(left, right, acc, PRECISION, UPCAST)
 
 
 @triton.jit
@@ -80,6 +97,241 @@ def _load_vector(ptr, index, stride, size):
 
 
 @triton.jit
+def _read(matrix, rows, cols, num_rows, num_cols):
+    """The block matrix[rows, cols] with zeros outside (num_rows, num_cols)."""
+    return _load(matrix.ptr, rows, cols, matrix.row, matrix.col, num_rows, num_cols)
+
+
+@triton.jit
+def _write(matrix, value, rows, cols, num_rows, num_cols):
+    _store(matrix.ptr, value, rows, cols, matrix.row, matrix.col, num_rows, num_cols)
+
+
+@triton.jit
+def _read_vector(vector, index, size):
+    """vector[index], of a `Vector` or a `Constant`, in fp32 with zeros outside."""
+    if len(vector) == 1:
+        return tl.where(index < size, tl.load(vector.ptr).to(tl.float32), 0.0)
+    else:
+        return _load_vector(vector.ptr, index, vector.step, size)
+
+
+@triton.jit
+def _transposed(matrix):
+    return Matrix(matrix.ptr, matrix.col, matrix.row)
+
+
+@triton.jit
+def _columns_from(matrix, first):
+    """The matrix without its first columns; all of it where `first` is None."""
+    if first is None:
+        return matrix
+    else:
+        return Matrix(matrix.ptr + first * matrix.col, matrix.row, matrix.col)
+
+
+@triton.jit
+def _band(matrix, band, M):
+    """Band `band` of a matrix (bands, M, C)."""
+    return Matrix(matrix.ptr + tl.cast(M, tl.int64) * matrix.row * band, matrix.row, matrix.col)
+
+
+@triton.jit
+def _read_banded(matrix, rows, cols, num_rows, num_cols, M, BANDS: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """Σ_band matrix[band, rows, cols] of (bands, M, C) in fp32, in a fixed order: sums that several programs made.
+
+    TRANSPOSED: of its transpose; rows and cols, and their numbers, are then those of that.
+    """
+    if TRANSPOSED:
+        matrix_row = matrix.col
+        matrix_col = matrix.row
+    else:
+        matrix_row = matrix.row
+        matrix_col = matrix.col
+    offsets = rows.to(tl.int64)[:, None] * matrix_row + cols.to(tl.int64)[None, :] * matrix_col
+    mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
+    if BANDS == 1:
+        return tl.load(matrix.ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    else:
+        # One block of all bands: summed one by one, each would be brought into a product's layout by itself.
+        band = tl.arange(0, 2 if BANDS == 2 else (4 if BANDS <= 4 else 8))[:, None, None]
+        offsets = band * (tl.cast(M, tl.int64) * matrix.row) + offsets[None, :, :]
+        return tl.sum(tl.load(matrix.ptr + offsets, mask=(band < BANDS) & mask[None, :, :], other=0.0), 0)
+
+
+@triton.jit
+def _read_banded_vector(vector, index, size, M, BANDS: tl.constexpr):
+    """Σ_band vector[band, index] of (bands, M) in fp32."""
+    value = _load_vector(vector.ptr, index, vector.step, size)
+    for band in tl.static_range(1, BANDS):
+        value += _load_vector(vector.ptr + tl.cast(M, tl.int64) * band, index, vector.step, size)
+    return value
+
+
+@triton.jit
+def _beta(shift, n, N):
+    """β[n] of a `Shift` in fp32, zeros where it has no term."""
+    beta = tl.zeros_like(n).to(tl.float32)
+    if shift.bias is not None:
+        beta += _read_vector(shift.bias, n, N)
+        if shift.d is not None:
+            beta += beta * _read_vector(shift.d, n, N)
+    if shift.e is not None:
+        beta += _read_vector(shift.e, n, N)
+    if shift.wc is not None:
+        beta += _read_vector(shift.wc, n, N)
+    return beta
+
+
+@triton.jit
+def _thin_product(
+    low,
+    right,
+    rows,
+    cols,
+    M,
+    num_cols,
+    R,
+    width,
+    BANDS: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Σ_{r < R} low[i, r]·right[j, r], (ROWS, COLS), as factors are multiplied, added in fp32; low (bands, M, R).
+
+    `width`: to where the rows of low can be read, R or more; beyond R they hold numbers. From zeros, for the caller to
+    add: one accumulator for this and a large product makes ptxas serialize the wgmma of that product (C7511).
+    """
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    r = tl.arange(0, BLOCK_R)
+    left = _read_banded(low, rows, r, M, width, M, BANDS).to(NUMERICS.factor_dtype)
+    for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
+        factor = _read(_transposed(right), r0 + r, cols, R, num_cols).to(NUMERICS.factor_dtype)
+        acc = _dot_thin(left, factor, acc, NUMERICS)
+        # A step ahead: what a loop carries reaches a wgmma through shared memory, what is made beside it in registers.
+        left = _read_banded(low, rows, r0 + BLOCK_R + r, M, width, M, BANDS).to(NUMERICS.factor_dtype)
+    return acc
+
+
+@triton.jit
+def _times_factor(
+    left,
+    right,
+    cols,
+    num_cols,
+    R,
+    NUMERICS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Σ_r left[i, r]·right[j, r] of a tile in registers, (ROWS, BLOCK_R) in the factors' dtype; from zeros too."""
+    r = tl.arange(0, BLOCK_R)
+    if ROWS == 1:  # no matrix instruction takes one row
+        factor = _read(right, cols, r, num_cols, R).to(tl.float32)
+        return tl.sum(factor * left.to(tl.float32), 1)[None, :]
+    else:
+        factor = _read(_transposed(right), r, cols, R, num_cols).to(NUMERICS.factor_dtype)
+        return _dot_thin(left, factor, tl.zeros((ROWS, COLS), tl.float32), NUMERICS)
+
+
+@triton.jit
+def _add_terms(
+    tile,
+    terms,
+    p_low,
+    h_low,
+    sigma,
+    m,
+    n,
+    M,
+    N,
+    P,
+    R,
+    BANDS: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The (ROWS, COLS) tile (m, n) of y = Z∘(1+a) + P·Uᵀ + h·upᵀ + σ·bᵀ + β, of the terms there are, from one of Z.
+
+    P, h and σ in registers, of BLOCK_P and BLOCK_R columns, where the caller has them; else (None) read from
+    `terms.low` (bands, M, P+R) and `terms.sigma` (bands, M), BLOCK_R columns at a time.
+    """
+    if terms.a is not None:
+        tile *= 1.0 + _read_vector(terms.a, n, N)[None, :]
+    if terms.u is not None:
+        u = Matrix(terms.u, P, 1)
+        if p_low is not None:
+            tile += _times_factor(p_low, u, n, N, P, NUMERICS, ROWS, COLS, BLOCK_P)
+        else:
+            tile += _thin_product(terms.low, u, m, n, M, N, P, P, BANDS, NUMERICS, ROWS, COLS, BLOCK_R)
+    if terms.up is not None:
+        up = Matrix(terms.up, R, 1)
+        if h_low is not None:
+            tile += _times_factor(h_low, up, n, N, R, NUMERICS, ROWS, COLS, BLOCK_R)
+        else:
+            h = _columns_from(terms.low, None if terms.u is None else P)
+            tile += _thin_product(h, up, m, n, M, N, R, R, BANDS, NUMERICS, ROWS, COLS, BLOCK_R)
+    if terms.b is not None:
+        if sigma is None:
+            sigma = _read_banded_vector(terms.sigma, m, M, M, BANDS)
+        tile += sigma[:, None] * _read_vector(terms.b, n, N)[None, :]
+    if terms.shift.bias is not None or terms.shift.e is not None or terms.shift.wc is not None:
+        tile += _beta(terms.shift, n, N)[None, :]
+    return tile
+
+
+@triton.jit
+def _product(
+    acc,
+    left,
+    right,
+    scale,
+    row,
+    col,
+    num_rows,
+    num_cols,
+    depth,
+    TMA: tl.constexpr,
+    COLS_FIRST: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """acc + the (ROWS, COLS) tile at (row, col) of (left∘(1+scale))·rightᵀ, scale (depth,) or None.
+
+    With TMA, left and right are tensor descriptors, `right` of (cols, depth) or, not COLS_FIRST, of (depth, cols);
+    without, they are matrices, right (cols, depth), read by cp.async.
+    """
+    i = row + tl.arange(0, ROWS)
+    j = col + tl.arange(0, COLS)
+    for d0 in range(0, depth, DEPTH):
+        d = d0 + tl.arange(0, DEPTH)
+        if TMA:
+            x = left.load([row, d0])
+        else:
+            x = _read(left, i, d, num_rows, depth)
+        if scale is not None:
+            # Rounding x·(1+a) to nearest would give x again where a is small.
+            x = _round(x.to(tl.float32) * (1.0 + _read_vector(scale, d, depth)[None, :]), i, d, NUMERICS.dtype)
+        if TMA:
+            if COLS_FIRST:
+                w = right.load([col, d0]).T
+            else:
+                w = right.load([d0, col])
+        else:
+            w = _read(_transposed(right), d, j, depth, num_cols).to(NUMERICS.dtype)
+        acc = _dot_wide(x, w, acc, NUMERICS)
+    return acc
+
+
+@triton.jit
 def _vector_sum(part_ptr, stride_part, index, size, splits):
     """Σ_split part[split, index] in fp32."""
     total = tl.zeros_like(index).to(tl.float32)
@@ -89,103 +341,17 @@ def _vector_sum(part_ptr, stride_part, index, size, splits):
 
 
 @triton.jit
-def _load_shift(
-    bias_ptr,
-    stride_bias,
-    wc_ptr,
-    d_ptr,
-    stride_d,
-    e_ptr,
-    stride_e,
-    n,
-    N,
-    HAS_BIAS: tl.constexpr,
-    HAS_WC: tl.constexpr,
-    HAS_D: tl.constexpr,
-    HAS_E: tl.constexpr,
-):
-    """β[n] = b[n]·(1+d[n]) + e[n] + wc[n] in fp32, of the terms there are."""
-    beta = tl.zeros_like(n).to(tl.float32)
-    if HAS_BIAS:
-        beta += _load_vector(bias_ptr, n, stride_bias, N)
-        if HAS_D:
-            beta += beta * _load_vector(d_ptr, n, stride_d, N)
-    if HAS_E:
-        beta += _load_vector(e_ptr, n, stride_e, N)
-    if HAS_WC:
-        beta += _load_vector(wc_ptr, n, 1, N)
-    return beta
-
-
-@triton.jit
-def _seed(seed, IS_POINTER: tl.constexpr):
+def _seed_of(seed):
     """The key of the dropout mask: a number from the host, or behind a pointer where a graph must redraw it."""
-    if IS_POINTER:
+    if seed.dtype.is_ptr():
         return tl.load(seed)
     else:
         return seed
 
 
 @triton.jit
-def _load_banded(ptr, stride_band, rows, cols, stride_row, stride_col, num_rows, num_cols, BANDS: tl.constexpr):
-    """Σ_band ptr[band, rows, cols] in fp32: what several programs computed of one thin product, in a fixed order."""
-    value = _load(ptr, rows, cols, stride_row, stride_col, num_rows, num_cols).to(tl.float32)
-    for band in tl.static_range(1, BANDS):
-        part = ptr + tl.cast(stride_band, tl.int64) * band
-        value += _load(part, rows, cols, stride_row, stride_col, num_rows, num_cols).to(tl.float32)
-    return value
-
-
-@triton.jit
-def _load_banded_vector(ptr, stride_band, index, size, BANDS: tl.constexpr):
-    """Σ_band ptr[band, index] in fp32."""
-    value = _load_vector(ptr, index, 1, size)
-    for band in tl.static_range(1, BANDS):
-        value += _load_vector(ptr + tl.cast(stride_band, tl.int64) * band, index, 1, size)
-    return value
-
-
-@triton.jit
-def _low_rank(
-    left_ptr,
-    stride_left_band,
-    stride_left_row,
-    stride_left_r,
-    right_ptr,
-    stride_right_row,
-    stride_right_r,
-    rows,
-    cols,
-    num_rows,
-    num_cols,
-    R,
-    BANDS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Σ_{r < R} left[i, r]·right[j, r], (ROWS, COLS), multiplied in DTYPE and added in fp32.
-
-    From zeros, for the caller to add: one accumulator for this and a large product makes ptxas serialize the wgmma of
-    that product (C7511).
-    """
-    acc = tl.zeros((ROWS, COLS), tl.float32)
-    for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
-        r = r0 + tl.arange(0, BLOCK_R)
-        left = _load_banded(
-            left_ptr, stride_left_band, rows, r, stride_left_row, stride_left_r, num_rows, R, BANDS
-        )  # fmt: skip
-        right = _load(right_ptr, r, cols, stride_right_r, stride_right_row, R, num_cols)
-        acc = _dot(left.to(DTYPE), right.to(DTYPE), acc, PRECISION, UPCAST)
-    return acc
-
-
-@triton.jit
 def _column_parts(tile, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
-    """A tile as PARTS (1, 2 or 4) tiles of neighbouring columns, so that what is added to it needs few registers."""
+    """A tile as PARTS (1, 2, 4 or 8) tiles of neighbouring columns, so that what is added to it needs few registers."""
     if PARTS == 1:
         return (tile,)
     else:
@@ -195,61 +361,14 @@ def _column_parts(tile, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.conste
         else:
             a, b = tl.reshape(left, (ROWS, 2, COLS // 4)).permute(0, 2, 1).split()
             c, d = tl.reshape(right, (ROWS, 2, COLS // 4)).permute(0, 2, 1).split()
-            return (a, b, c, d)
-
-
-@triton.jit
-def _product_tile(
-    acc,
-    left,
-    stride_left_row,
-    stride_left_depth,
-    right,
-    stride_right_depth,
-    stride_right_col,
-    scale_ptr,
-    stride_scale,
-    row,
-    col,
-    num_rows,
-    num_cols,
-    depth,
-    HAS_SCALE: tl.constexpr,
-    TMA: tl.constexpr,
-    RIGHT_IS_COLS_FIRST: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """acc + the (ROWS, COLS) tile at (row, col) of (left∘(1+scale))·right, scale along the reduction.
-
-    With TMA, left and right are tensor descriptors, `right` stored (cols, depth) or (depth, cols); without, they are
-    pointers, read by cp.async.
-    """
-    i = row + tl.arange(0, ROWS)
-    j = col + tl.arange(0, COLS)
-    for d0 in range(0, depth, DEPTH):
-        d = d0 + tl.arange(0, DEPTH)
-        if TMA:
-            x = left.load([row, d0])
-        else:
-            x = _load(left, i, d, stride_left_row, stride_left_depth, num_rows, depth)
-        if HAS_SCALE:
-            scale = 1.0 + _load_vector(scale_ptr, d, stride_scale, depth)[None, :]
-            # Rounding x·(1+a) to nearest would give x again where a is small.
-            x = _round(x.to(tl.float32) * scale, i, d, DTYPE)
-        if TMA:
-            if RIGHT_IS_COLS_FIRST:
-                w = right.load([col, d0]).T
+            if PARTS == 4:
+                return (a, b, c, d)
             else:
-                w = right.load([d0, col])
-        else:
-            w = _load(right, d, j, stride_right_depth, stride_right_col, depth, num_cols).to(DTYPE)
-        acc = _dot(x, w, acc, PRECISION, UPCAST)
-    return acc
+                a0, a1 = tl.reshape(a, (ROWS, 2, COLS // 8)).permute(0, 2, 1).split()
+                b0, b1 = tl.reshape(b, (ROWS, 2, COLS // 8)).permute(0, 2, 1).split()
+                c0, c1 = tl.reshape(c, (ROWS, 2, COLS // 8)).permute(0, 2, 1).split()
+                d0, d1 = tl.reshape(d, (ROWS, 2, COLS // 8)).permute(0, 2, 1).split()
+                return (a0, a1, b0, b1, c0, c1, d0, d1)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ needs, and those beyond a layer's own end return at once. A program owns what it
 import triton
 import triton.language as tl
 
-from glora_kernels.kernels.common import _dot, _dropped, _load, _store
+from glora_kernels.kernels.common import _dot, _dot_thin, _dropped, _load, _store
 
 LAYER_COLUMNS = (
     "weight", "stride", "N", "K", "scale", "rank_a", "rank_b", "rank_c", "rank_p",
@@ -405,11 +405,8 @@ def _shared_grad_kernel(
     product_ptr,
     HAS_DROPOUT: tl.constexpr,
     ALIGN: tl.constexpr,
-    DTYPE: tl.constexpr,
     OUT: tl.constexpr,
-    FACTOR_DTYPE: tl.constexpr,
-    FACTOR_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    NUMERICS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -425,7 +422,7 @@ def _shared_grad_kernel(
     first = _size(factor, _FIRST)
     for member in range(first, first + _size(factor, _COUNT)):
         row = product_ptr + tl.cast(member, tl.int64) * _PRODUCT_WIDTH
-        left, right = _pointer(row, _LEFT, FACTOR_DTYPE), _pointer(row, _RIGHT, DTYPE, ALIGN)
+        left, right = _pointer(row, _LEFT, NUMERICS.factor_dtype), _pointer(row, _RIGHT, NUMERICS.dtype, ALIGN)
         left_m, left_r, right_m = _number(row, _LEFT_M), _number(row, _LEFT_R), _number(row, _RIGHT_M, ALIGN)
         M = _size(row, _M)
         if HAS_DROPOUT:
@@ -440,7 +437,7 @@ def _shared_grad_kernel(
             if HAS_DROPOUT:
                 if threshold > 0:
                     x = _dropped(x, seed, m, c0, threshold, 1.0, BLOCK_M, BLOCK_C)
-            acc = _dot(_load(left, r, m, left_r, left_m, R, M), x, acc, FACTOR_PRECISION, UPCAST)
+            acc = _dot_thin(_load(left, r, m, left_r, left_m, R, M), x, acc, NUMERICS)
         total += acc * _real(row, _PART_SCALE)
     out = _pointer(factor, _OUT, OUT)
     stride_r, stride_c = _number(factor, _STRIDE_R), _number(factor, _STRIDE_C)

@@ -7,135 +7,185 @@ selects its own entries of the tuples of operands.
 import triton
 import triton.language as tl
 
-from glora_kernels.kernels.common import _dot, _dropped, _load, _pick, _seed, _store
-from glora_kernels.kernels.sums import _dy_kernel, _x_kernel
+from glora_kernels.kernels.common import _dot_thin, _dropped, _pick, _read, _read_banded, _seed_of, _store
+from glora_kernels.kernels.grouped import _pick_rows, _rows
+from glora_kernels.kernels.operands import Matrix
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["M"])
 def _grouped_down_kernel(
     xs,
-    stride_xs,
     downs,
     hs,
-    seeds,
+    M,
     Ms,
     Ks,
     Rs,
     scales,
-    threshold,
-    inv_keep,
-    HAS_DROPOUT: tl.constexpr,
-    SEED_IS_POINTER: tl.constexpr,
-    FACTOR_DTYPE: tl.constexpr,
-    FACTOR_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    masks,
+    NUMERICS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """h_t (M,R) = s_t·drop_t(x_t)·down_tᵀ of every path t, each with its own mask."""
     # Neighbouring programs take the paths of one block of rows: they read it from the L2.
-    t = tl.program_id(0) % len(Ms)
-    m = tl.program_id(0) // len(Ms) * BLOCK_M + tl.arange(0, BLOCK_M)
+    t = tl.program_id(0) % len(xs)
+    m = tl.program_id(0) // len(xs) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
-    M = _pick(Ms, t)
+    rows = _rows(M, Ms, t)
     K = _pick(Ks, t)
     R = _pick(Rs, t)
-    x_ptr = _pick(xs, t)
-    stride_x = _pick(stride_xs, t)
-    down_ptr = _pick(downs, t)
+    x = _pick_rows(xs, t)
+    down = Matrix(_pick(downs, t), 1, K)
+    scale = _pick(scales, t)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        x = _load(x_ptr, m, k, stride_x, 1, M, K)
-        if HAS_DROPOUT:
-            x = _dropped(x, _seed(_pick(seeds, t), SEED_IS_POINTER), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K)
-        down = _load(down_ptr, k, r, 1, K, K, R).to(FACTOR_DTYPE)
-        acc = _dot(x, down, acc, FACTOR_PRECISION, UPCAST)
-    _store(_pick(hs, t), acc * (_pick(scales, t) * inv_keep), m, r, R, 1, M, R)
+        x_tile = _read(x, m, k, rows, K)
+        if masks is not None:
+            seed = _seed_of(_pick(masks.seeds, t))
+            x_tile = _dropped(x_tile, seed, m, k0, tl.cast(masks.threshold, tl.int32), 1.0, BLOCK_M, BLOCK_K)
+        acc = _dot_thin(x_tile, _read(down, k, r, K, R).to(NUMERICS.factor_dtype), acc, NUMERICS)
+    if masks is not None:
+        scale *= masks.inv_keep
+    _store(_pick(hs, t), acc * scale, m, r, R, 1, rows, R)
 
 
-@triton.jit(do_not_specialize=["band_width"])
+@triton.jit(do_not_specialize=["M", "band_width"])
 def _grouped_dy_kernel(
     dys,
-    stride_dys,
     ups,
     hs,
     ss,
-    stride_sbs,
-    stride_sms,
+    first_bands,
     parts,
-    stride_part,
-    stride_pc,
+    part_split,
+    part_row,
+    M,
     Ms,
     Ns,
     Rs,
     scales,
     band_width,
-    HAS_S: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
-    HAS_G: tl.constexpr,
-    FACTOR_DTYPE: tl.constexpr,
-    FACTOR_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    WITH_G: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr,
+    NUMERICS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """`sums._dy_kernel` for every member, one on each step of the grid's third axis: S_i, dy_iᵀh_i and Σ dy_i.
+    """One read of every dy_i: over a band of N, S_i[first band + band] (M,R) = s_i·dy_i·up_i, and sums along M.
 
-    A program beyond the rows of its member stores zeros as its partial sums, where a longer member has some.
+    parts_i (splits,·,N), columns of one tensor, are over the rows of a program Σ dy_i (WITH_G), then dy_iᵀh_i where
+    there are `hs`, of one block of the rank. A program beyond the rows of its member stores zeros there, where a longer
+    member has some. `band_width` is a multiple of BLOCK_N.
     """
+    # The columns of a large S by programs of their own, beside each other in time to share dy in the L2.
+    i = tl.program_id(0) // RANK_BLOCKS
+    rank_block = tl.program_id(0) % RANK_BLOCKS
+    band = tl.program_id(1)
     g = tl.program_id(2)
+    rows = _rows(M, Ms, g)
+    N = _pick(Ns, g)
     R = _pick(Rs, g)
-    _dy_kernel(
-        _pick(dys, g), _pick(stride_dys, g), 1, None, 0, 0, None, 0, 0, _pick(ups, g) if HAS_S else None, R, 1,
-        None, 0, None, 0, None, None, 0, None, 0, _pick(hs, g) if HAS_FACTOR else None, R, 1, None,
-        _pick(ss, g) if HAS_S else None, _pick(stride_sbs, g), _pick(stride_sms, g), 1, None, 0,
-        _pick(parts, g) if HAS_FACTOR or HAS_G else None, stride_part, stride_pc,
-        _pick(Ms, g), _pick(Ns, g), 0, R, band_width, _pick(scales, g),
-        HAS_S, False, HAS_S, False, False, False, False, False, False, HAS_FACTOR, HAS_G, False, False,
-        FACTOR_DTYPE, FACTOR_PRECISION, UPCAST,
-        BLOCK_M, BLOCK_N, 16, BLOCK_R, BLOCK_R,
-    )  # fmt: skip
+    dy = _pick_rows(dys, g)
+    m = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    # Sᵀ and not S: 16 rows of the rank keep the product on mma.sync, which takes what dy was loaded for elsewhere.
+    s_acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+    if parts is not None:
+        part = _pick(parts, g) + tl.cast(i, tl.int64) * part_split
+    if hs is not None:
+        h = _read(Matrix(_pick(hs, g), 1, R), r, m, R, rows).to(NUMERICS.factor_dtype)
+    first = tl.multiple_of(band * band_width, BLOCK_N)
+    for n0 in range(first, tl.minimum(first + band_width, N), BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        dy_tile = _read(dy, m, n, rows, N)
+        if ss is not None:
+            factor = _read(Matrix(_pick(ups, g), 1, R), r, n, R, N).to(NUMERICS.factor_dtype)
+            s_acc = _dot_thin(factor, dy_tile.T, s_acc, NUMERICS)
+        if WITH_G:
+            if rank_block == 0:
+                tl.store(part + n, tl.sum(dy_tile.to(tl.float32), 0), mask=n < N)
+        if hs is not None:
+            value = _dot_thin(h, dy_tile, tl.zeros((BLOCK_R, BLOCK_N), tl.float32), NUMERICS)
+            _store(part + part_row if WITH_G else part, value, r, n, part_row, 1, R, N)
+    if ss is not None:
+        s = _pick(ss, g) + tl.cast(rows, tl.int64) * R * (_pick(first_bands, g) + band)
+        _store(s, s_acc * _pick(scales, g), r, m, 1, R, R, rows)
 
 
-@triton.jit(do_not_specialize=["threshold", "rows_per_split"])
+@triton.jit(do_not_specialize=["M", "rows_per_split"])
 def _grouped_x_kernel(
     xs,
-    stride_xs,
     ss,
-    stride_sbs,
-    stride_sms,
-    seeds,
+    sums,
     parts,
-    stride_parts,
-    stride_pcs,
+    part_split,
+    part_row,
+    M,
     Ms,
     Ks,
     Rs,
+    masks,
     rows_per_split,
-    threshold,
-    inv_keep,
-    HAS_DROPOUT: tl.constexpr,
-    SEED_IS_POINTER: tl.constexpr,
     BANDS: tl.constexpr,
-    FACTOR_DTYPE: tl.constexpr,
-    FACTOR_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr,
+    NUMERICS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """`sums._x_kernel` for every path, one on each step of the grid's third axis: S_tᵀ·x̃_t (R,K)."""
+    """part_t (splits,R,K) = S_tᵀ·drop_t(x_t) of every path, over the rows of each split; S_t (BANDS,M,R).
+
+    The rows of a part lie `part_row` apart, or without it K_t. The programs of the first columns leave Σ_bands S_t in
+    `sums_t` (M,R), where there are such: for dx, which would otherwise add them up for every tile.
+    """
     t = tl.program_id(2)
+    k0 = tl.program_id(0) // RANK_BLOCKS * BLOCK_K
+    rows = _rows(M, Ms, t)
     K = _pick(Ks, t)
-    if tl.program_id(0) * BLOCK_K < K:
-        _x_kernel(
-            _pick(xs, t), _pick(stride_xs, t), 1, _pick(ss, t), _pick(stride_sbs, t), _pick(stride_sms, t), 1, None, 0,
-            None, 0, 0, None, 0, 0, None, 0, 0, _pick(parts, t), _pick(stride_parts, t), _pick(stride_pcs, t),
-            _pick(seeds, t),
-            _pick(Ms, t), K, 0, _pick(Rs, t), rows_per_split, threshold, inv_keep,
-            False, True, HAS_DROPOUT, SEED_IS_POINTER, False, False, False, False, BANDS,
-            FACTOR_DTYPE, FACTOR_PRECISION, UPCAST, BLOCK_M, BLOCK_K, 16, BLOCK_R,
-        )  # fmt: skip
+    R = _pick(Rs, t)
+    if k0 < K:
+        x = _pick_rows(xs, t)
+        s = Matrix(_pick(ss, t), R, 1)
+        k = k0 + tl.arange(0, BLOCK_K)
+        r = tl.program_id(0) % RANK_BLOCKS * BLOCK_R + tl.arange(0, BLOCK_R)
+        acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+        first = tl.program_id(1) * rows_per_split
+        last = tl.minimum(first + rows_per_split, rows)
+        m = first + tl.arange(0, BLOCK_M)
+        s_tile = _read_banded(s, r, m, R, last, rows, BANDS, TRANSPOSED=True).to(NUMERICS.factor_dtype)
+        for m0 in range(first, last, BLOCK_M):
+            m = m0 + tl.arange(0, BLOCK_M)
+            x_tile = _read(x, m, k, last, K)
+            if masks is not None:
+                seed = _seed_of(_pick(masks.seeds, t))
+                x_tile = _dropped(x_tile, seed, m, k0, tl.cast(masks.threshold, tl.int32), 1.0, BLOCK_M, BLOCK_K)
+            acc = _dot_thin(s_tile, x_tile, acc, NUMERICS)
+            # A step ahead, as in `common._thin_product`.
+            s_tile = _read_banded(s, r, m + BLOCK_M, R, last, rows, BANDS, TRANSPOSED=True).to(NUMERICS.factor_dtype)
+        if masks is not None:
+            acc *= masks.inv_keep
+        part = _pick(parts, t) + tl.cast(tl.program_id(1), tl.int64) * part_split
+        _store(part, acc, r, k, K if part_row is None else part_row, 1, R, K)
+        if sums is not None:
+            if k0 == 0:  # by itself: a branch within the loop above would serialize its wgmma
+                for m0 in range(first, last, BLOCK_M):
+                    m = m0 + tl.arange(0, BLOCK_M)
+                    total = _read_banded(s, r, m, R, last, rows, BANDS, TRANSPOSED=True)
+                    _store(_pick(sums, t), total, r, m, 1, R, R, last)
+
+
+@triton.jit(do_not_specialize=["M", "bands"])
+def _grouped_bands_kernel(ss, sums, M, Ms, Rs, bands, BLOCK: tl.constexpr):
+    """sums_t (M,R) = Σ_bands S_t of every path: where nobody reads x, or more bands than are read at a time."""
+    t = tl.program_id(1)
+    size = tl.cast(_rows(M, Ms, t), tl.int64) * _pick(Rs, t)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for band in range(bands):
+        total += tl.load(_pick(ss, t) + band * size + i, mask=i < size, other=0.0)
+    out = _pick(sums, t)
+    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < size)

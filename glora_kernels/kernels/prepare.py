@@ -3,21 +3,28 @@
 import triton
 import triton.language as tl
 
-from glora_kernels.kernels.common import _dot, _dropped, _load, _load_shift, _load_vector, _round, _seed, _store
-from glora_kernels.kernels.weight import _weff_tile
+from glora_kernels.kernels.common import (
+    _add_terms,
+    _band,
+    _columns_from,
+    _dot_thin,
+    _dropped,
+    _read,
+    _read_vector,
+    _round,
+    _seed_of,
+    _transposed,
+    _write,
+)
+from glora_kernels.kernels.operands import Matrix, Pair
+from glora_kernels.kernels.weight import _factor_product
 
 
 @triton.jit
 def _into_rank(
-    x_ptr,
-    stride_xm,
-    stride_xk,
-    p_ptr,
-    stride_pr,
-    stride_pk,
-    v_ptr,
-    stride_vr,
-    stride_vk,
+    x,
+    a_down,
+    b_down,
     seed,
     m,
     M,
@@ -25,70 +32,58 @@ def _into_rank(
     last_k,
     P,
     R,
+    scale,
     threshold,
-    HAS_P: tl.constexpr,
-    HAS_V: tl.constexpr,
-    HAS_SUM: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    SEED_IS_POINTER: tl.constexpr,
-    FACTOR_DTYPE: tl.constexpr,
-    FACTOR_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    inv_keep,
+    WITH_SUM: tl.constexpr,
+    NUMERICS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """(x·Pᵀ, (mask∘x)·Vᵀ, Σₖ x) of the rows m over first_k ≤ k < last_k, first_k a multiple of 8."""
+    """(x·A_downᵀ, s·drop(x)·B_downᵀ, Σₖ x) of the rows m over first_k ≤ k < last_k, first_k a multiple of 8."""
     p_acc = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
-    v_acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    h_acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     p = tl.arange(0, BLOCK_P)
     r = tl.arange(0, BLOCK_R)
     for k0 in range(first_k, last_k, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        x = _load(x_ptr, m, k, stride_xm, stride_xk, M, last_k)
-        if HAS_SUM:
-            total += tl.sum(x.to(tl.float32), 1)
-        if HAS_P:
-            factor = _load(p_ptr, k, p, stride_pk, stride_pr, last_k, P)
-            p_acc = _dot(x, factor.to(FACTOR_DTYPE), p_acc, FACTOR_PRECISION, UPCAST)
-        if HAS_V:
-            if HAS_DROPOUT:
-                x = _dropped(x, _seed(seed, SEED_IS_POINTER), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K)
-            factor = _load(v_ptr, k, r, stride_vk, stride_vr, last_k, R)
-            v_acc = _dot(x, factor.to(FACTOR_DTYPE), v_acc, FACTOR_PRECISION, UPCAST)
-    return p_acc, v_acc, total + 0.0  # one use of a loop's sum: Triton 3.7 asserts it in a pass
+        block = _read(x, m, k, M, last_k)
+        if WITH_SUM:
+            total += tl.sum(block.to(tl.float32), 1)
+        if a_down is not None:
+            factor = _read(_transposed(a_down), k, p, last_k, P).to(NUMERICS.factor_dtype)
+            p_acc = _dot_thin(block, factor, p_acc, NUMERICS)
+        if b_down is not None:
+            if seed is not None:
+                block = _dropped(block, _seed_of(seed), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K)
+            factor = _read(_transposed(b_down), k, r, last_k, R).to(NUMERICS.factor_dtype)
+            h_acc = _dot_thin(block, factor, h_acc, NUMERICS)
+    return p_acc, h_acc * (scale * inv_keep), total + 0.0  # one use of a loop's sum: Triton 3.7 asserts it in a pass
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "row_programs", "band_width"])
+@triton.jit
+def _write_low(low, p_acc, h_acc, a_down, b_down, m, M, P, R, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr):
+    """low[m] = [P | h], of what there is."""
+    if a_down is not None:
+        _write(low, p_acc, m, tl.arange(0, BLOCK_P), M, P)
+    if b_down is not None:
+        _write(_columns_from(low, None if a_down is None else P), h_acc, m, tl.arange(0, BLOCK_R), M, R)
+
+
+@triton.jit(do_not_specialize=["seed", "threshold", "row_programs", "M", "P", "R"])
 def _prepare_kernel(
-    x_ptr,
-    stride_xm,
-    stride_xk,
-    w_ptr,
-    stride_wn,
-    stride_wk,
-    a_up_ptr,
-    stride_aun,
-    stride_aur,
-    a_down_ptr,
-    stride_adr,
-    stride_adk,
-    b_down_ptr,
-    stride_bdr,
-    stride_bdk,
-    a_ptr,
-    stride_a,
-    h_ptr,
-    stride_hb,
-    stride_hm,
-    stride_hr,
+    x,
+    w,
+    a_up,
+    a_down,
+    b_down,
+    a,
+    low,
     sigma_ptr,
-    stride_sigma,
     u_ptr,
-    stride_un,
-    stride_ur,
     weff_ptr,
     seed,
     M,
@@ -97,22 +92,10 @@ def _prepare_kernel(
     P,
     R,
     row_programs,
-    band_width,
     scale,
     threshold,
     inv_keep,
-    HAS_ROWS: tl.constexpr,
-    HAS_P: tl.constexpr,
-    HAS_V: tl.constexpr,
-    HAS_SUM: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    SEED_IS_POINTER: tl.constexpr,
-    HAS_U: tl.constexpr,
-    HAS_WEFF: tl.constexpr,
-    HAS_A: tl.constexpr,
-    FACTOR_DTYPE: tl.constexpr,
-    FACTOR_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    NUMERICS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -123,95 +106,63 @@ def _prepare_kernel(
 ):
     """What y needs before its product, in one launch: the first programs read x, the others W.
 
-    Of x, band by band of K: h[band] = [x·A_downᵀ | s·drop(x)·B_downᵀ] (M, P+R) and σ[band] = Σₖ x. Of W: U = W·A_up
+    Of x, band by band of K: low[band] = [x·A_downᵀ | s·drop(x)·B_downᵀ] (M, P+R) and σ[band] = Σₖ x. Of W: U = W·A_up
     (N, P) in the product variant, or W_eff = W∘(1 + A) with A = A_up·A_down or a vector.
     """
     pid = tl.program_id(0)
-    if HAS_ROWS:
+    if low is not None or sigma_ptr is not None:
         if pid < row_programs:
             row_blocks = tl.cdiv(M, BLOCK_M)
             band = pid // row_blocks
             m = (pid % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-            first = band * band_width
-            last = tl.minimum(first + band_width, K)
-            p_acc, v_acc, total = _into_rank(
-                x_ptr, stride_xm, stride_xk, a_down_ptr, stride_adr, stride_adk, b_down_ptr, stride_bdr, stride_bdk,
-                seed, m, M, first, last, P, R, threshold, HAS_P, HAS_V, HAS_SUM, HAS_DROPOUT,
-                SEED_IS_POINTER, FACTOR_DTYPE, FACTOR_PRECISION, UPCAST, BLOCK_M, BLOCK_K, BLOCK_P, BLOCK_R,
+            # In whole blocks, so that x is read 16 bytes at a time.
+            width = tl.cdiv(K, (row_programs // row_blocks) * BLOCK_K) * BLOCK_K
+            first = band * width
+            into_p = None if u_ptr is None else a_down
+            p_acc, h_acc, total = _into_rank(
+                x, into_p, b_down, seed, m, M, first, tl.minimum(first + width, K),
+                P, R, scale, threshold, inv_keep, sigma_ptr is not None, NUMERICS, BLOCK_M, BLOCK_K, BLOCK_P, BLOCK_R,
             )  # fmt: skip
-            if HAS_P or HAS_V:
-                h_ptr += tl.cast(band, tl.int64) * stride_hb
-            if HAS_P:
-                _store(h_ptr, p_acc, m, tl.arange(0, BLOCK_P), stride_hm, stride_hr, M, P)
-            if HAS_V:
-                if HAS_P:
-                    h_ptr += P * stride_hr
-                _store(h_ptr, v_acc * (scale * inv_keep), m, tl.arange(0, BLOCK_R), stride_hm, stride_hr, M, R)
-            if HAS_SUM:
-                tl.store(sigma_ptr + tl.cast(band, tl.int64) * stride_sigma + m, total, mask=m < M)
-    if HAS_U or HAS_WEFF:
+            if low is not None:
+                _write_low(_band(low, band, M), p_acc, h_acc, into_p, b_down, m, M, P, R, BLOCK_P, BLOCK_R)
+            if sigma_ptr is not None:
+                tl.store(sigma_ptr + tl.cast(band, tl.int64) * M + m, total, mask=m < M)
+    if u_ptr is not None or weff_ptr is not None:
         if pid >= row_programs:
             tile = pid - row_programs
-            if HAS_U:
+            if u_ptr is not None:
                 n = tile * BLOCK_WN + tl.arange(0, BLOCK_WN)
                 p = tl.arange(0, BLOCK_P)
                 u = tl.zeros((BLOCK_WN, BLOCK_P), tl.float32)
                 for k0 in range(0, K, BLOCK_WK):
                     k = k0 + tl.arange(0, BLOCK_WK)
-                    w = _load(w_ptr, n, k, stride_wn, stride_wk, N, K).to(x_ptr.dtype.element_ty)
-                    factor = _load(a_up_ptr, k, p, stride_aun, stride_aur, K, P).to(FACTOR_DTYPE)
-                    u = _dot(w, factor, u, FACTOR_PRECISION, UPCAST)
-                _store(u_ptr, u, n, p, stride_un, stride_ur, N, P)
+                    block = _read(w, n, k, N, K).to(x.ptr.dtype.element_ty)
+                    factor = _read(a_up, k, p, K, P).to(NUMERICS.factor_dtype)
+                    u = _dot_thin(block, factor, u, NUMERICS)
+                _write(Matrix(u_ptr, P, 1), u, n, p, N, P)
             else:
                 across = tl.cdiv(K, BLOCK_WK)
                 n = (tile // across) * BLOCK_WN + tl.arange(0, BLOCK_WN)
                 k = (tile % across) * BLOCK_WK + tl.arange(0, BLOCK_WK)
-                w = _load(w_ptr, n, k, stride_wn, stride_wk, N, K).to(tl.float32)
-                if HAS_A:
-                    w += w * _load_vector(a_ptr, n, stride_a, N)[:, None]
+                block = _read(w, n, k, N, K).to(tl.float32)
+                if a is not None:
+                    block += block * _read_vector(a, n, N)[:, None]
                 else:
-                    w = _weff_tile(
-                        w, a_up_ptr, stride_aun, stride_aur, a_down_ptr, stride_adr, stride_adk, n, k, N, K, P,
-                        FACTOR_PRECISION, UPCAST, BLOCK_WN, BLOCK_WK, BLOCK_A,
+                    PRECISION: tl.constexpr = NUMERICS.factor_precision
+                    UPCAST: tl.constexpr = NUMERICS.upcast
+                    block += block * _factor_product(
+                        Pair(a_up, a_down), n, k, N, K, P, PRECISION, UPCAST, BLOCK_WN, BLOCK_WK, BLOCK_A
                     )  # fmt: skip
-                _store(weff_ptr, _round(w, n, k, weff_ptr.dtype.element_ty), n, k, K, 1, N, K)
+                _write(Matrix(weff_ptr, K, 1), _round(block, n, k, weff_ptr.dtype.element_ty), n, k, N, K)
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+@triton.jit(do_not_specialize=["seed", "threshold", "M", "P", "R"])
 def _added_terms_kernel(
-    x_ptr,
-    stride_xm,
-    stride_xk,
-    a_down_ptr,
-    stride_adr,
-    stride_adk,
-    b_down_ptr,
-    stride_bdr,
-    stride_bdk,
-    y_ptr,
-    stride_ym,
-    stride_yn,
-    h_ptr,
-    stride_hm,
-    stride_hr,
-    u_ptr,
-    stride_un,
-    stride_ur,
-    up_ptr,
-    stride_upn,
-    stride_upr,
-    a_ptr,
-    stride_a,
-    b_ptr,
-    stride_b,
-    sigma_ptr,
-    bias_ptr,
-    stride_bias,
-    wc_ptr,
-    d_ptr,
-    stride_d,
-    e_ptr,
-    stride_e,
+    x,
+    a_down,
+    b_down,
+    y,
+    terms,
     seed,
     M,
     N,
@@ -221,65 +172,36 @@ def _added_terms_kernel(
     scale,
     threshold,
     inv_keep,
-    HAS_A: tl.constexpr,
-    HAS_B: tl.constexpr,
-    HAS_P: tl.constexpr,
-    HAS_V: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_WC: tl.constexpr,
-    HAS_D: tl.constexpr,
-    HAS_E: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    SEED_IS_POINTER: tl.constexpr,
     READ_Z: tl.constexpr,
-    FACTOR_DTYPE: tl.constexpr,
-    FACTOR_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    NUMERICS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """y[m,n] = [Z·(1+a)] + P·Uᵀ + h·B_upᵀ + σ·b + β beside a product of the vendor's library, and h and σ.
+    """y = [Z∘(1+a)] + P·Uᵀ + h·B_upᵀ + σ·b + β beside a product of the vendor's library, and [P | h] and σ.
 
     With READ_Z the product is in y already and stays, scaled; without, y is written for the product to be added to.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    p_acc, v_acc, sigma = _into_rank(
-        x_ptr, stride_xm, stride_xk, a_down_ptr, stride_adr, stride_adk, b_down_ptr, stride_bdr, stride_bdk, seed, m,
-        M, 0, K, P, R, threshold, HAS_P, HAS_V, HAS_B, HAS_DROPOUT, SEED_IS_POINTER, FACTOR_DTYPE, FACTOR_PRECISION,
-        UPCAST, BLOCK_M, BLOCK_K, BLOCK_P, BLOCK_R,
+    p_acc, h_acc, sigma = _into_rank(
+        x, a_down, b_down, seed, m, M, 0, K, P, R, scale, threshold, inv_keep, terms.b is not None, NUMERICS,
+        BLOCK_M, BLOCK_K, BLOCK_P, BLOCK_R,
     )  # fmt: skip
-    p = tl.arange(0, BLOCK_P)
-    r = tl.arange(0, BLOCK_R)
-    v_acc *= scale * inv_keep
-    if HAS_P:
-        _store(h_ptr, p_acc, m, p, stride_hm, stride_hr, M, P)
-    if HAS_V:
-        _store(h_ptr + P * stride_hr, v_acc, m, r, stride_hm, stride_hr, M, R)
-    if HAS_B:
-        tl.store(sigma_ptr + m, sigma, mask=m < M)
+    if terms.low is not None:
+        _write_low(terms.low, p_acc, h_acc, a_down, b_down, m, M, P, R, BLOCK_P, BLOCK_R)
+    if terms.b is not None:
+        tl.store(terms.sigma.ptr + m, sigma, mask=m < M)
+    p_low = p_acc.to(NUMERICS.factor_dtype)
+    h_low = h_acc.to(NUMERICS.factor_dtype)
     for n0 in range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if READ_Z:
-            acc = _load(y_ptr, m, n, stride_ym, stride_yn, M, N).to(tl.float32)
-        if HAS_A:
-            acc *= 1.0 + _load_vector(a_ptr, n, stride_a, N)[None, :]
-        if HAS_P:
-            u = _load(u_ptr, p, n, stride_ur, stride_un, P, N).to(FACTOR_DTYPE)
-            zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            acc += _dot(p_acc.to(FACTOR_DTYPE), u, zeros, FACTOR_PRECISION, UPCAST)
-        if HAS_V:
-            up = _load(up_ptr, r, n, stride_upr, stride_upn, R, N).to(FACTOR_DTYPE)
-            zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            acc += _dot(v_acc.to(FACTOR_DTYPE), up, zeros, FACTOR_PRECISION, UPCAST)
-        if HAS_B:
-            acc += sigma[:, None] * _load_vector(b_ptr, n, stride_b, N)[None, :]
-        if HAS_BIAS or HAS_WC or HAS_E:
-            acc += _load_shift(
-                bias_ptr, stride_bias, wc_ptr, d_ptr, stride_d, e_ptr, stride_e, n, N, HAS_BIAS, HAS_WC, HAS_D, HAS_E
-            )[None, :]
+            acc = _read(y, m, n, M, N).to(tl.float32)
+        acc = _add_terms(
+            acc, terms, p_low, h_low, sigma, m, n, M, N, P, R, 1, NUMERICS, BLOCK_M, BLOCK_N, BLOCK_P, BLOCK_R
+        )  # fmt: skip
         # What was rounded before, or is rounded before the product is added: to nearest would lose a small adapter.
-        _store(y_ptr, _round(acc, m, n, y_ptr.dtype.element_ty), m, n, stride_ym, stride_yn, M, N)
+        _write(y, _round(acc, m, n, y.ptr.dtype.element_ty), m, n, M, N)

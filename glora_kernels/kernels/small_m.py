@@ -16,7 +16,16 @@ import triton
 import triton.language as tl
 
 from glora_kernels.kernels.codec import _absmax, _decode, _nearest
-from glora_kernels.kernels.common import _dot, _load, _load_shift, _load_vector, _store
+from glora_kernels.kernels.common import (
+    _add_terms,
+    _dot_thin,
+    _dot_wide,
+    _load,
+    _load_vector,
+    _read,
+    _transposed,
+    _write,
+)
 
 _RUN = tl.constexpr(16)
 """Bytes of a row that share an absmax whatever the block size (32 elements): what a thread loads at once."""
@@ -41,93 +50,31 @@ def _split_pair(word, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _packed(
-    packed_ptr,
-    absmax_ptr,
-    nested_absmax_ptr,
-    nested_code_ptr,
-    offset_ptr,
-    n,
-    first,
-    N,
-    HALF,
-    BLOCKSIZE: tl.constexpr,
-    NESTED: tl.constexpr,
-    NESTED_BLOCKSIZE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+def _runs(codes, n, first, N, HALF, BLOCK_H: tl.constexpr):
     """Bytes [first, first + BLOCK_H) of the rows n, and an absmax for every _RUN of them; zeros outside (N, HALF)."""
     row = n.to(tl.int64)[:, None]
     j = first + tl.arange(0, BLOCK_H)
-    byte = tl.load(packed_ptr + row * HALF + j[None, :], mask=(n[:, None] < N) & (j[None, :] < HALF), other=0)
+    byte = tl.load(codes.packed + row * HALF + j[None, :], mask=(n[:, None] < N) & (j[None, :] < HALF), other=0)
     run = first + tl.arange(0, BLOCK_H // _RUN) * _RUN
-    block = row * (HALF // (BLOCKSIZE // 2)) + (run // (BLOCKSIZE // 2))[None, :]
-    mask = (n[:, None] < N) & (run[None, :] < HALF)
-    absmax = _absmax(
-        absmax_ptr, block, nested_absmax_ptr, nested_code_ptr, offset_ptr, mask, NESTED, NESTED_BLOCKSIZE
-    )  # fmt: skip
-    return byte, absmax
+    block = row * (HALF // (codes.block // 2)) + (run // (codes.block // 2))[None, :]
+    return byte, _absmax(codes, 0, block, (n[:, None] < N) & (run[None, :] < HALF))
 
 
 @triton.jit(do_not_specialize=["M"])
 def _small_m_kernel(
-    x_ptr,
-    stride_xm,
-    packed_ptr,
-    absmax_ptr,
-    nested_absmax_ptr,
-    nested_code_ptr,
-    offset_ptr,
-    y_ptr,
-    stride_ym,
-    stride_yn,
-    b_down_ptr,
-    stride_bdr,
-    stride_bdk,
-    up_ptr,
-    stride_upn,
-    stride_upr,
-    h_ptr,
-    stride_hm,
-    stride_hr,
-    sigma_ptr,
-    a_ptr,
-    stride_a,
-    b_ptr,
-    stride_b,
-    bias_ptr,
-    stride_bias,
-    wc_ptr,
-    d_ptr,
-    stride_d,
-    e_ptr,
-    stride_e,
+    x,
+    codes,
+    y,
+    b_down,
+    h,
+    sigma,
+    terms,
     M,
     N,
     K,
-    HALF,
     R,
     scale,
-    HAS_A: tl.constexpr,
-    HAS_B: tl.constexpr,
-    HAS_UP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_WC: tl.constexpr,
-    HAS_D: tl.constexpr,
-    HAS_E: tl.constexpr,
-    MAKE_H: tl.constexpr,
-    STORE_H: tl.constexpr,
-    MAKE_SIGMA: tl.constexpr,
-    STORE_SIGMA: tl.constexpr,
-    CODE: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
-    NESTED: tl.constexpr,
-    NESTED_BLOCKSIZE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FACTOR_DTYPE: tl.constexpr,
-    FACTOR_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    NUMERICS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -135,122 +82,95 @@ def _small_m_kernel(
 ):
     """y[m,n] = (Σₖ x[m,k]·w[n,k])·(1+a[n]) + Σᵣ h[m,r]·B_up[n,r] + σ[m]·b[n] + β[n], w = code[nibble]·absmax in DTYPE.
 
-    h[m,r] = scale·Σₖ x[m,k]·B_down[r,k], rounded to FACTOR_DTYPE, is made here (MAKE_H) or read; h and σ are stored by
-    the first program where wanted. HALF = K/2 bytes are a row of W. BLOCK_M = 1, or a multiple of 16 with masks.
+    With `b_down`, h[m,r] = scale·Σₖ x[m,k]·B_down[r,k], rounded to the factors' dtype, is made here, and stored by the
+    first program where there is an `h`; else it is read. So is σ made, and stored to `sigma`. K/2 bytes are a row of W.
+    BLOCK_M = 1, or a multiple of 16 with masks.
     """
+    DTYPE: tl.constexpr = NUMERICS.dtype
+    UPCAST: tl.constexpr = NUMERICS.upcast
+    SUMS: tl.constexpr = terms.b is not None or sigma is not None
     BLOCK_H: tl.constexpr = BLOCK_K // 2
     ONE: tl.constexpr = BLOCK_M == 1
+    HALF = tl.multiple_of(K // 2, 16)  # as `serves_small_m` makes sure
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
     j = tl.arange(0, BLOCK_H)
-    x_pairs = _pairs(x_ptr, DTYPE)
+    x_pairs = _pairs(x.ptr, DTYPE)
     # Of one token, the sums over K are kept apart until the end: reducing in the loop would need shuffles.
     z_acc = tl.zeros((BLOCK_N, BLOCK_H) if ONE else (BLOCK_M, BLOCK_N), tl.float32)
     h_acc = tl.zeros((BLOCK_R, BLOCK_K) if ONE else (BLOCK_M, BLOCK_R), tl.float32)
     sigma_acc = tl.zeros((1, BLOCK_K) if ONE else (BLOCK_M,), tl.float32)
-    byte, absmax = _packed(
-        packed_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, n, 0, N, HALF, BLOCKSIZE, NESTED,
-        NESTED_BLOCKSIZE, BLOCK_H,
-    )  # fmt: skip
+    byte, absmax = _runs(codes, n, 0, N, HALF, BLOCK_H)
     for j0 in range(0, HALF, BLOCK_H):
-        next_byte, next_absmax = _packed(
-            packed_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, n, j0 + BLOCK_H, N, HALF,
-            BLOCKSIZE, NESTED, NESTED_BLOCKSIZE, BLOCK_H,
-        )  # fmt: skip
+        next_byte, next_absmax = _runs(codes, n, j0 + BLOCK_H, N, HALF, BLOCK_H)
         if ONE:
             word = tl.load(x_pairs + j0 + j, mask=j0 + j < HALF, other=0)
         else:
-            word = _load(x_pairs, m, j0 + j, stride_xm // 2, 1, M, HALF)
+            word = _load(x_pairs, m, j0 + j, x.row // 2, 1, M, HALF)
         even, odd = _split_pair(word, DTYPE)
-        if MAKE_H or MAKE_SIGMA:
+        if SUMS or b_down is not None:
             k = 2 * j0 + tl.arange(0, BLOCK_K)
-            x = _load(x_ptr, m, k, stride_xm, 1, M, K)
-            if MAKE_SIGMA:
-                sigma_acc += x.to(tl.float32) if ONE else tl.sum(x.to(tl.float32), 1)
-            if MAKE_H:
+            x_tile = _read(x, m, k, M, K)
+            if SUMS:
+                sigma_acc += x_tile.to(tl.float32) if ONE else tl.sum(x_tile.to(tl.float32), 1)
+            if b_down is not None:
                 if ONE:
-                    down = _load(b_down_ptr, r, k, stride_bdr, stride_bdk, R, K).to(tl.float32)
-                    h_acc += down * x.to(tl.float32)
+                    h_acc += _read(b_down, r, k, R, K).to(tl.float32) * x_tile.to(tl.float32)
                 else:
-                    down = _load(b_down_ptr, k, r, stride_bdk, stride_bdr, K, R).to(FACTOR_DTYPE)
-                    h_acc = _dot(x, down, h_acc, FACTOR_PRECISION, UPCAST)
+                    down = _read(_transposed(b_down), k, r, K, R).to(NUMERICS.factor_dtype)
+                    h_acc = _dot_thin(x_tile, down, h_acc, NUMERICS)
         of_byte = tl.broadcast_to(absmax[:, :, None], (BLOCK_N, BLOCK_H // _RUN, _RUN))
         of_byte = tl.reshape(of_byte, (BLOCK_N, BLOCK_H))
         number = byte.to(tl.int32)
-        high = _nearest(_decode(number >> 4, CODE) * of_byte, DTYPE, UPCAST)
-        low = _nearest(_decode(number & 15, CODE) * of_byte, DTYPE, UPCAST)
+        high = _nearest(_decode(number >> 4, codes.kind) * of_byte, DTYPE, UPCAST)
+        low = _nearest(_decode(number & 15, codes.kind) * of_byte, DTYPE, UPCAST)
         if ONE:
             z_acc += high.to(tl.float32) * even.to(tl.float32)[None, :]
             z_acc += low.to(tl.float32) * odd.to(tl.float32)[None, :]
         else:
-            z_acc = _dot(even, high.T, z_acc, PRECISION, UPCAST)
-            z_acc = _dot(odd, low.T, z_acc, PRECISION, UPCAST)
+            z_acc = _dot_wide(even, high.T, z_acc, NUMERICS)
+            z_acc = _dot_wide(odd, low.T, z_acc, NUMERICS)
         byte = next_byte
         absmax = next_absmax
     if ONE:
-        y = tl.sum(z_acc, 1)[None, :]
+        tile = tl.sum(z_acc, 1)[None, :]
     else:
-        y = z_acc
-    if HAS_A:
-        y *= 1.0 + _load_vector(a_ptr, n, stride_a, N)[None, :]
-    if HAS_UP:
-        if MAKE_H:
-            if ONE:
-                h = tl.sum(h_acc, 1)[None, :]
-            else:
-                h = h_acc
-            h = _nearest(h * scale, FACTOR_DTYPE, UPCAST)
-            if STORE_H:
-                if tl.program_id(0) == 0:
-                    _store(h_ptr, h, m, r, stride_hm, stride_hr, M, R)
-        else:
-            h = _load(h_ptr, m, r, stride_hm, stride_hr, M, R).to(FACTOR_DTYPE)
+        tile = z_acc
+    h_tile = None
+    if b_down is not None:
         if ONE:
-            up = _load(up_ptr, n, r, stride_upn, stride_upr, N, R).to(tl.float32)
-            y += tl.sum(up * h.to(tl.float32), 1)[None, :]
+            h_tile = tl.sum(h_acc, 1)[None, :]
         else:
-            up = _load(up_ptr, r, n, stride_upr, stride_upn, R, N).to(FACTOR_DTYPE)
-            y += _dot(h, up, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), FACTOR_PRECISION, UPCAST)
-    if MAKE_SIGMA:
-        # One use of a loop's sum: Triton 3.7 asserts it in a pass.
-        sigma = tl.sum(sigma_acc, 1) if ONE else sigma_acc + 0.0
-        if STORE_SIGMA:
+            h_tile = h_acc
+        h_tile = _nearest(h_tile * scale, NUMERICS.factor_dtype, UPCAST)
+        if h is not None:
             if tl.program_id(0) == 0:
-                tl.store(sigma_ptr + m, sigma, mask=m < M)
-        if HAS_B:
-            y += sigma[:, None] * _load_vector(b_ptr, n, stride_b, N)[None, :]
-    if HAS_BIAS or HAS_WC or HAS_E:
-        y += _load_shift(
-            bias_ptr, stride_bias, wc_ptr, d_ptr, stride_d, e_ptr, stride_e, n, N, HAS_BIAS, HAS_WC, HAS_D, HAS_E
-        )[None, :]  # fmt: skip
-    _store(y_ptr, _nearest(y, y_ptr.dtype.element_ty, UPCAST), m, n, stride_ym, stride_yn, M, N)
+                _write(h, h_tile, m, r, M, R)
+    elif h is not None:
+        h_tile = _read(h, m, r, M, R).to(NUMERICS.factor_dtype)
+    row_sums = None
+    if SUMS:
+        # One use of a loop's sum: Triton 3.7 asserts it in a pass.
+        row_sums = tl.sum(sigma_acc, 1) if ONE else sigma_acc + 0.0
+        if sigma is not None:
+            if tl.program_id(0) == 0:
+                tl.store(sigma + m, row_sums, mask=m < M)
+    tile = _add_terms(
+        tile, terms, None, h_tile, row_sums, m, n, M, N, 0, R, 1, NUMERICS, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_R
+    )  # fmt: skip
+    _write(y, _nearest(tile, y.ptr.dtype.element_ty, UPCAST), m, n, M, N)
 
 
 @triton.jit
-def _small_h_kernel(
-    x_ptr,
-    stride_xm,
-    b_down_ptr,
-    stride_bdr,
-    stride_bdk,
-    h_ptr,
-    stride_hm,
-    stride_hr,
-    K,
-    R,
-    scale,
-    UPCAST: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def _small_h_kernel(x, b_down, h, K, R, scale, UPCAST: tl.constexpr, BLOCK_K: tl.constexpr):
     """h[m,r] = scale·Σₖ x[m,k]·B_down[r,k], one program a number: latency counts here, not traffic."""
     m = (tl.program_id(0) // R).to(tl.int64)
     r = (tl.program_id(0) % R).to(tl.int64)
     acc = tl.zeros((BLOCK_K,), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        x = _load_vector(x_ptr + m * stride_xm, k, 1, K)
-        down = tl.load(b_down_ptr + r * stride_bdr + k.to(tl.int64) * stride_bdk, mask=k < K, other=0.0)
-        acc += x * down.to(tl.float32)
-    h = _nearest(tl.sum(acc, 0) * scale, h_ptr.dtype.element_ty, UPCAST)
-    tl.store(h_ptr + m * stride_hm + r * stride_hr, h)
+        row = _load_vector(x.ptr + m * x.row, k, x.col, K)
+        acc += row * _load_vector(b_down.ptr + r * b_down.row, k, b_down.col, K)
+    value = _nearest(tl.sum(acc, 0) * scale, h.ptr.dtype.element_ty, UPCAST)
+    tl.store(h.ptr + m * h.row + r * h.col, value)

@@ -1,88 +1,74 @@
 """After y: one read of dy and one of x, for everything else that backward sums.
 
-A sum that several programs contribute to goes to partial sums. Those that the next kernel reads anyway (S and τ, in
-`bands` of the reduction) it adds itself; the others are added by `finish._finish_kernel`.
+A sum that several programs contribute to goes to partial sums, which `finish._finish_kernel` adds up. The read of x
+adds the bands of S itself.
 """
 
 import triton
 import triton.language as tl
 
 from glora_kernels.kernels.common import (
-    _dot,
+    _beta,
+    _columns_from,
+    _dot_thin,
     _dropped,
-    _load,
-    _load_banded,
-    _load_banded_vector,
-    _load_shift,
-    _load_vector,
-    _low_rank,
+    _read,
+    _read_banded,
+    _read_banded_vector,
+    _read_vector,
     _round,
-    _seed,
+    _seed_of,
     _store,
+    _thin_product,
+    _transposed,
+    _write,
 )
+from glora_kernels.kernels.operands import Matrix, Vector
 from glora_kernels.reference import recovery
 
 _SUM, _SQUARES = tl.constexpr(recovery.SUM), tl.constexpr(recovery.SQUARES)
+_LINE = tl.constexpr(16)
 
 
-@triton.jit(do_not_specialize=["band_width"])
+@triton.jit
+def _padded(size):
+    """Numbers in a row of S, or in one of τ: whole lines, for loads of 16 bytes at any rank and any M."""
+    return tl.cdiv(size, _LINE) * _LINE
+
+
+@triton.jit
+def _without_terms(
+    y, h, terms, sigma, m, n, M, N, R, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """(y - h·upᵀ - σ·bᵀ - β, the largest of |y| and what is left before β): what is Z∘(1+a) of a tile of y."""
+    largest = tl.abs(y)
+    if terms.up is not None:
+        y -= _thin_product(h, Matrix(terms.up, R, 1), m, n, M, N, R, R, 1, NUMERICS, BLOCK_M, BLOCK_N, 16)
+    if terms.b is not None:
+        y -= sigma[:, None] * _read_vector(terms.b, n, N)[None, :]
+    largest = tl.maximum(largest, tl.abs(y))
+    if terms.shift.bias is not None or terms.shift.e is not None or terms.shift.wc is not None:
+        y -= _beta(terms.shift, n, N)[None, :]
+    return y, largest
+
+
+@triton.jit(do_not_specialize=["M", "P", "R", "band_width"])
 def _dy_kernel(
-    dy_ptr,
-    stride_dym,
-    stride_dyn,
-    y_ptr,
-    stride_ym,
-    stride_yn,
-    u_ptr,
-    stride_un,
-    stride_ur,
-    up_ptr,
-    stride_upn,
-    stride_upr,
-    b_ptr,
-    stride_b,
-    bias_ptr,
-    stride_bias,
-    wc_ptr,
-    d_ptr,
-    stride_d,
-    e_ptr,
-    stride_e,
-    h_ptr,
-    stride_hm,
-    stride_hr,
-    sigma_ptr,
-    s_ptr,
-    stride_sb,
-    stride_sm,
-    stride_sr,
-    tau_ptr,
-    stride_tau,
-    part_ptr,
-    stride_part,
-    stride_pc,
+    dy,
+    y,
+    terms,
+    s,
+    tau,
+    factor,
+    columns,
     M,
     N,
     P,
     R,
     band_width,
     scale,
-    HAS_S: tl.constexpr,
-    HAS_U: tl.constexpr,
-    HAS_UP: tl.constexpr,
-    HAS_B: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_WC: tl.constexpr,
-    HAS_D: tl.constexpr,
-    HAS_E: tl.constexpr,
-    HAS_TAU: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
-    HAS_G: tl.constexpr,
-    HAS_SIGMA: tl.constexpr,
-    HAS_Y: tl.constexpr,
-    FACTOR_DTYPE: tl.constexpr,
-    FACTOR_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    RANK_STEP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -91,188 +77,155 @@ def _dy_kernel(
 ):
     """One read of dy for all that is made from it: S and τ along N, the gradients' sums along M.
 
-    Over a band of N: S[band,m] = [Σₙ dy·U | s·Σₙ dy·B_up] (P+R) and τ[band,m] = Σₙ dy·b[n]. Over the rows of program
-    i: part[i,·,n] is, as far as present, Σₘ dy, Σₘ σ[m]·dy and what dA is recovered from, then Σₘ h[m,c]·dy[m,n] for
-    c < P+R. dA: with q = dy∘(y - h·B_upᵀ - σ·b - β), Σₘ q, and where y holds more than Z also Σₘ(p - 1.5|q|) and
-    Σₘ(p² - 2q²), by which `finish._finish_kernel` judges it; p = |dy|·(the largest of what q was found through).
+    Over a band of N: s[band,m] = [Σₙ dy·U | scale·Σₙ dy·up] (P+R) and tau[band,m] = Σₙ dy·b[n]. Over the rows of
+    program i: factor[i,c,n] = Σₘ [P|h][m,c]·dy[m,n], and of `Columns` g, sigma and q as far as present. q: Σₘ q with
+    q = dy∘(y - h·upᵀ - σ·b - β), and where y holds more than Z the judges Σₘ(p - 1.5|q|) and Σₘ(p² - 2q²), with
+    p = |dy|·(the largest of what q was found through). `band_width` is a multiple of BLOCK_N, P and R of RANK_STEP.
     """
-    MIXED: tl.constexpr = HAS_UP or HAS_B or HAS_BIAS or HAS_WC or HAS_E
-    i = tl.program_id(0)
+    # The columns of a large S by programs of their own, beside each other in time to share dy in the L2.
+    across = tl.maximum(tl.maximum(tl.cdiv(P, BLOCK_P), tl.cdiv(R, BLOCK_R)), 1)
+    i = tl.program_id(0) // across
+    rank_block = tl.program_id(0) % across
     band = tl.program_id(1)
     m = i * BLOCK_M + tl.arange(0, BLOCK_M)
-    p = tl.arange(0, BLOCK_P)
-    r = tl.arange(0, BLOCK_R)
+    p = rank_block * BLOCK_P + tl.arange(0, BLOCK_P)
+    r = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_H)
+    # What they are, written so that the compiler sees of what they are multiples.
+    P = P // RANK_STEP * RANK_STEP
+    R = R // RANK_STEP * RANK_STEP
     # Sᵀ and not S: 16 rows of the rank keep the product on mma.sync, which takes what dy was loaded for elsewhere.
     u_acc = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
     up_acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
-    tau = tl.zeros((BLOCK_M,), tl.float32)
-    if HAS_FACTOR or HAS_G or HAS_SIGMA or HAS_Y:
-        part_ptr += tl.cast(i, tl.int64) * stride_part
-    if HAS_FACTOR:
-        h = _load(h_ptr, c, m, stride_hr, stride_hm, P + R, M).to(FACTOR_DTYPE)
-    if HAS_SIGMA:
-        sigma = _load_vector(sigma_ptr, m, 1, M)
-    elif HAS_Y and HAS_B:
-        sigma = _load_vector(sigma_ptr, m, 1, M)
-    first = band * band_width
+    tau_acc = tl.zeros((BLOCK_M,), tl.float32)
+    low = None
+    if terms.low is not None:
+        low = Matrix(terms.low, P + R, 1)
+    if factor is not None:
+        h = _read(_transposed(low), c, m, P + R, M).to(NUMERICS.factor_dtype)
+    sigma = None
+    if terms.sigma is not None:
+        sigma = _read_vector(terms.sigma, m, M)
+    # Told, so that dy is read 16 bytes at a time.
+    first = tl.multiple_of(band * band_width, 16)
     for n0 in range(first, tl.minimum(first + band_width, N), BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        dy = _load(dy_ptr, m, n, stride_dym, stride_dyn, M, N)
-        if HAS_S:
-            if HAS_U:
-                factor = _load(u_ptr, p, n, stride_ur, stride_un, P, N).to(FACTOR_DTYPE)
-                u_acc = _dot(factor, dy.T, u_acc, FACTOR_PRECISION, UPCAST)
-            if HAS_UP:
-                factor = _load(up_ptr, r, n, stride_upr, stride_upn, R, N).to(FACTOR_DTYPE)
-                up_acc = _dot(factor, dy.T, up_acc, FACTOR_PRECISION, UPCAST)
-        if HAS_TAU:
-            tau += tl.sum(dy.to(tl.float32) * _load_vector(b_ptr, n, stride_b, N)[None, :], 1)
-        if HAS_FACTOR:
-            value = _dot(h, dy, tl.zeros((BLOCK_H, BLOCK_N), tl.float32), FACTOR_PRECISION, UPCAST)
-            after = tl.cast(stride_pc, tl.int64) * (HAS_G + HAS_SIGMA + HAS_Y * (1 + 2 * MIXED))
-            _store(part_ptr + after, value, c, n, stride_pc, 1, P + R, N)
-        if HAS_G or HAS_SIGMA or HAS_Y:
-            row = part_ptr + n.to(tl.int64)
-        if HAS_G:
-            tl.store(row, tl.sum(dy.to(tl.float32), 0), mask=n < N)
-            row += stride_pc
-        if HAS_SIGMA:
-            tl.store(row, tl.sum(dy.to(tl.float32) * sigma[:, None], 0), mask=n < N)
-            row += stride_pc
-        if HAS_Y:
-            y = _load(y_ptr, m, n, stride_ym, stride_yn, M, N)
-            value = y.to(tl.float32)
-            if MIXED:
-                largest = tl.abs(value)
-                if HAS_UP:
-                    value -= _low_rank(
-                        h_ptr, 0, stride_hm, stride_hr, up_ptr, stride_upn, stride_upr, m, n, M, N, R, 1,
-                        FACTOR_DTYPE, FACTOR_PRECISION, UPCAST, BLOCK_M, BLOCK_N, 16,
-                    )  # fmt: skip
-                if HAS_B:
-                    value -= sigma[:, None] * _load_vector(b_ptr, n, stride_b, N)[None, :]
-                largest = tl.maximum(largest, tl.abs(value))
-                if HAS_BIAS or HAS_WC or HAS_E:
-                    value -= _load_shift(
-                        bias_ptr, stride_bias, wc_ptr, d_ptr, stride_d, e_ptr, stride_e, n, N,
-                        HAS_BIAS, HAS_WC, HAS_D, HAS_E,
-                    )[None, :]  # fmt: skip
-                q_value = dy.to(tl.float32) * value
-                p_value = tl.abs(dy.to(tl.float32)) * largest
-                tl.store(row, tl.sum(q_value, 0), mask=n < N)
-                row += stride_pc
-                tl.store(row, tl.sum(p_value - _SUM * tl.abs(q_value), 0), mask=n < N)
-                row += stride_pc
-                tl.store(row, tl.sum(p_value * p_value - _SQUARES * (q_value * q_value), 0), mask=n < N)
-            else:
-                tl.store(row, tl.sum(dy.to(tl.float32) * value, 0), mask=n < N)
-    if HAS_S:
-        s_ptr += tl.cast(band, tl.int64) * stride_sb
-        if HAS_U:
-            _store(s_ptr, u_acc, p, m, stride_sr, stride_sm, P, M)
-        if HAS_UP:
-            _store(s_ptr + P * stride_sr, up_acc * scale, r, m, stride_sr, stride_sm, R, M)
-    if HAS_TAU:
-        tl.store(tau_ptr + tl.cast(band, tl.int64) * stride_tau + m, tau, mask=m < M)
+        value = _read(dy, m, n, M, N)
+        if s is not None:
+            if terms.u is not None:
+                u = _read(_transposed(Matrix(terms.u, P, 1)), p, n, P, N).to(NUMERICS.factor_dtype)
+                u_acc = _dot_thin(u, value.T, u_acc, NUMERICS)
+            if terms.up is not None:
+                up = _read(_transposed(Matrix(terms.up, R, 1)), r, n, R, N).to(NUMERICS.factor_dtype)
+                up_acc = _dot_thin(up, value.T, up_acc, NUMERICS)
+        if tau is not None:
+            tau_acc += tl.sum(value.to(tl.float32) * _read_vector(terms.b, n, N)[None, :], 1)
+        if factor is not None:
+            zeros = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+            part = _dot_thin(h, value, zeros, NUMERICS)
+            _store(factor.ptr + tl.cast(i, tl.int64) * factor.step, part, c, n, factor.row, 1, P + R, N)
+        if rank_block == 0:
+            at = n
+            if columns.end is not None:
+                at += tl.cast(i, tl.int64) * columns.step
+            if columns.g is not None:
+                tl.store(columns.g + at, tl.sum(value.to(tl.float32), 0), mask=n < N)
+            if columns.sigma is not None:
+                tl.store(columns.sigma + at, tl.sum(value.to(tl.float32) * sigma[:, None], 0), mask=n < N)  # type: ignore[index]
+            if columns.q is not None:
+                rest = _read(y, m, n, M, N).to(tl.float32)
+                if columns.judges is not None:
+                    rest, largest = _without_terms(rest, low, terms, sigma, m, n, M, N, R, NUMERICS, BLOCK_M, BLOCK_N)
+                    p_value = tl.abs(value.to(tl.float32)) * largest
+                    q_value = value.to(tl.float32) * rest
+                    tl.store(columns.judges + at, tl.sum(p_value - _SUM * tl.abs(q_value), 0), mask=n < N)
+                    squares = tl.sum(p_value * p_value - _SQUARES * (q_value * q_value), 0)
+                    tl.store(columns.judges + columns.end + at, squares, mask=n < N)
+                tl.store(columns.q + at, tl.sum(value.to(tl.float32) * rest, 0), mask=n < N)
+    if s is not None:
+        width = _padded(P + R)
+        s += tl.cast(band, tl.int64) * M * width
+        if terms.u is not None:
+            _store(s, u_acc, p, m, 1, width, P, M)
+            s += P
+        if terms.up is not None:  # and zeros to the end of the row
+            _store(s, up_acc * scale, r, m, 1, width, width - P, M)
+    if tau is not None:
+        tl.store(tau + tl.cast(band, tl.int64) * _padded(M) + m, tau_acc, mask=(m < M) & (rank_block == 0))
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "rows_per_split"])
+@triton.jit(do_not_specialize=["seed", "threshold", "M", "P", "R"])
 def _x_kernel(
-    x_ptr,
-    stride_xm,
-    stride_xk,
-    s_ptr,
-    stride_sb,
-    stride_sm,
-    stride_sr,
-    tau_ptr,
-    stride_tau,
-    a_down_ptr,
-    stride_adr,
-    stride_adk,
-    b_down_ptr,
-    stride_bdr,
-    stride_bdk,
-    dx_ptr,
-    stride_dxm,
-    stride_dxk,
-    part_ptr,
-    stride_part,
-    stride_pc,
+    x,
+    s,
+    tau,
+    a_down,
+    b_down,
+    dx,
+    p_part,
+    v_part,
     seed,
     M,
     K,
     P,
     R,
-    rows_per_split,
     threshold,
     inv_keep,
-    HAS_P: tl.constexpr,
-    HAS_V: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    SEED_IS_POINTER: tl.constexpr,
-    WRITE_DX: tl.constexpr,
-    HAS_DOWN_P: tl.constexpr,
-    HAS_DOWN_V: tl.constexpr,
-    HAS_TAU: tl.constexpr,
     BANDS: tl.constexpr,
-    FACTOR_DTYPE: tl.constexpr,
-    FACTOR_PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    P_STEP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One read of x for the gradients that multiply it: part[split,c,k] = Σₘ S[m,c]·x[m,k], x dropped for c ≥ P.
+    """One read of x for the gradients that multiply it, by splits of the rows; x dropped for columns of S from P on.
 
-    With WRITE_DX also dx[m,k] = Σₚ S·A_down + mask∘(Σᵣ S·B_down)/(1-p) + τ[m], for the vendor's product to be added to.
+    p_part[split] = S[:, :P]ᵀ·x (P,K), v_part[split] = S[:, P:]ᵀ·drop(x)/(1-p) (R,K). With `dx` also
+    dx[m,k] = Σₚ S·a_down + mask∘(Σᵣ S·b_down)/(1-p) + τ[m], for the vendor's product to be added to.
     """
+    P = P // P_STEP * P_STEP  # what it is: for the compiler, a multiple of P_STEP
     split = tl.program_id(1)
-    k0 = tl.program_id(0) * BLOCK_K
+    across = tl.cdiv(K, BLOCK_K)
+    rank_block = tl.program_id(0) // across  # the columns of a large S by programs of their own
+    k0 = tl.program_id(0) % across * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
-    p = tl.arange(0, BLOCK_P)
-    r = tl.arange(0, BLOCK_R)
+    p = rank_block * BLOCK_P + tl.arange(0, BLOCK_P)
+    r = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
     p_acc = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
     v_acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    first = split * rows_per_split
-    last = tl.minimum(first + rows_per_split, M)
-    for m0 in range(first, last, BLOCK_M):
+    rows = tl.cdiv(tl.cdiv(M, tl.num_programs(1)), BLOCK_M) * BLOCK_M
+    for m0 in range(split * rows, tl.minimum((split + 1) * rows, M), BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
-        if HAS_P or HAS_V:
-            x = _load(x_ptr, m, k, stride_xm, stride_xk, last, K)
-        if HAS_P:
-            s = _load_banded(s_ptr, stride_sb, p, m, stride_sr, stride_sm, P, last, BANDS)
-            p_acc = _dot(s.to(FACTOR_DTYPE), x, p_acc, FACTOR_PRECISION, UPCAST)
-        if HAS_V:
-            if HAS_DROPOUT:
-                x = _dropped(x, _seed(seed, SEED_IS_POINTER), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K)
-            s = _load_banded(s_ptr + P * stride_sr, stride_sb, r, m, stride_sr, stride_sm, R, last, BANDS)
-            v_acc = _dot(s.to(FACTOR_DTYPE), x, v_acc, FACTOR_PRECISION, UPCAST)
-        if WRITE_DX:
-            term = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-            if HAS_DOWN_V:
-                term = _low_rank(
-                    s_ptr + P * stride_sr, stride_sb, stride_sm, stride_sr, b_down_ptr, stride_bdk, stride_bdr,
-                    m, k, last, K, R, BANDS, FACTOR_DTYPE, FACTOR_PRECISION, UPCAST, BLOCK_M, BLOCK_K, BLOCK_R,
-                )  # fmt: skip
-                if HAS_DROPOUT:
-                    term = _dropped(term, _seed(seed, SEED_IS_POINTER), m, k0, threshold, inv_keep, BLOCK_M, BLOCK_K)
-            if HAS_DOWN_P:
-                term += _low_rank(
-                    s_ptr, stride_sb, stride_sm, stride_sr, a_down_ptr, stride_adk, stride_adr,
-                    m, k, last, K, P, BANDS, FACTOR_DTYPE, FACTOR_PRECISION, UPCAST, BLOCK_M, BLOCK_K, BLOCK_P,
-                )  # fmt: skip
-            if HAS_TAU:
-                term += _load_banded_vector(tau_ptr, stride_tau, m, last, BANDS)[:, None]
-            _store(dx_ptr, _round(term, m, k, dx_ptr.dtype.element_ty), m, k, stride_dxm, stride_dxk, last, K)
-    if HAS_P or HAS_V:
-        part_ptr += tl.cast(split, tl.int64) * stride_part
-    if HAS_P:
-        _store(part_ptr, p_acc, p, k, stride_pc, 1, P, K)
-    if HAS_V:
-        row = part_ptr
-        if HAS_P:
-            row += tl.cast(P, tl.int64) * stride_pc
-        _store(row, v_acc * inv_keep, r, k, stride_pc, 1, R, K)
+        if p_part is not None or v_part is not None:
+            block = _read(x, m, k, M, K)
+        if p_part is not None:
+            s_block = _read_banded(s, p, m, s.row, M, M, BANDS, True).to(NUMERICS.factor_dtype)
+            p_acc = _dot_thin(s_block, block, p_acc, NUMERICS)
+        if v_part is not None:
+            if seed is not None:
+                block = _dropped(block, _seed_of(seed), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K)
+            # Whole rows of S, whose length is known to be a multiple of 16 where R is not.
+            s_block = _read_banded(_columns_from(s, P), r, m, s.row - P, M, M, BANDS, True).to(NUMERICS.factor_dtype)
+            v_acc = _dot_thin(s_block, block, v_acc, NUMERICS)
+        if dx is not None:
+            if rank_block == 0:
+                term = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+                if b_down is not None:
+                    term = _thin_product(
+                        _columns_from(s, P), _transposed(b_down), m, k, M, K, R, s.row if a_down is None else R, BANDS,
+                        NUMERICS, BLOCK_M, BLOCK_K, BLOCK_R,
+                    )  # fmt: skip
+                    if seed is not None:
+                        term = _dropped(term, _seed_of(seed), m, k0, threshold, inv_keep, BLOCK_M, BLOCK_K)
+                if a_down is not None:
+                    term += _thin_product(
+                        s, _transposed(a_down), m, k, M, K, P, P, BANDS, NUMERICS, BLOCK_M, BLOCK_K, BLOCK_P
+                    )
+                if tau is not None:
+                    term += _read_banded_vector(Vector(tau, 1), m, M, _padded(M), BANDS)[:, None]
+                _write(dx, _round(term, m, k, dx.ptr.dtype.element_ty), m, k, M, K)
+    if p_part is not None:
+        _store(p_part + tl.cast(split, tl.int64) * P * K, p_acc, p, k, K, 1, P, K)
+    if v_part is not None:
+        _store(v_part + tl.cast(split, tl.int64) * R * K, v_acc * inv_keep, r, k, K, 1, R, K)

@@ -1,16 +1,16 @@
-"""Compile every kernel ahead of time, for cards that are not here, and report what the compiler made of it.
+"""Compile the kernels ahead of time, for cards that are not here, and report what the compiler made of them.
 
-`python -m glora_kernels.launch.aot` compiles each kernel × dtype × architecture × configuration that the launchers
-choose, with the same `Launch` objects (on meta tensors), and reads registers, stack, spills, shared memory and the
-matrix instructions out of the machine code. It needs no GPU, and a process without TRITON_INTERPRET.
+`python -m glora_kernels.launch.aot` plans the calls of `ops.shipped` as real calls are, compiles every form of a kernel
+that they ask for as Triton's JIT would on the card (`launch.elsewhere`), and reads registers, stack, spills, shared
+memory, the widths of loads and the matrix instructions out of the machine code. It needs no GPU, and a process without
+TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import importlib.metadata
-import io
 import json
 import re
 import subprocess
@@ -21,20 +21,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from glora_kernels.launch import (
-    aot_cases,
-    aot_depth_cases,
-    aot_grouped_cases,
-    aot_quant_cases,
-    aot_small_m_cases,
-    environment,
-    outputs,
-)
+from glora_kernels.kernels.operands import Matrix
+from glora_kernels.launch import elsewhere, environment, outputs, tables
 from glora_kernels.launch.configs import SHARED_LIMIT
 from glora_kernels.launch.plan import Launch
 
@@ -46,11 +38,14 @@ MATRIX_INSTRUCTION = {
 }  # fmt: skip
 
 
-_WITHOUT_PRODUCT = (
-    "prepare, W_eff of a vector", "finish lora", "totals", "wc", "c grad", "merge vectors", "restore", "shift",
-    "dequantize", "4-bit, one token", "4-bit, h of few tokens", "dy, A vector",
-)  # fmt: skip
-"""Forms that only read and add."""
+_MULTIPLYING = ("_x_kernel", "_added_terms_kernel", "_grouped_down_kernel", "_grouped_x_kernel", "_shared_grad_kernel")
+"""Kernels of which every form has a product, beside the large ones; others may only read and add."""
+
+_STREAMING = ("_prepare_kernel", "_dy_kernel", "_x_kernel", "_grouped_dy_kernel", "_grouped_x_kernel")
+"""Kernels that read x, dy or W once, from end to end: sixteen bytes at a time, where rows begin at multiples of it."""
+
+_NARROW = 4
+"""Loads of one number by a thread that such a kernel may have, of vectors."""
 
 _LARGE = (
     "_glora_fwd_kernel", "_glora_dx_kernel", "_hadamard_grad_kernel", "_grouped_fwd_kernel", "_grouped_dx_kernel",
@@ -60,10 +55,15 @@ _LARGE = (
 
 @dataclass(frozen=True)
 class Report:
-    """What one compilation gave. Sizes in bytes; -1 where the tool chain does not tell."""
+    """What one compilation gave. Sizes in bytes; -1 where the tool chain does not tell.
+
+    form: what tells it from others of its kernel (`elsewhere.key_of`). asked: the first call that asks for it. narrow:
+    the loads of less than 32 bits. even: see `is_even`.
+    """
 
     kernel: str
-    case: str
+    form: str
+    asked: str
     dtype: str
     arch: str
     config: str
@@ -76,6 +76,8 @@ class Report:
     batch: int
     tma: int
     async_copies: int
+    narrow: int
+    even: bool
     serialized: bool
     error: str = ""
 
@@ -91,56 +93,40 @@ class Report:
             found.append("wgmma serialized (C7511, C7515 …)")
         if self.shared > SHARED_LIMIT[self.arch]:
             found.append(f"{self.shared} bytes of shared memory, over the card's {SHARED_LIMIT[self.arch]}")
-        expects = self.dtype != "fp32" and not self.case.startswith(_WITHOUT_PRODUCT)
-        if not self.error and expects and self.matrix_count == 0:
+        multiplies = self.dtype != "fp32" and self.kernel in (*_LARGE, *_MULTIPLYING)
+        if not self.error and multiplies and self.matrix_count == 0:
             found.append("no matrix instruction")
         if self.kernel in _LARGE and "HGMMA" in self.matrix_instruction and self.batch < 2:
             found.append("a wait after every wgmma")
+        if self.kernel in _STREAMING and self.even and self.narrow > _NARROW:
+            found.append(f"{self.narrow} loads of less than 32 bits")
         return found
 
 
-def cases(dtype: torch.dtype, arch: str, every: int = 1) -> Iterator[tuple[str, Launch]]:
-    """(name, launch) of every form of every kernel, or of the first form of each and every so many after it.
+class Form(NamedTuple):
+    """A form of a kernel: its key, the first call that asks for it, and that call's launch."""
 
-    They import the kernels, and so Triton.
-    """
-    seen: Counter[str] = Counter()
-    for part in (aot_cases, aot_grouped_cases, aot_depth_cases, aot_quant_cases, aot_small_m_cases):
-        for name, launch in part.cases(dtype, arch):
-            kernel = launch.kernel.__name__
-            if seen[kernel] % every == 0:
-                yield name, launch
-            seen[kernel] += 1
+    key: str
+    asked: str
+    launch: Launch
 
 
-def compile_launch(launch: Launch, arch: str) -> tuple[Any, str]:
-    """Compile as the JIT would: pointers and multiples of 16 marked divisible, ones and absent pointers folded in.
+@functools.lru_cache(maxsize=1)
+def forms(arch: str, dtype: torch.dtype, every: int = 1) -> list[Form]:
+    """What the calls of `ops.shipped` ask of a card; or of each kernel the first form, and every so many after it."""
+    from glora_kernels.ops import shipped
 
-    Returns the compiled kernel and what ptxas said about it, with the very options Triton gives it.
-    """
-    import triton
-    from triton import knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = launch.kernel.arg_names
-    constexpr_names = {names[i] for i in launch.kernel.constexprs}
-    signature: dict[str, Any] = {}
-    constants: dict[Any, Any] = {}
-    attrs: dict[Any, Any] = {}
-    for i, name in enumerate(names):
-        if name in constexpr_names:
-            signature[name], constants[(i,)] = "constexpr", launch.args[name]
-        else:
-            signature[name] = _argument((i,), launch.args[name], constants, attrs)
-    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
-    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
-        knobs.compilation.always_compile = True  # what comes out of the cache has no log
-        knobs.compilation.disable_line_info = True  # a sixth of the time, and no instruction
-        knobs.nvidia.dump_ptxas_log = True
-        compiled = triton.compile(source, target=target, options=dict(launch.options))
-    return compiled, log.getvalue()
+    asked, seen, found = elsewhere.Forms(), Counter[str](), []
+    with elsewhere.on_card(arch), tables.using(None):
+        for call in (*shipped.models(arch, dtype), *shipped.others(arch, dtype)):
+            for launch in call.steps:
+                if not isinstance(launch, Launch) or (key := asked.ask(launch)) is None:
+                    continue
+                name = launch.kernel.__name__
+                if seen[name] % every == 0:
+                    found.append(Form(key, call.text, launch))
+                seen[name] += 1
+    return found
 
 
 def blocks_of(launch: Launch) -> str:
@@ -149,15 +135,40 @@ def blocks_of(launch: Launch) -> str:
     return f"{blocks} w{launch.options['num_warps']} s{launch.options['num_stages']}"
 
 
-def report(name: str, launch: Launch, dtype: str, arch: str) -> Report:
-    """Compile one launch and read the machine code. A failed compilation is a report with `error` set."""
-    head = (launch.kernel.__name__, name, dtype, arch, blocks_of(launch))
+def report(form: Form, dtype: str, arch: str) -> Report:
+    """Compile one form and read the machine code. A failed compilation is a report with `error` set."""
+    launch = form.launch
+    head = (launch.kernel.__name__, form.key, form.asked, dtype, arch, blocks_of(launch))
+    even = is_even(launch.args)
     try:
-        compiled, log = compile_launch(launch, arch)
+        with elsewhere.on_card(arch):
+            compiled, log = elsewhere.compile_launch(launch)
     except Exception as error:
-        return Report(*head, -1, -1, -1, -1, "", 0, 0, 0, 0, False, f"{type(error).__name__}: {str(error)[:500]}")
+        why = f"{type(error).__name__}: {str(error)[:500]}"
+        return Report(*head, -1, -1, -1, -1, "", 0, 0, 0, 0, 0, even, False, why)
     read = _read_amd(compiled, arch) if arch.startswith("gfx") else _read_nvidia(compiled, log, arch)
-    return Report(*head, **read)
+    return Report(*head, even=even, **read)
+
+
+def is_even(args: dict[str, Any]) -> bool:
+    """Whether Triton sees that every row of every matrix among arguments begins at a multiple of 16 numbers.
+
+    Not so where U = W·A_up is made, which reads A_up across its rows.
+    """
+    ranks = [value for name in ("P", "R", "Rs") for value in _flat(args.get(name))]
+    return args.get("u_ptr") is None and all(rank % 16 == 0 for rank in ranks) and all(
+        value.row % 16 == 0 or value.col % 16 == 0
+        for arg in args.values() for value in _flat(arg) if isinstance(value, Matrix)
+    )  # fmt: skip
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """What stands in structures of arguments, the matrices whole; nothing of None."""
+    if isinstance(value, tuple) and not isinstance(value, Matrix):
+        for part in value:
+            yield from _flat(part)
+    elif value is not None:
+        yield value
 
 
 def run(
@@ -172,7 +183,7 @@ def run(
         (arch, dtype, every, i)
         for arch in archs
         for dtype in dtypes
-        for i in range(sum(1 for _ in cases(DTYPES[dtype], arch, every)))
+        for i in range(len(forms(arch, DTYPES[dtype], every)))
     ]
     reports = []
     with ProcessPoolExecutor(jobs) as pool:
@@ -185,23 +196,28 @@ def run(
 
 def markdown(reports: list[Report]) -> str:
     """The reports as a table, one line a kernel form, dtype and architecture."""
-    columns = ("kernel", "form", "dtype", "arch", "blocks", "registers", "stack", "spill", "shared",
-               "matrix instructions", "TMA", "ok")  # fmt: skip
+    columns = ("kernel", "form", "first asked by", "dtype", "arch", "blocks", "registers", "stack", "spill", "shared",
+               "matrix instructions", "TMA", "narrow loads", "ok")  # fmt: skip
+    archs, dtypes = (
+        ", ".join(dict.fromkeys(names)) for names in ([r.arch for r in reports], [r.dtype for r in reports])
+    )
     head = f"| {' | '.join(columns)} |"
     lines = [
         "# Ahead-of-time compilation",
         "",
-        f"triton {importlib.metadata.version('triton')}; `python -m glora_kernels.launch.aot`. Sizes in bytes.",
+        f"Triton {importlib.metadata.version('triton')}, for {archs}, in {dtypes}; "
+        f"`python -m glora_kernels.launch.aot`. {len(reports)} forms, {sum(not r.faults for r in reports)} without a "
+        "fault. Sizes in bytes.",
         "",
         head,
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---" * len(columns) + "|",
     ]
     for r in reports:
         matrix = f"{r.matrix_count} {r.matrix_instruction}" if r.matrix_count else "–"
         verdict = "; ".join(r.faults) or "yes"
         lines.append(
-            f"| `{r.kernel}` | {r.case} | {r.dtype} | {r.arch} | {r.config} | {r.registers} | {r.stack} | {r.spill} "
-            f"| {r.shared} | {matrix} | {r.tma or '–'} | {verdict} |"
+            f"| `{r.kernel}` | {r.form} | {r.asked} | {r.dtype} | {r.arch} | {r.config} | {r.registers} | {r.stack} "
+            f"| {r.spill} | {r.shared} | {matrix} | {r.tma or '–'} | {r.narrow or '–'} | {verdict} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -233,46 +249,19 @@ def main(argv: list[str] | None = None) -> int:
         print(markdown(reports))
     faulty = [r for r in reports if r.faults]
     for r in faulty:
-        print(f"{r.kernel} ({r.case}, {r.dtype}, {r.arch}): {'; '.join(r.faults)}", file=sys.stderr)
+        print(f"{r.kernel} ({r.asked}, {r.dtype}, {r.arch}): {'; '.join(r.faults)}", file=sys.stderr)
     return 1 if faulty else 0
 
 
 def _task(task: tuple[str, str, int, int]) -> Report:
     arch, dtype, every, index = task
-    name, launch = list(cases(DTYPES[dtype], arch, every))[index]
-    return report(name, launch, dtype, arch)
+    return report(forms(arch, DTYPES[dtype], every)[index], dtype, arch)
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on; got {text!r}")
     return int(text)
-
-
-def _argument(path: tuple[int, ...], value: Any, constants: dict[Any, Any], attrs: dict[Any, Any]) -> Any:
-    """The type of one argument, or of each entry of a tuple, as the JIT would specialize it."""
-    if isinstance(value, tuple):
-        return tuple(_argument((*path, i), entry, constants, attrs) for i, entry in enumerate(value))
-    if type(value).__name__ == "TensorDescriptor":
-        block = ", ".join(map(str, value.block_shape))
-        return f"tensordesc<{_signature_type(value.base)[1:]}[{block}]>"
-    if value is None or (isinstance(value, int) and value == 1):
-        constants[path] = value
-        return "constexpr"
-    if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-        attrs[path] = [["tt.divisibility", 16]]
-    return _signature_type(value)
-
-
-def _signature_type(value: object) -> str:
-    if isinstance(value, Tensor):
-        names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
-                 torch.int8: "i8", torch.uint8: "u8"}  # fmt: skip
-        return "*" + names[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    assert isinstance(value, int)
-    return "i32" if abs(value) < 2**31 else "i64"
 
 
 def _read_nvidia(compiled: Any, log: str, arch: str) -> dict[str, Any]:
@@ -295,6 +284,7 @@ def _read_nvidia(compiled: Any, log: str, arch: str) -> dict[str, Any]:
         "batch": _longest_batch(sass),
         "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
         "tma": len(re.findall(r"\bUTMALDG\b|\bUTMASTG\b", sass)),
+        "narrow": len(re.findall(r"\bLDG(?:\.\w+)*\.[US](?:8|16)\b", sass)),
         "serialized": "instructions are serialized" in log,
     }
 
@@ -321,6 +311,7 @@ def _read_amd(compiled: Any, arch: str) -> dict[str, Any]:
         "batch": 0,
         "tma": 0,
         "async_copies": 0,
+        "narrow": 0,
         "serialized": False,
     }
 

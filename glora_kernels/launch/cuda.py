@@ -9,16 +9,18 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from glora_kernels.kernels.operands import W_ALONE, Terms
 from glora_kernels.launch import configs
 from glora_kernels.launch.cuda_build import available, build_info, module, why_missing
-from glora_kernels.launch.plan import _Planning, vector_stride
+from glora_kernels.launch.plan import note, vector_stride
+from glora_kernels.launch.recording import Recording
 from glora_kernels.launch.workspace import is_private
 from glora_kernels.modes import outside_modes
 from glora_kernels.quant import QuantizedWeight
@@ -54,7 +56,7 @@ _NO_MATRIX = (0, 0, 0, 0)
 
 @dataclass(frozen=True)
 class CudaLaunch:
-    """One launch of the extension. `entry` is its function, `tensors` what the pointers in `args` point to."""
+    """One launch of the extension. `entry` is its function; a tensor in `args` stands for its address."""
 
     kernel: str
     entry: str
@@ -63,6 +65,7 @@ class CudaLaunch:
     args: dict[str, Any]
     tensors: tuple[Tensor, ...]
     block: int = _THREADS
+    for_m: Callable[[int], dict[str, Any]] | None = None  # the fields that follow M, and the arguments among them
 
     def run(self) -> None:
         """Launch on the current stream of the device of the tensors. Inside `planning` it is noted instead.
@@ -70,8 +73,7 @@ class CudaLaunch:
         Raises:
             RuntimeError: the extension is missing, the tensors are on no GPU, or CUDA reports an error.
         """
-        if _Planning.steps is not None:
-            _Planning.steps.append(self)
+        if note(self):
             return
         device = self.tensors[0].device
         if device.type != "cuda":
@@ -85,14 +87,35 @@ class CudaLaunch:
 
     def _launch(self, function: Callable[..., None], device: torch.device) -> None:
         stream = torch.cuda.current_stream(device)
-        args = self.args
+        args = addresses(self.args)
         if args.get("scratch"):
             counters, sums = _scratch(stream)  # alive until the launch is in the queue
             args = args | {"barrier": counters.data_ptr(), "scratch": sums.data_ptr()}
         function(device=stream.device_index, stream=stream.cuda_stream, **args)
 
+    def bound(self, recording: Recording, memory: Sequence[Any], m: int) -> CudaLaunch:
+        """A recorded launch with the tensors of a call."""
+
+        def tensor(twin: Tensor) -> Tensor:
+            return recording.pointer(twin, memory, m)
+
+        own = {} if self.for_m is None else self.for_m(m)
+        args = {name: _changed(value, tensor) for name, value in self.args.items()} | own.pop("args", {})
+        return replace(self, args=args, tensors=tuple(map(tensor, self.tensors)), **own)
+
     def __str__(self) -> str:
         return f"{self.kernel}[{self.grid}] block={self.block}; shared={self.shared}"
+
+
+def addresses(args: dict[str, Any]) -> dict[str, Any]:
+    return {name: _changed(value, lambda tensor: tensor.data_ptr()) for name, value in args.items()}
+
+
+def _changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """An argument with its tensors replaced."""
+    if isinstance(value, tuple):
+        return tuple(_changed(part, change) for part in value)
+    return change(value) if isinstance(value, Tensor) else value
 
 
 def dequantize_launch(
@@ -136,7 +159,7 @@ def dequantize_launch(
     _same_device(tensors + adapters)
     aligned = weight.packed.data_ptr() % 4 == 0 and out.data_ptr() % _ALIGNMENT == 0
     args = {
-        "codes": _codes(weight, out.dtype), "out": out.data_ptr(), "out_dtype": _DTYPES[out.dtype], "n": n, "k": k,
+        "codes": _codes(weight, out.dtype), "out": out, "out_dtype": _DTYPES[out.dtype], "n": n, "k": k,
         "a": terms[0], "b": terms[1], "scale": scale, "vectorized": aligned and (not adapters or k % 8 == 0),
     }  # fmt: skip
     if adapters:
@@ -190,16 +213,10 @@ def small_m_launch(
     x: Tensor,
     weight: QuantizedWeight,
     y: Tensor,
+    added: Terms = W_ALONE,
     *,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    b_up: Tensor | None = None,
     b_down: Tensor | None = None,
     scale: float = 1.0,
-    bias: Tensor | None = None,
-    wc: Tensor | None = None,
-    d: Tensor | None = None,
-    e: Tensor | None = None,
     h: Tensor | None = None,
     sigma: Tensor | None = None,
     arch: str,
@@ -213,9 +230,10 @@ def small_m_launch(
         x: (M, K), one that `serves_small_m` accepts.
         weight: (N, K) in 4 bits.
         y: (M, N) in x's dtype, any strides, written.
-        a, b, d, e: (N,) or (1,), in fp32, fp16 or bf16; d needs a bias.
-        b_up, b_down: (N, R) and (R, K), any strides, both or neither.
-        bias, wc: (N,).
+        added: a, b, d and e (N,) or (1,), in fp32, fp16 or bf16, d beside a bias; bias and wc (N,); up: B_up (N, R) of
+            any strides, beside b_down.
+        b_down: (R, K), any strides.
+        scale: s.
         h, sigma: (M, R) in x's dtype and (M,) fp32, contiguous, written where given; h needs the factors.
         arch: of the card; decides the split of K over the warps and the grid.
 
@@ -223,6 +241,7 @@ def small_m_launch(
         TypeError: a tensor of another dtype.
         ValueError: a call that `serves_small_m` refuses, or a shape, stride or device that does not fit.
     """
+    a, b, b_up, (bias, wc, d, e, _) = added.a, added.b, added.up, added.shift
     _pair("b", b_up, b_down)
     rank = 0 if b_up is None else b_up.shape[-1]
     if reason := serves_small_m(x, weight, rank):
@@ -253,17 +272,23 @@ def small_m_launch(
     tensors = (weight.packed, *weight.state.tensors(), x, y, *(t for t in given if t is not None))
     _same_device(tensors)
     has_sigma = b is not None or sigma is not None
-    config = small_m_config(m, n, k, rank, has_sigma, arch)
     args = {
-        "gemv": m <= GEMV_TOKENS, "codes": _codes(weight, x.dtype), "x": (x.data_ptr(), x.stride(0)),
-        "x_dtype": _DTYPES[x.dtype],
-        "y": (y.data_ptr(), *y.stride()), "sizes": (m, n, k), **vectors, "b_up": up, "b_down": down, "rank": rank,
-        "scale": scale, "h": 0 if h is None else h.data_ptr(), "sigma": 0 if sigma is None else sigma.data_ptr(),
+        "codes": _codes(weight, x.dtype), "x": (x, x.stride(0)), "x_dtype": _DTYPES[x.dtype],
+        "y": (y, *y.stride()), **vectors, "b_up": up, "b_down": down, "rank": rank,
+        "scale": scale, "h": 0 if h is None else h, "sigma": 0 if sigma is None else sigma,
         "has_sigma": has_sigma, "barrier": 0, "scratch": 1 if rank or has_sigma else 0,
-        **{name: config[name] for name in ("slices", "warps_k", "x_staged", "blocks", "shared_bytes")},
     }  # fmt: skip
-    name = "small_m_gemv_kernel" if m <= GEMV_TOKENS else "small_m_mma_kernel"
-    return CudaLaunch(name, "small_m", config["blocks"], config["shared_bytes"], args, tensors)
+
+    def for_m(m: int) -> dict[str, Any]:
+        config = small_m_config(m, n, k, rank, has_sigma, arch)
+        own = {name: config[name] for name in ("slices", "warps_k", "x_staged", "blocks", "shared_bytes")}
+        kernel = "small_m_gemv_kernel" if m <= GEMV_TOKENS else "small_m_mma_kernel"
+        sized = {"gemv": m <= GEMV_TOKENS, "sizes": (m, n, k)}
+        return {"kernel": kernel, "grid": own["blocks"], "shared": own["shared_bytes"], "args": sized | own}
+
+    own = for_m(m)
+    args |= own.pop("args")
+    return CudaLaunch(entry="small_m", args=args, tensors=tensors, for_m=for_m, **own)
 
 
 @functools.cache
@@ -347,12 +372,12 @@ def _codes(weight: QuantizedWeight, dtype: torch.dtype) -> tuple[Any, ...]:
     is_fp4 = state.quant_type == "fp4"
     stored = 0 if state.dtype == dtype else _DTYPES[state.dtype]
     if nested is None:
-        return (weight.packed.data_ptr(), state.absmax.data_ptr(), 0, 0, 0, 0, log2, 0, is_fp4, stored)
+        return (weight.packed, state.absmax, 0, 0, 0, 0, log2, 0, is_fp4, stored)
     if not _is_power_of_two(nested.blocksize):
         raise ValueError(f"the nested block size must be a power of two, got {nested.blocksize}")
     return (
-        weight.packed.data_ptr(), 0, state.absmax.data_ptr(), nested.absmax.data_ptr(), nested.code.data_ptr(),
-        nested.offset.data_ptr(), log2, nested.blocksize.bit_length() - 1, is_fp4, stored,
+        weight.packed, 0, state.absmax, nested.absmax, nested.code,
+        nested.offset, log2, nested.blocksize.bit_length() - 1, is_fp4, stored,
     )  # fmt: skip
 
 
@@ -376,22 +401,22 @@ def _pair(name: str, up: Tensor | None, down: Tensor | None) -> None:
         raise ValueError(f"the rank of {name}_up must be at least 1, got shape {tuple(up.shape)}")
 
 
-def _vector(name: str, tensor: Tensor | None, n: int, constant: bool = True) -> tuple[int, int, int]:
+def _vector(name: str, tensor: Tensor | None, n: int, constant: bool = True) -> tuple[Any, int, int]:
     """The arguments of `gk::Vector`: (N,), or (1,) repeated."""
     if tensor is None:
         return _NO_VECTOR
     _of_type(name, tensor)
     if tuple(tensor.shape) != (n,) and not (constant and tuple(tensor.shape) == (1,)):
         raise ValueError(f"{name} must be ({n},){' or (1,)' if constant else ''}, got {tuple(tensor.shape)}")
-    return (tensor.data_ptr(), vector_stride(tensor), _DTYPES[tensor.dtype])
+    return (tensor, vector_stride(tensor), _DTYPES[tensor.dtype])
 
 
-def _matrix(name: str, tensor: Tensor, shape: tuple[int, int]) -> tuple[int, int, int, int]:
+def _matrix(name: str, tensor: Tensor, shape: tuple[int, int]) -> tuple[Any, int, int, int]:
     """The arguments of `gk::Matrix`."""
     _of_type(name, tensor)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must be {shape[0]}x{shape[1]}, got {tuple(tensor.shape)}")
-    return (tensor.data_ptr(), tensor.stride(0), tensor.stride(1), _DTYPES[tensor.dtype])
+    return (tensor, tensor.stride(0), tensor.stride(1), _DTYPES[tensor.dtype])
 
 
 def _of_type(name: str, tensor: Tensor) -> None:

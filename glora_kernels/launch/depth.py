@@ -26,7 +26,7 @@ from glora_kernels.kernels.depth import (
     _shift_kernel,
 )
 from glora_kernels.launch import configs
-from glora_kernels.launch.plan import Launch, arithmetic, factor_arithmetic, options, triton_dtype, vector_stride
+from glora_kernels.launch.plan import Launch, arithmetic, halves, numerics, options, triton_dtype, vector_stride
 from glora_kernels.launch.table import GroupKey, Layer, PointerTable, SharedFactor, aligned, pointer_table
 from glora_kernels.reference.random import dropout_threshold
 
@@ -199,18 +199,16 @@ def shared_grad_launch(
     parts = [part for factor in factors for part in factor.products]
     dtype = parts[0].right.dtype
     rank, width = max(f.out.shape[0] for f in factors), max(f.out.shape[1] for f in factors)
-    config = shared_grad_config(arch, dtype, rank)
-    products = factor_arithmetic(dtype, parts[0].left)
+    how = numerics(dtype, parts[0].left)
     ok = all(
         aligned(part.right) and part.right.stride(0) % 16 == 0 and part.right.shape[1] % 16 == 0 for part in parts
     )  # fmt: skip
-    if arch in ("sm_80", "sm_89") and config["rows"] > 16 and (products["FACTOR_PRECISION"] == "halves" or not ok):
-        config = config | {"cols": 32}  # what does not spill
+    config = shared_grad_config(arch, dtype, rank)
+    config = configs.fitted("shared_grad", config, arch, dtype, rank, halves=halves(how), aligned=ok)
     args = {
         "factor_ptr": tables[0].entries, "product_ptr": tables[1].entries,
         "HAS_DROPOUT": any(part.dropout_p > 0.0 for part in parts), "ALIGN": 16 if ok else 1,
-        "DTYPE": triton_dtype(dtype), "OUT": triton_dtype(factors[0].out.dtype),
-        **products,
+        "OUT": triton_dtype(factors[0].out.dtype), "NUMERICS": how,
         "BLOCK_R": config["rows"], "BLOCK_C": config["cols"], "BLOCK_M": config["depth"],
     }  # fmt: skip
     grid = (cdiv(width, config["cols"]), cdiv(rank, config["rows"]), len(factors))

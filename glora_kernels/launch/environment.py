@@ -14,10 +14,18 @@ import torch
 TABLES_VARIABLE = "GLORA_KERNELS_TABLES"
 """The environment variable that names the directory of this user's measured tables (`tables_directory`)."""
 
+LAUNCH_VARIABLE = "GLORA_KERNELS_LAUNCH"
+"""The environment variable that turns cached launches off: "slow"."""
+
 
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1, set before the kernels are imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def launches_slowly() -> bool:
+    """Whether each call is to plan and launch anew (GLORA_KERNELS_LAUNCH=slow)."""
+    return os.environ.get(LAUNCH_VARIABLE) == "slow"
 
 
 def has_triton() -> bool:

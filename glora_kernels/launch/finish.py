@@ -2,99 +2,72 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from triton import cdiv
 
 from glora_kernels.kernels.finish import _finish_kernel, _totals_kernel
-from glora_kernels.launch import configs, tables
+from glora_kernels.kernels.operands import NO_COLUMNS, Anew, Columns, Parts, Sum
+from glora_kernels.launch import tables
 from glora_kernels.launch.configs import Shape
-from glora_kernels.launch.plan import Launch, arithmetic, leading_stride, options, strides, vector_stride
+from glora_kernels.launch.plan import Launch, matrix, numerics, options, vector
+from glora_kernels.launch.sizes import rows
+
+_RANK_STEP = 16
+"""Columns of dyᵀ[P|h] that one program adds up, at any rank."""
 
 
-class Sum(NamedTuple):
-    """One sum for `finish_launch`: out (I,J), of any strides, = Σ part (splits,I,J), contiguous in (I,J)."""
+def parts(tensor: Tensor, count: int) -> Parts:
+    """`count` partial sums of a matrix, tensor[i]."""
+    step = tensor.stride(0)
+    return Parts(tensor, tensor.stride(1), step, count * step)
 
-    part: Tensor
-    out: Tensor
+
+def summed(tensor: Tensor, out: Tensor) -> Sum:
+    """out = Σ tensor[i], both contiguous."""
+    size = out.numel()
+    return Sum(tensor, size, len(tensor) * size, out)
 
 
 def finish_launch(
     *,
-    part: Tensor | None = None,
-    factor: Tensor | None = None,
-    p: int = 0,
-    r: int = 0,
-    with_g: bool = False,
-    mixed: bool = False,
-    outputs: dict[str, Tensor],
-    a: Tensor | None = None,
-    bias: Tensor | None = None,
-    d: Tensor | None = None,
-    dy: Tensor | None = None,
-    x: Tensor | None = None,
-    weight: Tensor | None = None,
-    sums: tuple[Sum, ...] = (),
-    device_of: Tensor,
+    columns: Columns = NO_COLUMNS,
+    anew: Anew | None = None,
+    factor: Parts | None = None,
+    du: Tensor | None = None,
+    db_up: Tensor | None = None,
+    n: int = 0,
+    ranks: tuple[int, int] = (0, 0),
+    sums: Sequence[Sum] = (),
+    dtype: torch.dtype,
     arch: str,
 ) -> Launch:
-    """The gradients named in `outputs` (du, db_up, da, db, dbias, dwc, dd, de), and up to two `sums`.
+    """The gradients of `columns`; du (N,P) and db_up (N,R) from `factor`, sums (P+R,N); and the `sums`.
 
-    factor (splits,p+r,N) is dyᵀ[P|h]; part (splits,·,N) holds Σ dy (`with_g`), dyᵀσ where db is asked for, and the
-    sums for dA, one or, where `mixed`, three (`sums.dy_launch`). dA needs a, dy, x and W as well.
+    `columns` and `anew` hold tensors, of which the latter is only needed for da. `ranks`: (P, R). The dtype is that of
+    dy, in which Z is computed anew.
     """
-    if len(sums) > 2:
-        raise ValueError(f"a launch takes up to two sums, got {len(sums)}")
-    n = next((t.shape[2] for t in (part, factor) if t is not None), 0)
-    k = 0 if x is None else x.shape[1]
-    m = 0 if dy is None else dy.shape[0]
-    config = tables.choose("finish", arch, device_of.dtype, Shape(m, n, k, r))
-    rows, cols = config["rows"], config["cols"]
-    column_programs = cdiv(n, cols) if outputs else 0
-    first, second = (*sums, None, None)[:2]
-
-    def tiles(item: Sum | None) -> int:
-        return 0 if item is None else cdiv(item.out.shape[0], rows) * cdiv(item.out.shape[1], cols)
-
-    segments: dict[str, object] = {}
-    for name, item in (("first", first), ("second", second)):
-        i, j = (0, 0) if item is None else item.out.shape
-        segments |= {
-            f"{name}_part_ptr": None if item is None else item.part,
-            f"stride_{name}": 0 if item is None else item.part.stride(0),
-            f"{name}_out_ptr": None if item is None else item.out,
-            **strides(None if item is None else item.out, f"stride_{name}_i", f"stride_{name}_j"),
-            f"{name}_splits": 0 if item is None else item.part.shape[0],
-            f"{name.upper()}_I": i, f"{name.upper()}_J": j, f"HAS_{name.upper()}": item is not None,
-        }  # fmt: skip
-    gradients = ("du", "db_up", "da", "db", "dbias", "dwc", "dd", "de")
+    config = tables.choose("finish", arch, dtype, Shape(0, n, 0, sum(ranks)))
+    if anew is not None and anew.x.stride(0) % 16:  # rows off 16 bytes: what does not spill
+        config = config | {"tokens": min(64, config["tokens"]), "num_warps": 8}
+    across, tile = cdiv(n, config["cols"]), config["rows"] * config["cols"]
+    vectors = {name: vector(getattr(columns, name)) for name in ("a", "bias", "d")}
+    grid = across * (columns.end is not None) + across * cdiv(sum(ranks), _RANK_STEP) * (factor is not None)
+    for item in sums:
+        grid = cdiv(item.step, tile) + grid
     args = {
-        "part_ptr": part,
-        "stride_part": leading_stride(part), "stride_pc": 0 if part is None else part.stride(1),
-        "factor_ptr": factor,
-        "stride_factor_part": leading_stride(factor),
-        "stride_factor_c": 0 if factor is None else factor.stride(1),
-        **{f"{name}_ptr": outputs.get(name) for name in gradients},
-        "a_ptr": a, "stride_a": vector_stride(a),
-        "bias_ptr": bias, "stride_bias": leading_stride(bias),
-        "d_ptr": d, "stride_d": vector_stride(d),
-        "dy_ptr": dy, **strides(dy, "stride_dym", "stride_dyn"),
-        "x_ptr": x, **strides(x, "stride_xm", "stride_xk"),
-        "w_ptr": weight, **strides(weight, "stride_wn", "stride_wk"),
-        **segments,
-        "M": m, "N": n, "K": k, "P": p, "R": r,
-        "splits": 0 if part is None else part.shape[0],
-        "factor_splits": 0 if factor is None else factor.shape[0],
-        "column_programs": column_programs, "first_programs": tiles(first),
-        "HAS_COLUMNS": column_programs > 0, "HAS_FACTOR": factor is not None, "HAS_G": with_g,
-        **{f"HAS_{name.upper()}": name in outputs for name in gradients},
-        "HAS_D": d is not None, "MIXED": mixed,
-        **arithmetic(device_of.dtype),
-        "BLOCK_N": cols, "BLOCK_C": configs.block_r(max(1, p + r), 64), "BLOCK_I": rows,
-        "BLOCK_M": config["tokens"], "BLOCK_K": config["depth"],
+        "factor": factor, "du": du, "db_up": db_up, "columns": columns._replace(**vectors),
+        "anew": None if anew is None else Anew(*map(matrix, anew)),
+        "sums": tuple(sums),
+        "M": 0 if anew is None else rows(anew.x), "N": n, "K": 0 if anew is None else anew.x.shape[1],
+        "P": ranks[0], "R": ranks[1],
+        "NUMERICS": numerics(dtype),
+        "BLOCK_N": config["cols"], "BLOCK_C": _RANK_STEP, "BLOCK_M": config["tokens"], "BLOCK_K": config["depth"],
+        "BLOCK": tile,
     }  # fmt: skip
-    return Launch(_finish_kernel, (column_programs + tiles(first) + tiles(second),), args, options(config))
+    return Launch(_finish_kernel, (grid,), args, options(config))
 
 
 def totals_launch(vectors: Tensor, out: Tensor) -> Launch:

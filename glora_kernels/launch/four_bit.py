@@ -12,20 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora_kernels.launch import cuda, tables
+from glora_kernels.kernels.operands import W_ALONE, Terms
+from glora_kernels.launch import configs, cuda, tables
 from glora_kernels.launch.configs import Shape
 from glora_kernels.quant import QuantizedWeight
 
-FEW_TOKENS = {"cuda": 64, "triton": 32}
-"""By kind, up to how many tokens the product that reads the codes is expected to beat the codes decoded once into a
-workspace and the vendor's product. Unmeasured; counted for an H100 (3.0 TB/s, 798 TFLOP/s), in picoseconds a weight:
+FEW_TOKENS = configs.M_CLASSES[0]
+"""Up to how many tokens the product that reads the codes is expected to beat the codes decoded once into a workspace
+and the vendor's product; more it does not take. Unmeasured; counted for an H100 (3.0 TB/s, 798 TFLOP/s), in picoseconds
+a weight:
 
 - workspace: 0.56 bytes read, 2 written and 2 read again, 1.5; and one launch more.
 - codes: 0.56 bytes, 0.19; about 10 instructions to decode one, 0.35; at M = 64, 128 operations at half of the peak,
-  0.32. Together 0.9 if none of it hides behind another, and more tokens than 64 it does not take.
-
-The Triton kernel prefetches nothing and runs one program a multiprocessor: it is given half of that, in the middle of
-the 16 to 64 that bitsandbytes notes for sm_90."""
+  0.32. Together 0.9 if none of it hides behind another."""
 
 
 def usable(route: str, arch: str) -> tuple[str, ...]:
@@ -48,7 +47,7 @@ def _available(arch: str) -> bool:
 
 def unmeasured(operation: str, kinds: tuple[str, ...], m: int) -> str:
     """What serves an operation of `tables.FOUR_BIT` where no table says: `kinds[0]`, or "workspace"."""
-    return "workspace" if operation == "small_m" and m > FEW_TOKENS[kinds[0]] else kinds[0]
+    return "workspace" if operation == "small_m" and m > FEW_TOKENS else kinds[0]
 
 
 def kind(operation: str, route: str, arch: str, dtype: torch.dtype, shape: Shape) -> str:
@@ -86,17 +85,31 @@ def small_m(
     (m, k), n = x.shape, weight.shape[0]
     if m == 0:
         return None
+    m = configs.tokens(m) if m <= FEW_TOKENS else configs.m_class(m)
     chosen = kind("small_m", route, arch, x.dtype, Shape(m, n, k, rank))
     return chosen if chosen != "workspace" and serves(chosen, x, weight, rank, factors) is None else None
 
 
-def small_m_launch(chosen: str, x: Tensor, weight: QuantizedWeight, y: Tensor, *, arch: str, **terms: Any) -> Any:
-    """y and what belongs to it, by the kind that `small_m` has chosen."""
+def small_m_launch(
+    chosen: str,
+    x: Tensor,
+    weight: QuantizedWeight,
+    y: Tensor,
+    added: Terms = W_ALONE,
+    *,
+    b_down: Tensor | None = None,
+    scale: float = 1.0,
+    h: Tensor | None = None,
+    sigma: Tensor | None = None,
+    arch: str,
+) -> Any:
+    """y and what belongs to it, by the kind that `small_m` has chosen: see `launch.small_m.small_m_launch`."""
+    given: dict[str, Any] = {"b_down": b_down, "scale": scale, "h": h, "sigma": sigma, "arch": arch}
     if chosen == "cuda":
-        return cuda.small_m_launch(x, weight, y, arch=arch, **terms)
+        return cuda.small_m_launch(x, weight, y, added, **given)
     from glora_kernels.launch import small_m as few
 
-    return few.small_m_launch(x, weight, y, arch=arch, **terms)
+    return few.small_m_launch(x, weight, y, added, **given)
 
 
 def serves(

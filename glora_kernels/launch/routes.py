@@ -29,6 +29,11 @@ class _State:
 _state = _State()
 
 
+def chosen() -> Backend:
+    """The choice that is in force."""
+    return _state.backend
+
+
 @contextlib.contextmanager
 def backend(name: Backend) -> Iterator[None]:
     """Choose the path of every layer called inside: "auto", "eager", "triton" or "cuda".

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
+from glora_kernels.kernels.operands import W_ALONE, Matrix, Terms
 from glora_kernels.kernels.small_m import _small_h_kernel, _small_m_kernel
 from glora_kernels.launch import configs
 from glora_kernels.launch.configs import Shape
-from glora_kernels.launch.dequantize import codec_arguments
-from glora_kernels.launch.plan import Launch, arithmetic, factor_arithmetic, options, shift, strides, vector_stride
+from glora_kernels.launch.dequantize import codes
+from glora_kernels.launch.plan import Launch, halves, matrix, numerics, options, terms
+from glora_kernels.launch.sizes import rows
 from glora_kernels.quant import QuantizedWeight
 
 MAX_TOKENS = 64
@@ -85,10 +87,10 @@ def small_m_config(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int
     and of B_down.
     """
     if arch == "cpu":
-        return {"rows": _tokens(shape.m), "cols": 32, "depth": 64, "num_warps": 4, "num_stages": 1}
+        return {"rows": configs.tokens(shape.m), "cols": 32, "depth": 64, "num_warps": 4, "num_stages": 1}
     filled = 0.9 * configs.programs(arch)
     cols = next((c for c in (64, 32) if cdiv(shape.n, c) >= filled), 16)
-    rows = _tokens(shape.m)
+    rows = configs.tokens(shape.m)
     rank = configs.block_r(max(1, shape.r))
     # The depths that do not spill; one token keeps x∘B_down in registers too.
     single = dtype == torch.float32
@@ -117,22 +119,16 @@ def small_m_launch(
     x: Tensor,
     weight: QuantizedWeight,
     y: Tensor,
+    added: Terms = W_ALONE,
     *,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    b_up: Tensor | None = None,
     b_down: Tensor | None = None,
     scale: float = 1.0,
-    bias: Tensor | None = None,
-    wc: Tensor | None = None,
-    d: Tensor | None = None,
-    e: Tensor | None = None,
     h: Tensor | None = None,
     sigma: Tensor | None = None,
     arch: str,
     config: dict[str, int] | None = None,
 ) -> Launch | Launches:
-    """y = Z∘(1+a) + h·B_upᵀ + σ·bᵀ + bias∘(1+d) + e + wc with Z = x·Wᵀ, h = scale·x·B_downᵀ, σ = Σₖ xₖ.
+    """y = Z∘(1+a) + h·upᵀ + σ·bᵀ + bias∘(1+d) + e + wc with Z = x·Wᵀ, h = scale·x·b_downᵀ, σ = Σₖ xₖ.
 
     Accumulated in fp32 and rounded once, to nearest. One launch; two where `h_before` finds h better made first,
     which takes memory for it: a call without `h` makes it inside at any shape.
@@ -141,9 +137,10 @@ def small_m_launch(
         x: (M, K), one that `serves_small_m` accepts.
         weight: (N, K) in 4 bits; decoded in fp32, rounded to x's dtype.
         y: (M, N), any strides, written.
-        a, b, d, e: (N,) or (1,).
-        b_up, b_down: (N, R) and (R, K), any strides, both or neither.
-        bias, wc: (N,).
+        added: the terms as tensors: a, b, shift.d, shift.e (N,) or (1,); shift.bias, shift.wc (N,); up (N, R)
+            contiguous, with b_down.
+        b_down: (R, K), any strides.
+        scale: of h.
         h: (M, R) in x's dtype, in fp32 where a factor is, written where given (with b_down).
         sigma: (M,) fp32, written where given.
         arch: whose configuration is taken.
@@ -152,61 +149,35 @@ def small_m_launch(
     Raises:
         ValueError: a call that is not served, with the reason; nothing is written.
     """
-    (m, k), n = x.shape, weight.shape[0]
+    m, k, n = rows(x), x.shape[1], weight.shape[0]
     r = 0 if b_down is None else b_down.shape[0]
-    if (b_up is None) != (b_down is None):
-        raise ValueError("b_up and b_down come together")
+    if (added.up is None) != (b_down is None):
+        raise ValueError("up and b_down come together")
+    if added.up is not None and not added.up.is_contiguous():
+        raise ValueError(f"up must be contiguous, got strides {added.up.stride()}")
     if h is not None and b_down is None:
         raise ValueError("h is given, but no b_down to make it of")
     reason = serves_small_m(x, weight, r)
     if reason is not None:
         raise ValueError(f"the fused product of few tokens does not serve this call: {reason}")
-    shape = Shape(m, n, k, r)
+    shape = Shape(configs.tokens(m), n, k, r)
+    how = numerics(x.dtype, added.up, b_down)
     config = config or small_m_config(arch, x.dtype, shape)
-    factors = factor_arithmetic(x.dtype, b_up, b_down)
-    if arch in ("sm_80", "sm_89", "gfx942") and config["rows"] == 64 and factors["FACTOR_PRECISION"] == "halves":
-        config = config | {"depth": min(64, config["depth"])}  # what does not spill
+    config = configs.fitted("small_m", config, arch, x.dtype, r, halves=halves(how))
     before = h is not None and h_before(shape, config["cols"])
+    x_rows = Matrix(x, x.stride(0) if shape.m > 1 else 0, 1)
     args = {
-        "x_ptr": x, "stride_xm": x.stride(0) if m > 1 else 0,
-        "packed_ptr": weight.packed, **{key: value for key, value in codec_arguments(weight).items() if key != "WORDS"},
-        "y_ptr": y, **strides(y, "stride_ym", "stride_yn"),
-        "b_down_ptr": b_down, **strides(b_down, "stride_bdr", "stride_bdk"),
-        "up_ptr": b_up, **strides(b_up, "stride_upn", "stride_upr"),
-        "h_ptr": h, **strides(h, "stride_hm", "stride_hr"),
-        "sigma_ptr": sigma,
-        "a_ptr": a, "stride_a": vector_stride(a),
-        "b_ptr": b, "stride_b": vector_stride(b),
-        **shift(bias, wc, d, e),
-        "M": m, "N": n, "K": k, "HALF": k // 2, "R": r, "scale": float(scale),
-        "HAS_A": a is not None, "HAS_B": b is not None, "HAS_UP": b_up is not None,
-        "MAKE_H": b_down is not None and not before, "STORE_H": h is not None and not before,
-        "MAKE_SIGMA": b is not None or sigma is not None, "STORE_SIGMA": sigma is not None,
-        **arithmetic(x.dtype), **factors,
+        "x": x_rows, "codes": codes(weight), "y": matrix(y), "b_down": None if before else matrix(b_down),
+        "h": matrix(h), "sigma": sigma, "terms": terms(added),
+        "M": m, "N": n, "K": k, "R": r, "scale": float(scale), "NUMERICS": how,
         "BLOCK_M": config["rows"], "BLOCK_N": config["cols"], "BLOCK_K": config["depth"],
         "BLOCK_R": configs.block_r(max(1, r)),
     }  # fmt: skip
     product = Launch(_small_m_kernel, (cdiv(n, config["cols"]),), args, options(config, args))
     if not before:
         return product
-    assert h is not None
-    assert b_down is not None
-    return Launches((_h_launch(x, b_down, h, scale, arch), product))
-
-
-def _h_launch(x: Tensor, b_down: Tensor, h: Tensor, scale: float, arch: str) -> Launch:
-    """h (M,R) = scale·x·B_downᵀ, a program a number."""
-    (m, k), r = x.shape, b_down.shape[0]
-    args = {
-        "x_ptr": x, "stride_xm": x.stride(0) if m > 1 else 0,
-        "b_down_ptr": b_down, **strides(b_down, "stride_bdr", "stride_bdk"),
-        "h_ptr": h, **strides(h, "stride_hm", "stride_hr"),
-        "K": k, "R": r, "scale": float(scale),
-        "UPCAST": arithmetic(x.dtype)["UPCAST"], "BLOCK_K": 64 if arch == "cpu" else 1024,
+    low = {
+        "x": x_rows, "b_down": matrix(b_down), "h": matrix(h), "K": k, "R": r, "scale": float(scale),
+        "UPCAST": how.upcast, "BLOCK_K": 64 if arch == "cpu" else 1024,
     }  # fmt: skip
-    return Launch(_small_h_kernel, (m * r,), args, {"num_warps": 4, "num_stages": 1})
-
-
-def _tokens(m: int) -> int:
-    """One token, or the padded number of them: a power of two from 16, which a matrix instruction takes."""
-    return 1 if m == 1 else configs.block_r(m)
+    return Launches((Launch(_small_h_kernel, (m * r,), low, {"num_warps": 4, "num_stages": 1}), product))

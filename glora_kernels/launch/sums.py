@@ -9,159 +9,155 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
+from glora_kernels.kernels.operands import NO_COLUMNS, Columns, Parts, Terms
 from glora_kernels.kernels.sums import _dy_kernel, _x_kernel
 from glora_kernels.launch import configs, tables
 from glora_kernels.launch.configs import Shape
-from glora_kernels.launch.plan import (
-    Launch,
-    dropout,
-    factor_arithmetic,
-    leading_stride,
-    options,
-    shift,
-    strides,
-    vector_stride,
-)
+from glora_kernels.launch.plan import NO_DROPOUT, Dropout, Launch, matrix, numerics, options, terms
+from glora_kernels.launch.sizes import rows
+
+
+def padded(size: int) -> int:
+    """Numbers in a row of S, or in one of τ, of which so many are used (`kernels.sums._padded`)."""
+    return cdiv(size, 16) * 16
 
 
 def dy_config(
-    shape: Shape, dtype: torch.dtype, arch: str, mixed: bool = False, factors: torch.dtype | None = None
+    shape: Shape,
+    dtype: torch.dtype,
+    arch: str,
+    mixed: bool = False,
+    pairs: bool = False,
+    factors: torch.dtype | None = None,
+    aligned: bool = True,
 ) -> dict[str, int]:
-    """The configuration of `dy_launch`: see `dy_sizes`."""
-    config = tables.choose("dy_mixed" if mixed else "dy", arch, dtype, shape)
-    if dtype == torch.float16 and factors == torch.float32:  # halves of dy as well
-        return config | {"rows": max(32, config["rows"] // 2)}
-    return config
+    """The configuration of `dy_launch`: `mixed` where it is given a y that holds more than Z∘(1+a), `pairs` where S is
+    of both U and up.
 
-
-def dy_sizes(
-    shape: Shape, dtype: torch.dtype, arch: str, mixed: bool = False, factors: torch.dtype | None = None
-) -> tuple[int, int, int]:
-    """(splits of M, bands of N, width of a band): the leading sizes of the partial sums of `dy_launch`.
-
-    `mixed`: it is given a y that holds more than Z∘(1+a). `factors`: the dtype they are multiplied in, that of dy where
-    it is not given.
+    factors: the dtype they are multiplied in, that of dy where it is not given. aligned: whether every row of dy begins
+    at a multiple of 32 bytes.
     """
-    config = dy_config(shape, dtype, arch, mixed, factors)
-    number, width = configs.bands(arch, shape.m, config["rows"], shape.n, config["cols"])
-    return cdiv(shape.m, config["rows"]), number, width
+    config = tables.choose("dy_mixed" if mixed else "dy", arch, dtype, shape)
+    if mixed and not aligned:
+        config = config | {"rows": min(64, config["rows"])}  # what does not spill
+    if dtype == torch.float16 and factors == torch.float32:  # halves of dy as well
+        config = config | {"rows": max(32, config["rows"] // 2), "cols": 32}
+        return configs.all_registers(config, arch) if pairs else config
+    if factors == torch.float32 and (pairs or (mixed and arch == "sm_100")):  # what does not spill
+        config = config | {"rows": min(64, config["rows"])}
+    return configs.all_registers(config, arch) if torch.float32 in (dtype, factors) else config
+
+
+def dy_bands(shape: Shape, config: dict[str, int], arch: str) -> tuple[int, int]:
+    """(number, width) of the bands of N over which S and τ are partial sums.
+
+    Few, as every block of columns of x reads all of them; one where S is as large as x.
+    """
+    most = 4 if shape.r <= configs.MAX_FACTOR_RANK else 1
+    return configs.bands(arch, shape.m, config["rows"], shape.n, config["cols"], most)
 
 
 def dy_launch(
     dy: Tensor,
+    given: Terms,
     *,
     y: Tensor | None = None,
-    u: Tensor | None = None,
-    up: Tensor | None = None,
-    b: Tensor | None = None,
-    bias: Tensor | None = None,
-    wc: Tensor | None = None,
-    d: Tensor | None = None,
-    e: Tensor | None = None,
-    h: Tensor | None = None,
-    sigma: Tensor | None = None,
     s: Tensor | None = None,
     tau: Tensor | None = None,
-    part: Tensor | None = None,
-    with_g: bool = False,
-    with_sigma: bool = False,
-    with_factor: bool = True,
-    factors: torch.dtype | None = None,
-    p: int,
-    r: int,
-    shape: Shape,
-    bands: tuple[int, int],
+    factor: Parts | None = None,
+    columns: Columns = NO_COLUMNS,
+    ranks: tuple[int, int],
+    band_width: int,
     scale: float = 1.0,
-    arch: str,
-    config: dict[str, int] | None = None,
+    factors: torch.dtype | None = None,
+    config: dict[str, int],
 ) -> Launch:
-    """S (bands,M,p+r) = [dy·U | s·dy·up], τ (bands,M) = dy·b, and part (splits,C,N), C = p+r + the sums asked for.
+    """S (bands,M,padded) = [dy·U | scale·dy·up], τ (bands,padded) = dy·b, and sums over the rows of each program.
 
-    part[i,·] is Σₘ dy (`with_g`), Σₘ σ·dy (`with_sigma`) and where y is given the sums for dA, then Σₘ h[m,c]·dy where
-    h (M,p+r) is given (and `with_factor`). For dA: Σₘ dy∘(y - rest), with rest = β + h·upᵀ + σ·bᵀ of what is given, and
-    where there is any of that two more sums (`_dy_kernel`). up, u and h are multiplied in the dtype of dy, or of the
-    `factors` where that is wider.
+    factor (P+R,N): Σₘ [P|h]·dy. columns: of g, sigma and q with its judges those that are wanted, each
+    vectors (N,); q takes y, and of it what the terms u, up, b and the shift hold. `given` has h as `low` (M,P+R).
+    Factors and h are multiplied in the dtype of dy, or of `factors` where that is wider.
     """
-    m, n = dy.shape
-    mixed = y is not None and any(t is not None for t in (up, b, bias, wc, e))
-    config = config or dy_config(shape, dy.dtype, arch, mixed, factors)
+    m, n = rows(dy), dy.shape[1]
+    p, r = ranks
+    wide = numerics(dy.dtype, factors)
     args = {
-        "dy_ptr": dy, **strides(dy, "stride_dym", "stride_dyn"),
-        "y_ptr": y, **strides(y, "stride_ym", "stride_yn"),
-        "u_ptr": u, **strides(u, "stride_un", "stride_ur"),
-        "up_ptr": up, **strides(up, "stride_upn", "stride_upr"),
-        "b_ptr": b, "stride_b": vector_stride(b),
-        **shift(bias, wc, d, e),
-        "h_ptr": h, **strides(h, "stride_hm", "stride_hr"),
-        "sigma_ptr": sigma,
-        "s_ptr": s, **strides(s, "stride_sb", "stride_sm", "stride_sr"),
-        "tau_ptr": tau, "stride_tau": leading_stride(tau),
-        "part_ptr": part,
-        "stride_part": leading_stride(part), "stride_pc": 0 if part is None else part.stride(1),
-        "M": m, "N": n, "P": p, "R": r, "band_width": bands[1], "scale": float(scale),
-        "HAS_S": s is not None, "HAS_U": u is not None, "HAS_UP": up is not None, "HAS_B": b is not None,
-        "HAS_TAU": tau is not None, "HAS_FACTOR": h is not None and with_factor, "HAS_G": with_g,
-        "HAS_SIGMA": with_sigma, "HAS_Y": y is not None,
-        **factor_arithmetic(dy.dtype, factors),
+        "dy": matrix(dy), "y": matrix(y), "terms": terms(given)._replace(low=given.low),
+        "s": s, "tau": tau, "factor": factor, "columns": columns,
+        "M": m, "N": n, "P": p, "R": r, "band_width": band_width, "scale": float(scale),
+        "NUMERICS": wide,
+        # What lets factors be read 16 bytes at a time; ranks that allow it share what is compiled.
+        "RANK_STEP": 8 if p % 8 == r % 8 == 0 else 1,
         "BLOCK_M": config["rows"], "BLOCK_N": config["cols"],
-        "BLOCK_P": configs.block_r(max(1, p)), "BLOCK_R": configs.block_r(max(1, r)),
-        "BLOCK_H": configs.block_r(max(1, p + r)),
+        **_rank_blocks(ranks),
+        "BLOCK_H": 16 if factor is None else configs.block_r(p + r),
     }  # fmt: skip
-    return Launch(_dy_kernel, (cdiv(m, config["rows"]), bands[0]), args, options(config, args))
+    grid = cdiv(m, config["rows"]) * _across(ranks), cdiv(n, band_width)
+    return Launch(_dy_kernel, grid, args, options(config, args))
+
+
+def x_config(
+    shape: Shape, ranks: tuple[int, int], dtype: torch.dtype, arch: str, factors: torch.dtype | None = None
+) -> dict[str, int]:
+    """The configuration of `x_launch`."""
+    config = tables.choose("x", arch, dtype, shape)
+    if dtype.itemsize == 2 and factors == torch.float32 and max(ranks) > configs.MAX_FACTOR_RANK:
+        config = config | {"rows": min(32, config["rows"])}  # halves of that many columns of S: what does not spill
+    if dtype == torch.float16 and factors == torch.float32:  # halves of x as well
+        config = config | {"cols": min(64, config["cols"]), "num_stages": 2}
+        return configs.all_registers(config, arch) if min(ranks) else config
+    return configs.all_registers(config, arch) if min(ranks) or torch.float32 in (dtype, factors) else config
 
 
 def x_splits(shape: Shape, dtype: torch.dtype, arch: str) -> int:
     """How many partial sums over M `x_launch` writes."""
     config = tables.choose("x", arch, dtype, shape)
-    return configs.row_splits(shape.m, cdiv(shape.k, config["cols"]), config["rows"])
+    programs = cdiv(shape.k, config["cols"]) * cdiv(max(1, shape.r), configs.RANK_BLOCK)
+    return configs.row_splits(shape.m, programs, config["rows"])
 
 
 def x_launch(
     x: Tensor,
-    *,
     s: Tensor | None,
-    p: int,
-    r: int,
-    part: Tensor | None = None,
-    want_p: bool = False,
-    want_v: bool = False,
-    dx: Tensor | None = None,
-    a_down: Tensor | None = None,
-    b_down: Tensor | None = None,
-    tau: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | int | None = None,
-    factors: torch.dtype | None = None,
-    shape: Shape,
+    *,
+    ranks: tuple[int, int],
     splits: int,
-    arch: str,
-    config: dict[str, int] | None = None,
+    p_part: Tensor | None = None,
+    v_part: Tensor | None = None,
+    dx: Tensor | None = None,
+    downs: tuple[Tensor | None, Tensor | None] = (None, None),
+    tau: Tensor | None = None,
+    dropout: Dropout = NO_DROPOUT,
+    factors: torch.dtype | None = None,
+    config: dict[str, int],
 ) -> Launch:
-    """part (splits,C,K): Sᵀx of the first p columns of S (bands,M,p+r) with `want_p`, Sᵀ·drop(x) of the others.
+    """p_part (splits,P,K) = S[:, :P]ᵀ·x and v_part (splits,R,K) = S[:, P:]ᵀ·drop(x), S (bands,M,P+R or more).
 
-    With `dx` (M,K) also dx = S[:, :p]·a_down + mask∘(S[:, p:]·b_down)/(1-p) + τ·1ᵀ; x only gives the sizes then, unless
-    a part is wanted. S is multiplied in the dtype of x, or of the `factors` where that is wider.
+    With `dx` (M,K) also dx = S[:, :P]·a_down + mask∘(S[:, P:]·b_down)/(1-p) + τ·1ᵀ of `downs`; x only gives the sizes
+    then, unless a part is wanted. S is multiplied in the dtype of x, or of `factors` where that is wider.
     """
-    m, k = x.shape
-    config = config or tables.choose("x", arch, x.dtype, shape)
+    m, k = rows(x), x.shape[1]
+    if x.stride(0) % 16:  # rows off 16 bytes: what does not spill
+        config = config | {"num_warps": 8}
     bands = s.shape[0] if s is not None else (1 if tau is None else tau.shape[0])
     args = {
-        "x_ptr": x, **strides(x, "stride_xm", "stride_xk"),
-        "s_ptr": s, **strides(s, "stride_sb", "stride_sm", "stride_sr"),
-        "tau_ptr": tau, "stride_tau": leading_stride(tau),
-        "a_down_ptr": a_down, **strides(a_down, "stride_adr", "stride_adk"),
-        "b_down_ptr": b_down, **strides(b_down, "stride_bdr", "stride_bdk"),
-        "dx_ptr": dx, **strides(dx, "stride_dxm", "stride_dxk"),
-        "part_ptr": part,
-        "stride_part": leading_stride(part), "stride_pc": 0 if part is None else part.stride(1),
-        "M": m, "K": k, "P": p, "R": r,
-        "rows_per_split": cdiv(cdiv(m, splits), config["rows"]) * config["rows"],
-        **dropout(dropout_p, seed),
-        "HAS_P": want_p, "HAS_V": want_v, "WRITE_DX": dx is not None,
-        "HAS_DOWN_P": a_down is not None, "HAS_DOWN_V": b_down is not None, "HAS_TAU": tau is not None,
-        "BANDS": bands,
-        **factor_arithmetic(x.dtype, factors),
+        "x": matrix(x), "s": matrix(s), "tau": tau,
+        "a_down": matrix(downs[0]), "b_down": matrix(downs[1]), "dx": matrix(dx),
+        "p_part": p_part, "v_part": v_part,
+        "M": m, "K": k, "P": ranks[0], "R": ranks[1],
+        **dropout.arguments(downs[1] if v_part is None else v_part),
+        "BANDS": bands, "NUMERICS": numerics(x.dtype, factors), "P_STEP": 1 if ranks[0] % 8 else 8,
         "BLOCK_M": config["rows"], "BLOCK_K": config["cols"],
-        "BLOCK_P": configs.block_r(max(1, p)), "BLOCK_R": configs.block_r(max(1, r)),
+        **_rank_blocks(ranks),
     }  # fmt: skip
-    return Launch(_x_kernel, (cdiv(k, config["cols"]), splits), args, options(config, args))
+    return Launch(_x_kernel, (cdiv(k, config["cols"]) * _across(ranks), splits), args, options(config, args))
+
+
+def _rank_blocks(ranks: tuple[int, int]) -> dict[str, int]:
+    p, r = (configs.block_r(max(1, rank), configs.RANK_BLOCK) for rank in ranks)
+    return {"BLOCK_P": p, "BLOCK_R": r}
+
+
+def _across(ranks: tuple[int, int]) -> int:
+    """How many programs share the columns of S."""
+    return max(1, cdiv(max(ranks), configs.RANK_BLOCK))

@@ -24,9 +24,6 @@ import torch
 from glora_kernels.launch import configs, environment
 from glora_kernels.launch.configs import Shape
 
-KERNELS: tuple[str, ...] = ("fwd", "dx", "prepare", "added_terms", "dy", "x", "hadamard_grad")
-"""The kernels of `configs.KERNELS` that a table may have an entry for; the others take no time worth measuring."""
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PASSES: tuple[str, ...] = ("fwd", "dx")
 ROUTES: tuple[str, ...] = ("fused", "library")
@@ -117,6 +114,7 @@ class _State:
     route: str | None = None
     small_m: str | None = None
     only: bool = False
+    version: int = 0
 
 
 _warned: set[str] = set()
@@ -181,7 +179,7 @@ def _found(
     kernel: str, arch: str, dtype: torch.dtype, shape: Shape, weight_dtype: torch.dtype | None
 ) -> tuple[dict[str, int], str]:
     # A weight wider than x needs other blocks than those that were measured.
-    if kernel in KERNELS and weight_dtype in (None, dtype):
+    if kernel in configs.TUNED and weight_dtype in (None, dtype):
         for label, table in sources(arch):
             rows = (row for row in table.configs if row.kernel == kernel and DTYPES[row.dtype] == dtype)
             row = nearest(rows, shape)
@@ -277,8 +275,14 @@ def _loaded(arch: str) -> tuple[Source, ...]:
     return tuple(source for source in found if source.table.arch == arch)
 
 
+def version() -> int:
+    """Another number whenever another table may be in force."""
+    return _State.version
+
+
 def reload() -> None:
     """Forget what was read: the next launch reads the files again."""
+    _State.version += 1
     for cache in (_found, _found_route, _found_four_bit, _loaded):
         cache.cache_clear()
 
@@ -396,7 +400,7 @@ def fault(kernel: str, arch: str, dtype: torch.dtype, shape: Shape, config: Mapp
 
 def _config(row: object, where: str, arch: str) -> Config:
     fields = _fields(row, where, ("kernel", "dtype", "m", "n", "k", "r", "config", "ms", "default_ms"))
-    kernel = _choice(fields["kernel"], f"{where}: kernel", KERNELS)
+    kernel = _choice(fields["kernel"], f"{where}: kernel", configs.TUNED)
     dtype = _choice(fields["dtype"], f"{where}: dtype", tuple(DTYPES))
     shape = _shape(fields, where)
     if not isinstance(fields["config"], dict):

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from glora_kernels.kernels.operands import Columns, Shift, Terms
 from glora_kernels.launch import configs
 from glora_kernels.launch.configs import Shape
-from glora_kernels.launch.plan import Launch
+from glora_kernels.launch.plan import Dropout, Launch
 from glora_kernels.quant import QuantizedWeight, quantize_weight
 
-FORMS: Mapping[str, tuple[str, ...]] = {
-    "fwd": ("lora", "full", "product"),
-    "dx": ("lora", "full", "product"),
-    "prepare": ("lora", "full", "product"),
-    "added_terms": ("lora", "full", "product"),
-    "dy": ("lora", "full", "product"),
-    "x": ("lora", "full", "product"),
-    "hadamard_grad": ("lora", "full"),
-}
-"""Of each kernel: the first is timed, in all of them a configuration must compile and give the right result.
-
-"lora" is plain LoRA (for hadamard_grad: A and B lora), "full" has every term and dropout, "product" is the product
-variant beside B=lora.
-"""
-
 DROPOUT: dict[str, Any] = {"dropout_p": 0.1, "seed": 2**62 + 1}
+DROPPED = Dropout(0.1, 2**62 + 1)
 
 
 @dataclass
@@ -107,14 +94,16 @@ class Data:
             return *plain[name], False
         bands = self.bands()
         wide: dict[str, tuple[int, ...]] = {
-            "wc": (n,), "sigma": (1, m), "s": (bands, m, r), "s_pair": (bands, m, 2 * r), "tau": (bands, m)
+            "wc": (n,), "sigma": (1, m), "s": (bands, m, r), "s_pair": (bands, m, 2 * r),
+            "tau": (bands, -(-m // 16) * 16),
         }  # fmt: skip
         return wide[name], 1.0, True
 
 
 def trial(kernel: str, form: str, data: Data, config: dict[str, int]) -> Trial:
-    """The launch of a kernel in one of its `FORMS`, with results of the sizes that the configuration asks for."""
-    return _BUILDERS[kernel](form, data, config)
+    """The launch of a kernel in one of its forms, with results of the sizes that the configuration asks for."""
+    made: Trial = globals()[f"_{kernel}"](form, data, config)
+    return made
 
 
 def disagreement(ours: Mapping[str, Tensor], other: Mapping[str, Tensor], dtype: torch.dtype, slack: float) -> str:
@@ -133,17 +122,23 @@ def disagreement(ours: Mapping[str, Tensor], other: Mapping[str, Tensor], dtype:
     return ""
 
 
+def _terms(form: str, data: Data) -> Terms:
+    """The terms of y in a form, h and σ still missing."""
+    names = ("a", "b") if form == "full" else (("u",) if form == "product" else ())
+    shift = ("bias", "wc", "d", "e") if form == "full" else ("bias",)
+    given: dict[str, Any] = {n: data[n] for n in names}
+    added: dict[str, Any] = {n: data[n] for n in shift}
+    return Terms(up=data["up"], shift=Shift(**added), **given)
+
+
 def _fwd(form: str, data: Data, config: dict[str, int]) -> Trial:
     from glora_kernels.launch.glora import glora_fwd_launch
 
     y = data.out("y", data.shape.m, data.shape.n)
-    terms = {"h": data["h"], "up": data["up"], "bias": data["bias"]}
+    terms = _terms(form, data)._replace(low=data["h_pair" if form == "product" else "h"])
     if form == "full":
-        terms |= {name: data[name] for name in ("a", "b", "sigma", "wc", "d", "e")}
-    if form == "product":
-        terms |= {"h": data["h_pair"], "u": data["u"]}
-    launch = glora_fwd_launch(data["x"], data["w"], y, **terms, arch=data.arch, config=config)
-    return Trial(launch, {"y": y})
+        terms = terms._replace(sigma=data["sigma"])
+    return Trial(glora_fwd_launch(data["x"], data["w"], y, terms, arch=data.arch, config=config), {"y": y})
 
 
 def _dx(form: str, data: Data, config: dict[str, int]) -> Trial:
@@ -152,7 +147,7 @@ def _dx(form: str, data: Data, config: dict[str, int]) -> Trial:
     dx = data.out("dx", data.shape.m, data.shape.k)
     terms: dict[str, Any] = {"s": data["s"], "b_down": data["b_down"]}
     if form == "full":
-        terms |= {"a": data["a"], "tau": data["tau"], **DROPOUT}
+        terms |= {"a": data["a"], "tau": data["tau"], "dropout": DROPPED}
     if form == "product":
         terms |= {"s": data["s_pair"], "a_down": data["p_down"]}
     launch = glora_dx_launch(data["dy"], data["w"], dx, **terms, arch=data.arch, config=config)
@@ -160,61 +155,66 @@ def _dx(form: str, data: Data, config: dict[str, int]) -> Trial:
 
 
 def _prepare(form: str, data: Data, config: dict[str, int]) -> Trial:
-    from glora_kernels.launch.prepare import prepare_launch
+    from glora_kernels.launch.prepare import Prepared, prepare_launch
 
     m, n, k, r = data.shape
-    bands, width = configs.bands(data.arch, m, config["rows"], k, config["depth"])
-    out: dict[str, Any] = {"h": data.out("h", bands, m, r * (1 + (form == "product")), wide=bands > 1)}
+    bands = configs.bands(data.arch, m, config["rows"], k, config["depth"])[0]
+    out = Prepared(data.out("h", bands, m, r * (1 + (form == "product")), wide=bands > 1))
     terms: dict[str, Any] = {"b_down": data["b_down"]}
     if form == "full":
-        out |= {"sigma": data.out("sigma", bands, m, wide=True), "weff": data.out("weff", n, k)}
-        terms |= {"a_up": data["a_up"], "a_down": data["a_down"], **DROPOUT}
+        out = out._replace(sigma=data.out("sigma", bands, m, wide=True), weff=data.out("weff", n, k))
+        terms |= {"a_up": data["a_up"], "a_down": data["a_down"], "dropout": DROPPED}
     if form == "product":
-        out |= {"u": data.out("u", n, r)}
+        out = out._replace(u=data.out("u", n, r))
         terms |= {"a_up": data["p_up"], "a_down": data["p_down"]}
-    launch = prepare_launch(
-        data["x"], data["w"], **out, **terms, band_width=width, scale=2.0, arch=data.arch, config=config
-    )
-    return Trial(launch, out, frozenset({"h", "sigma"}))
+    launch = prepare_launch(data["x"], data["w"], out, **terms, scale=2.0, arch=data.arch, config=config)
+    written = {name: tensor for name, tensor in out._asdict().items() if tensor is not None}
+    return Trial(launch, written, frozenset({"low", "sigma"}))
 
 
 def _added_terms(form: str, data: Data, config: dict[str, int]) -> Trial:
     from glora_kernels.launch.prepare import added_terms_launch
 
     m, n, _, r = data.shape
-    y = data.out("y", m, n)
-    h = data.out("h", m, r * (1 + (form == "product")))
-    out = {"y": y, "h": h}
-    terms: dict[str, Any] = {"b_down": data["b_down"], "up": data["up"], "bias": data["bias"], "h": h}
+    out = {"y": data.out("y", m, n), "h": data.out("h", m, r * (1 + (form == "product")))}
+    terms = _terms(form, data)._replace(low=out["h"][None])
+    more: dict[str, Any] = {"a_down": data["p_down"]} if form == "product" else {}
     if form == "full":
-        out["sigma"] = terms["sigma"] = data.out("sigma", m, wide=True)
-        terms |= {name: data[name] for name in ("a", "b", "wc", "d", "e")} | DROPOUT
-    if form == "product":
-        terms |= {"a_down": data["p_down"], "u": data["u"]}
-    launch = added_terms_launch(data["x"], y, read_z=form == "full", **terms, scale=2.0, arch=data.arch, config=config)
+        out["sigma"] = data.out("sigma", m, wide=True)
+        terms, more = terms._replace(sigma=out["sigma"]), {"dropout": DROPPED}
+    launch = added_terms_launch(
+        data["x"], out["y"], terms, read_z=form == "full", b_down=data["b_down"], **more, scale=2.0, arch=data.arch,
+        config=config,
+    )  # fmt: skip
     return Trial(launch, out, before={"y": data["y"]} if form == "full" else {})
 
 
 def _dy(form: str, data: Data, config: dict[str, int]) -> Trial:
-    from glora_kernels.launch.sums import dy_launch
+    from glora_kernels.launch.finish import parts
+    from glora_kernels.launch.sums import dy_bands, dy_launch, padded
 
     m, n, _, r = data.shape
-    number, width = configs.bands(data.arch, m, config["rows"], n, config["cols"])
-    rank = r * (1 + (form == "product"))
-    more = 2 * (form == "full")
-    out: dict[str, Any] = {"s": data.out("s", number, m, rank, wide=True)}
-    out["part"] = data.out("part", -(-m // config["rows"]), rank + more, n, wide=True)
-    terms: dict[str, Any] = {"up": data["up"], "h": data["h_pair" if form == "product" else "h"][0]}
+    ranks = (r * (form == "product"), r)
+    number, width = dy_bands(data.shape, config, data.arch)
+    splits = -(-m // config["rows"])
+    filled: dict[str, Any] = {"s": data.out("s", number, m, padded(sum(ranks)), wide=True)}
+    out = {"s": filled["s"][..., : sum(ranks)]}
+    sums = {"factor": data.out("factor", splits, sum(ranks), n, wide=True)}
+    terms = Terms(low=data["h_pair" if form == "product" else "h"][0], up=data["up"])
+    columns = Columns()
     if form == "full":
-        out["tau"] = data.out("tau", number, m, wide=True)
-        terms |= {"b": data["b"], "sigma": data["sigma"][0], "with_g": True, "with_sigma": True}
+        filled["tau"] = data.out("tau", number, padded(m), wide=True)
+        out["tau"] = filled["tau"][:, :m]
+        terms = terms._replace(b=data["b"], sigma=data["sigma"][0])
+        sums |= {name: data.out(name, splits, n, wide=True) for name in ("g", "dy_sigma")}
+        columns = Columns(g=sums["g"], sigma=sums["dy_sigma"], step=n, end=splits * n)
     if form == "product":
-        terms["u"] = data["u"]
+        terms = terms._replace(u=data["u"])
     launch = dy_launch(
-        data["dy"], **terms, **out, p=rank - r, r=r, shape=data.shape, bands=(number, width), scale=2.0,
-        arch=data.arch, config=config,
+        data["dy"], terms, **filled, factor=parts(sums["factor"], splits), columns=columns, ranks=ranks,
+        band_width=width, scale=2.0, config=config,
     )  # fmt: skip
-    return Trial(launch, out, frozenset(out))
+    return Trial(launch, out | sums, frozenset(out | sums))
 
 
 def _x(form: str, data: Data, config: dict[str, int]) -> Trial:
@@ -223,20 +223,23 @@ def _x(form: str, data: Data, config: dict[str, int]) -> Trial:
     m, _, k, r = data.shape
     splits = configs.row_splits(m, -(-k // config["cols"]), config["rows"])
     p = r * (form == "product")
-    out: dict[str, Any] = {"part": data.out("part", splits, p + r, k, wide=True)}
-    terms: dict[str, Any] = {"s": data["s_pair" if p else "s"]}
+    out: dict[str, Any] = {"v_part": data.out("v_part", splits, r, k, wide=True)}
+    terms: dict[str, Any] = {}
+    if p:
+        out["p_part"] = data.out("p_part", splits, p, k, wide=True)
+    if form == "full":
+        terms = {"downs": (None, data["b_down"]), "tau": data["tau"], "dropout": DROPPED}
+    parts = frozenset(out)
     if form == "full":
         out["dx"] = data.out("dx", m, k)
-        terms |= {"b_down": data["b_down"], "tau": data["tau"], **DROPOUT}
     launch = x_launch(
-        data["x"], **terms, **out, p=p, r=r, want_p=p > 0, want_v=True, shape=data.shape, splits=splits,
-        arch=data.arch, config=config,
+        data["x"], data["s_pair" if p else "s"], ranks=(p, r), splits=splits, **out, **terms, config=config
     )  # fmt: skip
-    return Trial(launch, out, frozenset({"part"}))
+    return Trial(launch, out, parts)
 
 
 def _hadamard_grad(form: str, data: Data, config: dict[str, int]) -> Trial:
-    from glora_kernels.launch.weight import hadamard_grad_launch
+    from glora_kernels.launch.weight import HadamardGrad, hadamard_grad_launch
 
     _, n, k, r = data.shape
     n_tiles, k_tiles = -(-n // config["rows"]), -(-k // config["cols"])
@@ -247,15 +250,9 @@ def _hadamard_grad(form: str, data: Data, config: dict[str, int]) -> Trial:
     terms: dict[str, Any] = {}
     if r <= 64:  # above, dB_down is another kernel's
         out["db_down"], terms["s"] = data.out("db_down", r, k), data["s"]
-        terms |= DROPOUT if form == "full" else {}
+        terms |= {"dropout": DROPPED} if form == "full" else {}
     launch = hadamard_grad_launch(
-        data["dy"], data["x"], data["w"], a_up=data["a_up"], a_down=data["a_down"], **out, **terms,
+        data["dy"], data["x"], data["w"], data["a_up"], data["a_down"], HadamardGrad(**out), **terms,
         arch=data.arch, config=config,
     )  # fmt: skip
     return Trial(launch, out, frozenset({"dup", "ddown"}))
-
-
-_BUILDERS: dict[str, Callable[[str, Data, dict[str, int]], Trial]] = {
-    "fwd": _fwd, "dx": _dx, "prepare": _prepare, "added_terms": _added_terms, "dy": _dy, "x": _x,
-    "hadamard_grad": _hadamard_grad,
-}  # fmt: skip

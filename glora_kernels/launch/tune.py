@@ -27,7 +27,7 @@ from glora_kernels.launch.four_bit_tune import Few
 from glora_kernels.launch.machine import Failed, Machine, why
 from glora_kernels.launch.progress import note, progress
 from glora_kernels.launch.tables import Table
-from glora_kernels.launch.trials import FORMS, Data, Trial, disagreement, trial
+from glora_kernels.launch.trials import Data, Trial, disagreement, trial
 
 NOISE = 0.01
 """A candidate must be faster than the default by more than this share."""
@@ -40,30 +40,6 @@ Pass = Callable[[], dict[str, Tensor]]
 Passes = Callable[[Data, bool, bool], Pass]
 """(data, backward, scales) → one whole forward or backward of a layer, on whatever route is forced."""
 
-_LARGE = (
-    {"cols": 128, "parts": 2}, {"cols": 256, "parts": 4, "num_stages": 3}, {"cols": 256, "parts": 4},
-    {"rows": 256, "cols": 128, "parts": 2, "num_stages": 3}, {"num_stages": 3}, {"num_stages": 5},
-    {"depth": 128, "num_stages": 2}, {"persistent": False}, {"rows": 64, "num_warps": 4},
-    {"depth": 32, "num_stages": 5},
-)  # fmt: skip
-_INTO_RANK = (
-    {"num_stages": 3}, {"num_stages": 4}, {"depth": 64, "num_stages": 4}, {"depth": 256},
-    {"num_warps": 2}, {"num_warps": 8},
-)  # fmt: skip
-VARIATIONS: dict[str, tuple[dict[str, Any], ...]] = {
-    "fwd": _LARGE,
-    "dx": _LARGE,
-    "prepare": _INTO_RANK,
-    "added_terms": ({"cols": 64}, {"cols": 256}, *_INTO_RANK),
-    "dy": ({"num_stages": 3}, {"num_warps": 8}, {"rows": 128}, {"rows": 128, "num_warps": 4}, {"cols": 128},
-           {"cols": 32, "num_stages": 3}, {"rows": 64, "num_warps": 4}),
-    "x": ({"num_stages": 3}, {"num_stages": 4}, {"rows": 32, "num_stages": 4}, {"rows": 128}, {"cols": 64},
-          {"num_warps": 8}),
-    "hadamard_grad": ({"num_stages": 4}, {"num_stages": 2}, {"depth": 32, "num_stages": 5},
-                      {"rows": 64, "num_warps": 4}, {"depth": 128, "num_stages": 2}),
-}  # fmt: skip
-"""What is changed in the default configuration, the likeliest gains first."""
-
 
 def candidates(kernel: str, arch: str, dtype: torch.dtype, shape: Shape) -> list[dict[str, int]]:
     """The configurations a kernel is tried with, its default first: all different, valid, small enough for the card.
@@ -71,12 +47,12 @@ def candidates(kernel: str, arch: str, dtype: torch.dtype, shape: Shape) -> list
     Raises:
         ValueError: a kernel that is not tuned.
     """
-    if kernel not in VARIATIONS:
-        raise ValueError(f"kernel must be one of {', '.join(map(repr, VARIATIONS))}; got {kernel!r}")
+    if kernel not in configs.TUNED:
+        raise ValueError(f"kernel must be one of {', '.join(map(repr, configs.TUNED))}; got {kernel!r}")
     default = configs.choose(kernel, arch, dtype, shape)
     limit = configs.SHARED_LIMIT.get(arch, min(configs.SHARED_LIMIT.values()))
     found = [default]
-    for changes in VARIATIONS[kernel]:
+    for changes in configs.KERNELS[kernel].variations:
         changed = {name: value for name, value in changes.items() if name in default}
         if not default.get("tma", False):
             changed.pop("persistent", None)  # without TMA a persistent grid has nothing to hide its epilogue behind
@@ -147,7 +123,7 @@ def run(
     machine: Machine,
     passes: Passes | None = None,
     few: Few | None = None,
-    kernels: Sequence[str] = tables.KERNELS,
+    kernels: Sequence[str] = configs.TUNED,
     again: bool = False,
     minutes: float = float("inf"),
     show: bool = True,
@@ -159,7 +135,7 @@ def run(
     Raises:
         ValueError: an unknown kernel or dtype, or a file at `path` that is no table of this device.
     """
-    for name, value, accepted in (*(("kernels", k, tables.KERNELS) for k in kernels), ("dtype", dtype, tables.DTYPES)):
+    for name, value, accepted in (*(("kernels", k, configs.TUNED) for k in kernels), ("dtype", dtype, tables.DTYPES)):
         if value not in accepted:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}")
     table = open_table(path, machine, again)
@@ -237,7 +213,9 @@ def compilations(shapes: Iterable[Shape], dtype: str, arch: str, kernels: Iterab
     for kernel in kernels:
         tried = [candidates(kernel, arch, tables.DTYPES[dtype], shape) for shape in shapes]
         different = {tuple(sorted(config.items())) for found in tried for config in found}
-        total += len(different) + 2 * (len(FORMS[kernel]) - 1)  # the other forms: of the default and of the best
+        total += len(different) + 2 * (
+            len(configs.KERNELS[kernel].forms) - 1
+        )  # the other forms: of the default and of the best
     return total
 
 
@@ -252,7 +230,7 @@ def _measure_kernel(kernel: str, shape: Shape, dtype_name: str, machine: Machine
     dtype = tables.DTYPES[dtype_name]
     sets = [Data(shape, dtype, machine.device, machine.arch, seed) for seed in range(_sets(shape, dtype, machine))]
     default, *others = candidates(kernel, machine.arch, dtype, shape)
-    timed = FORMS[kernel][0]
+    timed = configs.KERNELS[kernel].forms[0]
     with tables.using(None):
         expected, reason = _attempt(kernel, timed, sets[0], default, machine)
         if expected is None:
@@ -284,7 +262,7 @@ def _other_forms(
     kernel: str, sets: list[Data], default: dict[str, int], config: dict[str, int], dtype: torch.dtype, machine: Machine
 ) -> str:
     """Why a configuration cannot serve the other forms: it fails, errs, or is slower there; "" where it can."""
-    for form in FORMS[kernel][1:]:
+    for form in configs.KERNELS[kernel].forms[1:]:
         expected, _ = _attempt(kernel, form, sets[0], default, machine)
         if expected is None:  # where the default fails too, nothing is lost
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from triton import cdiv
@@ -9,21 +11,22 @@ from triton import cdiv
 from glora_kernels.kernels.weight import _c_grad_kernel, _hadamard_grad_kernel, _wc_grad_kernel, _wc_kernel
 from glora_kernels.launch import configs, tables
 from glora_kernels.launch.configs import Shape
-from glora_kernels.launch.dequantize import weight_arguments
+from glora_kernels.launch.dequantize import weight_operands
 from glora_kernels.launch.glora import GROUP
-from glora_kernels.launch.plan import Launch, arithmetic, dropout, factor_arithmetic, leading_stride, options, strides
+from glora_kernels.launch.plan import Dropout, Launch, arithmetic, halves, matrix, numerics, options, pair, vector
+from glora_kernels.launch.sizes import rows
 from glora_kernels.quant import QuantizedWeight
+
+_NO_DROPOUT = Dropout()
 
 
 def hadamard_grad_config(
     shape: Shape, dtype: torch.dtype, arch: str, factors: torch.dtype | None = None
 ) -> dict[str, int]:
     """The configuration of `hadamard_grad_launch`: see `hadamard_grad_tiles`."""
-    config = tables.choose("hadamard_grad", arch, dtype, shape)
-    # Halves of H beside it spill where there is no wgmma, and on sm_89 take more memory than there is.
-    if arch in ("sm_80", "sm_89", "sm_100") and dtype.itemsize == 2 and factors == torch.float32:
-        return config | {"cols": 64}
-    return config
+    config = tables.choose("hadamard_grad", arch, dtype, shape._replace(m=configs.m_class(shape.m)))
+    wide = dtype.itemsize == 2 and factors == torch.float32
+    return configs.fitted("hadamard_grad", config, arch, dtype, shape.r, halves=wide, aligned=shape.k % 16 == 0)
 
 
 def hadamard_grad_tiles(
@@ -37,55 +40,52 @@ def hadamard_grad_tiles(
     return cdiv(shape.n, config["rows"]), cdiv(shape.k, config["cols"])
 
 
+class HadamardGrad(NamedTuple):
+    """What `hadamard_grad_launch` fills, as far as given: dup (k-tiles,N,R), ddown (n-tiles,R,K), weff (N,K), db_down.
+
+    dup = H·A_downᵀ and ddown = A_upᵀ·H are partial sums; weff = W∘(1 + A_up·A_down); db_down (r,K) = Σ Sᵀ·drop(x).
+    """
+
+    dup: Tensor | None = None
+    ddown: Tensor | None = None
+    weff: Tensor | None = None
+    db_down: Tensor | None = None
+
+
 def hadamard_grad_launch(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | QuantizedWeight,
-    *,
     a_up: Tensor,
     a_down: Tensor,
-    dup: Tensor | None = None,
-    ddown: Tensor | None = None,
-    weff: Tensor | None = None,
+    out: HadamardGrad,
+    *,
     s: Tensor | None = None,
-    db_down: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | int | None = None,
+    dropout: Dropout = _NO_DROPOUT,
     factors: torch.dtype | None = None,
     arch: str,
     config: dict[str, int] | None = None,
 ) -> Launch:
-    """H = (dyᵀx)∘W reduced to dup (k-tiles,N,R) = H·A_downᵀ and ddown (n-tiles,R,K) = A_upᵀ·H.
+    """`out` from H = (dyᵀx)∘W and, for its db_down, S (bands,M,r); dropout is that of x in db_down.
 
-    With `weff` (N,K) also W∘(1 + A_up·A_down); with `db_down` (r,K) also Σ_bands Sᵀ·drop(x), S (bands,M,r). H,
-    S and the factors are multiplied in the dtype of x, or of `factors` where that is wider.
+    H, S and the factors are multiplied in the dtype of x, or of `factors` where that is wider.
     """
-    (m, n), k = dy.shape, x.shape[1]
+    m, n, k = rows(dy), dy.shape[1], x.shape[1]
     rank = a_up.shape[1]
-    b_rank = 0 if db_down is None else db_down.shape[0]
+    b_rank = 0 if out.db_down is None else out.db_down.shape[0]
+    how = numerics(x.dtype, factors)
     config = config or hadamard_grad_config(Shape(m, n, k, rank), x.dtype, arch, factors)
-    products = factor_arithmetic(x.dtype, factors)
-    step = 16 if products["FACTOR_PRECISION"] == "halves" else 64  # of the rank: what does not spill
+    step = 16 if halves(how) else 64  # of the rank: what does not spill
     args = {
-        "dy_ptr": dy, **strides(dy, "stride_dym", "stride_dyn"),
-        "x_ptr": x, **strides(x, "stride_xm", "stride_xk"),
-        **weight_arguments(weight),
-        "up_ptr": a_up, **strides(a_up, "stride_un", "stride_ur"),
-        "down_ptr": a_down, **strides(a_down, "stride_dr", "stride_dk"),
-        "dup_ptr": dup, "stride_dup_part": leading_stride(dup),
-        "ddown_ptr": ddown, "stride_ddown_part": leading_stride(ddown),
-        "weff_ptr": weff,
-        "s_ptr": s, **strides(s, "stride_sb", "stride_sm", "stride_sr"),
-        "db_down_ptr": db_down,
+        "dy": matrix(dy), "x": matrix(x), **weight_operands(weight), "pair": pair(a_up, a_down),
+        **out._asdict(), "s": None if out.db_down is None else matrix(s),
         "M": m, "N": n, "K": k, "R": rank, "B_RANK": b_rank,
-        **dropout(dropout_p if db_down is not None else 0.0, seed),
-        "HAS_DUP": dup is not None, "HAS_DDOWN": ddown is not None, "HAS_WEFF": weff is not None,
-        "HAS_DB_DOWN": db_down is not None, "BANDS": 1 if s is None else s.shape[0],
-        **arithmetic(x.dtype), **products,
+        **dropout.arguments(out.db_down),
+        "BANDS": 1 if s is None else s.shape[0], "NUMERICS": how,
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"], "BLOCK_M": config["depth"],
         "BLOCK_R": configs.block_r(rank, step), "BLOCK_B": configs.block_r(max(1, b_rank)), "GROUP": GROUP,
     }  # fmt: skip
-    tiles = (cdiv(n, config["rows"]) + (db_down is not None)) * cdiv(k, config["cols"])
+    tiles = (cdiv(n, config["rows"]) + (out.db_down is not None)) * cdiv(k, config["cols"])
     return Launch(_hadamard_grad_kernel, (tiles,), args, options(config, args))
 
 
@@ -103,11 +103,8 @@ def wc_launch(
     rank = 0 if c_up is None else c_up.shape[1]
     config = tables.choose("weight", arch, weight.dtype, Shape(0, n, k, rank))
     args = {
-        **weight_arguments(weight),
-        "c_ptr": c, "stride_c": leading_stride(c),
-        "c_up_ptr": c_up, **strides(c_up, "stride_cuk", "stride_cur"),
-        "c_down_ptr": c_down, "stride_cd": leading_stride(c_down),
-        "wc_ptr": wc, "N": n, "K": k, "R": rank, "LOW_RANK": c_up is not None,
+        **weight_operands(weight), "c": vector(c), "pair": pair(c_up, c_down), "wc": wc,
+        "N": n, "K": k, "R": rank, "UPCAST": arithmetic(weight.dtype)["UPCAST"],
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"], "BLOCK_R": configs.block_r(max(1, rank)),
     }  # fmt: skip
     return Launch(_wc_kernel, (cdiv(n, config["rows"]),), args, options(config, args))
@@ -126,10 +123,9 @@ def wc_grad_launch(weight: Tensor | QuantizedWeight, g: Tensor, part: Tensor, *,
     config = tables.choose("weight", arch, weight.dtype, Shape(0, n, k, 0))
     splits = part.shape[0]
     args = {
-        **weight_arguments(weight),
-        "g_ptr": g, "stride_g": g.stride(0), "part_ptr": part, "stride_part": part.stride(0),
+        **weight_operands(weight), "g": vector(g), "part": part,
         "N": n, "K": k, "rows_per_split": cdiv(cdiv(n, splits), config["rows"]) * config["rows"],
-        "BLOCK_N": config["rows"], "BLOCK_K": config["cols"],
+        "UPCAST": arithmetic(weight.dtype)["UPCAST"], "BLOCK_N": config["rows"], "BLOCK_K": config["cols"],
     }  # fmt: skip
     return Launch(_wc_grad_kernel, (cdiv(k, config["cols"]), splits), args, options(config, args))
 
@@ -149,12 +145,7 @@ def c_grad_launch(
     rank = 0 if c_up is None else c_up.shape[1]
     config = tables.choose("weight", arch, part.dtype, Shape(0, 0, k, rank))
     args = {
-        "part_ptr": part, "stride_part": part.stride(0),
-        "c_up_ptr": c_up, **strides(c_up, "stride_cuk", "stride_cur"),
-        "c_down_ptr": c_down, "stride_cd": leading_stride(c_down),
-        "dc_ptr": dc, "dc_up_ptr": dc_up, "dc_down_ptr": dc_down,
-        "K": k, "R": rank, "splits": splits,
-        "HAS_DC": dc is not None, "HAS_DUP": dc_up is not None, "HAS_DDOWN": dc_down is not None,
-        "BLOCK_K": config["cols"], "BLOCK_R": configs.block_r(max(1, rank)),
+        "part": part, "pair": pair(c_up, c_down), "dc": dc, "dc_up": dc_up, "dc_down": dc_down,
+        "K": k, "R": rank, "splits": splits, "BLOCK_K": config["cols"], "BLOCK_R": configs.block_r(max(1, rank)),
     }  # fmt: skip
     return Launch(_c_grad_kernel, (cdiv(k, config["cols"]) + (dc_down is not None),), args, options(config, args))

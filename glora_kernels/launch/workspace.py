@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from glora_kernels.launch.recording import recorded
 from glora_kernels.modes import in_a_mode, outside_modes
 from glora_kernels.quant import QuantizedWeight
 
@@ -48,18 +49,24 @@ def is_private() -> bool:
 
 def workspace_like(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """A contiguous view of the buffer in the shape of `weight`, with whatever its last user left in it."""
-    device = weight.device
+    if (recording := recorded()) is not None:
+        return recording.workspace(tuple(weight.shape), dtype)
     size = weight.numel() * dtype.itemsize
-    if in_a_mode() or type(weight.data) is not Tensor or device.type not in ("cpu", "cuda"):
+    if in_a_mode() or type(weight.data) is not Tensor or weight.device.type not in ("cpu", "cuda"):
         # A fake or wrapped tensor must leave nothing behind in the buffer.
-        buffer = torch.empty(size, dtype=torch.uint8, device=device)
-    elif device.type == "cuda":
-        buffer = _cuda_buffer(size, device)
+        buffer = torch.empty(size, dtype=torch.uint8, device=weight.device)
     else:
-        if _thread.buffer is None or _thread.buffer.numel() < size:
-            _thread.buffer = _lasting(size, device)
-        buffer = _thread.buffer
+        buffer = workspace(size, weight.device)
     return buffer[:size].view(dtype).view(weight.shape)
+
+
+def workspace(size: int, device: torch.device) -> Tensor:
+    """The buffer of a device, as bytes, at least `size` of them."""
+    if device.type == "cuda":
+        return _cuda_buffer(size, device)
+    if _thread.buffer is None or _thread.buffer.numel() < size:
+        _thread.buffer = _lasting(size, device)
+    return _thread.buffer
 
 
 def release() -> None:
@@ -72,8 +79,7 @@ def _cuda_buffer(size: int, device: torch.device) -> Tensor:
     # A captured graph writes to the same address at every replay: it gets memory from its own pool, which reuses it.
     if _thread.private or torch.cuda.is_current_stream_capturing():
         return torch.empty(size, dtype=torch.uint8, device=device)
-    stream = torch.cuda.current_stream(device)
-    key = (stream.device_index, stream.cuda_stream)
+    key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     buffer = _cuda.get(key)
     if buffer is None or buffer.numel() < size:
         buffer = _cuda[key] = _lasting(size, device)

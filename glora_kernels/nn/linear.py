@@ -26,7 +26,7 @@ from glora_kernels.nn.frozen import (
 )
 from glora_kernels.nn.mergeable import ADAPTER_NAMES, FROZEN, NAMES, Mergeable
 from glora_kernels.nn.requantize import Kept
-from glora_kernels.ops import glora_linear, glora_wc
+from glora_kernels.ops import glora_linear
 from glora_kernels.ops.common import Weight
 from glora_kernels.ops.glora import dropout_seed
 from glora_kernels.quant import QuantizedWeight
@@ -252,11 +252,9 @@ class GLoRALinear(Mergeable):
                 return F.linear(x, weight, bias)
             y = glora_linear(x, weight, bias)
             return y if dtype is None else y.to(dtype)
-        c, c_up, d, e, wc = p["C"], p["C_up"], p["D"], p["E"], None
+        c, c_up, c_down, d, e = p["C"], p["C_up"], p["C_down"], p["D"], p["E"]
         if (beta := self.kept_shift()) is not None:  # of which all of these are part
-            bias, d, e = beta, None, None
-        elif c is not None or c_up is not None:
-            wc = glora_wc(weight, c, c_up=c_up, c_down=p["C_down"])
+            bias, c, c_up, c_down, d, e = beta, None, None, None, None, None
         dropout_p, seed = self._dropout if self.training else 0.0, None
         if dropout_p:
             seed = dropout_seed(x.device) if siblings is None else siblings.seed(self, x)
@@ -271,7 +269,9 @@ class GLoRALinear(Mergeable):
             b=p["B"],
             b_up=p["B_up"],
             b_down=p["B_down"],
-            wc=wc,
+            c=c,
+            c_up=c_up,
+            c_down=c_down,
             d=d,
             e=e,
             scale=self._scale,

@@ -25,7 +25,9 @@ from glora_kernels.nn.sibling_names import ATTENTION, GATED, cross_attention_set
 from glora_kernels.ops import glora_wc, grouped_lora_linear
 from glora_kernels.ops.common import Supports, autocast_dtype, shift
 from glora_kernels.ops.glora import dropout_seed
-from glora_kernels.ops.grouped import MAX_MEMBERS
+from glora_kernels.ops.grouped import MAX_MEMBERS, Layout, layout_of
+from glora_kernels.ops.grouped import call as grouped_call
+from glora_kernels.ops.ways import is_plain
 
 __all__ = [
     "ATTENTION",
@@ -96,6 +98,7 @@ class SiblingGroup:
         self._outputs, self._seeds = _Eager(), _Eager()
         self._traced_outputs, self._traced_seeds = _Traced(), _Traced()
         self._backwards = _Backwards()
+        self._known_layout: tuple[tuple[int, ...], Layout] | None = None  # of the last call, and of which objects
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without the members, which join the copy when they are copied, and what waits."""
@@ -230,16 +233,27 @@ class SiblingGroup:
         members: list[Any] = [self.members[place] for place in places]
         own: list[dict[str, Any]] = [member._parameters for member in members]
         dropout_p = max([member._dropout for member in members]) if members[0].training else 0.0
-        return grouped_lora_linear(
-            x,
+        lists = (
+            [x] * len(members),
             [p["weight"].t() if member._transposed else p["weight"] for member, p in zip(members, own, strict=True)],
             [p["B_down"] for p in own],
             [p["B_up"] for p in own],
             [_beta(member, x) for member in members],
-            scales=[member._scale for member in members],
-            dropout_p=dropout_p,
-            seeds=self._drawn(places, x) if dropout_p else None,
+            self._drawn(places, x) if dropout_p else [None] * len(members),
         )
+        scales = tuple([member._scale for member in members])
+        if not is_plain(x):
+            return grouped_lora_linear(x, *lists[1:5], scales=scales, dropout_p=dropout_p, seeds=lists[5])
+        return list(grouped_call(lists, self._layout(lists, dropout_p), scales, dropout_p))
+
+    def _layout(self, lists: Sequence[Sequence[Tensor | None]], dropout_p: float) -> Layout:
+        """Of the members' tensors. Which of them are one object seldom changes: no call is to find it out anew."""
+        if torch.compiler.is_compiling():  # which would take an `id` for a constant
+            return layout_of(lists, dropout_p)
+        same, known = tuple([id(tensor) for entries in lists[1:] for tensor in entries]), self._known_layout
+        if known is None or known[0] != same:
+            known = self._known_layout = same, layout_of(lists, dropout_p)
+        return known[1]
 
     def _drawn(self, places: Sequence[int], x: Tensor) -> list[Any]:
         """A key of the dropout mask a member, one for those that share a B_down in one block; None without a B_down."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from glora_kernels.launch import routes
+from glora_kernels.launch import configs, routes
+from glora_kernels.launch.progress import note
 from glora_kernels.launch.progress import progress as shown
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import named_layers, unwrap
@@ -34,10 +36,6 @@ class Form(NamedTuple):
     text: str
 
 
-_DIVISOR = 16
-"""Triton compiles a kernel anew for sizes that are no multiple of this."""
-
-
 def warmup(
     model: nn.Module,
     tokens: int | Iterable[int] = 8192,
@@ -45,7 +43,7 @@ def warmup(
     training: bool = True,
     progress: bool = True,
 ) -> list[str]:
-    """Run each different GLoRA layer of the model once on zeros, so that its kernels are compiled before step one.
+    """Run each different GLoRA layer of the model on zeros, so that its kernels are compiled before step one.
 
     Also the layers of an accelerated PEFT model, and of our methods of PEFT, with the adapters that are active.
 
@@ -55,9 +53,9 @@ def warmup(
     the model changes: no gradient is left, no hook runs, the generators of the CPU and the GPU and every `training`
     flag are as before. What stays is compiled code, and the workspaces that the layers will use.
 
-    Triton compiles for a number of tokens that is a multiple of 16 and for one that is not separately, and a last batch
-    is seldom like the others. An integer therefore stands for both: 8192 also warms 8191. A list is taken as it is;
-    give one where the steps differ much in size, since the configuration of a launch goes by it.
+    Launches are the same for all numbers of tokens of a class (`launch.configs.representative`), and there are seven
+    classes. An integer stands for all up to it: after 8192, no number of tokens compiles anything more. A list is taken
+    as it is, for steps whose sizes are known.
 
     In training the input wants a gradient, as in all layers but the first of a model. Layers that are merged or
     disabled are left out, and so are those that no Triton kernel serves: on a CPU nothing is compiled (but in Triton's
@@ -65,14 +63,14 @@ def warmup(
 
     Args:
         model: a model with GLoRA layers, also inside torch.compile or DistributedDataParallel.
-        tokens: rows of the layers' input, batch times sequence; an integer or several.
+        tokens: rows of the layers' input, batch times sequence: the most there will be, or a list of all there will be.
         dtype: of the activations. None: that of each layer's weight. Another than the weight's, float16 or bfloat16,
             stands for training under autocast.
         training: forward and backward in training mode; False: forward alone, in evaluation mode.
-        progress: show how far it is, on stderr.
+        progress: show how far it is, and at the end how long it took, on stderr.
 
     Returns:
-        One line for each run: which layers, with how many tokens.
+        One line for each kind of layer: which layers, with how many tokens, and how long it took.
 
     Raises:
         TypeError: `model` is no module, or `tokens` no integers.
@@ -96,19 +94,26 @@ def warmup(
             _check_dtype(form, dtype)
         if all(_is_served(form, dtype) for form in unit):
             kinds.setdefault(tuple(form.key for form in unit), []).append(unit)
-    lines = []
-    plan = [(alike, size) for alike in kinds.values() for size in sizes]
-    for alike, size in shown(plan, "compiling", progress):
-        unit = alike[0]
+    seconds = [0.0] * len(kinds)
+    plan = [(i, alike[0], size) for i, alike in enumerate(kinds.values()) for size in sizes]
+    for i, unit, size in shown(plan, "compiling", progress):
+        begun = time.monotonic()
         _run(unit, size, dtype, training)
         if any(form.drops for form in unit) and training and unit[0].device.type == "cuda":
             with seeds_on_device():  # as a CUDA graph or torch.compile will call them
                 _run(unit, size, dtype, training)
-        kind = "layer" if len(unit) == 1 else "group"
-        count = f"{len(alike)} {kind}{'' if len(alike) == 1 else 's'}"
-        what = "forward and backward" if training else "forward"
-        lines.append(f"{count} like ({unit[0].text}): {what} with {size} tokens")
+        seconds[i] += time.monotonic() - begun
+    what = f"{'forward and backward' if training else 'forward'} with {', '.join(map(str, sizes))} tokens"
+    lines = [_line(alike, what, took) for alike, took in zip(kinds.values(), seconds, strict=True)]
+    if progress and lines:
+        note(f"compiled for {len(lines)} kinds of layers in {sum(seconds):.1f} s")
     return lines
+
+
+def _line(alike: list[list[Form]], what: str, seconds: float) -> str:
+    kind = "layer" if len(alike[0]) == 1 else "group"
+    count = f"{len(alike)} {kind}{'' if len(alike) == 1 else 's'}"
+    return f"{count} like ({alike[0][0].text}): {what}, {seconds:.1f} s"
 
 
 def _units(layers: Iterable[GLoRALinear]) -> list[list[GLoRALinear]]:
@@ -131,10 +136,7 @@ def _sizes(tokens: int | Iterable[int]) -> list[int]:
             raise ValueError(f"tokens must be >= 1, got {size}")
     if not given:
         raise ValueError("tokens must be an integer >= 1, or several, got none")
-    if not several:
-        size = given[0]
-        given.append(size - 1 if size % _DIVISOR == 0 else size - size % _DIVISOR)
-    return list(dict.fromkeys(size for size in given if size > 0))
+    return list(dict.fromkeys(given)) if several else configs.classes(given[0])
 
 
 def _check_dtype(form: Form, dtype: torch.dtype | None) -> None:

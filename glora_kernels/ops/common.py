@@ -26,7 +26,7 @@ QUANT_ARGUMENTS = (
     "int[] form=[]"
 )
 """What the operators take beside the packed codes of a 4-bit weight ..."""
-NO_QUANT: tuple[Any, ...] = (None, None, None, None, [])
+NO_QUANT: tuple[Any, ...] = (None, None, None, None, ())
 """... and beside a matrix, for which PyTorch leaves these defaults out."""
 
 
@@ -108,11 +108,17 @@ def quant_arguments(weight: Weight) -> tuple[Any, ...]:
     """The `QUANT_ARGUMENTS` of a weight; the form is N, K, type, dtype, blocksize, nested blocksize."""
     if not isinstance(weight, QuantizedWeight):
         return NO_QUANT
-    state, nested = weight.state, weight.state.nested
-    form = [*state.shape, QUANT_TYPES.index(state.quant_type), DTYPES.index(state.dtype), state.blocksize]
-    if nested is None:
-        return state.absmax, None, None, None, [*form, 0]
-    return state.absmax, nested.absmax, nested.code, nested.offset, [*form, nested.blocksize]
+    state = weight.state
+    found: tuple[Any, ...] | None = vars(state).get("_arguments")
+    if found is None:  # a state cannot change: worked out once
+        nested = state.nested
+        form = (*state.shape, QUANT_TYPES.index(state.quant_type), DTYPES.index(state.dtype), state.blocksize)
+        if nested is None:
+            found = (state.absmax, None, None, None, (*form, 0))
+        else:
+            found = (state.absmax, nested.absmax, nested.code, nested.offset, (*form, nested.blocksize))
+        vars(state)["_arguments"] = found
+    return found
 
 
 def weight_of(

@@ -32,17 +32,14 @@ from glora_kernels.ops.common import (
     factor_dtype,
     given,
     read_saved,
-    restored,
-    state_of,
-    stored,
     wide_dtype,
     without_autocast,
 )
 from glora_kernels.ops.eager import dropped
+from glora_kernels.ops.prepared import NO_GUARD, Applied, Prepared, Row, save
 from glora_kernels.ops.ways import is_batched, is_plain, is_transformed, is_watched
+from glora_kernels.ops.wc import glora_wc
 from glora_kernels.reference.random import keep_mask
-
-_AB = Supports._fields.index("bias")
 
 
 class _Record(NamedTuple):
@@ -175,6 +172,9 @@ class DeferredLinear:
         dropout_p: float = 0.0,
         seed: Tensor | None = None,
         variant: str = "hadamard",
+        c: Tensor | None = None,
+        c_up: Tensor | None = None,
+        c_down: Tensor | None = None,
         **supports: Tensor | None,
     ) -> Tensor:
         """As `ops.glora_linear`, with its errors.
@@ -182,6 +182,8 @@ class DeferredLinear:
         It is that, gradients included, in the other `ops.ways`, without gradients, and where the layer has another
         parameter by now or one that is not trained.
         """
+        if c is not None or c_up is not None:
+            supports["wc"] = glora_wc(weight, c, c_up=c_up, c_down=c_down)
         trained = {name: p for name, p in self.shared.items() if supports.get(name) is p and p.requires_grad}
         if not trained or not torch.is_grad_enabled() or not is_plain(x) or is_transformed() or is_watched(x):
             return plain.glora_linear(
@@ -189,62 +191,57 @@ class DeferredLinear:
             )
         s = Supports(bias=bias, **supports)
         target = autocast_dtype(x)
-        plain._check(x, weight, s, dropout_p, seed, variant, target)
+        plain._check(x, weight, s, (), dropout_p, seed, variant, target)
         if target is not None and x.dtype != target:
             x = x.to(target)
-        call = Call(scale, dropout_p, seed, variant == "matmul", plain._route(x, weight))
-        return _DeferredFunction.apply(x, weight, call, self, trained, self.ticket, *s)
+        needs = Needs(*(t is not None and t.requires_grad for t in (x, *s)))
+        row, form = plain.row_of(x, weight, s, seed)
+        call = Call(scale, dropout_p, None, variant == "matmul", plain._route(x, weight))
+        prepared = plain.prepare(row, form, call, *needs, False, False, False)
+        wanted = [row[i] for i in prepared.trained]
+        y: Tensor = _DeferredFunction.apply(prepared, row, self, trained, self.ticket, *wanted)
+        return y
 
 
 class _DeferredFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
-        weight: Weight,
-        call: Call,
+        prepared: Prepared,
+        row: Row,
         to: DeferredLinear,
-        trained: Mapping[str, nn.Parameter],
+        shared: Mapping[str, nn.Parameter],
         ticket: Tensor,
-        *tensors: Tensor | None,
+        *trained: Tensor,
     ) -> Tensor:
-        s = Supports(*tensors)
-        y, h, sigma, u = plain._forward(x, weight, s, call)
-        needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[6:])
-        keep = plain._saved(needs, s, call)
-        kept = (t if k else None for t, k in zip((x, y, h, sigma, u), keep, strict=True))
-        # In the order of `ops.glora`: a checkpoint may compute again after the context, and finds them there.
-        shifts = tensors[_AB:] if needs.a or needs.bias or needs.wc or needs.d or needs.e else ()
-        ctx.save_for_backward(stored(weight), *tensors[:_AB], call.seed, *kept, *shifts)
-        ctx.quant_state = state_of(weight)
-        ctx.needs, ctx.call, ctx.to, ctx.trained = needs, call._replace(seed=None), to, trained
-        ctx.node = ticket.grad_fn
-        return y
+        results = prepared.forward(row)
+        save(ctx, prepared, row, results)
+        ctx.to, ctx.shared, ctx.node = to, shared, ticket.grad_fn
+        return given(results[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         # Under create_graph=True PyTorch must refuse a second derivative of what is returned, and whoever watches the
         # operations or batches gradients sees no sum of what was handed over: the gradients are returned as ever.
         if torch.is_grad_enabled() or is_batched(dy) or is_watched(dy):
-            dx, _, _, *grads = plain._GLoRAFunction.backward(ctx, dy)
+            _, _, *grads = Applied.backward(ctx, dy)
         else:
-            dx, *grads = _deferred_backward(ctx, dy)
-        return (dx, None, None, None, None, None, *grads)
+            grads = _deferred_backward(ctx, dy)
+        return (None, None, None, None, None, *grads)
 
 
 def _deferred_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
-    tensor, *rest = read_saved(ctx, with_y=ctx.needs.a)
-    weight = restored(tensor, ctx.quant_state)
-    seed, x, y, h, sigma, u, *shifts = rest[_AB:]
-    s = Supports(*rest[:_AB], *shifts)
-    call = ctx.call._replace(seed=seed)
-    to, needs = ctx.to, ctx.needs
-    down, up = ctx.trained.get("b_down"), ctx.trained.get("b_up")
-    rest_of_needs = needs._replace(
-        b_down=needs.b_down and down is None,
-        b_up=needs.b_up and up is None,
-    )
-    grads = plain._backward(dy, x, weight, s, y, h, sigma, u, call, rest_of_needs)
+    prepared: Prepared = ctx.prepared
+    row = prepared.placed(read_saved(ctx, prepared.reads_output))
+    s, x, h, seed = Supports(*row[plain.SUPPORTS]), row[0], row[plain.MADE][1], row[plain.SEED]
+    to, call = ctx.to, prepared.values.call
+    down, up = ctx.shared.get("b_down"), ctx.shared.get("b_up")
+    rest = list(prepared.wanted)
+    for name in ctx.shared:
+        rest[plain.SUPPORTS.start + Supports._fields.index(name)] = False
+    with without_autocast(dy.device.type), prepared.guard or NO_GUARD:
+        found = iter(prepared.operation.backward([dy], row, prepared.values, rest))
+    grads = [next(found) if still else None for want, still in zip(prepared.wanted, rest, strict=True) if want]
     # Of a pass that is not asked for the shared parameters (`torch.autograd.grad`, `backward(inputs=...)`), no more.
     if (down is not None or up is not None) and torch._C._will_engine_execute_node(ctx.node):
         flat, triton = _rows(dy), call.route != "eager"

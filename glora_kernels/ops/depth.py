@@ -232,8 +232,8 @@ def _eager_shift_grads(layer: Layer, g: Tensor, names: set[str]) -> dict[str, Te
     }
     if names & {"C", "C_up", "C_down"}:
         needs = [name in names for name in ("C", "C_up", "C_down")]
-        dc = operator.gradients(g, layer.weight, get("C"), get("C_up"), get("C_down"), needs, "eager")
-        found |= zip(("C", "C_up", "C_down"), dc, strict=True)
+        dc = iter(operator.gradients(g, layer.weight, (get("C"), get("C_up"), get("C_down")), needs, "eager"))
+        found |= {name: next(dc) for name in ("C", "C_up", "C_down") if name in names}
     grads = {name: given(found[name]) for name in names}
     constants = {name for name in names & {"D", "E"} if layer.adapter[name].numel() == 1}
     return {name: grad.sum().view(1) if name in constants else grad for name, grad in grads.items()}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import glora_kernels.ops.glora
+import glora_kernels.ops.glora_registered
 import glora_kernels.ops.wc  # both define the operators  # noqa: F401
 
 Shape = Sequence[int]

@@ -1,4 +1,4 @@
-"""The GLoRA linear operator: forward, gradients, and its registration with PyTorch.
+"""The GLoRA linear operator: forward and gradients; registered with PyTorch in `ops.glora_registered`.
 
     y = Z∘(1+a) + s·(x̃·B_downᵀ)·B_upᵀ + σ·bᵀ + β,   Z = xWᵀ, σ = Σₖ xₖ, x̃ = mask·x/(1-p), β = bias∘(1+d) + e + wc
 
@@ -12,60 +12,40 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from glora_kernels.launch import routes
-from glora_kernels.launch.workspace import private_workspace, workspace_lock
-from glora_kernels.ops import composite
+from glora_kernels.launch.workspace import workspace_lock
+from glora_kernels.ops import composite, prepared
 from glora_kernels.ops import eager as eager_path
 from glora_kernels.ops import triton as triton_path
 from glora_kernels.ops.common import (
-    LIBRARY,
-    NO_QUANT,
-    QUANT_ARGUMENTS,
     Call,
     Needs,
     Supports,
     Weight,
     autocast_dtype,
+    cast,
     check_form,
     check_vector,
-    factor_dtype,
-    owned,
+    given,
     quant_arguments,
-    read_saved,
-    restored,
-    state_of,
     stored,
     weight_of,
-    wide_dtype,
-    without_autocast,
 )
-from glora_kernels.ops.ways import is_batched, is_plain, is_transformed, is_watched, once_differentiable, rows_of
+from glora_kernels.ops.prepared import Prepared, Row
+from glora_kernels.ops.ways import is_batched, is_plain, is_transformed, is_watched, rows_of
+from glora_kernels.ops.wc import glora_wc
+from glora_kernels.ops.wc import gradients as wc_gradients
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.spec import VARIANTS
 
-_NO_GUARD = nullcontext()
 _N = len(Supports._fields)
-_AB = Supports._fields.index("bias")  # before it the forms of A and B, from it on the terms of β
-_SUPPORTS = ", ".join(f"Tensor? {name}" for name in Supports._fields)
-_VALUES = "float scale, float dropout_p, Tensor? seed, bool matmul, str route"
-_GRADIENTS = ", ".join("Tensor" for _ in Needs._fields)
-LIBRARY.define(
-    f"glora_linear(Tensor x, Tensor weight, {_SUPPORTS}, {_VALUES}, {QUANT_ARGUMENTS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
-)
-LIBRARY.define(
-    f"glora_linear_backward(Tensor dy, Tensor? x, Tensor weight, {_SUPPORTS}, Tensor? y, Tensor? h, Tensor? sigma, "
-    f"Tensor? u, {_VALUES}, bool[] needs, {QUANT_ARGUMENTS}) -> ({_GRADIENTS})"
-)
-_V = _N + len(Call._fields)  # behind x and W: the supports, the values, and then the QUANT_ARGUMENTS
-_BACK = _V + 5  # as in the backward, where y, h, σ and U stand before the values and what is needed behind them
+NOTHING = (False,) * (5 + _N)  # the weight, x, the supports, C
 _SEEDS = 2**62, 2**63 - 1
 
 
@@ -81,6 +61,9 @@ def glora_linear(
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
     wc: Tensor | None = None,
+    c: Tensor | None = None,
+    c_up: Tensor | None = None,
+    c_down: Tensor | None = None,
     d: Tensor | None = None,
     e: Tensor | None = None,
     scale: float = 1.0,
@@ -88,7 +71,7 @@ def glora_linear(
     seed: Tensor | None = None,
     variant: str = "hadamard",
 ) -> Tensor:
-    """y = x (W + W∘A + s·B)ᵀ + bias∘(1+d) + e + wc, without building W_eff where A is not lora.
+    """y = x (W + W∘A + s·B)ᵀ + bias∘(1+d) + e + W·c, without building W_eff where A is not lora.
 
     The gradients, with g = Σₘ dy: ∂bias = g∘(1+d), ∂wc = g, ∂d = g∘bias, ∂e = g, summed where d or e is a constant;
     those of x, A and B: `ops.eager.backward`.
@@ -104,7 +87,10 @@ def glora_linear(
         b: B as a vector (N,) or constant (1,).
         b_up: B=lora, (N, R).
         b_down: B=lora, (R, K).
-        wc: W·c (N,), the part of C (`glora_wc`), in fp32 over 16 bits.
+        wc: W·c (N,), the part of C, where it is at hand (`glora_wc`); in fp32 over 16 bits.
+        c: C as a vector (K,), in the place of wc: W·c is made here, in the same node of autograd.
+        c_up: C=lora, (K, R).
+        c_down: C=lora, (R, 1).
         d: D as a vector (N,) or constant (1,); needs a bias.
         e: E as a vector (N,) or constant (1,).
         scale: s, multiplies the low-rank B path only.
@@ -124,28 +110,227 @@ def glora_linear(
         RuntimeError: a forced `backend` that cannot serve the call. In backward: x or a parameter was
             overwritten in place meanwhile, or y while a trained vector or constant A needs it.
     """
-    s = Supports(a, a_up, a_down, b, b_up, b_down, bias, wc, d, e)
+    s, cs = Supports(a, a_up, a_down, b, b_up, b_down, bias, wc, d, e), (c, c_up, c_down)
     if not is_plain(x):
         x, nested = rows_of(x)
-        return nested(_linear(x, weight, s, scale, dropout_p, seed, variant))
-    return _linear(x, weight, s, scale, dropout_p, seed, variant)
+        return nested(_linear(x, weight, s, cs, scale, dropout_p, seed, variant))
+    return _linear(x, weight, s, cs, scale, dropout_p, seed, variant)
 
 
 def _linear(
-    x: Tensor, weight: Weight, s: Supports, scale: float, dropout_p: float, seed: Tensor | None, variant: str
+    x: Tensor,
+    weight: Weight,
+    s: Supports,
+    cs: tuple[Tensor | None, ...],
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    variant: str,
 ) -> Tensor:
     target, transformed = autocast_dtype(x), is_transformed()
-    _check(x, weight, s, dropout_p, seed, variant, target, transformed)
+    if transformed or is_watched(x):
+        _check(x, weight, s, cs, dropout_p, seed, variant, target, transformed)
+        if cs != NO_C:
+            s = s._replace(wc=glora_wc(weight, cs[0], c_up=cs[1], c_down=cs[2]))
+        if target is not None and x.dtype != target:
+            x = x.to(target)
+        call = Call(scale, dropout_p, seed, variant == "matmul", _route(x, weight))
+        if transformed:
+            return composite.glora_linear(x, weight, s, call)
+        return torch.ops.glora_kernels.glora_linear(x, stored(weight), *s, *call, *quant_arguments(weight))[0]
     if target is not None and x.dtype != target:
         x = x.to(target)
-    call = Call(scale, dropout_p, seed, variant == "matmul", _route(x, weight))
-    if transformed:
-        return composite.glora_linear(x, weight, s, call)
-    if is_watched(x):
-        return torch.ops.glora_kernels.glora_linear(x, stored(weight), *s, *call, *quant_arguments(weight))[0]
-    if not torch.is_grad_enabled():
-        return _forward(x, weight, s, call)[0]
-    return _GLoRAFunction.apply(x, weight, call, *s)
+    if x.ndim == 1 or (x.ndim > 2 and not x.is_contiguous()):
+        lead = x.shape[:-1]
+        y = _linear(x.reshape(math.prod(lead), x.shape[-1]), weight, s, cs, scale, dropout_p, seed, variant)
+        return y.view(*lead, weight.shape[0])
+    row, form = row_of(x, weight, s, seed, cs)
+    wanted = NOTHING
+    if torch.is_grad_enabled():
+        wanted = (weight.requires_grad, *[t is not None and t.requires_grad for t in (x, *s, *cs)])
+
+    def make() -> Prepared:
+        _check(x, weight, s, cs, dropout_p, seed, variant, target)
+        call = Call(scale, dropout_p, None, variant == "matmul", _route(x, weight))
+        return prepare(row, form, call, *wanted[1:])
+
+    key = (form, scale, dropout_p, variant, target, routes.chosen(), wanted)
+    return prepared.call(prepared.find(GLORA, row, 1, key, make), row)[0]
+
+
+# The tensors of a call in a row (`ops.prepared`): x, the stored weight, the four beside 4-bit codes, the supports, C,
+# the seed; in backward behind them what forward made of them: y, h, σ, U, W·c, and on the eager path the mask.
+SUPPORTS = slice(6, 6 + _N)
+_C = slice(SUPPORTS.stop, SUPPORTS.stop + 3)
+SEED = _C.stop
+MADE = slice(SEED + 1, SEED + 5)
+_WC, _MASK = MADE.stop, MADE.stop + 1
+NO_C = (None, None, None)
+
+
+def row_of(
+    x: Tensor, weight: Weight, s: Supports, seed: Tensor | None, cs: Sequence[Tensor | None] = NO_C
+) -> tuple[Row, tuple[int, ...]]:
+    """The tensors of a call in a row, and the form of its weight."""
+    *beside, form = quant_arguments(weight)
+    return (x, stored(weight), *beside, *s, *cs, seed), form
+
+
+def weight_in(row: Row, form: Sequence[int]) -> Weight:
+    """W of a row."""
+    packed, absmax, nested_absmax, code, offset = row[1 : SUPPORTS.start]
+    return weight_of(given(packed), absmax, nested_absmax, code, offset, form)
+
+
+class _Values(NamedTuple):
+    """form: of a 4-bit weight, empty beside a matrix. keeps_mask: the eager path makes the dropout mask once, for both
+    passes: it is dear, and a byte an element beside an x that is kept too. The kernels make it in registers."""
+
+    form: tuple[int, ...]
+    call: Call
+    keeps_mask: bool
+
+    @property
+    def path(self) -> Any:
+        return eager_path if self.call.route == "eager" else triton_path
+
+
+def prepare(row: Row, form: Sequence[int], call: Call, *wanted: bool, registered: bool = False) -> Prepared:
+    """A class of calls, of which this is one.
+
+    Args:
+        row: of the call.
+        form: of its weight.
+        call: its values, without the seed.
+        wanted: which of x, the supports and C want a gradient.
+        registered: for the registered operators, which return what backward may read, and pass no mask.
+    """
+    s, eager = Supports(*row[SUPPORTS]), call.route == "eager"
+    flags = (wanted[0], *(False,) * (SUPPORTS.start - 1), *wanted[1:], *(False,) * (SEED - len(wanted) - 4))
+    needs = needs_of(flags)
+    keep = kept(needs, s, call.matmul)
+    reads_shift = needs.a or needs.bias or needs.wc or needs.d or needs.e
+    shifts = range(SUPPORTS.start + Supports._fields.index("bias"), SUPPORTS.stop)
+    keeps_mask = not registered and eager and call.dropout_p > 0 and needs.b_down
+    saved = [0] * keep.x
+    saved += [i for i in range(1, SEED + 1) if row[i] is not None and (reads_shift or i not in shifts)]
+    saved += [MADE.start + i for i, keeps in enumerate(keep[1:]) if keeps]
+    makes_wc = any(c is not None for c in row[_C])
+    saved += [_WC] * (makes_wc and (needs.a or needs.wc)) + [_MASK] * keeps_mask
+    x, weight = given(row[0]), weight_in(row, form)
+    builds = bool(form) or weight.dtype != x.dtype or s.a is not None or (s.a_up is not None and not call.matmul)
+    return Prepared(
+        GLORA,
+        _Values(tuple(form), call, keeps_mask),
+        flags,
+        saved,
+        size=_MASK + 1,
+        with_rows=(0, *range(MADE.start, MADE.start + 3)),
+        has_kernels=not eager,
+        keeps=registered,
+        guard=workspace_lock if x.is_cuda and builds else None,
+    )
+
+
+class Kept(NamedTuple):
+    """Which of x and the results of forward backward reads."""
+
+    x: bool
+    y: bool
+    h: bool
+    sigma: bool
+    u: bool
+
+
+def kept(needs: Needs, s: Supports, matmul: bool) -> Kept:
+    """What a backward reads.
+
+    x is kept for a gradient that multiplies it, and beside y for a vector or constant A: Z is computed anew in the
+    rows where y does not give it (`ops.recover`).
+    """
+    return Kept(
+        x=needs.a or needs.b_down or needs.a_down or (needs.a_up and not matmul),
+        y=needs.a,
+        h=needs.b_up or (needs.a and s.b_up is not None) or (matmul and needs.a_up),
+        sigma=s.b is not None and (needs.b or needs.a),
+        u=matmul and s.a_up is not None and (needs.x or needs.a_down),
+    )
+
+
+def _forward(row: Row, values: _Values) -> Sequence[Tensor | None]:
+    """(y, h, σ, U, W·c, mask) of an N-dimensional x by the call's route."""
+    form, call, keeps_mask = values
+    x, weight, s, cs = given(row[0]), weight_in(row, form), Supports(*row[SUPPORTS]), row[_C]
+    rows, k = math.prod(x.shape[:-1]), x.shape[-1]
+    call = call._replace(seed=row[SEED])
+    mask = eager_path.keep_of(call, rows, k, x.device) if keeps_mask else None
+    if mask is not None:
+        call = call._replace(seed=mask)
+    wc = None
+    if any(c is not None for c in cs):
+        wc = values.path.wc_forward(weight, *cs)
+        s = s._replace(wc=wc)
+    y, h, sigma, u = values.path.forward(x if x.ndim == 2 else x.reshape(rows, k), weight, s, call)
+    if x.ndim != 2:  # no view: PyTorch refuses to change a view in place that came out of a Function
+        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
+    return y, h, sigma, u, wc, mask
+
+
+def _backward(dys: Sequence[Tensor], row: Row, values: _Values, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of the wanted places, each in the shape and dtype of its tensor."""
+    dy, form, needs = dys[0], values.form, needs_of(wanted)
+    weight, s, (y, h, sigma, u) = weight_in(row, form), _supports(row), row[MADE]
+    lead, (n, k), x = dy.shape[:-1], weight.shape, row[0]
+    rows = math.prod(lead)
+    if dy.ndim != 2:
+        dy, y = dy.reshape(rows, n), None if y is None else y.reshape(rows, n)
+    x = x if x is None or x.ndim == 2 else x.reshape(rows, k)
+    grads = list(values.path.backward(dy, x, weight, s, y, h, sigma, u, _call(row, values), needs))
+    if grads[0] is not None and len(lead) != 1:
+        grads[0] = grads[0].view(*lead, k)
+    cs = row[_C]
+    through = values.path.wc_backward(grads[_GRAD_WC], weight, *cs, wanted[_C]) if any(wanted[_C]) else NO_C
+    found = [*zip(grads, (None, *s), _own(wanted), strict=True), *zip(through, cs, wanted[_C], strict=True)]
+    return [grad if grad is None or t is None else cast(grad, t.dtype) for grad, t, want in found if want]
+
+
+_GRAD_WC = 1 + Supports._fields.index("wc")
+
+
+def _own(wanted: Sequence[bool]) -> tuple[bool, ...]:
+    """Of the flags of a row those of x and the supports."""
+    return (wanted[0], *wanted[SUPPORTS])
+
+
+def _supports(row: Row) -> Supports:
+    """The supports in a row of backward, with the W·c that forward made."""
+    s = Supports(*row[SUPPORTS])
+    return s if row[_WC] is None else s._replace(wc=row[_WC])
+
+
+def _call(row: Row, values: _Values) -> Call:
+    """The values of a call in backward: with the seed, or the mask that forward made of it."""
+    return values.call._replace(seed=row[_MASK] if values.keeps_mask else row[SEED])
+
+
+def needs_of(wanted: Sequence[bool]) -> Needs:
+    """What the passes are asked for, by the flags of a row: W·c where C is."""
+    needs = Needs(*_own(wanted))
+    return needs._replace(wc=True) if any(wanted[_C]) else needs
+
+
+def _elsewhere(dys: Sequence[Tensor], row: Row, values: _Values, wanted: Sequence[bool]) -> list[Tensor | None]:
+    needs, call, cs = needs_of(wanted), _call(row, values), row[_C]
+    row = (*row[: SUPPORTS.start], *_supports(row), *row[SUPPORTS.stop :])
+    run = batched_backward if is_batched(dys[0]) else operator_backward
+    grads = run(dys[0], row, values.form, call, needs)
+    found = [grad for grad, want in zip(grads, _own(wanted), strict=True) if want]
+    if any(wanted[_C]):
+        found += wc_gradients(given(grads[_GRAD_WC]), weight_in(row, values.form), cs, wanted[_C], call.route)
+    return found
+
+
+GLORA = prepared.Operation("glora_linear", _forward, _backward, _elsewhere)
 
 
 def dropout_seed(device: torch.device) -> Tensor:
@@ -187,6 +372,7 @@ def _check(
     x: Tensor,
     weight: Weight,
     s: Supports,
+    cs: Sequence[Tensor | None],
     dropout_p: float,
     seed: Tensor | None,
     variant: str,
@@ -201,10 +387,10 @@ def _check(
     if target is None and x.dtype != weight.dtype and isinstance(weight, Tensor):
         raise TypeError(f"x and weight must have one dtype outside autocast; got x {x.dtype} and weight {weight.dtype}")
     device = x.device
-    for tensor in (weight, *s):
+    for tensor in (weight, *s, *cs):
         if tensor is not None and tensor.device != device:
-            names = ("weight", *Supports._fields)
-            name = next(n for n, t in zip(names, (weight, *s), strict=True) if t is tensor)
+            names = ("weight", *Supports._fields, "c", "c_up", "c_down")
+            name = next(n for n, t in zip(names, (weight, *s, *cs), strict=True) if t is tensor)
             raise ValueError(f"x and {name} must be on one device; got x on {device} and {name} on {tensor.device}")
     if weight.requires_grad and torch.is_grad_enabled() and not transformed:
         raise ValueError(
@@ -219,8 +405,12 @@ def _check(
         check_vector("bias", s.bias, n, constant=False)
     elif s.d is not None:
         raise ValueError("d scales the bias: it cannot be given where bias is None")
+    if cs:
+        check_form("c", k, False, k, 1, *cs)
     if s.wc is not None:
         check_vector("wc", s.wc, n, constant=False)
+        if any(c is not None for c in cs):
+            raise ValueError("wc is W·c: it and c, or c_up and c_down, are two forms of one term; give one of them")
     if s.d is not None:
         check_vector("d", s.d, n, constant=True)
     if s.e is not None:
@@ -245,232 +435,27 @@ def _route(x: Tensor, weight: Weight) -> str:
     return routes.route(x.device.type, x.dtype, four_bit=isinstance(weight, QuantizedWeight))
 
 
-def _workspace_guard(x: Tensor, weight: Weight, s: Supports, call: Call) -> AbstractContextManager[object]:
-    """Held while a call builds a weight in the workspace and reads it, where host threads may share a stream."""
-    builds = isinstance(weight, QuantizedWeight) or weight.dtype != x.dtype
-    if x.is_cuda and (builds or s.a is not None or (s.a_up is not None and not call.matmul)):
-        return workspace_lock
-    return _NO_GUARD
-
-
-def _forward(x: Tensor, weight: Weight, s: Supports, call: Call) -> Any:
-    """(y, h, σ, U) of an N-dimensional x by the call's route."""
-    path = eager_path if call.route == "eager" else triton_path
-    flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    with without_autocast(x.device.type), _workspace_guard(x, weight, s, call):
-        y, h, sigma, u = path.forward(flat, weight, s, call)
-    if x.ndim != 2:  # no view: PyTorch refuses to change a view in place that came out of a Function
-        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
-    return y, h, sigma, u
-
-
-def _backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Weight,
-    s: Supports,
-    y: Tensor | None,
-    h: Tensor | None,
-    sigma: Tensor | None,
-    u: Tensor | None,
-    call: Call,
-    needs: Needs,
+def operator_backward(
+    dy: Tensor, row: Sequence[Tensor | None], form: Sequence[int], call: Call, needs: Needs
 ) -> list[Tensor | None]:
-    """The gradients in the order of `Needs`, each in the shape and dtype of its tensor."""
-    lead, n, k = dy.shape[:-1], weight.shape[0], weight.shape[1]
-    rows = math.prod(lead)
-    path = eager_path if call.route == "eager" else triton_path
-    if dy.ndim != 2:
-        dy = dy.reshape(rows, n)
-        x = None if x is None else x.reshape(rows, k)
-        y = None if y is None else y.reshape(rows, n)
-    with without_autocast(dy.device.type), _workspace_guard(dy, weight, s, call):
-        grads = list(path.backward(dy, x, weight, s, y, h, sigma, u, call, needs))
-    if grads[0] is not None and len(lead) != 1:
-        grads[0] = grads[0].view(*lead, k)
-    for i, tensor in enumerate(s, start=1):
-        grad = grads[i]
-        if grad is not None and tensor is not None and grad.dtype != tensor.dtype:
-            grads[i] = grad.to(tensor.dtype)
-    return grads
-
-
-def _saved(needs: Needs, s: Supports, call: Call) -> tuple[bool, bool, bool, bool, bool]:
-    """Which of (x, y, h, σ, U) backward will read.
-
-    x is kept for a gradient that multiplies it, and beside y for a vector or constant A: Z is computed anew in the
-    rows where y does not give it (`ops.recover`).
-    """
-    keep_x = needs.a or needs.b_down or needs.a_down or (needs.a_up and not call.matmul)
-    keep_h = needs.b_up or (needs.a and s.b_up is not None) or (call.matmul and needs.a_up)
-    keep_sigma = s.b is not None and (needs.b or needs.a)
-    keep_u = call.matmul and s.a_up is not None and (needs.x or needs.a_down)
-    return keep_x, needs.a, keep_h, keep_sigma, keep_u
-
-
-class _GLoRAFunction(torch.autograd.Function):
-    """Eager mode's way in: few arguments and few calls, since each costs a microsecond a layer."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, call: Call, *tensors: Tensor | None) -> Tensor:
-        s = Supports(*tensors)
-        wanted = ctx.needs_input_grad
-        needs = Needs(wanted[0], *wanted[3:])
-        if call.route == "eager" and call.dropout_p and needs.b_down:
-            # Of PyTorch operations the mask is dear to make twice, and a byte an element beside an x that is kept too.
-            # The kernels make it in registers, and again in backward.
-            rows, cols = math.prod(x.shape[:-1]), x.shape[-1]
-            call = call._replace(seed=eager_path.keep_of(call, rows, cols, x.device))
-        y, h, sigma, u = _forward(x, weight, s, call)
-        if any(needs):
-            keep_x, keep_y, keep_h, keep_sigma, keep_u = _saved(needs, s, call)
-            reads_shift = needs.a or needs.bias or needs.wc or needs.d or needs.e
-            ctx.save_for_backward(
-                stored(weight),
-                *tensors[:_AB],
-                call.seed,
-                x if keep_x else None,
-                y if keep_y else None,
-                h if keep_h else None,
-                sigma if keep_sigma else None,
-                u if keep_u else None,
-                *(tensors[_AB:] if reads_shift else ()),
-            )
-            ctx.needs = needs
-            ctx.quant_state = state_of(weight)
-            ctx.call = call if call.seed is None else call._replace(seed=None)  # saved: a change of it is noticed
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        tensor, *rest = read_saved(ctx, with_y=ctx.needs.a)
-        seed, x, y, h, sigma, u, *terms = rest[_AB:]
-        call = ctx.call if seed is None else ctx.call._replace(seed=seed)
-        weight, s = restored(tensor, ctx.quant_state), Supports(*rest[:_AB], *terms)
-        run = _batched_backward if is_batched(dy) else _operator_backward if is_watched(dy) else _backward
-        grads = run(dy, x, weight, s, y, h, sigma, u, call, ctx.needs)
-        return (grads[0], None, None, *grads[1:])
-
-
-def _operator_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Weight,
-    s: Supports,
-    y: Tensor | None,
-    h: Tensor | None,
-    sigma: Tensor | None,
-    u: Tensor | None,
-    call: Call,
-    needs: Needs,
-) -> list[Tensor | None]:
-    """`_backward` through the registered operator."""
+    """`prepared.gradients` through the registered operator."""
+    x, weight, *beside = row[: SUPPORTS.start]
     grads = torch.ops.glora_kernels.glora_linear_backward(
-        dy, x, stored(weight), *s, y, h, sigma, u, *call, list(needs), *quant_arguments(weight)
-    )
+        dy, x, weight, *row[SUPPORTS], *row[MADE], *call, list(needs), *beside, list(form)
+    )  # fmt: skip
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-def _batched_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Weight,
-    s: Supports,
-    y: Tensor | None,
-    h: Tensor | None,
-    sigma: Tensor | None,
-    u: Tensor | None,
-    call: Call,
-    needs: Needs,
+def batched_backward(
+    dy: Tensor, row: Sequence[Tensor | None], form: Sequence[int], call: Call, needs: Needs
 ) -> list[Tensor | None]:
-    """`_backward` of a batch of dy. An x that was not kept takes no part in any wanted gradient."""
+    """`prepared.gradients` of a batch of dy. An x that was not kept takes no part in any wanted gradient."""
+    weight, (_, h, sigma, _) = weight_in(row, form), row[MADE]
+    x = row[0]
     if x is None:
         x = torch.zeros(*dy.shape[:-1], weight.shape[1], dtype=dy.dtype, device=dy.device)
 
     def forward(x: Tensor, *tensors: Tensor | None) -> Tensor:
         return composite.glora_linear(x, weight, Supports(*tensors), call, h, sigma)
 
-    return composite.gradients(forward, (x, *s), needs, dy)
-
-
-def _needs(ctx: Any) -> Needs:
-    wanted = ctx.needs_input_grad
-    return Needs(wanted[0], *wanted[2 : 2 + _N])
-
-
-# The registered operators: the same functions behind torch.compile's boundary. An absent result is an empty tensor.
-
-
-def _op(x: Tensor, weight: Tensor, *rest: Any) -> Any:
-    with private_workspace():  # a graph that PyTorch captures must own all memory it writes
-        y, *others = _forward(x, weight_of(weight, *rest[_V:]), Supports(*rest[:_N]), Call(*rest[_N:_V]))
-    return y, *(x.new_empty(0) if other is None else other for other in others)
-
-
-def _fake(x: Tensor, weight: Tensor, *rest: Any) -> Any:
-    s, call, (*_, form) = Supports(*rest[:_N]), Call(*rest[_N:_V]), rest[_V:] or NO_QUANT
-    m, n = math.prod(x.shape[:-1]), form[0] if form else weight.shape[0]
-    rank = s.a_up.shape[1] if call.matmul and s.a_up is not None else 0
-    total, narrow = rank + (0 if s.b_up is None else s.b_up.shape[1]), factor_dtype(x.dtype, s)
-    return (
-        x.new_empty(*x.shape[:-1], n),
-        x.new_empty(m, total, dtype=narrow) if total else x.new_empty(0),
-        x.new_empty(m, dtype=wide_dtype(x.dtype)) if s.b is not None else x.new_empty(0),
-        x.new_empty(n, rank, dtype=narrow) if rank else x.new_empty(0),
-    )
-
-
-def _op_backward(dy: Tensor, x: Any, weight: Tensor, *rest: Any) -> Any:
-    s, (y, h, sigma, u), (*values, needs) = Supports(*rest[:_N]), rest[_N : _N + 4], rest[_N + 4 : _BACK]
-    with private_workspace():
-        w = weight_of(weight, *rest[_BACK:])
-        grads = _backward(dy, x, w, s, y, h, sigma, u, Call(*values), Needs(*needs))
-    return owned([dy.new_empty(0) if grad is None else grad for grad in grads])
-
-
-def _fake_backward(dy: Tensor, x: Any, weight: Tensor, *rest: Any) -> Any:
-    s, needs, (*_, form) = Supports(*rest[:_N]), Needs(*rest[_BACK - 1]), rest[_BACK:] or NO_QUANT
-    empty = dy.new_empty
-    dx = empty(*dy.shape[:-1], form[1] if form else weight.shape[1]) if needs.x else empty(0)
-    others = (
-        empty(tensor.shape, dtype=tensor.dtype) if need and tensor is not None else empty(0)
-        for tensor, need in zip(s, needs[1:], strict=True)
-    )
-    return dx, *others
-
-
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, *rest = inputs
-    y, h, sigma, u = output
-    ctx.mark_non_differentiable(h, sigma, u)
-    s, call, (*state, form) = Supports(*rest[:_N]), Call(*rest[_N:_V]), rest[_V:] or NO_QUANT
-    keep = _saved(_needs(ctx), s, call)
-    kept = (t if k else None for t, k in zip((x, y, h, sigma, u), keep, strict=True))
-    ctx.save_for_backward(weight, *s, call.seed, *kept, *state)
-    ctx.form = form
-    ctx.call = call._replace(seed=None)
-
-
-def _op_autograd(ctx: Any, dy: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-    weight, *rest = read_saved(ctx, with_y=_needs(ctx).a)
-    seed, x, y, h, sigma, u, *state = rest[_N:]
-    call, weight = ctx.call._replace(seed=seed), weight_of(weight, *(*state, ctx.form))
-    run = _batched_backward if is_batched(dy) else _operator_backward
-    grads = run(dy, x, weight, Supports(*rest[:_N]), y, h, sigma, u, call, _needs(ctx))
-    return (grads[0], None, *grads[1:], *(None for _ in range(len(Call._fields) + len(NO_QUANT))))
-
-
-def _op_autocast(x: Tensor, weight: Tensor, *rest: Any) -> Any:
-    target = autocast_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.ops.glora_kernels.glora_linear(x if target is None else x.to(target), weight, *rest)
-
-
-for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("glora_linear", _op, _device)
-    LIBRARY.impl("glora_linear_backward", _op_backward, _device)
-    LIBRARY.impl("glora_linear", _op_autocast, f"Autocast{_device}")
-torch.library.register_fake("glora_kernels::glora_linear", _fake, lib=LIBRARY)
-torch.library.register_fake("glora_kernels::glora_linear_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd("glora_kernels::glora_linear", _op_autograd, setup_context=_setup_context, lib=LIBRARY)
+    return composite.gradients(forward, (x, *row[SUPPORTS]), needs, dy)

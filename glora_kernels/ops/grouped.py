@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from glora_kernels.launch import routes
 from glora_kernels.launch.workspace import private_workspace, workspace_lock
-from glora_kernels.ops import composite, grouped_eager, grouped_triton
-from glora_kernels.ops.common import LIBRARY, autocast_dtype, cast, check_vector, owned, read_saved, without_autocast
+from glora_kernels.ops import composite, grouped_eager, grouped_triton, prepared
+from glora_kernels.ops.common import LIBRARY, autocast_dtype, cast, check_vector, given, owned, read_saved
 from glora_kernels.ops.grouped_common import ABSENT, Group, GroupNeeds, Operands, factor_dtype
-from glora_kernels.ops.ways import is_batched, is_plain, is_transformed, is_watched, once_differentiable, rows_of
+from glora_kernels.ops.prepared import Prepared, Row
+from glora_kernels.ops.ways import is_batched, is_plain, is_transformed, is_watched, rows_of
 
 MAX_MEMBERS = 64
 """The most members of one call: their addresses are arguments of one kernel."""
@@ -79,37 +79,93 @@ def grouped_lora_linear(
         RuntimeError: a forced `backend` that cannot serve the call.
     """
     members = _size(xs=xs, weights=weights, downs=downs, ups=ups, biases=biases, scales=scales, seeds=seeds)
-    x_list, weight_list = _each("xs", xs, members), _each("weights", weights, members)
-    down_list, up_list = _each("downs", downs, members), _each("ups", ups, members)
-    bias_list, seed_list = _each("biases", biases, members), _each("seeds", seeds, members)
+    x_list = _each("xs", xs, members)
+    lists = [x_list, _each("weights", weights, members), _each("downs", downs, members), _each("ups", ups, members),
+             _each("biases", biases, members), _each("seeds", seeds, members)]  # fmt: skip
     nestings = _to_rows(x_list)
-    s = [float(scales)] * members if isinstance(scales, (int, float)) else [float(value) for value in scales]
-    for i in range(members):
-        _check(
-            i, x_list[i], weight_list[i], down_list[i], up_list[i], bias_list[i], seed_list[i], x_list[0], dropout_p
-        )  # fmt: skip
-    first = x_list[0]
-    assert first is not None
-    target = autocast_dtype(first)
-    kept_seeds = [
-        seed if dropout_p and down is not None else None for seed, down in zip(seed_list, down_list, strict=True)
-    ]
-    (distinct_x, x_of), (ws, w_of) = _distinct(x_list), _distinct(weight_list)
-    (ds, d_of), (us, u_of) = _distinct(down_list), _distinct(up_list)
-    (bs, b_of), (keys, k_of) = _distinct(bias_list), _distinct(kept_seeds)
-    dtype = target or first.dtype
-    operands = Operands([x if x.dtype == dtype else x.to(dtype) for x in distinct_x], ws, ds, us, bs, keys)
-    group = Group(
-        x_of, w_of, d_of, u_of, b_of, k_of, s, dropout_p if keys else 0.0, routes.route(first.device.type, dtype)
-    )
-    if is_transformed():
-        ys = composite.grouped_lora_linear(operands, group)
-    elif is_watched(operands.xs[0]):
-        ys = torch.ops.glora_kernels.grouped_lora_linear(*operands, *group)[0]
-    else:
-        sizes = tuple(len(tensors) for tensors in operands)
-        ys = list(_GroupedFunction.apply(group, sizes, *operands.flat()))
+    s = (float(scales),) * members if isinstance(scales, (int, float)) else tuple(map(float, scales))
+    ys = call(lists, layout_of(lists, dropout_p), s, dropout_p)
     return [y if nested is None else nested(y) for y, nested in zip(ys, nestings, strict=True)]
+
+
+class Layout(NamedTuple):
+    """Which of the members' tensors are the same, of the six fields of `Operands` in their order.
+
+    places: of the distinct ones among all entries, member by member. sizes: how many each field has. indices: which
+    of them each member has.
+    """
+
+    places: tuple[int, ...]
+    sizes: tuple[int, ...]
+    indices: tuple[tuple[int, ...], ...]
+
+
+def layout_of(lists: Sequence[Sequence[Tensor | None]], dropout_p: float) -> Layout:
+    """The layout of the members' tensors, six lists with an entry a member; of a seed only where something is dropped.
+
+    Entries count as the same where they are one object.
+    """
+    *_, downs, _, _, seeds = lists
+    drops = [down is not None and dropout_p > 0.0 for down in downs]
+    kept = [*lists[:-1], [seed if drop else None for seed, drop in zip(seeds, drops, strict=True)]]
+    places, sizes, indices = [], [], []
+    for field, entries in enumerate(kept):
+        found: list[Tensor] = []
+        own = []
+        for member, tensor in enumerate(entries):
+            if tensor is None:
+                own.append(ABSENT)
+                continue
+            # By `is`: torch.compile would take an `id` for a constant.
+            index = next((i for i, known in enumerate(found) if known is tensor), len(found))
+            if index == len(found):
+                found.append(tensor)
+                places.append(field * len(entries) + member)
+            own.append(index)
+        sizes.append(len(found))
+        indices.append(tuple(own))
+    return Layout(tuple(places), tuple(sizes), tuple(indices))
+
+
+def call(
+    lists: Sequence[Sequence[Tensor | None]], layout: Layout, scales: tuple[float, ...], dropout_p: float
+) -> Sequence[Tensor]:
+    """`grouped_lora_linear` of members whose layout is known, as a group of layers knows its own; its errors."""
+    flat = [tensor for entries in lists for tensor in entries]
+    row = [flat[place] for place in layout.places]
+    sizes = layout.sizes
+    first = lists[0][0]
+    target = None if first is None else autocast_dtype(first)
+
+    def check() -> None:
+        for i, (x, weight, down, up, bias, seed) in enumerate(zip(*lists, strict=True)):
+            _check(i, x, weight, down, up, bias, seed, first, dropout_p)
+
+    def group() -> Group:
+        check()
+        x = given(row[0])
+        p = dropout_p if sizes[-1] else 0.0
+        values: Any = (*layout.indices, scales, p, routes.route(x.device.type, x.dtype))
+        return Group(*values)
+
+    if target is not None:
+        row[: sizes[0]] = [given(x) if given(x).dtype == target else given(x).to(target) for x in row[: sizes[0]]]
+    if not row or is_transformed() or is_watched(given(row[0])):
+        made, operands = group(), Operands(*_split(row, sizes))
+        if is_transformed():
+            return composite.grouped_lora_linear(operands, made)
+        ys: Sequence[Tensor] = torch.ops.glora_kernels.grouped_lora_linear(*operands, *made)[0]
+        return ys
+    for i, x in enumerate(row[: sizes[0]]):
+        if x is not None and x.ndim > 2 and not x.is_contiguous():
+            row[i] = x.contiguous()  # it is read as the matrix of its rows
+    wanted = tuple([given(t).requires_grad for t in row]) if torch.is_grad_enabled() else (False,) * len(row)
+    even = sizes[0] == 1 or _is_even([given(x) for x in row[: sizes[0]]])
+    key = (even, layout, scales, dropout_p, target, routes.chosen(), wanted)
+    found = prepared.find(
+        GROUPED, row, sizes[0], key, lambda: _prepare(row, sizes, group(), wanted, even, registered=False)
+    )
+    return prepared.call(found, row)
 
 
 def _to_rows(xs: list[Tensor | None]) -> list[Callable[[Tensor], Tensor] | None]:
@@ -144,25 +200,11 @@ def _size(**operands: Any) -> int:
 def _each(name: str, value: Any, members: int) -> list[Tensor | None]:
     if value is None or isinstance(value, Tensor):
         return [value] * members
-    for i, entry in enumerate(value):
+    entries = list(value)
+    for i, entry in enumerate(entries):
         if entry is not None and not isinstance(entry, Tensor):
             raise TypeError(f"{name}[{i}] must be a tensor, got {type(entry).__name__}")
-    return list(value)
-
-
-def _distinct(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
-    """The tensors that differ, in order, and the index of each entry among them."""
-    found: list[Tensor] = []
-    indices = []
-    for tensor in tensors:
-        if tensor is None:
-            indices.append(ABSENT)
-            continue
-        index = next((i for i, known in enumerate(found) if known is tensor), len(found))
-        if index == len(found):
-            found.append(tensor)
-        indices.append(index)
-    return found, indices
+    return entries
 
 
 def _check(
@@ -221,44 +263,91 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _workspace_guard(operands: Operands, group: Group) -> AbstractContextManager[object]:
-    """Held while a call casts a weight in the workspace and reads it, where host threads may share a stream."""
-    x = operands.xs[0]
+class _Values(NamedTuple):
+    """sizes: how many tensors each field of `Operands` has in a row (`ops.prepared`), in this order."""
+
+    sizes: tuple[int, ...]
+    group: Group
+
+
+def _prepare(
+    row: Row, sizes: tuple[int, ...], group: Group, wanted: Sequence[bool], even: bool, registered: bool = True
+) -> Prepared:
+    operands = _operands(row, sizes)
+    x, paths = operands.xs[0], len(group.paths())
+    downs = _split(wanted, sizes)[2]
+    read = {x for x, down in zip(group.x, group.down, strict=True) if down != ABSENT and downs[down]}
     casts = group.route == "eager" and any(weight.dtype != x.dtype for weight in operands.weights)
-    return workspace_lock if x.is_cuda and casts else nullcontext()
+    made = len(row) + group.size
+    return Prepared(
+        GROUPED,
+        _Values(sizes, group),
+        wanted,
+        [*read, *range(sizes[0], len(row)), *range(made, made + paths)],
+        size=made + paths,
+        with_rows=[*range(sizes[0]), *range(made, made + paths)],
+        outputs=group.size,
+        has_kernels=group.route == "triton" and even,
+        keeps=registered,
+        guard=workspace_lock if x.is_cuda and casts else None,
+    )
 
 
-def _forward(operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor]]:
+def _is_even(xs: Sequence[Tensor]) -> bool:
+    """Whether all members have as many tokens, which a program of launches takes for granted."""
+    return len({x.shape[:-1] for x in xs}) == 1
+
+
+def _operands(row: Row, sizes: Sequence[int]) -> Operands:
+    return Operands(*_split(row[: sum(sizes)], sizes))
+
+
+def _forward(row: Row, values: _Values) -> list[Tensor]:
+    """y of every member, of N-dimensional x; behind them the h of every path."""
+    operands, group = _operands(row, values.sizes), values.group
     path = grouped_triton if group.route == "triton" else grouped_eager
-    flat = operands._replace(xs=[_flat(x) for x in operands.xs])
-    with without_autocast(operands.xs[0].device.type), _workspace_guard(operands, group):
-        ys, hs = path.forward(flat, group)
+    ys, hs = path.forward(operands._replace(xs=[_flat(x) for x in operands.xs]), group)
     shapes = [operands.xs[i].shape[:-1] for i in group.x]
     # No view: PyTorch refuses to change a view in place that came out of a Function.
     return [
-        y if len(lead) == 1 else torch.ops.aten._unsafe_view(y, [*lead, y.shape[-1]])
-        for y, lead in zip(ys, shapes, strict=True)
-    ], hs
-
-
-def _backward(
-    dys: Sequence[Tensor], operands: Operands, hs: list[Tensor], group: Group, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """One gradient, in its tensor's shape and dtype, for every tensor of `operands.flat()`; None where not wanted."""
-    path = grouped_triton if group.route == "triton" else grouped_eager
-    xs, _, downs, ups, biases, _ = _split(needs, [len(tensors) for tensors in operands])
-    flat = operands._replace(xs=[_flat(x) for x in operands.xs])
-    with without_autocast(dys[0].device.type), _workspace_guard(operands, group):
-        grads = path.backward([_flat(dy) for dy in dys], flat, hs, group, GroupNeeds(xs, downs, ups, biases))
-    absent: list[Tensor | None] = [None] * len(operands.flat())
-    ordered = [
-        *grads.xs, *absent[: len(operands.weights)], *grads.downs, *grads.ups, *grads.biases,
-        *absent[: len(operands.seeds)],
-    ]  # fmt: skip
-    return [
-        None if grad is None else cast(grad, tensor.dtype).view(shape)
-        for grad, tensor, shape in zip(ordered, operands.flat(), _shapes(dys, operands, group), strict=True)
+        *(
+            y if len(lead) == 1 else torch.ops.aten._unsafe_view(y, [*lead, y.shape[-1]])
+            for y, lead in zip(ys, shapes, strict=True)
+        ),
+        *hs,
     ]
+
+
+def _backward(dys: Sequence[Tensor], row: Row, values: _Values, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of the wanted tensors, in their shapes and dtypes. Of an x that is not there nothing is read."""
+    sizes, group = values
+    path = grouped_triton if group.route == "triton" else grouped_eager
+    operands, hs = _known(dys, row, values), list(row[sum(sizes) + group.size :])
+    xs, _, downs, ups, biases, _ = _split(wanted, sizes)
+    flat = operands._replace(xs=[_flat(x) for x in operands.xs])
+    grads = path.backward([_flat(dy) for dy in dys], flat, hs, group, GroupNeeds(xs, downs, ups, biases))
+    absent: list[Tensor | None] = [None] * len(row)
+    ordered = [*grads.xs, *absent[: sizes[1]], *grads.downs, *grads.ups, *grads.biases, *absent[: sizes[5]]]
+    found = zip(ordered, operands.flat(), _shapes(dys, operands, group), wanted, strict=True)
+    return [
+        grad if grad is None else cast(grad, tensor.dtype).view(shape) for grad, tensor, shape, want in found if want
+    ]
+
+
+def _known(dys: Sequence[Tensor], row: Row, values: _Values) -> Operands:
+    """The operands in a row of backward. In the place of an x that was not kept is an empty one of its dtype."""
+    empty = dys[0].new_empty(0)
+    return _operands([empty if tensor is None else tensor for tensor in row], values.sizes)
+
+
+def _elsewhere(dys: Sequence[Tensor], row: Row, values: _Values, wanted: Sequence[bool]) -> list[Tensor | None]:
+    operands, hs = _known(dys, row, values), [given(h) for h in row[sum(values.sizes) + values.group.size :]]
+    run = _batched_backward if any(map(is_batched, dys)) else _operator_backward
+    grads = run(dys, operands, hs, values.group, wanted)
+    return [grad for grad, want in zip(grads, wanted, strict=True) if want]
+
+
+GROUPED = prepared.Operation("grouped_lora_linear", _forward, _backward, _elsewhere)
 
 
 def _shapes(dys: Sequence[Tensor], operands: Operands, group: Group) -> list[Sequence[int]]:
@@ -274,28 +363,6 @@ def _split(values: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
         parts.append(list(values[start : start + size]))
         start += size
     return parts
-
-
-class _GroupedFunction(torch.autograd.Function):
-    """Eager mode's way in: (group, sizes of the lists, every distinct tensor) → every y."""
-
-    @staticmethod
-    def forward(ctx: Any, group: Group, sizes: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-        operands = Operands(*_split(tensors, sizes))
-        ys, hs = _forward(operands, group)
-        ctx.group, ctx.sizes = group, sizes
-        ctx.save_for_backward(*_kept(operands, group, ctx.needs_input_grad[2:]), *hs)
-        return tuple(ys)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        saved = read_saved(ctx)
-        count = sum(ctx.sizes)
-        operands, hs = Operands(*_split(saved[:count], ctx.sizes)), list(saved[count:])
-        batched, watched = any(map(is_batched, dys)), any(map(is_watched, dys))
-        run = _batched_backward if batched else _operator_backward if watched else _backward
-        return None, None, *run(dys, operands, hs, ctx.group, ctx.needs_input_grad[2:])
 
 
 def _operator_backward(
@@ -322,20 +389,27 @@ def _batched_backward(
     return composite.gradients(forward, operands._replace(xs=xs).flat(), needs, tuple(dys))
 
 
-def _kept(operands: Operands, group: Group, needs: Sequence[bool]) -> list[Tensor]:
-    """The operands that backward wants: of an x that no gradient of a `down` multiplies, only the dtype and device."""
-    wanted = Operands(*_split(needs, [len(tensors) for tensors in operands])).downs
-    read = {x for x, down in zip(group.x, group.down, strict=True) if down != ABSENT and wanted[down]}
-    xs = [x if i in read else x.new_empty(0) for i, x in enumerate(operands.xs)]
-    return operands._replace(xs=xs).flat()
-
-
 # The registered operators: the same functions behind torch.compile's boundary. An absent result is an empty tensor.
 
 
 def _op(*arguments: Any) -> Any:
+    operands, group = Operands(*arguments[:_COUNT]), _hashable(Group(*arguments[_COUNT:]))
+    xs = [x if x.ndim == 2 or x.is_contiguous() else x.contiguous() for x in operands.xs]
+    row, sizes = operands._replace(xs=xs).flat(), tuple(len(tensors) for tensors in operands)
+
+    def make() -> Prepared:
+        return _prepare(row, sizes, group, (False,) * len(row), even)
+
+    even = _is_even(xs)
+
     with private_workspace():  # a graph that PyTorch captures must own all memory it writes
-        return _forward(Operands(*arguments[:_COUNT]), Group(*arguments[_COUNT:]))
+        results = prepared.find(GROUPED, row, sizes[0], (even, sizes, group), make).forward(row)
+    return results[: group.size], results[group.size :]
+
+
+def _hashable(group: Group) -> Group:
+    values: Any = (tuple(value) if isinstance(value, list) else value for value in group)
+    return Group(*values)
 
 
 def _fake(*arguments: Any) -> Any:
@@ -356,9 +430,12 @@ def _fake(*arguments: Any) -> Any:
 def _op_backward(dys: list[Tensor], *arguments: Any) -> Any:
     operands, hs = Operands(*arguments[:_COUNT]), arguments[_COUNT]
     *values, needs = arguments[_COUNT + 1 :]
+    group, sizes = _hashable(Group(*values)), tuple(len(tensors) for tensors in operands)
+    row = [*operands.flat(), *[None] * group.size, *hs]
     with private_workspace():
-        grads = _backward(dys, operands, hs, Group(*values), needs)
-    return list(owned([dys[0].new_empty(0) if grad is None else grad for grad in grads]))
+        found = _prepare(operands.flat(), sizes, group, needs, _is_even(dys))
+        grads = iter(found.backward(dys, [row[i] for i in found.saved]))
+    return list(owned([given(next(grads)) if need else dys[0].new_empty(0) for need in needs]))
 
 
 def _fake_backward(dys: list[Tensor], *arguments: Any) -> Any:
@@ -373,19 +450,21 @@ def _fake_backward(dys: list[Tensor], *arguments: Any) -> Any:
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     _, hs = output
     ctx.mark_non_differentiable(*hs)
-    operands, ctx.group = Operands(*inputs[:_COUNT]), Group(*inputs[_COUNT:])
-    ctx.sizes = [len(tensors) for tensors in operands]
-    ctx.needs = list(ctx.needs_input_grad[: sum(ctx.sizes)])  # flat here, while backward sees lists of them
-    ctx.save_for_backward(*_kept(operands, ctx.group, ctx.needs), *hs)
+    operands, group = Operands(*inputs[:_COUNT]), _hashable(Group(*inputs[_COUNT:]))
+    sizes = tuple(len(tensors) for tensors in operands)
+    wanted = list(ctx.needs_input_grad[: sum(sizes)])  # flat here, while backward sees lists of them
+    row = operands.flat()
+    ctx.prepared = _prepare(row, sizes, group, wanted, even=False)  # for what it says of the tensors alone
+    everything = (*row, *[None] * group.size, *hs)
+    ctx.save_for_backward(*[everything[i] for i in ctx.prepared.saved])
 
 
 def _op_autograd(ctx: Any, dys: list[Tensor], dhs: Any) -> tuple[Any, ...]:
-    saved = read_saved(ctx)
-    count = sum(ctx.sizes)
-    operands, hs = Operands(*_split(saved[:count], ctx.sizes)), list(saved[count:])
-    run = _batched_backward if any(map(is_batched, dys)) else _operator_backward
-    grads = run(dys, operands, hs, ctx.group, ctx.needs)
-    return *_split(grads, ctx.sizes), *(None for _ in Group._fields)
+    found: Prepared = ctx.prepared
+    row = found.placed(read_saved(ctx))
+    grads = iter(_elsewhere(dys, row, found.values, found.wanted))
+    flat = [next(grads) if want else None for want in found.wanted]
+    return *_split(flat, found.values.sizes), *(None for _ in Group._fields)
 
 
 def _op_autocast(xs: list[Tensor], *rest: Any) -> Any:

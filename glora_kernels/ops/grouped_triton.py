@@ -2,8 +2,9 @@
 
 Forward: `_grouped_fwd_kernel`, after `_grouped_down_kernel` where h cannot be made beside the product. Backward:
 `_grouped_dy_kernel`, `_grouped_x_kernel`, `_finish_kernel`, `_grouped_dx_kernel`: four launches, as of one layer; one
-more above `MAX_FACTOR_RANK`, and one where so many members share a path that its S is summed first. What the members
-leave lies side by side in one tensor, as if they were the columns of one layer.
+more above `MAX_FACTOR_RANK`, and one where S is summed on its own: where so many members share a path, or where no
+gradient of `down` is wanted whose launch sums it. What the members leave lies side by side in one tensor, as if they
+were the columns of one layer.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from glora_kernels.kernels.operands import Columns, Parts
 from glora_kernels.launch import environment
-from glora_kernels.launch.configs import MAX_FACTOR_RANK, Shape
+from glora_kernels.launch.configs import MAX_FACTOR_RANK, Shape, m_class
 from glora_kernels.launch.plan import arch_of
+from glora_kernels.launch.recording import empty, zeros
+from glora_kernels.launch.sizes import rows
 from glora_kernels.ops.common import Supports, factor_dtype, given
 from glora_kernels.ops.grouped_common import ABSENT, Group, GroupGradients, GroupNeeds, Operands
 from glora_kernels.ops.triton import MAX_RANK
@@ -56,16 +60,14 @@ def forward(operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor
     rank = _max_rank(operands.downs)
     arch = arch_of(xs[0])
     wide = _factor_dtype(xs[0].dtype, operands)
-    hs = [
-        operands.xs[x].new_empty(len(operands.xs[x]), len(operands.downs[down]), dtype=wide) for x, down, _, _ in paths
-    ]
+    hs = [empty(operands.xs[x], rows(operands.xs[x]), len(operands.downs[down]), dtype=wide) for x, down, _, _ in paths]
     inside = launch.makes_h_inside(xs, weights, [*operands.downs, *operands.ups], rank, group.dropout_p, arch)
     if hs and not inside:
         launch.grouped_down_launch(
             [operands.xs[x] for x, _, _, _ in paths], [operands.downs[down] for _, down, _, _ in paths], hs,
             scales=[scale for *_, scale in paths], dropout_p=group.dropout_p, seeds=_seeds(operands, group), arch=arch,
         ).run()  # fmt: skip
-    ys = [x.new_empty(len(x), len(w)) for x, w in zip(xs, weights, strict=True)]
+    ys = [empty(x, rows(x), len(w)) for x, w in zip(xs, weights, strict=True)]
     launch.grouped_fwd_launch(
         xs, weights, ys, downs=downs, ups=ups, biases=_of(operands.biases, group.bias),
         hs=[None if path == ABSENT else hs[path] for path in path_of],
@@ -84,9 +86,9 @@ def backward(
     grads = GroupGradients.empty(needs)
     arch = arch_of(dys[0])
     read = _read_dy(dys, operands, hs, group, needs, arch)
-    downs = _read_x(operands, read.ss, group, needs, arch)
+    downs, ss = _read_x(operands, read.ss, group, needs, arch)
     _finish(dys, operands, read, downs, group, needs, grads, arch)
-    _input_gradients(dys, operands, read.ss, group, needs, grads, arch)
+    _input_gradients(dys, operands, ss, group, needs, grads, arch)
     return grads
 
 
@@ -97,8 +99,8 @@ class _Read(NamedTuple):
     """
 
     ss: list[Tensor]
-    part: Tensor | None
-    factor: Tensor | None
+    part: Parts | None
+    factor: Parts | None
 
 
 def _read_dy(
@@ -108,49 +110,46 @@ def _read_dy(
     paths, path_of = group.paths(), group.path_of()
     widths = [dy.shape[1] for dy in dys]
     rank, total = _max_rank(operands.downs), sum(widths)
-    shape = Shape(max(len(dy) for dy in dys), max(widths), max(widths), rank)
+    shape = Shape(max(map(rows, dys)), max(widths), max(widths), rank)
     users = [path_of.count(t) for t in range(len(paths))]
     sharing = max(users, default=0)
     wide = _factor_dtype(dys[0].dtype, operands)
     splits, bands, width = launch.grouped_dy_sizes(shape, group.size, sharing, dys[0].dtype, arch, wide)
     # Of all paths or of none: a member whose place were missing would write into another's.
     wants_s = any(needs.xs[x] or needs.downs[down] for x, down, _, _ in paths)
-    sizes = [(len(dys[path_of.index(t)]), len(operands.downs[path[1]])) for t, path in enumerate(paths) if wants_s]
     # Each member of a path adds bands of its own. Where a path has fewer of them than another, the rest stay zero.
-    make = dys[0].new_empty if len(set(users)) == 1 else dys[0].new_zeros
-    memory = make(bands * sharing, _padded(sizes), dtype=torch.float32)
-    ss = _views(memory, sizes)
-    own_s: list[Tensor | None] = []
-    for i, path in enumerate(path_of):
-        first = path_of[:i].count(path) * bands
-        own_s.append(ss[path][first : first + bands] if wants_s and path != ABSENT else None)
+    make = empty if len(set(users)) == 1 else zeros
+    ss = [
+        make(dys[0], bands * sharing, rows(dys[path_of.index(t)]), len(operands.downs[down]), dtype=torch.float32)
+        for t, (_, down, _, _) in enumerate(paths) if wants_s
+    ]  # fmt: skip
     with_g = any(bias != ABSENT and needs.biases[bias] for bias in group.bias)
     with_factor = any(up != ABSENT and needs.ups[up] for up in group.up)
     here = with_factor and rank <= MAX_FACTOR_RANK
-    rows = with_g + rank * here
-    part = dys[0].new_empty(splits, rows, total, dtype=torch.float32) if rows else None
+    count = with_g + rank * here
+    part = empty(dys[0], splits, count, reads.padded(total), dtype=torch.float32)[..., :total] if count else None
     own_h = [None if path == ABSENT else hs[path] for path in path_of]
     if part is not None or ss:
         launch.grouped_dy_launch(
-            dys, ups=_of(operands.ups, group.up), hs=own_h if here else [None] * group.size, ss=own_s,
+            dys, ups=_of(operands.ups, group.up), hs=own_h if here else [None] * group.size,
+            ss=[None if path == ABSENT or not ss else ss[path] for path in path_of],
+            first_bands=[path_of[:i].count(path) * bands for i, path in enumerate(path_of)],
             parts=None if part is None else _columns(part, widths), with_g=with_g, scales=group.scales, factors=wide,
             shape=shape, bands=(bands, width), arch=arch,
         ).run()  # fmt: skip
-    if ss and len(memory) > launch.most_bands(rank):
-        memory, parts = memory.new_empty(1, memory.shape[1]), memory
-        end.finish_launch(outputs={}, sums=(_lines(parts, memory),), device_of=dys[0], arch=arch).run()
-        ss = _views(memory, sizes)
-    factor = part[:, int(with_g) :] if part is not None and here else None
+    factor = end.parts(part[:, int(with_g) :], splits) if part is not None and here else None
     if with_factor and not here:
-        count = reads.x_splits(shape, dys[0].dtype, arch)
-        factor = dys[0].new_empty(count, rank, total, dtype=torch.float32)
+        shape = shape._replace(m=m_class(shape.m))
+        across = reads.x_splits(shape, dys[0].dtype, arch)
+        sums = empty(dys[0], across, rank, total, dtype=torch.float32)
+        factor = end.parts(sums, across)
         low = [i for i in range(group.size) if path_of[i] != ABSENT]
-        columns = _columns(factor, widths)
+        columns = _columns(sums, widths)
         launch.grouped_x_launch(
             [dys[i] for i in low], ss=[given(own_h[i])[None] for i in low], parts=[columns[i] for i in low],
-            factors=hs[0].dtype, shape=shape, splits=count, arch=arch,
+            factors=hs[0].dtype, shape=shape, splits=across, arch=arch,
         ).run()  # fmt: skip
-    return _Read(ss, part[:, :1] if part is not None and with_g else None, factor)
+    return _Read(ss, end.parts(part[:, 0], splits) if part is not None and with_g else None, factor)
 
 
 class _Downs(NamedTuple):
@@ -161,26 +160,47 @@ class _Downs(NamedTuple):
     grads: dict[int, Tensor]
 
 
-def _read_x(operands: Operands, ss: list[Tensor], group: Group, needs: GroupNeeds, arch: str) -> _Downs | None:
-    """S_tᵀ·x̃_t of every path whose gradient of `down` is wanted."""
+def _read_x(
+    operands: Operands, ss: list[Tensor], group: Group, needs: GroupNeeds, arch: str
+) -> tuple[_Downs | None, list[Tensor]]:
+    """S_tᵀ·x̃_t of every path whose gradient of `down` is wanted; and Σ_bands S_t of every path, if dx wants it.
+
+    The latter is left by the launch of the former, which reads S, or where that does not read all of it, or reads no
+    more bands than a few, made by a launch before.
+    """
     paths = group.paths()
     wanted = [t for t, (_, down, _, _) in enumerate(paths) if needs.downs[down]]
-    if not wanted:
-        return None
-    xs = [operands.xs[paths[t][0]] for t in wanted]
-    sizes = [tuple(operands.downs[paths[t][1]].shape) for t in wanted]
-    k = max(x.shape[1] for x in xs)
-    shape = Shape(max(len(x) for x in xs), k, k, max(rank for rank, _ in sizes))
-    splits = reads.x_splits(shape, xs[0].dtype, arch)
-    parts = xs[0].new_empty(splits, _padded(sizes), dtype=torch.float32)
-    keys = _seeds(operands, group)
-    launch.grouped_x_launch(
-        xs, ss=[ss[t] for t in wanted], parts=_views(parts, sizes), dropout_p=group.dropout_p,
-        seeds=[keys[t] for t in wanted] if keys else [], factors=_factor_dtype(xs[0].dtype, operands), shape=shape,
-        splits=splits, arch=arch,
-    ).run()  # fmt: skip
-    sums = parts.new_empty(1, parts.shape[1], dtype=_gradient_dtype(operands.downs, [down for _, down, _, _ in paths]))
-    return _Downs(parts, sums, dict(zip(wanted, _views(sums, sizes), strict=True)))
+    for_dx = any(needs.xs)
+    wide = _factor_dtype(operands.xs[0].dtype, operands)
+    sums: list[Tensor] | None = None
+    m = max(map(rows, operands.xs))
+    if ss and for_dx:
+        sums = [empty(s, m, s.shape[2], dtype=wide) for s in ss]
+    many = bool(ss) and len(ss[0]) > launch.most_bands(_max_rank(operands.downs))
+    if ss and (many or (sums is not None and len(wanted) < len(ss))):
+        if len(ss[0]) > 1:
+            alone = [empty(s, 1, m, s.shape[2]) for s in ss]
+            launch.grouped_bands_launch(ss, [s[0] for s in alone]).run()
+            ss = alone
+        sums = None
+    if wanted:
+        xs = [operands.xs[paths[t][0]] for t in wanted]
+        sizes = [tuple(operands.downs[paths[t][1]].shape) for t in wanted]
+        k = max(x.shape[1] for x in xs)
+        shape = Shape(m_class(max(map(rows, xs))), k, k, max(rank for rank, _ in sizes))
+        splits = reads.x_splits(shape, xs[0].dtype, arch)
+        parts = empty(xs[0], splits, _padded(sizes), dtype=torch.float32)
+        keys = _seeds(operands, group)
+        launch.grouped_x_launch(
+            xs, ss=[ss[t] for t in wanted], sums=sums, parts=_views(parts, sizes), dropout_p=group.dropout_p,
+            seeds=[keys[t] for t in wanted] if keys else [], factors=wide, shape=shape, splits=splits, arch=arch,
+        ).run()  # fmt: skip
+        dtype = _gradient_dtype(operands.downs, [down for _, down, _, _ in paths])
+        total = empty(parts, 1, parts.shape[1], dtype=dtype)
+        downs = _Downs(parts, total, dict(zip(wanted, _views(total, sizes), strict=True)))
+    else:
+        downs = None
+    return downs, [s[0] for s in ss] if sums is None else sums
 
 
 def _finish(
@@ -197,14 +217,17 @@ def _finish(
     rank, total = _max_rank(operands.downs), sum(dy.shape[1] for dy in dys)
     outputs: dict[str, Tensor] = {}
     if read.factor is not None:
-        outputs["db_up"] = dys[0].new_empty(total, rank, dtype=_gradient_dtype(operands.ups, group.up))
+        outputs["db_up"] = empty(dys[0], total, rank, dtype=_gradient_dtype(operands.ups, group.up))
     if read.part is not None:
-        outputs["de"] = dys[0].new_empty(total, dtype=_gradient_dtype(operands.biases, group.bias))
+        outputs["de"] = empty(dys[0], total, dtype=_gradient_dtype(operands.biases, group.bias))
     if outputs or downs is not None:
+        columns = Columns()
+        if read.part is not None:
+            columns = Columns(g=read.part.ptr, step=read.part.step, end=read.part.end, de=outputs["de"])
         end.finish_launch(
-            part=read.part, factor=read.factor, r=0 if read.factor is None else rank, with_g=read.part is not None,
-            outputs=outputs, sums=() if downs is None else (_lines(downs.parts, downs.sums),), device_of=dys[0],
-            arch=arch,
+            columns=columns, factor=read.factor, db_up=outputs.get("db_up"), n=total,
+            ranks=(0, 0 if read.factor is None else rank),
+            sums=() if downs is None else (end.summed(downs.parts, downs.sums),), dtype=dys[0].dtype, arch=arch,
         ).run()  # fmt: skip
     first = 0
     for i, dy in enumerate(dys):
@@ -240,7 +263,7 @@ def _input_gradients(
     dxs = []
     for o in wanted:
         member = group.x.index(o)
-        dxs.append(dys[0].new_empty(len(dys[member]), operands.weights[group.weight[member]].shape[1]))
+        dxs.append(empty(dys[0], rows(dys[member]), operands.weights[group.weight[member]].shape[1]))
     launch.grouped_dx_launch(
         [dys[i] for i in members], [operands.weights[group.weight[i]] for i in members], dxs,
         owners=[place[group.x[i]] for i in members],
@@ -312,12 +335,6 @@ def _views(memory: Tensor, sizes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         views.append(memory[:, first : first + math.prod(size)].view(len(memory), *size))
         first += math.prod(size)
     return views
-
-
-def _lines(parts: Tensor, out: Tensor) -> end.Sum:
-    """The sum of all rows of `parts` into the one row of `out`."""
-    count = parts.shape[1] // _LINE
-    return end.Sum(parts.view(len(parts), count, _LINE), out.view(count, _LINE))
 
 
 def _columns(part: Tensor, widths: list[int]) -> list[Tensor]:

@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from glora_kernels.launch import environment, four_bit, routes
-from glora_kernels.launch.configs import MAX_FACTOR_RANK, TOTALS_BESIDE_DX, Shape
-from glora_kernels.launch.plan import LibraryProduct, arch_of
+from glora_kernels.kernels.operands import Anew, Columns, Parts, Shift, Sum, Terms
+from glora_kernels.launch import cost, environment, four_bit, routes
+from glora_kernels.launch.configs import MAX_FACTOR_RANK, TOTALS_BESIDE_DX, Shape, m_class
+from glora_kernels.launch.plan import Dropout, LibraryProduct, arch_of
+from glora_kernels.launch.recording import empty
+from glora_kernels.launch.sizes import rows
 from glora_kernels.launch.workspace import workspace_like
-from glora_kernels.ops.common import Call, Needs, Supports, Weight, factor_dtype, given, wide_dtype
+from glora_kernels.ops.common import Call, Needs, Supports, Weight, factor_dtype, given, stored, wide_dtype
 from glora_kernels.quant import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -57,7 +60,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y (M,N), and what backward may want: h (M,·) = [P | s·x̃·B_downᵀ], σ (M,), U (N,P). See `ops.eager.forward`."""
     arch, shape, s = arch_of(x), _shape(x, weight, s, call), _plain(s)
-    m, n = shape.m, shape.n
+    m, n = rows(x), shape.n
     p, r = _ranks(s, call)
     rank = p + r
     lora = s.a_up is not None and not call.matmul
@@ -73,48 +76,53 @@ def forward(
         weight = _dense(weight, x.dtype, call, arch, s if lora else None)
         if lora:
             s, lora = s._replace(a_up=None, a_down=None), False
-    u = x.new_empty(n, p, dtype=wide) if p else None
+    u = empty(x, n, p, dtype=wide) if p else None
     weff = workspace_like(weight, x.dtype) if lora else None
-    y = x.new_empty(m, n)
-    factors: dict[str, Any] = {"a_up": s.a_up, "a_down": s.a_down, "u": u, "weff": weff}
-    dropped: dict[str, Any] = {"dropout_p": call.dropout_p, "seed": call.seed, "scale": call.scale, "arch": arch}
-    terms: dict[str, Any] = {"a": s.a, "b": s.b, "bias": s.bias, "wc": s.wc, "d": s.d, "e": s.e, "u": u, "up": s.b_up}
+    y = empty(x, m, n)
+    dropped = Dropout(call.dropout_p, call.seed)
+    of_a: dict[str, Any] = {"a_up": s.a_up, "a_down": s.a_down}
+    terms = Terms(a=s.a, u=u, up=s.b_up, b=s.b, shift=Shift(s.bias, s.wc, s.d, s.e))
     effective = weight if weff is None else weff
 
     if _route(x, weight, s, call, shape, arch, backward=False) == "library":
-        h = x.new_empty(m, rank, dtype=wide) if rank else None
-        sigma = x.new_empty(m, dtype=torch.float32) if s.b is not None else None
+        h = empty(x, m, rank, dtype=wide) if rank else None
+        sigma = empty(x, m, dtype=torch.float32) if s.b is not None else None
         if u is not None or weff is not None:
-            before.prepare_launch(x, weight, **factors, arch=arch).run()
+            before.prepare_launch(x, weight, before.Prepared(u=u, weff=weff), **of_a, arch=arch).run()
         scaled = s.a is not None
         added = scaled or any(t is not None for t in (h, sigma, s.bias, s.wc, s.e))
         if scaled or not added:
             LibraryProduct(x, effective.t(), y, accumulates=False).run()
         if added:
-            a_down = s.a_down if p else None
+            terms = terms._replace(low=None if h is None else h[None], sigma=sigma)
             before.added_terms_launch(
-                x, y, read_z=scaled, a_down=a_down, b_down=s.b_down, h=h, sigma=sigma, **terms, **dropped
+                x, y, terms, read_z=scaled, a_down=s.a_down if p else None, b_down=s.b_down, scale=call.scale,
+                dropout=dropped, arch=arch,
             ).run()  # fmt: skip
         if added and not scaled:
             LibraryProduct(x, effective.t(), y, accumulates=True).run()
         return y, h, sigma, u
 
-    bands, width = before.prepare_bands(shape, x.dtype, arch)
-    h_bands = x.new_empty(bands, m, rank, dtype=wide if bands == 1 else torch.float32) if rank else None
-    sigma_bands = x.new_empty(bands, m, dtype=torch.float32) if s.b is not None else None
-    if any(t is not None for t in (h_bands, sigma_bands, weff)):
+    bands = before.prepare_bands(shape, x.dtype, arch)
+    low = sigmas = None
+    if rank:  # rows of 16 numbers where only we read them: one compilation serves any rank
+        width = rank if bands == 1 else -(-rank // 16) * 16
+        low = empty(x, bands, m, width, dtype=wide if bands == 1 else torch.float32)[:, :, :rank]
+    if s.b is not None:
+        sigmas = empty(x, bands, m, dtype=torch.float32)
+    if low is not None or sigmas is not None or weff is not None:
         before.prepare_launch(
-            x, weight, **factors, b_down=s.b_down, h=h_bands, sigma=sigma_bands, band_width=width, **dropped
-        ).run()
-    summed = bands > 1
-    h = (x.new_empty(m, rank, dtype=wide) if summed else given(h_bands)[0]) if rank else None
-    sigma = None
-    if sigma_bands is not None:
-        sigma = sigma_bands.new_empty(m) if summed else sigma_bands[0]
+            x, weight, before.Prepared(low, sigmas, u, weff), **of_a, b_down=s.b_down, scale=call.scale,
+            dropout=dropped, arch=arch,
+        ).run()  # fmt: skip
+    h, sigma = (None if t is None else t[0] for t in (low, sigmas))
+    low_sum = sigma_sum = None
+    if bands > 1:
+        h = low_sum = None if low is None else empty(x, m, rank, dtype=wide)
+        sigma = sigma_sum = None if sigmas is None else empty(sigmas, m)
     large.glora_fwd_launch(
-        x, effective, y, h=h_bands, sigma=sigma_bands, **terms,
-        h_sum=h if summed else None, sigma_sum=sigma if summed else None, arch=arch,
-    ).run()  # fmt: skip
+        x, effective, y, terms._replace(low=low, sigma=sigmas), low_sum=low_sum, sigma_sum=sigma_sum, arch=arch
+    ).run()
     return y, h, sigma, u
 
 
@@ -122,13 +130,13 @@ def _few_tokens(
     kind: str, x: Tensor, weight: QuantizedWeight, s: Supports, call: Call, arch: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
     """`forward` of a few tokens over a 4-bit weight, in one launch."""
-    m, n = x.shape[0], weight.shape[0]
-    y = x.new_empty(m, n)
-    h = None if s.b_down is None else x.new_empty(m, s.b_down.shape[0], dtype=factor_dtype(x.dtype, s))
-    sigma = None if s.b is None else x.new_empty(m, dtype=torch.float32)
+    m, n = rows(x), weight.shape[0]
+    y = empty(x, m, n)
+    h = None if s.b_down is None else empty(x, m, s.b_down.shape[0], dtype=factor_dtype(x.dtype, s))
+    sigma = None if s.b is None else empty(x, m, dtype=torch.float32)
+    added = Terms(a=s.a, up=s.b_up, b=s.b, shift=Shift(s.bias, s.wc, s.d, s.e))
     four_bit.small_m_launch(
-        kind, x, weight, y, a=s.a, b=s.b, b_up=s.b_up, b_down=s.b_down, scale=call.scale, bias=s.bias, wc=s.wc, d=s.d,
-        e=s.e, h=h, sigma=sigma, arch=arch,
+        kind, x, weight, y, added, b_down=s.b_down, scale=call.scale, h=h, sigma=sigma, arch=arch
     ).run()  # fmt: skip
     return y, h, sigma, None
 
@@ -155,12 +163,12 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `forward`, in the order of `Needs`; None where not wanted. See `ops.eager.backward`."""
     arch, shape, s = arch_of(dy), _shape(dy, weight, s, call), _plain(s)
-    m, n, k = shape.m, shape.n, shape.k
+    m, n, k = rows(dy), shape.n, shape.k
     p, r = _ranks(s, call)
     lora = s.a_up is not None and not call.matmul
     wide = factor_dtype(dy.dtype, s)
-    dropped: dict[str, Any] = {"dropout_p": call.dropout_p if r else 0.0, "seed": call.seed, "arch": arch}
-    sums: list[end.Sum] = []
+    dropped = Dropout(call.dropout_p if r else 0.0, call.seed)
+    sums: list[Sum] = []
     read_dy = _read_dy(dy, s, y, h, sigma, u, call, needs, shape, arch)
     ds, tau = read_dy.ds, read_dy.tau
 
@@ -170,27 +178,29 @@ def backward(
         a_up, a_down = given(s.a_up), given(s.a_down)
         rank = a_up.shape[1]
         n_tiles, k_tiles = around.hadamard_grad_tiles(shape._replace(r=rank), dy.dtype, arch, wide)
-        dup = dy.new_empty(k_tiles, n, rank, dtype=torch.float32) if needs.a_up else None
-        ddown = dy.new_empty(n_tiles, rank, k, dtype=torch.float32) if needs.a_down else None
+        dup = empty(dy, k_tiles, n, rank, dtype=torch.float32) if needs.a_up else None
+        ddown = empty(dy, n_tiles, rank, k, dtype=torch.float32) if needs.a_down else None
         db_down = _like(s.b_down) if needs.b_down and r <= MAX_RANK_BESIDE_HADAMARD else None
         weff = workspace_like(weight, dy.dtype) if needs.x else None
         # Rows that begin within a word of codes would spill; W_eff then takes the place of W, tile by tile.
         read = _dense(weight, dy.dtype, call, arch) if isinstance(weight, QuantizedWeight) and k % 8 else weight
         around.hadamard_grad_launch(
-            dy, given(x), read, a_up=a_up, a_down=a_down, dup=dup, ddown=ddown, weff=weff,
-            s=None if db_down is None else ds, db_down=db_down, factors=wide, **dropped,
+            dy, given(x), read, a_up, a_down, around.HadamardGrad(dup, ddown, weff, db_down),
+            s=None if ds is None else ds[..., :r], dropout=Dropout(call.dropout_p, call.seed), factors=wide, arch=arch,
         ).run()  # fmt: skip
         if dup is not None:
             da_up = _like(a_up)
-            sums.append(end.Sum(dup, da_up))
+            sums.append(end.summed(dup, da_up))
         if ddown is not None:
             da_down = _like(a_down)
-            sums.append(end.Sum(ddown, da_down))
+            sums.append(end.summed(ddown, da_down))
 
     # One read of x for what multiplies it, and the input's gradient.
     library = needs.x and _route(dy, weight, s, call, shape, arch, backward=True) == "library"
     row_scale = s.a
-    builds = needs.x and weff is None and (lora or (library and s.a is not None))
+    # Scaled on its way into our product, dy passes through registers: W is scaled first, where that costs less.
+    first = library or cost.scales_weight_first(arch, dy.dtype, shape)
+    builds = needs.x and weff is None and (lora or (s.a is not None and first))
     dense: Tensor | None
     if isinstance(weight, QuantizedWeight):  # W itself for what reads it; W_eff takes its place after that
         plain = needs.a or (p > 0 and needs.a_up) or (needs.x and not builds and weff is None)
@@ -200,29 +210,34 @@ def backward(
         if builds:
             weff = workspace_like(weight, dy.dtype)
             pair: dict[str, Any] = {"a_up": s.a_up, "a_down": s.a_down} if lora else {"a": s.a}
-            before.prepare_launch(dy, weight, **pair, weff=weff, arch=arch).run()
+            before.prepare_launch(dy, weight, before.Prepared(weff=weff), **pair, arch=arch).run()
             row_scale = None
-    dx = dy.new_empty(m, k) if needs.x else None
-    down: dict[str, Any] = {"a_down": s.a_down if p else None, "b_down": s.b_down}
-    want_p, want_v = p > 0 and needs.a_down, needs.b_down and db_down is None
-    columns = p * want_p + r * want_v
+    dx = empty(dy, m, k) if needs.x else None
+    downs = (s.a_down if p else None, s.b_down)
+    splits = reads.x_splits(shape, dy.dtype, arch)
+    want_v = needs.b_down and db_down is None
+    p_part = empty(dy, splits, p, k, dtype=torch.float32) if p and needs.a_down else None
+    v_part = empty(dy, splits, r, k, dtype=torch.float32) if want_v else None
     adds_to_dx = library and (ds is not None or tau is not None)
-    if columns or adds_to_dx:
-        splits = reads.x_splits(shape, dy.dtype, arch)
-        part = dy.new_empty(splits, columns, k, dtype=torch.float32) if columns else None
-        terms: dict[str, Any] = {"dx": dx, "tau": tau, **down} if adds_to_dx else {}
+    if p_part is not None or v_part is not None or adds_to_dx:
+        terms: dict[str, Any] = {"dx": dx, "tau": tau, "downs": downs} if adds_to_dx else {}
         reads.x_launch(
-            given(dx) if part is None else given(x), s=ds, p=p, r=r, part=part, want_p=want_p, want_v=want_v, **terms,
-            factors=wide, shape=shape, splits=splits, **dropped,
+            given(dx) if p_part is v_part is None else given(x), ds, ranks=(p, r), splits=splits, p_part=p_part,
+            v_part=v_part, **terms, dropout=dropped, factors=wide,
+            config=reads.x_config(shape, (p, r), dy.dtype, arch, wide),
         ).run()  # fmt: skip
-        if part is not None and want_p:
-            da_down = _like(s.a_down)
-            sums.append(end.Sum(part[:, :p], da_down))
-        if part is not None and want_v:
-            db_down = _like(s.b_down)
-            sums.append(end.Sum(part[:, p * want_p :], db_down))
+    if p_part is not None:
+        da_down = _like(s.a_down)
+        sums.append(end.summed(p_part, da_down))
+    if v_part is not None:
+        db_down = _like(s.b_down)
+        sums.append(end.summed(v_part, db_down))
+    if dx is not None and not library:  # whose tiles would read all bands, each again
+        ds = _one_band(ds, (m, reads.padded(p + r)), wide, sums)
+        tau = _one_band(tau, (reads.padded(m),), torch.float32, sums)
     # Before dx, whose launch sums the gradients of constants on the way.
-    grads, vectors, totals = _finish(read_dy, sums, dy, x, dense, s, needs, p, r, arch)
+    anew = Anew(dy, given(x), given(dense)) if needs.a else None
+    grads, vectors, totals = _finish(read_dy, sums, anew, dy, s, needs, (p, r), arch)
     if p and needs.a_up:
         da_up = _gradient_through_weight(given(dense), grads["du"], given(s.a_up), arch)
     if isinstance(weight, QuantizedWeight) and builds:
@@ -233,8 +248,10 @@ def backward(
         LibraryProduct(dy, given(effective), dx, accumulates=adds_to_dx).run()
     elif dx is not None:
         large.glora_dx_launch(
-            dy, given(effective), dx, s=ds, **down, a=row_scale, tau=tau, vectors=vectors if beside_dx else None,
-            totals=totals if beside_dx else None, **dropped,
+            dy, given(effective), dx, s=None if ds is None else ds[..., : p + r], a_down=downs[0], b_down=downs[1],
+            a=row_scale, tau=tau,
+            totals=(vectors, totals) if beside_dx and vectors is not None and totals is not None else None,
+            dropout=dropped, arch=arch,
         ).run()  # fmt: skip
     if vectors is not None and totals is not None and not beside_dx:
         end.totals_launch(vectors, totals).run()
@@ -245,17 +262,12 @@ def backward(
 
 
 class _Read(NamedTuple):
-    """What reading dy gave: S (bands,M,P+R), τ (bands,M), and partial sums along M: of dyᵀ[P|h], and of the rest.
-
-    `mixed`: y holds more than Z∘(1+a), and dA has sums by which its recovery from y is judged.
-    """
+    """What reading dy gave: S (bands,M,padded) and τ (bands,padded); sums along M in parts: dyᵀ[P|h], and vectors."""
 
     ds: Tensor | None
     tau: Tensor | None
-    part: Tensor | None
-    factor: Tensor | None
-    with_g: bool
-    mixed: bool
+    factor: Parts | None
+    columns: Columns
 
 
 def _read_dy(
@@ -272,51 +284,71 @@ def _read_dy(
 ) -> _Read:
     """S = [dy·U | s·dy·B_up] and τ = dy·b along N; dyᵀ[P|h], Σ dy, dyᵀσ and dA's sums along M, as far as wanted."""
     p, r = _ranks(s, call)
+    m, n = rows(dy), shape.n
     want_s = p + r > 0 and (needs.x or needs.b_down or (p > 0 and needs.a_down))
     with_factor = needs.b_up or (p > 0 and needs.a_up)
-    shift: dict[str, Any] = {"bias": s.bias, "wc": s.wc, "d": s.d, "e": s.e} if needs.a else {}
-    mixed = needs.a and (r > 0 or any(t is not None for t in (s.b, s.bias, s.wc, s.e)))
-    with_g = needs.bias or needs.wc or needs.d or needs.e
     here = with_factor and p + r <= MAX_FACTOR_RANK
-    others = with_g + needs.b + needs.a + 2 * mixed
-    rows = others + (p + r) * here
+    mixed = needs.a and (r > 0 or any(t is not None for t in (s.b, s.bias, s.wc, s.e)))
     wide = factor_dtype(dy.dtype, s)
-    splits, bands, width = reads.dy_sizes(shape, dy.dtype, arch, mixed, wide)
-    ds = dy.new_empty(bands, shape.m, p + r, dtype=torch.float32) if want_s else None
-    tau = dy.new_empty(bands, shape.m, dtype=torch.float32) if s.b is not None and needs.x else None
-    part = dy.new_empty(splits, rows, shape.n, dtype=torch.float32) if rows else None
-    if ds is not None or tau is not None or part is not None:
+    config = reads.dy_config(shape, dy.dtype, arch, mixed, min(p, r) > 0, wide, dy.stride(0) % 16 == 0)
+    bands, width = reads.dy_bands(shape, config, arch)
+    splits = -(-m // config["rows"])
+    ds = empty(dy, bands, m, reads.padded(p + r), dtype=wide if bands == 1 else torch.float32) if want_s else None
+    tau = empty(dy, bands, reads.padded(m), dtype=torch.float32) if s.b is not None and needs.x else None
+    columns = _columns(dy, splits, needs, mixed)
+    factor = end.parts(empty(dy, splits, p + r, n, dtype=torch.float32), splits) if here else None
+    if any(t is not None for t in (ds, tau, factor, columns.end)):
+        terms = Terms(
+            low=given(h) if here or (needs.a and r > 0) else None, u=u, up=s.b_up,
+            b=s.b if needs.a or tau is not None else None,
+            sigma=given(sigma) if needs.b or (needs.a and s.b is not None) else None,
+            shift=Shift(s.bias, s.wc, s.d, s.e) if needs.a else Shift(),
+        )  # fmt: skip
         reads.dy_launch(
-            dy, y=given(y) if needs.a else None, u=u, up=s.b_up, b=s.b if needs.a or tau is not None else None, **shift,
-            h=given(h) if here or (needs.a and r > 0) else None, with_factor=here,
-            sigma=given(sigma) if needs.b or (needs.a and s.b is not None) else None, with_sigma=needs.b, s=ds, tau=tau,
-            part=part, with_g=with_g, factors=wide, p=p, r=r, shape=shape, bands=(bands, width), scale=call.scale,
-            arch=arch,
+            dy, terms, y=given(y) if needs.a else None, s=ds, tau=tau, factor=factor, columns=columns, ranks=(p, r),
+            band_width=width, scale=call.scale, factors=wide, config=config,
         ).run()  # fmt: skip
-    factor = None
-    if here and part is not None:
-        part, factor = part[:, :others], part[:, others:]
-    elif with_factor:
-        across = Shape(shape.m, shape.n, shape.n, p + r)
-        parts = reads.x_splits(across, dy.dtype, arch)
-        factor = dy.new_empty(parts, p + r, shape.n, dtype=torch.float32)
+    if with_factor and not here:
+        across = shape._replace(k=n, r=p + r)
+        count = reads.x_splits(across, dy.dtype, arch)
+        part = empty(dy, count, p + r, n, dtype=torch.float32)
         reads.x_launch(
-            dy, s=given(h)[None], p=0, r=p + r, part=factor, want_v=True, factors=given(h).dtype, shape=across,
-            splits=parts, arch=arch,
+            dy, given(h)[None], ranks=(0, p + r), splits=count, v_part=part, factors=given(h).dtype,
+            config=reads.x_config(across, (0, p + r), dy.dtype, arch, wide),
         ).run()  # fmt: skip
-    return _Read(ds, tau, part, factor, with_g, mixed)
+        factor = end.parts(part, count)
+    return _Read(ds, tau, factor, columns)
+
+
+def _columns(dy: Tensor, splits: int, needs: Needs, mixed: bool) -> Columns:
+    """Memory for the vectors (N,) that reading dy sums along M, as far as wanted."""
+    wanted = {"g": needs.bias or needs.wc or needs.d or needs.e, "sigma": needs.b, "q": needs.a, "judges": mixed}
+    names = [name for name, want in wanted.items() if want]
+    if not names:
+        return Columns()
+    step = reads.padded(dy.shape[1])
+    # Of the judges there are two, one behind the other.
+    memory = {name: empty(dy, splits * (1 + (name == "judges")), step, dtype=torch.float32) for name in names}
+    return Columns(**memory, step=step, end=splits * step)
+
+
+def _one_band(bands: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, sums: list[Sum]) -> Tensor | None:
+    """Bands of a shape as one, which is added up with the `sums`."""
+    if bands is None or len(bands) == 1:
+        return bands
+    total, size = empty(bands, 1, *shape, dtype=dtype), shape[0] * (shape[1] if len(shape) > 1 else 1)
+    sums.append(Sum(bands, size, len(bands) * size, total))
+    return total
 
 
 def _finish(
     read: _Read,
-    sums: list[end.Sum],
+    sums: list[Sum],
+    anew: Anew | None,
     dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
     s: Supports,
     needs: Needs,
-    p: int,
-    r: int,
+    ranks: tuple[int, int],
     arch: str,
 ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
     """Partial sums become gradients: da, db, db_up, dbias, dwc, dd, de, and du = dyᵀP of the product variant.
@@ -329,32 +361,32 @@ def _finish(
         "dwc": (needs.wc, s.wc), "dd": (needs.d, s.d), "de": (needs.e, s.e),
     }  # fmt: skip
     grads = {name: _like(tensor) for name, (need, tensor) in wanted.items() if need and tensor is not None}
-    if p and needs.a_up:
-        grads["du"] = dy.new_empty(n, p, dtype=factor_dtype(dy.dtype, s))
+    if ranks[0] and needs.a_up:
+        grads["du"] = empty(dy, n, ranks[0], dtype=factor_dtype(dy.dtype, s))
     constants = [name for name, grad in grads.items() if grad.numel() == 1 and n != 1]
-    vectors = dy.new_empty(len(constants), n, dtype=torch.float32)
+    vectors = empty(dy, len(constants), n, dtype=torch.float32)
     outputs = grads | dict(zip(constants, vectors, strict=True))
     if outputs or sums:
-        # Z is computed anew, from all of this, where y hardly holds it.
-        anew: dict[str, Any] = {"a": s.a, "dy": dy, "x": given(x), "weight": given(weight)} if needs.a else {}
+        vector_outputs = {name: tensor for name, tensor in outputs.items() if name in Columns._fields}
+        columns = read.columns._replace(
+            **vector_outputs, a=s.a if needs.a else None, bias=s.bias if needs.d else None,
+            d=s.d if needs.bias else None,
+        )  # fmt: skip
         end.finish_launch(
-            part=read.part, factor=read.factor, p=p, r=r, with_g=read.with_g, mixed=read.mixed, outputs=outputs, **anew,
-            bias=s.bias if needs.d else None, d=s.d if needs.bias else None, sums=tuple(sums[:2]), device_of=dy,
-            arch=arch,
+            columns=columns, anew=anew, factor=read.factor, du=grads.get("du"), db_up=grads.get("db_up"), n=n,
+            ranks=ranks, sums=sums, dtype=dy.dtype, arch=arch,
         ).run()  # fmt: skip
-        if len(sums) > 2:
-            end.finish_launch(outputs={}, sums=tuple(sums[2:]), device_of=dy, arch=arch).run()
     if not constants:
         return grads, None, None
     # In one dtype: that of a layer's adapters. Any other is cast where gradients are returned.
-    totals = vectors.new_empty(len(constants), dtype=grads[constants[0]].dtype)
+    totals = empty(vectors, len(constants), dtype=grads[constants[0]].dtype)
     return grads | {name: totals[i : i + 1] for i, name in enumerate(constants)}, vectors, totals
 
 
 def wc_forward(weight: Weight, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None) -> Tensor:
     """W·c (N,), with c (K,) or C_up (K,R)·C_down (R,1)."""
     _check_rank(0 if c_up is None else c_up.shape[1])
-    wc = torch.empty(weight.shape[0], dtype=wide_dtype(weight.dtype), device=weight.device)
+    wc = empty(stored(weight), weight.shape[0], dtype=wide_dtype(weight.dtype))
     around.wc_launch(weight, c, c_up, c_down, wc, arch=arch_of(weight)).run()
     return wc
 
@@ -365,7 +397,7 @@ def wc_backward(
     """dc = Wᵀg, or dC_up = dc·C_downᵀ and dC_down = C_upᵀ·dc; `needs` in this order."""
     arch = arch_of(weight)
     splits = around.wc_grad_splits(weight, arch)
-    part = g.new_empty(splits, weight.shape[1], dtype=torch.float32)
+    part = empty(g, splits, weight.shape[1], dtype=torch.float32)
     around.wc_grad_launch(weight, g, part, arch=arch).run()
     grads = [_like(t) if need and t is not None else None for need, t in zip(needs, (c, c_up, c_down), strict=True)]
     around.c_grad_launch(part, c_up=c_up, c_down=c_down, dc=grads[0], dc_up=grads[1], dc_down=grads[2], arch=arch).run()
@@ -377,19 +409,22 @@ def _gradient_through_weight(weight: Tensor, du: Tensor, a_up: Tensor, arch: str
     n, k = weight.shape
     shape = Shape(n, k, k, du.shape[1])
     splits = reads.x_splits(shape, weight.dtype, arch)
-    part = du.new_empty(splits, du.shape[1], k, dtype=torch.float32)
+    part = empty(du, splits, du.shape[1], k, dtype=torch.float32)
     reads.x_launch(
-        weight, s=du[None], p=0, r=du.shape[1], part=part, want_v=True, factors=du.dtype, shape=shape, splits=splits,
-        arch=arch,
+        weight, du[None], ranks=(0, du.shape[1]), splits=splits, v_part=part, factors=du.dtype,
+        config=reads.x_config(shape, (0, shape.r), weight.dtype, arch, du.dtype),
     ).run()  # fmt: skip
     da_up = _like(a_up)
-    end.finish_launch(outputs={}, sums=(end.Sum(part, da_up.t()),), device_of=du, arch=arch).run()
+    end.finish_launch(
+        factor=end.parts(part, splits), db_up=da_up, n=k, ranks=(0, du.shape[1]), dtype=du.dtype, arch=arch
+    ).run()  # fmt: skip
     return da_up
 
 
 def _plain(s: Supports) -> Supports:
-    """The kernels read W·c without a stride: `ops.wc` makes it so, and what anybody else passes is copied."""
-    return s if s.wc is None or s.wc.is_contiguous() else s._replace(wc=s.wc.contiguous())
+    """The kernels read W·c and B_up without strides, as they are made; what anybody else passes is copied."""
+    strided = {name: t for name, t in (("wc", s.wc), ("b_up", s.b_up)) if t is not None and not t.is_contiguous()}
+    return s._replace(**{name: t.contiguous() for name, t in strided.items()}) if strided else s
 
 
 def _check_rank(rank: int) -> None:
@@ -403,12 +438,13 @@ def _check_rank(rank: int) -> None:
 def _route(x: Tensor, weight: Weight, s: Supports, call: Call, shape: Shape, arch: str, backward: bool) -> str:
     builds = s.a_up is not None and not call.matmul
     stored = x.dtype if isinstance(weight, QuantizedWeight) else weight.dtype
+    shape = shape._replace(m=m_class(shape.m))
     return routes.product_route(arch, x.dtype, shape, stored, backward=backward, scales=s.a is not None, builds=builds)
 
 
 def _shape(x: Tensor, weight: Weight, s: Supports, call: Call) -> Shape:
     n, k = weight.shape
-    return Shape(x.shape[0], n, k, max(_ranks(s, call)))
+    return Shape(m_class(rows(x)), n, k, max(_ranks(s, call)))
 
 
 def _ranks(s: Supports, call: Call) -> tuple[int, int]:
@@ -421,4 +457,4 @@ def _ranks(s: Supports, call: Call) -> tuple[int, int]:
 
 def _like(tensor: Tensor | None) -> Tensor:
     """Memory for a gradient."""
-    return torch.empty_like(given(tensor), memory_format=torch.contiguous_format)
+    return empty(given(tensor), *given(tensor).shape)

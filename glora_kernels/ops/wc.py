@@ -10,13 +10,13 @@ changed parameter leaves no trace that would tell when an old one is stale.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from glora_kernels.launch import routes
-from glora_kernels.ops import composite
+from glora_kernels.ops import composite, prepared
 from glora_kernels.ops import eager as eager_path
 from glora_kernels.ops import triton as triton_path
 from glora_kernels.ops.common import (
@@ -26,15 +26,15 @@ from glora_kernels.ops.common import (
     Weight,
     cast,
     check_form,
+    given,
     quant_arguments,
-    restored,
-    state_of,
     stored,
     wc_dtype,
     weight_of,
     without_autocast,
 )
-from glora_kernels.ops.ways import is_batched, is_transformed, is_watched, once_differentiable
+from glora_kernels.ops.prepared import Prepared, Row
+from glora_kernels.ops.ways import is_batched, is_transformed, is_watched
 from glora_kernels.quant import QuantizedWeight
 
 LIBRARY.define(
@@ -64,6 +64,25 @@ def glora_wc(
         ValueError: a size or device that does not fit, or not exactly one form of C.
         RuntimeError: a forced `backend` that cannot serve the call.
     """
+    state, watched = quant_arguments(weight), is_watched(stored(weight))
+    if is_transformed() or watched:
+        route = _checked_route(weight, c, c_up, c_down)
+        if not watched or is_transformed():
+            return composite.glora_wc(weight, c, c_up, c_down)
+        return torch.ops.glora_kernels.glora_wc(stored(weight), c, c_up, c_down, route, *state)
+    *beside, form = state
+    row = (stored(weight), *beside, c, c_up, c_down)
+    wanted: tuple[bool, ...] = (False, False, False)
+    if torch.is_grad_enabled():
+        wanted = tuple([t is not None and t.requires_grad for t in (c, c_up, c_down)])
+
+    def make() -> Prepared:
+        return _prepare(row, form, _checked_route(weight, c, c_up, c_down), wanted)
+
+    return prepared.call(prepared.find(_WC, row, 0, (form, routes.chosen(), wanted), make), row)[0]
+
+
+def _checked_route(weight: Weight, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None) -> str:
     k = weight.shape[1]
     if c is None and c_up is None and c_down is None:
         raise ValueError("glora_wc needs c, or c_up and c_down")
@@ -72,99 +91,83 @@ def glora_wc(
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"weight and {name} must be on one device; got {weight.device} and {tensor.device}")
     four_bit = isinstance(weight, QuantizedWeight)
-    route = routes.route(weight.device.type, wc_dtype(weight, c, c_up), four_bit=four_bit)
-    if is_transformed():
-        return composite.glora_wc(weight, c, c_up, c_down)
-    if is_watched(stored(weight)):
-        return torch.ops.glora_kernels.glora_wc(stored(weight), c, c_up, c_down, route, *quant_arguments(weight))
-    return _WCFunction.apply(weight, c, c_up, c_down, route)
+    return routes.route(weight.device.type, wc_dtype(weight, c, c_up), four_bit=four_bit)
 
 
-def _forward(weight: Weight, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None, route: str) -> Tensor:
-    path = eager_path if route == "eager" else triton_path
-    with without_autocast(weight.device.type):
-        return path.wc_forward(weight, c, c_up, c_down)
+# The tensors of a call in a row (`ops.prepared`): the stored weight, the four beside 4-bit codes, c, C_up and C_down.
+_C = slice(5, 8)
 
 
-def gradients(
-    g: Tensor,
-    weight: Weight,
-    c: Tensor | None,
-    c_up: Tensor | None,
-    c_down: Tensor | None,
-    needs: Sequence[bool],
-    route: str,
-) -> tuple[Tensor | None, ...]:
-    """(dc, dC_up, dC_down) from g = ∂wc, each in the dtype of its tensor; None where not wanted."""
+class _Values(NamedTuple):
+    form: tuple[int, ...]
+    route: str
+
+    def weight(self, row: Row) -> Weight:
+        packed, absmax, nested_absmax, code, offset = row[: _C.start]
+        return weight_of(given(packed), absmax, nested_absmax, code, offset, self.form)
+
+
+def _prepare(row: Row, form: Sequence[int], route: str, wanted: Sequence[bool]) -> Prepared:
+    saved = [i for i, tensor in enumerate(row) if tensor is not None]
+    flags = (*(False,) * _C.start, *wanted)
+    return Prepared(_WC, _Values(tuple(form), route), flags, saved, size=len(row) + 1, has_kernels=route != "eager")
+
+
+def _forward(row: Row, values: _Values) -> list[Tensor | None]:
+    path = eager_path if values.route == "eager" else triton_path
+    return [path.wc_forward(values.weight(row), *row[_C])]
+
+
+def _backward(dys: Sequence[Tensor], row: Row, values: _Values, wanted: Sequence[bool]) -> list[Tensor | None]:
+    return _written(dys[0], values.weight(row), row[_C], wanted[_C], values.route)
+
+
+def _elsewhere(dys: Sequence[Tensor], row: Row, values: _Values, wanted: Sequence[bool]) -> list[Tensor | None]:
+    return gradients(dys[0], values.weight(row), row[_C], wanted[_C], values.route)
+
+
+def gradients(g: Tensor, weight: Weight, cs: Row, needs: Sequence[bool], route: str) -> list[Tensor | None]:
+    """The wanted ones of (dc, dC_up, dC_down) from g = ∂wc, in the dtypes of their tensors, by any `ops.ways`."""
     if is_batched(g):
-        tensors = c, c_up, c_down
-        return tuple(composite.gradients(lambda *of: composite.glora_wc(weight, *of), tensors, needs, g))
-    if is_watched(g):
-        return _operator_gradients(g, weight, c, c_up, c_down, needs, route)
-    return _gradients(g, weight, c, c_up, c_down, needs, route)
+        grads = composite.gradients(lambda *of: composite.glora_wc(weight, *of), cs, needs, g)
+    elif is_watched(g):
+        *beside, form = quant_arguments(weight)
+        grads = torch.ops.glora_kernels.glora_wc_backward(
+            g.contiguous(), stored(weight), *cs, list(needs), route, *beside, list(form)
+        )
+    else:
+        with without_autocast(g.device.type):
+            return _written(g, weight, cs, needs, route)
+    return [grad for grad, need in zip(grads, needs, strict=True) if need]
 
 
-def _operator_gradients(
-    g: Tensor,
-    weight: Weight,
-    c: Tensor | None,
-    c_up: Tensor | None,
-    c_down: Tensor | None,
-    needs: Sequence[bool],
-    route: str,
-) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.glora_kernels.glora_wc_backward(
-        g.contiguous(), stored(weight), c, c_up, c_down, list(needs), route, *quant_arguments(weight)
-    )
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-
-
-def _gradients(
-    g: Tensor,
-    weight: Weight,
-    c: Tensor | None,
-    c_up: Tensor | None,
-    c_down: Tensor | None,
-    needs: Sequence[bool],
-    route: str,
-) -> tuple[Tensor | None, ...]:
+def _written(g: Tensor, weight: Weight, cs: Row, needs: Sequence[bool], route: str) -> list[Tensor | None]:
     path = eager_path if route == "eager" else triton_path
-    with without_autocast(weight.device.type):
-        grads = path.wc_backward(g, weight, c, c_up, c_down, needs)
-    return tuple(
-        None if grad is None or tensor is None else cast(grad, tensor.dtype)
-        for grad, tensor in zip(grads, (c, c_up, c_down), strict=True)
-    )
+    found = zip(path.wc_backward(g, weight, *cs, needs), cs, needs, strict=True)
+    return [cast(grad, given(tensor).dtype) for grad, tensor, need in found if need]
 
 
-class _WCFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Weight, c: Any, c_up: Any, c_down: Any, route: str) -> Tensor:
-        ctx.save_for_backward(stored(weight), c, c_up, c_down)
-        ctx.quant_state = state_of(weight)
-        ctx.route = route
-        return _forward(weight, c, c_up, c_down, route)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        tensor, c, c_up, c_down = ctx.saved_tensors
-        weight = restored(tensor, ctx.quant_state)
-        return (None, *gradients(g, weight, c, c_up, c_down, ctx.needs_input_grad[1:4], ctx.route), None)
+_WC = prepared.Operation("glora_wc", _forward, _backward, _elsewhere)
 
 
 # The registered operators: the same functions behind torch.compile's boundary. An absent result is an empty tensor.
 
 
-def _op(weight: Tensor, c: Any, c_up: Any, c_down: Any, route: str, *quant: Any) -> Tensor:
-    return _forward(weight_of(weight, *quant), c, c_up, c_down, route)
+def _op(weight: Tensor, c: Any, c_up: Any, c_down: Any, route: str, *quant: Any) -> Any:
+    *beside, form = quant or NO_QUANT
+    row, none = (weight, *beside, c, c_up, c_down), (False, False, False)
+    found = prepared.find(_WC, row, 0, (tuple(form), route), lambda: _prepare(row, form, route, none))
+    return found.forward(row)[0]
 
 
 def _op_backward(
     g: Tensor, weight: Tensor, c: Any, c_up: Any, c_down: Any, needs: list[bool], route: str, *quant: Any
 ) -> Any:
-    grads = _gradients(g, weight_of(weight, *quant), c, c_up, c_down, needs, route)
-    return tuple(g.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+    *beside, form = quant or NO_QUANT
+    row = (weight, *beside, c, c_up, c_down)
+    found = _prepare(row, form, route, needs)
+    grads = iter(found.backward([g], [row[i] for i in found.saved]))
+    return tuple(given(next(grads)).contiguous() if need else g.new_empty(0) for need in needs)
 
 
 def _fake(weight: Tensor, c: Any, c_up: Any, c_down: Any, route: str, *quant: Any) -> Tensor:
@@ -182,17 +185,20 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.route = inputs[:5]
+    weight, *cs, ctx.route = inputs[:5]
     *state, ctx.form = inputs[5:] or NO_QUANT
-    ctx.save_for_backward(*tensors, *state)
+    ctx.save_for_backward(weight, *state, *cs)
 
 
 def _op_autograd(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    weight, c, c_up, c_down, *state = ctx.saved_tensors
-    whole = weight_of(weight, *(*state, ctx.form))
-    run = gradients if is_batched(g) else _operator_gradients
-    grads = run(g, whole, c, c_up, c_down, ctx.needs_input_grad[1:4], ctx.route)
-    return (None, *grads, *(None for _ in range(6)))  # the route and QUANT_ARGUMENTS
+    needs = ctx.needs_input_grad[1:4]
+    wanted = (*(False,) * _C.start, *needs)
+    grads = iter(_elsewhere([g], ctx.saved_tensors, _Values(tuple(ctx.form), ctx.route), wanted))
+    return (
+        None,
+        *(next(grads) if need else None for need in needs),
+        *(None for _ in range(6)),
+    )  # route, QUANT_ARGUMENTS
 
 
 for _device in ("CPU", "CUDA"):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import math
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
-from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 
 from glora_kernels.quant.codes import codebook
 from glora_kernels.reference.random import round_dithered
+
+bnb = pytest.importorskip("bitsandbytes.functional")
+from bitsandbytes.backends.default.ops import _dequantize_4bit_compute  # noqa: E402
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SHAPES = [(3, 70), (5, 333), (7, 4096)]

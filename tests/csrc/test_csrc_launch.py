@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import csrc_cases as cases
 import pytest
 import torch
 
@@ -25,7 +26,7 @@ def x_of(m=2, k=64, dtype=torch.bfloat16):
 def small(x=None, weight=None, y=None, **given):
     x, weight = x_of() if x is None else x, weight or weight_of()
     y = torch.zeros(x.shape[0], weight.shape[0], dtype=x.dtype) if y is None else y
-    return cuda.small_m_launch(x, weight, y, **given, arch="sm_90")
+    return cases.small_m_launch(x, weight, y, **given, arch="sm_90")
 
 
 def test_serves_small_m_says_why_not():
@@ -101,7 +102,7 @@ def test_launches_can_be_planned_and_printed_without_a_gpu():
     x, y = (torch.empty(1, size, dtype=torch.bfloat16, device="meta") for size in (1024, 4096))
     out = torch.empty(4096, 1024, dtype=torch.bfloat16, device="meta")
     with planning("sm_90") as steps:
-        cuda.small_m_launch(x, meta, y, arch="sm_90").run()
+        cases.small_m_launch(x, meta, y, arch="sm_90").run()
         cuda.dequantize_launch(meta, out, arch="sm_90").run()
     assert [step.kernel for step in steps] == ["small_m_gemv_kernel", "dequantize_kernel"]
     assert str(steps[0]).startswith("small_m_gemv_kernel[")

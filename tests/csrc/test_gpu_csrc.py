@@ -31,7 +31,7 @@ def arch(extension):
 def test_small_m(case, arch):
     """Twenty runs with the same bits, the counters of one serving the next."""
     x, weight, y, given, truth = cases.small_m_call(*case, "cuda")
-    launch = cuda.small_m_launch(x, weight, y, **given, arch=arch)
+    launch = cases.small_m_launch(x, weight, y, **given, arch=arch)
     launch.run()
     cases.check_small_m(y, given, truth, case[2])
     outputs = [y, *(given[name] for name in ("h", "sigma") if name in given)]
@@ -73,7 +73,7 @@ def test_a_weight_of_more_than_2_31_elements(arch):
 @pytest.mark.parametrize("case", [cases.SMALL_M[1], cases.SMALL_M[5]], ids=str)
 def test_a_graph_replays_beside_eager_launches(case, arch):
     x, weight, y, given, truth = cases.small_m_call(*case, "cuda")
-    launch = cuda.small_m_launch(x, weight, y, **given, arch=arch)
+    launch = cases.small_m_launch(x, weight, y, **given, arch=arch)
     launch.run()
     expected = y.clone()
     torch.cuda.synchronize()
@@ -82,7 +82,7 @@ def test_a_graph_replays_beside_eager_launches(case, arch):
         launch.run()
         launch.run()
     eager = torch.empty_like(y)
-    other = cuda.small_m_launch(
+    other = cases.small_m_launch(
         x, weight, eager, **{k: v for k, v in given.items() if k not in ("h", "sigma")}, arch=arch
     )
     stream = torch.cuda.Stream()
@@ -107,6 +107,6 @@ def test_streams_do_not_share_their_counters(arch):
     for _ in range(10):
         for stream, out in zip(streams, outputs, strict=True):
             with torch.cuda.stream(stream):
-                cuda.small_m_launch(x, weight, out, **given, arch=arch).run()
+                cases.small_m_launch(x, weight, out, **given, arch=arch).run()
     torch.cuda.synchronize()
     assert all(torch.equal(out, outputs[0]) for out in outputs)

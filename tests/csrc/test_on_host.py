@@ -23,7 +23,7 @@ class Host:
         self.buffer = torch.zeros(cuda._BARRIER_FLOATS + cuda._SCRATCH_FLOATS)
 
     def run(self, launch):
-        args = launch.args
+        args = cuda.addresses(launch.args)
         self.buffer[cuda._BARRIER_FLOATS :] = float("nan")
         if args.get("scratch"):
             start = self.buffer.data_ptr()
@@ -42,7 +42,7 @@ def host(host_module):
 @pytest.mark.parametrize("case", cases.SMALL_M, ids=str)
 def test_small_m(host, case):
     x, weight, y, given, truth = cases.small_m_call(*case, "cpu")
-    host.run(cuda.small_m_launch(x, weight, y, **given, arch="sm_90"))
+    host.run(cases.small_m_launch(x, weight, y, **given, arch="sm_90"))
     cases.check_small_m(y, given, truth, case[2])
 
 
@@ -51,8 +51,8 @@ def test_small_m_is_the_same_at_every_run_and_with_strided_rows(host):
     wide = torch.zeros(3, 1, 2 * x.shape[1], dtype=x.dtype)[1, :, : x.shape[1]]
     wide.copy_(x)
     transposed = torch.empty(y.shape[1], y.shape[0], dtype=y.dtype).T
-    host.run(cuda.small_m_launch(x, weight, y, **given, arch="sm_90"))
-    host.run(cuda.small_m_launch(wide, weight, transposed, **given, arch="sm_80"))
+    host.run(cases.small_m_launch(x, weight, y, **given, arch="sm_90"))
+    host.run(cases.small_m_launch(wide, weight, transposed, **given, arch="sm_80"))
     assert torch.equal(y, transposed)
 
 
@@ -90,7 +90,7 @@ def test_dequantize_of_what_begins_anywhere(host):
 
 def test_a_failing_launch_is_an_error(host):
     x, weight, y, given, _ = cases.small_m_call(*cases.SMALL_M[0], "cpu")
-    launch = cuda.small_m_launch(x, weight, y, **given, arch="sm_90")
+    launch = cases.small_m_launch(x, weight, y, **given, arch="sm_90")
     with pytest.raises(RuntimeError, match="small_m: "):
-        host.module.small_m(device=0, stream=0, **launch.args | {"x_dtype": 7})
+        host.module.small_m(device=0, stream=0, **cuda.addresses(launch.args) | {"x_dtype": 7})
     assert bool(y.isnan().all())

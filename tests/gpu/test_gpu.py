@@ -49,7 +49,7 @@ def test_a_real_size(a, b, variant, dtype, poison):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "rank"), itertools.product((1, 16, 64, 65, 129), (1, 8, 64, 256)))
+@pytest.mark.parametrize(("m", "rank"), list(itertools.product((1, 16, 64, 65, 129), (1, 8, 64, 256))))
 def test_rows_and_ranks(m, rank, dtype, poison):
     p = problem(config("vector", "lora", rank=rank, dropout=0.1), (m,), 264, 136, True, dtype, device="cuda", size=0.05)
     check(p, ours(p, "triton"), "triton")

@@ -44,7 +44,8 @@ class Group:
         ys = grouped_lora_linear(
             self.x, self.weights, self.downs, self.ups, self.biases, scales=SCALE, dropout_p=p, seeds=seeds
         )  # fmt: skip
-        return [*ys, *torch.autograd.grad(ys, self.leaves, self.dys)]
+        grads = torch.autograd.grad(ys, self.leaves, self.dys)
+        return [*(y.detach() for y in ys), *grads]
 
     def literal(self, dtype: torch.dtype, p: float = 0.0, seeds: list[Tensor] | None = None) -> list[Tensor]:
         copies = {leaf: leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves}
@@ -53,7 +54,8 @@ class Group:
             dropped = x if seeds is None else x * keep_mask(seeds[i].cuda(), *x.shape, p) / (1 - p)
             h = dropped @ copies[self.downs[i]].t()
             ys.append(x @ weight.to(dtype).t() + SCALE * h @ copies[self.ups[i]].t() + copies[self.biases[i]])
-        return [*ys, *torch.autograd.grad(ys, list(copies.values()), [dy.to(dtype) for dy in self.dys])]
+        grads = torch.autograd.grad(ys, list(copies.values()), [dy.to(dtype) for dy in self.dys])
+        return [*(y.detach() for y in ys), *grads]
 
     def check(self, dtype: torch.dtype, p: float = 0.0, seeds: list[Tensor] | None = None) -> None:
         found = self.ours(p, seeds)

@@ -49,7 +49,7 @@ def step(model: nn.Module, x: Tensor, dy: Tensor | None = None, **more: Any) -> 
     y = model(x, **more)
     if dy is None:
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    y.backward(dy.to(y.dtype))
+    y.backward(dy.to(y))
     found = {"y": y.detach(), "x": x.grad}
     found |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

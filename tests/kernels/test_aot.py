@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import re
@@ -38,27 +39,23 @@ def reports(tmp_path: Path, *options: str) -> list[aot.Report]:
     return found
 
 
-ALWAYS = {("sm_90", "bf16"): 3, ("sm_80", "bf16"): 12, ("sm_100", "bf16"): 6, ("gfx942", "bf16"): 12}
-"""What is always compiled: one form in so many of each kernel, its first among them. benchmarks/results/aot.md has
-every form."""
+ALWAYS = {("sm_90", "bf16"): 8, ("sm_80", "bf16"): 60, ("sm_100", "bf16"): 60, ("gfx942", "bf16"): 60}
+"""What is always compiled: one form in so many of each kernel, its first among them. `scripts/compile-all` does the
+rest."""
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize(("arch", "dtype"), [
     (arch, dtype) for arch in aot.ARCHS for dtype in aot.DTYPES
 ])  # fmt: skip
-def test_every_kernel_compiles_without_a_fault(arch, dtype, tmp_path):
+def test_what_layers_ask_for_compiles_without_a_fault(arch, dtype, tmp_path):
     every = 1 if EVERYTHING else ALWAYS.get((arch, dtype))
     if every is None:
         pytest.skip("GLORA_KERNELS_TEST_ALL=1 compiles this as well")
     found = reports(tmp_path, "--arch", arch, "--dtype", dtype, "--every", str(every))
     assert all((r.arch, r.dtype) == (arch, dtype) for r in found)
-    faults = [f"{r.kernel} ({r.case}, {r.config}): {r.faults}" for r in found if r.faults]
+    faults = [f"{r.kernel} ({r.asked}, {r.config}): {r.faults}" for r in found if r.faults]
     assert not faults, "\n".join(faults)
-    source = "".join(path.read_text() for path in KERNELS.glob("*.py"))
-    kernels = set(re.findall(r"^def (_\w+_kernel)\(", source, re.M))
-    assert len(kernels) >= 7
-    assert {r.kernel for r in found} == kernels
     for r in found:
         assert r.registers > 0, r
         assert r.stack == 0, r
@@ -71,23 +68,46 @@ def test_every_kernel_compiles_without_a_fault(arch, dtype, tmp_path):
         if arch == "sm_100" and dtype != "fp32" and r.kernel in BIG[:2]:
             assert "UTCHMMA" in r.matrix_instruction, r
         if arch in ("sm_90", "sm_100") and dtype != "fp32" and r.kernel in BIG[:2]:
-            by_pointers = "unaligned" in r.case or "W fp32" in r.case
+            by_pointers = "off 16 bytes" in r.asked or "W fp32" in r.asked
             assert (r.tma == 0) == by_pointers, r
-        if arch == "sm_80" and dtype != "fp32" and r.kernel in BIG and "unaligned" not in r.case:
+        if arch == "sm_80" and dtype != "fp32" and r.kernel in BIG and r.even:
             assert r.async_copies > 0, f"no cp.async: {r}"
 
 
-def test_the_committed_report_has_every_form():
-    """A form or a block size that is new was compiled for every card and dtype, and nothing was wrong."""
-    rows = [line.strip("| ").split(" | ") for line in REPORT.read_text().splitlines() if line.startswith("| `_")]
-    known = {(row[0].strip("`"), *row[1:5]): row[-1] for row in rows}
-    expected = {
-        (launch.kernel.__name__, name, dtype, arch, aot.blocks_of(launch))
-        for arch in aot.ARCHS
-        for dtype in aot.DTYPES
-        for name, launch in aot.cases(aot.DTYPES[dtype], arch)
-    }
-    assert known.keys() == expected
+FORMS = """
+import json, sys
+from glora_kernels.launch import aot
+print(json.dumps([(f.launch.kernel.__name__, f.key, arch, name) for arch in sys.argv[1:]
+                  for name, dtype in aot.DTYPES.items() for f in aot.forms(arch, dtype)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """(kernel, key, arch, dtype) of the forms that two cards are asked for: sm_80 takes kernels of its own."""
+    done = run("-c", FORMS, "sm_90", "sm_80")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {tuple(form) for form in json.loads(done.stdout)}
+
+
+@pytest.mark.aot
+def test_every_kernel_is_asked_for(asked):
+    source = "".join(path.read_text() for path in KERNELS.glob("*.py"))
+    kernels = set(re.findall(r"^def (_\w+_kernel)\(", source, re.M))
+    assert len(kernels) >= 7
+    assert {kernel for kernel, *_ in asked} == kernels
+
+
+@pytest.mark.aot
+def test_the_committed_report_is_of_what_layers_ask_for(asked):
+    """Every form that it has is one that a layer asks for today, and nothing was wrong with it."""
+    text = REPORT.read_text()
+    if f"Triton {importlib.metadata.version('triton')}, " not in text:
+        pytest.skip("the report is of another Triton")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `_")]
+    known = {(row[0].strip("`"), row[1], row[4], row[3]): row[-1] for row in rows if row[4] in ("sm_90", "sm_80")}
+    assert len(known) > 100
+    assert known.keys() <= asked
     assert set(known.values()) == {"yes"}
 
 
@@ -96,7 +116,7 @@ import sys
 sys.path.insert(0, "tests")
 import torch
 from kernels.test_fused import plan
-from glora_kernels.launch import aot, routes
+from glora_kernels.launch import aot, elsewhere, routes
 from glora_kernels.launch.configs import SHARED_LIMIT
 from glora_kernels.ops.common import Supports
 from glora_kernels.spec import GLoRAConfig
@@ -113,7 +133,8 @@ for m, n, k in [(1, 1, 1), (70000, 4097, 4095)]:
         for steps in plan(config, m, n, k, True, arch, aot.DTYPES[name]):
             for step in steps:
                 if hasattr(step, "kernel"):
-                    compiled, _ = aot.compile_launch(step, arch)
+                    with elsewhere.on_card(arch):
+                        compiled, _ = elsewhere.compile_launch(step)
                     assert compiled.metadata.shared <= SHARED_LIMIT[arch], str(step)
 print("all compiled")
 """
@@ -136,7 +157,8 @@ def test_refused_in_the_interpreter():
 
 GOOD = aot.Report(
     kernel="_glora_fwd_kernel",
-    case="fwd full",
+    form="0123456789ab",
+    asked="LoRA r=16 M=512 forward",
     dtype="bf16",
     arch="sm_90",
     config="128x128x64x16 w8 s4",
@@ -149,6 +171,8 @@ GOOD = aot.Report(
     batch=4,
     tma=14,
     async_copies=0,
+    narrow=0,
+    even=True,
     serialized=False,
 )
 
@@ -174,7 +198,14 @@ def test_faults_are_found(change, words):
     assert words in faults[0]
 
 
-@pytest.mark.parametrize("case", ["wc", "totals", "finish lora", "prepare, W_eff of a vector"])
-def test_no_matrix_instruction_is_expected_where_there_is_no_product(case):
-    assert dataclasses.replace(GOOD, case=case, matrix_count=0, matrix_instruction="", batch=0).faults == []
+@pytest.mark.parametrize("kernel", ["_wc_kernel", "_totals_kernel", "_finish_kernel", "_prepare_kernel"])
+def test_no_matrix_instruction_is_expected_where_there_may_be_no_product(kernel):
+    assert dataclasses.replace(GOOD, kernel=kernel, matrix_count=0, matrix_instruction="", batch=0).faults == []
     assert dataclasses.replace(GOOD, dtype="fp32", matrix_count=0, matrix_instruction="", batch=0).faults == []
+
+
+def test_narrow_loads_are_a_fault_of_what_streams_whole_rows():
+    narrow = dataclasses.replace(GOOD, kernel="_dy_kernel", narrow=48)
+    assert narrow.faults == ["48 loads of less than 32 bits"]
+    assert dataclasses.replace(narrow, even=False).faults == []
+    assert dataclasses.replace(narrow, kernel="_finish_kernel").faults == []

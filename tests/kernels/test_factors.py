@@ -142,6 +142,6 @@ def test_csrc_leaves_them_to_another(monkeypatch):
 @pytest.mark.parametrize("name", ["lora", "vector"])
 def test_adapters_of_16_bits_are_multiplied_as_before(name):
     steps = itertools.chain(*plan(GLoRAConfig(name, "lora", rank=16), 2048, 4096, 4096, False))
-    factors = [step.args for step in steps if "FACTOR_DTYPE" in getattr(step, "args", {})]
-    assert len(factors) >= 5
-    assert {(str(args["FACTOR_DTYPE"]), args["FACTOR_PRECISION"]) for args in factors} == {("bf16", "ieee")}
+    numbers = [step.args["NUMERICS"] for step in steps if "NUMERICS" in getattr(step, "args", {})]
+    assert len(numbers) >= 5
+    assert {(n.factor_name, n.factor_precision) for n in numbers} == {("bfloat16", "ieee")}

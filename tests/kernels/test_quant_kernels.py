@@ -179,7 +179,8 @@ def test_hadamard_grad_over_4_bits_equals_dense(k, dtype, device, kernels):
             "dup": torch.empty(k_tiles, n, r, device=device), "ddown": torch.empty(n_tiles, r, k, device=device),
             "weff": torch.empty(n, k, dtype=dtype, device=device), "db_down": torch.empty(r, k, device=device),
         }  # fmt: skip
-        kernels[1].hadamard_grad_launch(dy, x, w, **pair, **outputs, s=s, arch=arch_of(x)).run()
+        out = kernels[1].HadamardGrad(**outputs)
+        kernels[1].hadamard_grad_launch(dy, x, w, **pair, out=out, s=s, arch=arch_of(x)).run()
         found.append(outputs)
     for name, value in found[0].items():
         check_same(value, found[1][name], dtype, name)
@@ -216,10 +217,14 @@ def check_same(value: Tensor, other: Tensor, dtype: torch.dtype, name: str) -> N
 MACHINE_CODE = """
 import json, re, sys
 import torch
-from glora_kernels.launch import aot, aot_quant_cases
+from glora_kernels.launch import elsewhere
+from glora_kernels.ops import planned, shipped
 arch, pattern = sys.argv[1:]
-launch = dict(aot_quant_cases.cases(torch.bfloat16, arch))["dequantize"]
-compiled, _ = aot.compile_launch(launch, arch)
+layer = planned.Linear(shipped.LORA, 4096, 4096, quant_type="nf4", nested=True)
+launch = planned.linear(layer, planned.How(512, torch.bfloat16, arch)).forward[0]
+assert launch.kernel.__name__ == "_dequantize_kernel"
+with elsewhere.on_card(arch):
+    compiled, _ = elsewhere.compile_launch(launch)
 print(json.dumps(re.findall(pattern, compiled.asm["amdgcn" if arch.startswith("gfx") else "ptx"])))
 """
 

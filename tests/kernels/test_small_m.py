@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from glora_kernels.kernels.operands import Shift, Terms
 from glora_kernels.launch import small_m
 from glora_kernels.launch.configs import Shape
 from glora_kernels.launch.plan import Launch, arch_of
@@ -49,7 +50,8 @@ class Call:
 
     def launch(self, y: Tensor, **outputs: Tensor) -> Launch | Launches:
         return small_m_launch(
-            self.x, self.weight, y, **self.terms, **outputs, scale=self.scale, arch=arch_of(self.x)
+            self.x, self.weight, y, added(self.terms), b_down=self.terms.get("b_down"), **outputs, scale=self.scale,
+            arch=arch_of(self.x),
         )  # fmt: skip
 
     def check(self, y: Tensor | None = None, outputs: bool = True) -> None:
@@ -66,6 +68,11 @@ class Call:
         for name, value in got.items():
             error, allowed = largest_error(value, truth[name]), allowed_error(truth[name], plain[name], value.dtype)
             assert error <= allowed, f"{name}: {error:.3e} over {allowed:.3e}"
+
+
+def added(terms: dict[str, Tensor]) -> Terms:
+    shift = Shift(*(terms.get(name) for name in Shift._fields))
+    return Terms(a=terms.get("a"), up=terms.get("b_up"), b=terms.get("b"), shift=shift)
 
 
 def call(
@@ -110,7 +117,7 @@ def test_constants_strides_and_wider_adapters(m, device):
     """(1,) in the place of (N,); rows of x and y, and factors, that do not lie side by side; fp32 over 16 bits."""
     p = call(m, rank=3, terms=VECTORS, dtype=HALF, adapters=SINGLE, device=device)
     p.terms |= {name: p.terms[name][:1] for name in ("a", "b", "d", "e")}
-    p.terms |= {name: p.terms[name].t().contiguous().t() for name in ("b_up", "b_down")}
+    p.terms["b_down"] = p.terms["b_down"].t().contiguous().t()
     rows = torch.empty(m, 256, dtype=HALF, device=device)
     rows[:, :192] = p.x
     p.x = rows[:, :192]
@@ -198,10 +205,13 @@ def test_what_is_not_served_is_named():
 def test_a_refused_call_writes_nothing():
     p = call(3, k=128, rank=2)
     y = torch.full((3, 45), 7.0)
-    given = {name: p.terms[name] for name in ("b_up", "b_down")}
-    for terms, words in [({"b_up": given["b_up"]}, "come together"), ({"h": torch.empty(3, 2)}, "no b_down")]:
+    up, down = p.terms["b_up"], p.terms["b_down"]
+    for terms, given, words in [
+        (Terms(up=up), {}, "come together"), (Terms(), {"h": torch.empty(3, 2)}, "no b_down"),
+        (Terms(up=up.t().contiguous().t()), {"b_down": down}, "up must be contiguous"),
+    ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
-            small_m_launch(p.x, p.weight, y, **terms, arch="cpu")
+            small_m_launch(p.x, p.weight, y, terms, **given, arch="cpu")
     with pytest.raises(ValueError, match="does not serve this call: it takes 1 to 64 tokens, got 65"):
-        small_m_launch(torch.zeros(65, 128), p.weight, y, **given, arch="cpu")
+        small_m_launch(torch.zeros(65, 128), p.weight, y, Terms(up=up), b_down=down, arch="cpu")
     assert (y == 7).all()

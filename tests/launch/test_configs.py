@@ -6,10 +6,11 @@ import pytest
 import torch
 import triton
 
+from glora_kernels.kernels.operands import Constant
 from glora_kernels.launch import configs, environment
 from glora_kernels.launch.aot import ARCHS
 from glora_kernels.launch.configs import SHARED_LIMIT
-from glora_kernels.launch.plan import Launch, arithmetic, descriptor, strides, vector_stride
+from glora_kernels.launch.plan import Launch, arithmetic, descriptor, matrix, sums, vector, vector_stride
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EVERY = [*ARCHS, "sm_86", "sm_120", "gfx90a", "cpu"]
@@ -17,7 +18,7 @@ EVERY = [*ARCHS, "sm_86", "sm_120", "gfx90a", "cpu"]
 
 SHAPES = [configs.Shape(m, n, k, r) for m in (1, 16, 64, 65, 2048, 8192)
           for n, k, r in ((4096, 4096, 16), (1024, 4096, 64), (4096, 14336, 256), (768, 3072, 8))]  # fmt: skip
-FLAGS = ("tma", "persistent", "warp_specialize")
+FLAGS = ("tma", "persistent")
 
 
 def every_config(arch, dtype):
@@ -63,7 +64,6 @@ def test_descriptors_only_where_the_card_has_them():
     for arch in EVERY:
         for config in every_config(arch, torch.bfloat16):
             assert not config.get("tma") or arch in ("sm_90", "sm_100", "cpu")
-            assert not config.get("warp_specialize") or config["tma"]
     assert configs.choose("fwd", "sm_90", torch.bfloat16, SHAPES[-1])["tma"]
     assert not configs.choose("fwd", "sm_90", torch.bfloat16, SHAPES[-1], torch.float32)["tma"], "W wider than x"
 
@@ -112,9 +112,11 @@ def test_every_row_is_in_one_split():
 
 
 def test_absent_tensors_and_constants():
-    t = torch.zeros(6, 4)
-    assert strides(t.t(), "a", "b") == {"a": 1, "b": 4}
-    assert strides(None, "a", "b") == {"a": 0, "b": 0}
+    assert matrix(None) is vector(None) is sums(None) is None
+    assert matrix(torch.zeros(6, 4).t())[1:] == (1, 4)
+    assert matrix(torch.zeros(2, 6, 4))[1:] == (4, 1)
+    assert isinstance(vector(torch.zeros(1)), Constant)
+    assert vector(torch.zeros(8)[::2]).step == 2
     assert vector_stride(None) == vector_stride(torch.zeros(1)) == 0
     assert vector_stride(torch.zeros(8)[::2]) == 2
 

@@ -13,6 +13,7 @@ from helpers import problem, truth
 
 import glora_kernels.ops.glora as glora_module
 from glora_kernels.launch import routes
+from glora_kernels.launch.program import launching
 from glora_kernels.launch.routes import backend, current_backend, explain, route
 from glora_kernels.ops import glora_linear
 from glora_kernels.spec import GLoRAConfig
@@ -104,7 +105,7 @@ import sys
 import glora_kernels, glora_kernels.nn, glora_kernels.ops, glora_kernels.launch.routes
 import torch
 assert not torch.cuda.is_initialized()
-names = "torch._dynamo torch._inductor glora_kernels.kernels glora_kernels.launch.glora peft transformers"
+names = "torch._dynamo torch._inductor glora_kernels.kernels.common glora_kernels.launch.glora peft transformers"
 for name in names.split():
     assert name not in sys.modules, name
 """, TRITON_INTERPRET=None)  # fmt: skip
@@ -117,7 +118,7 @@ import sys, torch
 from glora_kernels.ops import glora_linear
 up = torch.zeros(4, 2, requires_grad=True)
 glora_linear(torch.zeros(2, 3), torch.zeros(4, 3), b_up=up, b_down=torch.zeros(2, 3)).sum().backward()
-assert "glora_kernels.kernels" not in sys.modules
+assert "glora_kernels.kernels.common" not in sys.modules
 """, TRITON_INTERPRET=None)  # fmt: skip
     assert done.returncode == 0, done.stderr
 
@@ -134,14 +135,15 @@ def test_the_choice_is_remembered_for_backward(at_forward, at_backward, elsewher
         monkeypatch.setattr(path, "backward", lambda *a, n=name, f=original: used.append(n) or f(*a))
     p = problem(GLoRAConfig("vector", "lora"), (5,), 20, 11, dtype=torch.float32)
     x = p.x.requires_grad_()
-    with backend(at_forward):
-        y = glora_linear(x, p.weight, p.bias, a=p.params["A"], b_up=p.params["B_up"], b_down=p.params["B_down"])
-    with backend(at_backward):
-        if elsewhere:
-            thread = threading.Thread(target=lambda: y.backward(p.dy))
-            thread.start()
-            thread.join()
-        else:
-            y.backward(p.dy)
+    with launching(cached=False):  # so that a path is called, and no program that was planned by it
+        with backend(at_forward):
+            y = glora_linear(x, p.weight, p.bias, a=p.params["A"], b_up=p.params["B_up"], b_down=p.params["B_down"])
+        with backend(at_backward):
+            if elsewhere:
+                thread = threading.Thread(target=lambda: y.backward(p.dy))
+                thread.start()
+                thread.join()
+            else:
+                y.backward(p.dy)
     assert used == [at_forward]
     assert torch.allclose(x.grad, truth(p)[0]["x"].float(), atol=1e-4)

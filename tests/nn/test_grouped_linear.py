@@ -27,9 +27,9 @@ def linears(k=9):
 @pytest.mark.parametrize("tied", [False, True])
 def test_values_and_gradients_are_those_of_the_reference_in_one_call(tied, randomize, monkeypatch):
     seeds, calls = [], []
-    draw, grouped_call = siblings.dropout_seed, siblings.grouped_lora_linear
+    draw, grouped_call = siblings.dropout_seed, siblings.grouped_call
     monkeypatch.setattr(siblings, "dropout_seed", lambda device: seeds.append(draw(device)) or seeds[-1])
-    monkeypatch.setattr(siblings, "grouped_lora_linear", lambda *a, **k: calls.append(1) or grouped_call(*a, **k))
+    monkeypatch.setattr(siblings, "grouped_call", lambda *a: calls.append(1) or grouped_call(*a))
     layer = randomize(GroupedLoRALinear.from_linears(linears(), RICH, tied=tied))
     x = torch.randn(2, 4, 9).double().requires_grad_()
     ys = layer(x)
