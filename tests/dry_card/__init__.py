@@ -1,0 +1,53 @@
+"""A dry card: Triton's real launch path on a machine without a GPU.
+
+In a process of its own, PyTorch has tensors on "cuda:0" and "cuda:1" (by their properties H100s, with host memory) and
+Triton has its own JIT, driver and ptxas; libcuda.so.1 is a stand-in that keeps a log and runs nothing. So it answers
+exactly what is launched, with which arguments, what is compiled and when again, what spills, and what a call costs the
+host. It cannot say whether a number is right: the interpreter does.
+
+By hand, with the environment that runs the tests (gcc and g++ build the stand-ins in half a minute, once):
+
+    python tests/dry_card SCRIPT [ARGUMENTS]
+
+runs SCRIPT with the card installed before anything is imported. What a script wants to know is in `dry_card.card`:
+
+    from dry_card import card
+    with card.compilations() as asked, card.recorded() as log:
+        layer(x).backward(dy)
+    print(asked)                                            # names of the kernels that were compiled
+    for launch in log:                                      # name, grid, stream, registers, local_bytes, parameters
+        print(launch.name, launch.grid, launch.local_bytes)
+
+`compilations(compiles=False)` counts and neither compiles nor launches; `launches()`, `modules()`, `tensor_maps()` and
+`waits()` are counts of the process; `fresh_addresses()` never uses freed memory again. A launch is refused, as a card
+would, for an impossible grid, too much shared memory, a module or stream of another device, and for a pointer to freed
+memory or to another device's; so is a tensor map against the rules. `torch.cuda.graph` captures nothing, but what may
+not be done while a stream captures is refused, as under `torch.cuda.set_sync_debug_mode("error")`.
+
+Tests run a function of theirs on it with `dry_run`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def dry_run(function: Callable, *arguments: Any, **environment: str) -> Any:
+    """What a function at the top of a module returns on the dry card, in a process of its own; by way of JSON."""
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "answer.json")
+        target = f"{function.__module__}:{function.__qualname__}"
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).parent), target, json.dumps(arguments), str(answer)],
+            env={**inherited, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, timeout=800,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{target} failed on the dry card:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+        return json.loads(answer.read_text())

@@ -1,0 +1,113 @@
+"""Layers as people make them, on the dry card, through public names alone; in bf16, unless said otherwise."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import glora_kernels as gk
+from glora_kernels import GLoRAConfig
+
+LORA = GLoRAConfig.lora(rank=16, alpha=32)
+CONFIGS = {
+    "LoRA": LORA,
+    "LoRA, dropout": GLoRAConfig.lora(rank=16, alpha=32, dropout=0.05),
+    "A=vector B=lora C=D=E=vector": GLoRAConfig("vector", "lora", "vector", "vector", "vector", 16),
+    "A=B=lora": GLoRAConfig("lora", "lora", "none", "none", "none", 16),
+    "product variant": GLoRAConfig("lora", "lora", "none", "none", "none", 16, variant="matmul"),
+}
+
+
+def tensor(*shape: int, device: str = "cuda", grad: bool = False) -> Tensor:
+    """Of memory that nobody touches."""
+    return torch.empty(shape, dtype=torch.bfloat16, device=device, requires_grad=grad)
+
+
+def linear(k: int = 4096, n: int = 4096, bias: bool = False, device: str = "cuda") -> nn.Linear:
+    return nn.utils.skip_init(nn.Linear, k, n, bias=bias, device=device, dtype=torch.bfloat16)
+
+
+def layer(config: GLoRAConfig = LORA, k: int = 4096, n: int = 4096, device: str = "cuda") -> gk.GLoRALinear:
+    """One with a bias where the configuration scales it."""
+    return gk.GLoRALinear.from_linear(linear(k, n, config.D != "none", device), config)
+
+
+@functools.cache
+def codes(k: int = 4096, n: int = 4096) -> gk.QuantizedLinear:
+    """A 4-bit base, of all layers of its size: a CPU takes a second to quantize it."""
+    return gk.quantize(linear(k, n))
+
+
+def nf4(config: GLoRAConfig = LORA) -> gk.GLoRALinear:
+    return gk.GLoRALinear.from_linear(codes(), config)
+
+
+class Attention(nn.Module):
+    """q, k and v of LLaMA-3-8B, which take one x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = layer(), layer(n=1024), layer(n=1024)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+
+
+def fused() -> Attention:
+    attention = Attention()
+    gk.fuse_siblings(attention)
+    return attention
+
+
+class One(nn.Module):
+    """A model for PEFT, which takes models alone."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def peft(linear: nn.Linear, **config: Any) -> nn.Module:
+    """PEFT's LoRA layer around a linear layer, its adapters in the dtype of the base."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from peft import LoraConfig, get_peft_model
+
+        chosen = LoraConfig(target_modules=["linear"], **{"r": 16, "lora_alpha": 32, **config})
+        return get_peft_model(One(linear), chosen, autocast_adapter_dtype=False)
+
+
+def accelerated() -> nn.Module:
+    return gk.accelerate(peft(linear()), verbose=False).base_model.model.linear
+
+
+TRAINED: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    **{name: ((lambda config=config: layer(config)), 512) for name, config in CONFIGS.items()},
+    "q/k/v fused": (fused, 512),
+    "PEFT, accelerated": (accelerated, 512),
+    "NF4": (nf4, 2048),
+}
+"""What is trained: how it is made, and M."""
+DECODED: dict[str, tuple[Callable[[], nn.Module], int]] = {"decode": (layer, 1), "decode, NF4": (nf4, 1)}
+"""What is asked for a token, without gradients."""
+
+
+def forward(module: nn.Module, x: Tensor) -> list[Tensor]:
+    y = module(x)
+    return [y] if isinstance(y, Tensor) else list(y)
+
+
+def step(module: nn.Module, x: Tensor) -> None:
+    """Forward and backward, and no gradients left."""
+    ys = forward(module, x)
+    torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+    x.grad = None
+    module.zero_grad()

@@ -1,0 +1,231 @@
+"""Programs and what goes to the driver from C: the card is given the same as by the passes as they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+from typing import Any
+
+SEEDS = 7, -1, 2**31, 2**62 + 12345, -(2**63)
+HUGE = 2**31 + 1
+
+
+def _step(x: Any, supports: dict[str, Any], **options: Any) -> None:
+    import torch
+
+    from dry_card import forms
+    from glora_kernels.ops.glora import glora_linear
+
+    weight = options.pop("weight", None)
+    y = glora_linear(x, forms.tensor(256, 256) if weight is None else weight, **supports, **options)
+    torch.autograd.grad(y, [x, *supports.values()], torch.empty_like(y))
+
+
+def _lora(device: str = "cuda") -> dict[str, Any]:
+    from dry_card import forms
+
+    shapes = {"b_up": (256, 16), "b_down": (16, 256)}
+    return {name: forms.tensor(*shape, device=device, grad=True) for name, shape in shapes.items()}
+
+
+def both_ways() -> dict[str, Any]:
+    """Of several calls, what differs between programs and passes; seeds that a card was not given."""
+    import torch
+
+    from dry_card import card, forms
+    from glora_kernels.launch.program import launching
+
+    def given(run: Any) -> list[Any]:
+        with card.recorded() as log:
+            run()
+        return [
+            (e.name, e.grid, e.threads, e.shared, e.device, e.stream,
+             [p.hex() if len(p) <= 4 else len(p) for p in e.parameters])
+            for e in log
+        ]  # fmt: skip
+
+    supports, answer = _lora(), {"differ": [], "seeds": []}
+    odd = forms.tensor(64 * 256 + 1, grad=False)[1:].view(64, 256)
+    calls = {
+        **{f"M={m}": forms.tensor(m, 256) for m in (300, 512, 1, 7, 16, 0)},
+        "misaligned": odd, "expanded": forms.tensor(1, 256).expand(64, 256), "3-D": forms.tensor(4, 16, 256),
+        "swapped": forms.tensor(4, 16, 256).transpose(0, 1), "transposed": forms.tensor(256, 64).t(),
+    }  # fmt: skip
+    for name, x in calls.items():
+        x = x.requires_grad_()
+        found = given(lambda x=x: _step(x, supports))
+        with launching(cached=False):
+            wanted = given(lambda x=x: _step(x, supports))
+        if found != wanted:
+            answer["differ"].append(name)
+    x = forms.tensor(512, 256, grad=True)
+    for seed in SEEDS:
+        with card.recorded() as log:
+            _step(x, supports, dropout_p=0.1, seed=torch.tensor([seed]))
+        key = (seed % 2**64).to_bytes(8, "little")
+        if sum(key in e.parameters for e in log) != 3:  # x̃ is dropped in h, in ∂B_down, and its gradient in dx
+            answer["seeds"].append(seed)
+    return answer
+
+
+def test_both_ways_give_the_card_the_same(on_card):
+    assert on_card(both_ways) == {"differ": [], "seeds": []}
+
+
+def errors() -> dict[str, str]:
+    """What a call that cannot be launched says, each followed by one that can."""
+    import torch
+
+    from dry_card import card, forms
+    from glora_kernels.launch import program
+    from glora_kernels.launch.direct import module
+    from glora_kernels.ops.glora import glora_linear
+
+    answer = {}
+
+    @contextlib.contextmanager
+    def noted(name: str) -> Any:
+        try:
+            yield
+            answer[name] = "nothing"
+        except Exception as error:
+            answer[name] = f"{type(error).__name__}: {error}"
+
+    x, weight, supports = forms.tensor(512, 256), forms.tensor(256, 256), _lora()
+
+    def call() -> Any:
+        with torch.no_grad(), card.recorded() as log:
+            glora_linear(x, weight, **supports)
+        return len(log)
+
+    launches = call()
+    (one,) = program._programs.values()
+    ((capsule, first, last),) = one._segments
+    sized, results, run = one._kept[512], [*one._recording.twins], module().run
+    memory = [t if t is None else t.data_ptr() or 1 << 62 for t in results]
+    real, scratch = (x, weight), torch.empty(sized.scratch + 16, dtype=torch.uint8, device="cuda")
+    made = [torch.empty(shape, dtype=dtype, device="cuda") for _, _, shape, dtype, _ in sized.made]
+    operands = [*real, *[None] * (len(memory) - 2)]
+    for i, twin in enumerate(one._recording.twins):
+        if twin is not None and i > 1:
+            operands[i] = next(t for t in supports.values() if t.shape == twin.shape)
+    whole = (*operands, *made, scratch, None)
+    stream, huge = 0, HUGE.to_bytes(8, "little") * (len(sized.packed) // 8)
+    with card.recorded() as log:
+        run(capsule, first, last, sized.packed, whole, stream, 0)
+    answer["by hand"] = str(len(log) == launches)
+    with noted("slots"):
+        run(capsule, first, last, sized.packed, whole[:-1], stream, 0)
+    with noted("arguments"):
+        run(capsule, first, last)
+    with noted("sizes"):
+        run(capsule, first, last, huge, whole, stream, 0)
+    with noted("map"):
+        run(capsule, first, last, sized.packed, (whole[0], 8, *whole[2:]), stream, 0)
+    with noted("no tensor"):
+        run(capsule, first, last, sized.packed, ("x", *whole[1:]), stream, 0)
+    with noted("stream"):
+        run(capsule, first, last, sized.packed, whole, -1, 0)
+    with noted("description"):
+        module().prepare(((1 << 70, 128, 0, ((1, False),) * 3, ()),), 3)
+    answer["afterwards"] = str(call() == launches)
+    return answer
+
+
+def test_errors_are_raised_and_leave_nothing_behind(on_card):
+    found = on_card(errors)
+    assert found.pop("by hand") == found.pop("afterwards") == "True"
+    wanted = {
+        "slots": "ValueError: ", "arguments": "TypeError: run takes 7", "sizes": "OverflowError: a size of 2147483649",
+        "map": "RuntimeError: CUDA refused a tensor map", "no tensor": "AttributeError", "stream": "OverflowError",
+        "description": "OverflowError",
+    }  # fmt: skip
+    assert {name: said[: len(wanted[name])] for name, said in found.items()} == wanted
+
+
+def kept() -> dict[str, Any]:
+    """How much memory and how many tensors there are more after many calls; the peaks of both ways."""
+    import torch
+
+    from dry_card import forms
+    from glora_kernels.launch.program import launching
+
+    x, weight, supports = forms.tensor(512, 256, grad=True), forms.tensor(256, 256), _lora()
+
+    def peak() -> int:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _step(x, supports, weight=weight)
+        return torch.cuda.max_memory_allocated() - before
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+    peak()
+    count, ours = tensors(), peak()
+    memory = torch.cuda.memory_allocated()
+    for _ in range(20):
+        _step(x, supports, weight=weight)
+    answer = {"memory": torch.cuda.memory_allocated() - memory, "tensors": tensors() - count, "ours": ours}
+    with launching(cached=False):
+        return {**answer, "slow": peak()}
+
+
+def test_calls_keep_nothing_and_take_no_more_memory(on_card):
+    found = on_card(kept)
+    assert found["memory"] == found["tensors"] == 0
+    assert found["ours"] <= found["slow"] * 1.05, found  # one block, of lines
+
+
+def shared() -> dict[str, Any]:
+    """Threads that call one layer, whose programs are new, with many lengths; a hook of launches; other devices."""
+    from triton import knobs
+
+    from dry_card import card, forms
+    from glora_kernels.ops.glora import glora_linear
+
+    supports, weight, wrong = _lora(), forms.tensor(256, 256), []
+    lengths = [300, 400, 500, 512]
+    barrier = threading.Barrier(4)
+
+    def work(i: int) -> None:
+        try:
+            barrier.wait()
+            for j in range(40):
+                _step(forms.tensor(lengths[(i + j) % 4], 256, grad=True), supports, weight=weight)
+        except Exception as error:
+            wrong.append(repr(error))
+
+    with card.recorded() as log:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    answer: dict[str, Any] = {"wrong": wrong, "launches": len(log)}
+
+    x, told = forms.tensor(512, 256, grad=True), []
+
+    def hook(metadata: Any) -> None:
+        told.append(1)
+
+    knobs.runtime.launch_enter_hook.add(hook)
+    _step(x, supports, weight=weight)
+    knobs.runtime.launch_enter_hook.remove(hook)
+    answer["told"] = len(told)
+    _step(x, supports, weight=weight)
+    answer["told afterwards"] = len(told) - answer["told"]
+    refused = 0
+    for other in (x.detach().cpu(), x.detach().to("meta"), x.detach().to("cuda:1")):
+        try:
+            glora_linear(other, weight, **supports)
+        except ValueError:
+            refused += 1
+    return {**answer, "refused": refused}
+
+
+def test_threads_hooks_and_devices(on_card):
+    found = on_card(shared)
+    assert found == {"wrong": [], "launches": 4 * 40 * 6, "told": 6, "told afterwards": 0, "refused": 3}
