@@ -57,7 +57,8 @@ static CUresult (*get_context)(CUcontext *);
 static CUresult (*set_context)(CUcontext);
 static CUresult (*get_device)(CUdevice *, int);
 static CUresult (*retain_context)(CUcontext *, CUdevice);
-static PyObject *data_ptr_name;
+static PyObject *data_ptr_name, *stride_name, *get_device_name, *dtype_name, *shape_name,
+    *is_contiguous_name, *is_cpu_name;
 
 static int64_t value_of(const Number *n, const int64_t *sizes) { return n->follows ? sizes[n->value] : n->value; }
 
@@ -263,9 +264,74 @@ static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+#define MOST_DIMENSIONS 8
+
+static int64_t asked(PyObject *tensor, PyObject *method) { /* of one that answers with an integer */
+  PyObject *answer = PyObject_CallMethodNoArgs(tensor, method);
+  if (!answer) return -1;
+  int64_t value = (int64_t)PyLong_AsUnsignedLongLongMask(answer);
+  Py_DECREF(answer);
+  return value;
+}
+
+static int is(PyObject *tensor, PyObject *method) {
+  PyObject *answer = PyObject_CallMethodNoArgs(tensor, method);
+  Py_XDECREF(answer);
+  return answer == Py_True;
+}
+
+static int64_t *integers(PyObject *tuple, int64_t *out) { /* takes the reference */
+  for (Py_ssize_t i = 0; tuple && i < PyTuple_GET_SIZE(tuple); i++) *out++ = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
+  Py_XDECREF(tuple);
+  return out;
+}
+
+/* forms(tensors, flags) -> bytes, equal where `direct.forms_of` is. */
+static PyObject *forms(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "forms takes 2 arguments, got %zd", count);
+  PyObject *tensors = PySequence_Fast(args[0], "forms takes a sequence of tensors");
+  if (!tensors) return NULL;
+  Py_ssize_t n = PySequence_Fast_GET_SIZE(tensors), flagged = PyBytes_GET_SIZE(args[1]);
+  int64_t found[n * (2 * MOST_DIMENSIONS + 6) + 1], *out = found;
+  for (Py_ssize_t i = 0; i < n && !PyErr_Occurred(); i++) {
+    PyObject *tensor = PySequence_Fast_GET_ITEM(tensors, i);
+    if (tensor == Py_None) { *out++ = 0; continue; }
+    int has_rows = i < flagged && PyBytes_AS_STRING(args[1])[i];
+    PyObject *dtype = PyObject_GetAttr(tensor, dtype_name), *shape = PyObject_GetAttr(tensor, shape_name);
+    Py_ssize_t dims = shape ? PyTuple_GET_SIZE(shape) : 0;
+    if (shape && (dims == 0 || (!has_rows && dims > MOST_DIMENSIONS)))
+      PyErr_Format(PyExc_IndexError, "a tensor of %zd dimensions has no form", dims);
+    if (!PyErr_Occurred()) {
+      *out++ = (int64_t)(intptr_t)Py_TYPE(tensor);
+      *out++ = (int64_t)(intptr_t)dtype; /* one object each, which never goes */
+      *out++ = dims < 3 || !has_rows ? dims : 3;
+      *out++ = asked(tensor, data_ptr_name) & 15;
+      int64_t device = asked(tensor, get_device_name);
+      if (device < 0 && !PyErr_Occurred()) {
+        PyObject *is_cpu = PyObject_GetAttr(tensor, is_cpu_name);
+        device -= is_cpu != Py_True; /* no other device than the host has memory to read a number from */
+        Py_XDECREF(is_cpu);
+      }
+      *out++ = device;
+      int has_strides = dims < 3;
+      if (has_rows) *out++ = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, dims - 1));
+      else {
+        out = integers(Py_NewRef(shape), out);
+        has_strides = *out++ = !is(tensor, is_contiguous_name); /* quicker to ask for */
+      }
+      if (has_strides) out = integers(PyObject_CallMethodNoArgs(tensor, stride_name), out);
+    }
+    Py_XDECREF(dtype);
+    Py_XDECREF(shape);
+  }
+  Py_DECREF(tensors);
+  return PyErr_Occurred() ? NULL : PyBytes_FromStringAndSize((char *)found, (char *)out - (char *)found);
+}
+
 static PyMethodDef methods[] = {
   {"prepare", prepare, METH_VARARGS, "The launches of a pass, as a capsule."},
   {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, "Launch some of them."},
+  {"forms", (PyCFunction)(void (*)(void))forms, METH_FASTCALL, "What launches depend on in tensors, as bytes."},
   {NULL, NULL, 0, NULL}};
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "glora_kernels_direct", NULL, -1, methods};
 
@@ -281,6 +347,10 @@ PyMODINIT_FUNC PyInit_glora_kernels_direct(void) {
     *symbols[i].into = dlsym(cuda, symbols[i].name);
     if (!*symbols[i].into) return PyErr_Format(PyExc_ImportError, "libcuda has no %s", symbols[i].name);
   }
-  data_ptr_name = PyUnicode_InternFromString("data_ptr");
+  struct { const char *name; PyObject **into; } names[] = {
+    {"data_ptr", &data_ptr_name}, {"stride", &stride_name}, {"get_device", &get_device_name}, {"dtype", &dtype_name},
+    {"shape", &shape_name},
+    {"is_contiguous", &is_contiguous_name}, {"is_cpu", &is_cpu_name}};
+  for (size_t i = 0; i < sizeof names / sizeof *names; i++) *names[i].into = PyUnicode_InternFromString(names[i].name);
   return PyModule_Create(&definition);
 }

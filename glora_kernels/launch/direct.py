@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from glora_kernels.launch.plan import Launch
@@ -36,6 +37,36 @@ def module() -> Any:
 
     source, include = Path(__file__).with_suffix(".c").read_text(), Path(str(nvidia.__file__)).parent / "include"
     return compile_module_from_src(source, "glora_kernels_direct", include_dirs=[str(include)])
+
+
+def forms(tensors: Sequence[Tensor | None], flags: bytes, on_gpu: bool) -> Hashable:
+    """What the launches of a call depend on in its tensors: class, dtype, sizes, strides, device, address modulo 16.
+
+    Args:
+        tensors: of the call; of more than two dimensions, one with a row a token is contiguous.
+        flags: 1 for one with a row a token, of which the number of rows is left out.
+        on_gpu: whether launches of the call may go to the driver from C.
+
+    Raises:
+        IndexError, RuntimeError: a tensor without dimensions, strides or an address.
+    """
+    return _forms_in_c()(tensors, flags) if on_gpu else forms_of(tensors, flags)
+
+
+def forms_of(tensors: Sequence[Tensor | None], flags: bytes) -> Hashable:
+    """`forms` in Python, six times as slow."""
+    return tuple([
+        None if t is None
+        else (t.__class__, t.dtype, t.shape[-1], t.stride() if t.ndim < 3 else None, t.data_ptr() & 15, t.device)
+        if i < len(flags) and flags[i]
+        else (t.__class__, t.dtype, t.shape, t.is_contiguous() or t.stride(), t.data_ptr() & 15, t.device)
+        for i, t in enumerate(tensors)
+    ])  # fmt: skip
+
+
+@functools.cache
+def _forms_in_c() -> Callable[[Sequence[Tensor | None], bytes], Hashable]:
+    return forms_of if torch.version.hip else module().forms
 
 
 class Unsuited(Exception):

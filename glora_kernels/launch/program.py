@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import math
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -174,13 +176,14 @@ class _Sized(NamedTuple):
 
     made: what it allocates, as (the operand that it is like, how, shape, dtype, whether M leads). scratch: the bytes
     between kernels. packed: for `direct`. views: results that are no whole allocation, as (which, slot, shape, strides,
-    offset).
+    offset). pieces: those that are all the rows of one, as (slot, rows of each, which), for one call that makes all.
     """
 
     made: list[tuple[int | None, Callable[..., Tensor], tuple[int, ...], torch.dtype, bool]]
     scratch: int
     packed: bytes
     views: list[tuple[Any, ...]]
+    pieces: list[tuple[int, list[int], list[int]]]
 
 
 class Program:
@@ -261,9 +264,9 @@ class Program:
             if like is not None:  # half the price of a shape that PyTorch has to read
                 made.append(torch.empty_like(tensors[like]))  # type: ignore[arg-type]
             elif leads and lead is not None:
-                made.append(make((*lead, *shape[1:]), dtype=dtype, device=device))
-            else:
-                made.append(make(shape, dtype=dtype, device=device))
+                made.append(make(*lead, *shape[1:], dtype=dtype, device=device))
+            else:  # sizes one by one: a tuple takes PyTorch longer to read
+                made.append(make(*shape, dtype=dtype, device=device))
         scratch = torch.empty(sized.scratch, dtype=torch.uint8, device=device) if sized.scratch else None
         memory = (*tensors, *made, scratch, workspace(self._workspace, device) if self._workspace else None)
         if self._segments and not _has_hooks():
@@ -277,6 +280,9 @@ class Program:
             for step in self.steps:
                 step.bound(self._recording, memory, m).run()
         found = [None if slot is None else memory[slot] for slot in self._results]
+        for slot, sizes, which in sized.pieces:
+            for i, piece in zip(which, torch.split_with_sizes(memory[slot], sizes), strict=True):
+                found[i] = piece
         for i, slot, *where in sized.views:
             found[i] = memory[slot].as_strided(*where)
         return found
@@ -288,11 +294,40 @@ class Program:
             like = self._recording.like(one) if leads or not one.has_rows else None
             made.append((like, torch.zeros if one.is_zero else torch.empty, shape, one.dtype, leads))
         views = [(i, *self._recording.where(twin, m)) for i, twin in self._views.items()]
-        sized = _Sized(made, at(self._recording.scratch or 0, m), self._sizes.pack(m), views)
+        views, pieces = _pieces(views, made, self._recording.count)
+        sized = _Sized(made, at(self._recording.scratch or 0, m), self._sizes.pack(m), views, pieces)
         if len(self._kept) >= _KEPT:
             self._kept.clear()
         self._kept[m] = sized
         return sized
+
+
+def _pieces(views: list[Any], made: list[Any], first: int) -> tuple[list[Any], list[tuple[int, list[int], list[int]]]]:
+    """The views that remain, and what allocations fall into; those are made in the shape of their pieces one below
+    the other. made: of which the first has the slot `first`."""
+    found = []
+    for slot in sorted({view[1] for view in views}):
+        mine = [view for view in views if view[1] == slot]
+        like, make, shape, dtype, leads = made[slot - first]
+        rest, strides = mine[0][2][1:], (*mine[0][3],)
+        offsets = itertools.accumulate((math.prod(view[2]) for view in mine), initial=0)
+        is_split = (
+            not leads
+            and math.prod(shape) == sum(math.prod(view[2]) for view in mine)
+            and all(view[2][1:] == rest and (*view[3],) == strides for view in mine)
+            and [view[4] for view in mine] == [*offsets][:-1]
+            and strides == _contiguous(mine[0][2])
+        )
+        if is_split:
+            rows = [view[2][0] for view in mine]
+            made[slot - first] = (None, make, (sum(rows), *rest), dtype, False)
+            found.append((slot, rows, [view[0] for view in mine]))
+            views = [view for view in views if view[1] != slot]
+    return views, found
+
+
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _has_hooks() -> bool:

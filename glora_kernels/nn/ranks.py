@@ -21,7 +21,10 @@ T = TypeVar("T")
 
 def is_part(tensor: Tensor) -> bool:
     """Whether a tensor is one rank's part of a tensor: a DTensor."""
-    return hasattr(tensor, "full_tensor")
+    return tensor.__class__ not in _WHOLE and hasattr(tensor, "full_tensor")  # what has no such attribute is slow to ask
+
+
+_WHOLE = (Tensor, nn.Parameter)
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -27,6 +27,7 @@ from glora_kernels.ops.common import Supports, autocast_dtype, shift
 from glora_kernels.ops.glora import dropout_seed
 from glora_kernels.ops.grouped import MAX_MEMBERS, Layout, layout_of
 from glora_kernels.ops.grouped import call as grouped_call
+from glora_kernels.ops.prepared import Backwards, note_backwards
 from glora_kernels.ops.ways import is_plain
 
 __all__ = [
@@ -97,8 +98,8 @@ class SiblingGroup:
         self._blocks = [blocks[parent] for parent in parents]  # of each member: the places of its block
         self._outputs, self._seeds = _Eager(), _Eager()
         self._traced_outputs, self._traced_seeds = _Traced(), _Traced()
-        self._backwards = _Backwards()
-        self._known_layout: tuple[tuple[int, ...], Layout] | None = None  # of the last call, and of which objects
+        self._backwards = Backwards()
+        self._known_layout: tuple[object, Layout] | None = None  # of the last call, and of which objects
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without the members, which join the copy when they are copied, and what waits."""
@@ -137,22 +138,20 @@ class SiblingGroup:
         if not self.fused:
             self._check_input(layer, x)
             return None
-        store = self._traced_outputs if torch.compiler.is_compiling() else self._outputs
-        y = self._take(store, place, x)
-        if y is not None:
+        traced = torch.compiler.is_compiling()
+        store = self._traced_outputs if traced else self._outputs
+        if store.pending is not None and (y := self._take(store, place, x)) is not None:
             return y
         places = self._computed_with(layer, x)
         if not places:
             return None
         store.pending = None
-        ys = self._compute(places, x)
-        others = {i: y for i, y in zip(places, ys, strict=True) if i != place}
-        store.pending = _Pending(x, place, others, self.members, self._backwards)
-        if not torch.compiler.is_compiling():
-            # All outputs are results of one node, or of one each (`ops.ways`).
-            for node in {y.grad_fn for y in ys if y.grad_fn is not None}:
-                node.register_prehook(self._backwards.note)
-        return ys[places.index(place)]
+        others = dict(zip(places, self._compute(places, x), strict=True))
+        if not traced:
+            note_backwards(others.values(), self._backwards)
+        y = others.pop(place)
+        store.leave(x, place, others, self.members, self._backwards)
+        return y
 
     def _check_input(self, layer: GLoRALinear, x: Tensor) -> None:
         """See that tied members that draw no mask read one input; where they draw one, `seed` does."""
@@ -163,7 +162,7 @@ class SiblingGroup:
         place = layer._place
         tied = self._tied(place)
         if len(tied) > 1 and self._take(self._seeds, place, x) is None:
-            self._seeds.pending = _Pending(x, place, {i: _READS for i in tied if i != place})
+            self._seeds.leave(x, place, {i: _READS for i in tied if i != place})
 
     def seed(self, layer: GLoRALinear, x: Tensor) -> Tensor:
         """The key of the dropout mask of a member that computes alone: one for members that share a B_down.
@@ -178,7 +177,7 @@ class SiblingGroup:
         seed = self._take(store, layer._place, x)
         if seed is None:
             seed = dropout_seed(x.device)
-            store.pending = _Pending(x, layer._place, {i: seed for i in tied if i != layer._place})
+            store.leave(x, layer._place, {i: seed for i in tied if i != layer._place})
         return seed
 
     def _take(self, store: _Eager | _Traced, place: int, x: Tensor) -> Any:
@@ -218,41 +217,42 @@ class SiblingGroup:
         return block if len(block) > 1 and self._can_group(block, layer, x) else ()
 
     def _can_group(self, places: Sequence[int], layer: GLoRALinear, x: Tensor) -> bool:
+        training, device = layer.training, x.device
         for place in places:
             member = self.members[place]
-            if member is None or member._base is not None or member._disabled or member.training is not layer.training:
+            if member is None or member._base is not None or member._disabled or member.training is not training:
                 return False
             weight = member._parameters.get("weight")
-            if not member.is_intact or weight is None or weight.device != x.device or is_part(weight):
+            if not member.is_intact or weight is None or weight.device != device or is_part(weight):
                 return False
             if member._backward_hooks or member._backward_pre_hooks:  # these see the gradient of one layer's own input
                 return False
         return True
 
-    def _compute(self, places: Sequence[int], x: Tensor) -> list[Tensor]:
+    def _compute(self, places: Sequence[int], x: Tensor) -> Sequence[Tensor]:
         members: list[Any] = [self.members[place] for place in places]
         own: list[dict[str, Any]] = [member._parameters for member in members]
         dropout_p = max([member._dropout for member in members]) if members[0].training else 0.0
-        lists = (
-            [x] * len(members),
-            [p["weight"].t() if member._transposed else p["weight"] for member, p in zip(members, own, strict=True)],
-            [p["B_down"] for p in own],
-            [p["B_up"] for p in own],
-            [_beta(member, x) for member in members],
-            self._drawn(places, x) if dropout_p else [None] * len(members),
-        )
+        flat = [x] * len(members)
+        flat += [p["weight"].t() if member._transposed else p["weight"] for member, p in zip(members, own, strict=True)]
+        flat += [p["B_down"] for p in own]
+        flat += [p["B_up"] for p in own]
+        flat += [_beta(member, x) for member in members]
+        flat += self._drawn(places, x) if dropout_p else [None] * len(members)
         scales = tuple([member._scale for member in members])
         if not is_plain(x):
-            return grouped_lora_linear(x, *lists[1:5], scales=scales, dropout_p=dropout_p, seeds=lists[5])
-        return list(grouped_call(lists, self._layout(lists, dropout_p), scales, dropout_p))
+            _, *lists = [flat[start : start + len(members)] for start in range(0, len(flat), len(members))]
+            return grouped_lora_linear(x, *lists[:4], scales=scales, dropout_p=dropout_p, seeds=lists[4])
+        return grouped_call(flat, self._layout(places, flat, dropout_p), scales, dropout_p)
 
-    def _layout(self, lists: Sequence[Sequence[Tensor | None]], dropout_p: float) -> Layout:
+    def _layout(self, places: Sequence[int], flat: Sequence[Tensor | None], dropout_p: float) -> Layout:
         """Of the members' tensors. Which of them are one object seldom changes: no call is to find it out anew."""
         if torch.compiler.is_compiling():  # which would take an `id` for a constant
-            return layout_of(lists, dropout_p)
-        same, known = tuple([id(tensor) for entries in lists[1:] for tensor in entries]), self._known_layout
+            return layout_of(flat, dropout_p)
+        # Without x, which is new in each call, and the seeds, of which B_down says which are one.
+        same, known = (places, dropout_p > 0.0, [*map(id, flat[len(places) : -len(places)])]), self._known_layout
         if known is None or known[0] != same:
-            known = self._known_layout = same, layout_of(lists, dropout_p)
+            known = self._known_layout = same, layout_of(flat, dropout_p)
         return known[1]
 
     def _drawn(self, places: Sequence[int], x: Tensor) -> list[Any]:
@@ -293,51 +293,45 @@ class _Pending:
         by: int,
         values: dict[int, Any],
         members: Sequence[GLoRALinear | None] | None = None,
-        backwards: _Backwards | None = None,
+        backwards: Backwards | None = None,
     ) -> None:
-        self.by = by
-        self.values = values
-        self.mode = _mode(x)
-        self.are_outputs = members is not None
-        self.x: Any = x
-        if torch.compiler.is_compiling():
-            self.trace = _trace()
-        else:
-            self.x = weakref.ref(x)
-            self.version = _version([x])
-            self.states = None if members is None else {place: _state(members[place]) for place in values}
-            self.backwards = backwards
-            self.ran = 0 if backwards is None else backwards.count
+        self.x, self.by, self.values = weakref.ref(x), by, values
+        self.mode, self.version = _mode(x), _version([x])
+        self.states = None if members is None else {place: _state(members[place]) for place in values}
+        self.backwards, self.ran = backwards, 0 if backwards is None else backwards.count
 
     def is_for(self, x: Tensor) -> bool:
-        return (self.x if torch.compiler.is_compiling() else self.x()) is x
+        return self.x() is x
 
     def is_current(self, x: Tensor, place: int, member: GLoRALinear | None) -> bool:
         """Whether nothing has changed since, of what the value depends on."""
-        if self.mode != _mode(x):
+        if self.mode != _mode(x) or self.version != _version([x]):
             return False
-        if torch.compiler.is_compiling():
-            return not self.are_outputs or self.trace == _trace()
-        unchanged = self.states is None or self.states[place] == _state(member)
-        usable = self.backwards is None or self.backwards.count == self.ran
-        return unchanged and usable and self.version == _version([x])
+        if self.backwards is not None and self.backwards.count != self.ran:
+            return False
+        return self.states is None or self.states[place] == _state(member)
 
     def is_for_another(self, x: Tensor) -> bool:
         """Whether a tensor that still exists, and is not x, was given to the other call in the same mode."""
-        if torch.compiler.is_compiling():
-            return self.x is not x and self.mode == _mode(x) and self.trace == _trace()
         first = self.x()
         return first is not None and first is not x and self.mode == _mode(x)
 
 
-class _Backwards:
-    """How often a group's backward ran. The nodes of its graphs refer to this alone: it keeps no tensor."""
+class _TracedPending:
+    """The same while torch.compile traces, which sees nothing that is written in place."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, x: Tensor, by: int, values: dict[int, Any], are_outputs: bool) -> None:
+        self.x, self.by, self.values, self.are_outputs = x, by, values, are_outputs
+        self.mode, self.trace = _traced_mode(x), _trace()
 
-    def note(self, grads: object) -> None:
-        self.count += 1
+    def is_for(self, x: Tensor) -> bool:
+        return self.x is x
+
+    def is_current(self, x: Tensor, place: int, member: GLoRALinear | None) -> bool:
+        return self.mode == _traced_mode(x) and (not self.are_outputs or self.trace == _trace())
+
+    def is_for_another(self, x: Tensor) -> bool:
+        return self.x is not x and self.mode == _traced_mode(x) and self.trace == _trace()
 
 
 class _Eager(threading.local):
@@ -345,21 +339,30 @@ class _Eager(threading.local):
 
     pending: _Pending | None = None
 
+    def leave(self, x: Tensor, by: int, values: dict[int, Any], *members_and_backwards: Any) -> None:
+        self.pending = _Pending(x, by, values, *members_and_backwards)
+
 
 class _Traced:
     """What waits while torch.compile traces: nothing once the graph is complete."""
 
     def __init__(self) -> None:
-        self.pending: _Pending | None = None
+        self.pending: _TracedPending | None = None
+
+    def leave(self, x: Tensor, by: int, values: dict[int, Any], *members_and_backwards: Any) -> None:
+        self.pending = _TracedPending(x, by, values, bool(members_and_backwards))
 
 
 def _mode(x: Tensor) -> tuple[object, ...]:
     """What must be the same in two calls that one computation serves, beside the input."""
-    if torch.compiler.is_compiling():  # which traces neither of the others
-        return torch.is_grad_enabled(), autocast_dtype(x)
     hooks = _saved_tensors_hooks()
     inside = None if hooks is None else id(hooks[0])
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_dtype(x), inside
+
+
+def _traced_mode(x: Tensor) -> tuple[object, ...]:
+    """`_mode` where torch.compile traces, which knows neither inference mode nor hooks."""
+    return torch.is_grad_enabled(), autocast_dtype(x)
 
 
 _TRACES: weakref.WeakKeyDictionary[CompileContext, str] = weakref.WeakKeyDictionary()
@@ -407,12 +410,15 @@ def _beta(layer: GLoRALinear, x: Tensor) -> Tensor | None:
     if (beta := layer.kept_shift()) is not None:
         return beta
     p: dict[str, Any] = layer._parameters
+    if p["bias"] is None and p["E"] is None and p["C"] is None and p["C_up"] is None:
+        return None
     wc = None
     if p["C"] is not None or p["C_up"] is not None:
         weight = p["weight"].t() if layer._transposed else p["weight"]
         wc = glora_wc(weight, p["C"], c_up=p["C_up"], c_down=p["C_down"])
     beta = shift(Supports(bias=p["bias"], wc=wc, d=p["D"], e=p["E"]), x.dtype)
-    return None if beta is None else beta.expand(layer.out_features)  # a constant E alone is one number
+    assert beta is not None
+    return beta if len(beta) == layer.out_features else beta.expand(layer.out_features)  # a constant E alone
 
 
 def install(members: Mapping[str, GLoRALinear], fused: bool = True) -> SiblingGroup:

@@ -226,6 +226,8 @@ def wc_dtype(weight: Weight, c: Tensor | None, c_up: Tensor | None) -> torch.dty
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype autocast wants for a matrix product of x, or None: the rule F.linear follows."""
+    if not torch._C._is_any_autocast_enabled():  # a third of the price of asking for a device
+        return None
     device_type = x.device.type
     if (
         device_type != "meta"

@@ -80,11 +80,11 @@ def grouped_lora_linear(
     """
     members = _size(xs=xs, weights=weights, downs=downs, ups=ups, biases=biases, scales=scales, seeds=seeds)
     x_list = _each("xs", xs, members)
-    lists = [x_list, _each("weights", weights, members), _each("downs", downs, members), _each("ups", ups, members),
-             _each("biases", biases, members), _each("seeds", seeds, members)]  # fmt: skip
     nestings = _to_rows(x_list)
+    flat = [*x_list, *_each("weights", weights, members), *_each("downs", downs, members), *_each("ups", ups, members),
+            *_each("biases", biases, members), *_each("seeds", seeds, members)]  # fmt: skip
     s = (float(scales),) * members if isinstance(scales, (int, float)) else tuple(map(float, scales))
-    ys = call(lists, layout_of(lists, dropout_p), s, dropout_p)
+    ys = call(flat, layout_of(flat, dropout_p), s, dropout_p)
     return [y if nested is None else nested(y) for y, nested in zip(ys, nestings, strict=True)]
 
 
@@ -100,14 +100,16 @@ class Layout(NamedTuple):
     indices: tuple[tuple[int, ...], ...]
 
 
-def layout_of(lists: Sequence[Sequence[Tensor | None]], dropout_p: float) -> Layout:
-    """The layout of the members' tensors, six lists with an entry a member; of a seed only where something is dropped.
+def layout_of(flat: Sequence[Tensor | None], dropout_p: float) -> Layout:
+    """The layout of the members' tensors, field by field; of a seed only where something is dropped.
 
     Entries count as the same where they are one object.
     """
-    *_, downs, _, _, seeds = lists
-    drops = [down is not None and dropout_p > 0.0 for down in downs]
-    kept = [*lists[:-1], [seed if drop else None for seed, drop in zip(seeds, drops, strict=True)]]
+    members = len(flat) // _COUNT
+    lists = [flat[start : start + members] for start in range(0, len(flat), members)]
+    *kept, seeds = lists
+    drops = [down is not None and dropout_p > 0.0 for down in lists[2]]
+    kept.append([seed if drop else None for seed, drop in zip(seeds, drops, strict=True)])
     places, sizes, indices = [], [], []
     for field, entries in enumerate(kept):
         found: list[Tensor] = []
@@ -120,7 +122,7 @@ def layout_of(lists: Sequence[Sequence[Tensor | None]], dropout_p: float) -> Lay
             index = next((i for i, known in enumerate(found) if known is tensor), len(found))
             if index == len(found):
                 found.append(tensor)
-                places.append(field * len(entries) + member)
+                places.append(field * members + member)
             own.append(index)
         sizes.append(len(found))
         indices.append(tuple(own))
@@ -128,39 +130,36 @@ def layout_of(lists: Sequence[Sequence[Tensor | None]], dropout_p: float) -> Lay
 
 
 def call(
-    lists: Sequence[Sequence[Tensor | None]], layout: Layout, scales: tuple[float, ...], dropout_p: float
+    flat: Sequence[Tensor | None], layout: Layout, scales: tuple[float, ...], dropout_p: float
 ) -> Sequence[Tensor]:
-    """`grouped_lora_linear` of members whose layout is known, as a group of layers knows its own; its errors."""
-    flat = [tensor for entries in lists for tensor in entries]
-    row = [flat[place] for place in layout.places]
-    sizes = layout.sizes
-    first = lists[0][0]
+    """`grouped_lora_linear` of members whose layout is known, as a group of layers knows its own; its errors.
+
+    flat: their tensors, field by field of `Operands`.
+    """
+    row: list[Any] = [flat[place] for place in layout.places]
+    sizes, first, members = layout.sizes, flat[0], len(scales)
     target = None if first is None else autocast_dtype(first)
 
-    def check() -> None:
-        for i, (x, weight, down, up, bias, seed) in enumerate(zip(*lists, strict=True)):
-            _check(i, x, weight, down, up, bias, seed, first, dropout_p)
-
     def group() -> Group:
-        check()
-        x = given(row[0])
+        for i in range(members):
+            _check(i, *flat[i::members], first, dropout_p)  # type: ignore[call-arg]
         p = dropout_p if sizes[-1] else 0.0
-        values: Any = (*layout.indices, scales, p, routes.route(x.device.type, x.dtype))
+        values: Any = (*layout.indices, scales, p, routes.route(row[0].device.type, row[0].dtype))
         return Group(*values)
 
     if target is not None:
-        row[: sizes[0]] = [given(x) if given(x).dtype == target else given(x).to(target) for x in row[: sizes[0]]]
-    if not row or is_transformed() or is_watched(given(row[0])):
+        row[: sizes[0]] = [x if x.dtype == target else x.to(target) for x in row[: sizes[0]]]
+    if not row or is_transformed() or is_watched(row[0]):
         made, operands = group(), Operands(*_split(row, sizes))
         if is_transformed():
             return composite.grouped_lora_linear(operands, made)
         ys: Sequence[Tensor] = torch.ops.glora_kernels.grouped_lora_linear(*operands, *made)[0]
         return ys
     for i, x in enumerate(row[: sizes[0]]):
-        if x is not None and x.ndim > 2 and not x.is_contiguous():
+        if x.ndim > 2 and not x.is_contiguous():
             row[i] = x.contiguous()  # it is read as the matrix of its rows
-    wanted = tuple([given(t).requires_grad for t in row]) if torch.is_grad_enabled() else (False,) * len(row)
-    even = sizes[0] == 1 or _is_even([given(x) for x in row[: sizes[0]]])
+    wanted = tuple([t.requires_grad for t in row]) if torch.is_grad_enabled() else (False,) * len(row)
+    even = sizes[0] == 1 or _is_even(row[: sizes[0]])
     key = (even, layout, scales, dropout_p, target, routes.chosen(), wanted)
     found = prepared.find(
         GROUPED, row, sizes[0], key, lambda: _prepare(row, sizes, group(), wanted, even, registered=False)

@@ -11,7 +11,7 @@ The tensors of a call stand in a row; in backward what forward made of them stan
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from glora_kernels.launch import environment, program
+from glora_kernels.launch.direct import forms
 from glora_kernels.launch.program import Program
 from glora_kernels.ops.common import given, read_saved, without_autocast
 from glora_kernels.ops.ways import is_batched, is_watched, once_differentiable
@@ -26,6 +27,7 @@ from glora_kernels.ops.ways import is_batched, is_watched, once_differentiable
 Row = Sequence[Tensor | None]
 NO_GUARD: AbstractContextManager[object] = contextlib.nullcontext()
 _PLAIN = {Tensor, nn.Parameter, type(None)}
+_FLAGS = b"\1" * 1024
 _KEPT = 1024
 """How many classes are kept ..."""
 _KEPT_BACKWARDS = 16
@@ -89,6 +91,7 @@ class Prepared:
         self.trained = tuple(i for i, want in enumerate(wanted) if want)
         self.guard = guard
         self.keeps = keeps or bool(self.trained)
+        self._flags = bytes([bool(with_rows)] * outputs + [place in self.with_rows for place in saved])
         self.reads_output = any(len(wanted) <= place < len(wanted) + outputs for place in saved)
         self._forward: Program | None = None
         self._backwards: dict[Hashable, Program | None] = {}
@@ -127,7 +130,7 @@ class Prepared:
             # What was saved may come back in another form: by hooks (offloading), or after `.data` was set.
             key = (
                 first.dtype == torch.float32 and environment.allow_tf32(),
-                *[(t.dtype, t.stride() if t.ndim < 3 else t.shape[-1], t.data_ptr() & 15) for t in (*dys, *saved)],
+                forms((*dys, *saved), self._flags, first.is_cuda),
             )
             try:
                 found = self._backwards[key]
@@ -184,21 +187,14 @@ def find(
     m = program.rows_of(first) if with_rows and first.ndim else 1
     if (with_rows and first.ndim < 2) or not program.serves(m):
         return make()
+    device = first.get_device()
     try:
         whole = (
             operation.name,
             key,
-            program.class_of(m, first.get_device()),
+            program.class_of(m, device),
             first.dtype == torch.float32 and environment.allow_tf32(),
-            *[
-                (t.__class__, t.dtype, t.shape[-1], t.stride() if t.ndim < 3 else None, t.data_ptr() & 15, t.device)
-                for t in row[:with_rows]
-                if t is not None
-            ],
-            *[
-                None if t is None else (t.__class__, t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.device)
-                for t in row[with_rows:]
-            ],
+            forms(row, _FLAGS[:with_rows], device >= 0),
         )
     except (IndexError, RuntimeError):  # a tensor without dimensions, strides or an address: `make` says what it takes
         return make()
@@ -209,7 +205,7 @@ def find(
         if not _PLAIN.issuperset([t.__class__ for t in row]):
             return found
         if found.has_kernels:
-            found.plan(program.Operands(tuple(row), frozenset(range(with_rows)), m, first.get_device()))
+            found.plan(program.Operands(tuple(row), frozenset(range(with_rows)), m, device))
         if len(_prepared) >= _KEPT:
             _prepared.clear()
         _prepared[whole] = found
@@ -220,8 +216,27 @@ def call(prepared: Prepared, row: Row) -> Sequence[Tensor]:
     """The outputs, with a backward where something is trained."""
     if not prepared.trained:
         return [given(y) for y in prepared.forward(row)[: prepared.outputs]]
-    ys: Sequence[Tensor] = Applied.apply(prepared, row, *[row[i] for i in prepared.trained])
+    ys: Sequence[Tensor] = _apply(prepared, row, *[row[i] for i in prepared.trained])
     return ys
+
+
+class Backwards:
+    """How often a backward ran that it is told of."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def note(self, *_: object) -> None:
+        self.count += 1
+
+
+def note_backwards(ys: Iterable[Tensor], backwards: Backwards) -> None:
+    """Have the nodes that made some outputs, of one call, tell of every backward that reaches them."""
+    for node in {y.grad_fn for y in ys}:
+        if isinstance(node, Applied._backward_cls):  # type: ignore[attr-defined]
+            node.backwards = backwards  # a hook would cost two microseconds
+        elif node is not None:
+            node.register_prehook(backwards.note)
 
 
 class Applied(torch.autograd.Function):
@@ -236,12 +251,18 @@ class Applied(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         prepared: Prepared = ctx.prepared
+        if ctx.backwards is not None:
+            ctx.backwards.note()
         watched = torch.is_grad_enabled()  # as create_graph=True has it
         for dy in dys:
             watched |= is_batched(dy) or is_watched(dy)
         if watched:
             return _elsewhere(ctx, *dys)
         return None, None, *prepared.backward(dys, read_saved(ctx, prepared.reads_output))
+
+
+# `Applied.apply` without what it does for torch.func, which takes another way (`ops.ways`): two microseconds.
+_apply = super(torch.autograd.Function, Applied).apply  # type: ignore[misc]
 
 
 @once_differentiable
@@ -259,4 +280,4 @@ def save(ctx: Any, prepared: Prepared, row: Row, results: Row) -> None:
     """Keep for backward what it reads."""
     everything = (*row, *results)
     ctx.save_for_backward(*[everything[i] for i in prepared.saved])
-    ctx.prepared = prepared
+    ctx.prepared, ctx.backwards = prepared, None
