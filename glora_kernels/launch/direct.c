@@ -266,24 +266,52 @@ static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
 
 #define MOST_DIMENSIONS 8
 
-static int64_t asked(PyObject *tensor, PyObject *method) { /* of one that answers with an integer */
+/* An integer, or whether it is True, that a method of a tensor answers with; both 0 on success. */
+static int asked(PyObject *tensor, PyObject *method, int64_t *out) {
   PyObject *answer = PyObject_CallMethodNoArgs(tensor, method);
   if (!answer) return -1;
-  int64_t value = (int64_t)PyLong_AsUnsignedLongLongMask(answer);
+  *out = PyBool_Check(answer) ? answer == Py_True : (int64_t)PyLong_AsUnsignedLongLongMask(answer);
   Py_DECREF(answer);
-  return value;
+  return PyErr_Occurred() ? -1 : 0;
 }
 
-static int is(PyObject *tensor, PyObject *method) {
-  PyObject *answer = PyObject_CallMethodNoArgs(tensor, method);
-  Py_XDECREF(answer);
-  return answer == Py_True;
+static int integers(PyObject *tuple, int64_t **out) { /* takes the reference, of a tuple or of nothing */
+  if (!tuple) return -1;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); i++) *(*out)++ = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
+  Py_DECREF(tuple);
+  return 0;
 }
 
-static int64_t *integers(PyObject *tuple, int64_t *out) { /* takes the reference */
-  for (Py_ssize_t i = 0; tuple && i < PyTuple_GET_SIZE(tuple); i++) *out++ = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
-  Py_XDECREF(tuple);
-  return out;
+static int form(PyObject *tensor, int has_rows, int64_t **out) {
+  PyObject *dtype = PyObject_GetAttr(tensor, dtype_name), *shape = dtype ? PyObject_GetAttr(tensor, shape_name) : NULL;
+  Py_XDECREF(dtype); /* one object each, which never goes */
+  if (!shape) return -1;
+  Py_ssize_t dims = PyTuple_GET_SIZE(shape);
+  int64_t last = dims ? PyLong_AsLongLong(PyTuple_GET_ITEM(shape, dims - 1)) : 0, address, device, has_strides = dims < 3;
+  if (has_rows) Py_CLEAR(shape);
+  if (dims == 0 || (!has_rows && dims > MOST_DIMENSIONS)) {
+    Py_XDECREF(shape);
+    PyErr_Format(PyExc_IndexError, "a tensor of %zd dimensions has no form", dims);
+    return -1;
+  }
+  *(*out)++ = (int64_t)(intptr_t)Py_TYPE(tensor);
+  *(*out)++ = (int64_t)(intptr_t)dtype;
+  *(*out)++ = has_rows && dims > 3 ? 3 : dims;
+  if (has_rows) *(*out)++ = last;
+  else if (integers(shape, out)) return -1;
+  if (asked(tensor, data_ptr_name, &address) || asked(tensor, get_device_name, &device)) return -1;
+  if (device < 0) { /* no other device than the host has memory to read a number from */
+    PyObject *is_cpu = PyObject_GetAttr(tensor, is_cpu_name);
+    device -= is_cpu != Py_True;
+    Py_XDECREF(is_cpu);
+  }
+  *(*out)++ = address & 15;
+  *(*out)++ = device;
+  if (!has_rows) { /* which is quicker to ask for than strides */
+    if (asked(tensor, is_contiguous_name, &has_strides)) return -1;
+    has_strides = *(*out)++ = !has_strides;
+  }
+  return has_strides ? integers(PyObject_CallMethodNoArgs(tensor, stride_name), out) : 0;
 }
 
 /* forms(tensors, flags) -> bytes, equal where `direct.forms_of` is. */
@@ -293,39 +321,14 @@ static PyObject *forms(PyObject *self, PyObject *const *args, Py_ssize_t count) 
   if (!tensors) return NULL;
   Py_ssize_t n = PySequence_Fast_GET_SIZE(tensors), flagged = PyBytes_GET_SIZE(args[1]);
   int64_t found[n * (2 * MOST_DIMENSIONS + 6) + 1], *out = found;
-  for (Py_ssize_t i = 0; i < n && !PyErr_Occurred(); i++) {
+  int failed = 0;
+  for (Py_ssize_t i = 0; i < n && !failed; i++) {
     PyObject *tensor = PySequence_Fast_GET_ITEM(tensors, i);
-    if (tensor == Py_None) { *out++ = 0; continue; }
-    int has_rows = i < flagged && PyBytes_AS_STRING(args[1])[i];
-    PyObject *dtype = PyObject_GetAttr(tensor, dtype_name), *shape = PyObject_GetAttr(tensor, shape_name);
-    Py_ssize_t dims = shape ? PyTuple_GET_SIZE(shape) : 0;
-    if (shape && (dims == 0 || (!has_rows && dims > MOST_DIMENSIONS)))
-      PyErr_Format(PyExc_IndexError, "a tensor of %zd dimensions has no form", dims);
-    if (!PyErr_Occurred()) {
-      *out++ = (int64_t)(intptr_t)Py_TYPE(tensor);
-      *out++ = (int64_t)(intptr_t)dtype; /* one object each, which never goes */
-      *out++ = dims < 3 || !has_rows ? dims : 3;
-      *out++ = asked(tensor, data_ptr_name) & 15;
-      int64_t device = asked(tensor, get_device_name);
-      if (device < 0 && !PyErr_Occurred()) {
-        PyObject *is_cpu = PyObject_GetAttr(tensor, is_cpu_name);
-        device -= is_cpu != Py_True; /* no other device than the host has memory to read a number from */
-        Py_XDECREF(is_cpu);
-      }
-      *out++ = device;
-      int has_strides = dims < 3;
-      if (has_rows) *out++ = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, dims - 1));
-      else {
-        out = integers(Py_NewRef(shape), out);
-        has_strides = *out++ = !is(tensor, is_contiguous_name); /* quicker to ask for */
-      }
-      if (has_strides) out = integers(PyObject_CallMethodNoArgs(tensor, stride_name), out);
-    }
-    Py_XDECREF(dtype);
-    Py_XDECREF(shape);
+    if (tensor == Py_None) *out++ = 0;
+    else failed = form(tensor, i < flagged && PyBytes_AS_STRING(args[1])[i], &out);
   }
   Py_DECREF(tensors);
-  return PyErr_Occurred() ? NULL : PyBytes_FromStringAndSize((char *)found, (char *)out - (char *)found);
+  return failed ? NULL : PyBytes_FromStringAndSize((char *)found, (char *)out - (char *)found);
 }
 
 static PyMethodDef methods[] = {

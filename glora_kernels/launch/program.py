@@ -171,19 +171,40 @@ def record(
     return recording, results
 
 
+_Made = tuple["int | None", Callable[..., Tensor], tuple[int, ...], torch.dtype, bool]
+"""An allocation: the operand that it is like, how, shape, dtype, whether the dimensions of x lead."""
+
+
+class _View(NamedTuple):
+    """A result that is no whole allocation."""
+
+    result: int
+    slot: int
+    shape: Sequence[int]
+    strides: Sequence[int]
+    offset: int
+
+
+class _Split(NamedTuple):
+    """Results that are all the rows of one allocation."""
+
+    slot: int
+    rows: list[int]
+    results: list[int]
+
+
 class _Sized(NamedTuple):
     """The numbers of a program for one M.
 
-    made: what it allocates, as (the operand that it is like, how, shape, dtype, whether M leads). scratch: the bytes
-    between kernels. packed: for `direct`. views: results that are no whole allocation, as (which, slot, shape, strides,
-    offset). pieces: those that are all the rows of one, as (slot, rows of each, which), for one call that makes all.
+    made: what it allocates. scratch: the bytes between kernels. packed: for `direct`. views: the results that are
+    views, but for those in splits.
     """
 
-    made: list[tuple[int | None, Callable[..., Tensor], tuple[int, ...], torch.dtype, bool]]
+    made: list[_Made]
     scratch: int
     packed: bytes
-    views: list[tuple[Any, ...]]
-    pieces: list[tuple[int, list[int], list[int]]]
+    views: list[_View]
+    splits: list[_Split]
 
 
 class Program:
@@ -268,7 +289,12 @@ class Program:
             else:  # sizes one by one: a tuple takes PyTorch longer to read
                 made.append(make(*shape, dtype=dtype, device=device))
         scratch = torch.empty(sized.scratch, dtype=torch.uint8, device=device) if sized.scratch else None
-        memory = (*tensors, *made, scratch, workspace(self._workspace, device) if self._workspace else None)
+        memory: tuple[Any, ...] = (
+            *tensors,
+            *made,
+            scratch,
+            workspace(self._workspace, device) if self._workspace else None,
+        )
         if self._segments and not _has_hooks():
             stream = torch._C._cuda_getCurrentRawStream(self._index)
             for segment, first, last in self._segments:
@@ -280,50 +306,54 @@ class Program:
             for step in self.steps:
                 step.bound(self._recording, memory, m).run()
         found = [None if slot is None else memory[slot] for slot in self._results]
-        for slot, sizes, which in sized.pieces:
-            for i, piece in zip(which, torch.split_with_sizes(memory[slot], sizes), strict=True):
+        for slot, rows, which in sized.splits:
+            for i, piece in zip(which, torch.split_with_sizes(memory[slot], rows), strict=True):
                 found[i] = piece
         for i, slot, *where in sized.views:
             found[i] = memory[slot].as_strided(*where)
         return found
 
     def _resized(self, m: int) -> _Sized:
-        made = []
+        made: list[_Made] = []
         for one in self._made:
             shape, leads = tuple(at(size, m) for size in one.shape), one.has_rows and one.place.slot in self._leading
             like = self._recording.like(one) if leads or not one.has_rows else None
             made.append((like, torch.zeros if one.is_zero else torch.empty, shape, one.dtype, leads))
-        views = [(i, *self._recording.where(twin, m)) for i, twin in self._views.items()]
-        views, pieces = _pieces(views, made, self._recording.count)
-        sized = _Sized(made, at(self._recording.scratch or 0, m), self._sizes.pack(m), views, pieces)
+        views = [_View(i, *self._recording.where(twin, m)) for i, twin in self._views.items()]
+        views.sort(key=lambda view: view.offset)
+        splits = _split(views, made, self._recording.count)
+        views = [view for view in views if all(view.slot != split.slot for split in splits)]
+        sized = _Sized(made, at(self._recording.scratch or 0, m), self._sizes.pack(m), views, splits)
         if len(self._kept) >= _KEPT:
             self._kept.clear()
         self._kept[m] = sized
         return sized
 
 
-def _pieces(views: list[Any], made: list[Any], first: int) -> tuple[list[Any], list[tuple[int, list[int], list[int]]]]:
-    """The views that remain, and what allocations fall into; those are made in the shape of their pieces one below
-    the other. made: of which the first has the slot `first`."""
+def _split(views: Sequence[_View], made: list[_Made], first: int) -> list[_Split]:
+    """The allocations that fall into views as matrices one below the other, made anew in the shape of all of them.
+
+    One call of PyTorch's makes such views, where one each would cost twice as much.
+
+    Args:
+        views: by offset.
+        made: the allocations, of which the first has the slot `first`.
+    """
     found = []
-    for slot in sorted({view[1] for view in views}):
-        mine = [view for view in views if view[1] == slot]
+    for slot in sorted({view.slot for view in views}):
+        mine = [view for view in views if view.slot == slot]
         like, make, shape, dtype, leads = made[slot - first]
-        rest, strides = mine[0][2][1:], (*mine[0][3],)
-        offsets = itertools.accumulate((math.prod(view[2]) for view in mine), initial=0)
-        is_split = (
-            not leads
-            and math.prod(shape) == sum(math.prod(view[2]) for view in mine)
-            and all(view[2][1:] == rest and (*view[3],) == strides for view in mine)
-            and [view[4] for view in mine] == [*offsets][:-1]
-            and strides == _contiguous(mine[0][2])
+        rest, rows = mine[0].shape[1:], [view.shape[0] for view in mine]
+        size = math.prod(rest)
+        starts = [0, *itertools.accumulate(size * count for count in rows)]
+        whole = all(
+            (*view.shape[1:], *view.strides, view.offset) == (*rest, *_contiguous(view.shape), start)
+            for view, start in zip(mine, starts, strict=False)
         )
-        if is_split:
-            rows = [view[2][0] for view in mine]
+        if whole and starts[-1] == math.prod(shape) and like is None and not leads:
             made[slot - first] = (None, make, (sum(rows), *rest), dtype, False)
-            found.append((slot, rows, [view[0] for view in mine]))
-            views = [view for view in views if view[1] != slot]
-    return views, found
+            found.append(_Split(slot, rows, [view.result for view in mine]))
+    return found
 
 
 def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:

@@ -21,7 +21,8 @@ T = TypeVar("T")
 
 def is_part(tensor: Tensor) -> bool:
     """Whether a tensor is one rank's part of a tensor: a DTensor."""
-    return tensor.__class__ not in _WHOLE and hasattr(tensor, "full_tensor")  # what has no such attribute is slow to ask
+    # A tensor without the attribute is slow to ask for it.
+    return tensor.__class__ not in _WHOLE and hasattr(tensor, "full_tensor")
 
 
 _WHOLE = (Tensor, nn.Parameter)

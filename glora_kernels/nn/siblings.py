@@ -233,7 +233,7 @@ class SiblingGroup:
         members: list[Any] = [self.members[place] for place in places]
         own: list[dict[str, Any]] = [member._parameters for member in members]
         dropout_p = max([member._dropout for member in members]) if members[0].training else 0.0
-        flat = [x] * len(members)
+        flat: list[Any] = [x] * len(members)
         flat += [p["weight"].t() if member._transposed else p["weight"] for member, p in zip(members, own, strict=True)]
         flat += [p["B_down"] for p in own]
         flat += [p["B_up"] for p in own]

@@ -142,7 +142,8 @@ def call(
 
     def group() -> Group:
         for i in range(members):
-            _check(i, *flat[i::members], first, dropout_p)  # type: ignore[call-arg]
+            x, weight, down, up, bias, seed = flat[i::members]
+            _check(i, x, weight, down, up, bias, seed, first, dropout_p)
         p = dropout_p if sizes[-1] else 0.0
         values: Any = (*layout.indices, scales, p, routes.route(row[0].device.type, row[0].dtype))
         return Group(*values)

@@ -233,8 +233,8 @@ class Backwards:
 def note_backwards(ys: Iterable[Tensor], backwards: Backwards) -> None:
     """Have the nodes that made some outputs, of one call, tell of every backward that reaches them."""
     for node in {y.grad_fn for y in ys}:
-        if isinstance(node, Applied._backward_cls):  # type: ignore[attr-defined]
-            node.backwards = backwards  # a hook would cost two microseconds
+        if isinstance(node, Applied._backward_cls):
+            vars(node)["backwards"] = backwards  # a hook would cost two microseconds
         elif node is not None:
             node.register_prehook(backwards.note)
 
@@ -262,7 +262,7 @@ class Applied(torch.autograd.Function):
 
 
 # `Applied.apply` without what it does for torch.func, which takes another way (`ops.ways`): two microseconds.
-_apply = super(torch.autograd.Function, Applied).apply  # type: ignore[misc]
+_apply = super(torch.autograd.Function, Applied).apply
 
 
 @once_differentiable

@@ -229,3 +229,41 @@ def shared() -> dict[str, Any]:
 def test_threads_hooks_and_devices(on_card):
     found = on_card(shared)
     assert found == {"wrong": [], "launches": 4 * 40 * 6, "told": 6, "told afterwards": 0, "refused": 3}
+
+
+def forms_in_c() -> dict[str, Any]:
+    """Pairs of calls that C takes for one class and Python does not, or the other way round; what neither takes."""
+    import itertools
+
+    import torch
+
+    from dry_card import forms
+    from glora_kernels.launch.direct import forms_of, module
+
+    base = forms.tensor(64, 256)
+    tensors = {
+        "matrix": base, "its parameter": torch.nn.Parameter(base), "its like": forms.tensor(64, 256), "None": None,
+        "more rows": forms.tensor(65, 256), "transposed": base.t(), "half": base[:, :128], "every other": base[::2],
+        "off by 2 bytes": forms.tensor(64 * 256 + 1)[1:].view(64, 256), "fp32": base.float(), "fp16": base.half(),
+        "int64": base.long(), "3-D": base.view(4, 16, 256), "3-D, other": base.view(2, 32, 256), "4-D":
+        base.view(2, 2, 16, 256), "vector": base[0], "one": base[0, :1], "none of it": base[:0],
+        "expanded": base[:1].expand(64, 256), "on the host": torch.empty(64, 256, dtype=base.dtype),
+        "on meta": torch.empty(64, 256, dtype=base.dtype, device="meta"), "cuda:1": base.to("cuda:1"),
+    }  # fmt: skip
+    in_c, differ = module().forms, []
+    for flags in (b"", b"\1", b"\0\1", b"\1\1"):
+        for (a, s), (b, t) in itertools.combinations(tensors.items(), 2):
+            for one, other in (((s, base), (t, base)), ((base, s), (base, t)), ([s], (t,))):
+                equal = in_c(one, flags) == in_c(other, flags)
+                if equal != (forms_of(one, flags) == forms_of(other, flags)):
+                    differ.append(f"{a}, {b}, {flags!r}")
+    taken = []
+    for tensor in (base[0, 0], torch.sparse_coo_tensor(size=(2, 2)), "no tensor", 3):
+        with contextlib.suppress(IndexError, RuntimeError, AttributeError):
+            taken.append(repr(in_c([base, tensor], b"\1")))
+    return {"differ": differ, "taken": taken, "alike": len(tensors) - len({in_c([t], b"") for t in tensors.values()})}
+
+
+def test_c_and_python_tell_the_same_calls_apart(on_card):
+    found = on_card(forms_in_c)
+    assert found == {"differ": [], "taken": [], "alike": 1}
