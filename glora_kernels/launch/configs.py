@@ -295,7 +295,7 @@ def fitted(
         fewer = {"cols": min(64, config["cols"])}  # on sm_89 it would also take more memory than there is
     elif kernel == "small_m" and ((halves and config["rows"] == 64) or (rank > 32 and config["rows"] == 32)):
         fewer = {"depth": min(64, config["depth"])}
-    elif kernel == "shared_grad" and not aligned:
+    elif kernel == "shared_grad" and (drops or not aligned):
         fewer = all_registers({"cols": 32} if config["rows"] > 16 and old else {}, arch)
     elif kernel == "shared_grad" and config["rows"] > 16 and old and halves:
         fewer = {"cols": 32}

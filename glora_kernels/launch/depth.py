@@ -204,10 +204,11 @@ def shared_grad_launch(
         aligned(part.right) and part.right.stride(0) % 16 == 0 and part.right.shape[1] % 16 == 0 for part in parts
     )  # fmt: skip
     config = shared_grad_config(arch, dtype, rank)
-    config = configs.fitted("shared_grad", config, arch, dtype, rank, halves=halves(how), aligned=ok)
+    drops = any(part.dropout_p > 0.0 for part in parts)
+    config = configs.fitted("shared_grad", config, arch, dtype, rank, halves=halves(how), drops=drops, aligned=ok)
     args = {
         "factor_ptr": tables[0].entries, "product_ptr": tables[1].entries,
-        "HAS_DROPOUT": any(part.dropout_p > 0.0 for part in parts), "ALIGN": 16 if ok else 1,
+        "HAS_DROPOUT": drops, "ALIGN": 16 if ok else 1,
         "OUT": triton_dtype(factors[0].out.dtype), "NUMERICS": how,
         "BLOCK_R": config["rows"], "BLOCK_C": config["cols"], "BLOCK_M": config["depth"],
     }  # fmt: skip

@@ -45,14 +45,12 @@ def glora_fwd_launch(
     config = config or tables.choose("fwd", arch, x.dtype, shape, weight.dtype)
     numbers = numerics(x.dtype, terms.u, terms.up)
     more = any(t is not None for t in (terms.a, terms.u, terms.b, terms.shift.wc, terms.shift.d, terms.shift.e))
-    config = in_parts(config, arch, numbers, more)
+    config = in_parts(config, arch, numbers, more or r % 16 != 0)
     if arch == "sm_100" and p and halves(numbers):
         config = config | {"rows": min(64, config["rows"])}  # of two pairs of factors: what does not spill
     if p and r and (bands > 1 or halves(numbers)):
         config = configs.beside_pairs(config, arch)
     operands, config = _operands(x, weight, y, config, arch)
-    if arch == "sm_90" and not config["tma"] and x.stride(0) % 16:  # read by pointers, off 16 bytes: no spill
-        config = config | {"rows": min(64, config["rows"]), "num_warps": 8}
     args = {
         **dict(zip(("x", "w", "y"), operands, strict=True)), "terms": plan.terms(terms),
         "low_sum_ptr": low_sum, "sigma_sum_ptr": sigma_sum,
@@ -118,7 +116,7 @@ def rank_step(p: int, r: int) -> int:
 def in_parts(config: dict[str, int], arch: str, numbers: Numerics, more: bool = False) -> dict[str, int]:
     """A product's configuration beside its factors, or `more` than LoRA's and a bias: what spills in fewer parts.
 
-    On sm_100 that are halves of fp32 factors; on sm_90 vectors, and a second pair.
+    On sm_100 that are halves of fp32 factors; on sm_90 vectors, a second pair, and a rank of which a step is a part.
     """
     small = (arch == "sm_100" and halves(numbers)) or (arch == "sm_90" and more)
     return config | {"parts": max(1, config["cols"] // 32)} if small else config
@@ -146,6 +144,8 @@ def _operands(
     if config["tma"]:
         shape = configs.m_class(rows(out)), out.shape[1]
         config = configs.large_product(arch, left.dtype, *shape, mixed=mixed, tma=False)
+    if arch == "sm_90" and left.stride(0) % 16:  # read by pointers, off 16 bytes: no spill
+        config = config | {"rows": min(64, config["rows"]), "num_warps": 8}
     return (matrix(left), matrix(right), matrix(out)), config
 
 
