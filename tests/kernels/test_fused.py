@@ -162,14 +162,15 @@ def test_the_configurations_of_a_card(arch, form, monkeypatch, poison):
 
 
 @interpreted
-@pytest.mark.parametrize(("rest", "parts"), [("none", 4), ("vector", 8)])
-def test_the_widest_tile(rest, parts, monkeypatch, poison):
-    """128x256, which only large outputs take: here by force. Beside more than LoRA's terms its parts are narrower."""
+@pytest.mark.parametrize(("rest", "rank", "parts"), [("none", 16, 4), ("none", 4, 8), ("vector", 16, 8)])
+def test_the_widest_tile(rest, rank, parts, monkeypatch, poison):
+    """128x256, which only large outputs take: here by force. Beside more than LoRA's terms, and beside a rank off 16,
+    its parts are narrower."""
     from glora_kernels.launch import configs
 
     monkeypatch.setattr(triton_path, "arch_of", lambda tensor: "sm_90")
     monkeypatch.setitem(configs.PROGRAMS, "sm_90", 1)
-    config = GLoRAConfig(rest, "lora", rest, rest, rest, rank=4, dropout=0.25)
+    config = GLoRAConfig(rest, "lora", rest, rest, rest, rank=rank, dropout=0.25)
     forward, _ = plan(config, 130, 264, 272, True)
     assert [step.args["PARTS"] for step in forward if "PARTS" in step.args] == [parts]
     p = problem(config, (130,), 264, 272, True, torch.float16, size=0.05)
