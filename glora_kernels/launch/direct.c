@@ -279,7 +279,7 @@ static int integers(PyObject *tuple, int64_t **out) { /* takes the reference, of
   if (!tuple) return -1;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); i++) *(*out)++ = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
   Py_DECREF(tuple);
-  return 0;
+  return PyErr_Occurred() ? -1 : 0;
 }
 
 static int form(PyObject *tensor, int has_rows, int64_t **out) {
@@ -289,7 +289,7 @@ static int form(PyObject *tensor, int has_rows, int64_t **out) {
   Py_ssize_t dims = PyTuple_GET_SIZE(shape);
   int64_t last = dims ? PyLong_AsLongLong(PyTuple_GET_ITEM(shape, dims - 1)) : 0, address, device, has_strides = dims < 3;
   if (has_rows) Py_CLEAR(shape);
-  if (dims == 0 || (!has_rows && dims > MOST_DIMENSIONS)) {
+  if (has_rows ? dims == 0 : dims > MOST_DIMENSIONS) {
     Py_XDECREF(shape);
     PyErr_Format(PyExc_IndexError, "a tensor of %zd dimensions has no form", dims);
     return -1;
@@ -302,8 +302,9 @@ static int form(PyObject *tensor, int has_rows, int64_t **out) {
   if (asked(tensor, data_ptr_name, &address) || asked(tensor, get_device_name, &device)) return -1;
   if (device < 0) { /* no other device than the host has memory to read a number from */
     PyObject *is_cpu = PyObject_GetAttr(tensor, is_cpu_name);
+    if (!is_cpu) return -1;
     device -= is_cpu != Py_True;
-    Py_XDECREF(is_cpu);
+    Py_DECREF(is_cpu);
   }
   *(*out)++ = address & 15;
   *(*out)++ = device;

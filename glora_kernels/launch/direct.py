@@ -48,7 +48,7 @@ def forms(tensors: Sequence[Tensor | None], flags: bytes, on_gpu: bool) -> Hasha
         on_gpu: whether launches of the call may go to the driver from C.
 
     Raises:
-        IndexError, RuntimeError: a tensor without dimensions, strides or an address.
+        IndexError, RuntimeError: a tensor without strides or an address, or one with a row a token without dimensions.
     """
     return _forms_in_c()(tensors, flags) if on_gpu else forms_of(tensors, flags)
 
@@ -66,7 +66,12 @@ def forms_of(tensors: Sequence[Tensor | None], flags: bytes) -> Hashable:
 
 @functools.cache
 def _forms_in_c() -> Callable[[Sequence[Tensor | None], bytes], Hashable]:
-    return forms_of if torch.version.hip else module().forms
+    if torch.version.hip:
+        return forms_of
+    try:
+        return module().forms
+    except Exception:  # no Triton, compiler or libcuda: launches say so, and the eager path needs none of them
+        return forms_of
 
 
 class Unsuited(Exception):

@@ -92,9 +92,11 @@ class Prepared:
         self.guard = guard
         self.keeps = keeps or bool(self.trained)
         self._flags = bytes([bool(with_rows)] * outputs + [place in self.with_rows for place in saved])
+        self._whole = [i for i, place in enumerate(saved) if place in self.with_rows or place >= len(wanted)]
         self.reads_output = any(len(wanted) <= place < len(wanted) + outputs for place in saved)
         self._forward: Program | None = None
         self._backwards: dict[Hashable, Program | None] = {}
+        self.apply: Callable[..., Sequence[Tensor]] = Applied.apply
 
     def plan(self, operands: program.Operands) -> None:
         """Find the program of forward."""
@@ -125,9 +127,13 @@ class Prepared:
         """The gradients of what is trained, from the tensors at the places `saved`."""
         first = dys[0]
         m = program.rows_of(first) if self.with_rows else 1
+        # What was saved may come back in another form: by hooks (offloading), or after `.data` was set.
+        for i in self._whole:
+            tensor = saved[i]
+            if not tensor.is_contiguous() and (tensor.ndim > 2 or self.saved[i] >= len(self.wanted)):
+                saved = [*saved[:i], tensor.contiguous(), *saved[i + 1 :]]
         if self.has_kernels and (first.ndim > 1 or not self.with_rows) and program.serves(m):
             dys = [dy if dy.ndim <= 2 or dy.is_contiguous() else dy.contiguous() for dy in dys]
-            # What was saved may come back in another form: by hooks (offloading), or after `.data` was set.
             key = (
                 first.dtype == torch.float32 and environment.allow_tf32(),
                 forms((*dys, *saved), self._flags, first.is_cuda),
@@ -194,9 +200,9 @@ def find(
             key,
             program.class_of(m, device),
             first.dtype == torch.float32 and environment.allow_tf32(),
-            forms(row, _FLAGS[:with_rows], device >= 0),
+            forms(row, _FLAGS[:with_rows], first.is_cuda),
         )
-    except (IndexError, RuntimeError):  # a tensor without dimensions, strides or an address: `make` says what it takes
+    except (IndexError, RuntimeError):  # a tensor without strides or an address: `make` says what it takes
         return make()
     found = _prepared.get(whole)
     if found is None:
@@ -208,6 +214,7 @@ def find(
             found.plan(program.Operands(tuple(row), frozenset(range(with_rows)), m, device))
         if len(_prepared) >= _KEPT:
             _prepared.clear()
+        found.apply = _apply
         _prepared[whole] = found
     return found
 
@@ -216,8 +223,7 @@ def call(prepared: Prepared, row: Row) -> Sequence[Tensor]:
     """The outputs, with a backward where something is trained."""
     if not prepared.trained:
         return [given(y) for y in prepared.forward(row)[: prepared.outputs]]
-    ys: Sequence[Tensor] = _apply(prepared, row, *[row[i] for i in prepared.trained])
-    return ys
+    return prepared.apply(prepared, row, *[row[i] for i in prepared.trained])
 
 
 class Backwards:
@@ -261,7 +267,8 @@ class Applied(torch.autograd.Function):
         return None, None, *prepared.backward(dys, read_saved(ctx, prepared.reads_output))
 
 
-# `Applied.apply` without what it does for torch.func, which takes another way (`ops.ways`): two microseconds.
+# `Applied.apply` without what it does for torch.func, which takes another way (`ops.ways`): two microseconds. Not for
+# what outlived its transform, which has no address, and so is in no class that is kept.
 _apply = super(torch.autograd.Function, Applied).apply
 
 

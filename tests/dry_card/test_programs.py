@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import threading
 from typing import Any
@@ -33,8 +34,10 @@ def both_ways() -> dict[str, Any]:
     """Of several calls, what differs between programs and passes; seeds that a card was not given."""
     import torch
 
+    import glora_kernels as gk
     from dry_card import card, forms
     from glora_kernels.launch.program import launching
+    from glora_kernels.ops import prepared
 
     def given(run: Any) -> list[Any]:
         with card.recorded() as log:
@@ -62,15 +65,58 @@ def both_ways() -> dict[str, Any]:
     x = forms.tensor(512, 256, grad=True)
     for seed in SEEDS:
         with card.recorded() as log:
-            _step(x, supports, dropout_p=0.1, seed=torch.tensor([seed]))
+            _step(x, supports, dropout_p=0.1, seed=torch.tensor(seed if seed < 0 else [seed]))
         key = (seed % 2**64).to_bytes(8, "little")
         if sum(key in e.parameters for e in log) != 3:  # x̃ is dropped in h, in ∂B_down, and its gradient in dx
             answer["seeds"].append(seed)
+
+    base = gk.quantize(forms.linear(256, 256), double_quant=True)
+    layer = gk.GLoRALinear.from_linear(base, forms.LORA).cuda()
+    found = given(lambda: forms.step(layer, x))
+    answer["classes"] = len(prepared._prepared)
+    again = given(lambda: forms.step(layer, x))
+    answer["classes"] -= len(prepared._prepared)
+    with launching(cached=False):
+        if not found == again == given(lambda: forms.step(layer, x)):
+            answer["differ"].append("double quantization")
     return answer
 
 
 def test_both_ways_give_the_card_the_same(on_card):
-    assert on_card(both_ways) == {"differ": [], "seeds": []}
+    assert on_card(both_ways) == {"differ": [], "seeds": [], "classes": 0}
+
+
+def without_a_compiler() -> str:
+    """The eager path's calls on a card, where nothing can be compiled; what a kernel's says."""
+    import os
+    import subprocess
+    import tempfile
+
+    import torch
+
+    import glora_kernels as gk
+    from glora_kernels.ops.glora import glora_linear
+
+    os.environ["CC"] = "/bin/false"
+
+    def call(dtype: torch.dtype) -> None:
+        x, w, u, d = (torch.zeros(s, dtype=dtype, device="cuda") for s in ((64, 256), (256, 256), (256, 16), (16, 256)))
+        glora_linear(x.requires_grad_(), w, b_up=u.requires_grad_(), b_down=d.requires_grad_()).sum().backward()
+
+    with tempfile.TemporaryDirectory() as empty:
+        os.environ["TRITON_CACHE_DIR"] = empty
+        call(torch.float64)
+        with gk.backend("eager"):
+            call(torch.bfloat16)
+        try:
+            call(torch.bfloat16)
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            return str(error)
+    return "nothing"
+
+
+def test_the_eager_path_needs_no_compiler(on_card):
+    assert "/bin/false" in on_card(without_a_compiler)
 
 
 def errors() -> dict[str, str]:
@@ -246,21 +292,30 @@ def forms_in_c() -> dict[str, Any]:
         "more rows": forms.tensor(65, 256), "transposed": base.t(), "half": base[:, :128], "every other": base[::2],
         "off by 2 bytes": forms.tensor(64 * 256 + 1)[1:].view(64, 256), "fp32": base.float(), "fp16": base.half(),
         "int64": base.long(), "3-D": base.view(4, 16, 256), "3-D, other": base.view(2, 32, 256), "4-D":
-        base.view(2, 2, 16, 256), "vector": base[0], "one": base[0, :1], "none of it": base[:0],
+        base.view(2, 2, 16, 256), "vector": base[0], "one": base[0, :1], "number": base[0, 0], "another": base[0, 1],
+        "none of it": base[:0],
         "expanded": base[:1].expand(64, 256), "on the host": torch.empty(64, 256, dtype=base.dtype),
         "on meta": torch.empty(64, 256, dtype=base.dtype, device="meta"), "cuda:1": base.to("cuda:1"),
     }  # fmt: skip
-    in_c, differ = module().forms, []
+    differ = []
+
+    def key(form: Any, *call: Any) -> Any:
+        try:
+            return form(*call)
+        except IndexError:  # a row a token, without dimensions
+            return "refused"
+
+    in_c, in_python = functools.partial(key, module().forms), functools.partial(key, forms_of)
     for flags in (b"", b"\1", b"\0\1", b"\1\1"):
         for (a, s), (b, t) in itertools.combinations(tensors.items(), 2):
             for one, other in (((s, base), (t, base)), ((base, s), (base, t)), ([s], (t,))):
                 equal = in_c(one, flags) == in_c(other, flags)
-                if equal != (forms_of(one, flags) == forms_of(other, flags)):
+                if equal != (in_python(one, flags) == in_python(other, flags)):
                     differ.append(f"{a}, {b}, {flags!r}")
     taken = []
-    for tensor in (base[0, 0], torch.sparse_coo_tensor(size=(2, 2)), "no tensor", 3):
+    for tensor in (torch.sparse_coo_tensor(size=(2, 2)), "no tensor", 3):
         with contextlib.suppress(IndexError, RuntimeError, AttributeError):
-            taken.append(repr(in_c([base, tensor], b"\1")))
+            taken.append(repr(module().forms([base, tensor], b"\1")))
     return {"differ": differ, "taken": taken, "alike": len(tensors) - len({in_c([t], b"") for t in tensors.values()})}
 
 

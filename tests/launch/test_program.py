@@ -111,10 +111,11 @@ def brought_back(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", ["matrix", "three dimensions", "transposed", "expanded"])
-def test_saved_tensors_come_back_in_another_form(layout):
-    """As hooks that offload activations bring them: contiguous, or anywhere in memory."""
-    supports = lora()
+def test_saved_tensors_come_back_in_another_form(layout, form):
+    """As hooks that offload activations bring them: contiguous, in another order, or anywhere in memory."""
+    supports = FORMS[form]()
 
     def elsewhere(tensor: Tensor) -> Tensor:
         return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
@@ -123,8 +124,13 @@ def test_saved_tensors_come_back_in_another_form(layout):
         with brought_back(change):
             return step(LAYOUTS[layout]().requires_grad_(), supports, W.t().contiguous().t())
 
-    for change in (lambda t: t, lambda t: t.contiguous().clone(), elsewhere):
+    def swapped(tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+
+    wanted = run(lambda t: t)
+    for change in (lambda t: t, lambda t: t.contiguous().clone(), elsewhere, swapped):
         both(lambda change=change: run(change))
+        torch.testing.assert_close(run(change), wanted)
 
 
 @pytest.mark.parametrize("other", [lambda t: t.t().contiguous().t(), Tensor.double, Tensor.clone])

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import glora_kernels as gk
 from glora_kernels.ops import grouped_lora_linear
-from glora_kernels.ops.glora import dropout_seed
+from glora_kernels.ops.glora import dropout_seed, glora_linear
 
 ATEN = torch.ops.aten
 K = 16
@@ -291,3 +291,15 @@ def test_a_group_of_nested_inputs():
 def test_a_seed_is_drawn_where_torch_func_asks_for_it():
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(lambda x: x + dropout_seed(x.device))(torch.zeros(2))
+
+
+def test_a_factor_that_outlived_its_transform():
+    """What torch.func wrapped, used after it: the gradient is the tensor's inside."""
+    up, down, kept = torch.randn(16, 4, requires_grad=True), torch.randn(4, 32, requires_grad=True), []
+    torch.func.grad(lambda u: (kept.append(u), u.sum())[1])(up)
+    x, weight = torch.randn(5, 32), torch.randn(16, 32)
+    with gk.backend("eager"):
+        found, wanted = (
+            torch.autograd.grad(glora_linear(x, weight, b_up=u, b_down=down).square().sum(), up) for u in (kept[0], up)
+        )
+    torch.testing.assert_close(found, wanted)
