@@ -58,7 +58,7 @@ class Report:
     """What one compilation gave. Sizes in bytes; -1 where the tool chain does not tell.
 
     form: what tells it from others of its kernel (`elsewhere.key_of`). asked: the first call that asks for it. narrow:
-    the loads of less than 32 bits. even: see `is_even`.
+    the loads of less than 32 bits. even, multiplies: see `is_even`, `multiplies`.
     """
 
     kernel: str
@@ -78,6 +78,7 @@ class Report:
     async_copies: int
     narrow: int
     even: bool
+    multiplies: bool
     serialized: bool
     error: str = ""
 
@@ -93,8 +94,7 @@ class Report:
             found.append("wgmma serialized (C7511, C7515 …)")
         if self.shared > SHARED_LIMIT[self.arch]:
             found.append(f"{self.shared} bytes of shared memory, over the card's {SHARED_LIMIT[self.arch]}")
-        multiplies = self.dtype != "fp32" and self.kernel in (*_LARGE, *_MULTIPLYING)
-        if not self.error and multiplies and self.matrix_count == 0:
+        if not self.error and self.multiplies and self.dtype != "fp32" and self.matrix_count == 0:
             found.append("no matrix instruction")
         if self.kernel in _LARGE and "HGMMA" in self.matrix_instruction and self.batch < 2:
             found.append("a wait after every wgmma")
@@ -139,15 +139,15 @@ def report(form: Form, dtype: str, arch: str) -> Report:
     """Compile one form and read the machine code. A failed compilation is a report with `error` set."""
     launch = form.launch
     head = (launch.kernel.__name__, form.key, form.asked, dtype, arch, blocks_of(launch))
-    even = is_even(launch.args)
+    even, products = is_even(launch.args), multiplies(launch)
     try:
         with elsewhere.on_card(arch):
             compiled, log = elsewhere.compile_launch(launch)
     except Exception as error:
         why = f"{type(error).__name__}: {str(error)[:500]}"
-        return Report(*head, -1, -1, -1, -1, "", 0, 0, 0, 0, 0, even, False, why)
+        return Report(*head, -1, -1, -1, -1, "", 0, 0, 0, 0, 0, even, products, False, why)
     read = _read_amd(compiled, arch) if arch.startswith("gfx") else _read_nvidia(compiled, log, arch)
-    return Report(*head, even=even, **read)
+    return Report(*head, even=even, multiplies=products, **read)
 
 
 def is_even(args: dict[str, Any]) -> bool:
@@ -155,11 +155,21 @@ def is_even(args: dict[str, Any]) -> bool:
 
     Not so where U = W·A_up is made, which reads A_up across its rows.
     """
-    ranks = [value for name in ("P", "R", "Rs") for value in _flat(args.get(name))]
+    ranks = _ranks(args)
     return args.get("u_ptr") is None and all(rank % 16 == 0 for rank in ranks) and all(
         value.row % 16 == 0 or value.col % 16 == 0
         for arg in args.values() for value in _flat(arg) if isinstance(value, Matrix)
     )  # fmt: skip
+
+
+def multiplies(launch: Launch) -> bool:
+    """Whether a launch has matrices to multiply; some kernels do so with factors alone, which constants have not."""
+    name, ranks = launch.kernel.__name__, _ranks(launch.args)
+    return name in _LARGE or (name in _MULTIPLYING and (any(ranks) or not ranks))
+
+
+def _ranks(args: dict[str, Any]) -> list[int]:
+    return [value for name in ("P", "R", "Rs") for value in _flat(args.get(name))]
 
 
 def _flat(value: Any) -> Iterator[Any]:

@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+OLD = ("sm_80", "sm_86", "sm_89")
+"""Cards without wgmma, whose matrix instructions read their operands from registers."""
+
 TOTALS_BESIDE_DX = ("sm_90", "sm_100", "cpu")
 """Where `_glora_dx_kernel` also sums the gradients of constants; elsewhere its pointers leave no register for that."""
 
@@ -139,9 +142,10 @@ def large_product(
         tile["num_stages"] = 2
     elif arch not in ("sm_80", "sm_90", "sm_100"):
         tile["num_stages"] = 3
-    warps = 8 if tall == 128 or (arch in ("sm_80", "sm_89") and wide == 128) else 4
+    warps = 8 if tall == 128 or (arch in OLD and wide == 128) else 4
     parts = 2 if arch == "sm_100" and wide == 64 else max(1, wide // 64)
-    return tile | {"num_warps": warps, "parts": parts}
+    tile |= {"num_warps": warps, "parts": parts}
+    return all_registers(tile, arch) if arch == "sm_100" else tile  # of which shared memory leaves few at once anyhow
 
 
 def product_cost(arch: str, rows: int, cols: int, tall: int, wide: int) -> int:
@@ -176,7 +180,7 @@ def added_terms(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     if dtype == torch.float32:
         cols = 32 if arch.startswith("gfx") else 64
         return {"rows": 32, "cols": cols, "depth": 32, "num_warps": 8, "num_stages": 2}
-    warps = 8 if shape.r > 16 and arch == "sm_89" else 4
+    warps = 8 if (shape.r > 16 and arch == "sm_89") or (shape.r > 64 and arch == "sm_100") else 4
     return {"rows": 32, "cols": 128, "depth": depth, "num_warps": warps, "num_stages": 2}
 
 
@@ -205,7 +209,7 @@ def dy_mixed_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]
         config = config | {"cols": 32}  # what does not spill
     if dtype == torch.float32:
         return config | {"rows": 32, "num_warps": 8}
-    return config | {"rows": min(config["rows"], 128), "num_warps": 8}
+    return config | {"rows": min(config["rows"], 64 if arch == "sm_100" else 128), "num_warps": 8}
 
 
 def x_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
@@ -232,8 +236,10 @@ def finish(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Blocks of `_finish_kernel`: rows and columns of the gradients; tokens and depth of the product seldom made."""
     if dtype == torch.float32:  # it spills at the sizes that 16 bits take
         return {"rows": 32, "cols": 32, "tokens": 32, "depth": 32, "num_warps": 8, "num_stages": 2}
-    warps = 8 if arch == "sm_80" else 4
-    return {"rows": 32, "cols": 32, "tokens": 128, "depth": 64, "num_warps": warps, "num_stages": 2}
+    config = {"rows": 32, "cols": 32, "tokens": 128, "depth": 64, "num_warps": 4, "num_stages": 2}
+    if arch in OLD:  # what does not spill
+        return config | {"num_warps": 8} if arch == "sm_80" else all_registers(config, arch)
+    return config
 
 
 def weight_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
@@ -266,7 +272,8 @@ def fitted(
     """The configuration of a kernel beside operands that take more registers than those it was made for: no spills.
 
     Args:
-        kernel: "hadamard_grad", "shared_grad", "small_m", or of a group "down", "dy", "x" or "dx".
+        kernel: "prepare", "added_terms", "hadamard_grad", "shared_grad", "small_m", or of a group "down", "dy", "x" or
+            "dx".
         config: as chosen by the shape.
         arch: of the card.
         dtype: of x.
@@ -275,20 +282,30 @@ def fitted(
         drops: whether masks are drawn.
         aligned: whether rows are known to begin at multiples of 16 bytes.
     """
-    single, old = dtype == torch.float32, arch in ("sm_80", "sm_89")
+    single, old, amd = dtype == torch.float32, arch in OLD, arch.startswith("gfx")
     fewer: dict[str, int] = {}
     if kernel == "down" and rank > 16:
         fewer = {"num_warps": 8}
         if single:
-            fewer |= {"rows": 16, "depth": config["depth"] if arch.startswith("gfx") else 64}
+            fewer |= {"rows": 16, "depth": config["depth"] if amd else 64}
     elif kernel == "down" and halves:
         fewer = {"num_stages": min(2, config["num_stages"])}
+        if arch == "sm_100":
+            fewer = all_registers(fewer, arch)
+    elif kernel in ("prepare", "added_terms") and halves and arch == "sm_100":
+        fewer = all_registers({}, arch)
+    elif kernel == "added_terms" and halves and amd:
+        fewer = {"cols": min(32, config["cols"])}
     elif kernel == "dy" and single:
         fewer = {"rows": min(32, config["rows"])}
     elif kernel == "x" and ((rank > 16 and single) or not aligned):
         fewer = {"num_warps": 8}
-    elif kernel == "x" and (drops or rank > 64):
+    elif kernel == "x" and (drops or rank > (32 if arch == "sm_100" else 64)):
         fewer = all_registers({}, arch)
+    elif kernel == "dx" and old and not single:
+        fewer = {"maxnreg": 255}
+    elif kernel == "dx" and amd and not halves:
+        fewer = {"parts": max(1, config["cols"] // 32)}
     elif kernel == "dx" and arch == "sm_100" and drops and halves:
         fewer = {"cols": min(64, config["cols"])}
     elif kernel == "hadamard_grad" and ((halves and (old or arch == "sm_100")) or not aligned):

@@ -246,7 +246,7 @@ def shared_grad_config(arch: str, dtype: torch.dtype, rank: int) -> dict[str, in
         return {"rows": 16, "cols": 32, "depth": 32, "num_warps": 4, "num_stages": 1}
     rows = configs.block_r(rank, 64)
     if dtype == torch.float32:  # products on the ordinary units hold their operands in registers
-        warps = 8 if rows > 16 and arch in ("sm_80", "sm_89") else 4  # what does not spill
+        warps = 8 if rows > 16 and arch in configs.OLD else 4  # what does not spill
         return {"rows": rows, "cols": 32 if rows > 16 else 64, "depth": 32, "num_warps": warps, "num_stages": 2}
     return {"rows": rows, "cols": 64, "depth": 64, "num_warps": 4, "num_stages": 2 if arch.startswith("gfx") else 3}
 

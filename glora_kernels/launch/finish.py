@@ -52,6 +52,8 @@ def finish_launch(
     config = tables.choose("finish", arch, dtype, Shape(0, n, 0, sum(ranks)))
     if anew is not None and anew.x.stride(0) % 16:  # rows off 16 bytes: what does not spill
         config = config | {"tokens": min(64, config["tokens"]), "num_warps": 8}
+    elif anew is not None and anew.w.dtype != dtype and arch == "sm_100":
+        config = config | {"num_warps": 8}
     across, tile = cdiv(n, config["cols"]), config["rows"] * config["cols"]
     vectors = {name: vector(getattr(columns, name)) for name in ("a", "bias", "d")}
     grid = across * (columns.end is not None) + across * cdiv(sum(ranks), _RANK_STEP) * (factor is not None)

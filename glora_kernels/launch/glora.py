@@ -92,8 +92,13 @@ def glora_dx_launch(
     if (p and r) or (a is not None and dropout.p > 0.0):
         config = configs.narrow(config)
     operands, config = _operands(dy, weight.t(), dx, config, arch)
-    if arch in ("sm_80", "sm_89") and weight.dtype != dy.dtype and b_down is not None:
-        config = config | {"cols": min(64, config["cols"])}  # a wider W is cast on its way: what does not spill
+    cast = weight.dtype != dy.dtype and b_down is not None  # of a wider W, on its way
+    if (arch in configs.OLD and cast) or (arch == "sm_89" and dropout.p > 0.0 and halves(numbers)):
+        config = config | {"cols": min(64, config["cols"])}  # what does not spill
+    elif arch == "sm_100" and a is not None:
+        config = config | {"num_warps": 8}
+    if arch == "sm_89":
+        config = configs.all_registers(config, arch)
     vectors, sums = totals or (None, None)
     args = {
         **dict(zip(("dy", "w", "dx"), operands, strict=True)),
@@ -144,8 +149,9 @@ def _operands(
     if config["tma"]:
         shape = configs.m_class(rows(out)), out.shape[1]
         config = configs.large_product(arch, left.dtype, *shape, mixed=mixed, tma=False)
-    if arch == "sm_90" and left.stride(0) % 16:  # read by pointers, off 16 bytes: no spill
-        config = config | {"rows": min(64, config["rows"]), "num_warps": 8}
+    if arch.startswith("sm_") and left.stride(0) % 16:  # read by pointers, off 16 bytes: what does not spill
+        cols = config["cols"] if arch in ("sm_80", "sm_90") else min(64, config["cols"])
+        config = config | {"rows": min(64, config["rows"]), "cols": cols, "num_warps": 8}
     return (matrix(left), matrix(right), matrix(out)), config
 
 

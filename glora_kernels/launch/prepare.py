@@ -65,13 +65,14 @@ def prepare_launch(
     config = config or tables.choose("prepare", arch, x.dtype, shape)
     if dropout.p > 0.0 and r > 32 and x.dtype.itemsize == 2:  # a mask beside that many sums: what does not spill
         config = config | {"num_warps": 8}
+    numbers = numerics(x.dtype, a_up, a_down, b_down)
+    config = configs.fitted("prepare", config, arch, x.dtype, halves=halves(numbers))
     around = tables.choose("weight", arch, x.dtype, shape._replace(r=p))
     bands = next((t.shape[0] for t in (out.low, out.sigma) if t is not None), 0)
     row_programs = cdiv(m, config["rows"]) * bands
     weight_programs = 0 if out.u is None and out.weff is None else cdiv(n, around["rows"])
     if out.weff is not None:
         weight_programs *= cdiv(k, around["cols"])
-    numbers = numerics(x.dtype, a_up, a_down, b_down)
     args = {
         "x": matrix(x), "w": matrix(weight), "a_up": matrix(a_up), "a_down": matrix(a_down), "b_down": matrix(b_down),
         "a": plan.vector(a), "low": matrix(out.low), "sigma_ptr": out.sigma, "u_ptr": out.u, "weff_ptr": out.weff,
@@ -106,8 +107,7 @@ def added_terms_launch(
     shape = Shape(configs.m_class(m), n, k, max(p, r))
     config = config or tables.choose("added_terms", arch, x.dtype, shape)
     numbers = numerics(x.dtype, a_down, b_down, terms.u, terms.up)
-    if arch.startswith("gfx") and halves(numbers):
-        config = config | {"cols": min(32, config["cols"])}  # what does not spill
+    config = configs.fitted("added_terms", config, arch, x.dtype, halves=halves(numbers))
     args = {
         "x": matrix(x), "a_down": matrix(a_down), "b_down": matrix(b_down), "y": matrix(y), "terms": plan.terms(terms),
         "M": m, "N": n, "K": k, "P": p, "R": r, "scale": float(scale),

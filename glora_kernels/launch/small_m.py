@@ -164,6 +164,8 @@ def small_m_launch(
     how = numerics(x.dtype, added.up, b_down)
     config = config or small_m_config(arch, x.dtype, shape)
     config = configs.fitted("small_m", config, arch, x.dtype, r, halves=halves(how))
+    if arch == "sm_100" and weight.state.nested is not None:
+        config = configs.all_registers(config, arch)
     before = h is not None and h_before(shape, config["cols"])
     x_rows = Matrix(x, x.stride(0) if shape.m > 1 else 0, 1)
     args = {

@@ -39,11 +39,13 @@ def dy_config(
     """
     config = tables.choose("dy_mixed" if mixed else "dy", arch, dtype, shape)
     if mixed and not aligned:
-        config = config | {"rows": min(64, config["rows"])}  # what does not spill
+        config = config | {"rows": min(32 if arch == "sm_100" else 64, config["rows"])}  # what does not spill
+    elif not aligned and arch in configs.OLD:
+        config = config | {"num_warps": 8}
     if dtype == torch.float16 and factors == torch.float32:  # halves of dy as well
         config = config | {"rows": max(32, config["rows"] // 2), "cols": 32}
         return configs.all_registers(config, arch) if pairs else config
-    if factors == torch.float32 and (pairs or (mixed and arch == "sm_100")):  # what does not spill
+    if factors == torch.float32 and (pairs or arch == "sm_100"):  # what does not spill
         config = config | {"rows": min(64, config["rows"])}
     return configs.all_registers(config, arch) if torch.float32 in (dtype, factors) else config
 
@@ -103,6 +105,8 @@ def x_config(
     config = tables.choose("x", arch, dtype, shape)
     if dtype.itemsize == 2 and factors == torch.float32 and max(ranks) > configs.MAX_FACTOR_RANK:
         config = config | {"rows": min(32, config["rows"])}  # halves of that many columns of S: what does not spill
+        if arch.startswith("gfx"):
+            config = config | {"cols": min(32, config["cols"])}
     if dtype == torch.float16 and factors == torch.float32:  # halves of x as well
         config = config | {"cols": min(64, config["cols"]), "num_stages": 2}
         return configs.all_registers(config, arch) if min(ranks) else config
@@ -138,7 +142,7 @@ def x_launch(
     """
     m, k = rows(x), x.shape[1]
     if x.stride(0) % 16:  # rows off 16 bytes: what does not spill
-        config = config | {"num_warps": 8}
+        config = config | {"cols": min(64, config["cols"]), "num_warps": 8}
     bands = s.shape[0] if s is not None else (1 if tau is None else tau.shape[0])
     args = {
         "x": matrix(x), "s": matrix(s), "tau": tau,

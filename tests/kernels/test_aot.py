@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from helpers import EVERYTHING
 
 import glora_kernels.kernels
 from glora_kernels.launch import aot
+from glora_kernels.launch.plan import Launch
 
 KERNELS = Path(glora_kernels.kernels.__file__).parent
 REPORT = Path(__file__).parents[2] / "benchmarks" / "results" / "aot.md"
@@ -173,6 +175,7 @@ GOOD = aot.Report(
     async_copies=0,
     narrow=0,
     even=True,
+    multiplies=True,
     serialized=False,
 )
 
@@ -198,10 +201,19 @@ def test_faults_are_found(change, words):
     assert words in faults[0]
 
 
-@pytest.mark.parametrize("kernel", ["_wc_kernel", "_totals_kernel", "_finish_kernel", "_prepare_kernel"])
-def test_no_matrix_instruction_is_expected_where_there_may_be_no_product(kernel):
-    assert dataclasses.replace(GOOD, kernel=kernel, matrix_count=0, matrix_instruction="", batch=0).faults == []
-    assert dataclasses.replace(GOOD, dtype="fp32", matrix_count=0, matrix_instruction="", batch=0).faults == []
+def test_no_matrix_instruction_is_expected_where_there_is_no_product():
+    none = dataclasses.replace(GOOD, matrix_count=0, matrix_instruction="", batch=0)
+    assert dataclasses.replace(none, multiplies=False).faults == []
+    assert dataclasses.replace(none, dtype="fp32").faults == []
+
+
+@pytest.mark.parametrize(("kernel", "args", "multiplies"), [
+    ("_glora_dx_kernel", {"P": 0, "R": 0}, True), ("_x_kernel", {"P": 0, "R": 0}, False),
+    ("_x_kernel", {"P": 0, "R": 8}, True), ("_grouped_x_kernel", {"Rs": (0, 4)}, True),
+    ("_shared_grad_kernel", {}, True), ("_wc_kernel", {"R": 8}, False),
+])  # fmt: skip
+def test_what_multiplies(kernel, args, multiplies):
+    assert aot.multiplies(Launch(types.SimpleNamespace(__name__=kernel), (1,), args)) is multiplies
 
 
 def test_narrow_loads_are_a_fault_of_what_streams_whole_rows():
