@@ -309,7 +309,8 @@ def fitted(
     elif kernel == "dx" and arch == "sm_100" and drops and halves:
         fewer = {"cols": min(64, config["cols"])}
     elif kernel == "hadamard_grad" and ((halves and (old or arch == "sm_100")) or not aligned):
-        fewer = {"cols": min(64, config["cols"])}  # on sm_89 it would also take more memory than there is
+        # On sm_89 wider ones would also take more memory than there is.
+        fewer = {"cols": min(32 if single else 64, config["cols"])}
     elif kernel == "small_m" and ((halves and config["rows"] == 64) or (rank > 32 and config["rows"] == 32)):
         fewer = {"depth": min(64, config["depth"])}
     elif kernel == "shared_grad" and (drops or not aligned):

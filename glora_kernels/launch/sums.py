@@ -39,7 +39,8 @@ def dy_config(
     """
     config = tables.choose("dy_mixed" if mixed else "dy", arch, dtype, shape)
     if mixed and not aligned:
-        config = config | {"rows": min(32 if arch == "sm_100" else 64, config["rows"])}  # what does not spill
+        tall, wide = 32 if arch == "sm_100" else 64, 32 if dtype == torch.float32 else 64  # what does not spill
+        config = config | {"rows": min(tall, config["rows"]), "cols": min(wide, config["cols"])}
     elif not aligned and arch in configs.OLD:
         config = config | {"num_warps": 8}
     if dtype == torch.float16 and factors == torch.float32:  # halves of dy as well
