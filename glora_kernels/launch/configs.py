@@ -144,8 +144,7 @@ def large_product(
         tile["num_stages"] = 3
     warps = 8 if tall == 128 or (arch in OLD and wide == 128) else 4
     parts = 2 if arch == "sm_100" and wide == 64 else max(1, wide // 64)
-    tile |= {"num_warps": warps, "parts": parts}
-    return all_registers(tile, arch) if arch == "sm_100" else tile  # of which shared memory leaves few at once anyhow
+    return tile | {"num_warps": warps, "parts": parts}
 
 
 def product_cost(arch: str, rows: int, cols: int, tall: int, wide: int) -> int:
@@ -236,10 +235,8 @@ def finish(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Blocks of `_finish_kernel`: rows and columns of the gradients; tokens and depth of the product seldom made."""
     if dtype == torch.float32:  # it spills at the sizes that 16 bits take
         return {"rows": 32, "cols": 32, "tokens": 32, "depth": 32, "num_warps": 8, "num_stages": 2}
-    config = {"rows": 32, "cols": 32, "tokens": 128, "depth": 64, "num_warps": 4, "num_stages": 2}
-    if arch in OLD:  # what does not spill
-        return config | {"num_warps": 8} if arch == "sm_80" else all_registers(config, arch)
-    return config
+    warps = 8 if arch == "sm_80" else 4
+    return {"rows": 32, "cols": 32, "tokens": 128, "depth": 64, "num_warps": warps, "num_stages": 2}
 
 
 def weight_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:

@@ -10,7 +10,7 @@ from triton import cdiv
 
 from glora_kernels.kernels.finish import _finish_kernel, _totals_kernel
 from glora_kernels.kernels.operands import NO_COLUMNS, Anew, Columns, Parts, Sum
-from glora_kernels.launch import tables
+from glora_kernels.launch import configs, tables
 from glora_kernels.launch.configs import Shape
 from glora_kernels.launch.plan import Launch, matrix, numerics, options, vector
 from glora_kernels.launch.sizes import rows
@@ -54,6 +54,8 @@ def finish_launch(
         config = config | {"tokens": min(64, config["tokens"]), "num_warps": 8}
     elif anew is not None and anew.w.dtype != dtype and arch == "sm_100":
         config = config | {"num_warps": 8}
+    elif arch in ("sm_86", "sm_89"):
+        config = configs.all_registers(config, arch)
     across, tile = cdiv(n, config["cols"]), config["rows"] * config["cols"]
     vectors = {name: vector(getattr(columns, name)) for name in ("a", "bias", "d")}
     grid = across * (columns.end is not None) + across * cdiv(sum(ranks), _RANK_STEP) * (factor is not None)

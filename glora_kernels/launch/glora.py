@@ -58,7 +58,7 @@ def glora_fwd_launch(
         "RANK_STEP": rank_step(p, r), "BANDS": bands,
         **_tile(config, weight, numbers, "BLOCK_N", "BLOCK_K"),
     }  # fmt: skip
-    return Launch(_glora_fwd_kernel, product_grid(_tiles(m, n, config), y, config, arch), args, options(config, args))
+    return product_launch(_glora_fwd_kernel, _tiles(m, n, config), args, y, config, arch)
 
 
 def glora_dx_launch(
@@ -97,7 +97,7 @@ def glora_dx_launch(
         config = config | {"cols": min(64, config["cols"])}  # what does not spill
     elif arch == "sm_100" and a is not None:
         config = config | {"num_warps": 8}
-    if arch == "sm_89":
+    if arch in ("sm_86", "sm_89"):
         config = configs.all_registers(config, arch)
     vectors, sums = totals or (None, None)
     args = {
@@ -110,7 +110,7 @@ def glora_dx_launch(
         "TOTALS": 0 if vectors is None else vectors.shape[0], "BANDS": bands,
         **_tile(config, weight.t(), numbers, "BLOCK_K", "BLOCK_N"),
     }  # fmt: skip
-    return Launch(_glora_dx_kernel, product_grid(_tiles(m, k, config), dx, config, arch), args, options(config, args))
+    return product_launch(_glora_dx_kernel, _tiles(m, k, config), args, dx, config, arch)
 
 
 def rank_step(p: int, r: int) -> int:
@@ -163,12 +163,16 @@ def _tile(config: dict[str, int], right: Tensor, numbers: Numerics, cols: str, d
     }  # fmt: skip
 
 
-def product_grid(tiles: int, out: Tensor, config: dict[str, int], arch: str) -> tuple[int]:
+def product_launch(
+    kernel: Any, tiles: int, args: dict[str, Any], out: Tensor, config: dict[str, int], arch: str
+) -> Launch:
     """One program a tile, or where persistent one a multiprocessor of the card the tensor is on."""
-    if not config["persistent"]:
-        return (tiles,)
-    here = environment.multiprocessors(out.device.index or 0) if out.is_cuda else configs.programs(arch)
-    return (lesser(tiles, here),)
+    if config["persistent"]:
+        here = environment.multiprocessors(out.device.index or 0) if out.is_cuda else configs.programs(arch)
+        tiles = lesser(tiles, here)
+    if arch == "sm_100":  # shared memory leaves few programs at once as it is
+        config = configs.all_registers(config, arch)
+    return Launch(kernel, (tiles,), args, options(config, args))
 
 
 def _tiles(m: int, cols: int, config: dict[str, int]) -> int:

@@ -23,7 +23,7 @@ from glora_kernels.kernels.grouped_sums import (
 from glora_kernels.kernels.operands import Bias, Low, Masks, Path
 from glora_kernels.launch import configs, environment, tables
 from glora_kernels.launch.configs import Shape
-from glora_kernels.launch.glora import in_parts, product_grid
+from glora_kernels.launch.glora import in_parts, product_launch
 from glora_kernels.launch.plan import Dropout, Launch, descriptor, factor_depth, halves, matrix, numerics, options
 from glora_kernels.launch.sizes import rows
 from glora_kernels.launch.sums import dy_config
@@ -99,7 +99,7 @@ def grouped_fwd_launch(
         "BLOCK_M": tall, "BLOCK_N": cols, "BLOCK_K": config["depth"],
         "BLOCK_R": configs.block_r(max(ranks)) if inside else 16,
     }  # fmt: skip
-    return Launch(_grouped_fwd_kernel, product_grid(tiles, ys[0], config, arch), args, options(config, args))
+    return product_launch(_grouped_fwd_kernel, tiles, args, ys[0], config, arch)
 
 
 def grouped_down_launch(
@@ -177,7 +177,7 @@ def grouped_dx_launch(
         "COLS_FIRST": not row_major, "PARTS": config["parts"], "NUMERICS": how,
         "BLOCK_M": config["rows"], "BLOCK_N": config["depth"], "BLOCK_K": config["cols"],
     }  # fmt: skip
-    return Launch(_grouped_dx_kernel, product_grid(tiles, dxs[0], config, arch), args, options(config, args))
+    return product_launch(_grouped_dx_kernel, tiles, args, dxs[0], config, arch)
 
 
 def most_bands(rank: int) -> int:
