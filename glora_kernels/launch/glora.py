@@ -44,8 +44,9 @@ def glora_fwd_launch(
     shape = configs.Shape(configs.m_class(m), n, k, max(p, r))
     config = config or tables.choose("fwd", arch, x.dtype, shape, weight.dtype)
     numbers = numerics(x.dtype, terms.u, terms.up)
-    more = any(t is not None for t in (terms.a, terms.u, terms.b, terms.shift.wc, terms.shift.d, terms.shift.e))
-    config = in_parts(config, arch, numbers, more or r % 16 != 0)
+    shift = terms.shift
+    added = any(t is not None for t in (terms.a, terms.u, terms.up, terms.b, shift.wc, shift.d, shift.e))
+    config = in_parts(config, arch, numbers, added)
     if arch == "sm_100" and p and halves(numbers):
         config = config | {"rows": min(64, config["rows"])}  # of two pairs of factors: what does not spill
     if p and r and (bands > 1 or halves(numbers)):
@@ -118,12 +119,12 @@ def rank_step(p: int, r: int) -> int:
     return 8 if p % 8 == r % 8 == 0 else 1
 
 
-def in_parts(config: dict[str, int], arch: str, numbers: Numerics, more: bool = False) -> dict[str, int]:
-    """A product's configuration beside its factors, or `more` than LoRA's and a bias: what spills in fewer parts.
+def in_parts(config: dict[str, int], arch: str, numbers: Numerics, added: bool = False) -> dict[str, int]:
+    """A product's configuration beside what spills in fewer parts.
 
-    On sm_100 that are halves of fp32 factors; on sm_90 vectors, a second pair, and a rank of which a step is a part.
+    On sm_100 that are halves of fp32 factors; on sm_90 all that may be `added` to y but a bias.
     """
-    small = (arch == "sm_100" and halves(numbers)) or (arch == "sm_90" and more)
+    small = (arch == "sm_100" and halves(numbers)) or (arch == "sm_90" and added)
     return config | {"parts": max(1, config["cols"] // 32)} if small else config
 
 
