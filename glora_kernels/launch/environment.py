@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,6 +50,23 @@ def require_triton() -> None:
             "TRITON_INTERPRET was changed after triton was imported, which leaves half of it interpreted; "
             "set it before Python starts"
         )
+
+
+class _Lazy:
+    """A module of launchers, loaded with the kernels at its first use, which then takes this object's place."""
+
+    def __init__(self, names: dict[str, Any], alias: str, name: str) -> None:
+        self._names, self._alias, self._name = names, alias, name
+
+    def __getattr__(self, attribute: str) -> object:
+        require_triton()
+        module = self._names[self._alias] = importlib.import_module(f"glora_kernels.launch.{self._name}")
+        return getattr(module, attribute)
+
+
+def lazily(names: dict[str, Any], **modules: str) -> list[Any]:
+    """Modules of `launch` by the names that they have among the globals of who asks, each loaded at its first use."""
+    return [_Lazy(names, alias, name) for alias, name in modules.items()]
 
 
 def allow_tf32() -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora_kernels.kernels.operands import W_ALONE, Terms
+from glora_kernels.kernels.operands import Terms
 from glora_kernels.launch import configs, cuda, tables
 from glora_kernels.launch.configs import Shape
 from glora_kernels.quant import QuantizedWeight
@@ -90,26 +90,13 @@ def small_m(
     return chosen if chosen != "workspace" and serves(chosen, x, weight, rank, factors) is None else None
 
 
-def small_m_launch(
-    chosen: str,
-    x: Tensor,
-    weight: QuantizedWeight,
-    y: Tensor,
-    added: Terms = W_ALONE,
-    *,
-    b_down: Tensor | None = None,
-    scale: float = 1.0,
-    h: Tensor | None = None,
-    sigma: Tensor | None = None,
-    arch: str,
-) -> Any:
+def small_m_launch(chosen: str, x: Tensor, weight: QuantizedWeight, y: Tensor, *terms: Terms, **others: Any) -> Any:
     """y and what belongs to it, by the kind that `small_m` has chosen: see `launch.small_m.small_m_launch`."""
-    given: dict[str, Any] = {"b_down": b_down, "scale": scale, "h": h, "sigma": sigma, "arch": arch}
     if chosen == "cuda":
-        return cuda.small_m_launch(x, weight, y, added, **given)
+        return cuda.small_m_launch(x, weight, y, *terms, **others)
     from glora_kernels.launch import small_m as few
 
-    return few.small_m_launch(x, weight, y, added, **given)
+    return few.small_m_launch(x, weight, y, *terms, **others)
 
 
 def serves(

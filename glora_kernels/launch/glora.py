@@ -12,7 +12,7 @@ from triton import cdiv
 
 from glora_kernels.kernels.glora import _glora_dx_kernel, _glora_fwd_kernel
 from glora_kernels.kernels.operands import Numerics, Terms
-from glora_kernels.launch import configs, environment, plan, tables
+from glora_kernels.launch import configs, plan, tables
 from glora_kernels.launch.plan import NO_DROPOUT, Dropout, Launch, descriptor, halves, matrix, numerics, options
 from glora_kernels.launch.sizes import lesser, rows
 
@@ -56,7 +56,7 @@ def glora_fwd_launch(
         **dict(zip(("x", "w", "y"), operands, strict=True)), "terms": plan.terms(terms),
         "low_sum_ptr": low_sum, "sigma_sum_ptr": sigma_sum,
         "M": m, "N": n, "K": k, "P": p, "R": r,
-        "RANK_STEP": rank_step(p, r), "BANDS": bands,
+        "RANK_STEP": plan.rank_step(p, r), "BANDS": bands,
         **_tile(config, weight, numbers, "BLOCK_N", "BLOCK_K"),
     }  # fmt: skip
     return product_launch(_glora_fwd_kernel, _tiles(m, n, config), args, y, config, arch)
@@ -107,16 +107,11 @@ def glora_dx_launch(
         "vectors_ptr": vectors, "totals_ptr": sums,
         "M": m, "N": n, "K": k, "P": p, "R": r,
         **dropout.arguments(b_down),
-        "RANK_STEP": rank_step(p, r) if p else 1,  # alone, S has rows to read in whole
+        "RANK_STEP": plan.rank_step(p, r) if p else 1,  # alone, S has rows to read in whole
         "TOTALS": 0 if vectors is None else vectors.shape[0], "BANDS": bands,
         **_tile(config, weight.t(), numbers, "BLOCK_K", "BLOCK_N"),
     }  # fmt: skip
     return product_launch(_glora_dx_kernel, _tiles(m, k, config), args, dx, config, arch)
-
-
-def rank_step(p: int, r: int) -> int:
-    """What the ranks are multiples of, as a kernel is told: enough for 16 bytes at a time, or nothing."""
-    return 8 if p % 8 == r % 8 == 0 else 1
 
 
 def in_parts(config: dict[str, int], arch: str, numbers: Numerics, added: bool = False) -> dict[str, int]:
@@ -169,8 +164,7 @@ def product_launch(
 ) -> Launch:
     """One program a tile, or where persistent one a multiprocessor of the card the tensor is on."""
     if config["persistent"]:
-        here = environment.multiprocessors(out.device.index or 0) if out.is_cuda else configs.programs(arch)
-        tiles = lesser(tiles, here)
+        tiles = lesser(tiles, plan.programs_of(out, arch))
     if arch == "sm_100":  # shared memory leaves few programs at once as it is
         config = configs.all_registers(config, arch)
     return Launch(kernel, (tiles,), args, options(config, args))

@@ -247,6 +247,14 @@ def terms(given: Terms) -> Terms:
     )  # fmt: skip
 
 
+def rank_step(p: int, r: int) -> int:
+    """What the ranks are multiples of, as a kernel is told: enough for 16 bytes at a time, or nothing.
+
+    Ranks that share it share what is compiled.
+    """
+    return 8 if p % 8 == r % 8 == 0 else 1
+
+
 def halves(numbers: Numerics) -> bool:
     """Whether fp32 factors are multiplied beside 16 bits, which takes registers."""
     return numbers.factor_precision == "halves"

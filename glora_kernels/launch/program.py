@@ -106,19 +106,6 @@ _programs: dict[Hashable, Program | None] = {}
 _lock = threading.Lock()
 
 
-def run(name: str, function: Pass, operands: Operands, values: tuple[Hashable, ...] = ()) -> Results:
-    """The results of a pass, by its program; as it is written where programs are off or it has none.
-
-    Args:
-        name: of the pass.
-        function: called with (tensors, *values).
-        operands: of the call.
-        values: what else decides launches.
-    """
-    program = find(name, function, operands, values)
-    return function(operands.tensors, *values) if program is None else program.run(operands.tensors, operands.m)
-
-
 def serves(m: int) -> bool:
     """Whether a call has a program at all: one of no rows launches less, and elsewhere nothing is kept."""
     return m > 0 and _State.cached and not planning.is_planning()
@@ -127,9 +114,15 @@ def serves(m: int) -> bool:
 def find(
     name: str, function: Pass, operands: Operands, values: tuple[Hashable, ...] = (), outputs: int | None = None
 ) -> Program | None:
-    """The program of a class of calls, planned where it is new; None where there is none: see `run`.
+    """The program of a class of calls, planned where it is new; None where programs are off, or it has none.
 
-    outputs: how many of the results, from the first, take the dimensions of an N-dimensional x; all where not given.
+    Args:
+        name: of the pass.
+        function: called with (tensors, *values).
+        operands: of the call.
+        values: what else decides launches.
+        outputs: how many of the results, from the first, take the dimensions of an N-dimensional x; all where not
+            given.
     """
     if not serves(operands.m):
         return None
@@ -162,7 +155,7 @@ def record(
     """A pass run on twins of its operands, as its program is planned, for a card that need not be here.
 
     Args:
-        function, operands, values: as of `run`.
+        function, operands, values: as of `find`.
         arch, programs: the card, as of `plan.planning`.
     """
     recording = Recording(operands.tensors, operands.with_rows, configs.representative(operands.m))
@@ -213,7 +206,6 @@ class Program:
     Attributes:
         name: of the pass.
         steps: the planned launches, whose tensors are twins on the meta device.
-        direct: whether they go to the driver from C, and not through Triton's launcher.
     """
 
     def __init__(
@@ -234,7 +226,6 @@ class Program:
         self._index, self._sizes = device.index if device.type == "cuda" else -1, Sizes()
         self._kept: dict[int, _Sized] = {}
         self._segments = self._prepared()
-        self.direct = bool(self._segments)
 
     def _prepared(self) -> list[tuple[Any, int, int]]:
         """The steps for `direct`: (capsule, first, last) of launches, (step, 0, 0) of what else there is; or none."""

@@ -13,7 +13,7 @@ from glora_kernels.kernels.operands import NO_COLUMNS, Columns, Parts, Terms
 from glora_kernels.kernels.sums import _dy_kernel, _x_kernel
 from glora_kernels.launch import configs, tables
 from glora_kernels.launch.configs import Shape
-from glora_kernels.launch.plan import NO_DROPOUT, Dropout, Launch, matrix, numerics, options, terms
+from glora_kernels.launch.plan import NO_DROPOUT, Dropout, Launch, matrix, numerics, options, rank_step, terms
 from glora_kernels.launch.sizes import rows
 
 
@@ -89,8 +89,7 @@ def dy_launch(
         "s": s, "tau": tau, "factor": factor, "columns": columns,
         "M": m, "N": n, "P": p, "R": r, "band_width": band_width, "scale": float(scale),
         "NUMERICS": wide,
-        # What lets factors be read 16 bytes at a time; ranks that allow it share what is compiled.
-        "RANK_STEP": 8 if p % 8 == r % 8 == 0 else 1,
+        "RANK_STEP": rank_step(p, r),
         "BLOCK_M": config["rows"], "BLOCK_N": config["cols"],
         **_rank_blocks(ranks),
         "BLOCK_H": 16 if factor is None else configs.block_r(p + r),
@@ -151,7 +150,7 @@ def x_launch(
         "p_part": p_part, "v_part": v_part,
         "M": m, "K": k, "P": ranks[0], "R": ranks[1],
         **dropout.arguments(downs[1] if v_part is None else v_part),
-        "BANDS": bands, "NUMERICS": numerics(x.dtype, factors), "P_STEP": 1 if ranks[0] % 8 else 8,
+        "BANDS": bands, "NUMERICS": numerics(x.dtype, factors), "P_STEP": rank_step(ranks[0], 0),
         "BLOCK_M": config["rows"], "BLOCK_K": config["cols"],
         **_rank_blocks(ranks),
     }  # fmt: skip

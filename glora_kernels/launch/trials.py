@@ -15,7 +15,6 @@ from glora_kernels.launch.configs import Shape
 from glora_kernels.launch.plan import Dropout, Launch
 from glora_kernels.quant import QuantizedWeight, quantize_weight
 
-DROPOUT: dict[str, Any] = {"dropout_p": 0.1, "seed": 2**62 + 1}
 DROPPED = Dropout(0.1, 2**62 + 1)
 
 
@@ -92,10 +91,12 @@ class Data:
         }  # fmt: skip
         if name in plain:
             return *plain[name], False
+        from glora_kernels.launch.sums import padded
+
         bands = self.bands()
         wide: dict[str, tuple[int, ...]] = {
             "wc": (n,), "sigma": (1, m), "s": (bands, m, r), "s_pair": (bands, m, 2 * r),
-            "tau": (bands, -(-m // 16) * 16),
+            "tau": (bands, padded(m)),
         }  # fmt: skip
         return wide[name], 1.0, True
 

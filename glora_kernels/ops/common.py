@@ -94,16 +94,6 @@ def stored(weight: Weight) -> Tensor:
     return weight.packed if isinstance(weight, QuantizedWeight) else weight
 
 
-def state_of(weight: Weight) -> QuantState | None:
-    """What `restored` needs beside the stored tensor."""
-    return weight.state if isinstance(weight, QuantizedWeight) else None
-
-
-def restored(tensor: Tensor, like: QuantState | None) -> Weight:
-    """The weight of a stored tensor."""
-    return tensor if like is None else QuantizedWeight(tensor, like)
-
-
 def quant_arguments(weight: Weight) -> tuple[Any, ...]:
     """The `QUANT_ARGUMENTS` of a weight; the form is N, K, type, dtype, blocksize, nested blocksize."""
     if not isinstance(weight, QuantizedWeight):

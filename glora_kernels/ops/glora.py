@@ -438,7 +438,7 @@ def _route(x: Tensor, weight: Weight) -> str:
 def operator_backward(
     dy: Tensor, row: Sequence[Tensor | None], form: Sequence[int], call: Call, needs: Needs
 ) -> list[Tensor | None]:
-    """`prepared.gradients` through the registered operator."""
+    """The gradients in the order of `Needs`, through the registered operator; None where not wanted."""
     x, weight, *beside = row[: SUPPORTS.start]
     grads = torch.ops.glora_kernels.glora_linear_backward(
         dy, x, weight, *row[SUPPORTS], *row[MADE], *call, list(needs), *beside, list(form)
@@ -449,7 +449,7 @@ def operator_backward(
 def batched_backward(
     dy: Tensor, row: Sequence[Tensor | None], form: Sequence[int], call: Call, needs: Needs
 ) -> list[Tensor | None]:
-    """`prepared.gradients` of a batch of dy. An x that was not kept takes no part in any wanted gradient."""
+    """The same of a batch of dy. An x that was not kept takes no part in any wanted gradient."""
     weight, (_, h, sigma, _) = weight_in(row, form), row[MADE]
     x = row[0]
     if x is None:

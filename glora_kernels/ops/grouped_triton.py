@@ -9,7 +9,6 @@ were the columns of one layer.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,19 +31,7 @@ if TYPE_CHECKING:
     from glora_kernels.launch import grouped as launch
     from glora_kernels.launch import sums as reads
 else:
-
-    class _Lazy:
-        """A module of launchers, loaded with the kernels at its first use, which then takes this object's place."""
-
-        def __init__(self, alias: str, name: str) -> None:
-            self._alias, self._name = alias, name
-
-        def __getattr__(self, attribute: str) -> object:
-            environment.require_triton()
-            module = globals()[self._alias] = importlib.import_module(f"glora_kernels.launch.{self._name}")
-            return getattr(module, attribute)
-
-    end, launch, reads = _Lazy("end", "finish"), _Lazy("launch", "grouped"), _Lazy("reads", "sums")
+    end, launch, reads = environment.lazily(globals(), end="finish", launch="grouped", reads="sums")
 
 
 _LINE = 128

@@ -11,7 +11,6 @@ The kernels are imported at the first call, so that importing the package touche
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -34,20 +33,9 @@ if TYPE_CHECKING:
     from glora_kernels.launch import sums as reads
     from glora_kernels.launch import weight as around
 else:
-
-    class _Lazy:
-        """A module of launchers, loaded with the kernels at its first use, which then takes this object's place."""
-
-        def __init__(self, alias: str, name: str) -> None:
-            self._alias, self._name = alias, name
-
-        def __getattr__(self, attribute: str) -> object:
-            environment.require_triton()
-            module = globals()[self._alias] = importlib.import_module(f"glora_kernels.launch.{self._name}")
-            return getattr(module, attribute)
-
-    end, large, before = _Lazy("end", "finish"), _Lazy("large", "glora"), _Lazy("before", "prepare")
-    reads, around = _Lazy("reads", "sums"), _Lazy("around", "weight")
+    end, large, before, reads, around = environment.lazily(
+        globals(), end="finish", large="glora", before="prepare", reads="sums", around="weight"
+    )
 
 
 MAX_RANK = 256
@@ -106,7 +94,7 @@ def forward(
     bands = before.prepare_bands(shape, x.dtype, arch)
     low = sigmas = None
     if rank:  # rows of 16 numbers where only we read them: one compilation serves any rank
-        width = rank if bands == 1 else -(-rank // 16) * 16
+        width = rank if bands == 1 else reads.padded(rank)
         low = empty(x, bands, m, width, dtype=wide if bands == 1 else torch.float32)[:, :, :rank]
     if s.b is not None:
         sigmas = empty(x, bands, m, dtype=torch.float32)

@@ -34,6 +34,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,3 +52,22 @@ def dry_run(function: Callable, *arguments: Any, **environment: str) -> Any:
         )  # fmt: skip
         assert done.returncode == 0, f"{target} failed on the dry card:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
         return json.loads(answer.read_text())
+
+
+def in_threads(count: int, work: Callable[[int], object]) -> list[str]:
+    """What went wrong in `work(0)`, `work(1)` …, each in a thread of its own; they begin at once."""
+    barrier, wrong = threading.Barrier(count), []
+
+    def run(i: int) -> None:
+        try:
+            barrier.wait()
+            work(i)
+        except Exception as error:
+            wrong.append(repr(error))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return wrong

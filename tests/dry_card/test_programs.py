@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import threading
 from typing import Any
 
 SEEDS = 7, -1, 2**31, 2**62 + 12345, -(2**63)
@@ -84,6 +83,29 @@ def both_ways() -> dict[str, Any]:
 
 def test_both_ways_give_the_card_the_same(on_card):
     assert on_card(both_ways) == {"differ": [], "seeds": [], "classes": 0}
+
+
+def smaller_card() -> list[list[int]]:
+    """The programs of the large products on an H100 PCIe, of 114 multiprocessors: by programs, and as written."""
+    from dry_card import card, forms
+    from glora_kernels.launch import environment
+    from glora_kernels.launch.program import launching
+
+    environment.multiprocessors = lambda device: 114  # type: ignore[assignment]
+    layer, x = forms.layer(), forms.tensor(2048, 4096, grad=True)
+
+    def programs() -> list[int]:
+        with card.recorded() as log:
+            forms.step(layer, x)
+        return [e.grid[0] for e in log if e.name in ("_glora_fwd_kernel", "_glora_dx_kernel")]
+
+    found = programs()
+    with launching(cached=False):
+        return [found, programs()]
+
+
+def test_persistent_programs_are_as_many_as_the_card_has_multiprocessors(on_card):
+    assert on_card(smaller_card) == [[114, 114], [114, 114]]
 
 
 def without_a_compiler() -> str:
@@ -229,27 +251,18 @@ def shared() -> dict[str, Any]:
     """Threads that call one layer, whose programs are new, with many lengths; a hook of launches; other devices."""
     from triton import knobs
 
-    from dry_card import card, forms
+    from dry_card import card, forms, in_threads
     from glora_kernels.ops.glora import glora_linear
 
-    supports, weight, wrong = _lora(), forms.tensor(256, 256), []
+    supports, weight = _lora(), forms.tensor(256, 256)
     lengths = [300, 400, 500, 512]
-    barrier = threading.Barrier(4)
 
     def work(i: int) -> None:
-        try:
-            barrier.wait()
-            for j in range(40):
-                _step(forms.tensor(lengths[(i + j) % 4], 256, grad=True), supports, weight=weight)
-        except Exception as error:
-            wrong.append(repr(error))
+        for j in range(40):
+            _step(forms.tensor(lengths[(i + j) % 4], 256, grad=True), supports, weight=weight)
 
     with card.recorded() as log:
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        wrong = in_threads(4, work)
     answer: dict[str, Any] = {"wrong": wrong, "launches": len(log)}
 
     x, told = forms.tensor(512, 256, grad=True), []

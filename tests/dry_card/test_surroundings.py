@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
@@ -60,27 +59,18 @@ def threads() -> dict[str, int]:
     """Two threads on streams of their own, with a layer each: what of a layer was launched elsewhere."""
     import torch
 
-    from dry_card import card, forms
+    from dry_card import card, forms, in_threads
 
     layers, streams = [forms.layer() for _ in range(2)], [torch.cuda.Stream() for _ in range(2)]
     forms.step(layers[0], forms.tensor(512, 4096, grad=True))  # compiled before they start
-    barrier, wrong = threading.Barrier(2), []
 
     def work(i: int) -> None:
-        try:
-            barrier.wait()
-            with torch.cuda.stream(streams[i]):
-                for _ in range(20):
-                    forms.step(layers[i], forms.tensor(512, 4096, grad=True))
-        except Exception as error:
-            wrong.append(repr(error))
+        with torch.cuda.stream(streams[i]):
+            for _ in range(20):
+                forms.step(layers[i], forms.tensor(512, 4096, grad=True))
 
     with card.recorded() as log:
-        running = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-        for thread in running:
-            thread.start()
-        for thread in running:
-            thread.join()
+        wrong = in_threads(2, work)
     kernels = [launch for launch in log if launch.registers]
     for layer, stream in zip(layers, streams, strict=True):
         own = [launch for launch in kernels if any(map(launch.takes, layer.parameters()))]
