@@ -111,7 +111,6 @@ def _step(
         config, source = tables.explain(tuned, arch, dtype, _shape_of(step, shape))
         if args.get("TMA"):
             features += ["tma", *["persistent"] * bool(config["persistent"])]
-            features += ["warp-specialized"] * bool(args.get("WARP_SPECIALIZE"))
         elif config.get("tma"):  # strides that TMA cannot read: the tile is that of pointers
             source = "default for pointers"
             config = configs.large_product(arch, dtype, shape.m, shape.n, tma=False)

@@ -213,9 +213,8 @@ def compilations(shapes: Iterable[Shape], dtype: str, arch: str, kernels: Iterab
     for kernel in kernels:
         tried = [candidates(kernel, arch, tables.DTYPES[dtype], shape) for shape in shapes]
         different = {tuple(sorted(config.items())) for found in tried for config in found}
-        total += len(different) + 2 * (
-            len(configs.KERNELS[kernel].forms) - 1
-        )  # the other forms: of the default and of the best
+        others = len(configs.KERNELS[kernel].forms) - 1
+        total += len(different) + 2 * others  # of the default and of the best
     return total
 
 

@@ -13,11 +13,20 @@ from glora_kernels.launch import configs, tables
 from glora_kernels.launch.configs import Shape
 from glora_kernels.launch.dequantize import weight_operands
 from glora_kernels.launch.glora import GROUP
-from glora_kernels.launch.plan import Dropout, Launch, arithmetic, halves, matrix, numerics, options, pair, vector
+from glora_kernels.launch.plan import (
+    NO_DROPOUT,
+    Dropout,
+    Launch,
+    arithmetic,
+    halves,
+    matrix,
+    numerics,
+    options,
+    pair,
+    vector,
+)
 from glora_kernels.launch.sizes import rows
 from glora_kernels.quant import QuantizedWeight
-
-_NO_DROPOUT = Dropout()
 
 
 def hadamard_grad_config(
@@ -61,7 +70,7 @@ def hadamard_grad_launch(
     out: HadamardGrad,
     *,
     s: Tensor | None = None,
-    dropout: Dropout = _NO_DROPOUT,
+    dropout: Dropout = NO_DROPOUT,
     factors: torch.dtype | None = None,
     arch: str,
     config: dict[str, int] | None = None,

@@ -3,7 +3,7 @@
     y = Z∘(1+a) + s·(x̃·B_downᵀ)·B_upᵀ + σ·bᵀ + β,   Z = xWᵀ, σ = Σₖ xₖ, x̃ = mask·x/(1-p), β = bias∘(1+d) + e + wc
 
 with Z from W_eff = W∘(1 + A_up·A_down) where A is lora, and x·A_downᵀ·(W·A_up)ᵀ added in the product variant.
-Three ways lead into it (`ops.ways`): in eager mode an `autograd.Function` (8 µs a call), under torch.compile and for
+Three ways lead into it (`ops.ways`): in eager mode an `autograd.Function`, under torch.compile and for
 whoever watches the operations the registered operator, one node, and under torch.func PyTorch's own operations. What
 it computes: `ops.eager`, `ops.triton`; `ops.composite`.
 """
