@@ -6,8 +6,8 @@ No device is looked at and torch is not imported: the module takes raw pointers 
     GLORA_KERNELS_CUDA_ARCHS=80;90   builds these alone (default: 80, 90 and 100, and PTX of the newest for later cards)
 
 Without nvcc, a host compiler, Python's headers, pybind11 or ninja the package is installed without it, and
-`glora_kernels.launch.cuda.why_missing()` says which of them was not found. An error of a compiler that is there fails
-the build.
+`glora_kernels.runtime.extension.why_missing()` says which of them was not found. An error of a compiler that is there
+fails the build.
 """
 
 from __future__ import annotations

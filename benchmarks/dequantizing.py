@@ -23,9 +23,9 @@ from benchmarks.devices import Call, Device
 from benchmarks.floor import Ceilings
 from benchmarks.quantized_peers import Unavailable
 from benchmarks.timing import Spread, progress
-from glora_kernels.launch import environment
 from glora_kernels.quant import QuantizedWeight, dequantize, quantize_weight
 from glora_kernels.reference.tolerance import allowed_error, largest_error
+from glora_kernels.runtime import environment
 
 FORMS = ("plain", "vectors", "low-rank")
 BACKENDS = ("cuda", "triton", "bnb", "eager")
@@ -96,7 +96,7 @@ def step(backend: str, weight: QuantizedWeight, out: Tensor, adapter: Adapter) -
         ImportError, RuntimeError: the backend is not installed.
     """
     if backend in ("cuda", "triton"):
-        place = "glora_kernels.launch." + ("cuda" if backend == "cuda" else "dequantize")
+        place = "glora_kernels.four_bit." + ("cuda" if backend == "cuda" else "dequantize")
         arch = environment.arch(torch.cuda.current_device()) if weight.is_cuda else "cpu"
         return importlib.import_module(place).dequantize_launch(weight, out, arch=arch, **adapter).run
     if backend == "bnb":

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.devices import Call, Device, bytes_of
 from benchmarks.floor import Ceilings
-from glora_kernels.ops.glora import seeds_on_device
+from glora_kernels.glora.op import seeds_on_device
 
 
 class Cuda(Device):

@@ -33,7 +33,8 @@ from benchmarks.floor import Ceilings
 from benchmarks.peers import Unavailable
 from benchmarks.store import Store
 from benchmarks.timing import progress, table
-from glora_kernels.launch import environment, outputs
+from glora_kernels.runtime import environment
+from glora_kernels.tools import outputs
 
 ARCH = "sm_90"
 RANK = 16
@@ -132,7 +133,7 @@ def planned(fused: bool, m: int = 8192, arch: str = ARCH) -> dict[str, Any]:
 
     fused: q/k/v and gate/up as one call each, as `fuse_siblings` makes them.
     """
-    from glora_kernels.commands import layer
+    from glora_kernels.tools.commands import layer
 
     config = cases.case_config("lora", RANK)
     sets: dict[str, int] = {}
@@ -150,9 +151,9 @@ def planned(fused: bool, m: int = 8192, arch: str = ARCH) -> dict[str, Any]:
 
 def _grouped_steps(shapes: list[tuple[int, int]], m: int, arch: str) -> tuple[int, int]:
     """Forward and backward steps of one set of siblings with its own factors."""
-    from glora_kernels.launch.plan import planning
-    from glora_kernels.ops import grouped_triton
-    from glora_kernels.ops.grouped_common import ABSENT, Group, GroupNeeds, Operands
+    from glora_kernels.grouped import triton as grouped_triton
+    from glora_kernels.grouped.group import ABSENT, Group, GroupNeeds, Operands
+    from glora_kernels.runtime.launch import planning
 
     def meta(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.bfloat16, device="meta")

@@ -20,7 +20,7 @@ from benchmarks.cases import Contestant, Expected, Problem, Shape
 from benchmarks.devices import Device
 from benchmarks.peers import Unavailable
 from glora_kernels import GLoRAConfig
-from glora_kernels.ops import grouped
+from glora_kernels.grouped import op as grouped
 from glora_kernels.reference.tolerance import allowed_error, literal_step
 
 Grads = tuple[Tensor, tuple[Tensor, ...]]

@@ -18,7 +18,7 @@ import torch
 from benchmarks import cases
 from benchmarks.cases import Contestant, Shape
 from benchmarks.timing import Spread, interleaved, table
-from glora_kernels.launch import outputs
+from glora_kernels.tools import outputs
 
 SHAPE = Shape(m=1, k=16, n=16, r=4)
 CASES = ("lora", "glora:vector,lora,none,none,vector")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Spread, interleaved, ratio, table
-from glora_kernels.launch import outputs
+from glora_kernels.tools import outputs
 
 CHAIN = 8
 INNER = 5  # steps in a row: in training too a chain follows one like it

@@ -139,20 +139,21 @@ def _literal(layer: GLoRALinear, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _kernel(layers: list[GLoRALinear]) -> Callable[[], None] | None:
     """The launch that merges all layers, its table made; None where no kernel serves this device."""
-    from glora_kernels.launch import routes
-    from glora_kernels.launch.table import Layer, group_key
+    from glora_kernels.depth.table import Layer, group_key
+    from glora_kernels.runtime import routes
 
     weight = layers[0].weight
     if routes.route(weight.device.type, weight.dtype) != "triton":
         return None
-    from glora_kernels.launch import depth
-    from glora_kernels.launch.plan import arch_of
+    from glora_kernels.depth.merge import merge_launch
+    from glora_kernels.depth.rows import layer_table
+    from glora_kernels.runtime.launch import arch_of
 
     operands = [Layer(one.weight.detach(), None, one.adapter(), one.config.scale) for one in layers]
     key = group_key(operands[0])
     assert key is not None
-    table = depth.layer_table(operands, key, [{} for _ in operands])
-    launch = depth.merge_launch(table, arch=arch_of(weight))
+    table = layer_table(operands, key, [{} for _ in operands])
+    launch = merge_launch(table, arch=arch_of(weight))
 
     def merge(kept: object = table) -> None:  # the table keeps alive what its addresses point to
         launch.run()

@@ -27,7 +27,7 @@ from benchmarks.devices import Device
 from benchmarks.floor import Ceilings
 from benchmarks.store import Store
 from benchmarks.timing import progress, table
-from glora_kernels.launch import outputs
+from glora_kernels.tools import outputs
 
 ROUNDS = {"cpu": 11, "cuda": 25}
 STAGES = ("nf4", "nf4-decode", "nf4-parts")

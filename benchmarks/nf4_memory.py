@@ -21,8 +21,8 @@ from benchmarks.battery import LORA, QGLORA, QLORA, QLORA_LORA, Entry
 from benchmarks.cases import Contestant, Shape
 from benchmarks.devices import Call, Device
 from benchmarks.timing import progress
-from glora_kernels.launch import workspace
 from glora_kernels.quant import QuantState
+from glora_kernels.runtime import workspace
 
 CONTESTANTS = (
     (QLORA, "ours"),

@@ -46,7 +46,8 @@ from benchmarks.peft_models_build import (
 )
 from benchmarks.peft_models_text import DROPPED, HIRA, TARGETS
 from benchmarks.timing import Spread, progress, ratio
-from glora_kernels.launch import outputs, workspace
+from glora_kernels.runtime import workspace
+from glora_kernels.tools import outputs
 
 ROUNDS = {"cpu": 9, "cuda": 25}
 LEAST_ROUNDS = 3

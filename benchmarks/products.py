@@ -32,8 +32,8 @@ from benchmarks import cases
 from benchmarks.cases import Contestant, Problem, Shape
 from benchmarks.timing import progress, table
 from glora_kernels import GLoRAConfig
-from glora_kernels.launch import outputs
 from glora_kernels.spec import CHOICES
+from glora_kernels.tools import outputs
 
 SHAPE = Shape(m=256, k=512, n=512, r=8)
 _SOUNDS_LIKE_A_PRODUCT = re.compile(r"(mm|mv|matmul|linear|addr|ger|dot|einsum|tensordot|attention|conv\w*)_?$")

@@ -21,7 +21,7 @@ import torch
 from benchmarks import cases
 from benchmarks.cases import Contestant, Shape
 from benchmarks.timing import Spread, interleaved, progress, ratio, table
-from glora_kernels.launch import outputs
+from glora_kernels.tools import outputs
 
 CASES = (
     "lora",

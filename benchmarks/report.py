@@ -48,7 +48,7 @@ from benchmarks.devices import Device
 from benchmarks.floor import Ceilings
 from benchmarks.stage import DEVICE_LOST, DONE, OUT_OF_TIME
 from benchmarks.store import Store
-from glora_kernels.launch import outputs
+from glora_kernels.tools import outputs
 
 RESULTS = Path(__file__).parent / "results"
 STAGE_MINUTES = 8.5

@@ -160,7 +160,7 @@ def row_figures(entry: Entry, direction: str, seconds: list[float], ceilings: Ce
 
 
 def _check_dropout(contestant: Contestant, problem: Problem) -> float:
-    from glora_kernels.ops.glora import dropout_seed
+    from glora_kernels.glora.op import dropout_seed
     from glora_kernels.reference.random import keep_mask
 
     x, p = problem.x, problem.config.dropout

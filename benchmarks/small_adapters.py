@@ -32,7 +32,7 @@ from benchmarks import cases
 from benchmarks.cases import Contestant, Problem, Shape
 from benchmarks.timing import progress, table
 from glora_kernels import GLoRAConfig, backend, reference
-from glora_kernels.launch import outputs
+from glora_kernels.tools import outputs
 
 SIZES_A, SIZES_B = (1e-3, 3e-3, 1e-2), (1e-3, 1e-2)
 FORMS_A, FORMS_B = ("vector", "constant", "lora"), ("lora", "vector")

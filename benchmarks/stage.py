@@ -23,7 +23,7 @@ from benchmarks.floor import Ceilings
 from benchmarks.runner import DeviceLost
 from benchmarks.schema import slug
 from benchmarks.store import Store, header_of
-from glora_kernels.launch import outputs
+from glora_kernels.tools import outputs
 
 DONE, OUT_OF_TIME, DEVICE_LOST = 0, 3, 4
 ONCE: dict[str, Callable[..., dict[str, Any]]] = {

@@ -134,7 +134,7 @@ std::pair<int, int> versions() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    module.doc() = "CUDA kernels of the 4-bit base, by raw pointer; glora_kernels.launch.cuda checks and calls them.";
+    module.doc() = "CUDA kernels of the 4-bit base, by raw pointer; glora_kernels.four_bit.cuda checks and calls them.";
     module.def("build_info", &build_info, "The architectures of the machine code and the version of nvcc.");
     module.def("versions", &versions, "CUDA versions of the driver (0 without one) and of the runtime in the module.");
     // Without the GIL: a launch blocks where the queue of the card is full.

@@ -32,8 +32,8 @@ import torch
 from torch import nn
 
 import glora_kernels as gk
-from glora_kernels.launch import workspace
 from glora_kernels.quant import QuantizedWeight
+from glora_kernels.runtime import workspace
 
 if missing := [name for name in ("matplotlib", "tqdm", "transformers") if find_spec(name) is None]:
     sys.exit(f"missing: {', '.join(missing)}; the examples need: pip install 'glora_kernels[examples]'")

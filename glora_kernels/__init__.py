@@ -4,7 +4,6 @@ Importing the package touches no GPU and loads no kernel.
 """
 
 from glora_kernels.integrations import AccelerationReport, accelerate, acceleration, decelerate
-from glora_kernels.launch.routes import backend
 from glora_kernels.nn import (
     FusedReport,
     GLoRALinear,
@@ -31,6 +30,7 @@ from glora_kernels.nn import (
     unmerge,
     warmup,
 )
+from glora_kernels.runtime.routes import backend
 from glora_kernels.spec import GLoRAConfig, ShareLoRAConfig
 
 __all__ = [

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from glora_kernels.commands import bench, check, info, params, tune
+from glora_kernels.tools.commands import bench, check, info, params, tune
 
 COMMANDS: dict[str, Any] = {"info": info, "check": check, "tune": tune, "bench": bench, "params": params}
 

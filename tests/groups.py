@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from glora_kernels import reference
-from glora_kernels.launch.routes import backend
 from glora_kernels.ops import glora_linear, grouped_lora_linear
 from glora_kernels.reference.tolerance import allowed_error, largest_error
+from glora_kernels.runtime.routes import backend
 
 
 @dataclass

@@ -27,8 +27,8 @@ from torch import Tensor
 
 import glora_kernels
 from glora_kernels import reference
-from glora_kernels.launch.routes import backend
 from glora_kernels.ops import glora_linear, glora_wc
+from glora_kernels.runtime.routes import backend
 from glora_kernels.spec import GLoRAConfig
 
 FACTOR, FLOOR = 2.0, {"rms": 2.0, "max": 4.0}

@@ -13,9 +13,12 @@ import glora_kernels
 ROOT = Path(glora_kernels.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = {
-    "spec": 0, "modes": 0, "reference": 1, "quant": 1, "launch.environment": 1, "kernels": 2, "launch": 2, "ops": 3,
-    "launch.aot": 3, "nn": 4, "integrations": 5, "selftest": 5, "commands": 6, "__main__": 6, "__init__": 6,
+    "spec": 0, "modes": 0, "operands": 0, "reference": 1, "quant": 1, "runtime": 2, "tile": 3, "dispatch": 3,
+    "four_bit": 4, "glora": 5, "grouped": 6, "depth": 6, "ops": 7, "nn": 8, "integrations": 9, "__init__": 10,
+    "tools": 10, "__main__": 10,
 }  # fmt: skip
+SLICES = ("four_bit", "glora", "grouped", "depth")
+"""One folder an operator: its launchers under their kernels, its eager twin and its registration beside them."""
 PUBLIC = {
     "AccelerationReport", "FusedReport", "GLoRAConfig", "GLoRALinear", "GroupedLoRALinear", "MergeReport",
     "QuantizedLinear", "ShareLoRAConfig", "accelerate", "acceleration", "backend", "clip_grad_norm_", "decelerate",
@@ -71,7 +74,7 @@ def test_layers_import_only_downward(path):
     here = floor(module_of(path))
     for name in imports(path):
         if name == "glora_kernels":
-            assert here >= FLOORS["selftest"], f"{path.name} imports the whole package"
+            assert here >= FLOORS["tools"], f"{path.name} imports the whole package"
         if name.startswith("glora_kernels."):
             assert floor(name.removeprefix("glora_kernels.")) <= here, f"{path.name} imports {name}, which is above it"
 
@@ -93,15 +96,21 @@ def test_the_specification_needs_no_torch():
 
 
 @files
-def test_triton_is_imported_by_kernels_and_launchers_only(path):
+def test_triton_is_imported_beside_kernels_only(path):
     module = module_of(path)
     if any(name.split(".")[0] == "triton" for name in imports(path)):
-        assert module.split(".")[0] in ("kernels", "launch", "__main__", "selftest"), module
+        assert module.split(".")[0] in ("operands", "tile", "runtime", "tools", "__main__", *SLICES), module
+
+
+@files
+def test_tools_are_not_imported_by_what_runs(path):
+    if module_of(path).split(".")[0] not in ("tools", "__main__"):
+        assert not any(name.startswith("glora_kernels.tools") for name in imports(path)), path
 
 
 @files
 def test_environment_variables_are_read_in_one_module(path):
-    if module_of(path) != "launch.environment":
+    if module_of(path) != "runtime.environment":
         assert not re.search(
             r"os\.environ(\.get|\[)|os\.getenv|get_device_properties|get_device_capability", path.read_text()
         )
@@ -121,16 +130,20 @@ def test_tests_are_short_too():
         assert len(path.read_text().splitlines()) <= 600, path
 
 
-def test_kernels_are_private_and_have_launchers():
-    text = "".join(p.read_text() for p in (ROOT / "kernels").glob("*.py"))
-    launchers = "".join(p.read_text() for p in (ROOT / "launch").glob("*.py"))
-    kernels = re.findall(r"^def (\w+_kernel)\(", text, re.M)
-    assert len(kernels) >= 7
-    for name in kernels:
-        assert name.startswith("_")
-        launcher = LAUNCHERS.get(name, f"{name.removeprefix('_').removesuffix('_kernel')}_launch")
-        assert f"def {launcher}(" in launchers
-    assert "atomic" not in re.sub(r'"""[\s\S]*?"""', "", text), "sums must not differ from run to run"
+def test_kernels_are_private_and_their_launchers_stand_beside_them():
+    count = 0
+    for path in FILES:
+        text = path.read_text()
+        kernels = re.findall(r"^@triton.jit.*\ndef (\w+_kernel)\(", text, re.M)
+        count += len(kernels)
+        for name in kernels:
+            assert name.startswith("_")
+            launcher = LAUNCHERS.get(name, f"{name.removeprefix('_').removesuffix('_kernel')}_launch")
+            assert f"def {launcher}(" in text, f"{path}: {launcher} is not in the file of its kernel"
+        if "@triton.jit" in text:
+            code = re.sub(r'"""[\s\S]*?"""', "", text)
+            assert "atomic" not in code, "sums must not differ from run to run"
+    assert count >= 20
 
 
 def test_public_names():

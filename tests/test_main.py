@@ -8,15 +8,19 @@ import os
 import random
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from glora_kernels import selftest
+import glora_kernels as gk
 from glora_kernels.__main__ import COMMANDS, main, run
-from glora_kernels.commands.bench import row
-from glora_kernels.launch import configs, cuda, environment, four_bit, outputs, tables
-from glora_kernels.launch.configs import Shape
+from glora_kernels.four_bit import cuda
+from glora_kernels.four_bit import kinds as four_bit
+from glora_kernels.runtime import configs, environment, extension, tables
+from glora_kernels.runtime.configs import Shape
+from glora_kernels.tools import outputs, selftest
+from glora_kernels.tools.commands.bench import row
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 LAYER = ["info", "--layer", "8192x4096x4096", "--arch", "sm_90"]
@@ -77,8 +81,8 @@ def test_info(capsys):
 
 
 def test_info_names_kernels_that_exist(capsys):
-    folder = environment.Path(tables.__file__).parent.parent / "kernels"
-    known = set(re.findall(r"^def (_\w+_kernel)\(", "".join(p.read_text() for p in folder.glob("*.py")), re.M))
+    folder = Path(gk.__file__).parent
+    known = set(re.findall(r"^def (_\w+_kernel)\(", "".join(p.read_text() for p in folder.rglob("*.py")), re.M))
     named = set(re.findall(r"\b_\w+_kernel\b", out(capsys, "info")))
     assert named <= known
     assert len(named) >= 10
@@ -160,9 +164,9 @@ def test_the_library_route_is_shown(capsys, monkeypatch):
 
 
 def test_info_says_whether_the_extension_is_built(capsys, monkeypatch):
-    monkeypatch.setattr(cuda, "why_missing", lambda arch=None: "the CUDA extension is missing: no nvcc was found")
+    monkeypatch.setattr(extension, "why_missing", lambda arch=None: "the CUDA extension is missing: no nvcc was found")
     assert re.search(r"^CUDA extension +the CUDA extension is missing: no nvcc was found$", out(capsys, "info"), re.M)
-    monkeypatch.setattr(cuda, "why_missing", lambda arch=None: None)
+    monkeypatch.setattr(extension, "why_missing", lambda arch=None: None)
     monkeypatch.setattr(cuda, "build_info", lambda: {"archs": ("80", "90"), "nvcc": "13.0"})
     assert re.search(r"^CUDA extension +built for sm_80, sm_90 by nvcc 13\.0", out(capsys, "info"), re.M)
 
@@ -258,7 +262,7 @@ def test_tune_lists_without_a_gpu(capsys):
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter")
 def test_tune_says_what_it_gained(capsys, monkeypatch, tmp_path):
-    from glora_kernels.launch import machine, tune
+    from glora_kernels.tools import machine, tune
 
     card = machine.Machine("Test Card", "sm_90", "cpu", lambda contenders, rounds: [
         [1.0 / steps[0].__self__.options["num_stages"]] * rounds for steps in contenders

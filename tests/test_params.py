@@ -10,8 +10,8 @@ import torch
 
 import glora_kernels as gk
 from glora_kernels.__main__ import main
-from glora_kernels.commands import params
-from glora_kernels.commands.params import MODELS, Sizes, count, methods, skeleton
+from glora_kernels.tools.commands import params
+from glora_kernels.tools.commands.params import MODELS, Sizes, count, methods, skeleton
 
 PUBLISHED = {
     "llama-7b": (159_907_840, 89_309_184, 75_595_776, 4_997_120),

@@ -16,17 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from glora_kernels.dispatch.common import Weight
+from glora_kernels.dispatch.ways import is_plain as is_strided
+from glora_kernels.dispatch.ways import is_transformed
+from glora_kernels.glora.op import dropout_seed
 from glora_kernels.nn.base import conv1d_class, is_linear_anew
 from glora_kernels.nn.frozen import QuantizedLinear
 from glora_kernels.nn.warmup import Form
 from glora_kernels.ops import glora_linear, glora_wc
-from glora_kernels.ops.common import Weight
-from glora_kernels.ops.glora import dropout_seed
-from glora_kernels.ops.triton import MAX_RANK
-from glora_kernels.ops.ways import is_plain as is_strided
-from glora_kernels.ops.ways import is_transformed
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.quant.bnb import REPACKED, from_linear4bit, is_linear4bit, keep_codes, linear4bit_class, refusal
+from glora_kernels.runtime.configs import MAX_RANK
 
 HOOKED = "a module inside it has hooks, or a forward of its own (offloading to a CPU or disk is one)"
 NESTED = "its base is another adapter"

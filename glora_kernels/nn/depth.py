@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from glora_kernels.depth import op as depth
+from glora_kernels.depth.deferred import Deferred, DeferredLinear, ticket
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.merging import SHIFTS, operands
 from glora_kernels.nn.model import named_layers, unwrap
-from glora_kernels.ops import depth
-from glora_kernels.ops.deferred import Deferred, DeferredLinear, ticket
 
 _FACTORS = {"B_down": "b_down", "B_up": "b_up"}
 

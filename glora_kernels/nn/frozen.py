@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glora_kernels.dispatch.common import Weight
 from glora_kernels.modes import ordinary
 from glora_kernels.ops import glora_linear
-from glora_kernels.ops.common import Weight
 from glora_kernels.quant import QuantizedWeight, QuantState, dequantize
 from glora_kernels.quant.bnb import from_linear4bit, packed_bytes, to_linear4bit
 from glora_kernels.quant.checkpoint import NAMES, state_from_tensors, state_tensors

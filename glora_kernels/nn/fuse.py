@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from glora_kernels.grouped.op import MAX_MEMBERS
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import listed, named_layers, unwrap
 from glora_kernels.nn.sibling_names import cross_attention_sets, sibling_sets
 from glora_kernels.nn.siblings import SiblingGroup, install, refusal
-from glora_kernels.ops.grouped import MAX_MEMBERS
 from glora_kernels.spec import select
 
 _QUOTED = re.compile("'([^']*)'")  # a path in a sentence

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from glora_kernels.dispatch.common import Weight
+from glora_kernels.glora.op import dropout_seed
 from glora_kernels.modes import ordinary
 from glora_kernels.nn.base import Base, base_of, check_config, is_linear, shell, unsupported
 from glora_kernels.nn.frozen import (
@@ -27,16 +29,14 @@ from glora_kernels.nn.frozen import (
 from glora_kernels.nn.mergeable import ADAPTER_NAMES, FROZEN, NAMES, Mergeable
 from glora_kernels.nn.requantize import Kept
 from glora_kernels.ops import glora_linear
-from glora_kernels.ops.common import Weight
-from glora_kernels.ops.glora import dropout_seed
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.spec import GLoRAConfig
 
 if TYPE_CHECKING:
+    from glora_kernels.depth.deferred import DeferredLinear
     from glora_kernels.nn.depth import KeptShift
     from glora_kernels.nn.share import Holders
     from glora_kernels.nn.siblings import SiblingGroup
-    from glora_kernels.ops.deferred import DeferredLinear
 
 
 def _frozen(parameter: Tensor) -> nn.Parameter:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glora_kernels.dispatch.common import wide_dtype, without_autocast
 from glora_kernels.nn.base import HOOKS
 from glora_kernels.nn.frozen import FrozenBase, QuantizedLinear, check_dtype, plain_linear
 from glora_kernels.nn.ranks import refuse_sharded
@@ -31,7 +32,6 @@ from glora_kernels.nn.requantize import (
 )
 from glora_kernels.nn.ties import overlaps
 from glora_kernels.nn.undo import finish
-from glora_kernels.ops.common import wide_dtype, without_autocast
 from glora_kernels.quant import QuantizedWeight, dequantize
 from glora_kernels.quant.bnb import is_linear4bit
 from glora_kernels.reference import effective_bias, effective_weight

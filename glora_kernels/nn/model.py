@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from glora_kernels.launch.progress import progress as shown
 from glora_kernels.nn.biases import added_biases, warn_of_biases
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.mergeable import UNSHARD
@@ -26,6 +25,7 @@ from glora_kernels.nn.ranks import refuse_sharded
 from glora_kernels.nn.requantize import MergeReport, refusal, remerging, requantized
 from glora_kernels.nn.ties import memory, overlaps, owned
 from glora_kernels.nn.undo import all_or_none
+from glora_kernels.runtime.progress import progress as shown
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 """The names under which wrappers hold the module they wrap; they are no part of a module's path."""

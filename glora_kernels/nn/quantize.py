@@ -8,7 +8,6 @@ from typing import Literal, overload
 import torch
 from torch import nn
 
-from glora_kernels.launch.progress import progress as shown
 from glora_kernels.modes import has_values
 from glora_kernels.nn.base import M, base_of
 from glora_kernels.nn.frozen import QuantizedLinear, check_dtype
@@ -28,6 +27,7 @@ from glora_kernels.nn.undo import all_or_none
 from glora_kernels.quant import QuantizedWeight, quantize_weight
 from glora_kernels.quant.codes import QUANT_TYPES
 from glora_kernels.quant.weight import DTYPES, check_blocksize
+from glora_kernels.runtime.progress import progress as shown
 
 QuantType = Literal["nf4", "fp4"]
 """`QUANT_TYPES`, for type checkers."""

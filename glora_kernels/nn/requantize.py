@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from glora_kernels.dispatch.common import without_autocast
 from glora_kernels.nn.frozen import describe
-from glora_kernels.ops.common import without_autocast
 from glora_kernels.quant import QuantizedWeight, QuantState, dequantize, quantize_weight
 from glora_kernels.reference import effective_bias, effective_weight
 

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 from torch._guards import CompileContext
 
+from glora_kernels.dispatch.common import Supports, autocast_dtype, shift
+from glora_kernels.dispatch.prepared import Backwards, note_backwards
+from glora_kernels.dispatch.ways import is_plain
+from glora_kernels.glora.op import dropout_seed
+from glora_kernels.grouped.op import MAX_MEMBERS, Layout, layout_of
+from glora_kernels.grouped.op import call as grouped_call
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.ranks import is_part
 from glora_kernels.nn.sibling_names import ATTENTION, GATED, cross_attention_sets, sibling_sets
 from glora_kernels.ops import glora_wc, grouped_lora_linear
-from glora_kernels.ops.common import Supports, autocast_dtype, shift
-from glora_kernels.ops.glora import dropout_seed
-from glora_kernels.ops.grouped import MAX_MEMBERS, Layout, layout_of
-from glora_kernels.ops.grouped import call as grouped_call
-from glora_kernels.ops.prepared import Backwards, note_backwards
-from glora_kernels.ops.ways import is_plain
 
 __all__ = [
     "ATTENTION",

@@ -7,7 +7,6 @@ from typing import overload
 
 from torch import nn
 
-from glora_kernels.launch.progress import progress as shown
 from glora_kernels.nn.base import M
 from glora_kernels.nn.biases import added_biases, keep_biases, warn_of_biases
 from glora_kernels.nn.linear import GLoRALinear
@@ -20,6 +19,7 @@ from glora_kernels.nn.share import forget_tied
 from glora_kernels.nn.undo import all_or_none
 from glora_kernels.nn.wide import narrow, narrowed
 from glora_kernels.quant.bnb import free_codes
+from glora_kernels.runtime.progress import progress as shown
 
 
 @overload

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from glora_kernels.launch import configs, routes
-from glora_kernels.launch.progress import note
-from glora_kernels.launch.progress import progress as shown
+from glora_kernels.glora.op import seeds_on_device
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import named_layers, unwrap
 from glora_kernels.nn.ranks import refuse_sharded
-from glora_kernels.ops.glora import seeds_on_device
+from glora_kernels.runtime import configs, routes
+from glora_kernels.runtime.progress import note
+from glora_kernels.runtime.progress import progress as shown
 
 
 class Form(NamedTuple):
@@ -53,7 +53,7 @@ def warmup(
     the model changes: no gradient is left, no hook runs, the generators of the CPU and the GPU and every `training`
     flag are as before. What stays is compiled code, and the workspaces that the layers will use.
 
-    Launches are the same for all numbers of tokens of a class (`launch.configs.representative`), and there are seven
+    Launches are the same for all numbers of tokens of a class (`runtime.configs.representative`), and there are seven
     classes. An integer stands for all up to it: after 8192, no number of tokens compiles anything more. A list is taken
     as it is, for steps whose sizes are known.
 

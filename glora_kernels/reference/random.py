@@ -1,7 +1,7 @@
 """The two random streams of the library in plain PyTorch: dropout masks and rounding dither.
 
 Both are pure functions of a position, so that forward, backward, a recomputation, the eager path and the
-Triton kernels (`kernels/common.py`, the same integers) all see the same bits, and the kernels store nothing.
+Triton kernels (`tile.py`, the same integers) all see the same bits, and the kernels store nothing.
 
 Dropout: Philox-4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011;
 7 rounds is the smallest count that passes BigCrush). One counter yields 128 bits, used as eight 16-bit

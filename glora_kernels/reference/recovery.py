@@ -1,4 +1,4 @@
-"""Within which limits dA of a vector or constant A is recovered from y (`ops.recover`), here and in the kernels."""
+"""Within which limits dA of a vector or constant A is recovered from y (`glora.recover`), here and in the kernels."""
 
 SUM = 1.5
 """Of Σₘ p to Σₘ |q|."""

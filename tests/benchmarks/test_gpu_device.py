@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.devices import Call
 from benchmarks.gpu import Cuda
-from glora_kernels.ops import glora
+from glora_kernels.glora import op as glora
 
 
 class FakeStream:

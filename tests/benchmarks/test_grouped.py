@@ -37,7 +37,7 @@ from benchmarks.devices import Device
 from benchmarks.floor import Ceilings
 from benchmarks.schema import SchemaError
 from benchmarks.store import Store
-from glora_kernels.launch import environment
+from glora_kernels.runtime import environment
 
 RATES = Ceilings(0.1, 10.0)
 QKV, GATE_UP = battery.sibling_groups("tiny")

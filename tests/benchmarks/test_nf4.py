@@ -40,8 +40,8 @@ from benchmarks.cases import Contestant, Problem
 from benchmarks.devices import Device
 from benchmarks.floor import Ceilings
 from benchmarks.store import Store
-from glora_kernels.launch import environment
 from glora_kernels.quant import dequantize
+from glora_kernels.runtime import environment
 
 RATES = Ceilings(0.1, 10.0)
 TRAIN, ONE, FEW = battery.nf4_groups("tiny")

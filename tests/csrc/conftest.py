@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from glora_kernels.launch import cuda_build
+from glora_kernels.runtime import extension as built_extension
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 HERE = Path(__file__).parent
@@ -70,6 +70,6 @@ def host_module(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def extension():
     """glora_kernels._C, where it was built."""
-    if reason := cuda_build.why_missing():
+    if reason := built_extension.why_missing():
         pytest.skip(reason)
-    return cuda_build.module()
+    return built_extension.module()

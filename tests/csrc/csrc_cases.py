@@ -6,14 +6,14 @@ import math
 
 import torch
 
-from glora_kernels.kernels.operands import Shift, Terms
-from glora_kernels.launch import cuda
+from glora_kernels.four_bit import cuda
+from glora_kernels.operands import Shift, Terms
 from glora_kernels.quant import dequantize, quantize_weight
 from glora_kernels.reference.random import round_dithered
 
 
 def small_m_launch(x, weight, y, arch, a=None, b=None, b_up=None, bias=None, wc=None, d=None, e=None, **given):
-    """`launch.cuda.small_m_launch` of terms by name."""
+    """`four_bit.cuda.small_m_launch` of terms by name."""
     return cuda.small_m_launch(x, weight, y, Terms(a=a, b=b, up=b_up, shift=Shift(bias, wc, d, e)), arch=arch, **given)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from glora_kernels.launch import cuda_build
+from glora_kernels.runtime import extension as built_extension
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {"dequantize_kernel": 3, "dequantize_adapted_kernel": 6, "small_m_gemv_kernel": 6, "small_m_mma_kernel": 8}
@@ -43,7 +43,7 @@ def test_without_nvcc_the_package_is_built_and_says_so(tmp_path, environment, re
     package = tmp_path / "lib" / "glora_kernels"
     assert (package / "__init__.py").exists()
     assert not list(package.glob("_C*.so"))
-    assert reason in (package / cuda_build._RECORD).read_text()
+    assert reason in (package / built_extension._RECORD).read_text()
 
 
 def fake_nvcc(directory: Path, script: str) -> str:
@@ -112,12 +112,12 @@ def test_no_kernel_spills_on_any_architecture(extension):
             kernel = next(k for k in KERNELS if re.search(rf"\d{k}I", name))
             found[arch, kernel] = found.get((arch, kernel), 0) + 1
             assert (stack, local) == ("0", "0"), f"{name} on sm_{arch}"
-    archs = cuda_build.build_info()["archs"]
+    archs = built_extension.build_info()["archs"]
     assert found == {(arch, kernel): count for arch in archs for kernel, count in KERNELS.items()}
 
 
 def test_the_small_m_kernels_use_tensor_cores(extension):
-    arch = cuda_build.build_info()["archs"][0]
+    arch = built_extension.build_info()["archs"][0]
     command = [cuobjdump(), "-sass", "-arch", f"sm_{arch}", extension.__file__]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     counts = {}
@@ -141,6 +141,6 @@ def test_the_small_m_kernels_use_tensor_cores(extension):
     ("sm_120", 13000, "driver for CUDA 13.1, this one serves up to 13.0"),  # PTX of a later toolkit
 ])  # fmt: skip
 def test_a_driver_that_is_too_old_is_named(monkeypatch, arch, driver, words):
-    monkeypatch.setattr(cuda_build, "build_info", lambda: {"archs": ("80", "90", "100"), "nvcc": "13.1"})
-    reason = cuda_build._driver_too_old(arch, driver, 13010)
+    monkeypatch.setattr(built_extension, "build_info", lambda: {"archs": ("80", "90", "100"), "nvcc": "13.1"})
+    reason = built_extension._driver_too_old(arch, driver, 13010)
     assert reason is None if words is None else words in reason

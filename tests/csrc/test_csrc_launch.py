@@ -8,9 +8,10 @@ import csrc_cases as cases
 import pytest
 import torch
 
-from glora_kernels.launch import cuda, cuda_build
-from glora_kernels.launch.plan import planning
+from glora_kernels.four_bit import cuda
 from glora_kernels.quant import QuantizedWeight, quantize_weight
+from glora_kernels.runtime import extension as built_extension
+from glora_kernels.runtime.launch import planning
 
 
 def weight_of(n=8, k=64, blocksize=32, double_quant=False):
@@ -133,37 +134,39 @@ def test_the_configuration_fits_the_card_and_fills_it(arch):
 
 def test_machine_code_of_a_major_version_and_ptx_of_the_newest():
     built = ("80", "90", "100")
-    assert all(cuda_build.runs_on(arch, built) for arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"))
-    assert not cuda_build.runs_on("sm_75", built)
-    assert not cuda_build.runs_on("sm_80", ("90",))
-    assert not cuda_build.runs_on("sm_80", ("86",))
-    assert not cuda_build.runs_on("sm_100", ("90a",))
-    assert cuda_build.runs_on("sm_90", ("90a",))
-    assert not cuda_build.runs_on("gfx942", built)
+    assert all(
+        built_extension.runs_on(arch, built) for arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+    )
+    assert not built_extension.runs_on("sm_75", built)
+    assert not built_extension.runs_on("sm_80", ("90",))
+    assert not built_extension.runs_on("sm_80", ("86",))
+    assert not built_extension.runs_on("sm_100", ("90a",))
+    assert built_extension.runs_on("sm_90", ("90a",))
+    assert not built_extension.runs_on("gfx942", built)
 
 
 def test_what_is_missing_is_said(monkeypatch, tmp_path):
     def missing(name):
         raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr(cuda_build.importlib, "import_module", missing)
-    monkeypatch.setattr(cuda_build, "__file__", str(tmp_path / "launch" / "cuda_build.py"))
-    cuda_build._load.cache_clear()
+    monkeypatch.setattr(built_extension.importlib, "import_module", missing)
+    monkeypatch.setattr(built_extension, "__file__", str(tmp_path / "launch" / "extension.py"))
+    built_extension._load.cache_clear()
     try:
-        assert not cuda_build.available()
-        assert "without building it" in cuda_build.why_missing()
-        cuda_build._load.cache_clear()
-        (tmp_path / cuda_build._RECORD).write_text("nvcc was not found\n")
-        assert "nvcc was not found" in cuda_build.why_missing()
+        assert not built_extension.available()
+        assert "without building it" in built_extension.why_missing()
+        built_extension._load.cache_clear()
+        (tmp_path / built_extension._RECORD).write_text("nvcc was not found\n")
+        assert "nvcc was not found" in built_extension.why_missing()
         with pytest.raises(RuntimeError, match="nvcc was not found"):
-            cuda_build.module()
+            built_extension.module()
     finally:
-        cuda_build._load.cache_clear()
+        built_extension._load.cache_clear()
 
 
 def test_a_built_extension_tells_what_it_is(extension):
-    info = cuda_build.build_info()
+    info = built_extension.build_info()
     assert info["archs"]
     assert all(arch.rstrip("af").isdigit() for arch in info["archs"])
     assert info["nvcc"][0].isdigit()
-    assert cuda_build.available(f"sm_{info['archs'][0]}")
+    assert built_extension.available(f"sm_{info['archs'][0]}")

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from glora_kernels.launch import cuda
+from glora_kernels.four_bit import cuda
 from glora_kernels.quant import QuantizedWeight, dequantize, quantize_weight
 from glora_kernels.reference.random import round_dithered
 

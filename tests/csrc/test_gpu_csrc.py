@@ -6,8 +6,9 @@ import csrc_cases as cases
 import pytest
 import torch
 
-from glora_kernels.launch import cuda, environment
+from glora_kernels.four_bit import cuda
 from glora_kernels.quant import dequantize, quantize_weight
+from glora_kernels.runtime import environment
 
 pytestmark = pytest.mark.gpu
 BIG = [
@@ -22,7 +23,7 @@ BIG = [
 @pytest.fixture(autouse=True)
 def arch(extension):
     arch = environment.arch(torch.cuda.current_device())
-    if reason := cuda.why_missing(arch):
+    if reason := extension.why_missing(arch):
         pytest.skip(reason)
     return arch
 

@@ -12,7 +12,7 @@ import csrc_cases as cases
 import pytest
 import torch
 
-from glora_kernels.launch import cuda
+from glora_kernels.four_bit import cuda
 
 
 class Host:

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from dry_card import card
-from glora_kernels.launch import program
 from glora_kernels.reference import tolerance
+from glora_kernels.runtime import program
 
 TESTS = Path(__file__).resolve().parents[1]
 

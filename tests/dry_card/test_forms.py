@@ -1,4 +1,4 @@
-"""What is planned for a card that is not here (`ops.planned`) is what real calls on one ask Triton's JIT for."""
+"""What is planned for a card that is not here (`tools.planned`) is what real calls on one ask Triton's JIT for."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def asked() -> dict[str, list[list[str]]]:
     from triton import knobs
 
     from dry_card import forms
-    from glora_kernels.launch import elsewhere, environment
-    from glora_kernels.launch.plan import Launch
-    from glora_kernels.ops import planned
+    from glora_kernels.runtime import environment
+    from glora_kernels.runtime.launch import Launch
+    from glora_kernels.tools import elsewhere, planned
 
     arch, real = environment.arch(0), set()
 

@@ -16,7 +16,7 @@ def _step(x: Any, supports: dict[str, Any], **options: Any) -> None:
     import torch
 
     from dry_card import forms
-    from glora_kernels.ops.glora import glora_linear
+    from glora_kernels.glora.op import glora_linear
 
     weight = options.pop("weight", None)
     y = glora_linear(x, forms.tensor(256, 256) if weight is None else weight, **supports, **options)
@@ -36,8 +36,8 @@ def both_ways() -> dict[str, Any]:
 
     import glora_kernels as gk
     from dry_card import card, forms
-    from glora_kernels.launch.program import launching
-    from glora_kernels.ops import prepared
+    from glora_kernels.dispatch import prepared
+    from glora_kernels.runtime.program import launching
 
     def given(run: Any) -> list[Any]:
         with card.recorded() as log:
@@ -89,8 +89,8 @@ def test_both_ways_give_the_card_the_same(on_card):
 def smaller_card() -> list[list[int]]:
     """The programs of the large products on an H100 PCIe, of 114 multiprocessors: by programs, and as written."""
     from dry_card import card, forms
-    from glora_kernels.launch import environment
-    from glora_kernels.launch.program import launching
+    from glora_kernels.runtime import environment
+    from glora_kernels.runtime.program import launching
 
     environment.multiprocessors = lambda device: 114  # type: ignore[assignment]
     layer, x = forms.layer(), forms.tensor(2048, 4096, grad=True)
@@ -118,7 +118,7 @@ def without_a_compiler() -> str:
     import torch
 
     import glora_kernels as gk
-    from glora_kernels.ops.glora import glora_linear
+    from glora_kernels.glora.op import glora_linear
 
     os.environ["CC"] = "/bin/false"
 
@@ -147,9 +147,9 @@ def errors() -> dict[str, str]:
     import torch
 
     from dry_card import card, forms
-    from glora_kernels.launch import program
-    from glora_kernels.launch.direct import module
-    from glora_kernels.ops.glora import glora_linear
+    from glora_kernels.glora.op import glora_linear
+    from glora_kernels.runtime import program
+    from glora_kernels.runtime.direct import module
 
     answer = {}
 
@@ -218,7 +218,7 @@ def kept() -> dict[str, Any]:
     import torch
 
     from dry_card import forms
-    from glora_kernels.launch.program import launching
+    from glora_kernels.runtime.program import launching
 
     x, weight, supports = forms.tensor(512, 256, grad=True), forms.tensor(256, 256), _lora()
 
@@ -257,7 +257,7 @@ def shared() -> dict[str, Any]:
     from triton import knobs
 
     from dry_card import card, forms, in_threads
-    from glora_kernels.ops.glora import glora_linear
+    from glora_kernels.glora.op import glora_linear
 
     supports, weight = _lora(), forms.tensor(256, 256)
     lengths = [300, 400, 500, 512]
@@ -302,7 +302,7 @@ def forms_in_c() -> dict[str, Any]:
     import torch
 
     from dry_card import forms
-    from glora_kernels.launch.direct import forms_of, module
+    from glora_kernels.runtime.direct import forms_of, module
 
     base = forms.tensor(64, 256)
     tensors = {

@@ -87,7 +87,7 @@ def captured(names: list[str]) -> dict[str, dict[str, Any]]:
     import torch
 
     from dry_card import card, forms
-    from glora_kernels.ops.glora import seeds_on_device
+    from glora_kernels.glora.op import seeds_on_device
 
     found = {}
     for name in names:

@@ -13,9 +13,9 @@ import torch
 from helpers import PAIRS, check, layer, ours, problem, same, train_only
 
 from glora_kernels import reference
-from glora_kernels.launch import environment, routes
+from glora_kernels.glora.op import dropout_seed, seeds_on_device
 from glora_kernels.ops import glora_linear
-from glora_kernels.ops.glora import dropout_seed, seeds_on_device
+from glora_kernels.runtime import environment, routes
 from glora_kernels.spec import GLoRAConfig
 
 pytestmark = pytest.mark.gpu

@@ -13,12 +13,13 @@ import torch
 from helpers import PAIRS, Problem, check, layer, ours, problem, same
 
 import glora_kernels as gk
-from glora_kernels.launch import cuda, environment, four_bit, workspace
+from glora_kernels.four_bit import kinds as four_bit
+from glora_kernels.glora.op import seeds_on_device
 from glora_kernels.ops import glora_linear
-from glora_kernels.ops.glora import seeds_on_device
 from glora_kernels.quant import NestedState, QuantizedWeight, QuantState, dequantize, quantize_weight
 from glora_kernels.quant.bnb import from_state
 from glora_kernels.quant.codes import dynamic_map
+from glora_kernels.runtime import environment, extension, workspace
 from glora_kernels.spec import GLoRAConfig
 
 pytestmark = pytest.mark.gpu
@@ -34,7 +35,7 @@ few = pytest.mark.parametrize(("a", "b", "variant"), [
 
 @pytest.fixture(params=["triton", "cuda"])
 def route(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and (reason := cuda.why_missing()) is not None:
+    if request.param == "cuda" and (reason := extension.why_missing()) is not None:
         pytest.skip(f"no CUDA extension: {reason}")
     return request.param
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import glora_kernels as gk
+from glora_kernels.glora.op import dropout_seed
 from glora_kernels.ops import grouped_lora_linear
-from glora_kernels.ops.glora import dropout_seed
 from glora_kernels.reference import keep_mask
 from glora_kernels.reference.tolerance import allowed_error, largest_error
 

@@ -371,7 +371,7 @@ def test_layers_added_later(twins, x):
 
 @pytest.mark.gpu
 def test_a_rank_above_the_kernels(adapted, calls):
-    from glora_kernels.ops.triton import MAX_RANK
+    from glora_kernels.runtime.configs import MAX_RANK
 
     net = nn.ModuleDict({UP: nn.Linear(64, 32)})
     config = LoraConfig(r=MAX_RANK + 1, target_modules=[UP])

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from helpers import EVERYTHING
 
-import glora_kernels.kernels
-from glora_kernels.launch import aot
-from glora_kernels.launch.plan import Launch
+import glora_kernels
+from glora_kernels.runtime.launch import Launch
+from glora_kernels.tools import aot
 
-KERNELS = Path(glora_kernels.kernels.__file__).parent
+PACKAGE = Path(glora_kernels.__file__).parent
 REPORT = Path(__file__).parents[2] / "benchmarks" / "results" / "aot.md"
 BIG = ("_glora_fwd_kernel", "_glora_dx_kernel", "_hadamard_grad_kernel")
 
@@ -34,7 +34,7 @@ def run(*command: str, interpret: str | None = None) -> subprocess.CompletedProc
 
 def reports(tmp_path: Path, *options: str) -> list[aot.Report]:
     target = tmp_path / "aot.json"
-    done = run("-m", "glora_kernels.launch.aot", *options, "--jobs", "1", "--json", str(target))
+    done = run("-m", "glora_kernels.tools.aot", *options, "--jobs", "1", "--json", str(target))
     assert target.exists(), done.stderr[-2000:]
     found = [aot.Report(**r) for r in json.loads(target.read_text())]
     assert done.returncode == (1 if any(r.faults for r in found) else 0)
@@ -78,7 +78,7 @@ def test_what_layers_ask_for_compiles_without_a_fault(arch, dtype, tmp_path):
 
 FORMS = """
 import json, sys
-from glora_kernels.launch import aot
+from glora_kernels.tools import aot
 print(json.dumps([(f.launch.kernel.__name__, f.key, arch, name) for arch in sys.argv[1:]
                   for name, dtype in aot.DTYPES.items() for f in aot.forms(arch, dtype)]))
 """
@@ -94,8 +94,8 @@ def asked():
 
 @pytest.mark.aot
 def test_every_kernel_is_asked_for(asked):
-    source = "".join(path.read_text() for path in KERNELS.glob("*.py"))
-    kernels = set(re.findall(r"^def (_\w+_kernel)\(", source, re.M))
+    source = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    kernels = set(re.findall(r"^@triton.jit.*\ndef (_\w+_kernel)\(", source, re.M))
     assert len(kernels) >= 7
     assert {kernel for kernel, *_ in asked} == kernels
 
@@ -118,9 +118,10 @@ import sys
 sys.path.insert(0, "tests")
 import torch
 from kernels.test_fused import plan
-from glora_kernels.launch import aot, elsewhere, routes
-from glora_kernels.launch.configs import SHARED_LIMIT
-from glora_kernels.ops.common import Supports
+from glora_kernels.runtime import routes
+from glora_kernels.tools import aot, elsewhere
+from glora_kernels.runtime.configs import SHARED_LIMIT
+from glora_kernels.dispatch.common import Supports
 from glora_kernels.spec import GLoRAConfig
 arch, name, route = sys.argv[1:]
 routes.product_route = lambda *args, **kwargs: route
@@ -152,7 +153,7 @@ def test_awkward_sizes_compile(arch, dtype, route):
 
 
 def test_refused_in_the_interpreter():
-    done = run("-m", "glora_kernels.launch.aot", "--arch", "sm_90", "--dtype", "fp32", interpret="1")
+    done = run("-m", "glora_kernels.tools.aot", "--arch", "sm_90", "--dtype", "fp32", interpret="1")
     assert done.returncode == 2
     assert "TRITON_INTERPRET" in done.stderr
 

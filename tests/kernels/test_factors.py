@@ -11,12 +11,12 @@ from groups import build
 from helpers import PAIRS, check, ours, problem, thinned, truth
 from kernels.test_fused import choose_route, interpreted, plan
 
-from glora_kernels.launch import four_bit
-from glora_kernels.launch.routes import backend
+from glora_kernels.depth.deferred import Deferred, DeferredLinear, ticket
+from glora_kernels.four_bit import kinds as four_bit
+from glora_kernels.glora import triton as triton_path
 from glora_kernels.ops import glora_linear
-from glora_kernels.ops import triton as triton_path
-from glora_kernels.ops.deferred import Deferred, DeferredLinear, ticket
 from glora_kernels.quant import dequantize, quantize_weight
+from glora_kernels.runtime.routes import backend
 from glora_kernels.spec import GLoRAConfig
 
 pytestmark = pytest.mark.usefixtures("poison")

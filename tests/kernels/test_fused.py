@@ -1,6 +1,6 @@
 """The fused kernels as a card would be given them: launch counts, the shipped configurations, both routes.
 
-Nothing here needs a card. A plan (`launch.plan.planning`) holds the steps of a call on meta tensors, and the
+Nothing here needs a card. A plan (`runtime.launch.planning`) holds the steps of a call on meta tensors, and the
 configurations of a card run in the interpreter where `arch_of` is told that it is one.
 """
 
@@ -15,11 +15,11 @@ import torch
 from helpers import PAIRS, check, ours, problem, thinned
 from ops.test_golden import AB, GOLDEN, RANK, golden_gradient, golden_problem
 
-from glora_kernels import kernels
-from glora_kernels.launch import routes
-from glora_kernels.launch.plan import LibraryProduct, planning
-from glora_kernels.ops import triton as triton_path
-from glora_kernels.ops.common import Call, Needs, Supports
+import glora_kernels
+from glora_kernels.dispatch.common import Call, Needs, Supports
+from glora_kernels.glora import triton as triton_path
+from glora_kernels.runtime import routes
+from glora_kernels.runtime.launch import LibraryProduct, planning
 from glora_kernels.spec import GLoRAConfig, all_configs
 
 FORMS = [(a, b, "hadamard") for a, b in PAIRS] + [("lora", b, "matmul") for b in ("none", "lora", "vector", "constant")]
@@ -71,7 +71,7 @@ def plan(
     ("m", "n", "k"), [(1, 4096, 1024), (512, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096)]
 )
 def test_every_configuration_takes_two_launches_forward_and_four_backward(m, n, k, bias):
-    """On the routes that are chosen, a product of the library counted as one; W·c comes on top (`ops.wc`).
+    """On the routes that are chosen, a product of the library counted as one; W·c comes on top (`glora.wc`).
 
     Not held to: a weight that a vector or constant A scales before dx, where that costs less than scaling dy, is one
     more; and where the library's product takes dx the sum of a constant's gradient, which our own takes on the way.
@@ -119,7 +119,7 @@ def test_alpha_p_and_the_seed_do_not_change_what_is_compiled():
         differing |= {name for name in one if one[name] != other[name] and not isinstance(one[name], float)}
     assert differing <= {"seed", "threshold"}
     assert "threshold" in differing
-    for path in Path(kernels.__file__).parent.glob("*.py"):
+    for path in Path(glora_kernels.__file__).parent.rglob("*.py"):
         for decorator, parameters in re.findall(r"(@triton\.jit.*)\ndef _\w+_kernel\(([^:]*):", path.read_text()):
             if re.search(r"\bseed\b", parameters):
                 assert decorator.startswith('@triton.jit(do_not_specialize=["seed", "threshold"'), path
@@ -133,7 +133,7 @@ def test_a_rank_over_the_limit_is_refused():
 
 
 def test_a_strided_wc_is_read_as_it_is(device):
-    """`ops.wc` makes a contiguous one; the public operator takes any."""
+    """`glora.wc` makes a contiguous one; the public operator takes any."""
     from glora_kernels.ops import glora_linear
 
     x, w = torch.randn(5, 16, device=device), torch.randn(8, 16, device=device)
@@ -167,7 +167,7 @@ def test_the_configurations_of_a_card(arch, form, monkeypatch, poison):
 )
 def test_the_widest_tile(rest, low_rank, parts, monkeypatch, poison):
     """128x256, which only large outputs take: here by force. Beside what is added its parts are narrower."""
-    from glora_kernels.launch import configs
+    from glora_kernels.runtime import configs
 
     monkeypatch.setattr(triton_path, "arch_of", lambda tensor: "sm_90")
     monkeypatch.setitem(configs.PROGRAMS, "sm_90", 1)

@@ -11,16 +11,16 @@ import pytest
 import torch
 from groups import CASES, build
 
-from glora_kernels.launch import configs
-from glora_kernels.launch.plan import Launch, is_planning, planning
-from glora_kernels.launch.program import launching
-from glora_kernels.launch.routes import backend
-from glora_kernels.ops import grouped_triton
-from glora_kernels.ops import triton as single
-from glora_kernels.ops.common import Call, Supports
-from glora_kernels.ops.grouped_common import ABSENT, GroupNeeds, Operands
-from glora_kernels.ops.grouped_common import Group as Indices
+from glora_kernels.dispatch.common import Call, Supports
+from glora_kernels.glora import triton as single
+from glora_kernels.grouped import triton as grouped_triton
+from glora_kernels.grouped.group import ABSENT, GroupNeeds, Operands
+from glora_kernels.grouped.group import Group as Indices
 from glora_kernels.reference.tolerance import allowed_error, largest_error
+from glora_kernels.runtime import configs
+from glora_kernels.runtime.launch import Launch, is_planning, planning
+from glora_kernels.runtime.program import launching
+from glora_kernels.runtime.routes import backend
 
 pytestmark = pytest.mark.usefixtures("poison")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a card takes its own configurations (tests/gpu)")

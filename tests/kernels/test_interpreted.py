@@ -164,7 +164,7 @@ def test_two_runs_give_the_same_bits(a, b, variant, device):
 @pytest.mark.parametrize(("a", "b", "variant"), thinned(3, FORMS))
 def test_many_rows_are_summed_in_parts(a, b, variant, device):
     """Enough rows for `row_splits` to give several partial sums, the last one ragged."""
-    from glora_kernels.launch.configs import row_splits
+    from glora_kernels.runtime.configs import row_splits
 
     assert row_splits(300, 1, 32) > 1
     p = problem(config(a, b, variant, 2), (300,), 16, 16, dtype=torch.float32, device=device)

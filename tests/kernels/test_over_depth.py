@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from glora_kernels import reference
-from glora_kernels.launch.plan import planning
-from glora_kernels.launch.routes import backend
-from glora_kernels.launch.table import MAX_PRODUCT_RANK, Layer, SharedProduct, group_key, pointer_table
-from glora_kernels.ops import depth
-from glora_kernels.ops.common import given
-from glora_kernels.ops.deferred import Deferred
+from glora_kernels.depth import op as depth
+from glora_kernels.depth.deferred import Deferred
+from glora_kernels.depth.table import MAX_PRODUCT_RANK, Layer, SharedProduct, group_key, pointer_table
+from glora_kernels.dispatch.common import given
 from glora_kernels.reference.tolerance import allowed_error, largest_error
+from glora_kernels.runtime.launch import planning
+from glora_kernels.runtime.routes import backend
 from glora_kernels.spec import GLoRAConfig
 
 LAYERS = [  # config, N, K, bias: every form of A, B, C, D and E, sizes that are no multiple of anything

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from glora_kernels import quant
-from glora_kernels.launch.configs import Shape
-from glora_kernels.launch.plan import arch_of
 from glora_kernels.quant import QuantizedWeight, QuantState, quantize_weight
 from glora_kernels.quant.bnb import from_state
 from glora_kernels.reference.tolerance import allowed_error, largest_error
+from glora_kernels.runtime.configs import Shape
+from glora_kernels.runtime.launch import arch_of
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -28,7 +28,8 @@ pytestmark = pytest.mark.usefixtures("poison")
 @pytest.fixture
 def kernels():
     """The launchers, imported after conftest has chosen between the interpreter and the card."""
-    from glora_kernels.launch import dequantize, weight
+    from glora_kernels.four_bit import dequantize
+    from glora_kernels.glora import weight
 
     return dequantize, weight
 
@@ -217,8 +218,7 @@ def check_same(value: Tensor, other: Tensor, dtype: torch.dtype, name: str) -> N
 MACHINE_CODE = """
 import json, re, sys
 import torch
-from glora_kernels.launch import elsewhere
-from glora_kernels.ops import planned, shipped
+from glora_kernels.tools import elsewhere, planned, shipped
 arch, pattern = sys.argv[1:]
 layer = planned.Linear(shipped.LORA, 4096, 4096, quant_type="nf4", nested=True)
 launch = planned.linear(layer, planned.How(512, torch.bfloat16, arch)).forward[0]

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from glora_kernels.kernels.common import _dropped, _round
 from glora_kernels.reference import dither_bits, keep_mask, round_dithered
 from glora_kernels.reference.random import dropout_threshold
+from glora_kernels.tile import _dropped, _round
 
 SEEDS = [0, 1, 0xFFFFFFFF, 0x1_0000_0000, 0x1234_5678_9ABC_DEF0, 2**63 - 1, -1]
 

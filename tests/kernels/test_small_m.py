@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from glora_kernels.kernels.operands import Shift, Terms
-from glora_kernels.launch import small_m
-from glora_kernels.launch.configs import Shape
-from glora_kernels.launch.plan import Launch, arch_of
-from glora_kernels.launch.small_m import Launches, h_before, serves_small_m, small_m_config, small_m_launch
+from glora_kernels.four_bit import small_m
+from glora_kernels.four_bit.small_m import Launches, h_before, serves_small_m, small_m_config, small_m_launch
+from glora_kernels.operands import Shift, Terms
 from glora_kernels.quant import QuantizedWeight, dequantize, quantize_weight
 from glora_kernels.reference.tolerance import allowed_error, largest_error
+from glora_kernels.runtime.configs import Shape
+from glora_kernels.runtime.launch import Launch, arch_of
 
 pytestmark = pytest.mark.usefixtures("poison")
 

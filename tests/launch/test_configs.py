@@ -6,11 +6,11 @@ import pytest
 import torch
 import triton
 
-from glora_kernels.kernels.operands import Constant
-from glora_kernels.launch import configs, environment
-from glora_kernels.launch.aot import ARCHS
-from glora_kernels.launch.configs import SHARED_LIMIT
-from glora_kernels.launch.plan import Launch, arithmetic, descriptor, matrix, sums, vector, vector_stride
+from glora_kernels.operands import Constant
+from glora_kernels.runtime import configs, environment
+from glora_kernels.runtime.configs import SHARED_LIMIT
+from glora_kernels.runtime.launch import Launch, arithmetic, descriptor, matrix, sums, vector, vector_stride
+from glora_kernels.tools.aot import ARCHS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EVERY = [*ARCHS, "sm_86", "sm_120", "gfx90a", "cpu"]

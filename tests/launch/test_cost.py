@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from glora_kernels.launch import cost, routes, tables
-from glora_kernels.launch.configs import PROGRAMS, Shape
+from glora_kernels.runtime import cost, routes, tables
+from glora_kernels.runtime.configs import PROGRAMS, Shape
 
 SQUARE = Shape(8192, 4096, 4096, 16)
 ARCHS = sorted(cost.CARDS)

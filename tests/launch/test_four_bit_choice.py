@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from glora_kernels.launch import four_bit, tables
-from glora_kernels.launch.configs import Shape
-from glora_kernels.launch.four_bit import FEW_TOKENS, kind, small_m, unmeasured, usable
-from glora_kernels.launch.plan import planning
-from glora_kernels.launch.tables import FourBit, Table
+from glora_kernels.four_bit import kinds as four_bit
+from glora_kernels.four_bit.kinds import FEW_TOKENS, kind, small_m, unmeasured, usable
 from glora_kernels.quant import QuantizedWeight, QuantState
+from glora_kernels.runtime import tables
+from glora_kernels.runtime.configs import Shape
+from glora_kernels.runtime.launch import planning
+from glora_kernels.runtime.tables import FourBit, Table
 
 BF16, ARCH, N, K, RANK = torch.bfloat16, "sm_90", 4096, 1024, 16
 

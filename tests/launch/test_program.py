@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import glora_kernels as gk
-from glora_kernels.launch import program
-from glora_kernels.launch.program import launching
-from glora_kernels.ops import prepared
-from glora_kernels.ops.glora import glora_linear
-from glora_kernels.ops.grouped import grouped_lora_linear
+from glora_kernels.dispatch import prepared
+from glora_kernels.glora.op import glora_linear
+from glora_kernels.grouped.op import grouped_lora_linear
+from glora_kernels.runtime import program
+from glora_kernels.runtime.program import launching
 
 K, N, R = 32, 48, 4
 
@@ -204,7 +204,7 @@ def test_groups(layout):
 
 def test_what_backward_keeps_of_an_x_of_three_dimensions(monkeypatch):
     """The registered operator returns h (M, R) and σ (M,), also where they are made as they are, in no bands."""
-    from glora_kernels.ops import triton as path
+    from glora_kernels.glora import triton as path
 
     monkeypatch.setattr(path, "_route", lambda *a, **k: "library")
     values = 1.0, 0.0, None, False, "triton", None, None, None, None, []
@@ -314,7 +314,7 @@ def test_backward_multiplies_as_is_allowed_when_it_runs(monkeypatch):
 
     monkeypatch.setattr(program, "_planned", noted)
     allowed = False
-    monkeypatch.setattr("glora_kernels.launch.environment.allow_tf32", lambda: allowed)
+    monkeypatch.setattr("glora_kernels.runtime.environment.allow_tf32", lambda: allowed)
     for backward in (True, False, True, False):
         allowed = False
         y = called(trained(6, K), supports)

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from glora_kernels.launch import configs
-from glora_kernels.launch.plan import Launch
-from glora_kernels.launch.recording import Recording
-from glora_kernels.launch.sizes import Rows, at, lesser
-from glora_kernels.ops import planned
-from glora_kernels.ops.planned import How, Linear
+from glora_kernels.runtime import configs
+from glora_kernels.runtime.launch import Launch
+from glora_kernels.runtime.recording import Recording
+from glora_kernels.runtime.sizes import Rows, at, lesser
 from glora_kernels.spec import GLoRAConfig
+from glora_kernels.tools import planned
+from glora_kernels.tools.planned import How, Linear
 
 V = "vector"
 FORMS = {

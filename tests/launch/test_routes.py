@@ -11,11 +11,11 @@ import pytest
 import torch
 from helpers import problem, truth
 
-import glora_kernels.ops.glora as glora_module
-from glora_kernels.launch import routes
-from glora_kernels.launch.program import launching
-from glora_kernels.launch.routes import backend, current_backend, explain, route
+from glora_kernels.dispatch.common import path_of
 from glora_kernels.ops import glora_linear
+from glora_kernels.runtime import routes
+from glora_kernels.runtime.program import launching
+from glora_kernels.runtime.routes import backend, current_backend, explain, route
 from glora_kernels.spec import GLoRAConfig
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter")
@@ -102,10 +102,10 @@ with gk.backend("triton"):
 def test_importing_touches_nothing():
     done = python("""
 import sys
-import glora_kernels, glora_kernels.nn, glora_kernels.ops, glora_kernels.launch.routes
+import glora_kernels, glora_kernels.nn, glora_kernels.ops, glora_kernels.runtime.routes
 import torch
 assert not torch.cuda.is_initialized()
-names = "torch._dynamo torch._inductor glora_kernels.kernels.common glora_kernels.launch.glora peft transformers"
+names = "torch._dynamo torch._inductor glora_kernels.tile glora_kernels.glora.product peft transformers"
 for name in names.split():
     assert name not in sys.modules, name
 """, TRITON_INTERPRET=None)  # fmt: skip
@@ -118,7 +118,7 @@ import sys, torch
 from glora_kernels.ops import glora_linear
 up = torch.zeros(4, 2, requires_grad=True)
 glora_linear(torch.zeros(2, 3), torch.zeros(4, 3), b_up=up, b_down=torch.zeros(2, 3)).sum().backward()
-assert "glora_kernels.kernels.common" not in sys.modules
+assert "glora_kernels.tile" not in sys.modules
 """, TRITON_INTERPRET=None)  # fmt: skip
     assert done.returncode == 0, done.stderr
 
@@ -130,7 +130,7 @@ def test_the_choice_is_remembered_for_backward(at_forward, at_backward, elsewher
     """Backward may run under another choice, and in another thread."""
     used = []
     for name in ("eager", "triton"):
-        path = getattr(glora_module, f"{name}_path")
+        path = path_of("glora", name)
         original = path.backward
         monkeypatch.setattr(path, "backward", lambda *a, n=name, f=original: used.append(n) or f(*a))
     p = problem(GLoRAConfig("vector", "lora"), (5,), 20, 11, dtype=torch.float32)

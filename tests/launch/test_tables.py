@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from glora_kernels.launch import configs, environment, routes, tables
-from glora_kernels.launch.configs import Shape
-from glora_kernels.launch.tables import Config, FourBit, Route, Table
+from glora_kernels.runtime import configs, environment, routes, tables
+from glora_kernels.runtime.configs import Shape
+from glora_kernels.runtime.tables import Config, FourBit, Route, Table
 
 BF16, SHAPE = torch.bfloat16, Shape(8192, 4096, 4096, 16)
 CARD = "NVIDIA H100 80GB HBM3"

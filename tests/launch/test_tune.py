@@ -7,14 +7,17 @@ import os
 import pytest
 import torch
 
-from glora_kernels.commands.tune import few_tokens, whole_pass
-from glora_kernels.launch import configs, cuda, environment, four_bit, four_bit_tune, tables, trials, tune
-from glora_kernels.launch.aot import ARCHS
-from glora_kernels.launch.configs import SHARED_LIMIT, Shape
-from glora_kernels.launch.machine import Machine, this_gpu
-from glora_kernels.launch.plan import Launch
-from glora_kernels.launch.timing import clock_timer, event_timer, graph_timer, ratio
-from glora_kernels.launch.tune import candidates
+from glora_kernels.four_bit import cuda
+from glora_kernels.four_bit import kinds as four_bit
+from glora_kernels.runtime import configs, environment, extension, tables
+from glora_kernels.runtime.configs import SHARED_LIMIT, Shape
+from glora_kernels.runtime.launch import Launch
+from glora_kernels.tools import four_bit_tune, trials, tune
+from glora_kernels.tools.aot import ARCHS
+from glora_kernels.tools.commands.tune import few_tokens, whole_pass
+from glora_kernels.tools.machine import Machine, this_gpu
+from glora_kernels.tools.timing import clock_timer, event_timer, graph_timer, ratio
+from glora_kernels.tools.tune import candidates
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter")
 TINY, BF16 = Shape(40, 48, 64, 4), torch.bfloat16
@@ -496,7 +499,7 @@ def test_tuning_on_a_card(tmp_path):
     assert len(found.configs) + len(found.routes) + len(result.left) + len(found.four_bit) == len(configs.TUNED) + 11
     for row in found.four_bit:
         assert row.triton_ms is not None, row
-        assert (row.cuda_ms is not None) == cuda.available(card.arch), row
+        assert (row.cuda_ms is not None) == extension.available(card.arch), row
         assert 0.0005 < min(row.times().values()) == row.times()[row.choice] < 10
     for row in found.configs:
         assert 0.001 < row.ms <= row.default_ms * 1.05 < 10

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from glora_kernels.launch.workspace import release, workspace_like
+from glora_kernels.runtime.workspace import release, workspace_like
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,11 @@ from torch import nn
 
 import glora_kernels as gk
 from glora_kernels import GLoRAConfig
-from glora_kernels.launch.plan import planning
+from glora_kernels.depth import op as depth
 from glora_kernels.nn.depth import shift_once
 from glora_kernels.nn.model import named_layers
-from glora_kernels.ops import depth
 from glora_kernels.reference.tolerance import allowed_error, largest_error
+from glora_kernels.runtime.launch import planning
 
 MIXED = {
     "*.q_proj": GLoRAConfig("lora", "lora", "lora", "vector", "vector", rank=3, alpha=6),

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 import re
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 import glora_kernels as gk
-import glora_kernels.kernels
-from glora_kernels.launch import configs
-from glora_kernels.launch.plan import Launch, is_planning
 from glora_kernels.nn.warmup import _sizes
+from glora_kernels.runtime import configs
+from glora_kernels.runtime.launch import Launch, is_planning
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter")
 CONFIG = gk.GLoRAConfig("vector", "lora", "none", "none", "vector", rank=4, dropout=0.5)
@@ -198,11 +196,9 @@ def test_progress_is_shown_unless_it_is_unwanted(model, capsys):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the kernels are interpreted")
 @pytest.mark.parametrize("tokens", [256, 255])
 def test_after_it_a_step_compiles_nothing(tokens):
-    names = [module.name for module in pkgutil.iter_modules(glora_kernels.kernels.__path__, "glora_kernels.kernels.")]
-    found = [item for name in names for item in vars(importlib.import_module(name)).items()]
-    kernels = {name: kernel for name, kernel in found if name.endswith("_kernel")}
-
     def compiled():
+        modules = [module for name, module in sys.modules.items() if name.startswith("glora_kernels.")]
+        kernels = dict(item for module in modules for item in vars(module).items() if item[0].endswith("_kernel"))
         return {
             name: sum(len(caches[0]) for caches in kernel.device_caches.values()) for name, kernel in kernels.items()
         }

@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers import PAIRS, check, layer, ours, problem, train_only, truth
 
-from glora_kernels.launch import workspace
-from glora_kernels.ops import eager as eager_path
+from glora_kernels.dispatch.common import Supports, shift
+from glora_kernels.glora import eager as eager_path
+from glora_kernels.glora.op import dropout_seed
 from glora_kernels.ops import glora_linear, glora_wc
-from glora_kernels.ops.common import Supports, shift
-from glora_kernels.ops.glora import dropout_seed
+from glora_kernels.runtime import workspace
 from glora_kernels.spec import GLoRAConfig
 
 FORMS = [(a, b, "hadamard") for a, b in PAIRS] + [("lora", b, "matmul") for b in ("lora", "vector", "constant", "none")]
@@ -358,7 +358,7 @@ LORA = {"b_up": UP, "b_down": DOWN, "dropout_p": 0.5}
 @pytest.mark.parametrize("route", ["eager", "triton"])
 def test_errors(error, words, args, kwargs, route):
     """Wrong arguments are refused before a kernel reads past the end of one."""
-    from glora_kernels.launch.routes import backend
+    from glora_kernels.runtime.routes import backend
 
     with backend(route), pytest.raises(error) as raised:
         glora_linear(*args, **kwargs)

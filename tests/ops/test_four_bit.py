@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from glora_kernels.launch import workspace
-from glora_kernels.launch.routes import backend
+from glora_kernels.dispatch.common import quant_arguments
 from glora_kernels.ops import glora_linear, glora_wc
-from glora_kernels.ops.common import quant_arguments
 from glora_kernels.quant import QuantizedWeight, dequantize, quantize_weight
+from glora_kernels.runtime import workspace
+from glora_kernels.runtime.routes import backend
 from glora_kernels.spec import GLoRAConfig
 
 OPS = torch.ops.glora_kernels

@@ -11,12 +11,12 @@ import torch
 from groups import CASES, Group, build
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from glora_kernels.launch.routes import backend
+from glora_kernels.grouped.group import ABSENT, Operands
+from glora_kernels.grouped.group import Group as Indices
+from glora_kernels.grouped.op import MAX_MEMBERS
 from glora_kernels.ops import glora_linear, grouped_lora_linear
-from glora_kernels.ops.grouped import MAX_MEMBERS
-from glora_kernels.ops.grouped_common import ABSENT, Operands
-from glora_kernels.ops.grouped_common import Group as Indices
 from glora_kernels.reference.tolerance import allowed_error, largest_error
+from glora_kernels.runtime.routes import backend
 
 OPS = torch.ops.glora_kernels
 pytestmark = pytest.mark.usefixtures("poison")

@@ -1,4 +1,4 @@
-"""dA of a vector or constant A, whose y may hold little of Z: the bound that `ops.recover` promises, where it is hard.
+"""dA of a vector or constant A, whose y may hold little of Z: the bound of `glora.recover`, where it is hard.
 
 For each row n of the weight, with u the unit roundoff, c the roundings of y and Z = xWᵀ in float64:
 

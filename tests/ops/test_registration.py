@@ -11,8 +11,8 @@ from helpers import layer, ours, problem, truth
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from glora_kernels.launch.routes import backend
 from glora_kernels.ops import glora_linear, glora_wc
+from glora_kernels.runtime.routes import backend
 from glora_kernels.spec import GLoRAConfig
 
 OPS = torch.ops.glora_kernels

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import glora_kernels as gk
+from glora_kernels.glora.op import dropout_seed, glora_linear
 from glora_kernels.ops import grouped_lora_linear
-from glora_kernels.ops.glora import dropout_seed, glora_linear
 
 ATEN = torch.ops.aten
 K = 16

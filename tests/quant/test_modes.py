@@ -12,8 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import glora_kernels as gk
 from glora_kernels import modes
-from glora_kernels.launch.workspace import release, workspace_like
 from glora_kernels.quant import codes, dequantize, quantize_weight
+from glora_kernels.runtime.workspace import release, workspace_like
 
 CPU = torch.device("cpu")
 FORMS = [(kind, nested) for kind in ("nf4", "fp4") for nested in (False, True)]

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from glora_kernels.dispatch.common import wide_dtype, without_autocast
 from glora_kernels.integrations.peft.adapter import Adapter
 from glora_kernels.nn.base import is_conv1d
 from glora_kernels.nn.frozen import QuantizedLinear
 from glora_kernels.nn.requantize import Kept, MergeReport, check_finite, keep, rounded, write
 from glora_kernels.nn.ties import overlaps, same_place
-from glora_kernels.ops.common import wide_dtype, without_autocast
 from glora_kernels.quant import QuantizedWeight, dequantize
 from glora_kernels.quant.bnb import is_linear4bit
 from glora_kernels.reference import effective_bias, effective_weight

@@ -1,0 +1,263 @@
+"""The gradient of a factor that layers share, as one product over all of them at the end of a backward pass.
+
+    dB_down = Σ_l s_l·(dy_l·B_up,l)ᵀ·x̃_l,   dB_up = Σ_l dy_lᵀ·h_l,   h = s·x̃·B_downᵀ,   x̃ = mask·x/(1-p)
+
+Inside `nn.deferred_shared_grads`, layers call `glora_linear` here: the same result and gradients as
+`ops.glora_linear`, but backward hands the two factors of a shared parameter's gradient to a `Deferred` instead of
+multiplying them. The layers read a tensor without elements, the result of a node of autograd that the shared
+parameters go into (`ticket`). Autograd calls that node when all layers have run, whatever began the pass; it has one
+launch for all of them and returns the gradients, which go their usual way: to `.grad`, hooks, other processes, or to
+the caller of `torch.autograd.grad`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from glora_kernels.depth.table import SharedFactor, SharedProduct
+from glora_kernels.dispatch.common import (
+    Call,
+    Needs,
+    Supports,
+    Weight,
+    autocast_dtype,
+    cast,
+    factor_dtype,
+    given,
+    read_saved,
+    wide_dtype,
+    without_autocast,
+)
+from glora_kernels.dispatch.prepared import NO_GUARD, Applied, Prepared, Row, save
+from glora_kernels.dispatch.ways import is_batched, is_plain, is_transformed, is_watched
+from glora_kernels.glora import op as plain
+from glora_kernels.glora.chunks import thin
+from glora_kernels.glora.eager import dropped
+from glora_kernels.glora.wc import glora_wc
+from glora_kernels.reference.random import keep_mask
+from glora_kernels.runtime.launch import arch_of
+
+
+class _Record(NamedTuple):
+    """What one backward of one layer handed over: its place among the layers and in time, the product, its route."""
+
+    layer: int
+    turn: int
+    product: SharedProduct
+    transposed: bool
+    triton: bool
+
+
+class Deferred:
+    """What the layers' backwards hand over, until the pass that they are part of asks for the gradients.
+
+    Attributes:
+        bytes: of the tensors handed over, in all passes so far; those of a pass stay alive until its end: for each
+            layer M·(K + R) numbers where `B_down` is shared (x and S = dy·B_up), M·(N + R) where `B_up` is (dy and
+            h), in the dtype of x. What several layers hand over, as q, k and v do with their x, counts once a pass.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._records: dict[tuple[int, nn.Parameter], list[_Record]] = {}  # by backward pass and parameter
+        self._turn = 0
+
+    def add(self, parameter: nn.Parameter, layer: int, product: SharedProduct, transposed: bool, triton: bool) -> None:
+        """Take one layer's product leftᵀ·right: (R,K), or `transposed` the gradient of a `B_up` (N,R)."""
+        self._turn += 1
+        record = _Record(layer, self._turn, product, transposed, triton)
+        self._records.setdefault((_pass(), parameter), []).append(record)
+
+    def drop(self) -> None:
+        """Forget what a backward pass that failed has left."""
+        self._records.clear()
+
+    @torch.no_grad()
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """What this pass handed over, summed in fp32 in the order of the layers and rounded once: a launch a dtype."""
+        grads: dict[nn.Parameter, Tensor] = {}
+        sizes: dict[tuple[int, int], int] = {}
+        launches: dict[tuple[object, ...], list[SharedFactor]] = {}
+        for parameter in parameters:
+            records = sorted(self._records.pop((_pass(), parameter), ()))
+            if not records:
+                continue
+            products, transposed = [record.product for record in records], records[0].transposed
+            for product in products:
+                sizes |= {(t.data_ptr(), t.numel()): t.nbytes for t in (product.left, product.right)}
+            dtypes = {(product.left.dtype, product.right.dtype) for product in products}
+            if not all(record.triton for record in records) or len(dtypes) > 1:
+                grads[parameter] = _sum(products, transposed).to(parameter.dtype).contiguous()
+                continue
+            grad = grads[parameter] = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+            factor = SharedFactor(grad.t() if transposed else grad, products)
+            launches.setdefault((grad.dtype, *dtypes), []).append(factor)
+        for factors in launches.values():
+            _launch(factors)
+        self.bytes += sum(sizes.values())
+        return [grads.get(parameter) for parameter in parameters]
+
+
+def ticket(deferred: Deferred, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """No numbers, but an input of every layer that shares one of the parameters, which are on one device."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return _SharedGradients.apply(deferred, *parameters)
+
+
+class _SharedGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, deferred: Deferred, *parameters: nn.Parameter) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.deferred, ctx.parameters = deferred, parameters
+        return parameters[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *ctx.deferred.gradients(ctx.parameters)
+
+
+def _pass() -> int:
+    """Which backward pass this is: a reentrant checkpoint has one of its own."""
+    return torch._C._current_graph_task_id()
+
+
+def _launch(factors: list[SharedFactor]) -> None:
+    from glora_kernels.depth.shared import shared_grad_launch, shared_grad_tables
+
+    tables = shared_grad_tables(factors)
+    shared_grad_launch(tables, factors, arch=arch_of(factors[0].out)).run()
+
+
+def _sum(products: list[SharedProduct], transposed: bool) -> Tensor:
+    """Σ scale·leftᵀ·drop(right), or its transpose, in the wide dtype."""
+    first = products[0]
+    wide = wide_dtype(first.left.dtype)
+    total = first.left.new_zeros(first.left.shape[1], first.right.shape[1], dtype=wide)
+    for left, right, scale, p, seed in products:
+        if p > 0.0:
+            rows, cols = right.shape
+            keep = keep_mask(given(seed).to(right.device), rows, cols, p)
+            right = dropped(right, keep)
+        total.addmm_(left.to(wide).t(), right.to(wide), alpha=scale / (1.0 - p))
+    return total.t() if transposed else total
+
+
+class DeferredLinear:
+    """`ops.glora_linear` of one layer whose shared factors' gradients go to a `Deferred`.
+
+    Args:
+        deferred: where they go.
+        ticket: the `ticket` of the shared parameters.
+        layer: the layer's place, which fixes the order of the sum.
+        shared: the shared parameters by the name of the argument, "b_down" and "b_up".
+    """
+
+    def __init__(self, deferred: Deferred, ticket: Tensor, layer: int, shared: Mapping[str, nn.Parameter]) -> None:
+        self.deferred = deferred
+        self.ticket = ticket
+        self.layer = layer
+        self.shared = shared
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+        variant: str = "hadamard",
+        c: Tensor | None = None,
+        c_up: Tensor | None = None,
+        c_down: Tensor | None = None,
+        **supports: Tensor | None,
+    ) -> Tensor:
+        """As `ops.glora_linear`, with its errors.
+
+        It is that, gradients included, in the other `dispatch.ways`, without gradients, and where the layer has another
+        parameter by now or one that is not trained.
+        """
+        if c is not None or c_up is not None:
+            supports["wc"] = glora_wc(weight, c, c_up=c_up, c_down=c_down)
+        trained = {name: p for name, p in self.shared.items() if supports.get(name) is p and p.requires_grad}
+        if not trained or not torch.is_grad_enabled() or not is_plain(x) or is_transformed() or is_watched(x):
+            return plain.glora_linear(
+                x, weight, bias, scale=scale, dropout_p=dropout_p, seed=seed, variant=variant, **supports
+            )
+        s = Supports(bias=bias, **supports)
+        target = autocast_dtype(x)
+        plain._check(x, weight, s, (), dropout_p, seed, variant, target)
+        if target is not None and x.dtype != target:
+            x = x.to(target)
+        needs = Needs(*(t is not None and t.requires_grad for t in (x, *s)))
+        row, form = plain.row_of(x, weight, s, seed)
+        call = Call(scale, dropout_p, None, variant == "matmul", plain._route(x, weight))
+        prepared = plain.prepare(row, form, call, *needs, False, False, False)
+        wanted = [row[i] for i in prepared.trained]
+        y: Tensor = _DeferredFunction.apply(prepared, row, self, trained, self.ticket, *wanted)
+        return y
+
+
+class _DeferredFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        prepared: Prepared,
+        row: Row,
+        to: DeferredLinear,
+        shared: Mapping[str, nn.Parameter],
+        ticket: Tensor,
+        *trained: Tensor,
+    ) -> Tensor:
+        results = prepared.forward(row)
+        save(ctx, prepared, row, results)
+        ctx.to, ctx.shared, ctx.node = to, shared, ticket.grad_fn
+        return given(results[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # Under create_graph=True PyTorch must refuse a second derivative of what is returned, and whoever watches the
+        # operations or batches gradients sees no sum of what was handed over: the gradients are returned as ever.
+        if torch.is_grad_enabled() or is_batched(dy) or is_watched(dy):
+            _, _, *grads = Applied.backward(ctx, dy)
+        else:
+            grads = _deferred_backward(ctx, dy)
+        return (None, None, None, None, None, *grads)
+
+
+def _deferred_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
+    prepared: Prepared = ctx.prepared
+    row = prepared.placed(read_saved(ctx, prepared.reads_output))
+    s, x, h, seed = Supports(*row[plain.SUPPORTS]), row[0], row[plain.MADE][1], row[plain.SEED]
+    to, call = ctx.to, prepared.values.call
+    down, up = ctx.shared.get("b_down"), ctx.shared.get("b_up")
+    rest = list(prepared.wanted)
+    for name in ctx.shared:
+        rest[plain.SUPPORTS.start + Supports._fields.index(name)] = False
+    with without_autocast(dy.device.type), prepared.guard or NO_GUARD:
+        found = iter(prepared.operation.backward([dy], row, prepared.values, rest))
+    grads = [next(found) if still else None for want, still in zip(prepared.wanted, rest, strict=True) if want]
+    # Of a pass that is not asked for the shared parameters (`torch.autograd.grad`, `backward(inputs=...)`), no more.
+    if (down is not None or up is not None) and torch._C._will_engine_execute_node(ctx.node):
+        flat, triton = _rows(dy), call.route != "eager"
+        with without_autocast(dy.device.type):
+            if down is not None:
+                left = thin(flat, cast(given(s.b_up), factor_dtype(dy.dtype, s)).t(), dy.dtype)
+                product = SharedProduct(left, _rows(given(x)), call.scale, call.dropout_p, seed)
+                to.deferred.add(down, to.layer, product, False, triton)
+            if up is not None:
+                rank = given(s.b_up).shape[1]
+                product = SharedProduct(given(h)[:, -rank:], flat, 1.0, 0.0, None)
+                to.deferred.add(up, to.layer, product, True, triton)
+    return grads
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(…, C) as a matrix whose rows are contiguous."""
+    flat = tensor.detach().reshape(-1, tensor.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()

@@ -1,0 +1,265 @@
+"""Merging every layer of a model in one launch, and taking it back: W ← W + W∘A + s·B, and W from its copy."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from glora_kernels.depth.rows import (
+    _A,
+    _A_DOWN,
+    _A_UP,
+    _B,
+    _B_DOWN,
+    _B_UP,
+    _C,
+    _K,
+    _LAYER_WIDTH,
+    _N,
+    _RANK_A,
+    _RANK_B,
+    _RANK_C,
+    _RANK_P,
+    _SCALE,
+    _WEIGHT,
+    LayerTable,
+    _c_values,
+    _common,
+    _grid,
+    _number,
+    _pointer,
+    _real,
+    _size,
+    _store_beta,
+    _strides,
+    _vector,
+    pass_config,
+)
+from glora_kernels.depth.table import GroupKey, PointerTable, aligned, pointer_table
+from glora_kernels.runtime import configs
+from glora_kernels.runtime.launch import Launch, arithmetic, options, triton_dtype
+from glora_kernels.tile import _dot, _load, _store
+
+COPY_COLUMNS = ("target", "source", "size", "bias_target", "bias_source", "bias_size")
+"""One layer to restore: two copies from `source` to `target`, sizes in elements."""
+_COPY_WIDTH = tl.constexpr(len(COPY_COLUMNS))
+_TARGET, _SOURCE, _SIZE, _BIAS_TARGET, _BIAS_SOURCE, _BIAS_SIZE = map(tl.constexpr, range(len(COPY_COLUMNS)))
+
+_WORDS = {2: torch.int16, 4: torch.int32}
+"""The integers in which numbers of that many bytes are copied."""
+
+
+@triton.jit
+def _exact_dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + left·right: of one 16-bit dtype as they are (their products are exact in fp32), else in fp32."""
+    if left.dtype != right.dtype:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return _dot(left, right, acc, PRECISION, UPCAST)
+
+
+@triton.jit
+def _factors(
+    up_ptr,
+    down_ptr,
+    n,
+    k,
+    N,
+    K,
+    rank,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Σᵣ up[n,r]·down[r,k] of contiguous factors; zeros at rank 0."""
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
+        r = r0 + tl.arange(0, BLOCK_R)
+        up = _load(up_ptr, n, r, rank, 1, N, rank)
+        acc = _exact_dot(up, _load(down_ptr, r, k, K, 1, rank, K), acc, PRECISION, UPCAST)
+    return acc
+
+
+@triton.jit
+def _merge_kernel(
+    table_ptr,
+    HAS_LOW_A: tl.constexpr,
+    HAS_LOW_B: tl.constexpr,
+    HAS_PRODUCT: tl.constexpr,
+    HAS_C: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ADAPTER: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """W ← W + W∘A + s·B (or W + W·A + s·B) in place and β = b + b∘d + e + W·c, of every layer of a table.
+
+    A program owns the rows n of W that it reads and overwrites; in the product variant it reads them twice, first for
+    P = W·A_up. The sums are the literal ones, in fp32 and their order (the launch forbids fused multiply-adds), and
+    rounded once. The HAS_ flags say what any layer of the table has; a layer's own forms are in its row.
+    """
+    row = table_ptr + tl.program_id(1).to(tl.int64) * _LAYER_WIDTH
+    N = _size(row, _N, ALIGN if TRANSPOSED else 1)
+    if tl.program_id(0) * BLOCK_N >= N:
+        return
+    K = _size(row, _K, ALIGN)
+    w_ptr = _pointer(row, _WEIGHT, DTYPE, ALIGN)
+    stride_n, stride_k = _strides(row, TRANSPOSED, ALIGN)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rank_a, rank_b, rank_p = _size(row, _RANK_A), _size(row, _RANK_B), _size(row, _RANK_P)
+    a_up, a_down = _pointer(row, _A_UP, ADAPTER), _pointer(row, _A_DOWN, ADAPTER, ALIGN)
+    b_up, b_down = _pointer(row, _B_UP, ADAPTER), _pointer(row, _B_DOWN, ADAPTER, ALIGN)
+    a, b = _vector(row, _A, n, N, ADAPTER), _vector(row, _B, n, N, ADAPTER)
+    has_a, has_b = (_number(row, _A) != 0) | (rank_a > 0), (_number(row, _B) != 0) | (rank_b > 0)
+    scale = _real(row, _SCALE)
+    if HAS_PRODUCT:
+        r = tl.arange(0, BLOCK_P)
+        p = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
+        if rank_p > 0:
+            for k0 in range(0, K, BLOCK_K):
+                k = k0 + tl.arange(0, BLOCK_K)
+                w = _load(w_ptr, n, k, stride_n, stride_k, N, K)
+                up = _load(a_up, k, r, rank_p, 1, K, rank_p)
+                p = _exact_dot(w, up, p, PRECISION, UPCAST)
+    if HAS_C:
+        wc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        has_c = (_number(row, _C) != 0) | (_size(row, _RANK_C) > 0)
+    following = _load(w_ptr, n, tl.arange(0, BLOCK_K), stride_n, stride_k, N, K)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        w = following.to(tl.float32)
+        following = _load(w_ptr, n, k + BLOCK_K, stride_n, stride_k, N, K)
+        merged = w
+        if HAS_C:
+            if has_c:
+                wc += w * _c_values(row, k, K, ADAPTER, BLOCK_R)[None, :]
+        if has_a:
+            term = tl.broadcast_to(a[:, None], (BLOCK_N, BLOCK_K))
+            if HAS_LOW_A:
+                term += _factors(
+                    a_up, a_down, n, k, N, K, rank_a, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_R
+                )  # fmt: skip
+            merged += w * term
+        if HAS_PRODUCT:
+            if rank_p > 0:
+                down = _load(a_down, r, k, K, 1, rank_p, K)
+                merged += _exact_dot(p, down, tl.zeros((BLOCK_N, BLOCK_K), tl.float32), PRECISION, UPCAST)
+        if has_b:
+            term = tl.broadcast_to(b[:, None], (BLOCK_N, BLOCK_K))
+            if HAS_LOW_B:
+                term += scale * _factors(
+                    b_up, b_down, n, k, N, K, rank_b, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_R
+                )  # fmt: skip
+            merged += term
+        _store(w_ptr, merged, n, k, stride_n, stride_k, N, K)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    if HAS_C:
+        total = tl.sum(wc, 1)
+    _store_beta(row, n, N, total, ADAPTER, BIAS, BIAS)
+
+
+def merge_launch(table: LayerTable, *, arch: str) -> Launch:
+    """W ← W + W∘A + s·B (W + W·A + s·B) in place and, to the column `beta`, b + b∘D + E + W·C of the old W."""
+    key = table.key
+    low_a, low_b = table.rank("A_down"), table.rank("B_down")
+    product = table.rank("A_down", product=True)
+    has_c = table.betas and table.has("C", "C_up")
+    config = merge_config(arch, key, (low_a > 0) + (low_b > 0) + 2 * (product > 0) + has_c, table.align)
+    args = {
+        "table_ptr": table.pointers.entries,
+        "HAS_LOW_A": low_a > 0, "HAS_LOW_B": low_b > 0, "HAS_PRODUCT": product > 0, "HAS_C": has_c,
+        **_common(table),
+        "PRECISION": _merge_precision(arch, key.dtype), "UPCAST": arithmetic(key.dtype)["UPCAST"],
+        "BLOCK_N": config["rows"], "BLOCK_K": config["cols"],
+        "BLOCK_R": configs.block_r(max(1, low_a, low_b), config["rank"]), "BLOCK_P": configs.block_r(max(1, product)),
+    }  # fmt: skip
+    # A fused multiply-add would round W + W∘A once where the literal sum rounds twice.
+    return Launch(_merge_kernel, _grid(table, config), args, options(config) | {"enable_fp_fusion": False})
+
+
+def merge_config(arch: str, key: GroupKey, terms: int, align: int) -> dict[str, int]:
+    """A tile as in `pass_config`, a narrow one where there is more than one of the `terms` that take registers.
+
+    `rank`: the most of a rank at a time; products in fp32 hold their operands in registers.
+    """
+    config = pass_config(arch, key, narrow=terms > 1 or align == 1)
+    warps = 4 if terms or arch == "cpu" else 8
+    return config | {"rank": 16 if key.adapter == torch.float32 else 32, "num_warps": warps}
+
+
+def _merge_precision(arch: str, dtype: torch.dtype) -> str:
+    """How factors in fp32 are multiplied: exactly into an fp32 weight.
+
+    Into a 16-bit one by three TF32 products where there are such: what they lose, 2⁻²¹ of a term, is a thousandth of
+    a unit in the last place of the result. Exact ones are no matrix instructions, and from rank 64 on would take longer
+    than the memory (H100: 67 TFLOP/s, 3 TB/s).
+    """
+    return "tf32x3" if arch.startswith("sm_") and dtype != torch.float32 else "ieee"
+
+
+@triton.jit
+def _copy(row, TO: tl.constexpr, FROM: tl.constexpr, COUNT: tl.constexpr, WORD: tl.constexpr, ALIGN: tl.constexpr,
+          BLOCK: tl.constexpr):  # fmt: skip
+    """Block `program_id(0)` of one copy; nothing beyond its end."""
+    size = _number(row, COUNT, ALIGN)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    if first < size:
+        i = first + tl.arange(0, BLOCK)
+        value = tl.load(_pointer(row, FROM, WORD, ALIGN) + i, mask=i < size)
+        tl.store(_pointer(row, TO, WORD, ALIGN) + i, value, mask=i < size)
+
+
+@triton.jit
+def _restore_kernel(
+    table_ptr, WORD: tl.constexpr, BIAS_WORD: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Every layer's weight and bias back from their copies, as integers of their width: bit for bit."""
+    row = table_ptr + tl.program_id(1).to(tl.int64) * _COPY_WIDTH
+    _copy(row, _TARGET, _SOURCE, _SIZE, WORD, ALIGN, BLOCK)
+    _copy(row, _BIAS_TARGET, _BIAS_SOURCE, _BIAS_SIZE, BIAS_WORD, 1, BLOCK)
+
+
+def restore_table(copies: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]) -> PointerTable:
+    """The table of `restore_launch`: (weight, its copy, bias, its copy) of each layer, dense in the same strides."""
+    rows = [
+        {
+            "target": w, "source": w_copy, "size": w.numel(),
+            "bias_target": b, "bias_source": b_copy, "bias_size": 0 if b is None else b.numel(),
+        }
+        for w, w_copy, b, b_copy in copies
+    ]  # fmt: skip
+    return pointer_table(rows, COPY_COLUMNS, copies[0][0].device)
+
+
+def restore_launch(
+    table: PointerTable, copies: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]], *, arch: str
+) -> Launch:
+    """Every weight and bias overwritten with its copy, bit for bit; the copies may lie in pinned host memory."""
+    ok = all(aligned(w, w_copy) and w.numel() % 16 == 0 for w, w_copy, _, _ in copies)
+    width = copies[0][0].dtype.itemsize
+    bias_width = next((b.dtype.itemsize for _, _, b, _ in copies if b is not None), width)
+    config = restore_config(arch)
+    args = {
+        "table_ptr": table.entries,
+        "WORD": triton_dtype(_WORDS[width]), "BIAS_WORD": triton_dtype(_WORDS[bias_width]),
+        "ALIGN": 16 if ok else 1, "BLOCK": config["rows"],
+    }  # fmt: skip
+    blocks = max(cdiv(w.numel(), config["rows"]) for w, _, _, _ in copies)
+    return Launch(_restore_kernel, (blocks, len(copies)), args, options(config))
+
+
+def restore_config(arch: str) -> dict[str, int]:
+    """Elements a program copies: many loads in flight, for memory as far away as the host's."""
+    return {"rows": 256 if arch == "cpu" else 4096, "num_warps": 4, "num_stages": 1}

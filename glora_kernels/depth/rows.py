@@ -1,0 +1,220 @@
+"""A layer as a row of a table of 64-bit integers on the device: addresses (0: absent), sizes, strides, bits of fp32.
+
+Sizes are ragged: a launch has as many programs a layer as the largest needs, and those beyond a layer's own end return
+at once. A program owns what it writes: no atomics, no flags. Layers of one launch have one device, one dtype each of
+weights, adapters and biases, and one order of storage (`depth.table.group_key`); forms, ranks and sizes may differ.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from glora_kernels.depth.table import GroupKey, Layer, PointerTable, aligned, pointer_table
+from glora_kernels.runtime.launch import triton_dtype, vector_stride
+from glora_kernels.tile import _load
+
+LAYER_COLUMNS = (
+    "weight", "stride", "N", "K", "scale", "rank_a", "rank_b", "rank_c", "rank_p",
+    "a", "a_stride", "b", "b_stride", "bias", "bias_stride", "c", "c_stride", "d", "d_stride", "e", "e_stride",
+    "a_up", "a_down", "b_up", "b_down", "c_up", "c_down",
+    "beta", "g", "dbias", "dc", "dc_up", "dc_down", "dc_wide", "dd", "de",
+)  # fmt: skip
+"""One layer. rank_p instead of rank_a in the product variant; the stride of a vector follows it, 0 for a constant.
+
+beta: where the full bias goes. g: ∂β, fp32. d…: where the gradients go; dc_wide: dc in fp32, for dC_down.
+"""
+
+
+def _layer(name):
+    return tl.constexpr(LAYER_COLUMNS.index(name))
+
+
+_LAYER_WIDTH = tl.constexpr(len(LAYER_COLUMNS))
+_WEIGHT, _STRIDE, _N, _K, _SCALE = _layer("weight"), _layer("stride"), _layer("N"), _layer("K"), _layer("scale")
+_RANK_A, _RANK_B, _RANK_C, _RANK_P = _layer("rank_a"), _layer("rank_b"), _layer("rank_c"), _layer("rank_p")
+_A, _B, _BIAS, _C, _D, _E = _layer("a"), _layer("b"), _layer("bias"), _layer("c"), _layer("d"), _layer("e")
+_D_STRIDE, _E_STRIDE = _layer("d_stride"), _layer("e_stride")
+_A_UP, _A_DOWN, _B_UP, _B_DOWN = _layer("a_up"), _layer("a_down"), _layer("b_up"), _layer("b_down")
+_C_UP, _C_DOWN, _BETA, _G = _layer("c_up"), _layer("c_down"), _layer("beta"), _layer("g")
+_DBIAS, _DC, _DC_UP, _DC_DOWN = _layer("dbias"), _layer("dc"), _layer("dc_up"), _layer("dc_down")
+_DC_WIDE, _DD, _DE = _layer("dc_wide"), _layer("dd"), _layer("de")
+
+
+@triton.jit
+def _number(row, COLUMN: tl.constexpr, ALIGN: tl.constexpr = 1):
+    """A 64-bit entry. The compiler knows nothing of what comes out of memory: ALIGN tells it a divisor."""
+    return tl.multiple_of(tl.load(row + COLUMN), ALIGN)
+
+
+@triton.jit
+def _size(row, COLUMN: tl.constexpr, ALIGN: tl.constexpr = 1):
+    """A 32-bit entry."""
+    return tl.multiple_of(tl.load(row + COLUMN).to(tl.int32), ALIGN)
+
+
+@triton.jit
+def _real(row, COLUMN: tl.constexpr):
+    """The fp32 number whose bits an entry is."""
+    return tl.load(row + COLUMN).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr = 1):
+    return tl.multiple_of(tl.load(row + COLUMN).to(tl.pointer_type(DTYPE)), ALIGN)
+
+
+@triton.jit
+def _strides(row, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr):
+    """(stride_n, stride_k) of a weight stored (N,K), or (K,N) if TRANSPOSED; one of them is known to be 1."""
+    stride = _number(row, _STRIDE, ALIGN)
+    if TRANSPOSED:
+        return 1, stride
+    else:
+        return stride, 1
+
+
+@triton.jit
+def _vector(row, COLUMN: tl.constexpr, index, size, DTYPE: tl.constexpr):
+    """A vector (or constant) in fp32 at `index`; zeros outside, and where it is absent."""
+    address = tl.load(row + COLUMN)
+    offsets = index.to(tl.int64) * tl.load(row + COLUMN + 1)
+    mask = (index < size) & (address != 0)
+    return tl.load(address.to(tl.pointer_type(DTYPE)) + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _put(row, COLUMN: tl.constexpr, value, index, size, DTYPE: tl.constexpr):
+    """Store a vector where its address is given."""
+    address = tl.load(row + COLUMN)
+    mask = (index < size) & (address != 0)
+    tl.store(address.to(tl.pointer_type(DTYPE)) + index.to(tl.int64), value.to(DTYPE), mask=mask)
+
+
+@triton.jit
+def _put_sum(row, COLUMN: tl.constexpr, value, DTYPE: tl.constexpr):
+    """Store a gradient of a constant where its address is given."""
+    address = tl.load(row + COLUMN)
+    if address != 0:
+        tl.store(address.to(tl.pointer_type(DTYPE)), value.to(DTYPE))
+
+
+@triton.jit
+def _c_values(row, k, K, ADAPTER: tl.constexpr, BLOCK_R: tl.constexpr):
+    """c[k] in fp32: given, or Σᵣ C_up[k,r]·C_down[r]; zeros where there is no C."""
+    c = _vector(row, _C, k, K, ADAPTER)
+    rank = _size(row, _RANK_C)
+    up_ptr, down_ptr = _pointer(row, _C_UP, ADAPTER), _pointer(row, _C_DOWN, ADAPTER)
+    for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
+        r = r0 + tl.arange(0, BLOCK_R)
+        down = tl.load(down_ptr + r, mask=r < rank, other=0.0).to(tl.float32)
+        c += tl.sum(_load(up_ptr, k, r, rank, 1, K, rank).to(tl.float32) * down[None, :], 1)
+    return c
+
+
+@triton.jit
+def _store_beta(row, n, N, wc, ADAPTER: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr):
+    """β[n] = b + b∘d + e + wc to the address that `beta` gives."""
+    beta = _vector(row, _BIAS, n, N, BIAS)
+    beta += beta * _vector(row, _D, n, N, ADAPTER)
+    beta += _vector(row, _E, n, N, ADAPTER)
+    _put(row, _BETA, beta + wc, n, N, OUT)
+
+
+class LayerTable(NamedTuple):
+    """A pointer table of layers, and what a launcher must know of them as a whole."""
+
+    pointers: PointerTable
+    key: GroupKey
+    layers: tuple[Layer, ...]
+    align: int
+    betas: bool
+
+    def has(self, *names: str) -> bool:
+        return any(name in layer.adapter for layer in self.layers for name in names)
+
+    def rank(self, down: str, product: bool = False) -> int:
+        """The largest rank of a pair, by the name of its down factor; A's of the product variant, or of the others."""
+        ranks = (
+            layer.adapter[down].shape[0]
+            for layer in self.layers
+            if down in layer.adapter and (layer.product == product or down != "A_down")
+        )
+        return max(ranks, default=0)
+
+    @property
+    def rows(self) -> int:
+        return max(layer.dense.shape[0] for layer in self.layers)
+
+    @property
+    def cols(self) -> int:
+        return max(layer.dense.shape[1] for layer in self.layers)
+
+
+def layer_table(
+    layers: Sequence[Layer], key: GroupKey, outputs: Sequence[Mapping[str, Tensor | None]]
+) -> LayerTable:  # fmt: skip
+    """The table of layers that all have this key.
+
+    Args:
+        layers: at least one.
+        key: their `group_key`. Adapters of several dtypes are copied in fp32, non-contiguous factors contiguously.
+        outputs: for each layer the column of a result (`LAYER_COLUMNS`) → where it goes, contiguous.
+    """
+    plain = tuple(layer._replace(adapter={k: _plain(t, key) for k, t in layer.adapter.items()}) for layer in layers)
+    rows = [_row(layer, key) | dict(extra) for layer, extra in zip(plain, outputs, strict=True)]
+    ok = all(
+        aligned(layer.dense, layer.adapter.get("A_down"), layer.adapter.get("B_down"))
+        and row["stride"] % 16 == 0
+        and layer.dense.shape[1] % 16 == 0
+        and (not key.transposed or layer.dense.shape[0] % 16 == 0)
+        for layer, row in zip(plain, rows, strict=True)
+    )
+    betas = any(extra.get("beta") is not None for extra in outputs)
+    table = pointer_table(rows, LAYER_COLUMNS, key.device)
+    return LayerTable(table, key, plain, 16 if ok else 1, betas)
+
+
+def pass_config(arch: str, key: GroupKey, narrow: bool = False) -> dict[str, int]:
+    """Rows n and columns k of a tile of W; the longer side lies along its contiguous dimension."""
+    if arch == "cpu":
+        return {"rows": 32, "cols": 32, "num_warps": 4, "num_stages": 1}
+    short, long = 32, 128 >> (key.dtype == torch.float32) >> narrow
+    rows, cols = (long, short) if key.transposed else (short, long)
+    return {"rows": rows, "cols": cols, "num_warps": 4, "num_stages": 2}
+
+
+def _plain(tensor: Tensor, key: GroupKey) -> Tensor:
+    tensor = tensor.detach().to(key.adapter)
+    return tensor if tensor.ndim == 1 else tensor.contiguous()
+
+
+def _row(layer: Layer, key: GroupKey) -> dict[str, Any]:
+    get = layer.adapter.get
+    rank_a, rank_b, rank_c = (0 if up is None else up.shape[1] for up in (get("A_up"), get("B_up"), get("C_up")))
+    row: dict[str, Any] = {
+        "weight": layer.dense.detach(), "stride": layer.dense.stride(1 if key.transposed else 0),
+        "N": layer.dense.shape[0], "K": layer.dense.shape[1], "scale": float(layer.scale),
+        "rank_a": 0 if layer.product else rank_a, "rank_b": rank_b, "rank_c": rank_c,
+        "rank_p": rank_a if layer.product else 0,
+        "bias": None if layer.bias is None else layer.bias.detach(), "bias_stride": 1,
+    }  # fmt: skip
+    for name in ("A", "B", "C", "D", "E"):
+        row |= {name.lower(): get(name), f"{name.lower()}_stride": vector_stride(get(name))}
+    return row | {name.lower(): get(name) for name in ("A_up", "A_down", "B_up", "B_down", "C_up", "C_down")}
+
+
+def _common(table: LayerTable) -> dict[str, Any]:
+    key = table.key
+    return {
+        "TRANSPOSED": key.transposed, "ALIGN": table.align, "DTYPE": triton_dtype(key.dtype),
+        "ADAPTER": triton_dtype(key.adapter), "BIAS": triton_dtype(key.bias),
+    }  # fmt: skip
+
+
+def _grid(table: LayerTable, config: dict[str, int]) -> tuple[int, int]:
+    return cdiv(table.rows, config["rows"]), len(table.layers)

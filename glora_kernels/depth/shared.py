@@ -1,0 +1,131 @@
+"""The gradients of the factors that layers share, over all of these layers in one launch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton import cdiv
+
+from glora_kernels.depth.rows import _number, _pointer, _real, _size
+from glora_kernels.depth.table import PointerTable, SharedFactor, aligned, pointer_table
+from glora_kernels.reference.random import dropout_threshold
+from glora_kernels.runtime import configs
+from glora_kernels.runtime.launch import Launch, halves, numerics, options, triton_dtype
+from glora_kernels.tile import _dot_thin, _dropped, _load, _store
+
+FACTOR_COLUMNS = ("first", "count", "R", "C", "out", "stride_r", "stride_c")
+"""One shared factor: its (R, C) gradient, and its rows first … first+count of the other table."""
+
+PRODUCT_COLUMNS = (
+    "left", "left_stride_m", "left_stride_r", "right", "right_stride_m", "M", "scale", "seed", "seed_address",
+    "threshold",
+)  # fmt: skip
+"""One layer's part of a shared factor's gradient: scale·leftᵀ·drop(right), left (M,R), right (M,C)."""
+_FACTOR_WIDTH, _PRODUCT_WIDTH = tl.constexpr(len(FACTOR_COLUMNS)), tl.constexpr(len(PRODUCT_COLUMNS))
+_FIRST, _COUNT, _R, _COLS, _OUT, _STRIDE_R, _STRIDE_C = map(tl.constexpr, range(len(FACTOR_COLUMNS)))
+_LEFT, _LEFT_M, _LEFT_R, _RIGHT, _RIGHT_M, _M, _PART_SCALE, _SEED, _SEED_ADDRESS, _THRESHOLD = map(
+    tl.constexpr, range(len(PRODUCT_COLUMNS))
+)
+
+
+@triton.jit
+def _shared_grad_kernel(
+    factor_ptr,
+    product_ptr,
+    HAS_DROPOUT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    OUT: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Σ_l scale_l·left_lᵀ·(mask∘right_l) (R,C) of every shared factor, in fp32, in the order of the table's layers."""
+    factor = factor_ptr + tl.program_id(2).to(tl.int64) * _FACTOR_WIDTH
+    R, C = _size(factor, _R), _size(factor, _COLS, ALIGN)
+    c0, r0 = tl.program_id(0) * BLOCK_C, tl.program_id(1) * BLOCK_R
+    if (c0 >= C) | (r0 >= R):
+        return
+    c, r = c0 + tl.arange(0, BLOCK_C), r0 + tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    first = _size(factor, _FIRST)
+    for member in range(first, first + _size(factor, _COUNT)):
+        row = product_ptr + tl.cast(member, tl.int64) * _PRODUCT_WIDTH
+        left, right = _pointer(row, _LEFT, NUMERICS.factor_dtype), _pointer(row, _RIGHT, NUMERICS.dtype, ALIGN)
+        left_m, left_r, right_m = _number(row, _LEFT_M), _number(row, _LEFT_R), _number(row, _RIGHT_M, ALIGN)
+        M = _size(row, _M)
+        if HAS_DROPOUT:
+            seed, seed_ptr = _number(row, _SEED), _pointer(row, _SEED_ADDRESS, tl.int64)
+            if _number(row, _SEED_ADDRESS) != 0:
+                seed = tl.load(seed_ptr)
+            threshold = _size(row, _THRESHOLD)
+        acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        for m0 in range(0, M, BLOCK_M):
+            m = m0 + tl.arange(0, BLOCK_M)
+            x = _load(right, m, c, right_m, 1, M, C)
+            if HAS_DROPOUT:
+                if threshold > 0:
+                    x = _dropped(x, seed, m, c0, threshold, 1.0, BLOCK_M, BLOCK_C)
+            acc = _dot_thin(_load(left, r, m, left_r, left_m, R, M), x, acc, NUMERICS)
+        total += acc * _real(row, _PART_SCALE)
+    out = _pointer(factor, _OUT, OUT)
+    stride_r, stride_c = _number(factor, _STRIDE_R), _number(factor, _STRIDE_C)
+    _store(out, total, r, c, stride_r, stride_c, R, C)
+
+
+def shared_grad_tables(factors: Sequence[SharedFactor]) -> tuple[PointerTable, PointerTable]:
+    """The two tables of `shared_grad_launch`: the factors, and the products of all of them."""
+    rows: list[dict[str, Any]] = []
+    products: list[dict[str, Any]] = []
+    for out, parts in factors:
+        rows.append({
+            "first": len(products), "count": len(parts), "R": out.shape[0], "C": out.shape[1], "out": out,
+            "stride_r": out.stride(0), "stride_c": out.stride(1),
+        })  # fmt: skip
+        for left, right, scale, p, seed in parts:
+            on_device = seed is not None and seed.device.type != "cpu"
+            products.append({
+                "left": left, "left_stride_m": left.stride(0), "left_stride_r": left.stride(1),
+                "right": right, "right_stride_m": right.stride(0), "M": left.shape[0], "scale": scale / (1.0 - p),
+                "seed": None if seed is None or on_device else int(seed), "seed_address": seed if on_device else None,
+                "threshold": dropout_threshold(p),
+            })  # fmt: skip
+    device = factors[0].out.device
+    return pointer_table(rows, FACTOR_COLUMNS, device), pointer_table(products, PRODUCT_COLUMNS, device)
+
+
+def shared_grad_launch(
+    tables: tuple[PointerTable, PointerTable], factors: Sequence[SharedFactor], *, arch: str
+) -> Launch:  # fmt: skip
+    """out (R,C) = Σ_l scale_l·left_lᵀ·drop(right_l) of every factor."""
+    parts = [part for factor in factors for part in factor.products]
+    dtype = parts[0].right.dtype
+    rank, width = max(f.out.shape[0] for f in factors), max(f.out.shape[1] for f in factors)
+    how = numerics(dtype, parts[0].left)
+    ok = all(
+        aligned(part.right) and part.right.stride(0) % 16 == 0 and part.right.shape[1] % 16 == 0 for part in parts
+    )  # fmt: skip
+    config = shared_grad_config(arch, dtype, rank)
+    drops = any(part.dropout_p > 0.0 for part in parts)
+    config = configs.fitted("shared_grad", config, arch, dtype, rank, halves=halves(how), drops=drops, aligned=ok)
+    args = {
+        "factor_ptr": tables[0].entries, "product_ptr": tables[1].entries,
+        "HAS_DROPOUT": drops, "ALIGN": 16 if ok else 1,
+        "OUT": triton_dtype(factors[0].out.dtype), "NUMERICS": how,
+        "BLOCK_R": config["rows"], "BLOCK_C": config["cols"], "BLOCK_M": config["depth"],
+    }  # fmt: skip
+    grid = (cdiv(width, config["cols"]), cdiv(rank, config["rows"]), len(factors))
+    return Launch(_shared_grad_kernel, grid, args, options(config, args))
+
+
+def shared_grad_config(arch: str, dtype: torch.dtype, rank: int) -> dict[str, int]:
+    """Rows of the rank, columns, and tokens at a time; `cols` is a multiple of 8, as the dropout mask wants."""
+    if arch == "cpu":
+        return {"rows": 16, "cols": 32, "depth": 32, "num_warps": 4, "num_stages": 1}
+    rows = configs.block_r(rank, 64)
+    if dtype == torch.float32:  # products on the ordinary units hold their operands in registers
+        warps = 8 if rows > 16 and arch in configs.OLD else 4  # what does not spill
+        return {"rows": rows, "cols": 32 if rows > 16 else 64, "depth": 32, "num_warps": warps, "num_stages": 2}
+    return {"rows": rows, "cols": 64, "depth": 64, "num_warps": 4, "num_stages": 2 if arch.startswith("gfx") else 3}

@@ -1,0 +1,1 @@
+"""What the operators share of PyTorch: a call prepared, the ways into it, registration."""

@@ -1,0 +1,290 @@
+"""A call of an operator, prepared: what a class of calls needs is found once, and looked up by later ones.
+
+What a call is checked for and which launches serve it depend on the classes, dtypes, shapes, strides and devices of its
+tensors and on a few values; these are the key. Under it lies what backward will need and read, and the programs of both
+passes (`runtime.program`). One `autograd.Function` serves every operator: its arguments are what is trained and no
+more, since each costs a microsecond a layer.
+
+The tensors of a call stand in a row; in backward what forward made of them stands behind them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from glora_kernels.dispatch.common import given, read_saved, without_autocast
+from glora_kernels.dispatch.ways import is_batched, is_watched, once_differentiable
+from glora_kernels.runtime import environment, program
+from glora_kernels.runtime.direct import forms
+from glora_kernels.runtime.program import Program
+
+Row = Sequence[Tensor | None]
+NO_GUARD: AbstractContextManager[object] = contextlib.nullcontext()
+_PLAIN = {Tensor, nn.Parameter, type(None)}
+_FLAGS = b"\1" * 1024
+_KEPT = 1024
+"""How many classes are kept ..."""
+_KEPT_BACKWARDS = 16
+"""... and of each, for how many forms of what backward reads: a transposed dy has another one with each M."""
+
+
+class Operation(NamedTuple):
+    """An operator as its paths are written, by the values of a call that are no tensors.
+
+    forward: (row, values) → the outputs, and behind them what backward may read. backward: (dys, row, values, wanted) →
+    the gradients of the wanted places of the row, in their order. elsewhere: the same for whoever watches or batches
+    the gradients (`dispatch.ways`), which then are operations of PyTorch or a registered operator.
+    """
+
+    name: str
+    forward: Callable[[Row, Any], Sequence[Tensor | None]]
+    backward: Callable[[Sequence[Tensor], Row, Any, Sequence[bool]], Sequence[Tensor | None]]
+    elsewhere: Callable[[Sequence[Tensor], Row, Any, Sequence[bool]], Sequence[Tensor | None]]
+
+
+class AskedPass(NamedTuple):
+    """A pass of a call, as `runtime.program.find` takes it."""
+
+    name: str
+    function: program.Pass
+    operands: program.Operands
+    values: tuple[Hashable, ...]
+    outputs: int | None = None
+
+
+class Prepared:
+    """A class of calls.
+
+    Attributes:
+        operation, values: the operator, and the values that its paths get.
+        wanted: of the places in a row, which want a gradient; `trained`: the places.
+        saved: the places in backward's row that it reads; `size`: of that row.
+        with_rows: its places with a row a token; empty where the operator knows no tokens.
+        outputs: how many there are.
+        has_kernels: whether launches serve it.
+        keeps: whether anybody wants more than the outputs.
+        guard: held while a call builds something in the workspace and reads it.
+    """
+
+    def __init__(
+        self,
+        operation: Operation,
+        values: Any,
+        wanted: Sequence[bool],
+        saved: Sequence[int],
+        *,
+        size: int,
+        with_rows: Sequence[int] = (),
+        outputs: int = 1,
+        has_kernels: bool,
+        keeps: bool = False,
+        guard: AbstractContextManager[object] | None = None,
+    ) -> None:
+        self.operation, self.values, self.wanted, self.saved = operation, values, tuple(wanted), tuple(saved)
+        self.size, self.with_rows, self.outputs, self.has_kernels = size, frozenset(with_rows), outputs, has_kernels
+        self.trained = tuple(i for i, want in enumerate(wanted) if want)
+        self.guard = guard
+        self.keeps = keeps or bool(self.trained)
+        self._flags = bytes([bool(with_rows)] * outputs + [place in self.with_rows for place in saved])
+        self._whole = [i for i, place in enumerate(saved) if place in self.with_rows or place >= len(wanted)]
+        self.reads_output = any(len(wanted) <= place < len(wanted) + outputs for place in saved)
+        self._forward: Program | None = None
+        self._backwards: dict[Hashable, Program | None] = {}
+        self.apply: Callable[..., Sequence[Tensor]] = Applied.apply
+
+    def plan(self, operands: program.Operands) -> None:
+        """Find the program of forward."""
+        self._forward = program.find(*self.forward_pass(operands))
+
+    def forward_pass(self, operands: program.Operands) -> AskedPass:
+        """Forward of a call."""
+        operation, count = self.operation, None if self.keeps else self.outputs
+
+        def run(row: Row, values: Any, count: int | None) -> Sequence[Tensor | None]:
+            return operation.forward(row, values)[:count]
+
+        return AskedPass(operation.name, run, operands, (self.values, count), self.outputs)
+
+    def forward(self, row: Row) -> Sequence[Tensor | None]:
+        """The outputs, of the leading dimensions of x, and what backward may read."""
+        x = given(row[0])
+        if self._forward is None:
+            with without_autocast(x.device.type), self.guard or NO_GUARD:
+                return self.operation.forward(row, self.values)
+        m, lead = program.rows_of(x), x.shape[:-1] if x.ndim > 2 else None
+        if self.guard is None:
+            return self._forward.run(row, m, lead)
+        with self.guard:
+            return self._forward.run(row, m, lead)
+
+    def backward(self, dys: Sequence[Tensor], saved: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """The gradients of what is trained, from the tensors at the places `saved`."""
+        first = dys[0]
+        m = program.rows_of(first) if self.with_rows else 1
+        # What was saved may come back in another form: by hooks (offloading), or after `.data` was set.
+        for i in self._whole:
+            tensor = saved[i]
+            if not tensor.is_contiguous() and (tensor.ndim > 2 or self.saved[i] >= len(self.wanted)):
+                saved = [*saved[:i], tensor.contiguous(), *saved[i + 1 :]]
+        if self.has_kernels and (first.ndim > 1 or not self.with_rows) and program.serves(m):
+            dys = [dy if dy.ndim <= 2 or dy.is_contiguous() else dy.contiguous() for dy in dys]
+            key = (
+                first.dtype == torch.float32 and environment.allow_tf32(),
+                forms((*dys, *saved), self._flags, first.is_cuda),
+            )
+            try:
+                found = self._backwards[key]
+            except KeyError:
+                if len(self._backwards) >= _KEPT_BACKWARDS:
+                    self._backwards.clear()
+                found = self._backwards[key] = program.find(*self.backward_pass(dys, saved))
+            if found is not None:
+                with self.guard or NO_GUARD:
+                    lead = first.shape[:-1] if first.ndim > 2 else None
+                    return found.run((*dys, *saved), m, lead)
+        with without_autocast(dys[0].device.type), self.guard or NO_GUARD:
+            return self.operation.backward(dys, self.placed(saved), self.values, self.wanted)
+
+    def backward_pass(self, dys: Sequence[Tensor], saved: Sequence[Tensor]) -> AskedPass:
+        """Backward of a call, from the tensors at the places `saved`."""
+        count = len(dys)
+        rows = {*range(count)} if self.with_rows else set()
+        rows |= {count + i for i, place in enumerate(self.saved) if place in self.with_rows}
+
+        def run(tensors: Row, *_: Any) -> Sequence[Tensor | None]:
+            mine = [given(dy) for dy in tensors[:count]]
+            return self.operation.backward(mine, self.placed(tensors[count:]), self.values, self.wanted)
+
+        m = program.rows_of(dys[0]) if self.with_rows else 1
+        operands = program.Operands((*dys, *saved), frozenset(rows), m, dys[0].get_device())
+        values = (self.values, self.wanted, self.saved)
+        return AskedPass(f"{self.operation.name} backward", run, operands, values)
+
+    def placed(self, saved: Row) -> Row:
+        """The row of backward, of which only what was saved is there."""
+        row: list[Tensor | None] = [None] * self.size
+        for place, tensor in zip(self.saved, saved, strict=True):
+            row[place] = tensor
+        return row
+
+
+_prepared: dict[Hashable, Prepared] = {}
+
+
+def find(
+    operation: Operation, row: Row, with_rows: int, key: tuple[Hashable, ...], make: Callable[[], Prepared]
+) -> Prepared:
+    """What is prepared for a class of calls; `make` checks a call of a new one, and prepares it.
+
+    Args:
+        operation: the operator.
+        row: of which the first is there.
+        with_rows: how many at its beginning have a row a token, each a matrix or contiguous.
+        key: what else the call depends on: values, modes, what requires a gradient.
+        make: raises where the call is none.
+    """
+    first = given(row[0])
+    m = program.rows_of(first) if with_rows and first.ndim else 1
+    if (with_rows and first.ndim < 2) or not program.serves(m):
+        return make()
+    device = first.get_device()
+    try:
+        whole = (
+            operation.name,
+            key,
+            program.class_of(m, device),
+            first.dtype == torch.float32 and environment.allow_tf32(),
+            forms(row, _FLAGS[:with_rows], first.is_cuda),
+        )
+    except (IndexError, RuntimeError):  # a tensor without strides or an address: `make` says what it takes
+        return make()
+    found = _prepared.get(whole)
+    if found is None:
+        found = make()
+        # Tensors of other classes than PyTorch's own (sharded, wrapped ones) are not taken for one another.
+        if not _PLAIN.issuperset([t.__class__ for t in row]):
+            return found
+        if found.has_kernels:
+            found.plan(program.Operands(tuple(row), frozenset(range(with_rows)), m, device))
+        if len(_prepared) >= _KEPT:
+            _prepared.clear()
+        found.apply = _apply
+        _prepared[whole] = found
+    return found
+
+
+def call(prepared: Prepared, row: Row) -> Sequence[Tensor]:
+    """The outputs, with a backward where something is trained."""
+    if not prepared.trained:
+        return [given(y) for y in prepared.forward(row)[: prepared.outputs]]
+    return prepared.apply(prepared, row, *[row[i] for i in prepared.trained])
+
+
+class Backwards:
+    """How often a backward ran that it is told of."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def note(self, *_: object) -> None:
+        self.count += 1
+
+
+def note_backwards(ys: Iterable[Tensor], backwards: Backwards) -> None:
+    """Have the nodes that made some outputs, of one call, tell of every backward that reaches them."""
+    for node in {y.grad_fn for y in ys}:
+        if isinstance(node, Applied._backward_cls):
+            vars(node)["backwards"] = backwards  # a hook would cost two microseconds
+        elif node is not None:
+            node.register_prehook(backwards.note)
+
+
+class Applied(torch.autograd.Function):
+    """Eager mode's way into an operator."""
+
+    @staticmethod
+    def forward(ctx: Any, prepared: Prepared, row: Row, *trained: Tensor) -> Any:
+        results = prepared.forward(row)
+        save(ctx, prepared, row, results)
+        return tuple(results[: prepared.outputs])
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        prepared: Prepared = ctx.prepared
+        if ctx.backwards is not None:
+            ctx.backwards.note()
+        watched = torch.is_grad_enabled()  # as create_graph=True has it
+        for dy in dys:
+            watched |= is_batched(dy) or is_watched(dy)
+        if watched:
+            return _elsewhere(ctx, *dys)
+        return None, None, *prepared.backward(dys, read_saved(ctx, prepared.reads_output))
+
+
+# `Applied.apply` without what it does for torch.func, which takes another way (`dispatch.ways`): two microseconds. Not
+# for what outlived its transform, which has no address, and so is in no class that is kept.
+_apply = super(torch.autograd.Function, Applied).apply
+
+
+@once_differentiable
+def _elsewhere(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+    prepared: Prepared = ctx.prepared
+    saved = read_saved(ctx, prepared.reads_output)
+    for dy in dys:
+        if is_batched(dy) or is_watched(dy):
+            found = prepared.operation.elsewhere(dys, prepared.placed(saved), prepared.values, prepared.wanted)
+            return None, None, *found
+    return None, None, *prepared.backward(dys, saved)
+
+
+def save(ctx: Any, prepared: Prepared, row: Row, results: Row) -> None:
+    """Keep for backward what it reads."""
+    everything = (*row, *results)
+    ctx.save_for_backward(*[everything[i] for i in prepared.saved])
+    ctx.prepared, ctx.backwards = prepared, None

@@ -1,0 +1,1 @@
+"""A weight in 4 bits: dequantized, and multiplied by few tokens."""

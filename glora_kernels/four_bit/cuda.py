@@ -1,0 +1,431 @@
+"""The launchers of the CUDA extension: every check of shapes, types and devices, the configuration, the launch.
+
+The extension takes raw pointers and checks nothing. It is built without a GPU and need not be there
+(`runtime.extension`); launches can be planned and printed without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glora_kernels.modes import outside_modes
+from glora_kernels.operands import W_ALONE, Terms
+from glora_kernels.quant import QuantizedWeight
+from glora_kernels.runtime import configs, extension
+from glora_kernels.runtime.launch import note, vector_stride
+from glora_kernels.runtime.recording import Recording
+from glora_kernels.runtime.workspace import is_private
+
+MAX_TOKENS = 64
+MAX_RANK = 64
+"""Of the small-M product: B_up of a block's rows lies in shared memory."""
+MAX_DEQUANTIZE_RANK = 256
+
+GEMV_TOKENS = 4
+"""Up to here the codes meet x in fp32; above, tensor cores take eight tokens at a time."""
+
+_THREADS, _WARPS = 256, 8
+_GEMV_ROWS, _GEMV_SPAN = 4, 1024  # csrc/maps.cuh: rows of W and elements of k that a warp takes at a time
+_MMA_ROWS, _MMA_SPAN = 32, 128
+_ITEM = 16  # tokens, and columns, of one item of the low-rank path
+_MAX_SLICES = 32
+_SCRATCH_FLOATS = 1 << 15
+_BARRIER_FLOATS = 64  # the counters, and the rest of their 256 bytes
+_EPILOGUE = 0.5  # what a set of rows costs beside its spans, in spans
+_SHARED_KIB = {"sm_80": 163, "sm_87": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227}
+"""Shared memory that one block may have; 99 on other cards."""
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_ALIGNMENT = 16
+_NO_VECTOR = (0, 0, 0)
+_NO_MATRIX = (0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class CudaLaunch:
+    """One launch of the extension. `entry` is its function; a tensor in `args` stands for its address."""
+
+    kernel: str
+    entry: str
+    grid: int
+    shared: int
+    args: dict[str, Any]
+    tensors: tuple[Tensor, ...]
+    block: int = _THREADS
+    for_m: Callable[[int], dict[str, Any]] | None = None  # the fields that follow M, and the arguments among them
+
+    def run(self) -> None:
+        """Launch on the current stream of the device of the tensors. Inside `planning` it is noted instead.
+
+        Raises:
+            RuntimeError: the extension is missing, the tensors are on no GPU, or CUDA reports an error.
+        """
+        if note(self):
+            return
+        device = self.tensors[0].device
+        if device.type != "cuda":
+            raise RuntimeError(f"the CUDA extension works on GPU tensors, these are on {device}")
+        function = getattr(extension.module(), self.entry)
+        if device.index == torch.cuda.current_device():
+            self._launch(function, device)
+        else:
+            with torch.cuda.device(device):
+                self._launch(function, device)
+
+    def _launch(self, function: Callable[..., None], device: torch.device) -> None:
+        stream = torch.cuda.current_stream(device)
+        args = addresses(self.args)
+        if args.get("scratch"):
+            counters, sums = _scratch(stream)  # alive until the launch is in the queue
+            args = args | {"barrier": counters.data_ptr(), "scratch": sums.data_ptr()}
+        function(device=stream.device_index, stream=stream.cuda_stream, **args)
+
+    def bound(self, recording: Recording, memory: Sequence[Any], m: int) -> CudaLaunch:
+        """A recorded launch with the tensors of a call."""
+
+        def tensor(twin: Tensor) -> Tensor:
+            return recording.pointer(twin, memory, m)
+
+        own = {} if self.for_m is None else self.for_m(m)
+        args = {name: _changed(value, tensor) for name, value in self.args.items()} | own.pop("args", {})
+        return replace(self, args=args, tensors=tuple(map(tensor, self.tensors)), **own)
+
+    def __str__(self) -> str:
+        return f"{self.kernel}[{self.grid}] block={self.block}; shared={self.shared}"
+
+
+def addresses(args: dict[str, Any]) -> dict[str, Any]:
+    return {name: _changed(value, lambda tensor: tensor.data_ptr()) for name, value in args.items()}
+
+
+def _changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """An argument with its tensors replaced."""
+    if isinstance(value, tuple):
+        return tuple(_changed(part, change) for part in value)
+    return change(value) if isinstance(value, Tensor) else value
+
+
+def dequantize_launch(
+    weight: QuantizedWeight,
+    out: Tensor,
+    *,
+    a: Tensor | None = None,
+    a_up: Tensor | None = None,
+    a_down: Tensor | None = None,
+    b: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    scale: float = 1.0,
+    arch: str,
+) -> CudaLaunch:
+    """out (N,K) = W, or W + W∘A + B with A = a or a_up·a_down, B = b or scale·b_up·b_down.
+
+    W alone is bit for bit `quant.dequantize`. With A or B the sum is taken in fp32 and rounded once, to 16 bits with
+    the dither of `reference.random.round_dithered`.
+
+    Args:
+        weight: (N, K) in 4 bits.
+        out: (N, K), contiguous, in fp32, fp16 or bf16, written.
+        a, b: (N,) or (1,), in fp32, fp16 or bf16.
+        a_up, b_up: (N, R), any strides, R from 1 to 256.
+        a_down, b_down: (R, K), any strides.
+        scale: of the low-rank form of B.
+        arch: of the card the launch is planned for; one configuration serves all.
+
+    Raises:
+        TypeError: a tensor of another dtype.
+        ValueError: a shape, stride, rank or device that does not fit, or both forms of A or B.
+    """
+    n, k = weight.shape
+    _of_type("out", out)
+    if tuple(out.shape) != (n, k) or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous and {n}x{k}; got {tuple(out.shape)} with strides {out.stride()}")
+    tensors = (weight.packed, *weight.state.tensors(), out)
+    terms = [_term(name, v, up, down, n, k) for name, v, up, down in (("a", a, a_up, a_down), ("b", b, b_up, b_down))]
+    adapters = tuple(t for t in (a, a_up, a_down, b, b_up, b_down) if t is not None)
+    _same_device(tensors + adapters)
+    aligned = weight.packed.data_ptr() % 4 == 0 and out.data_ptr() % _ALIGNMENT == 0
+    args = {
+        "codes": _codes(weight, out.dtype), "out": out, "out_dtype": _DTYPES[out.dtype], "n": n, "k": k,
+        "a": terms[0], "b": terms[1], "scale": scale, "vectorized": aligned and (not adapters or k % 8 == 0),
+    }  # fmt: skip
+    if adapters:
+        grid, name = -(-n // 32) * -(-k // 256), "dequantize_adapted_kernel"
+    else:
+        grid, name = -(-n * k // (8 * 4 * _THREADS)), "dequantize_kernel"
+    if grid >= 1 << 31:
+        raise ValueError(f"weight {n}x{k} takes more blocks than a grid has")
+    return CudaLaunch(name, "dequantize", grid, 4 * 16 * (32 + 256) if adapters else 0, args, tensors + adapters)
+
+
+def serves_small_m(x: Tensor, weight: QuantizedWeight, rank: int = 0, factors: torch.dtype | None = None) -> str | None:
+    """Why `small_m_launch` does not serve this call, or None where it does.
+
+    Args:
+        x: (M, K), as the launch would get it.
+        weight: (N, K) in 4 bits.
+        rank: of the low-rank pair, 0 without one.
+        factors: the dtype that it is to be multiplied in, that of x where it is not given.
+    """
+    nested, blocksize, k = weight.state.nested, weight.state.blocksize, weight.shape[1]
+    if x.ndim != 2 or x.shape[1] != k:
+        return f"x must be (M, {k}) for a weight {weight.shape[0]}x{k}, got shape {tuple(x.shape)}"
+    m = x.shape[0]
+    if not 1 <= m <= MAX_TOKENS:
+        return f"it takes 1 to {MAX_TOKENS} tokens, got {m}"
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"x must be float16 or bfloat16, got {x.dtype}"
+    if weight.dtype not in (x.dtype, torch.float32):
+        return f"x is {x.dtype} and W was quantized from {weight.dtype}, which it would be rounded to first"
+    if rank and factors is not None and factors.itemsize > x.itemsize:
+        return f"it multiplies the factors in the dtype of x, {x.dtype}, and these are {factors}"
+    if not 0 <= rank <= MAX_RANK:
+        return f"it takes ranks up to {MAX_RANK}, got {rank}"
+    if blocksize < 32 or k % blocksize:
+        return f"K = {k} is no multiple of the block size {blocksize}: blocks of W run over the ends of its rows"
+    if max(weight.shape) >= 1 << 30:
+        return f"it counts rows and columns in 32 bits, the weight is {weight.shape[0]}x{k}"
+    if nested is not None and not _is_power_of_two(nested.blocksize):
+        return f"the nested block size must be a power of two, got {nested.blocksize}"
+    if weight.packed.data_ptr() % _ALIGNMENT:
+        return f"the packed weight does not begin at a multiple of {_ALIGNMENT} bytes"
+    if x.stride(1) != 1:
+        return f"the columns of x must be neighbours, got strides {x.stride()}"
+    if x.data_ptr() % _ALIGNMENT or (m > 1 and x.stride(0) * x.itemsize % _ALIGNMENT):
+        return f"the rows of x must begin at multiples of {_ALIGNMENT} bytes, got strides {x.stride()}"
+    return None
+
+
+def small_m_launch(
+    x: Tensor,
+    weight: QuantizedWeight,
+    y: Tensor,
+    added: Terms = W_ALONE,
+    *,
+    b_down: Tensor | None = None,
+    scale: float = 1.0,
+    h: Tensor | None = None,
+    sigma: Tensor | None = None,
+    arch: str,
+) -> CudaLaunch:
+    """y = Z∘(1+a) + h·B_upᵀ + σ·bᵀ + bias∘(1+d) + e + wc with Z = x·Wᵀ, h = scale·x·B_downᵀ, σ = Σₖ xₖ.
+
+    One launch. Sums in fp32, one rounding to nearest; the product with B_down takes it in x's dtype. Up to 4 tokens W
+    enters as the fp32 numbers it stands for, above them rounded to x's dtype. The same bits at every run.
+
+    Args:
+        x: (M, K), one that `serves_small_m` accepts.
+        weight: (N, K) in 4 bits.
+        y: (M, N) in x's dtype, any strides, written.
+        added: a, b, d and e (N,) or (1,), in fp32, fp16 or bf16, d beside a bias; bias and wc (N,); up: B_up (N, R) of
+            any strides, beside b_down.
+        b_down: (R, K), any strides.
+        scale: s.
+        h, sigma: (M, R) in x's dtype and (M,) fp32, contiguous, written where given; h needs the factors.
+        arch: of the card; decides the split of K over the warps and the grid.
+
+    Raises:
+        TypeError: a tensor of another dtype.
+        ValueError: a call that `serves_small_m` refuses, or a shape, stride or device that does not fit.
+    """
+    a, b, b_up, (bias, wc, d, e, _) = added.a, added.b, added.up, added.shift
+    _pair("b", b_up, b_down)
+    rank = 0 if b_up is None else b_up.shape[-1]
+    if reason := serves_small_m(x, weight, rank):
+        raise ValueError(f"the fused product over a 4-bit weight does not serve this call: {reason}")
+    (m, k), n = x.shape, weight.shape[0]
+    if y.dtype != x.dtype:
+        raise TypeError(f"y must be {x.dtype} as x is, got {y.dtype}")
+    if tuple(y.shape) != (m, n):
+        raise ValueError(f"y must be {m}x{n}, got {tuple(y.shape)}")
+    for name, tensor, shape, dtype, needs in (
+        ("h", h, (m, rank), x.dtype, b_up), ("sigma", sigma, (m,), torch.float32, x)
+    ):  # fmt: skip
+        if tensor is None:
+            continue
+        if needs is None or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous and {shape}, rank {rank}; got {tuple(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if d is not None and bias is None:
+        raise ValueError("d multiplies the bias, and there is none")
+    vectors = {
+        "a": _vector("a", a, n), "b": _vector("b", b, n), "d": _vector("d", d, n), "e": _vector("e", e, n),
+        "bias": _vector("bias", bias, n, constant=False), "wc": _vector("wc", wc, n, constant=False),
+    }  # fmt: skip
+    up = _NO_MATRIX if b_up is None else _matrix("b_up", b_up, (n, rank))
+    down = _NO_MATRIX if b_down is None else _matrix("b_down", b_down, (rank, k))
+    given = (a, b, b_up, b_down, bias, wc, d, e, h, sigma)
+    tensors = (weight.packed, *weight.state.tensors(), x, y, *(t for t in given if t is not None))
+    _same_device(tensors)
+    has_sigma = b is not None or sigma is not None
+    args = {
+        "codes": _codes(weight, x.dtype), "x": (x, x.stride(0)), "x_dtype": _DTYPES[x.dtype],
+        "y": (y, *y.stride()), **vectors, "b_up": up, "b_down": down, "rank": rank,
+        "scale": scale, "h": 0 if h is None else h, "sigma": 0 if sigma is None else sigma,
+        "has_sigma": has_sigma, "barrier": 0, "scratch": 1 if rank or has_sigma else 0,
+    }  # fmt: skip
+
+    def for_m(m: int) -> dict[str, Any]:
+        config = small_m_config(m, n, k, rank, has_sigma, arch)
+        own = {name: config[name] for name in ("slices", "warps_k", "x_staged", "blocks", "shared_bytes")}
+        kernel = "small_m_gemv_kernel" if m <= GEMV_TOKENS else "small_m_mma_kernel"
+        sized = {"gemv": m <= GEMV_TOKENS, "sizes": (m, n, k)}
+        return {"kernel": kernel, "grid": own["blocks"], "shared": own["shared_bytes"], "args": sized | own}
+
+    own = for_m(m)
+    args |= own.pop("args")
+    return CudaLaunch(entry="small_m", args=args, tensors=tensors, for_m=for_m, **own)
+
+
+@functools.cache
+def small_m_config(m: int, n: int, k: int, rank: int, has_sigma: bool, arch: str) -> dict[str, int]:
+    """The configuration of a small-M launch.
+
+    warps_k: of a block's 8 warps, how many share one set of rows and split K; the rest take other rows. Chosen so that
+    blocks of W fill the card and come out even. slices: of K, in the low-rank path. x_staged: x lies in shared memory.
+    """
+    gemv = m <= GEMV_TOKENS
+    rows_per_warp, span = (_GEMV_ROWS, _GEMV_SPAN) if gemv else (_MMA_ROWS, _MMA_SPAN)
+    padded = (m if m <= 2 else 4) if gemv else 8 * (1 << (-(-m // 8) - 1).bit_length())
+    per_sm = 2 if padded <= (2 if gemv else 16) else 1  # __launch_bounds__ of the kernels
+    columns, pitch = rank + has_sigma, -(-(rank + has_sigma) // 4) * 4
+    limit = _SHARED_KIB.get(arch, 99) * 1024
+    resident = configs.programs(arch) * per_sm
+
+    def shared(warps_k: int) -> int:
+        rows = _WARPS // warps_k * rows_per_warp
+        partial = max(_WARPS * padded * (_GEMV_ROWS if gemv else _MMA_ROWS + 4), _WARPS * _ITEM * _ITEM)
+        up = -(-rows * (rank | 1) // 4) * 4 if rank else 0
+        return 4 * (partial + m * pitch + up)
+
+    def cost(warps_k: int) -> float:
+        sets = -(-n // (_WARPS // warps_k * rows_per_warp))
+        return -(-sets // resident) * (-(-k // span // warps_k) + _EPILOGUE)
+
+    # Eight warps on one set of rows always fit: B_up of a block's rows takes the most.
+    warps_k = min((w for w in (1, 2, 4, 8) if shared(w) <= limit), key=cost)
+    rows = _WARPS // warps_k * rows_per_warp
+    staged = gemv and shared(warps_k) + 2 * m * k + 1024 <= limit // per_sm
+    tiles = -(-m // _ITEM) * -(-columns // _ITEM)
+    slices = min(_MAX_SLICES, -(-k // (16 * _WARPS)), resident // max(1, tiles), _SCRATCH_FLOATS // max(1, m * pitch))
+    return {
+        "warps_k": warps_k, "slices": max(1, slices), "x_staged": int(staged),
+        "shared_bytes": shared(warps_k) + (2 * m * k if staged else 0), "blocks": min(resident, -(-n // rows)),
+    }  # fmt: skip
+
+
+_SLOTS, _SLOT_WORDS = 16384, 8
+_scratch_lock = threading.Lock()
+_scratches: dict[tuple[int, int], Tensor] = {}
+_slots: dict[int, tuple[Tensor, Iterator[int]]] = {}
+
+
+def _scratch(stream: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
+    """(counters: zero, and left zero by every launch; partial sums), one buffer a (device, stream).
+
+    Launches on one stream follow each other, so they can share it. A captured launch, which may be replayed beside
+    eager ones, gets memory of its graph and counters of its own, that nothing else ever uses: so no node clears them.
+    Inside a compiled graph, which must own all memory it writes, and where no counters are left, they are cleared.
+    """
+    device, index = stream.device, stream.device_index
+    capturing = torch.cuda.is_current_stream_capturing()
+    if not capturing and not is_private():
+        key = (index, stream.cuda_stream)
+        with _scratch_lock:
+            if key not in _scratches:
+                with outside_modes():
+                    _scratches[key] = torch.zeros(_BARRIER_FLOATS + _SCRATCH_FLOATS, dtype=torch.float32, device=device)
+            if index not in _slots:
+                with outside_modes():
+                    counters = torch.zeros(_SLOTS, _SLOT_WORDS, dtype=torch.int32, device=device)
+                _slots[index] = counters, itertools.count()
+                stream.synchronize()
+            buffer = _scratches[key]
+        return buffer, buffer[_BARRIER_FLOATS:]
+    if capturing and not is_private() and index in _slots:
+        counters, numbers = _slots[index]
+        if (number := next(numbers)) < _SLOTS:
+            return counters[number], torch.empty(_SCRATCH_FLOATS, dtype=torch.float32, device=device)
+    buffer = torch.empty(_BARRIER_FLOATS + _SCRATCH_FLOATS, dtype=torch.float32, device=device)
+    buffer[:_SLOT_WORDS].zero_()
+    return buffer, buffer[_BARRIER_FLOATS:]
+
+
+def _codes(weight: QuantizedWeight, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The arguments of `gk::Codes`, for a result in `dtype`: a weight in that dtype needs no other rounding before."""
+    state, nested = weight.state, weight.state.nested
+    log2 = state.blocksize.bit_length() - 1
+    is_fp4 = state.quant_type == "fp4"
+    stored = 0 if state.dtype == dtype else _DTYPES[state.dtype]
+    if nested is None:
+        return (weight.packed, state.absmax, 0, 0, 0, 0, log2, 0, is_fp4, stored)
+    if not _is_power_of_two(nested.blocksize):
+        raise ValueError(f"the nested block size must be a power of two, got {nested.blocksize}")
+    return (
+        weight.packed, 0, state.absmax, nested.absmax, nested.code,
+        nested.offset, log2, nested.blocksize.bit_length() - 1, is_fp4, stored,
+    )  # fmt: skip
+
+
+def _term(name: str, vector: Tensor | None, up: Tensor | None, down: Tensor | None, n: int, k: int) -> tuple[Any, ...]:
+    """The arguments of `gk::Term`."""
+    if vector is not None and (up is not None or down is not None):
+        raise ValueError(f"{name} and its factors {name}_up, {name}_down cannot both be given")
+    _pair(name, up, down)
+    if up is None or down is None:
+        return (_vector(name, vector, n), _NO_MATRIX, _NO_MATRIX, 0)
+    rank = up.shape[-1]
+    if not 1 <= rank <= MAX_DEQUANTIZE_RANK:
+        raise ValueError(f"the rank of {name}_up must be from 1 to {MAX_DEQUANTIZE_RANK}, got {rank}")
+    return (_NO_VECTOR, _matrix(f"{name}_up", up, (n, rank)), _matrix(f"{name}_down", down, (rank, k)), rank)
+
+
+def _pair(name: str, up: Tensor | None, down: Tensor | None) -> None:
+    if (up is None) != (down is None):
+        raise ValueError(f"{name}_up and {name}_down are given together or not at all")
+    if up is not None and up.shape[-1] < 1:
+        raise ValueError(f"the rank of {name}_up must be at least 1, got shape {tuple(up.shape)}")
+
+
+def _vector(name: str, tensor: Tensor | None, n: int, constant: bool = True) -> tuple[Any, int, int]:
+    """The arguments of `gk::Vector`: (N,), or (1,) repeated."""
+    if tensor is None:
+        return _NO_VECTOR
+    _of_type(name, tensor)
+    if tuple(tensor.shape) != (n,) and not (constant and tuple(tensor.shape) == (1,)):
+        raise ValueError(f"{name} must be ({n},){' or (1,)' if constant else ''}, got {tuple(tensor.shape)}")
+    return (tensor, vector_stride(tensor), _DTYPES[tensor.dtype])
+
+
+def _matrix(name: str, tensor: Tensor, shape: tuple[int, int]) -> tuple[Any, int, int, int]:
+    """The arguments of `gk::Matrix`."""
+    _of_type(name, tensor)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be {shape[0]}x{shape[1]}, got {tuple(tensor.shape)}")
+    return (tensor, tensor.stride(0), tensor.stride(1), _DTYPES[tensor.dtype])
+
+
+def _of_type(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
+
+
+def _same_device(tensors: tuple[Tensor, ...]) -> None:
+    for tensor in tensors[1:]:
+        if tensor.device != tensors[0].device:
+            raise ValueError(
+                f"the weight is on {tensors[0].device}, a tensor of shape {tuple(tensor.shape)} on {tensor.device}"
+            )
+
+
+def _is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0

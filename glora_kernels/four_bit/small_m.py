@@ -1,0 +1,348 @@
+"""y for a few tokens over a 4-bit base: the packed weight is read once, all the rest happens in the same launch.
+
+One program owns BLOCK_N rows of W and all M tokens, and walks K. A byte holds neighbours (k, k+1) of a row: instead of
+interleaving the decoded nibbles, x is read as pairs and split, Z = x_even·W_highᵀ + x_odd·W_lowᵀ. Nothing of W is
+shuffled, and one absmax serves the 16 bytes that a thread reads. The bytes of the next step are requested before
+those of this one are decoded. M = 1 adds products in registers; more tokens take the matrix unit.
+
+h = s·x·B_downᵀ is needed by every program. Made inside, every program reads all of B_down from the L2:
+N/BLOCK_N·R·K·2 bytes beside the N·K·0.5625 of W (fp32 absmax, blocks of 64). On an H100 (3 TB/s, L2 5.5 TB/s), M = 1,
+R = 16, µs for W alone → W and B_down through the L2: gate (14336,4096), BLOCK_N 64: 11.0 → 11.2; down (4096,14336),
+32: 11.0 → 16.7; q (4096,4096), 32: 3.1 → 4.8; k (1024,4096), 16: 0.8 → 2.0. A launch of its own costs about 2.5 more:
+inside is right for all but down_proj and the large ranks, for which `_small_h_kernel` goes before (`four_bit.small_m`).
+
+The launcher of y for a few tokens over a 4-bit base: which calls it serves, its blocks, and where h is made.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from glora_kernels.four_bit.codec import _absmax, _decode, _nearest, codes
+from glora_kernels.operands import W_ALONE, Matrix, Terms
+from glora_kernels.quant import QuantizedWeight
+from glora_kernels.runtime import configs
+from glora_kernels.runtime.configs import Shape
+from glora_kernels.runtime.launch import Launch, halves, matrix, numerics, options, terms
+from glora_kernels.runtime.sizes import rows
+from glora_kernels.tile import _add_terms, _dot_thin, _dot_wide, _load, _load_vector, _read, _transposed, _write
+
+_RUN = tl.constexpr(16)
+"""Bytes of a row that share an absmax whatever the block size (32 elements): what a thread loads at once."""
+
+
+@triton.jit
+def _pairs(ptr, DTYPE: tl.constexpr):
+    """A pointer to DTYPE as one to words that hold two of them."""
+    if tl.float32 == DTYPE:
+        return ptr.to(tl.pointer_type(tl.int64))
+    else:
+        return ptr.to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def _split_pair(word, DTYPE: tl.constexpr):
+    """The two numbers of a little-endian word, that at the lower address first."""
+    if tl.float32 == DTYPE:
+        return word.to(tl.int32).to(DTYPE, bitcast=True), (word >> 32).to(tl.int32).to(DTYPE, bitcast=True)
+    else:
+        return word.to(tl.int16).to(DTYPE, bitcast=True), (word >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def _runs(codes, n, first, N, HALF, BLOCK_H: tl.constexpr):
+    """Bytes [first, first + BLOCK_H) of the rows n, and an absmax for every _RUN of them; zeros outside (N, HALF)."""
+    row = n.to(tl.int64)[:, None]
+    j = first + tl.arange(0, BLOCK_H)
+    byte = tl.load(codes.packed + row * HALF + j[None, :], mask=(n[:, None] < N) & (j[None, :] < HALF), other=0)
+    run = first + tl.arange(0, BLOCK_H // _RUN) * _RUN
+    block = row * (HALF // (codes.block // 2)) + (run // (codes.block // 2))[None, :]
+    return byte, _absmax(codes, 0, block, (n[:, None] < N) & (run[None, :] < HALF))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _small_m_kernel(
+    x,
+    codes,
+    y,
+    b_down,
+    h,
+    sigma,
+    terms,
+    M,
+    N,
+    K,
+    R,
+    scale,
+    NUMERICS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """y[m,n] = (Σₖ x[m,k]·w[n,k])·(1+a[n]) + Σᵣ h[m,r]·B_up[n,r] + σ[m]·b[n] + β[n], w = code[nibble]·absmax in DTYPE.
+
+    With `b_down`, h[m,r] = scale·Σₖ x[m,k]·B_down[r,k], rounded to the factors' dtype, is made here, and stored by the
+    first program where there is an `h`; else it is read. So is σ made, and stored to `sigma`. K/2 bytes are a row of W.
+    BLOCK_M = 1, or a multiple of 16 with masks.
+    """
+    DTYPE: tl.constexpr = NUMERICS.dtype
+    UPCAST: tl.constexpr = NUMERICS.upcast
+    SUMS: tl.constexpr = terms.b is not None or sigma is not None
+    BLOCK_H: tl.constexpr = BLOCK_K // 2
+    ONE: tl.constexpr = BLOCK_M == 1
+    HALF = tl.multiple_of(K // 2, 16)  # as `serves_small_m` makes sure
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    r = tl.arange(0, BLOCK_R)
+    j = tl.arange(0, BLOCK_H)
+    x_pairs = _pairs(x.ptr, DTYPE)
+    # Of one token, the sums over K are kept apart until the end: reducing in the loop would need shuffles.
+    z_acc = tl.zeros((BLOCK_N, BLOCK_H) if ONE else (BLOCK_M, BLOCK_N), tl.float32)
+    h_acc = tl.zeros((BLOCK_R, BLOCK_K) if ONE else (BLOCK_M, BLOCK_R), tl.float32)
+    sigma_acc = tl.zeros((1, BLOCK_K) if ONE else (BLOCK_M,), tl.float32)
+    byte, absmax = _runs(codes, n, 0, N, HALF, BLOCK_H)
+    for j0 in range(0, HALF, BLOCK_H):
+        next_byte, next_absmax = _runs(codes, n, j0 + BLOCK_H, N, HALF, BLOCK_H)
+        if ONE:
+            word = tl.load(x_pairs + j0 + j, mask=j0 + j < HALF, other=0)
+        else:
+            word = _load(x_pairs, m, j0 + j, x.row // 2, 1, M, HALF)
+        even, odd = _split_pair(word, DTYPE)
+        if SUMS or b_down is not None:
+            k = 2 * j0 + tl.arange(0, BLOCK_K)
+            x_tile = _read(x, m, k, M, K)
+            if SUMS:
+                sigma_acc += x_tile.to(tl.float32) if ONE else tl.sum(x_tile.to(tl.float32), 1)
+            if b_down is not None:
+                if ONE:
+                    h_acc += _read(b_down, r, k, R, K).to(tl.float32) * x_tile.to(tl.float32)
+                else:
+                    down = _read(_transposed(b_down), k, r, K, R).to(NUMERICS.factor_dtype)
+                    h_acc = _dot_thin(x_tile, down, h_acc, NUMERICS)
+        of_byte = tl.broadcast_to(absmax[:, :, None], (BLOCK_N, BLOCK_H // _RUN, _RUN))
+        of_byte = tl.reshape(of_byte, (BLOCK_N, BLOCK_H))
+        number = byte.to(tl.int32)
+        high = _nearest(_decode(number >> 4, codes.kind) * of_byte, DTYPE, UPCAST)
+        low = _nearest(_decode(number & 15, codes.kind) * of_byte, DTYPE, UPCAST)
+        if ONE:
+            z_acc += high.to(tl.float32) * even.to(tl.float32)[None, :]
+            z_acc += low.to(tl.float32) * odd.to(tl.float32)[None, :]
+        else:
+            z_acc = _dot_wide(even, high.T, z_acc, NUMERICS)
+            z_acc = _dot_wide(odd, low.T, z_acc, NUMERICS)
+        byte = next_byte
+        absmax = next_absmax
+    if ONE:
+        tile = tl.sum(z_acc, 1)[None, :]
+    else:
+        tile = z_acc
+    h_tile = None
+    if b_down is not None:
+        if ONE:
+            h_tile = tl.sum(h_acc, 1)[None, :]
+        else:
+            h_tile = h_acc
+        h_tile = _nearest(h_tile * scale, NUMERICS.factor_dtype, UPCAST)
+        if h is not None:
+            if tl.program_id(0) == 0:
+                _write(h, h_tile, m, r, M, R)
+    elif h is not None:
+        h_tile = _read(h, m, r, M, R).to(NUMERICS.factor_dtype)
+    row_sums = None
+    if SUMS:
+        # One use of a loop's sum: Triton 3.7 asserts it in a pass.
+        row_sums = tl.sum(sigma_acc, 1) if ONE else sigma_acc + 0.0
+        if sigma is not None:
+            if tl.program_id(0) == 0:
+                tl.store(sigma + m, row_sums, mask=m < M)
+    tile = _add_terms(
+        tile, terms, None, h_tile, row_sums, m, n, M, N, 0, R, 1, NUMERICS, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_R
+    )  # fmt: skip
+    _write(y, _nearest(tile, y.ptr.dtype.element_ty, UPCAST), m, n, M, N)
+
+
+@triton.jit
+def _small_h_kernel(x, b_down, h, K, R, scale, UPCAST: tl.constexpr, BLOCK_K: tl.constexpr):
+    """h[m,r] = scale·Σₖ x[m,k]·B_down[r,k], one program a number: latency counts here, not traffic."""
+    m = (tl.program_id(0) // R).to(tl.int64)
+    r = (tl.program_id(0) % R).to(tl.int64)
+    acc = tl.zeros((BLOCK_K,), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        row = _load_vector(x.ptr + m * x.row, k, x.col, K)
+        acc += row * _load_vector(b_down.ptr + r * b_down.row, k, b_down.col, K)
+    value = _nearest(tl.sum(acc, 0) * scale, h.ptr.dtype.element_ty, UPCAST)
+    tl.store(h.ptr + m * h.row + r * h.col, value)
+
+
+MAX_TOKENS = 64
+MAX_RANK = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
+"""By dtype of x: sums over more rows of B_down spill."""
+
+ALIGNMENT = 16
+"""Bytes that a thread loads at once of W and of x."""
+
+TILE = 8192
+"""Elements of W that a program of 128 threads decodes a step: more of them, and their sums, leave no registers."""
+
+DRAM_BYTES, L2_BYTES = 3.0e6, 5.5e6
+"""Bytes a microsecond, as measured on an H100; the ratio is what counts, and it is much the same on other cards."""
+
+LAUNCH_US = 2.5
+"""What one more dependent launch costs."""
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Launches that run one after the other."""
+
+    steps: tuple[Launch, ...]
+
+    def run(self) -> None:
+        for step in self.steps:
+            step.run()
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.steps))
+
+
+def serves_small_m(x: Tensor, weight: QuantizedWeight, rank: int = 0) -> str | None:
+    """Why `small_m_launch` does not serve this call, or None where it does.
+
+    Args:
+        x: (M, K), as the launch would get it.
+        weight: (N, K) in 4 bits.
+        rank: of the low-rank pair, 0 without one.
+    """
+    (m, k), (n, weight_k), blocksize = x.shape, weight.shape, weight.state.blocksize
+    if weight_k != k:
+        return f"x has {k} columns, the weight {n}x{weight_k}"
+    if not 1 <= m <= MAX_TOKENS:
+        return f"it takes 1 to {MAX_TOKENS} tokens, got {m}"
+    if x.dtype not in MAX_RANK:
+        return f"x must be float32, float16 or bfloat16, got {x.dtype}"
+    if rank > MAX_RANK[x.dtype]:
+        return f"with {x.dtype} it takes ranks up to {MAX_RANK[x.dtype]}, got {rank}"
+    if weight.dtype not in (x.dtype, torch.float32):
+        return f"x is {x.dtype} and W was quantized from {weight.dtype}, which it would be rounded to first"
+    if blocksize < 32 or k % blocksize:
+        return f"K = {k} is no multiple of the block size {blocksize}: blocks of W run over the ends of its rows"
+    if k % 32:
+        return f"K = {k} is no multiple of 32: the packed rows do not begin at multiples of {ALIGNMENT} bytes"
+    if weight.packed.data_ptr() % ALIGNMENT:
+        return f"the packed weight does not begin at a multiple of {ALIGNMENT} bytes"
+    if x.stride(1) != 1:
+        return f"the columns of x must be neighbours, got strides {x.stride()}"
+    if x.data_ptr() % ALIGNMENT or (m > 1 and x.stride(0) * x.itemsize % ALIGNMENT):
+        return f"the rows of x must begin at multiples of {ALIGNMENT} bytes, got strides {x.stride()}"
+    return None
+
+
+def small_m_config(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
+    """Blocks of `_small_m_kernel`: tokens (`rows`), rows of W (`cols`), depth of the reduction.
+
+    One token is not padded, more are to a multiple of 16. The fewest programs that fill the card: each reads all of x
+    and of B_down.
+    """
+    if arch == "cpu":
+        return {"rows": configs.tokens(shape.m), "cols": 32, "depth": 64, "num_warps": 4, "num_stages": 1}
+    filled = 0.9 * configs.programs(arch)
+    cols = next((c for c in (64, 32) if cdiv(shape.n, c) >= filled), 16)
+    rows = configs.tokens(shape.m)
+    rank = configs.block_r(max(1, shape.r))
+    # The depths that do not spill; one token keeps x∘B_down in registers too.
+    single = dtype == torch.float32
+    if rows == 1:
+        depth = TILE // max(cols, 2 * rank if single else rank)
+        return {"rows": 1, "cols": cols, "depth": depth, "num_warps": 4, "num_stages": 1}
+    depth = min(256, TILE // max(cols, rows)) // (2 if rows == 32 or rank > 16 else 1)
+    if single:
+        return {"rows": rows, "cols": cols, "depth": max(32, depth // 2), "num_warps": 8, "num_stages": 1}
+    return {"rows": rows, "cols": cols, "depth": depth, "num_warps": 4, "num_stages": 1}
+
+
+def h_before(shape: Shape, cols: int) -> bool:
+    """Whether h is better made by a launch of its own than once more by every program of `cols` rows of W.
+
+    By bytes: W comes from memory, B_down for every program from the L2, and both pass between the L2 and the programs.
+    """
+    m, n, k, r = shape
+    weight = n * k * 0.5625  # nibbles, and fp32 absmax in blocks of 64
+    inside = max(weight / DRAM_BYTES, (weight + cdiv(n, cols) * r * k * 2) / L2_BYTES)
+    alone = LAUNCH_US + m * r * k * 4 / L2_BYTES
+    return inside > weight / DRAM_BYTES + alone
+
+
+def small_m_launch(
+    x: Tensor,
+    weight: QuantizedWeight,
+    y: Tensor,
+    added: Terms = W_ALONE,
+    *,
+    b_down: Tensor | None = None,
+    scale: float = 1.0,
+    h: Tensor | None = None,
+    sigma: Tensor | None = None,
+    arch: str,
+    config: dict[str, int] | None = None,
+) -> Launch | Launches:
+    """y = Z∘(1+a) + h·upᵀ + σ·bᵀ + bias∘(1+d) + e + wc with Z = x·Wᵀ, h = scale·x·b_downᵀ, σ = Σₖ xₖ.
+
+    Accumulated in fp32 and rounded once, to nearest. One launch; two where `h_before` finds h better made first,
+    which takes memory for it: a call without `h` makes it inside at any shape.
+
+    Args:
+        x: (M, K), one that `serves_small_m` accepts.
+        weight: (N, K) in 4 bits; decoded in fp32, rounded to x's dtype.
+        y: (M, N), any strides, written.
+        added: the terms as tensors: a, b, shift.d, shift.e (N,) or (1,); shift.bias, shift.wc (N,); up (N, R)
+            contiguous, with b_down.
+        b_down: (R, K), any strides.
+        scale: of h.
+        h: (M, R) in x's dtype, in fp32 where a factor is, written where given (with b_down).
+        sigma: (M,) fp32, written where given.
+        arch: whose configuration is taken.
+        config: in the place of `small_m_config`.
+
+    Raises:
+        ValueError: a call that is not served, with the reason; nothing is written.
+    """
+    m, k, n = rows(x), x.shape[1], weight.shape[0]
+    r = 0 if b_down is None else b_down.shape[0]
+    if (added.up is None) != (b_down is None):
+        raise ValueError("up and b_down come together")
+    if added.up is not None and not added.up.is_contiguous():
+        raise ValueError(f"up must be contiguous, got strides {added.up.stride()}")
+    if h is not None and b_down is None:
+        raise ValueError("h is given, but no b_down to make it of")
+    reason = serves_small_m(x, weight, r)
+    if reason is not None:
+        raise ValueError(f"the fused product of few tokens does not serve this call: {reason}")
+    shape = Shape(configs.tokens(m), n, k, r)
+    how = numerics(x.dtype, added.up, b_down)
+    config = config or small_m_config(arch, x.dtype, shape)
+    config = configs.fitted("small_m", config, arch, x.dtype, r, halves=halves(how))
+    if arch == "sm_100" and weight.state.nested is not None:
+        config = configs.all_registers(config, arch)
+    before = h is not None and h_before(shape, config["cols"])
+    x_rows = Matrix(x, x.stride(0) if shape.m > 1 else 0, 1)
+    args = {
+        "x": x_rows, "codes": codes(weight), "y": matrix(y), "b_down": None if before else matrix(b_down),
+        "h": matrix(h), "sigma": sigma, "terms": terms(added),
+        "M": m, "N": n, "K": k, "R": r, "scale": float(scale), "NUMERICS": how,
+        "BLOCK_M": config["rows"], "BLOCK_N": config["cols"], "BLOCK_K": config["depth"],
+        "BLOCK_R": configs.block_r(max(1, r)),
+    }  # fmt: skip
+    product = Launch(_small_m_kernel, (cdiv(n, config["cols"]),), args, options(config, args))
+    if not before:
+        return product
+    low = {
+        "x": x_rows, "b_down": matrix(b_down), "h": matrix(h), "K": k, "R": r, "scale": float(scale),
+        "UPCAST": how.upcast, "BLOCK_K": 64 if arch == "cpu" else 1024,
+    }  # fmt: skip
+    return Launches((Launch(_small_h_kernel, (m * r,), low, {"num_warps": 4, "num_stages": 1}), product))

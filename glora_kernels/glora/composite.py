@@ -1,0 +1,117 @@
+"""The factored path as differentiable operations of PyTorch: nothing in place, nothing saved by hand, no dither.
+
+    y = x·W_effᵀ∘(1+a) + h·B_upᵀ + P·Uᵀ + σ·bᵀ + β
+
+The terms are those of `glora.eager`, added in the wide dtype and rounded once, to nearest. It is what torch.func,
+forward-mode differentiation and torch.jit.trace see (`dispatch.ways`); the dropout mask is the one of the other paths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from glora_kernels.dispatch.common import (
+    Call,
+    Supports,
+    Weight,
+    factor_dtype,
+    given,
+    shift,
+    wc_dtype,
+    wide_dtype,
+    without_autocast,
+)
+from glora_kernels.glora.eager import dropped, keep_of
+from glora_kernels.quant import dequantize
+
+
+def gradients(
+    function: Callable[..., Tensor | Sequence[Tensor]],
+    tensors: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    dys: Tensor | Sequence[Tensor],
+) -> list[Tensor | None]:
+    """The gradients of function(*tensors) where needed, for a dy or several that may be batched."""
+    places = [i for i, (tensor, need) in enumerate(zip(tensors, needs, strict=True)) if need and tensor is not None]
+
+    def of(*wanted: Tensor) -> Tensor | Sequence[Tensor]:
+        values = dict(zip(places, wanted, strict=True))
+        return function(*(values.get(i, tensor) for i, tensor in enumerate(tensors)))
+
+    wanted = [given(tensors[i]).detach() for i in places]
+    found: Sequence[Tensor]
+    if torch._C._are_functorch_transforms_active():  # where no leaf can be made
+        found = torch.func.vjp(of, *wanted)[1](dys)
+    else:
+        with torch.enable_grad():
+            leaves = [tensor.requires_grad_() for tensor in wanted]
+            found = torch.autograd.grad(of(*leaves), leaves, dys)
+    grads = dict(zip(places, found, strict=True))
+    return [grads.get(i) for i in range(len(tensors))]
+
+
+def _valued(computed: Tensor, saved: Tensor | None) -> Tensor:
+    """A saved value with the derivatives of what it was computed by: x may not have been kept beside it."""
+    return computed if saved is None else computed + (saved.view(computed.shape) - computed).detach()
+
+
+def glora_linear(
+    x: Tensor, weight: Weight, s: Supports, call: Call, h: Tensor | None = None, sigma: Tensor | None = None
+) -> Tensor:
+    """y (..., N) of an x (..., K) in the dtype of the computation; arguments as in `glora.eager.forward`.
+
+    h and sigma, where a forward saved them, take the place of what x gives.
+    """
+    if x.ndim == 1:  # F.linear of a vector has a tangent of another shape than its value
+        return glora_linear(x[None], weight, s, call, h, sigma)[0]
+    dtype, wide, narrow = x.dtype, wide_dtype(x.dtype), factor_dtype(x.dtype, s)
+    with without_autocast(x.device.type):
+        w = _dense(weight, dtype)
+        low = None
+        if s.a_up is not None and s.a_down is not None:
+            if call.matmul:
+                rank = s.a_up.shape[1]
+                p = _valued(linear(x.to(narrow), s.a_down.to(narrow)), None if h is None else h[:, :rank])
+                h = None if h is None else h[:, rank:]
+                low = linear(p, w.to(narrow) @ s.a_up.to(narrow))
+            else:
+                w = (w.to(wide) * (1 + s.a_up.to(wide) @ s.a_down.to(wide))).to(dtype)
+        y = linear(x, w).to(wide)
+        if s.a is not None:
+            y = y * (1 + s.a.to(wide))
+        if low is not None:
+            y = y + low
+        if s.b_up is not None and s.b_down is not None:
+            keep = keep_of(call, math.prod(x.shape[:-1]), x.shape[-1], x.device)
+            kept = dropped(x, None if keep is None else keep.view(x.shape))
+            own = linear(kept.to(narrow), s.b_down.to(narrow)) * (call.scale / (1.0 - call.dropout_p))
+            y = y + linear(_valued(own, h), s.b_up.to(narrow))
+        if s.b is not None:
+            y = y + _valued(x.sum(-1, keepdim=True, dtype=wide), sigma) * s.b.to(wide)
+        beta = shift(s, dtype)
+        return (y if beta is None else y + beta.to(wide)).to(dtype)
+
+
+def glora_wc(weight: Weight, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None) -> Tensor:
+    """W·c (N,), as `glora.eager.wc_forward`."""
+    wide = wc_dtype(weight, c, c_up)
+    with without_autocast(weight.device.type):
+        c = given(c).to(wide) if c_up is None else (c_up.to(wide) @ given(c_down).to(wide)).squeeze(1)
+        return _dense(weight, wide) @ c
+
+
+def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight.to(dtype)
+    # torch.jit.trace fails on a view of another dtype: to it the matrix of the codes is a constant.
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        return dequantize(weight, dtype)
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]

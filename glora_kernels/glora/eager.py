@@ -1,0 +1,367 @@
+"""The factored path in plain PyTorch: what runs on a CPU, and for any dtype. No dense weight but A=lora's.
+
+With Z = xWᵀ, h = s·x̃·B_downᵀ, σ = Σₖ xₖ and β = bias∘(1+d) + e + wc (`common.shift`):
+
+    A none, constant, vector:  y = Z∘(1+a) + h·B_upᵀ + σ·bᵀ + β
+    A lora:                    y = x·W_effᵀ + (the rest as above),  W_eff = W∘(1 + A_up·A_down) in the workspace
+    product variant:           y = Z + P·Uᵀ + (the rest),           P = x·A_downᵀ, U = W·A_up
+
+The products of a forward and backward: 2 the size of W, 3 where A is lora; all others have rank R.
+
+In 16 bits a small adapter must not be rounded away. Its terms are added inside the large product, which rounds
+once; where a 16-bit value is scaled by 1+a, or a small term is added to a bias, the result is rounded with a dither
+that keeps the mean.
+
+A 4-bit weight is made dense in the same workspace, in the dtype of the computation, and again in backward; W_eff and
+H are built from a few rows of it at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from glora_kernels.dispatch.common import (
+    Call,
+    Needs,
+    Supports,
+    Weight,
+    cast,
+    factor_dtype,
+    given,
+    shift,
+    wc_dtype,
+    wide_dtype,
+)
+from glora_kernels.glora import recover
+from glora_kernels.glora.chunks import gathered, row_chunks, spread, thin, weight_rows, weighted_sum, wide_chunks
+from glora_kernels.quant import QuantizedWeight, dequantize
+from glora_kernels.reference.random import keep_mask, round_dithered
+from glora_kernels.runtime.workspace import workspace_like
+
+_ROWS_OF_H = 1 << 19  # elements at a time of H in fp32 over 16 bits: products of a size that BLAS is fast at
+
+
+def forward(
+    x: Tensor, weight: Weight, s: Supports, call: Call
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """y (M,N), and what backward may want: h (M,·) = [P | s·x̃·B_downᵀ], σ (M,), U (N,R).
+
+    Args:
+        x: (M, K) in the dtype of the computation.
+        weight: W (N, K) in that dtype, in another one under autocast, or in 4 bits.
+        s: the supports, and the vectors that β is made of.
+        call: scale, dropout, variant.
+    """
+    dtype = x.dtype
+    beta = shift(s, dtype)
+    factored, h, u = _low_rank(x, weight, s, call)
+    sigma = None if s.b is None else x.sum(-1, dtype=wide_dtype(dtype))
+    if s.a is not None:
+        base = linear(x, cast_weight(weight, dtype), None if beta is None else cast(beta, dtype))
+        return _scale_rows(base, 1 + s.a.to(wide_dtype(dtype)), beta, h, factored, sigma, s.b), h, sigma, u
+    delta = added_terms(x, weight.shape[0], beta, h, factored, sigma, s.b)
+    effective = weight_for(weight, s, call, dtype)
+    if delta is None:
+        y = linear(x, effective, None if beta is None else cast(beta, dtype))
+    else:
+        y = torch.addmm(delta, x, effective.t(), out=delta)
+    return y, h, sigma, u
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Weight,
+    s: Supports,
+    y: Tensor | None,
+    h: Tensor | None,
+    sigma: Tensor | None,
+    u: Tensor | None,
+    call: Call,
+    needs: Needs,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `forward`, in the order of `Needs`; None where not wanted.
+
+    dx = (dy∘(1+a))·W_eff + mask∘(S·B_down)/(1-p) + (dy·b)·1ᵀ with S = s·dy·B_up; dB_up = dyᵀh; dB_down = Sᵀx̃;
+    B vector: dyᵀσ; A vector: Σₘ dy∘Z, from y; A lora: H = (dyᵀx)∘W, dA_up = H·A_downᵀ, dA_down = A_upᵀ·H; product
+    variant: dA_up = Wᵀ(dyᵀP), dA_down = (dy·U)ᵀx. With g = Σₘ dy: ∂bias = g∘(1+d), ∂wc = g, ∂d = g∘bias, ∂e = g.
+    """
+    dtype, narrow = dy.dtype, factor_dtype(dy.dtype, s)
+    da = da_up = da_down = db = db_up = db_down = None
+    wants_g = needs.bias or needs.wc or needs.d or needs.e
+    g = dy.sum(0, dtype=wide_dtype(dtype)) if wants_g else None
+    delta = None  # the part of dx beside dy·W_eff
+
+    split = 0  # the columns of h that belong to the product variant's pair
+    if call.matmul and s.a_up is not None and s.a_down is not None:
+        split = s.a_up.shape[1]
+        if needs.a_up:
+            da_up = gathered(gathered(_columns(h, 0, split), dy, dtype).t(), weight, dtype).t()
+        if (needs.x or needs.a_down) and u is not None:
+            du = thin(dy, u.t(), dtype)
+            if needs.a_down:
+                da_down = gathered(du, given(x), dtype)
+            if needs.x:
+                delta = spread(du, cast(s.a_down, narrow), dtype)
+    if s.b_up is not None and s.b_down is not None:
+        if needs.b_up:
+            db_up = gathered(_columns(h, split, None), dy, dtype).t()  # a third of the time of dyᵀ·h in MKL
+        if needs.x or needs.b_down:
+            ds = scaled(thin(dy, cast(s.b_up, narrow).t(), dtype), call.scale / (1.0 - call.dropout_p))
+            keep = keep_of(call, dy.shape[0], s.b_down.shape[1], dy.device)
+            if needs.b_down:
+                db_down = gathered(ds, dropped(given(x), keep), dtype)
+            if needs.x:
+                masked = dropped(spread(ds, cast(s.b_down, narrow), dtype), keep)
+                delta = masked if delta is None else delta.add_(masked)
+    if s.b is not None:
+        if needs.b:
+            db = weighted_sum(given(sigma), dy)
+            db = db if s.b.numel() > 1 else db.sum().view(1)
+        if needs.x:
+            b = s.b.to(wide_dtype(dtype))
+            tau = dy.to(b.dtype) @ b if s.b.numel() > 1 else dy.sum(-1, dtype=b.dtype) * b
+            ones = tau.to(dtype)[:, None].expand(dy.shape[0], weight.shape[1])
+            delta = ones.contiguous() if delta is None else delta.add_(ones)
+    if needs.a:
+        da = recover.gradient(dy, given(y), given(x), weight, s, shift(s, dtype), h, sigma)
+
+    dx = None
+    if needs.x:
+        left = dy if s.a is None else _scale_dy(dy, s.a)
+        effective = weight_for(weight, s, call, dtype)
+        dx = left @ effective if delta is None else torch.addmm(delta, left, effective, out=delta)
+    if not call.matmul and (needs.a_up or needs.a_down):
+        da_up, da_down = _hadamard_gradients(dy, given(x), weight, s, needs)
+    return dx, da, da_up, da_down, db, db_up, db_down, *_shift_gradients(g, s, needs)
+
+
+def _hadamard_gradients(
+    dy: Tensor, x: Tensor, weight: Weight, s: Supports, needs: Needs
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dA_up, dA_down) from H = (dyᵀx)∘W, which takes the place of W_eff, or in fp32 over 16 bits is never whole."""
+    dtype, narrow = dy.dtype, factor_dtype(dy.dtype, s)
+    up, down = cast(given(s.a_up), narrow), cast(given(s.a_down), narrow)
+    if narrow == dtype:
+        h = workspace_like(weight, dtype)
+        torch.mm(dy.t(), x, out=h)
+        for rows in row_chunks(h, always=True) if isinstance(weight, QuantizedWeight) else [slice(None)]:
+            h[rows].mul_(weight_rows(weight, rows, dtype))
+        return h @ down.t() if needs.a_up else None, up.t() @ h if needs.a_down else None
+    dup = torch.empty_like(up) if needs.a_up else None
+    ddown = torch.zeros_like(down) if needs.a_down else None
+    x = x.to(narrow)
+    for rows in row_chunks(weight, always=True, size=_ROWS_OF_H):
+        h = dy[:, rows].t().to(narrow) @ x
+        h.mul_(weight_rows(weight, rows, dtype))
+        if dup is not None:
+            dup[rows] = h @ down.t()
+        if ddown is not None:
+            ddown.addmm_(up[rows].t(), h)
+    return dup, ddown
+
+
+def wc_forward(weight: Weight, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None) -> Tensor:
+    """W·c (N,) in the wide dtype, with c (K,) or C_up·C_down multiplied out in that dtype."""
+    wide = wc_dtype(weight, c, c_up)
+    c = cast(given(c), wide) if c_up is None else (cast(c_up, wide) @ cast(given(c_down), wide)).squeeze(1)
+    if isinstance(weight, Tensor) and weight.dtype == wide:
+        return weight @ c
+    wc = torch.empty(weight.shape[0], dtype=wide, device=weight.device)
+    for rows, part in wide_chunks(weight, wide):
+        torch.mv(part, c, out=wc[rows])
+    return wc
+
+
+def wc_backward(
+    g: Tensor,
+    weight: Weight,
+    c: Tensor | None,
+    c_up: Tensor | None,
+    c_down: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dc = Wᵀg, dC_up = dc·C_downᵀ, dC_down = C_upᵀ·dc, in the wide dtype; None where not wanted."""
+    wide = wc_dtype(weight, c, c_up)
+    dc = weighted_sum(cast(g, wide), weight)
+    need_c, need_up, need_down = needs
+    return (
+        dc if need_c else None,
+        dc.unsqueeze(1) * cast(given(c_down), wide).t() if need_up else None,
+        cast(given(c_up), wide).t() @ dc.unsqueeze(1) if need_down else None,
+    )
+
+
+def weight_for(weight: Weight, s: Supports, call: Call, dtype: torch.dtype) -> Tensor:
+    """The weight of the large product: W itself, or W_eff = W∘(1 + A_up·A_down) built in the workspace."""
+    if call.matmul or s.a_up is None or s.a_down is None:
+        return cast_weight(weight, dtype)
+    effective = workspace_like(weight, dtype)
+    wide = wide_dtype(dtype)
+    if dtype == wide and isinstance(weight, Tensor):
+        torch.mm(cast(s.a_up, dtype), cast(s.a_down, dtype), out=effective)
+        return torch.addcmul(weight, weight, effective, out=effective)
+    up, down = s.a_up.to(wide), s.a_down.to(wide)
+    for rows in row_chunks(effective, always=True):
+        part = weight_rows(weight, rows, dtype).to(wide)
+        part = torch.addcmul(part, part, up[rows] @ down)
+        effective[rows] = round_dithered(part, dtype, first_row=rows.start)
+    return effective
+
+
+def cast_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """W in the dtype of the computation: itself, or in the workspace, made again each time.
+
+    The latter is a copy under autocast, and what a 4-bit weight stands for.
+    """
+    if isinstance(weight, QuantizedWeight):
+        return dequantize(weight, dtype, out=workspace_like(weight, dtype))
+    if weight.dtype == dtype:
+        return weight
+    return workspace_like(weight, dtype).copy_(weight)
+
+
+def _low_rank(x: Tensor, weight: Weight, s: Supports, call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Every low-rank term as one product h·factorᵀ: the factor (N,·), h (M,·), and U of the product variant."""
+    dtype, narrow = x.dtype, factor_dtype(x.dtype, s)
+    h = factor = u = None
+    if call.matmul and s.a_up is not None and s.a_down is not None:
+        factor = u = thin(weight if narrow != dtype else cast_weight(weight, dtype), cast(s.a_up, narrow).t(), dtype)
+        h = thin(x, cast(s.a_down, narrow), dtype)
+    if s.b_up is not None and s.b_down is not None:
+        b_up = cast(s.b_up, narrow)
+        kept = dropped(x, keep_of(call, x.shape[0], x.shape[1], x.device))
+        h_b = scaled(thin(kept, cast(s.b_down, narrow), dtype), call.scale / (1.0 - call.dropout_p))
+        h, factor = (h_b, b_up) if h is None else (torch.cat([h, h_b], 1), torch.cat([given(factor), b_up], 1))
+    return factor, h, u
+
+
+def added_terms(
+    x: Tensor,
+    n: int,
+    beta: Tensor | None,
+    h: Tensor | None,
+    factor: Tensor | None,
+    sigma: Tensor | None,
+    b: Tensor | None,
+) -> Tensor | None:
+    """h·factorᵀ + σ·bᵀ + β, (M,N), what the large product is added to; None where that is β as it is, or nothing."""
+    dtype, wide = x.dtype, wide_dtype(x.dtype)
+    if h is None and sigma is None and (beta is None or beta.dtype == dtype):
+        return None
+    if h is not None and factor is not None and sigma is None and beta is None:
+        return spread(h, factor.t(), dtype)
+    if h is not None and factor is not None and sigma is None and dtype == wide:
+        return linear(h, factor, cast(given(beta), dtype))
+    delta = torch.empty(x.shape[0], n, dtype=dtype, device=x.device)
+    for rows in row_chunks(delta):
+        part = delta[rows] if dtype == wide else torch.empty(delta[rows].shape, dtype=wide, device=x.device)
+        if beta is None:
+            part.zero_()
+        else:
+            part.copy_(beta.expand_as(part))
+        # Beside a bias on the 16-bit grid, rounding to nearest would lose a small E or B.
+        _finish_rows(delta, rows, part, h, factor, sigma, b)
+    return delta
+
+
+def _scale_rows(
+    base: Tensor,
+    row_scale: Tensor,
+    beta: Tensor | None,
+    h: Tensor | None,
+    factor: Tensor | None,
+    sigma: Tensor | None,
+    b: Tensor | None,
+) -> Tensor:
+    """y = Z∘(1+a) + h·factorᵀ + σ·bᵀ + β from base = Z + β, in its place.
+
+    Written so that y is the base bit for bit where all supports are zero: base∘(1+a) + (β - (1+a)∘β) + … in 16 bits.
+    In wider ones β + (1+a)∘(base - β) + …, where nothing is rounded alike in all rows: dA is recovered from their sum.
+    """
+    dtype, wide = base.dtype, row_scale.dtype
+    offset = None if beta is None or dtype == wide else beta.to(wide) - row_scale * beta.to(dtype).to(wide)
+    for rows in row_chunks(base):
+        y = base[rows].to(wide)
+        if beta is None:
+            y.mul_(row_scale)
+        elif offset is None:
+            torch.lerp(beta.to(wide), y, row_scale, out=y)
+        else:
+            torch.addcmul(offset, y, row_scale, out=y)
+        # A 16-bit base was rounded: rounding base∘(1+a) to nearest would mostly give it again.
+        _finish_rows(base, rows, y, h, factor, sigma, b)
+    return base
+
+
+def _finish_rows(
+    out: Tensor,
+    rows: slice,
+    part: Tensor,
+    h: Tensor | None,
+    factor: Tensor | None,
+    sigma: Tensor | None,
+    b: Tensor | None,
+) -> None:
+    """out[rows] = part + h·factorᵀ + σ·bᵀ, with the dither where `out` is narrower; else `part` is out[rows]."""
+    wide = part.dtype
+    if h is not None and factor is not None:
+        torch.addmm(part, h[rows].to(wide), factor.to(wide).t(), out=part)
+    if sigma is not None and b is not None:
+        part.addcmul_(sigma[rows, None], b.to(wide))
+    if out.dtype != wide:
+        out[rows] = round_dithered(part, out.dtype, first_row=rows.start)
+
+
+def _scale_dy(dy: Tensor, a: Tensor) -> Tensor:
+    """dy∘(1+a); a 16-bit dy rounds with the dither, for the reason given in `_scale_rows`."""
+    dtype = dy.dtype
+    scale = 1 + a.to(wide_dtype(dtype))
+    if scale.dtype == dtype:
+        return dy * scale
+    scaled = torch.empty(dy.shape, dtype=dtype, device=dy.device)
+    for rows in row_chunks(dy):
+        scaled[rows] = round_dithered(dy[rows] * scale, dtype, first_row=rows.start)
+    return scaled
+
+
+def _shift_gradients(g: Tensor | None, s: Supports, needs: Needs) -> tuple[Tensor | None, ...]:
+    """(∂bias, ∂wc, ∂d, ∂e) from g = Σₘ dy; the last two summed where d or e is a constant. Some may be g itself."""
+    if g is None:
+        return None, None, None, None
+    dbias = dd = de = None
+    if needs.bias:
+        dbias = g if s.d is None else torch.addcmul(g, g, cast(s.d, g.dtype))
+    if needs.d and s.d is not None:
+        dd = g * cast(given(s.bias), g.dtype)
+        dd = dd if s.d.numel() > 1 else dd.sum().view(1)
+    if needs.e and s.e is not None:
+        de = g if s.e.numel() > 1 else g.sum().view(1)
+    return dbias, g if needs.wc else None, dd, de
+
+
+def keep_of(call: Call, rows: int, cols: int, device: torch.device) -> Tensor | None:
+    """The mask of a call; None without dropout. `call.seed` may be the mask itself, kept by forward for backward."""
+    if call.dropout_p == 0.0:
+        return None
+    seed = given(call.seed)
+    if seed.dtype == torch.bool:
+        return seed
+    return keep_mask(seed.to(device, non_blocking=True), rows, cols, call.dropout_p)
+
+
+def dropped(x: Tensor, keep: Tensor | None) -> Tensor:
+    """mask∘x, in one pass: the 1/(1-p) goes into the factor of rank R beside it."""
+    return x if keep is None else torch.where(keep, x, 0.0)
+
+
+def scaled(product: Tensor, scale: float) -> Tensor:
+    return product if scale == 1.0 else product.mul_(scale)
+
+
+def _columns(h: Tensor | None, first: int, last: int | None) -> Tensor:
+    return given(h) if first == 0 and last is None else given(h)[:, first:last]

@@ -1,0 +1,346 @@
+"""The two large products: the output y, and the gradient of the input, each with its adapter terms fused.
+
+Both are persistent: a grid of as many programs as the card runs at once walks the tiles, or of one program a tile.
+Operands come as tensor descriptors (TMA, `TMA`) or as matrices (cp.async). The low-rank term is one more step of the
+reduction, taken after the product is scaled; it is added, and the result stored, in PARTS of the tile's columns.
+W is (columns of the result, depth) in both, its descriptor COLS_FIRST or the other way round.
+
+The launchers of the large products: each turns tensors into one `Launch` of its kernel. They allocate nothing.
+
+`arch` is chosen by the caller (`plan.arch_of`), so that a launch can be planned for a card that is not here.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from glora_kernels.glora.finish import _total
+from glora_kernels.operands import Matrix, Numerics, Terms
+from glora_kernels.runtime import configs, tables
+from glora_kernels.runtime import launch as plan
+from glora_kernels.runtime.launch import NO_DROPOUT, Dropout, Launch, descriptor, halves, matrix, numerics, options
+from glora_kernels.runtime.sizes import lesser, rows
+from glora_kernels.tile import (
+    _add_terms,
+    _column_parts,
+    _columns_from,
+    _dropped,
+    _product,
+    _read_banded,
+    _read_banded_vector,
+    _seed_of,
+    _thin_product,
+    _tile_of,
+    _transposed,
+    _write,
+)
+
+
+@triton.jit(do_not_specialize=["M", "P", "R"])
+def _glora_fwd_kernel(
+    x,
+    w,
+    y,
+    terms,
+    low_sum_ptr,
+    sigma_sum_ptr,
+    M,
+    N,
+    K,
+    P,
+    R,
+    RANK_STEP: tl.constexpr,
+    BANDS: tl.constexpr,
+    TMA: tl.constexpr,
+    COLS_FIRST: tl.constexpr,
+    PARTS: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """y[m,n] = (Σₖ x[m,k]·W[n,k])·(1+a[n]) + Σₚ P[m,p]·U[n,p] + Σᵣ h[m,r]·B_up[n,r] + σ[m]·b[n] + β[n].
+
+    [P | h] (BANDS, M, P+R) and σ (BANDS, M) are summed over their bands; with BANDS > 1 the sums, which backward
+    needs, are written by the programs of the first columns, packed. P and R are multiples of RANK_STEP.
+    """
+    # Told, so that factors are read 16 bytes at a time.
+    P = P // RANK_STEP * RANK_STEP
+    R = R // RANK_STEP * RANK_STEP
+    num_i = tl.cdiv(M, BLOCK_M)
+    num_j = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), num_i * num_j, tl.num_programs(0)):
+        i, j = _tile_of(tile, num_i, num_j, GROUP)
+        m = i * BLOCK_M + tl.arange(0, BLOCK_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc = _product(
+            acc, x, w, None, i * BLOCK_M, j * BLOCK_N, M, N, K, TMA, COLS_FIRST, NUMERICS,
+            BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        sigma = None
+        if terms.b is not None:
+            sigma = _read_banded_vector(terms.sigma, m, M, M, BANDS)
+        parts = _column_parts(acc, BLOCK_M, BLOCK_N, PARTS)
+        for q in tl.static_range(PARTS):
+            n0 = j * BLOCK_N + q * (BLOCK_N // PARTS)
+            n = n0 + tl.arange(0, BLOCK_N // PARTS)
+            part = _add_terms(
+                parts[q], terms, None, None, sigma, m, n, M, N, P, R, BANDS, NUMERICS,
+                BLOCK_M, BLOCK_N // PARTS, BLOCK_R, BLOCK_R,
+            )  # fmt: skip
+            if TMA:
+                y.store([i * BLOCK_M, n0], part.to(NUMERICS.dtype))
+            else:
+                _write(y, part, m, n, M, N)
+        if BANDS > 1:
+            if j == 0:
+                if low_sum_ptr is not None:
+                    for c0 in tl.range(0, P + R, BLOCK_R, num_stages=1):
+                        c = c0 + tl.arange(0, BLOCK_R)
+                        low = _read_banded(terms.low, m, c, M, P + R, M, BANDS)
+                        _write(Matrix(low_sum_ptr, P + R, 1), low, m, c, M, P + R)
+                if sigma_sum_ptr is not None:
+                    tl.store(sigma_sum_ptr + m, sigma, mask=m < M)
+
+
+@triton.jit(do_not_specialize=["seed", "threshold", "M", "P", "R"])
+def _glora_dx_kernel(
+    dy,
+    w,
+    dx,
+    s,
+    a_down,
+    b_down,
+    a,
+    tau,
+    vectors_ptr,
+    totals_ptr,
+    seed,
+    M,
+    N,
+    K,
+    P,
+    R,
+    threshold,
+    inv_keep,
+    RANK_STEP: tl.constexpr,
+    TOTALS: tl.constexpr,
+    BANDS: tl.constexpr,
+    TMA: tl.constexpr,
+    COLS_FIRST: tl.constexpr,
+    PARTS: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """dx[m,k] = Σₙ dy[m,n]·(1+a[n])·W[n,k] + Σₚ S[m,p]·A_down[p,k] + mask∘(Σᵣ S[m,P+r]·B_down[r,k])/(1-p) + τ[m].
+
+    S (BANDS, M, P+R) and τ (BANDS, M) are summed over their bands; rows of S may be longer, with zeros. The first P
+    columns of S belong to the product variant, whose input is never dropped. The last program also sums TOTALS vectors
+    (N,) that the launch before left: the gradients of constants, which would otherwise take a launch of their own.
+    """
+    P = P // RANK_STEP * RANK_STEP
+    R = R // RANK_STEP * RANK_STEP
+    num_i = tl.cdiv(M, BLOCK_M)
+    num_j = tl.cdiv(K, BLOCK_K)
+    for tile in tl.range(tl.program_id(0), num_i * num_j, tl.num_programs(0)):
+        i, j = _tile_of(tile, num_i, num_j, GROUP)
+        m = i * BLOCK_M + tl.arange(0, BLOCK_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        acc = _product(
+            acc, dy, w, a, i * BLOCK_M, j * BLOCK_K, M, K, N, TMA, COLS_FIRST, NUMERICS,
+            BLOCK_M, BLOCK_K, BLOCK_N,
+        )  # fmt: skip
+        parts = _column_parts(acc, BLOCK_M, BLOCK_K, PARTS)
+        for q in tl.static_range(PARTS):
+            part = parts[q]
+            k0 = j * BLOCK_K + q * (BLOCK_K // PARTS)
+            k = k0 + tl.arange(0, BLOCK_K // PARTS)
+            if a_down is not None:
+                part += _thin_product(
+                    s, _transposed(a_down), m, k, M, K, P, P, BANDS, NUMERICS, BLOCK_M, BLOCK_K // PARTS, BLOCK_R
+                )  # fmt: skip
+            if b_down is not None:
+                term = _thin_product(
+                    _columns_from(s, None if a_down is None else P), _transposed(b_down), m, k, M, K,
+                    R, s.row if a_down is None else R, BANDS, NUMERICS, BLOCK_M, BLOCK_K // PARTS, BLOCK_R,
+                )  # fmt: skip
+                if seed is not None:
+                    term = _dropped(term, _seed_of(seed), m, k0, threshold, inv_keep, BLOCK_M, BLOCK_K // PARTS)
+                part += term
+            if tau is not None:
+                part += _read_banded_vector(tau, m, M, M, BANDS)[:, None]
+            if TMA:
+                dx.store([i * BLOCK_M, k0], part.to(NUMERICS.dtype))
+            else:
+                _write(dx, part, m, k, M, K)
+    if TOTALS > 0:
+        if tl.program_id(0) == tl.num_programs(0) - 1:
+            for t in range(TOTALS):
+                _total(vectors_ptr, totals_ptr, t, N, 1024)
+
+
+GROUP = 8
+"""Row tiles that share their columns in the L2 (`tile._tile_of`)."""
+
+RANK_BLOCK = 16
+"""Columns of the low-rank term at a time, at any rank: more of them spill beside the product's accumulator."""
+
+
+def glora_fwd_launch(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    terms: Terms,
+    *,
+    low_sum: Tensor | None = None,
+    sigma_sum: Tensor | None = None,
+    arch: str,
+    config: dict[str, int] | None = None,
+) -> Launch:
+    """y (M,N) = (x·Wᵀ)∘(1+a) + P·Uᵀ + h·upᵀ + σ·bᵀ + β, with `low` = [P | h] (bands,M,P+R) and σ (bands,M).
+
+    u and up are contiguous. `low_sum` (M,P+R) and `sigma_sum` (M,) receive the sums over more than one band.
+    """
+    m, (n, k) = rows(x), weight.shape
+    p, r = (0 if t is None else t.shape[1] for t in (terms.u, terms.up))
+    bands = next((t.shape[0] for t in (terms.low, terms.sigma) if t is not None), 1)
+    shape = configs.Shape(configs.m_class(m), n, k, max(p, r))
+    config = config or tables.choose("fwd", arch, x.dtype, shape, weight.dtype)
+    numbers = numerics(x.dtype, terms.u, terms.up)
+    shift = terms.shift
+    added = any(t is not None for t in (terms.a, terms.u, terms.up, terms.b, shift.wc, shift.d, shift.e))
+    config = in_parts(config, arch, numbers, added)
+    if arch == "sm_100" and p and halves(numbers):
+        config = config | {"rows": min(64, config["rows"])}  # of two pairs of factors: what does not spill
+    if p and r and (bands > 1 or halves(numbers)):
+        config = configs.beside_pairs(config, arch)
+    operands, config = _operands(x, weight, y, config, arch)
+    args = {
+        **dict(zip(("x", "w", "y"), operands, strict=True)), "terms": plan.terms(terms),
+        "low_sum_ptr": low_sum, "sigma_sum_ptr": sigma_sum,
+        "M": m, "N": n, "K": k, "P": p, "R": r,
+        "RANK_STEP": plan.rank_step(p, r), "BANDS": bands,
+        **_tile(config, weight, numbers, "BLOCK_N", "BLOCK_K"),
+    }  # fmt: skip
+    return product_launch(_glora_fwd_kernel, _tiles(m, n, config), args, y, config, arch)
+
+
+def glora_dx_launch(
+    dy: Tensor,
+    weight: Tensor,
+    dx: Tensor,
+    *,
+    s: Tensor | None = None,
+    a_down: Tensor | None = None,
+    b_down: Tensor | None = None,
+    a: Tensor | None = None,
+    tau: Tensor | None = None,
+    totals: tuple[Tensor, Tensor] | None = None,
+    dropout: Dropout = NO_DROPOUT,
+    arch: str,
+    config: dict[str, int] | None = None,
+) -> Launch:
+    """dx (M,K) = (dy∘(1+a))·W + S[:, :P]·a_down + mask∘(S[:, P:]·b_down)/(1-p) + τ·1ᵀ, S (bands,M,P+R), τ (bands,M).
+
+    `totals`: vectors (I,N), which the launch before must have left, and (I,) to receive their sums over N.
+    """
+    m, (n, k) = rows(dy), weight.shape
+    p, r = (0 if t is None else t.shape[0] for t in (a_down, b_down))
+    bands = next((t.shape[0] for t in (s, tau) if t is not None), 1)
+    shape = configs.Shape(configs.m_class(m), n, k, max(p, r))
+    config = config or tables.choose("dx", arch, dy.dtype, shape, weight.dtype)
+    numbers = numerics(dy.dtype, a_down, b_down)
+    config = in_parts(config, arch, numbers)
+    if arch == "sm_100" and p and halves(numbers):
+        config = config | {"rows": min(64, config["rows"])}  # of two pairs of factors: what does not spill
+    if (p and r) or (a is not None and dropout.p > 0.0):
+        config = configs.narrow(config)
+    operands, config = _operands(dy, weight.t(), dx, config, arch)
+    cast = weight.dtype != dy.dtype and b_down is not None  # of a wider W, on its way
+    if (arch in configs.OLD and cast) or (arch == "sm_89" and dropout.p > 0.0 and halves(numbers)):
+        config = config | {"cols": min(64, config["cols"])}  # what does not spill
+    elif arch == "sm_100" and a is not None:
+        config = config | {"num_warps": 8}
+    if arch in ("sm_86", "sm_89"):
+        config = configs.all_registers(config, arch)
+    vectors, sums = totals or (None, None)
+    args = {
+        **dict(zip(("dy", "w", "dx"), operands, strict=True)),
+        "s": matrix(s), "a_down": matrix(a_down), "b_down": matrix(b_down), "a": plan.vector(a), "tau": plan.sums(tau),
+        "vectors_ptr": vectors, "totals_ptr": sums,
+        "M": m, "N": n, "K": k, "P": p, "R": r,
+        **dropout.arguments(b_down),
+        "RANK_STEP": plan.rank_step(p, r) if p else 1,  # alone, S has rows to read in whole
+        "TOTALS": 0 if vectors is None else vectors.shape[0], "BANDS": bands,
+        **_tile(config, weight.t(), numbers, "BLOCK_K", "BLOCK_N"),
+    }  # fmt: skip
+    return product_launch(_glora_dx_kernel, _tiles(m, k, config), args, dx, config, arch)
+
+
+def in_parts(config: dict[str, int], arch: str, numbers: Numerics, added: bool = False) -> dict[str, int]:
+    """A product's configuration beside what spills in fewer parts.
+
+    On sm_100 that are halves of fp32 factors; on sm_90 all that may be `added` to y but a bias.
+    """
+    small = (arch == "sm_100" and halves(numbers)) or (arch == "sm_90" and added)
+    return config | {"parts": max(1, config["cols"] // 32)} if small else config
+
+
+def _operands(
+    left: Tensor, right: Tensor, out: Tensor, config: dict[str, int], arch: str
+) -> tuple[tuple[Any, Any, Any], dict[str, int]]:
+    """left, right (cols, depth) in any order and out of a product left·rightᵀ, and the configuration that suits them.
+
+    As descriptors, all of them, where the configuration wants TMA and it can read them; else as matrices, with the
+    tile for those.
+    """
+    mixed = right.dtype != left.dtype
+    base = right if right.stride(1) == 1 else right.t()
+    if config["tma"] and not mixed:
+        tall, cols, depth = config["rows"], config["cols"], config["depth"]
+        found = (
+            descriptor(left, tall, depth),
+            descriptor(base, cols, depth) if base is right else descriptor(base, depth, cols),
+            descriptor(out, tall, cols // config["parts"]),
+        )
+        if None not in found:
+            return found, config
+    if config["tma"]:
+        shape = configs.m_class(rows(out)), out.shape[1]
+        config = configs.large_product(arch, left.dtype, *shape, mixed=mixed, tma=False)
+    if arch.startswith("sm_") and left.stride(0) % 16:  # read by pointers, off 16 bytes: what does not spill
+        cols = config["cols"] if arch in ("sm_80", "sm_90") else min(64, config["cols"])
+        config = config | {"rows": min(64, config["rows"]), "cols": cols, "num_warps": 8}
+    return (matrix(left), matrix(right), matrix(out)), config
+
+
+def _tile(config: dict[str, int], right: Tensor, numbers: Numerics, cols: str, depth: str) -> dict[str, Any]:
+    """What a large product's kernel is compiled for: its tile, whose columns and depth have these names."""
+    return {
+        "TMA": bool(config["tma"]), "COLS_FIRST": right.stride(1) == 1, "PARTS": config["parts"], "NUMERICS": numbers,
+        "BLOCK_M": config["rows"], cols: config["cols"], depth: config["depth"], "BLOCK_R": RANK_BLOCK, "GROUP": GROUP,
+    }  # fmt: skip
+
+
+def product_launch(
+    kernel: Any, tiles: int, args: dict[str, Any], out: Tensor, config: dict[str, int], arch: str
+) -> Launch:
+    """One program a tile, or where persistent one a multiprocessor of the card the tensor is on."""
+    if config["persistent"]:
+        tiles = lesser(tiles, plan.programs_of(out, arch))
+    if arch == "sm_100":  # shared memory leaves few programs at once as it is
+        config = configs.all_registers(config, arch)
+    return Launch(kernel, (tiles,), args, options(config, args))
+
+
+def _tiles(m: int, cols: int, config: dict[str, int]) -> int:
+    return cdiv(m, config["rows"]) * cdiv(cols, config["cols"])

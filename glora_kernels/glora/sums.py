@@ -1,0 +1,392 @@
+"""After y: one read of dy and one of x, for everything else that backward sums.
+
+A sum that several programs contribute to goes to partial sums, which `finish._finish_kernel` adds up. The read of x
+adds the bands of S itself.
+
+The launchers of backward's one read of dy and one of x. They allocate nothing, and say how large what they fill is.
+
+Partial sums: `bands` (number, width) of a reduction that the reader adds, `splits` of rows that `finish_launch` adds.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from glora_kernels.operands import NO_COLUMNS, Columns, Matrix, Parts, Terms, Vector
+from glora_kernels.reference import recovery
+from glora_kernels.runtime import configs, tables
+from glora_kernels.runtime.configs import Shape
+from glora_kernels.runtime.launch import NO_DROPOUT, Dropout, Launch, matrix, numerics, options, rank_step, terms
+from glora_kernels.runtime.sizes import rows
+from glora_kernels.tile import (
+    _beta,
+    _columns_from,
+    _dot_thin,
+    _dropped,
+    _read,
+    _read_banded,
+    _read_banded_vector,
+    _read_vector,
+    _round,
+    _seed_of,
+    _store,
+    _thin_product,
+    _transposed,
+    _write,
+)
+
+_SUM, _SQUARES = tl.constexpr(recovery.SUM), tl.constexpr(recovery.SQUARES)
+_LINE = tl.constexpr(16)
+
+
+@triton.jit
+def _padded(size):
+    """Numbers in a row of S, or in one of τ: whole lines, for loads of 16 bytes at any rank and any M."""
+    return tl.cdiv(size, _LINE) * _LINE
+
+
+@triton.jit
+def _without_terms(
+    y, h, terms, sigma, m, n, M, N, R, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """(y - h·upᵀ - σ·bᵀ - β, the largest of |y| and what is left before β): what is Z∘(1+a) of a tile of y."""
+    largest = tl.abs(y)
+    if terms.up is not None:
+        y -= _thin_product(h, Matrix(terms.up, R, 1), m, n, M, N, R, R, 1, NUMERICS, BLOCK_M, BLOCK_N, 16)
+    if terms.b is not None:
+        y -= sigma[:, None] * _read_vector(terms.b, n, N)[None, :]
+    largest = tl.maximum(largest, tl.abs(y))
+    if terms.shift.bias is not None or terms.shift.e is not None or terms.shift.wc is not None:
+        y -= _beta(terms.shift, n, N)[None, :]
+    return y, largest
+
+
+@triton.jit(do_not_specialize=["M", "P", "R", "band_width"])
+def _dy_kernel(
+    dy,
+    y,
+    terms,
+    s,
+    tau,
+    factor,
+    columns,
+    M,
+    N,
+    P,
+    R,
+    band_width,
+    scale,
+    NUMERICS: tl.constexpr,
+    RANK_STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One read of dy for all that is made from it: S and τ along N, the gradients' sums along M.
+
+    Over a band of N: s[band,m] = [Σₙ dy·U | scale·Σₙ dy·up] (P+R) and tau[band,m] = Σₙ dy·b[n]. Over the rows of
+    program i: factor[i,c,n] = Σₘ [P|h][m,c]·dy[m,n], and of `Columns` g, sigma and q as far as present. q: Σₘ q with
+    q = dy∘(y - h·upᵀ - σ·b - β), and where y holds more than Z the judges Σₘ(p - 1.5|q|) and Σₘ(p² - 2q²), with
+    p = |dy|·(the largest of what q was found through). `band_width` is a multiple of BLOCK_N, P and R of RANK_STEP.
+    """
+    # The columns of a large S by programs of their own, beside each other in time to share dy in the L2.
+    across = tl.maximum(tl.maximum(tl.cdiv(P, BLOCK_P), tl.cdiv(R, BLOCK_R)), 1)
+    i = tl.program_id(0) // across
+    rank_block = tl.program_id(0) % across
+    band = tl.program_id(1)
+    m = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    p = rank_block * BLOCK_P + tl.arange(0, BLOCK_P)
+    r = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.arange(0, BLOCK_H)
+    # What they are, written so that the compiler sees of what they are multiples.
+    P = P // RANK_STEP * RANK_STEP
+    R = R // RANK_STEP * RANK_STEP
+    # Sᵀ and not S: 16 rows of the rank keep the product on mma.sync, which takes what dy was loaded for elsewhere.
+    u_acc = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
+    up_acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+    tau_acc = tl.zeros((BLOCK_M,), tl.float32)
+    low = None
+    if terms.low is not None:
+        low = Matrix(terms.low, P + R, 1)
+    if factor is not None:
+        h = _read(_transposed(low), c, m, P + R, M).to(NUMERICS.factor_dtype)
+    sigma = None
+    if terms.sigma is not None:
+        sigma = _read_vector(terms.sigma, m, M)
+    # Told, so that dy is read 16 bytes at a time.
+    first = tl.multiple_of(band * band_width, 16)
+    for n0 in range(first, tl.minimum(first + band_width, N), BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        value = _read(dy, m, n, M, N)
+        if s is not None:
+            if terms.u is not None:
+                u = _read(_transposed(Matrix(terms.u, P, 1)), p, n, P, N).to(NUMERICS.factor_dtype)
+                u_acc = _dot_thin(u, value.T, u_acc, NUMERICS)
+            if terms.up is not None:
+                up = _read(_transposed(Matrix(terms.up, R, 1)), r, n, R, N).to(NUMERICS.factor_dtype)
+                up_acc = _dot_thin(up, value.T, up_acc, NUMERICS)
+        if tau is not None:
+            tau_acc += tl.sum(value.to(tl.float32) * _read_vector(terms.b, n, N)[None, :], 1)
+        if factor is not None:
+            zeros = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
+            part = _dot_thin(h, value, zeros, NUMERICS)
+            _store(factor.ptr + tl.cast(i, tl.int64) * factor.step, part, c, n, factor.row, 1, P + R, N)
+        if rank_block == 0:
+            at = n
+            if columns.end is not None:
+                at += tl.cast(i, tl.int64) * columns.step
+            if columns.g is not None:
+                tl.store(columns.g + at, tl.sum(value.to(tl.float32), 0), mask=n < N)
+            if columns.sigma is not None:
+                tl.store(columns.sigma + at, tl.sum(value.to(tl.float32) * sigma[:, None], 0), mask=n < N)  # type: ignore[index]
+            if columns.q is not None:
+                rest = _read(y, m, n, M, N).to(tl.float32)
+                if columns.judges is not None:
+                    rest, largest = _without_terms(rest, low, terms, sigma, m, n, M, N, R, NUMERICS, BLOCK_M, BLOCK_N)
+                    p_value = tl.abs(value.to(tl.float32)) * largest
+                    q_value = value.to(tl.float32) * rest
+                    tl.store(columns.judges + at, tl.sum(p_value - _SUM * tl.abs(q_value), 0), mask=n < N)
+                    squares = tl.sum(p_value * p_value - _SQUARES * (q_value * q_value), 0)
+                    tl.store(columns.judges + columns.end + at, squares, mask=n < N)
+                tl.store(columns.q + at, tl.sum(value.to(tl.float32) * rest, 0), mask=n < N)
+    if s is not None:
+        width = _padded(P + R)
+        s += tl.cast(band, tl.int64) * M * width
+        if terms.u is not None:
+            _store(s, u_acc, p, m, 1, width, P, M)
+            s += P
+        if terms.up is not None:  # and zeros to the end of the row
+            _store(s, up_acc * scale, r, m, 1, width, width - P, M)
+    if tau is not None:
+        tl.store(tau + tl.cast(band, tl.int64) * _padded(M) + m, tau_acc, mask=(m < M) & (rank_block == 0))
+
+
+@triton.jit(do_not_specialize=["seed", "threshold", "M", "P", "R"])
+def _x_kernel(
+    x,
+    s,
+    tau,
+    a_down,
+    b_down,
+    dx,
+    p_part,
+    v_part,
+    seed,
+    M,
+    K,
+    P,
+    R,
+    threshold,
+    inv_keep,
+    BANDS: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    P_STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One read of x for the gradients that multiply it, by splits of the rows; x dropped for columns of S from P on.
+
+    p_part[split] = S[:, :P]ᵀ·x (P,K), v_part[split] = S[:, P:]ᵀ·drop(x)/(1-p) (R,K). With `dx` also
+    dx[m,k] = Σₚ S·a_down + mask∘(Σᵣ S·b_down)/(1-p) + τ[m], for the vendor's product to be added to.
+    """
+    P = P // P_STEP * P_STEP  # what it is: for the compiler, a multiple of P_STEP
+    split = tl.program_id(1)
+    across = tl.cdiv(K, BLOCK_K)
+    rank_block = tl.program_id(0) // across  # the columns of a large S by programs of their own
+    k0 = tl.program_id(0) % across * BLOCK_K
+    k = k0 + tl.arange(0, BLOCK_K)
+    p = rank_block * BLOCK_P + tl.arange(0, BLOCK_P)
+    r = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    p_acc = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    v_acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    rows = tl.cdiv(tl.cdiv(M, tl.num_programs(1)), BLOCK_M) * BLOCK_M
+    for m0 in range(split * rows, tl.minimum((split + 1) * rows, M), BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        if p_part is not None or v_part is not None:
+            block = _read(x, m, k, M, K)
+        if p_part is not None:
+            s_block = _read_banded(s, p, m, s.row, M, M, BANDS, True).to(NUMERICS.factor_dtype)
+            p_acc = _dot_thin(s_block, block, p_acc, NUMERICS)
+        if v_part is not None:
+            if seed is not None:
+                block = _dropped(block, _seed_of(seed), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K)
+            # Whole rows of S, whose length is known to be a multiple of 16 where R is not.
+            s_block = _read_banded(_columns_from(s, P), r, m, s.row - P, M, M, BANDS, True).to(NUMERICS.factor_dtype)
+            v_acc = _dot_thin(s_block, block, v_acc, NUMERICS)
+        if dx is not None:
+            if rank_block == 0:
+                term = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+                if b_down is not None:
+                    term = _thin_product(
+                        _columns_from(s, P), _transposed(b_down), m, k, M, K, R, s.row if a_down is None else R, BANDS,
+                        NUMERICS, BLOCK_M, BLOCK_K, BLOCK_R,
+                    )  # fmt: skip
+                    if seed is not None:
+                        term = _dropped(term, _seed_of(seed), m, k0, threshold, inv_keep, BLOCK_M, BLOCK_K)
+                if a_down is not None:
+                    term += _thin_product(
+                        s, _transposed(a_down), m, k, M, K, P, P, BANDS, NUMERICS, BLOCK_M, BLOCK_K, BLOCK_P
+                    )
+                if tau is not None:
+                    term += _read_banded_vector(Vector(tau, 1), m, M, _padded(M), BANDS)[:, None]
+                _write(dx, _round(term, m, k, dx.ptr.dtype.element_ty), m, k, M, K)
+    if p_part is not None:
+        _store(p_part + tl.cast(split, tl.int64) * P * K, p_acc, p, k, K, 1, P, K)
+    if v_part is not None:
+        _store(v_part + tl.cast(split, tl.int64) * R * K, v_acc * inv_keep, r, k, K, 1, R, K)
+
+
+def padded(size: int) -> int:
+    """Numbers in a row of S, or in one of τ, of which so many are used (`glora.sums._padded`)."""
+    return cdiv(size, 16) * 16
+
+
+def dy_config(
+    shape: Shape,
+    dtype: torch.dtype,
+    arch: str,
+    mixed: bool = False,
+    pairs: bool = False,
+    factors: torch.dtype | None = None,
+    aligned: bool = True,
+) -> dict[str, int]:
+    """The configuration of `dy_launch`: `mixed` where it is given a y that holds more than Z∘(1+a), `pairs` where S is
+    of both U and up.
+
+    factors: the dtype they are multiplied in, that of dy where it is not given. aligned: whether every row of dy begins
+    at a multiple of 32 bytes.
+    """
+    config = tables.choose("dy_mixed" if mixed else "dy", arch, dtype, shape)
+    if mixed and not aligned:
+        tall, wide = 32 if arch == "sm_100" else 64, 32 if dtype == torch.float32 else 64  # what does not spill
+        config = config | {"rows": min(tall, config["rows"]), "cols": min(wide, config["cols"])}
+    elif not aligned and arch in configs.OLD:
+        config = config | {"num_warps": 8}
+    if dtype == torch.float16 and factors == torch.float32:  # halves of dy as well
+        config = config | {"rows": max(32, config["rows"] // 2), "cols": 32}
+        return configs.all_registers(config, arch) if pairs else config
+    if factors == torch.float32 and (pairs or arch == "sm_100"):  # what does not spill
+        config = config | {"rows": min(64, config["rows"])}
+    return configs.all_registers(config, arch) if torch.float32 in (dtype, factors) else config
+
+
+def dy_bands(shape: Shape, config: dict[str, int], arch: str) -> tuple[int, int]:
+    """(number, width) of the bands of N over which S and τ are partial sums.
+
+    Few, as every block of columns of x reads all of them; one where S is as large as x.
+    """
+    most = 4 if shape.r <= configs.MAX_FACTOR_RANK else 1
+    return configs.bands(arch, shape.m, config["rows"], shape.n, config["cols"], most)
+
+
+def dy_launch(
+    dy: Tensor,
+    given: Terms,
+    *,
+    y: Tensor | None = None,
+    s: Tensor | None = None,
+    tau: Tensor | None = None,
+    factor: Parts | None = None,
+    columns: Columns = NO_COLUMNS,
+    ranks: tuple[int, int],
+    band_width: int,
+    scale: float = 1.0,
+    factors: torch.dtype | None = None,
+    config: dict[str, int],
+) -> Launch:
+    """S (bands,M,padded) = [dy·U | scale·dy·up], τ (bands,padded) = dy·b, and sums over the rows of each program.
+
+    factor (P+R,N): Σₘ [P|h]·dy. columns: of g, sigma and q with its judges those that are wanted, each
+    vectors (N,); q takes y, and of it what the terms u, up, b and the shift hold. `given` has h as `low` (M,P+R).
+    Factors and h are multiplied in the dtype of dy, or of `factors` where that is wider.
+    """
+    m, n = rows(dy), dy.shape[1]
+    p, r = ranks
+    wide = numerics(dy.dtype, factors)
+    args = {
+        "dy": matrix(dy), "y": matrix(y), "terms": terms(given)._replace(low=given.low),
+        "s": s, "tau": tau, "factor": factor, "columns": columns,
+        "M": m, "N": n, "P": p, "R": r, "band_width": band_width, "scale": float(scale),
+        "NUMERICS": wide,
+        "RANK_STEP": rank_step(p, r),
+        "BLOCK_M": config["rows"], "BLOCK_N": config["cols"],
+        **_rank_blocks(ranks),
+        "BLOCK_H": 16 if factor is None else configs.block_r(p + r),
+    }  # fmt: skip
+    grid = cdiv(m, config["rows"]) * _across(ranks), cdiv(n, band_width)
+    return Launch(_dy_kernel, grid, args, options(config, args))
+
+
+def x_config(
+    shape: Shape, ranks: tuple[int, int], dtype: torch.dtype, arch: str, factors: torch.dtype | None = None
+) -> dict[str, int]:
+    """The configuration of `x_launch`."""
+    config = tables.choose("x", arch, dtype, shape)
+    if dtype.itemsize == 2 and factors == torch.float32 and max(ranks) > configs.MAX_FACTOR_RANK:
+        config = config | {"rows": min(32, config["rows"])}  # halves of that many columns of S: what does not spill
+        if arch.startswith("gfx"):
+            config = config | {"cols": min(32, config["cols"])}
+    if dtype == torch.float16 and factors == torch.float32:  # halves of x as well
+        config = config | {"cols": min(64, config["cols"]), "num_stages": 2}
+        return configs.all_registers(config, arch) if min(ranks) else config
+    return configs.all_registers(config, arch) if min(ranks) or torch.float32 in (dtype, factors) else config
+
+
+def x_splits(shape: Shape, dtype: torch.dtype, arch: str) -> int:
+    """How many partial sums over M `x_launch` writes."""
+    config = tables.choose("x", arch, dtype, shape)
+    programs = cdiv(shape.k, config["cols"]) * cdiv(max(1, shape.r), configs.RANK_BLOCK)
+    return configs.row_splits(shape.m, programs, config["rows"])
+
+
+def x_launch(
+    x: Tensor,
+    s: Tensor | None,
+    *,
+    ranks: tuple[int, int],
+    splits: int,
+    p_part: Tensor | None = None,
+    v_part: Tensor | None = None,
+    dx: Tensor | None = None,
+    downs: tuple[Tensor | None, Tensor | None] = (None, None),
+    tau: Tensor | None = None,
+    dropout: Dropout = NO_DROPOUT,
+    factors: torch.dtype | None = None,
+    config: dict[str, int],
+) -> Launch:
+    """p_part (splits,P,K) = S[:, :P]ᵀ·x and v_part (splits,R,K) = S[:, P:]ᵀ·drop(x), S (bands,M,P+R or more).
+
+    With `dx` (M,K) also dx = S[:, :P]·a_down + mask∘(S[:, P:]·b_down)/(1-p) + τ·1ᵀ of `downs`; x only gives the sizes
+    then, unless a part is wanted. S is multiplied in the dtype of x, or of `factors` where that is wider.
+    """
+    m, k = rows(x), x.shape[1]
+    if x.stride(0) % 16:  # rows off 16 bytes: what does not spill
+        config = config | {"cols": min(64, config["cols"]), "num_warps": 8}
+    bands = s.shape[0] if s is not None else (1 if tau is None else tau.shape[0])
+    args = {
+        "x": matrix(x), "s": matrix(s), "tau": tau,
+        "a_down": matrix(downs[0]), "b_down": matrix(downs[1]), "dx": matrix(dx),
+        "p_part": p_part, "v_part": v_part,
+        "M": m, "K": k, "P": ranks[0], "R": ranks[1],
+        **dropout.arguments(downs[1] if v_part is None else v_part),
+        "BANDS": bands, "NUMERICS": numerics(x.dtype, factors), "P_STEP": rank_step(ranks[0], 0),
+        "BLOCK_M": config["rows"], "BLOCK_K": config["cols"],
+        **_rank_blocks(ranks),
+    }  # fmt: skip
+    return Launch(_x_kernel, (cdiv(k, config["cols"]) * _across(ranks), splits), args, options(config, args))
+
+
+def _rank_blocks(ranks: tuple[int, int]) -> dict[str, int]:
+    p, r = (configs.block_r(max(1, rank), configs.RANK_BLOCK) for rank in ranks)
+    return {"BLOCK_P": p, "BLOCK_R": r}
+
+
+def _across(ranks: tuple[int, int]) -> int:
+    """How many programs share the columns of S."""
+    return max(1, cdiv(max(ranks), configs.RANK_BLOCK))

@@ -1,0 +1,359 @@
+"""What touches the weight, dense or in 4 bits, beside the large products: W_eff, the gradient of A, and W·c in β.
+
+The launchers around the weight, dense or in 4 bits: the gradient of A = lora, and W·c. They allocate nothing.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from glora_kernels.four_bit.codec import _nearest, _weight_tile, weight_operands
+from glora_kernels.glora.product import GROUP
+from glora_kernels.quant import QuantizedWeight
+from glora_kernels.runtime import configs, tables
+from glora_kernels.runtime.configs import Shape
+from glora_kernels.runtime.launch import (
+    NO_DROPOUT,
+    Dropout,
+    Launch,
+    arithmetic,
+    halves,
+    matrix,
+    numerics,
+    options,
+    pair,
+    vector,
+)
+from glora_kernels.runtime.sizes import rows
+from glora_kernels.tile import (
+    _dot_thin,
+    _dot_wide,
+    _dropped,
+    _factor_product,
+    _load_vector,
+    _read,
+    _read_banded,
+    _read_vector,
+    _round,
+    _seed_of,
+    _store,
+    _tile_of,
+    _transposed,
+    _vector_sum,
+)
+
+
+@triton.jit
+def _read_weight(
+    w, codes, first_n, first_k, last_n, K, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """W[first_n + 0…BLOCK_N, first_k + 0…BLOCK_K) in fp32, zeros outside (last_n, K), of a dense `w` or of `codes`."""
+    if w is None:
+        return _weight_tile(codes, first_n, first_k, last_n, K, UPCAST, BLOCK_N, BLOCK_K)
+    else:
+        n = first_n + tl.arange(0, BLOCK_N)
+        k = first_k + tl.arange(0, BLOCK_K)
+        return _read(w, n, k, last_n, K).to(tl.float32)
+
+
+@triton.jit
+def _weight_as(
+    w, codes, first_n, first_k, N, K, NUMERICS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """`_read_weight`, where it decodes rounded to what the dense weight would be: both then give the same numbers."""
+    tile = _read_weight(w, codes, first_n, first_k, N, K, NUMERICS.upcast, BLOCK_N, BLOCK_K)
+    if w is None:
+        return _nearest(tile, NUMERICS.dtype, NUMERICS.upcast).to(tl.float32)
+    else:
+        return tile
+
+
+@triton.jit(do_not_specialize=["seed", "threshold", "M"])
+def _hadamard_grad_kernel(
+    dy,
+    x,
+    w,
+    codes,
+    pair,
+    dup,
+    ddown,
+    weff,
+    s,
+    db_down,
+    seed,
+    M,
+    N,
+    K,
+    R,
+    B_RANK,
+    threshold,
+    inv_keep,
+    BANDS: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """H = (Σₘ dy[m,n]·x[m,k])·W[n,k] in registers; dup[k-tile,n,r] = Σₖ H·A_down, ddown[n-tile,r,k] = Σₙ A_up·H.
+
+    The programs hold each tile of W and of x anyway: with `weff` they leave W_eff for dx behind, and with `db_down`
+    one more row of tiles, S in the place of dy, gives dB_down[r,k] = Σₘ S[m,r]·drop(x)[m,k].
+    """
+    num_n = tl.cdiv(N, BLOCK_N)
+    num_k = tl.cdiv(K, BLOCK_K)
+    i, j = _tile_of(tl.program_id(0), num_n + (0 if db_down is None else 1), num_k, GROUP)
+    k = j * BLOCK_K + tl.arange(0, BLOCK_K)
+    if db_down is not None:
+        if i == num_n:
+            b = tl.arange(0, BLOCK_B)
+            db = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
+            for m0 in range(0, M, BLOCK_M):
+                m = m0 + tl.arange(0, BLOCK_M)
+                x_tile = _read(x, m, k, M, K)
+                if seed is not None:
+                    x_tile = _dropped(x_tile, _seed_of(seed), m, j * BLOCK_K, threshold, 1.0, BLOCK_M, BLOCK_K)
+                s_tile = _read_banded(s, b, m, B_RANK, M, M, BANDS, TRANSPOSED=True)
+                db = _dot_thin(s_tile.to(NUMERICS.factor_dtype), x_tile, db, NUMERICS)
+            _store(db_down, db * inv_keep, b, k, K, 1, B_RANK, K)
+    if i < num_n:
+        n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for m0 in range(0, M, BLOCK_M):
+            m = m0 + tl.arange(0, BLOCK_M)
+            dy_tile = _read(_transposed(dy), n, m, N, M)
+            acc = _dot_wide(dy_tile, _read(x, m, k, M, K), acc, NUMERICS)
+        w_tile = _weight_as(w, codes, i * BLOCK_N, j * BLOCK_K, N, K, NUMERICS, BLOCK_N, BLOCK_K)
+        h = (acc * w_tile).to(NUMERICS.factor_dtype)
+        if dup is not None:
+            part = dup + tl.cast(j, tl.int64) * N * R
+            for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
+                r = r0 + tl.arange(0, BLOCK_R)
+                down = _read(_transposed(pair.down), k, r, K, R).to(NUMERICS.factor_dtype)
+                value = _dot_thin(h, down, tl.zeros((BLOCK_N, BLOCK_R), tl.float32), NUMERICS)
+                _store(part, value, n, r, R, 1, N, R)
+        if ddown is not None:
+            part = ddown + tl.cast(i, tl.int64) * R * K
+            for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
+                r = r0 + tl.arange(0, BLOCK_R)
+                up = _read(_transposed(pair.up), r, n, R, N).to(NUMERICS.factor_dtype)
+                value = _dot_thin(up, h, tl.zeros((BLOCK_R, BLOCK_K), tl.float32), NUMERICS)
+                _store(part, value, r, k, K, 1, R, K)
+        if weff is not None:
+            # Read anew: kept in registers until here, it would make them spill.
+            w_tile = _weight_as(w, codes, i * BLOCK_N, j * BLOCK_K, N, K, NUMERICS, BLOCK_N, BLOCK_K)
+            PRECISION: tl.constexpr = NUMERICS.factor_precision
+            w_tile += w_tile * _factor_product(
+                pair, n, k, N, K, R, PRECISION, NUMERICS.upcast, BLOCK_N, BLOCK_K, BLOCK_R
+            )  # fmt: skip
+            _store(weff, _round(w_tile, n, k, NUMERICS.dtype), n, k, K, 1, N, K)
+
+
+@triton.jit
+def _wc_kernel(
+    w,
+    codes,
+    c,
+    pair,
+    wc,
+    N,
+    K,
+    R,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """wc[n] = Σₖ W[n,k]·c[k], c given or c[k] = Σᵣ C_up[k,r]·C_down[r] of a pair."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        if c is None:
+            up = _read(pair.up, k, r, K, R).to(tl.float32)
+            values = tl.sum(up * _load_vector(pair.down.ptr, r, pair.down.row, R)[None, :], 1)
+        else:
+            values = _read_vector(c, k, K)
+        w_tile = _read_weight(w, codes, tl.program_id(0) * BLOCK_N, k0, N, K, UPCAST, BLOCK_N, BLOCK_K)
+        total += tl.sum(w_tile * values[None, :], 1)
+    tl.store(wc + n, total, mask=n < N)
+
+
+@triton.jit
+def _wc_grad_kernel(
+    w, codes, g, part, N, K, rows_per_split, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """part[split,k] = Σₙ W[n,k]·g[n] over the rows n of a split."""
+    first_k = tl.program_id(0) * BLOCK_K
+    k = first_k + tl.arange(0, BLOCK_K)
+    split = tl.program_id(1)
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, N)
+    total = tl.zeros((BLOCK_K,), tl.float32)
+    for n0 in range(first, last, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        w_tile = _read_weight(w, codes, n0, first_k, last, K, UPCAST, BLOCK_N, BLOCK_K)
+        total += tl.sum(w_tile * _read_vector(g, n, last)[:, None], 0)
+    tl.store(part + tl.cast(split, tl.int64) * K + k, total, mask=k < K)
+
+
+@triton.jit
+def _c_grad_kernel(part, pair, dc, dc_up, dc_down, K, R, splits, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    """dc[k] = Σ_split part, dC_up[k,r] = dc[k]·C_down[r] and, by the last program alone, dC_down[r] = Σₖ C_up·dc."""
+    i = tl.program_id(0)
+    blocks = tl.cdiv(K, BLOCK_K)
+    r = tl.arange(0, BLOCK_R)
+    if i < blocks:
+        k = i * BLOCK_K + tl.arange(0, BLOCK_K)
+        value = _vector_sum(part, K, k, K, splits)
+        if dc is not None:
+            tl.store(dc + k, value.to(dc.dtype.element_ty), mask=k < K)
+        if dc_up is not None:
+            product = value[:, None] * _load_vector(pair.down.ptr, r, pair.down.row, R)[None, :]
+            _store(dc_up, product, k, r, R, 1, K, R)
+    elif dc_down is not None:
+        total = tl.zeros((BLOCK_R,), tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            value = _vector_sum(part, K, k, K, splits)
+            up = _read(pair.up, k, r, K, R).to(tl.float32)
+            total += tl.sum(up * value[:, None], 0)
+        tl.store(dc_down + r, total.to(dc_down.dtype.element_ty), mask=r < R)
+
+
+def hadamard_grad_config(
+    shape: Shape, dtype: torch.dtype, arch: str, factors: torch.dtype | None = None
+) -> dict[str, int]:
+    """The configuration of `hadamard_grad_launch`: see `hadamard_grad_tiles`."""
+    config = tables.choose("hadamard_grad", arch, dtype, shape._replace(m=configs.m_class(shape.m)))
+    wide = dtype.itemsize == 2 and factors == torch.float32
+    return configs.fitted("hadamard_grad", config, arch, dtype, shape.r, halves=wide, aligned=shape.k % 16 == 0)
+
+
+def hadamard_grad_tiles(
+    shape: Shape, dtype: torch.dtype, arch: str, factors: torch.dtype | None = None
+) -> tuple[int, int]:
+    """How many partial sums `hadamard_grad_launch` writes: (n-tiles for ddown, k-tiles for dup).
+
+    `factors`: the dtype they are multiplied in, that of x where it is not given.
+    """
+    config = hadamard_grad_config(shape, dtype, arch, factors)
+    return cdiv(shape.n, config["rows"]), cdiv(shape.k, config["cols"])
+
+
+class HadamardGrad(NamedTuple):
+    """What `hadamard_grad_launch` fills, as far as given: dup (k-tiles,N,R), ddown (n-tiles,R,K), weff (N,K), db_down.
+
+    dup = H·A_downᵀ and ddown = A_upᵀ·H are partial sums; weff = W∘(1 + A_up·A_down); db_down (r,K) = Σ Sᵀ·drop(x).
+    """
+
+    dup: Tensor | None = None
+    ddown: Tensor | None = None
+    weff: Tensor | None = None
+    db_down: Tensor | None = None
+
+
+def hadamard_grad_launch(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    a_up: Tensor,
+    a_down: Tensor,
+    out: HadamardGrad,
+    *,
+    s: Tensor | None = None,
+    dropout: Dropout = NO_DROPOUT,
+    factors: torch.dtype | None = None,
+    arch: str,
+    config: dict[str, int] | None = None,
+) -> Launch:
+    """`out` from H = (dyᵀx)∘W and, for its db_down, S (bands,M,r); dropout is that of x in db_down.
+
+    H, S and the factors are multiplied in the dtype of x, or of `factors` where that is wider.
+    """
+    m, n, k = rows(dy), dy.shape[1], x.shape[1]
+    rank = a_up.shape[1]
+    b_rank = 0 if out.db_down is None else out.db_down.shape[0]
+    how = numerics(x.dtype, factors)
+    config = config or hadamard_grad_config(Shape(m, n, k, rank), x.dtype, arch, factors)
+    step = 16 if halves(how) else 64  # of the rank: what does not spill
+    args = {
+        "dy": matrix(dy), "x": matrix(x), **weight_operands(weight), "pair": pair(a_up, a_down),
+        **out._asdict(), "s": None if out.db_down is None else matrix(s),
+        "M": m, "N": n, "K": k, "R": rank, "B_RANK": b_rank,
+        **dropout.arguments(out.db_down),
+        "BANDS": 1 if s is None else s.shape[0], "NUMERICS": how,
+        "BLOCK_N": config["rows"], "BLOCK_K": config["cols"], "BLOCK_M": config["depth"],
+        "BLOCK_R": configs.block_r(rank, step), "BLOCK_B": configs.block_r(max(1, b_rank)), "GROUP": GROUP,
+    }  # fmt: skip
+    tiles = (cdiv(n, config["rows"]) + (out.db_down is not None)) * cdiv(k, config["cols"])
+    return Launch(_hadamard_grad_kernel, (tiles,), args, options(config, args))
+
+
+def wc_launch(
+    weight: Tensor | QuantizedWeight,
+    c: Tensor | None,
+    c_up: Tensor | None,
+    c_down: Tensor | None,
+    wc: Tensor,
+    *,
+    arch: str,
+) -> Launch:
+    """wc (N,) = W·c, c (K,) given or C_up (K,R)·C_down (R,1)."""
+    n, k = weight.shape
+    rank = 0 if c_up is None else c_up.shape[1]
+    config = tables.choose("weight", arch, weight.dtype, Shape(0, n, k, rank))
+    args = {
+        **weight_operands(weight), "c": vector(c), "pair": pair(c_up, c_down), "wc": wc,
+        "N": n, "K": k, "R": rank, "UPCAST": arithmetic(weight.dtype)["UPCAST"],
+        "BLOCK_N": config["rows"], "BLOCK_K": config["cols"], "BLOCK_R": configs.block_r(max(1, rank)),
+    }  # fmt: skip
+    return Launch(_wc_kernel, (cdiv(n, config["rows"]),), args, options(config, args))
+
+
+def wc_grad_splits(weight: Tensor | QuantizedWeight, arch: str) -> int:
+    """How many partial sums over N `wc_grad_launch` writes."""
+    n, k = weight.shape
+    config = tables.choose("weight", arch, weight.dtype, Shape(0, n, k, 0))
+    return configs.row_splits(n, cdiv(k, config["cols"]), config["rows"])
+
+
+def wc_grad_launch(weight: Tensor | QuantizedWeight, g: Tensor, part: Tensor, *, arch: str) -> Launch:
+    """part (splits,K): Wᵀg by rows of W."""
+    n, k = weight.shape
+    config = tables.choose("weight", arch, weight.dtype, Shape(0, n, k, 0))
+    splits = part.shape[0]
+    args = {
+        **weight_operands(weight), "g": vector(g), "part": part,
+        "N": n, "K": k, "rows_per_split": cdiv(cdiv(n, splits), config["rows"]) * config["rows"],
+        "UPCAST": arithmetic(weight.dtype)["UPCAST"], "BLOCK_N": config["rows"], "BLOCK_K": config["cols"],
+    }  # fmt: skip
+    return Launch(_wc_grad_kernel, (cdiv(k, config["cols"]), splits), args, options(config, args))
+
+
+def c_grad_launch(
+    part: Tensor,
+    *,
+    c_up: Tensor | None,
+    c_down: Tensor | None,
+    dc: Tensor | None,
+    dc_up: Tensor | None,
+    dc_down: Tensor | None,
+    arch: str,
+) -> Launch:
+    """dc (K,) = Σ part, or dC_up (K,R) = dc·C_downᵀ and dC_down (R,1) = C_upᵀ·dc."""
+    splits, k = part.shape
+    rank = 0 if c_up is None else c_up.shape[1]
+    config = tables.choose("weight", arch, part.dtype, Shape(0, 0, k, rank))
+    args = {
+        "part": part, "pair": pair(c_up, c_down), "dc": dc, "dc_up": dc_up, "dc_down": dc_down,
+        "K": k, "R": rank, "splits": splits, "BLOCK_K": config["cols"], "BLOCK_R": configs.block_r(max(1, rank)),
+    }  # fmt: skip
+    return Launch(_c_grad_kernel, (cdiv(k, config["cols"]) + (dc_down is not None),), args, options(config, args))

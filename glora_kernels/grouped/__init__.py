@@ -1,0 +1,1 @@
+"""Several LoRA layers that read one input as one operator."""

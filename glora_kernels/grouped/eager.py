@@ -1,0 +1,100 @@
+"""A group of LoRA layers in plain PyTorch: what is shared is computed once, and what is summed is summed once.
+
+With h_t = s_t·x̃_t·down_tᵀ for each distinct path t = (x, down, seed, s) and t(i) the path of member i:
+
+    y_i = x_i·W_iᵀ + h_t(i)·up_iᵀ + bias_i
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from glora_kernels.dispatch.common import cast, wide_dtype
+from glora_kernels.glora.chunks import gathered, spread, thin
+from glora_kernels.glora.eager import added_terms, cast_weight, dropped, scaled
+from glora_kernels.grouped.group import ABSENT, Group, GroupGradients, GroupNeeds, Operands, factor_dtype
+from glora_kernels.reference.random import keep_mask
+
+
+def forward(operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor]]:
+    """(y_i (M,N) of every member, h_t (M,R) of every path)."""
+    hs, narrow = [], factor_dtype(operands)
+    for x_of, down_of, seed_of, scale in group.paths():
+        x, down = operands.xs[x_of], operands.downs[down_of]
+        keep = _keep(len(x), down.shape[1], operands, group, seed_of)
+        h = thin(dropped(x, keep), cast(down, narrow), x.dtype)
+        hs.append(scaled(h, scale / (1.0 - group.dropout_p)))
+    ys = []
+    for i, path in enumerate(group.path_of()):
+        x, weight = operands.xs[group.x[i]], operands.weights[group.weight[i]]
+        bias = None if group.bias[i] == ABSENT else operands.biases[group.bias[i]]
+        if bias is not None and bias.dtype != x.dtype:
+            bias = cast(bias, wide_dtype(x.dtype))
+        low = up = None
+        if path != ABSENT:
+            low, up = hs[path], cast(operands.ups[group.up[i]], narrow)
+        # The small terms first, and into the large product: 16 bits round their sum once, as in a single layer.
+        delta = added_terms(x, weight.shape[0], bias, low, up, None, None)
+        if delta is None:
+            ys.append(linear(x, cast_weight(weight, x.dtype), bias))
+        else:
+            ys.append(torch.addmm(delta, x, cast_weight(weight, x.dtype).t(), out=delta))
+    return ys, hs
+
+
+def backward(
+    dys: list[Tensor], operands: Operands, hs: list[Tensor], group: Group, needs: GroupNeeds
+) -> GroupGradients:
+    """The gradients of the distinct tensors: each the sum over the members that use it.
+
+    With S_t = s_t·Σ_i dy_i·up_i over the members of path t: dx = Σ_i dy_i·W_i + Σ_t mask_t∘(S_t·down_t)/(1-p),
+    d_down = Σ_t S_tᵀ·x̃_t, d_up = Σ_i dy_iᵀ·h_t(i), d_bias = Σ_i Σ_m dy_i.
+    """
+    grads = GroupGradients.empty(needs)
+    paths, path_of = group.paths(), group.path_of()
+    dtype, wide, narrow = dys[0].dtype, wide_dtype(dys[0].dtype), factor_dtype(operands)
+    sums: list[Tensor | None] = [None] * len(paths)
+    for i, dy in enumerate(dys):
+        path = path_of[i]
+        if (bias_of := group.bias[i]) != ABSENT and needs.biases[bias_of]:
+            _add(grads.biases, bias_of, dy.sum(0, dtype=wide))
+        if path == ABSENT:
+            continue
+        if needs.ups[group.up[i]]:
+            _add(grads.ups, group.up[i], gathered(hs[path], dy, dtype).t().to(wide))
+        if needs.xs[group.x[i]] or needs.downs[group.down[i]]:
+            scale = group.scales[i] / (1.0 - group.dropout_p)
+            _add(sums, path, scaled(thin(dy, cast(operands.ups[group.up[i]], narrow).t(), dtype), scale).to(wide))
+    for (x_of, down_of, seed_of, _), total in zip(paths, sums, strict=True):
+        if total is None:
+            continue
+        s, down = total.to(narrow), cast(operands.downs[down_of], narrow)
+        keep = _keep(len(s), down.shape[1], operands, group, seed_of)
+        if needs.downs[down_of]:
+            _add(grads.downs, down_of, gathered(s, dropped(operands.xs[x_of], keep), dtype).to(wide))
+        if needs.xs[x_of]:
+            _add(grads.xs, x_of, dropped(spread(s, down, dtype), keep))
+    # The small terms of dx first, as in forward.
+    for i, dy in enumerate(dys):
+        if needs.xs[group.x[i]]:
+            _add_product(grads.xs, group.x[i], dy, cast_weight(operands.weights[group.weight[i]], dtype))
+    return grads
+
+
+def _keep(rows: int, cols: int, operands: Operands, group: Group, seed_of: int) -> Tensor | None:
+    if seed_of == ABSENT:
+        return None
+    seed = operands.seeds[seed_of].to(operands.xs[0].device, non_blocking=True)
+    return keep_mask(seed, rows, cols, group.dropout_p)
+
+
+def _add(totals: list[Tensor | None], index: int, term: Tensor) -> None:
+    known = totals[index]
+    totals[index] = term if known is None else known + term
+
+
+def _add_product(totals: list[Tensor | None], index: int, left: Tensor, right: Tensor) -> None:
+    known = totals[index]
+    totals[index] = left @ right if known is None else torch.addmm(known, left, right, out=known)

@@ -1,0 +1,158 @@
+"""The members of a group as operands: tuples, one entry a member, of which a program selects its own.
+
+The device's side picks entry g; the host's makes the tuples. An absent operand is None in its list; where any member
+has it, the others get an address that is never read, with size or rank 0. A path is a low-rank input h = s·x̃·downᵀ
+that one or more members use.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glora_kernels.operands import Bias, Low, Masks, Matrix, Path
+from glora_kernels.reference.random import dropout_threshold
+from glora_kernels.runtime import configs
+from glora_kernels.runtime.configs import Shape
+from glora_kernels.runtime.launch import Dropout
+from glora_kernels.runtime.sizes import rows
+from glora_kernels.tile import (
+    _pick,
+)
+
+
+@triton.jit
+def _rows(M, Ms, g):
+    """The rows of member g: M, where not every member has its own."""
+    if Ms is None:
+        return M
+    else:
+        return _pick(Ms, g)
+
+
+@triton.jit
+def _pick_rows(matrices, g):
+    """matrices[g], of matrices whose columns are neighbours, with g known at run time only."""
+    ptr = matrices[0].ptr
+    row = matrices[0].row
+    for i in tl.static_range(1, len(matrices)):
+        ptr = tl.where(g == i, matrices[i].ptr, ptr)
+        row = tl.where(g == i, matrices[i].row, row)
+    return Matrix(ptr, row, 1)
+
+
+@triton.jit
+def _pick_weight(weights, g, COLS_FIRST: tl.constexpr):
+    """weights[g] (cols, depth), of weights whose rows are all contiguous (COLS_FIRST), or all of whose columns are."""
+    if COLS_FIRST:
+        return _pick_rows(weights, g)
+    else:
+        ptr = weights[0].ptr
+        col = weights[0].col
+        for i in tl.static_range(1, len(weights)):
+            ptr = tl.where(g == i, weights[i].ptr, ptr)
+            col = tl.where(g == i, weights[i].col, col)
+        return Matrix(ptr, 1, col)
+
+
+@triton.jit
+def _pick_low(lows, g):
+    low = lows[0]
+    for i in tl.static_range(1, len(lows)):
+        other = lows[i]
+        low = Low(
+            tl.where(g == i, other.up, low.up),
+            tl.where(g == i, other.h, low.h),
+            tl.where(g == i, other.leaves, low.leaves),
+            tl.where(g == i, other.rank, low.rank),
+            tl.where(g == i, other.scale, low.scale),
+        )
+    return low
+
+
+@triton.jit
+def _pick_path(paths, t):
+    path = paths[0]
+    for i in tl.static_range(1, len(paths)):
+        other = paths[i]
+        path = Path(
+            tl.where(t == i, other.s, path.s),
+            tl.where(t == i, other.down, path.down),
+            tl.where(t == i, other.rank, path.rank),
+        )
+    return path
+
+
+@triton.jit
+def _pick_bias(biases, g):
+    bias = biases[0]
+    for i in tl.static_range(1, len(biases)):
+        bias = Bias(tl.where(g == i, biases[i].ptr, bias.ptr), tl.where(g == i, biases[i].size, bias.size))
+    return bias
+
+
+@triton.jit
+def _tiles(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    return tl.cdiv(rows, ROWS) * tl.cdiv(cols, COLS)
+
+
+@triton.jit
+def _member_of(tile, M, Ms, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """(g, the first tile of member g) of a tile among all members' tiles."""
+    g = tile * 0
+    start = tile * 0
+    first = tile * 0
+    for i in tl.static_range(len(cols)):
+        here = tile >= first
+        g = tl.where(here, i, g)
+        start = tl.where(here, first, start)
+        first += _tiles(_rows(M, Ms, i), cols[i], ROWS, COLS)
+    return g, start
+
+
+def group_shape(xs: Sequence[Tensor], weights: Sequence[Tensor], rank: int) -> Shape:
+    """The sizes a configuration is chosen by: the class of the most rows, all columns together, the longest depth."""
+    m = configs.m_class(max(map(rows, xs)))
+    return Shape(m, sum(w.shape[0] for w in weights), max(w.shape[1] for w in weights), rank)
+
+
+def row_counts(tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """M, the most rows of a member, and Ms: those of each, where they differ."""
+    each = tuple(map(rows, tensors))
+    return {"M": max(each), "Ms": each if len(set(each)) > 1 else None}
+
+
+def _lows(
+    ups: Sequence[Tensor | None],
+    hs: Sequence[Tensor | None],
+    leave_h: Sequence[bool],
+    ranks: Sequence[int],
+    scales: Sequence[float],
+) -> tuple[Low, ...] | None:
+    up, h = _addresses(ups), _addresses(hs)
+    if up is None or h is None:
+        return None
+    return tuple(map(Low, up, h, map(int, leave_h), ranks, map(float, scales)))
+
+
+def _biases(biases: Sequence[Tensor | None]) -> tuple[Bias, ...] | None:
+    addresses = _addresses(biases)
+    if addresses is None:
+        return None
+    return tuple(map(Bias, addresses, (0 if bias is None else bias.shape[0] for bias in biases)))
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
+    """A tensor for every member, of whichever has one where it has none itself; None where no member has."""
+    stand_in = next((tensor for tensor in tensors if tensor is not None), None)
+    if stand_in is None:
+        return None
+    return tuple(stand_in if tensor is None else tensor for tensor in tensors)
+
+
+def _masks(p: float, seeds: Sequence[Tensor | int]) -> Masks | None:
+    """The masks of a kernel that drops, with one key a path; None where it does not."""
+    each = [Dropout(p, seed).key() for seed in seeds] if p > 0.0 else []
+    return Masks(tuple(each), float(dropout_threshold(p)), 1.0 / (1.0 - p)) if each else None

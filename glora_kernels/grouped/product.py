@@ -1,0 +1,488 @@
+"""The two large products of a group of LoRA layers, each in one launch.
+
+By pointers, a program selects its member's entries (`_pick`), for any number of members; through descriptors (TMA),
+which cannot be selected at run time nor stand in a tuple, each of up to four members has its own copy of the loop, and
+the tuples of pointers are None. A weight is (columns of the result, depth) in both products, its rows contiguous
+(COLS_FIRST) or its columns.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from glora_kernels.glora.product import GROUP, in_parts, product_launch
+from glora_kernels.grouped.members import (
+    _addresses,
+    _biases,
+    _lows,
+    _masks,
+    _member_of,
+    _pick_bias,
+    _pick_low,
+    _pick_path,
+    _pick_rows,
+    _pick_weight,
+    _rows,
+    _tiles,
+    group_shape,
+    row_counts,
+)
+from glora_kernels.operands import Matrix, Path
+from glora_kernels.runtime import configs, tables
+from glora_kernels.runtime.configs import Shape
+from glora_kernels.runtime.launch import Launch, descriptor, halves, matrix, numerics
+from glora_kernels.runtime.sizes import rows
+from glora_kernels.tile import (
+    _column_parts,
+    _dot_thin,
+    _dot_wide,
+    _dropped,
+    _load_vector,
+    _pick,
+    _product,
+    _read,
+    _seed_of,
+    _store,
+    _thin_product,
+    _tile_of,
+    _times_factor,
+    _transposed,
+)
+
+_GROUP = tl.constexpr(GROUP)
+
+MAX_DESCRIBED = 4
+"""Up to so many members come as tensor descriptors, each with its own copy of the loop in the kernel."""
+
+
+@triton.jit
+def _fwd_tile(
+    tile,
+    x,
+    w,
+    y,
+    low,
+    down,
+    bias,
+    M,
+    N,
+    K,
+    TMA: tl.constexpr,
+    COLS_FIRST: tl.constexpr,
+    PARTS: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One tile of one member's y (M,N) = x·Wᵀ + h·upᵀ + bias; with `down`, h = s·x·downᵀ is made beside it."""
+    i, j = _tile_of(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), _GROUP)
+    m = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if down is None:
+        acc = _product(
+            acc, x, w, None, i * BLOCK_M, j * BLOCK_N, M, N, K, TMA, COLS_FIRST, NUMERICS, BLOCK_M, BLOCK_N, BLOCK_K
+        )  # fmt: skip
+    else:
+        r = tl.arange(0, BLOCK_R)
+        n = j * BLOCK_N + tl.arange(0, BLOCK_N)
+        h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            if TMA:
+                a = x.load([i * BLOCK_M, k0])
+                if COLS_FIRST:
+                    b = w.load([j * BLOCK_N, k0]).T
+                else:
+                    b = w.load([k0, j * BLOCK_N])
+            else:
+                a = _read(x, m, k, M, K)
+                b = _read(_transposed(w), k, n, K, N).to(NUMERICS.dtype)
+            factor = _read(Matrix(down, 1, K), k, r, K, low.rank).to(NUMERICS.factor_dtype)
+            acc = _dot_wide(a, b, acc, NUMERICS)
+            h = _dot_thin(a, factor, h, NUMERICS)
+        h = (low.scale * h).to(NUMERICS.factor_dtype)
+        if (j == 0) & (low.leaves != 0):
+            _store(low.h, h, m, r, low.rank, 1, M, low.rank)
+    parts = _column_parts(acc, BLOCK_M, BLOCK_N, PARTS)
+    for q in tl.static_range(PARTS):
+        part = parts[q]
+        n0 = j * BLOCK_N + q * (BLOCK_N // PARTS)
+        n = n0 + tl.arange(0, BLOCK_N // PARTS)
+        if low is not None:
+            up = Matrix(low.up, low.rank, 1)
+            if down is None:
+                part += _thin_product(
+                    Matrix(low.h, low.rank, 1), up, m, n, M, N, low.rank, low.rank, 1, NUMERICS,
+                    BLOCK_M, BLOCK_N // PARTS, 16,
+                )  # fmt: skip
+            else:
+                part += _times_factor(h, up, n, N, low.rank, NUMERICS, BLOCK_M, BLOCK_N // PARTS, BLOCK_R)
+        if bias is not None:
+            part += _load_vector(bias.ptr, n, 1, bias.size)[None, :]
+        if TMA:
+            y.store([i * BLOCK_M, n0], part.to(NUMERICS.dtype))
+        else:
+            _store(y, part, m, n, N, 1, M, N)
+
+
+@triton.jit(do_not_specialize=["M", "tiles"])
+def _grouped_fwd_kernel(
+    x0,
+    x1,
+    x2,
+    x3,
+    w0,
+    w1,
+    w2,
+    w3,
+    y0,
+    y1,
+    y2,
+    y3,
+    xs,
+    ws,
+    ys,
+    lows,
+    downs,
+    biases,
+    M,
+    Ms,
+    Ns,
+    Ks,
+    tiles,
+    COLS_FIRST: tl.constexpr,
+    PARTS: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """y_i = x_i·W_iᵀ + h_i·up_iᵀ + bias_i of every member; h_i = s_i·x_i·down_iᵀ made inside, or given (downs None).
+
+    Where some members have a bias or a low-rank pair, those that have none get one of size or rank 0, whose address
+    is never read.
+    """
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        if xs is None:
+            first = tile * 0
+            x_list = (x0, x1, x2, x3)
+            w_list = (w0, w1, w2, w3)
+            y_list = (y0, y1, y2, y3)
+            for g in tl.static_range(len(Ns)):
+                rows = _rows(M, Ms, g)
+                count = _tiles(rows, Ns[g], BLOCK_M, BLOCK_N)
+                if (tile >= first) & (tile < first + count):
+                    _fwd_tile(
+                        tile - first, x_list[g], w_list[g], y_list[g], None if lows is None else lows[g],
+                        None if downs is None else downs[g], None if biases is None else biases[g],
+                        rows, Ns[g], Ks[g], True, COLS_FIRST, PARTS, NUMERICS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+                    )  # fmt: skip
+                first += count
+        else:
+            g, start = _member_of(tile, M, Ms, Ns, BLOCK_M, BLOCK_N)
+            _fwd_tile(
+                tile - start, _pick_rows(xs, g), _pick_weight(ws, g, COLS_FIRST), _pick(ys, g),
+                None if lows is None else _pick_low(lows, g), None if downs is None else _pick(downs, g),
+                None if biases is None else _pick_bias(biases, g),
+                _rows(M, Ms, g), _pick(Ns, g), _pick(Ks, g), False, COLS_FIRST, PARTS, NUMERICS,
+                BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+            )  # fmt: skip
+
+
+def grouped_fwd_launch(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    *,
+    downs: Sequence[Tensor | None],
+    ups: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    hs: Sequence[Tensor | None],
+    leave_h: Sequence[bool],
+    scales: Sequence[float],
+    inside: bool,
+    arch: str,
+    config: dict[str, int] | None = None,
+) -> Launch:
+    """y_i (M,N) = x_i·W_iᵀ + h_i·up_iᵀ + bias_i; `inside`: h_i (M,R) = s_i·x_i·down_iᵀ is made, and left `leave_h`."""
+    ranks = [0 if up is None else up.shape[1] for up in ups]
+    config = config or _fwd_config(xs, weights, max(ranks), arch)
+    row_major = _row_major(weights)
+    shape = group_shape(xs, weights, 0)
+    operands, config = _operands(
+        xs, weights, ys, _beside(config) if inside else config, arch, (shape.m, shape.n), ("x", "w", "y"), row_major
+    )  # fmt: skip
+    if inside:  # also where it became another one, for pointers
+        config = _beside(config)
+    tall, cols = config["rows"], config["cols"]
+    tiles = sum(cdiv(rows(y), tall) * cdiv(y.shape[1], cols) for y in ys)
+    args = {
+        **operands,
+        "lows": _lows(ups, hs, leave_h, ranks, scales),
+        "downs": _addresses(downs) if inside else None,
+        "biases": _biases(biases),
+        **row_counts(ys), "Ns": tuple(y.shape[1] for y in ys), "Ks": tuple(w.shape[1] for w in weights), "tiles": tiles,
+        "COLS_FIRST": row_major, "PARTS": config["parts"], "NUMERICS": numerics(xs[0].dtype, *downs, *ups),
+        "BLOCK_M": tall, "BLOCK_N": cols, "BLOCK_K": config["depth"],
+        "BLOCK_R": configs.block_r(max(ranks)) if inside else 16,
+    }  # fmt: skip
+    return product_launch(_grouped_fwd_kernel, tiles, args, ys[0], config, arch)
+
+
+def makes_h_inside(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    factors: Sequence[Tensor | None],
+    rank: int,
+    dropout_p: float,
+    arch: str,
+) -> bool:
+    """Whether `grouped_fwd_launch` makes h beside the product, which saves a launch and a read of x.
+
+    Every column tile makes it again: rank/cols of the product's own work, taken where it is at most an eighth, or of a
+    few rows, whose product waits for W and not for the matrix unit, a quarter. A mask
+    would have to be drawn again with it, so never with dropout; nor with fp32 factors beside 16 bits, whose halves
+    have no place in the registers of the product's loop.
+    """
+    if halves(numerics(xs[0].dtype, *factors)):
+        return False
+    config = _fwd_config(xs, weights, rank, arch)
+    cols = 128 if arch == "cpu" else config["cols"]  # the interpreter's small tiles say nothing about a card
+    share = 4 if max(map(rows, xs)) <= configs.M_CLASSES[0] else 8
+    return dropout_p == 0.0 and rank > 0 and share * configs.block_r(rank) <= cols
+
+
+def _beside(config: dict[str, int]) -> dict[str, int]:
+    """A product's configuration with h beside it: its tile is finished in one part, or ptxas serializes the wgmma.
+
+    The store of a whole 256 columns then takes the shared memory of a stage.
+    """
+    stages = 3 if config["tma"] and config["cols"] == 256 else config["num_stages"]
+    return config | {"parts": 1, "num_stages": min(stages, config["num_stages"])}
+
+
+def _fwd_config(xs: Sequence[Tensor], weights: Sequence[Tensor], rank: int, arch: str) -> dict[str, int]:
+    return tables.choose("fwd", arch, xs[0].dtype, group_shape(xs, weights, rank), weights[0].dtype)
+
+
+class Paths(NamedTuple):
+    """The paths of a backward: S (M,R), down (R,K) and the key of the mask of each."""
+
+    ss: Sequence[Tensor]
+    downs: Sequence[Tensor]
+    seeds: Sequence[Tensor | int]
+
+
+@triton.jit
+def _dx_rest(
+    acc,
+    dx,
+    paths,
+    first_path,
+    last_path,
+    masks,
+    i,
+    j,
+    M,
+    K,
+    TMA: tl.constexpr,
+    PARTS: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Store tile (i, j) of dx = acc + Σ_t mask_t∘(S_t·down_t)/(1-p) over the paths from `first_path` to `last_path`."""
+    m = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    parts = _column_parts(acc, BLOCK_M, BLOCK_K, PARTS)
+    for q in tl.static_range(PARTS):
+        part = parts[q]
+        k0 = j * BLOCK_K + q * (BLOCK_K // PARTS)
+        k = k0 + tl.arange(0, BLOCK_K // PARTS)
+        if paths is not None:
+            for t in range(first_path, last_path):
+                path = _pick_path(paths, t)
+                term = _thin_product(
+                    Matrix(path.s, path.rank, 1), Matrix(path.down, 1, K), m, k, M, K, path.rank, path.rank, 1,
+                    NUMERICS, BLOCK_M, BLOCK_K // PARTS, 16,
+                )  # fmt: skip
+                if masks is not None:
+                    seed = _seed_of(_pick(masks.seeds, t))
+                    threshold = tl.cast(masks.threshold, tl.int32)
+                    term = _dropped(term, seed, m, k0, threshold, masks.inv_keep, BLOCK_M, BLOCK_K // PARTS)
+                part += term
+        if TMA:
+            dx.store([i * BLOCK_M, k0], part.to(NUMERICS.dtype))
+        else:
+            _store(dx, part, m, k, K, 1, M, K)
+
+
+@triton.jit(do_not_specialize=["M", "tiles"])
+def _grouped_dx_kernel(
+    dy0,
+    dy1,
+    dy2,
+    dy3,
+    w0,
+    w1,
+    w2,
+    w3,
+    dx0,
+    dx1,
+    dx2,
+    dx3,
+    dys,
+    ws,
+    dxs,
+    paths,
+    masks,
+    M,
+    Ms,
+    Ns,
+    Ks,
+    tiles,
+    FIRST_MEMBERS: tl.constexpr,
+    FIRST_PATHS: tl.constexpr,
+    COLS_FIRST: tl.constexpr,
+    PARTS: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dx_o (M,K) = Σ_i dy_i·W_i over the members that read x_o, + Σ_t mask_t∘(S_t·down_t)/(1-p) over its paths.
+
+    Members and paths stand in the order of their x: those of dx_o are FIRST_MEMBERS[o] to FIRST_MEMBERS[o+1], and
+    likewise of paths. Ms and Ks are those of the dx_o.
+    """
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        if dys is None:
+            first = tile * 0
+            dy_list = (dy0, dy1, dy2, dy3)
+            w_list = (w0, w1, w2, w3)
+            dx_list = (dx0, dx1, dx2, dx3)
+            for o in tl.static_range(len(Ks)):
+                rows = _rows(M, Ms, o)
+                count = _tiles(rows, Ks[o], BLOCK_M, BLOCK_K)
+                if (tile >= first) & (tile < first + count):
+                    i, j = _tile_of(tile - first, tl.cdiv(rows, BLOCK_M), tl.cdiv(Ks[o], BLOCK_K), _GROUP)
+                    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+                    for g in tl.static_range(len(Ns)):
+                        if g >= FIRST_MEMBERS[o] and g < FIRST_MEMBERS[o + 1]:
+                            acc = _product(
+                                acc, dy_list[g], w_list[g], None, i * BLOCK_M, j * BLOCK_K, rows, Ks[o], Ns[g],
+                                True, COLS_FIRST, NUMERICS, BLOCK_M, BLOCK_K, BLOCK_N,
+                            )  # fmt: skip
+                    _dx_rest(
+                        acc, dx_list[o], paths, FIRST_PATHS[o], FIRST_PATHS[o + 1], masks, i, j, rows, Ks[o],
+                        True, PARTS, NUMERICS, BLOCK_M, BLOCK_K,
+                    )  # fmt: skip
+                first += count
+        else:
+            o, start = _member_of(tile, M, Ms, Ks, BLOCK_M, BLOCK_K)
+            rows = _rows(M, Ms, o)
+            K = _pick(Ks, o)
+            i, j = _tile_of(tile - start, tl.cdiv(rows, BLOCK_M), tl.cdiv(K, BLOCK_K), _GROUP)
+            acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+            for g in range(_pick(FIRST_MEMBERS, o), _pick(FIRST_MEMBERS, o + 1)):
+                acc = _product(
+                    acc, _pick_rows(dys, g), _pick_weight(ws, g, COLS_FIRST), None,
+                    i * BLOCK_M, j * BLOCK_K, rows, K, _pick(Ns, g), False, COLS_FIRST, NUMERICS,
+                    BLOCK_M, BLOCK_K, BLOCK_N,
+                )  # fmt: skip
+            _dx_rest(
+                acc, _pick(dxs, o), paths, _pick(FIRST_PATHS, o), _pick(FIRST_PATHS, o + 1), masks, i, j, rows, K,
+                False, PARTS, NUMERICS, BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+
+
+def grouped_dx_launch(
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    dxs: Sequence[Tensor],
+    *,
+    owners: Sequence[int],
+    paths: Paths,
+    path_owners: Sequence[int],
+    dropout_p: float = 0.0,
+    arch: str,
+    config: dict[str, int] | None = None,
+) -> Launch:
+    """dx_o (M,K) = Σ dy_i·W_i over the members with owners[i] = o, + Σ mask∘(S_t·down_t)/(1-p) over o's paths.
+
+    `owners` and `path_owners` are in ascending order, and every o has a member.
+    """
+    ranks = [down.shape[0] for down in paths.downs]
+    k_max = max(w.shape[1] for w in weights)
+    shape = Shape(configs.m_class(max(map(rows, dxs))), weights[0].shape[0], k_max, max(ranks, default=0))
+    config = config or tables.choose("dx", arch, dys[0].dtype, shape, weights[0].dtype)
+    row_major = _row_major(weights)
+    how = numerics(dys[0].dtype, *paths.downs)
+    config = configs.fitted(
+        "dx", in_parts(config, arch, how), arch, dys[0].dtype, shape.r, halves=halves(how), drops=dropout_p > 0.0
+    )  # fmt: skip
+    across = sum(dx.shape[1] for dx in dxs)
+    operands, config = _operands(
+        dys, [w.t() for w in weights], dxs, config, arch, (shape.m, across), ("dy", "w", "dx"), not row_major
+    )  # fmt: skip
+    tiles = sum(cdiv(rows(dx), config["rows"]) * cdiv(dx.shape[1], config["cols"]) for dx in dxs)
+    args = {
+        **operands,
+        "paths": tuple(map(Path, paths.ss, paths.downs, ranks)) if ranks else None,
+        "masks": _masks(dropout_p, paths.seeds),
+        **row_counts(dxs), "Ns": tuple(w.shape[0] for w in weights), "Ks": tuple(dx.shape[1] for dx in dxs),
+        "tiles": tiles,
+        "FIRST_MEMBERS": _firsts(owners, len(dxs)), "FIRST_PATHS": _firsts(path_owners, len(dxs)),
+        "COLS_FIRST": not row_major, "PARTS": config["parts"], "NUMERICS": how,
+        "BLOCK_M": config["rows"], "BLOCK_N": config["depth"], "BLOCK_K": config["cols"],
+    }  # fmt: skip
+    return product_launch(_grouped_dx_kernel, tiles, args, dxs[0], config, arch)
+
+
+def _firsts(owners: Sequence[int], count: int) -> tuple[int, ...]:
+    """Where the entries of each owner begin in a list in their order, and where the last one's end."""
+    return tuple(sum(owner < o for owner in owners) for o in range(count + 1))
+
+
+def _operands(
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    config: dict[str, int],
+    arch: str,
+    size: tuple[int, int],
+    names: tuple[str, str, str],
+    row_major: bool,
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The matrices of left·rightᵀ, right (cols, depth), by name, and the configuration that suits them.
+
+    All of them as descriptors, the first x0 …, where the configuration wants TMA, it can read them and they are few;
+    else as tuples of matrices, xs ….
+    """
+    described: dict[str, Any] = {f"{name}{i}": None for name in names for i in range(MAX_DESCRIBED)}
+    mixed = rights[0].dtype != lefts[0].dtype
+    if config["tma"] and not mixed and len(lefts) <= MAX_DESCRIBED:
+        tall, cols, depth = config["rows"], config["cols"], config["depth"]
+        for i, (left, right) in enumerate(zip(lefts, rights, strict=True)):
+            described[f"{names[0]}{i}"] = descriptor(left, tall, depth)
+            described[f"{names[1]}{i}"] = (
+                descriptor(right, cols, depth) if row_major else descriptor(right.t(), depth, cols)
+            )
+        for i, out in enumerate(outs):
+            described[f"{names[2]}{i}"] = descriptor(out, tall, cols // config["parts"])
+        if sum(found is not None for found in described.values()) == 2 * len(lefts) + len(outs):
+            return described | dict.fromkeys(f"{name}s" for name in names), config
+    if config["tma"]:
+        config = configs.large_product(arch, lefts[0].dtype, *size, mixed=mixed, tma=False)
+    pointers = (tuple(map(matrix, lefts)), tuple(map(matrix, rights)), tuple(outs))
+    return dict.fromkeys(described) | {f"{name}s": each for name, each in zip(names, pointers, strict=True)}, config
+
+
+def _row_major(weights: Sequence[Tensor]) -> bool:
+    return all(weight.stride(1) == 1 for weight in weights)  # of one column, a transposed one is both

@@ -1,0 +1,352 @@
+"""The thin products before and after the large ones of a group of LoRA layers, each in one launch.
+
+The grid's last axis goes over the members, or over the paths (the distinct low-rank inputs) of the group; a program
+selects its own entries of the tuples of operands. The launchers allocate nothing.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from glora_kernels.glora.sums import dy_config
+from glora_kernels.grouped.members import _addresses, _masks, _pick_rows, _rows, row_counts
+from glora_kernels.operands import Matrix
+from glora_kernels.runtime import configs, environment, tables
+from glora_kernels.runtime.configs import Shape
+from glora_kernels.runtime.launch import Launch, factor_depth, halves, matrix, numerics, options
+from glora_kernels.tile import (
+    _dot_thin,
+    _dropped,
+    _pick,
+    _read,
+    _read_banded,
+    _seed_of,
+    _store,
+)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _grouped_down_kernel(
+    xs,
+    downs,
+    hs,
+    M,
+    Ms,
+    Ks,
+    Rs,
+    scales,
+    masks,
+    NUMERICS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """h_t (M,R) = s_t·drop_t(x_t)·down_tᵀ of every path t, each with its own mask."""
+    # Neighbouring programs take the paths of one block of rows: they read it from the L2.
+    t = tl.program_id(0) % len(xs)
+    m = tl.program_id(0) // len(xs) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tl.arange(0, BLOCK_R)
+    rows = _rows(M, Ms, t)
+    K = _pick(Ks, t)
+    R = _pick(Rs, t)
+    x = _pick_rows(xs, t)
+    down = Matrix(_pick(downs, t), 1, K)
+    scale = _pick(scales, t)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        x_tile = _read(x, m, k, rows, K)
+        if masks is not None:
+            seed = _seed_of(_pick(masks.seeds, t))
+            x_tile = _dropped(x_tile, seed, m, k0, tl.cast(masks.threshold, tl.int32), 1.0, BLOCK_M, BLOCK_K)
+        acc = _dot_thin(x_tile, _read(down, k, r, K, R).to(NUMERICS.factor_dtype), acc, NUMERICS)
+    if masks is not None:
+        scale *= masks.inv_keep
+    _store(_pick(hs, t), acc * scale, m, r, R, 1, rows, R)
+
+
+def grouped_down_launch(
+    xs: Sequence[Tensor],
+    downs: Sequence[Tensor],
+    hs: Sequence[Tensor],
+    *,
+    scales: Sequence[float],
+    dropout_p: float = 0.0,
+    seeds: Sequence[Tensor | int] = (),
+    arch: str,
+) -> Launch:
+    """h_t (M,R) = s_t·drop_t(x_t)·down_tᵀ of every path."""
+    rank, k_max = max(down.shape[0] for down in downs), max(x.shape[1] for x in xs)
+    sizes = row_counts(xs)
+    how = numerics(xs[0].dtype, *downs)
+    shape = Shape(configs.m_class(sizes["M"]), k_max, k_max, rank)
+    config = tables.choose("prepare", arch, xs[0].dtype, shape)
+    config = configs.fitted("down", config, arch, xs[0].dtype, rank, halves=halves(how))
+    args = {
+        "xs": tuple(map(matrix, xs)), "downs": tuple(downs), "hs": tuple(hs),
+        **sizes, "Ks": tuple(x.shape[1] for x in xs), "Rs": tuple(down.shape[0] for down in downs),
+        "scales": tuple(map(float, scales)), "masks": _masks(dropout_p, seeds),
+        "NUMERICS": how,
+        "BLOCK_M": config["rows"], "BLOCK_K": factor_depth(config, how), "BLOCK_R": configs.block_r(rank),
+    }  # fmt: skip
+    grid = (cdiv(sizes["M"], config["rows"]) * len(xs),)
+    return Launch(_grouped_down_kernel, grid, args, options(config, args))
+
+
+@triton.jit(do_not_specialize=["M", "band_width"])
+def _grouped_dy_kernel(
+    dys,
+    ups,
+    hs,
+    ss,
+    first_bands,
+    parts,
+    part_split,
+    part_row,
+    M,
+    Ms,
+    Ns,
+    Rs,
+    scales,
+    band_width,
+    WITH_G: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One read of every dy_i: over a band of N, S_i[first band + band] (M,R) = s_i·dy_i·up_i, and sums along M.
+
+    parts_i (splits,·,N), columns of one tensor, are over the rows of a program Σ dy_i (WITH_G), then dy_iᵀh_i where
+    there are `hs`, of one block of the rank. A program beyond the rows of its member stores zeros there, where a longer
+    member has some. `band_width` is a multiple of BLOCK_N.
+    """
+    # The columns of a large S by programs of their own, beside each other in time to share dy in the L2.
+    i = tl.program_id(0) // RANK_BLOCKS
+    rank_block = tl.program_id(0) % RANK_BLOCKS
+    band = tl.program_id(1)
+    g = tl.program_id(2)
+    rows = _rows(M, Ms, g)
+    N = _pick(Ns, g)
+    R = _pick(Rs, g)
+    dy = _pick_rows(dys, g)
+    m = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    # Sᵀ and not S: 16 rows of the rank keep the product on mma.sync, which takes what dy was loaded for elsewhere.
+    s_acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+    if parts is not None:
+        part = _pick(parts, g) + tl.cast(i, tl.int64) * part_split
+    if hs is not None:
+        h = _read(Matrix(_pick(hs, g), 1, R), r, m, R, rows).to(NUMERICS.factor_dtype)
+    first = tl.multiple_of(band * band_width, BLOCK_N)
+    for n0 in range(first, tl.minimum(first + band_width, N), BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        dy_tile = _read(dy, m, n, rows, N)
+        if ss is not None:
+            factor = _read(Matrix(_pick(ups, g), 1, R), r, n, R, N).to(NUMERICS.factor_dtype)
+            s_acc = _dot_thin(factor, dy_tile.T, s_acc, NUMERICS)
+        if WITH_G:
+            if rank_block == 0:
+                tl.store(part + n, tl.sum(dy_tile.to(tl.float32), 0), mask=n < N)
+        if hs is not None:
+            value = _dot_thin(h, dy_tile, tl.zeros((BLOCK_R, BLOCK_N), tl.float32), NUMERICS)
+            _store(part + part_row if WITH_G else part, value, r, n, part_row, 1, R, N)
+    if ss is not None:
+        s = _pick(ss, g) + tl.cast(rows, tl.int64) * R * (_pick(first_bands, g) + band)
+        _store(s, s_acc * _pick(scales, g), r, m, 1, R, R, rows)
+
+
+def grouped_dy_launch(
+    dys: Sequence[Tensor],
+    *,
+    ups: Sequence[Tensor | None],
+    hs: Sequence[Tensor | None],
+    ss: Sequence[Tensor | None],
+    first_bands: Sequence[int],
+    parts: Sequence[Tensor] | None,
+    with_g: bool,
+    scales: Sequence[float],
+    factors: torch.dtype | None = None,
+    shape: Shape,
+    bands: tuple[int, int],
+    arch: str,
+) -> Launch:
+    """S_i (·,M,R) = s_i·dy_i·up_i from its first band on, and part_i (splits,·,N): Σ dy_i (`with_g`), then dy_iᵀh_i.
+
+    The latter where `hs` are there. The parts are columns of one tensor, and `shape` is the largest of the members.
+    """
+    sizes = row_counts(dys)
+    config = _dy_config(shape._replace(m=configs.m_class(sizes["M"])), dys[0].dtype, arch, factors)
+    ranks = tuple(0 if up is None else up.shape[1] for up in ups)
+    part_split, part_row = (0, 0) if parts is None else parts[0].stride()[:2]
+    args = {
+        "dys": tuple(map(matrix, dys)), "ups": _addresses(ups), "hs": _addresses(hs), "ss": _addresses(ss),
+        "first_bands": tuple(first_bands),
+        "parts": None if parts is None else tuple(parts), "part_split": part_split, "part_row": part_row,
+        **sizes, "Ns": tuple(dy.shape[1] for dy in dys), "Rs": ranks,
+        "scales": tuple(map(float, scales)), "band_width": bands[1],
+        "WITH_G": with_g, **_rank_blocks(max(ranks)), "NUMERICS": numerics(dys[0].dtype, factors),
+        "BLOCK_M": config["rows"], "BLOCK_N": config["cols"],
+    }  # fmt: skip
+    grid = (cdiv(sizes["M"], config["rows"]) * args["RANK_BLOCKS"], bands[0], len(dys))
+    return Launch(_grouped_dy_kernel, grid, args, options(config, args))
+
+
+def grouped_dy_sizes(
+    shape: Shape, members: int, sharing: int, dtype: torch.dtype, arch: str, factors: torch.dtype | None = None
+) -> tuple[int, int, int]:
+    """(splits of M, bands of N, width of a band): the leading sizes of what `grouped_dy_launch` fills.
+
+    The members' programs run beside each other, so that each needs fewer bands than alone. Where up to `sharing`
+    members add to one S, their bands together are no more than `most_bands`, as long as that can be.
+    """
+    shape = shape._replace(m=configs.m_class(m := shape.m))
+    config = _dy_config(shape, dtype, arch, factors)
+    most = max(1, most_bands(shape.r) // max(1, sharing))
+    step = cdiv(cdiv(shape.n, most), config["cols"]) * config["cols"]
+    number, width = configs.bands(arch, members * shape.m, config["rows"], shape.n, max(step, config["cols"]))
+    return cdiv(m, config["rows"]), number, width
+
+
+def most_bands(rank: int) -> int:
+    """How many bands of S a kernel of a group reads: `_grouped_x_kernel` has shared memory for so many, in fp32."""
+    return max(1, min(configs.MAX_BANDS, 192 // configs.block_r(max(1, rank), configs.RANK_BLOCK)))
+
+
+def _dy_config(shape: Shape, dtype: torch.dtype, arch: str, factors: torch.dtype | None) -> dict[str, int]:
+    return configs.fitted("dy", dy_config(shape, dtype, arch, factors=factors), arch, dtype, shape.r)
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_split"])
+def _grouped_x_kernel(
+    xs,
+    ss,
+    sums,
+    parts,
+    part_split,
+    part_row,
+    M,
+    Ms,
+    Ks,
+    Rs,
+    masks,
+    rows_per_split,
+    BANDS: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """part_t (splits,R,K) = S_tᵀ·drop_t(x_t) of every path, over the rows of each split; S_t (BANDS,M,R).
+
+    The rows of a part lie `part_row` apart, or without it K_t. The programs of the first columns leave Σ_bands S_t in
+    `sums_t` (M,R), where there are such: for dx, which would otherwise add them up for every tile.
+    """
+    t = tl.program_id(2)
+    k0 = tl.program_id(0) // RANK_BLOCKS * BLOCK_K
+    rows = _rows(M, Ms, t)
+    K = _pick(Ks, t)
+    R = _pick(Rs, t)
+    if k0 < K:
+        x = _pick_rows(xs, t)
+        s = Matrix(_pick(ss, t), R, 1)
+        k = k0 + tl.arange(0, BLOCK_K)
+        r = tl.program_id(0) % RANK_BLOCKS * BLOCK_R + tl.arange(0, BLOCK_R)
+        acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+        first = tl.program_id(1) * rows_per_split
+        last = tl.minimum(first + rows_per_split, rows)
+        m = first + tl.arange(0, BLOCK_M)
+        s_tile = _read_banded(s, r, m, R, last, rows, BANDS, TRANSPOSED=True).to(NUMERICS.factor_dtype)
+        for m0 in range(first, last, BLOCK_M):
+            m = m0 + tl.arange(0, BLOCK_M)
+            x_tile = _read(x, m, k, last, K)
+            if masks is not None:
+                seed = _seed_of(_pick(masks.seeds, t))
+                x_tile = _dropped(x_tile, seed, m, k0, tl.cast(masks.threshold, tl.int32), 1.0, BLOCK_M, BLOCK_K)
+            acc = _dot_thin(s_tile, x_tile, acc, NUMERICS)
+            # A step ahead, as in `common._thin_product`.
+            s_tile = _read_banded(s, r, m + BLOCK_M, R, last, rows, BANDS, TRANSPOSED=True).to(NUMERICS.factor_dtype)
+        if masks is not None:
+            acc *= masks.inv_keep
+        part = _pick(parts, t) + tl.cast(tl.program_id(1), tl.int64) * part_split
+        _store(part, acc, r, k, K if part_row is None else part_row, 1, R, K)
+        if sums is not None:
+            if k0 == 0:  # by itself: a branch within the loop above would serialize its wgmma
+                for m0 in range(first, last, BLOCK_M):
+                    m = m0 + tl.arange(0, BLOCK_M)
+                    total = _read_banded(s, r, m, R, last, rows, BANDS, TRANSPOSED=True)
+                    _store(_pick(sums, t), total, r, m, 1, R, R, last)
+
+
+def grouped_x_launch(
+    xs: Sequence[Tensor],
+    *,
+    ss: Sequence[Tensor],
+    sums: Sequence[Tensor] | None = None,
+    parts: Sequence[Tensor],
+    dropout_p: float = 0.0,
+    seeds: Sequence[Tensor | int] = (),
+    factors: torch.dtype | None = None,
+    shape: Shape,
+    splits: int,
+    arch: str,
+) -> Launch:
+    """part_t (splits,R,K) = S_tᵀ·drop_t(x_t) over the rows of each split, S (bands,M,R); `shape` is the largest.
+
+    Σ_bands S_t goes to `sums` (M,R), where they are given. S is multiplied in the dtype of x, or of the `factors` where
+    that is wider.
+    """
+    sizes = row_counts(xs)
+    config = tables.choose("x", arch, xs[0].dtype, shape._replace(m=configs.m_class(sizes["M"])))
+    aligned = all(x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0 for x in xs)
+    config = configs.fitted("x", config, arch, xs[0].dtype, shape.r, drops=dropout_p > 0.0, aligned=aligned)
+    ranks = tuple(s.shape[2] for s in ss)
+    columns = tuple(x.shape[1] for x in xs)
+    rows_of = tuple(part.stride(1) for part in parts)
+    args = {
+        "xs": tuple(map(matrix, xs)), "ss": tuple(ss), "sums": None if sums is None else tuple(sums),
+        "parts": tuple(parts), "part_split": parts[0].stride(0), "part_row": None if rows_of == columns else rows_of[0],
+        **sizes, "Ks": columns, "Rs": ranks, "masks": _masks(dropout_p, seeds),
+        "rows_per_split": cdiv(cdiv(sizes["M"], splits), config["rows"]) * config["rows"],
+        "BANDS": ss[0].shape[0], **_rank_blocks(max(ranks)), "NUMERICS": numerics(xs[0].dtype, factors),
+        "BLOCK_M": config["rows"], "BLOCK_K": config["cols"],
+    }  # fmt: skip
+    grid = (cdiv(shape.k, config["cols"]) * args["RANK_BLOCKS"], splits, len(xs))
+    return Launch(_grouped_x_kernel, grid, args, options(config, args))
+
+
+@triton.jit(do_not_specialize=["M", "bands"])
+def _grouped_bands_kernel(ss, sums, M, Ms, Rs, bands, BLOCK: tl.constexpr):
+    """sums_t (M,R) = Σ_bands S_t of every path: where nobody reads x, or more bands than are read at a time."""
+    t = tl.program_id(1)
+    size = tl.cast(_rows(M, Ms, t), tl.int64) * _pick(Rs, t)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for band in range(bands):
+        total += tl.load(_pick(ss, t) + band * size + i, mask=i < size, other=0.0)
+    out = _pick(sums, t)
+    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < size)
+
+
+def grouped_bands_launch(ss: Sequence[Tensor], sums: Sequence[Tensor]) -> Launch:
+    """sums_t (M,R) = Σ_bands S_t, S (bands,M,R)."""
+    sizes = row_counts(sums)
+    block = 32 if environment.interpreting() else 1024
+    args = {
+        "ss": tuple(ss), "sums": tuple(sums), **sizes, "Rs": tuple(s.shape[2] for s in ss), "bands": ss[0].shape[0],
+        "BLOCK": block,
+    }  # fmt: skip
+    grid = (cdiv(sizes["M"] * max(s.shape[2] for s in ss), block), len(ss))
+    return Launch(_grouped_bands_kernel, grid, args, {"num_warps": 4, "num_stages": 1})
+
+
+def _rank_blocks(rank: int) -> dict[str, int]:
+    """The columns of S that one program makes, or multiplies x by, and how many programs share them."""
+    block = configs.block_r(max(1, rank), configs.RANK_BLOCK)
+    return {"RANK_BLOCKS": max(1, cdiv(rank, block)), "BLOCK_R": block}

@@ -1,0 +1,345 @@
+"""The Triton path of a group: allocates results and partial sums, and launches. Same signatures as `grouped.eager`.
+
+Forward: `_grouped_fwd_kernel`, after `_grouped_down_kernel` where h cannot be made beside the product. Backward:
+`_grouped_dy_kernel`, `_grouped_x_kernel`, `_finish_kernel`, `_grouped_dx_kernel`: four launches, as of one layer; one
+more above `MAX_FACTOR_RANK`, and one where S is summed on its own: where so many members share a path, or where no
+gradient of `down` is wanted whose launch sums it. What the members leave lies side by side in one tensor, as if they
+were the columns of one layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from glora_kernels.dispatch.common import Supports, factor_dtype, given
+from glora_kernels.glora import finish as end
+from glora_kernels.glora import sums as reads
+from glora_kernels.grouped import product
+from glora_kernels.grouped import sums as thin
+from glora_kernels.grouped.group import ABSENT, Group, GroupGradients, GroupNeeds, Operands
+from glora_kernels.operands import Columns, Parts
+from glora_kernels.runtime.configs import MAX_FACTOR_RANK, MAX_RANK, Shape, m_class
+from glora_kernels.runtime.launch import arch_of
+from glora_kernels.runtime.recording import empty, zeros
+from glora_kernels.runtime.sizes import rows
+
+_LINE = 128
+
+
+def forward(operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor]]:
+    """(y_i (M,N) of every member, h_t (M,R) of every path). See `grouped.eager.forward`."""
+    operands = _plain(operands)
+    xs = [operands.xs[i] for i in group.x]
+    weights = [operands.weights[i] for i in group.weight]
+    downs, ups = _of(operands.downs, group.down), _of(operands.ups, group.up)
+    paths, path_of = group.paths(), group.path_of()
+    rank = _max_rank(operands.downs)
+    arch = arch_of(xs[0])
+    wide = _factor_dtype(xs[0].dtype, operands)
+    hs = [empty(operands.xs[x], rows(operands.xs[x]), len(operands.downs[down]), dtype=wide) for x, down, _, _ in paths]
+    inside = product.makes_h_inside(xs, weights, [*operands.downs, *operands.ups], rank, group.dropout_p, arch)
+    if hs and not inside:
+        thin.grouped_down_launch(
+            [operands.xs[x] for x, _, _, _ in paths], [operands.downs[down] for _, down, _, _ in paths], hs,
+            scales=[scale for *_, scale in paths], dropout_p=group.dropout_p, seeds=_seeds(operands, group), arch=arch,
+        ).run()  # fmt: skip
+    ys = [empty(x, rows(x), len(w)) for x, w in zip(xs, weights, strict=True)]
+    product.grouped_fwd_launch(
+        xs, weights, ys, downs=downs, ups=ups, biases=_of(operands.biases, group.bias),
+        hs=[None if path == ABSENT else hs[path] for path in path_of],
+        leave_h=[path != ABSENT and path not in path_of[:i] for i, path in enumerate(path_of)],
+        scales=group.scales, inside=inside, arch=arch,
+    ).run()  # fmt: skip
+    return ys, hs
+
+
+def backward(
+    dys: list[Tensor], operands: Operands, hs: list[Tensor], group: Group, needs: GroupNeeds
+) -> GroupGradients:
+    """The gradients of the distinct tensors. See `grouped.eager.backward`."""
+    operands = _plain(operands)
+    dys = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in dys]
+    grads = GroupGradients.empty(needs)
+    arch = arch_of(dys[0])
+    read = _read_dy(dys, operands, hs, group, needs, arch)
+    downs, ss = _read_x(operands, read.ss, group, needs, arch)
+    _finish(dys, operands, read, downs, group, needs, grads, arch)
+    _input_gradients(dys, operands, ss, group, needs, grads, arch)
+    return grads
+
+
+class _Read(NamedTuple):
+    """What reading every dy gave: S_t (bands,M,R), and of all members side by side partial sums along M.
+
+    part (splits,1,ΣN): Σₘ dy. factor (splits,R,ΣN): dyᵀh.
+    """
+
+    ss: list[Tensor]
+    part: Parts | None
+    factor: Parts | None
+
+
+def _read_dy(
+    dys: list[Tensor], operands: Operands, hs: list[Tensor], group: Group, needs: GroupNeeds, arch: str
+) -> _Read:
+    """S of every path, or of none; the sums along M as far as wanted."""
+    paths, path_of = group.paths(), group.path_of()
+    widths = [dy.shape[1] for dy in dys]
+    rank, total = _max_rank(operands.downs), sum(widths)
+    shape = Shape(max(map(rows, dys)), max(widths), max(widths), rank)
+    users = [path_of.count(t) for t in range(len(paths))]
+    sharing = max(users, default=0)
+    wide = _factor_dtype(dys[0].dtype, operands)
+    splits, bands, width = thin.grouped_dy_sizes(shape, group.size, sharing, dys[0].dtype, arch, wide)
+    # Of all paths or of none: a member whose place were missing would write into another's.
+    wants_s = any(needs.xs[x] or needs.downs[down] for x, down, _, _ in paths)
+    # Each member of a path adds bands of its own. Where a path has fewer of them than another, the rest stay zero.
+    make = empty if len(set(users)) == 1 else zeros
+    ss = [
+        make(dys[0], bands * sharing, rows(dys[path_of.index(t)]), len(operands.downs[down]), dtype=torch.float32)
+        for t, (_, down, _, _) in enumerate(paths) if wants_s
+    ]  # fmt: skip
+    with_g = any(bias != ABSENT and needs.biases[bias] for bias in group.bias)
+    with_factor = any(up != ABSENT and needs.ups[up] for up in group.up)
+    here = with_factor and rank <= MAX_FACTOR_RANK
+    count = with_g + rank * here
+    part = empty(dys[0], splits, count, reads.padded(total), dtype=torch.float32)[..., :total] if count else None
+    own_h = [None if path == ABSENT else hs[path] for path in path_of]
+    if part is not None or ss:
+        thin.grouped_dy_launch(
+            dys, ups=_of(operands.ups, group.up), hs=own_h if here else [None] * group.size,
+            ss=[None if path == ABSENT or not ss else ss[path] for path in path_of],
+            first_bands=[path_of[:i].count(path) * bands for i, path in enumerate(path_of)],
+            parts=None if part is None else _columns(part, widths), with_g=with_g, scales=group.scales, factors=wide,
+            shape=shape, bands=(bands, width), arch=arch,
+        ).run()  # fmt: skip
+    factor = end.parts(part[:, int(with_g) :], splits) if part is not None and here else None
+    if with_factor and not here:
+        shape = shape._replace(m=m_class(shape.m))
+        across = reads.x_splits(shape, dys[0].dtype, arch)
+        sums = empty(dys[0], across, rank, total, dtype=torch.float32)
+        factor = end.parts(sums, across)
+        low = [i for i in range(group.size) if path_of[i] != ABSENT]
+        columns = _columns(sums, widths)
+        thin.grouped_x_launch(
+            [dys[i] for i in low], ss=[given(own_h[i])[None] for i in low], parts=[columns[i] for i in low],
+            factors=hs[0].dtype, shape=shape, splits=across, arch=arch,
+        ).run()  # fmt: skip
+    return _Read(ss, end.parts(part[:, 0], splits) if part is not None and with_g else None, factor)
+
+
+class _Downs(NamedTuple):
+    """Partial sums (splits,·) of every wanted S_tᵀ·x̃_t side by side, and where their sums go: (1,·), (1,R,K) each."""
+
+    parts: Tensor
+    sums: Tensor
+    grads: dict[int, Tensor]
+
+
+def _read_x(
+    operands: Operands, ss: list[Tensor], group: Group, needs: GroupNeeds, arch: str
+) -> tuple[_Downs | None, list[Tensor]]:
+    """S_tᵀ·x̃_t of every path whose gradient of `down` is wanted; and Σ_bands S_t of every path, if dx wants it.
+
+    The latter is left by the launch of the former, which reads S, or where that does not read all of it, or reads no
+    more bands than a few, made by a launch before.
+    """
+    paths = group.paths()
+    wanted = [t for t, (_, down, _, _) in enumerate(paths) if needs.downs[down]]
+    for_dx = any(needs.xs)
+    wide = _factor_dtype(operands.xs[0].dtype, operands)
+    sums: list[Tensor] | None = None
+    m = max(map(rows, operands.xs))
+    if ss and for_dx:
+        sums = [empty(s, m, s.shape[2], dtype=wide) for s in ss]
+    many = bool(ss) and len(ss[0]) > thin.most_bands(_max_rank(operands.downs))
+    if ss and (many or (sums is not None and len(wanted) < len(ss))):
+        if len(ss[0]) > 1:
+            alone = [empty(s, 1, m, s.shape[2]) for s in ss]
+            thin.grouped_bands_launch(ss, [s[0] for s in alone]).run()
+            ss = alone
+        sums = None
+    if wanted:
+        xs = [operands.xs[paths[t][0]] for t in wanted]
+        sizes = [tuple(operands.downs[paths[t][1]].shape) for t in wanted]
+        k = max(x.shape[1] for x in xs)
+        shape = Shape(m_class(max(map(rows, xs))), k, k, max(rank for rank, _ in sizes))
+        splits = reads.x_splits(shape, xs[0].dtype, arch)
+        parts = empty(xs[0], splits, _padded(sizes), dtype=torch.float32)
+        keys = _seeds(operands, group)
+        thin.grouped_x_launch(
+            xs, ss=[ss[t] for t in wanted], sums=sums, parts=_views(parts, sizes), dropout_p=group.dropout_p,
+            seeds=[keys[t] for t in wanted] if keys else [], factors=wide, shape=shape, splits=splits, arch=arch,
+        ).run()  # fmt: skip
+        dtype = _gradient_dtype(operands.downs, [down for _, down, _, _ in paths])
+        total = empty(parts, 1, parts.shape[1], dtype=dtype)
+        downs = _Downs(parts, total, dict(zip(wanted, _views(total, sizes), strict=True)))
+    else:
+        downs = None
+    return downs, [s[0] for s in ss] if sums is None else sums
+
+
+def _finish(
+    dys: list[Tensor],
+    operands: Operands,
+    read: _Read,
+    downs: _Downs | None,
+    group: Group,
+    needs: GroupNeeds,
+    grads: GroupGradients,
+    arch: str,
+) -> None:
+    """Partial sums become d_up, d_bias and d_down, in one launch."""
+    rank, total = _max_rank(operands.downs), sum(dy.shape[1] for dy in dys)
+    outputs: dict[str, Tensor] = {}
+    if read.factor is not None:
+        outputs["db_up"] = empty(dys[0], total, rank, dtype=_gradient_dtype(operands.ups, group.up))
+    if read.part is not None:
+        outputs["de"] = empty(dys[0], total, dtype=_gradient_dtype(operands.biases, group.bias))
+    if outputs or downs is not None:
+        columns = Columns()
+        if read.part is not None:
+            columns = Columns(g=read.part.ptr, step=read.part.step, end=read.part.end, de=outputs["de"])
+        end.finish_launch(
+            columns=columns, factor=read.factor, db_up=outputs.get("db_up"), n=total,
+            ranks=(0, 0 if read.factor is None else rank),
+            sums=() if downs is None else (end.summed(downs.parts, downs.sums),), dtype=dys[0].dtype, arch=arch,
+        ).run()  # fmt: skip
+    first = 0
+    for i, dy in enumerate(dys):
+        last = first + dy.shape[1]
+        up, bias = group.up[i], group.bias[i]
+        if up != ABSENT and needs.ups[up]:
+            _add(grads.ups, up, outputs["db_up"][first:last, : operands.ups[up].shape[1]])
+        if bias != ABSENT and needs.biases[bias]:
+            _add(grads.biases, bias, outputs["de"][first:last])
+        first = last
+    for t, grad in ({} if downs is None else downs.grads).items():
+        _add(grads.downs, group.paths()[t][1], grad[0])
+
+
+def _input_gradients(
+    dys: list[Tensor],
+    operands: Operands,
+    ss: list[Tensor],
+    group: Group,
+    needs: GroupNeeds,
+    grads: GroupGradients,
+    arch: str,
+) -> None:
+    """dx of every x that wants one, each the sum over the members that read it."""
+    wanted = [o for o in range(len(operands.xs)) if needs.xs[o]]
+    if not wanted:
+        return
+    place = {o: i for i, o in enumerate(wanted)}
+    members = sorted((i for i in range(group.size) if group.x[i] in place), key=lambda i: place[group.x[i]])
+    paths = group.paths()
+    low = sorted((t for t, path in enumerate(paths) if path[0] in place), key=lambda t: place[paths[t][0]])
+    keys = _seeds(operands, group)
+    dxs = []
+    for o in wanted:
+        member = group.x.index(o)
+        dxs.append(empty(dys[0], rows(dys[member]), operands.weights[group.weight[member]].shape[1]))
+    product.grouped_dx_launch(
+        [dys[i] for i in members], [operands.weights[group.weight[i]] for i in members], dxs,
+        owners=[place[group.x[i]] for i in members],
+        paths=product.Paths(
+            [ss[t] for t in low],
+            [operands.downs[paths[t][1]] for t in low],
+            [keys[t] for t in low] if keys else [],
+        ),
+        path_owners=[place[paths[t][0]] for t in low], dropout_p=group.dropout_p, arch=arch,
+    ).run()  # fmt: skip
+    for o, dx in zip(wanted, dxs, strict=True):
+        grads.xs[o] = dx
+
+
+def _plain(operands: Operands) -> Operands:
+    """The operands as the kernels read them: x with contiguous rows, small ones contiguous, one dtype an operand."""
+    weights = _one_layout(operands.weights)
+    xs = [x if x.stride(-1) == 1 else x.contiguous() for x in operands.xs]
+    return operands._replace(
+        xs=xs, weights=weights, downs=_small(operands.downs), ups=_small(operands.ups), biases=_small(operands.biases)
+    )  # fmt: skip
+
+
+def _one_layout(weights: list[Tensor]) -> list[Tensor]:
+    if len({weight.dtype for weight in weights}) > 1:
+        raise ValueError(f"the weights of a group must have one dtype; got {sorted({str(w.dtype) for w in weights})}")
+    for axis in (1, 0):
+        if all(weight.stride(axis) == 1 for weight in weights):
+            return weights
+    layouts = [weight.stride() for weight in weights]
+    raise ValueError(f"the weights of a group must all be row-major, or all transposed; got strides {layouts}")
+
+
+def _small(tensors: list[Tensor]) -> list[Tensor]:
+    """Factors and biases, contiguous and in one dtype: fp32 where theirs differ."""
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        tensors = [tensor.float() for tensor in tensors]
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def _factor_dtype(dtype: torch.dtype, operands: Operands) -> torch.dtype:
+    """`dispatch.common.factor_dtype` of a group: one for all of its members."""
+    down, up = (next(iter(tensors), None) for tensors in (operands.downs, operands.ups))
+    return factor_dtype(dtype, Supports(b_up=up, b_down=down))
+
+
+def _gradient_dtype(tensors: Sequence[Tensor], indices: Sequence[int]) -> torch.dtype:
+    """The dtype in which an operand's gradients leave the kernel: its own, or fp32 where several terms are added up."""
+    used = [i for i in indices if i != ABSENT]
+    return tensors[0].dtype if len(set(used)) == len(used) else torch.float32
+
+
+def _add(totals: list[Tensor | None], index: int, term: Tensor) -> None:
+    known = totals[index]
+    totals[index] = term if known is None else known + term
+
+
+# Matrices of different sizes side by side in one tensor, in whole lines, so that one sum adds up all of them.
+
+
+def _padded(sizes: Sequence[tuple[int, ...]]) -> int:
+    return -(-sum(map(math.prod, sizes)) // _LINE) * _LINE
+
+
+def _views(memory: Tensor, sizes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """The matrices (count,·,·) in a tensor (count, _padded(sizes))."""
+    views, first = [], 0
+    for size in sizes:
+        views.append(memory[:, first : first + math.prod(size)].view(len(memory), *size))
+        first += math.prod(size)
+    return views
+
+
+def _columns(part: Tensor, widths: list[int]) -> list[Tensor]:
+    return list(part.split(widths, dim=2))
+
+
+def _of(tensors: list[Tensor], indices: Sequence[int]) -> list[Tensor | None]:
+    return [None if i == ABSENT else tensors[i] for i in indices]
+
+
+def _seeds(operands: Operands, group: Group) -> list[Tensor]:
+    """The key of every path, all on one device; none where nothing is dropped."""
+    if not group.dropout_p:
+        return []
+    keys = operands.seeds
+    if len({key.device for key in keys}) > 1:
+        keys = [key.to(operands.xs[0].device) for key in keys]
+    return [keys[seed] for _, _, seed, _ in group.paths()]
+
+
+def _max_rank(downs: list[Tensor]) -> int:
+    rank = max((len(down) for down in downs), default=0)
+    if rank > MAX_RANK:
+        raise RuntimeError(
+            f"the Triton kernels hold a rank of up to {MAX_RANK} in registers; got {rank}: use backend('eager')"
+        )
+    return rank

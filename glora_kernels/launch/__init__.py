@@ -1,1 +1,0 @@
-"""Floor 2: which path a call takes, with which blocks, and in which buffers."""

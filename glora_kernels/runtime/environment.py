@@ -1,0 +1,119 @@
+"""Every environment variable and capability probe of the package, each asked when needed and never at import."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import torch
+
+TABLES_VARIABLE = "GLORA_KERNELS_TABLES"
+"""The environment variable that names the directory of this user's measured tables (`tables_directory`)."""
+
+LAUNCH_VARIABLE = "GLORA_KERNELS_LAUNCH"
+"""The environment variable that turns cached launches off: "slow"."""
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1, set before the kernels are imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def launches_slowly() -> bool:
+    """Whether each call is to plan and launch anew (GLORA_KERNELS_LAUNCH=slow)."""
+    return os.environ.get(LAUNCH_VARIABLE) == "slow"
+
+
+def has_triton() -> bool:
+    """Whether the triton package is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def require_triton() -> None:
+    """Called before the kernels are loaded.
+
+    Raises:
+        RuntimeError: triton is not installed, or was imported before TRITON_INTERPRET was set.
+    """
+    if not has_triton():
+        raise RuntimeError("the Triton kernels need the triton package: pip install triton, or use backend('eager')")
+    import triton.language as tl
+
+    if interpreting() != (type(tl.zeros).__name__ == "InterpretedFunction"):
+        raise RuntimeError(
+            "TRITON_INTERPRET was changed after triton was imported, which leaves half of it interpreted; "
+            "set it before Python starts"
+        )
+
+
+def allow_tf32() -> bool:
+    """Whether fp32 products may use TF32: PyTorch's own switch for matrix products decides."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@functools.cache
+def arch(device_index: int) -> str:
+    """The architecture of a GPU as the configuration tables name it: "sm_90", "gfx942"."""
+    properties = torch.cuda.get_device_properties(device_index)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def multiprocessors(device_index: int) -> int:
+    """How many a GPU has: 132 on an H100 SXM, 114 on an H100 PCIe."""
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def gpus() -> list[str]:
+    """One line a GPU: its name, architecture and memory."""
+    lines = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        lines.append(f"{properties.name}, {arch(i)}, {properties.total_memory / 2**30:.0f} GiB")
+    return lines
+
+
+@functools.cache
+def device_name(index: int) -> str:
+    """The name of a GPU as its driver gives it: "NVIDIA H100 80GB HBM3"."""
+    return str(torch.cuda.get_device_properties(index).name)
+
+
+def device_of(architecture: str) -> str | None:
+    """The name of the first GPU of this machine with that architecture, or None where there is none."""
+    indices = (i for i in range(torch.cuda.device_count()) if arch(i) == architecture)
+    return next((device_name(i) for i in indices), None)
+
+
+def l2_bytes(index: int) -> int:
+    """The size of a GPU's L2 cache; 50 MiB where PyTorch does not tell."""
+    return int(getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 0)) or 50 << 20
+
+
+def slug(name: str) -> str:
+    """The name of a device as that of its file: "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def tables_directory() -> Path:
+    """Where `python -m glora_kernels tune` puts its tables, <device>.json each, and the launchers look for them.
+
+    GLORA_KERNELS_TABLES names it; unset or empty it is ~/.cache/glora_kernels.
+    """
+    # Unlike Path's, this expanduser is no error where there is no home.
+    return Path(os.path.expanduser(os.environ.get(TABLES_VARIABLE) or "~/.cache/glora_kernels"))
+
+
+def version(package: str) -> str:
+    """The version of an installed package, or "not installed"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

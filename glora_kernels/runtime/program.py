@@ -1,0 +1,365 @@
+"""Programs: the launches of a pass, planned once for a class of calls and repeated with other tensors.
+
+A pass (`glora.triton.forward`, say) is a function of tensors that allocates, launches and returns. Run on twins of its
+operands on the meta device it leaves its launches and allocations as data: a program (`runtime.recording`). Later calls
+of the class allocate the results, and one block for everything that lies between two kernels, fill addresses and the
+numbers that follow M into prepared parameters, and go to the driver (`runtime.direct`). Where that cannot be (no CUDA,
+the interpreter, a profiler that wants to be told of launches) the same program goes through Triton's own launcher.
+
+A class is what decides code or launches: dtypes, shapes and strides but for M, alignment, the class of M
+(`configs.representative`), the device, and what else the pass takes. No address is part of it, and a program holds no
+tensor: weights may move, be swapped, merged or freed between two calls.
+
+With GLORA_KERNELS_LAUNCH=slow (or inside `launching(cached=False)`) nothing is kept: every call plans and launches
+anew, as the passes are written. The two ways give the same launches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from glora_kernels.runtime import configs, environment, tables
+from glora_kernels.runtime import launch as planning
+from glora_kernels.runtime.direct import Sizes, Unsuited, describe, module
+from glora_kernels.runtime.launch import Launch
+from glora_kernels.runtime.recording import Recording, Result
+from glora_kernels.runtime.sizes import at
+from glora_kernels.runtime.workspace import workspace
+
+Results = Sequence[Tensor | None]
+Pass = Callable[..., Results]
+"""A pass: (tensors, *values) → results. What it launches and allocates depends on the class of the call alone."""
+
+_KEPT = 1024
+"""For how many M a program keeps its numbers, and how many classes are kept in all."""
+
+
+class Operands(NamedTuple):
+    """The tensors of a call, and which of them follow M.
+
+    tensors: one on the host is the key of a dropout mask. with_rows: the indices of those of shape (M, ·) or (M,); of
+    more dimensions, (..., ·), such a tensor is contiguous. device: an index, -1 for the host (the interpreter).
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    with_rows: frozenset[int]
+    m: int
+    device: int
+
+
+def class_of(m: int, device: int) -> tuple[Hashable, ...]:
+    """What the launches of a call depend on beside its tensors and values: the class of M, the card, the tables."""
+    return configs.representative(m), device, tables.version(), _State.cached
+
+
+def key_of(operands: Operands) -> tuple[Hashable, ...]:
+    """What the program of a call depends on, but for the values of the pass."""
+    single = any(t is not None and t.dtype == torch.float32 for t in operands.tensors)
+    return (
+        class_of(operands.m, operands.device),
+        single and environment.allow_tf32(),
+        *[
+            None
+            if t is None
+            else (t.dtype, t.ndim > 1 and t.shape[-1], flat_stride(t), t.data_ptr() & 15)
+            if i in operands.with_rows
+            else (t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.device)
+            for i, t in enumerate(operands.tensors)
+        ],
+    )
+
+
+def flat_stride(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of (M, ·), or (M,), of a tensor of any number of dimensions."""
+    return tensor.stride() if tensor.ndim <= 2 else (tensor.shape[-1], 1)
+
+
+class _State:
+    cached = not environment.launches_slowly()
+
+
+@contextlib.contextmanager
+def launching(cached: bool) -> Iterator[None]:
+    """Inside, whether programs are kept and used. For the whole process."""
+    before, _State.cached = _State.cached, cached
+    try:
+        yield
+    finally:
+        _State.cached = before
+
+
+def rows_of(tensor: Tensor) -> int:
+    """M of a tensor with a row a token, of any number of dimensions: (..., C)."""
+    return tensor.numel() // max(1, tensor.shape[-1])
+
+
+_programs: dict[Hashable, Program | None] = {}
+_lock = threading.Lock()
+
+
+def serves(m: int) -> bool:
+    """Whether a call has a program at all: one of no rows launches less, and elsewhere nothing is kept."""
+    return m > 0 and _State.cached and not planning.is_planning()
+
+
+def find(
+    name: str, function: Pass, operands: Operands, values: tuple[Hashable, ...] = (), outputs: int | None = None
+) -> Program | None:
+    """The program of a class of calls, planned where it is new; None where programs are off, or it has none.
+
+    Args:
+        name: of the pass.
+        function: called with (tensors, *values).
+        operands: of the call.
+        values: what else decides launches.
+        outputs: how many of the results, from the first, take the dimensions of an N-dimensional x; all where not
+            given.
+    """
+    if not serves(operands.m):
+        return None
+    key = (name, values, *key_of(operands))
+    try:
+        return _programs[key]
+    except KeyError:
+        program = _planned(name, function, operands, values, outputs)
+        with _lock:
+            if len(_programs) >= _KEPT:
+                _programs.clear()
+            return _programs.setdefault(key, program)
+
+
+def _planned(
+    name: str, function: Pass, operands: Operands, values: tuple[Hashable, ...], outputs: int | None
+) -> Program | None:
+    device = next(t for t in operands.tensors if t is not None and t.get_device() == operands.device).device
+    on_gpu = device.type == "cuda"
+    arch = environment.arch(device.index) if on_gpu else "cpu"
+    programs = environment.multiprocessors(device.index) if on_gpu else None
+    recording, results = record(function, operands, values, arch, programs)
+    found = recording.results(results)
+    return None if found is None else Program(name, recording, found, device, outputs)
+
+
+def record(
+    function: Pass, operands: Operands, values: tuple[Hashable, ...], arch: str, programs: int | None = None
+) -> tuple[Recording, Results]:
+    """A pass run on twins of its operands, as its program is planned, for a card that need not be here.
+
+    Args:
+        function, operands, values: as of `find`.
+        arch, programs: the card, as of `plan.planning`.
+    """
+    recording = Recording(operands.tensors, operands.with_rows, configs.representative(operands.m))
+    with recording.on(arch, programs):
+        results = function(recording.twins, *values)
+    return recording, results
+
+
+_Made = tuple["int | None", Callable[..., Tensor], tuple[int, ...], torch.dtype, bool]
+"""An allocation: the operand that it is like, how, shape, dtype, whether the dimensions of x lead."""
+
+
+class _View(NamedTuple):
+    """A result that is no whole allocation."""
+
+    result: int
+    slot: int
+    shape: Sequence[int]
+    strides: Sequence[int]
+    offset: int
+
+
+class _Split(NamedTuple):
+    """Results that are all the rows of one allocation."""
+
+    slot: int
+    rows: list[int]
+    results: list[int]
+
+
+class _Sized(NamedTuple):
+    """The numbers of a program for one M.
+
+    made: what it allocates. scratch: the bytes between kernels. packed: for `direct`. views: the results that are
+    views, but for those in splits.
+    """
+
+    made: list[_Made]
+    scratch: int
+    packed: bytes
+    views: list[_View]
+    splits: list[_Split]
+
+
+class Program:
+    """The launches of one class of calls of a pass.
+
+    Attributes:
+        name: of the pass.
+        steps: the planned launches, whose tensors are twins on the meta device.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        recording: Recording,
+        results: list[Result | None],
+        device: torch.device,
+        outputs: int | None = None,
+    ) -> None:
+        self.name, self.steps, self.device = name, recording.steps, device
+        self._recording = recording
+        self._results = [None if result is None else result.slot for result in results]
+        self._leading = {*self._results[:outputs]}
+        self._views = {i: one.twin for i, one in enumerate(results) if one is not None and one.twin is not None}
+        self._made = [made for made in recording.made if made.is_alone]
+        self._workspace = recording.workspace_bytes
+        self._index, self._sizes = device.index if device.type == "cuda" else -1, Sizes()
+        self._kept: dict[int, _Sized] = {}
+        self._segments = self._prepared()
+
+    def _prepared(self) -> list[tuple[Any, int, int]]:
+        """The steps for `direct`: (capsule, first, last) of launches, (step, 0, 0) of what else there is; or none."""
+        if self.device.type != "cuda" or torch.version.hip or environment.interpreting():
+            return []
+        launches = [step for step in self.steps if isinstance(step, Launch)]
+        try:
+            with self._current():  # which code is compiled for, and loaded on
+                place_of = self._recording.place_of
+                described = tuple(describe(step, step.compiled(), self._sizes, place_of) for step in launches)
+        except Unsuited:
+            return []
+        capsule = module().prepare(described, self._recording.slots)
+        segments: list[tuple[Any, int, int]] = []
+        count = 0
+        for step in self.steps:
+            if not isinstance(step, Launch):
+                segments.append((step, 0, 0))
+                continue
+            first = segments.pop()[1] if segments and segments[-1][0] is capsule else count
+            count += 1
+            segments.append((capsule, first, count))
+        return segments
+
+    def run(self, tensors: Sequence[Tensor | None], m: int, lead: tuple[int, ...] | None = None) -> Results:
+        """The results for these tensors, of the class that the program was planned for.
+
+        Args:
+            tensors: as in `Operands`.
+            m: M.
+            lead: of the outputs with a row a token, the dimensions in the place of (M,).
+        """
+        if self._index >= 0 and self._index != torch._C._cuda_getDevice():
+            with torch.cuda.device(self._index):
+                return self._run(tensors, m, lead)
+        return self._run(tensors, m, lead)
+
+    def _current(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, the device is the current one."""
+        is_current = self._index == torch.cuda.current_device()
+        return contextlib.nullcontext() if is_current else torch.cuda.device(self._index)
+
+    def _run(self, tensors: Sequence[Tensor | None], m: int, lead: tuple[int, ...] | None) -> Results:
+        sized = self._kept.get(m) or self._resized(m)
+        device = self.device
+        made = []
+        for like, make, shape, dtype, leads in sized.made:
+            if like is not None:  # half the price of a shape that PyTorch has to read
+                made.append(torch.empty_like(tensors[like]))  # type: ignore[arg-type]
+            elif leads and lead is not None:
+                made.append(make(*lead, *shape[1:], dtype=dtype, device=device))
+            else:  # sizes one by one: a tuple takes PyTorch longer to read
+                made.append(make(*shape, dtype=dtype, device=device))
+        scratch = torch.empty(sized.scratch, dtype=torch.uint8, device=device) if sized.scratch else None
+        memory: tuple[Any, ...] = (
+            *tensors,
+            *made,
+            scratch,
+            workspace(self._workspace, device) if self._workspace else None,
+        )
+        if self._segments and not _has_hooks():
+            stream = torch._C._cuda_getCurrentRawStream(self._index)
+            for segment, first, last in self._segments:
+                if last:
+                    module().run(segment, first, last, sized.packed, memory, stream, self._index)
+                else:
+                    segment.bound(self._recording, memory, m).run()
+        else:
+            for step in self.steps:
+                step.bound(self._recording, memory, m).run()
+        found = [None if slot is None else memory[slot] for slot in self._results]
+        for slot, rows, which in sized.splits:
+            for i, piece in zip(which, torch.split_with_sizes(memory[slot], rows), strict=True):
+                found[i] = piece
+        for i, slot, *where in sized.views:
+            found[i] = memory[slot].as_strided(*where)
+        return found
+
+    def _resized(self, m: int) -> _Sized:
+        made: list[_Made] = []
+        for one in self._made:
+            shape, leads = tuple(at(size, m) for size in one.shape), one.has_rows and one.place.slot in self._leading
+            like = self._recording.like(one) if leads or not one.has_rows else None
+            made.append((like, torch.zeros if one.is_zero else torch.empty, shape, one.dtype, leads))
+        views = [_View(i, *self._recording.where(twin, m)) for i, twin in self._views.items()]
+        views.sort(key=lambda view: view.offset)
+        splits = _split(views, made, self._recording.count)
+        views = [view for view in views if all(view.slot != split.slot for split in splits)]
+        sized = _Sized(made, at(self._recording.scratch or 0, m), self._sizes.pack(m), views, splits)
+        if len(self._kept) >= _KEPT:
+            self._kept.clear()
+        self._kept[m] = sized
+        return sized
+
+
+def _split(views: Sequence[_View], made: list[_Made], first: int) -> list[_Split]:
+    """The allocations that fall into views as matrices one below the other, made anew in the shape of all of them.
+
+    One call of PyTorch's makes such views, where one each would cost twice as much.
+
+    Args:
+        views: by offset.
+        made: the allocations, of which the first has the slot `first`.
+    """
+    found = []
+    for slot in sorted({view.slot for view in views}):
+        mine = [view for view in views if view.slot == slot]
+        like, make, shape, dtype, leads = made[slot - first]
+        rest, rows = mine[0].shape[1:], [view.shape[0] for view in mine]
+        size = math.prod(rest)
+        starts = [0, *itertools.accumulate(size * count for count in rows)]
+        whole = all(
+            (*view.shape[1:], *view.strides, view.offset) == (*rest, *_contiguous(view.shape), start)
+            for view, start in zip(mine, starts, strict=False)
+        )
+        if whole and starts[-1] == math.prod(shape) and like is None and not leads:
+            made[slot - first] = (None, make, (sum(rows), *rest), dtype, False)
+            found.append(_Split(slot, rows, [view.result for view in mine]))
+    return found
+
+
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _has_hooks() -> bool:
+    """Whether somebody (Triton's profiler) wants to be told of each launch."""
+    runtime = _triton_runtime()
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+@functools.cache
+def _triton_runtime() -> Any:
+    from triton import knobs
+
+    return knobs.runtime

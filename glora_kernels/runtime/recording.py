@@ -1,0 +1,262 @@
+"""What a pass does, recorded: its launches and its allocations, from a run on twins of its operands without memory.
+
+Every tensor of a recorded launch is a view of an operand, of something allocated by `empty`, or of the workspace; a
+program finds each again by its storage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from glora_kernels.runtime.sizes import HostValue, Rows, at, planned, storage_of
+
+_LINE = 512
+"""Bytes; what lies in one block begins at a multiple of it, as PyTorch's own allocations do."""
+
+
+class Place(NamedTuple):
+    """Where a tensor of a recorded launch lies: the slot of its memory, and how many bytes behind its beginning."""
+
+    slot: int
+    offset: int
+
+
+class Made:
+    """Something allocated while recording.
+
+    Attributes:
+        shape: may follow M; `has_rows`: its first dimension is M itself.
+        is_alone: it is a result, or filled with zeros (`is_zero`); everything else lies in one block.
+    """
+
+    def __init__(self, twin: Tensor, shape: tuple[int, ...], is_zero: bool) -> None:
+        self.twin, self.shape, self.dtype, self.is_zero = twin, shape, twin.dtype, is_zero
+        self.rows = next((size for size in shape if isinstance(size, Rows)), None)
+        self.has_rows = self.rows is not None and self.rows is shape[0] and self.rows.is_m
+        self.is_alone = is_zero
+        self.place = Place(-1, 0)
+
+    @property
+    def nbytes(self) -> int:
+        size: int = self.dtype.itemsize
+        for length in self.shape:
+            size = size * length if isinstance(size, Rows) else length * size
+        return size
+
+
+class Result(NamedTuple):
+    """A result: what lies in a slot, or where it is a view of that, the view's twin."""
+
+    slot: int
+    twin: Tensor | None
+
+
+class _Recording(threading.local):
+    current: Recording | None = None
+
+
+_recording = _Recording()
+
+
+class Recording:
+    """One run of a pass. Slots are numbered: operands, results, the block of everything else, the workspace."""
+
+    def __init__(self, tensors: Sequence[Tensor | None], with_rows: frozenset[int], m: int) -> None:
+        self.steps: list[Any] = []
+        self.made: list[Made] = []
+        self.workspace_bytes = 0
+        self.scratch: int | None = None
+        self.count = len(tensors)
+        self.twins = tuple(
+            None if t is None else _twin(t, m if i in with_rows else None) for i, t in enumerate(tensors)
+        )
+        self._operands = {storage_of(t): (i, t) for i, t in enumerate(self.twins) if t is not None}
+        self._hosts = {
+            storage_of(twin): i
+            for i, (twin, t) in enumerate(zip(self.twins, tensors, strict=True))
+            if twin is not None and t is not None and t.is_cpu and t.numel() == 1 and t.dtype == torch.int64
+        }
+        self._rows = {storage_of(t): Rows(m) for i, t in enumerate(self.twins) if t is not None and i in with_rows}
+        self._watch = _Watch()
+        self._workspaces: dict[int, Tensor] = {}
+        self._places: dict[int, Made] = {}
+
+    @contextlib.contextmanager
+    def on(self, arch: str, programs: int | None = None) -> Iterator[None]:
+        """Inside, this thread's steps and allocations are recorded, for a card: see `plan.planning`."""
+        from glora_kernels.runtime import launch as plan
+
+        before = _recording.current, planned.rows
+        _recording.current, planned.rows = self, self._rows
+        try:
+            with self._watch, plan.planning(arch, programs) as self.steps:
+                yield
+        finally:
+            _recording.current, planned.rows = before
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, is_zero: bool = False) -> Tensor:
+        twin = torch.empty([int(size) for size in shape], dtype=dtype, device="meta")
+        made = Made(twin, shape, is_zero)
+        self.made.append(made)
+        self._places[storage_of(twin)] = made
+        if made.rows is not None:
+            self._rows[storage_of(twin)] = made.rows
+        return twin
+
+    def workspace(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        twin = torch.empty(shape, dtype=dtype, device="meta")
+        self._workspaces[storage_of(twin)] = twin
+        self.workspace_bytes = max(self.workspace_bytes, twin.numel() * dtype.itemsize)
+        return twin
+
+    def host_value(self, tensor: Tensor) -> HostValue | None:
+        """The number in a tensor of the host; None where the tensor is on the device."""
+        slot = self._hosts.get(storage_of(tensor))
+        return None if slot is None else HostValue((1 << 62) + 1, slot)  # an odd one: nothing is promised of its bits
+
+    @property
+    def slots(self) -> int:
+        return self.count + sum(one.is_alone for one in self.made) + 2
+
+    def results(self, results: Sequence[Tensor | None]) -> list[Result | None] | None:
+        """Where the results lie; None where an operation of PyTorch had part in them, which no program repeats."""
+        if self._watch.found:
+            return None
+        known = [t for t in results if t is not None]
+        for tensor in known:
+            made = self._places.get(storage_of(tensor))
+            if made is None:
+                return None
+            made.is_alone = True
+        slot, offset = self.count, 0
+        for one in self.made:
+            if one.is_alone:
+                one.place, slot = Place(slot, 0), slot + 1
+        for one in self.made:
+            if not one.is_alone:
+                one.place = Place(slot, offset)
+                offset = (one.nbytes + (_LINE - 1)) // _LINE * _LINE + offset
+        self.scratch = offset
+        found: list[Result | None] = []
+        for result in results:
+            if result is None:
+                found.append(None)
+                continue
+            made = self._places[storage_of(result)]
+            whole = (result.shape, result.stride(), result.storage_offset()) == (made.twin.shape, made.twin.stride(), 0)
+            found.append(Result(made.place.slot, None if whole else result))
+        return found
+
+    def like(self, made: Made) -> int | None:
+        """An operand with the dtype and shape of an allocation, for any M, and contiguous as it is."""
+        for i, twin in enumerate(self.twins):
+            if twin is None or made.is_zero or twin.dtype != made.dtype or twin.shape != made.twin.shape:
+                continue
+            known = self._rows.get(storage_of(twin))
+            if twin.stride() == made.twin.stride() and (known is not None) == made.has_rows == (made.rows is not None):
+                return i
+        return None
+
+    def place_of(self, tensor: Tensor) -> Place:
+        """The slot of a recorded tensor's memory, and where in it the tensor begins."""
+        storage, offset = storage_of(tensor), int(tensor.storage_offset())
+        if storage in self._operands:
+            slot, twin = self._operands[storage]
+            return Place(slot, (offset - int(twin.storage_offset())) * tensor.itemsize)
+        if storage in self._workspaces:
+            return Place(self.slots - 1, offset * tensor.itemsize)
+        made = self._places[storage]
+        if offset and any(isinstance(size, Rows) for size in made.shape[1:]):
+            raise AssertionError("a view into memory whose rows follow M: where it begins would follow M as well")
+        return Place(made.place.slot, made.place.offset + offset * tensor.itemsize)
+
+    def view(self, twin: Tensor, memory: Sequence[Any], m: int) -> Tensor:
+        """The matrix or vector that a recorded one stands for in a call with this memory, one entry a slot."""
+        return self._strided(twin, memory, m, self._shape(twin, m), twin.stride())
+
+    def where(self, twin: Tensor, m: int) -> tuple[int, Sequence[int], Sequence[int], int]:
+        """(slot, shape, strides, offset) of a recorded view of something that lies alone."""
+        place = self.place_of(twin)
+        return place.slot, self._shape(twin, m), twin.stride(), at(place.offset, m) // twin.itemsize
+
+    def _shape(self, twin: Tensor, m: int) -> Sequence[int]:
+        shape, known = list(twin.shape), self._rows.get(storage_of(twin))
+        if known is not None:  # one dimension follows M: of several that have its size, the outermost in memory
+            i = max((i for i, size in enumerate(shape) if size == known), key=twin.stride, default=None)
+            if i is not None:
+                shape[i] = at(known, m)
+        return shape
+
+    def pointer(self, twin: Tensor, memory: Sequence[Any], m: int) -> Tensor:
+        """The first element of what `view` gives: all that a kernel is given of a tensor."""
+        return self._strided(twin, memory, m, (1,), (1,))
+
+    def _strided(
+        self, twin: Tensor, memory: Sequence[Any], m: int, shape: Sequence[int], strides: Sequence[int]
+    ) -> Tensor:
+        place = self.place_of(twin)
+        base, offset = memory[place.slot], at(place.offset, m)
+        if place.slot >= self.slots - 2:  # bytes: the block, or the workspace
+            count = _extent(shape, strides) * twin.itemsize
+            return base[offset : offset + count].view(twin.dtype).as_strided(shape, strides)
+        return base.as_strided(shape, strides, base.storage_offset() + offset // twin.itemsize)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the operations of PyTorch that do more than to allocate or to view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func.overloadpacket not in _HARMLESS:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+_HARMLESS = {torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.new_empty, torch.ops.aten.detach}
+
+
+def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """How many elements lie from the first to the last of a strided tensor."""
+    return 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def _twin(tensor: Tensor, m: int | None) -> Tensor:
+    """A tensor of the meta device with the same dtype, strides and alignment, and with m rows where m is given."""
+    from glora_kernels.runtime.program import flat_stride
+
+    shape = tuple(tensor.shape)
+    strides = tensor.stride()
+    if m is not None:
+        shape, strides = (m, *shape[-1:])[: max(1, min(2, tensor.ndim))], flat_stride(tensor)
+    offset = (tensor.data_ptr() & 15) // tensor.itemsize
+    size = offset + _extent(shape, strides)
+    return torch.empty(size, dtype=tensor.dtype, device="meta").as_strided(shape, strides, offset)
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory on the device of a tensor, in its dtype or another: of a call, or while a pass is recorded its twin."""
+    if _recording.current is not None:
+        return _recording.current.allocate(shape, dtype or like.dtype)
+    return like.new_empty(shape, dtype=dtype or like.dtype)
+
+
+def zeros(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """As `empty`, of zeros."""
+    if _recording.current is not None:
+        return _recording.current.allocate(shape, dtype or like.dtype, is_zero=True)
+    return like.new_zeros(shape, dtype=dtype or like.dtype)
+
+
+def recorded() -> Recording | None:
+    """The recording that this thread is in."""
+    return _recording.current

@@ -1,0 +1,106 @@
+"""Numbers that follow the count of rows, M: a program of launches is planned once for a class of M and resized.
+
+While a program is planned (`runtime.program`), `rows` of a tensor with M rows is a `Rows`: the M that it is planned
+for, which remembers how it was made, so that grids, sizes and arguments made of it by +, -, *, // and `lesser` can be
+worked out again for another M. Everywhere else the same code computes with plain numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def _itself(m: int) -> int:
+    return m
+
+
+class Rows(int):
+    """A number made of M.
+
+    Its value where it was planned; `of`, which gives it for another M; and `multiple`, a divisor (up to 16) that it has
+    for every M.
+    """
+
+    of: Callable[[int], int]
+    multiple: int
+
+    def __new__(cls, value: int, of: Callable[[int], int] | None = None, multiple: int = 1) -> Rows:
+        made = super().__new__(cls, value)
+        made.of, made.multiple = of or _itself, math.gcd(multiple, 16)
+        return made
+
+    @property
+    def is_m(self) -> bool:
+        """Whether this is M itself."""
+        return self.of is _itself
+
+    def __add__(self, other: int) -> Rows:
+        divisor = math.gcd(self.multiple, _divisor(other))
+        return Rows(int(self) + int(other), lambda m: self.of(m) + at(other, m), divisor)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: int) -> Rows:
+        return self + other * -1
+
+    def __mul__(self, other: int) -> Rows:
+        return Rows(int(self) * int(other), lambda m: self.of(m) * at(other, m), self.multiple * _divisor(other))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Rows:
+        return self * -1
+
+    def __floordiv__(self, other: int) -> Rows:
+        return Rows(int(self) // int(other), lambda m: self.of(m) // at(other, m))
+
+
+def _divisor(value: int) -> int:
+    return value.multiple if isinstance(value, Rows) else math.gcd(value, 16)
+
+
+def at(value: int, m: int) -> int:
+    """The number for another M: itself where it does not follow M."""
+    return value.of(m) if isinstance(value, Rows) else value
+
+
+def lesser(a: int, b: int) -> int:
+    """The smaller of two numbers, for any M: `min` would forget the other."""
+    if isinstance(a, Rows) or isinstance(b, Rows):
+        return Rows(min(a, b), lambda m: min(at(a, m), at(b, m)))
+    return min(a, b)
+
+
+class HostValue(int):
+    """A number that each call reads from memory of the host: the key of a dropout mask. `slot`: which tensor's."""
+
+    slot: int
+
+    def __new__(cls, value: int, slot: int) -> HostValue:
+        made = super().__new__(cls, value)
+        made.slot = slot
+        return made
+
+
+class _Planned(threading.local):
+    rows: dict[int, Rows] | None = None
+
+
+planned = _Planned()
+"""While this thread plans a program: the rows of the tensors that have M of them, by their storage (`storage_of`)."""
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What tells the memory of a tensor, which its views share, from that of another, also on the meta device."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def rows(tensor: Tensor) -> int:
+    """The number of rows of a tensor, to be used for every size, grid and argument that follows M."""
+    size = tensor.shape[0]
+    known = None if planned.rows is None else planned.rows.get(storage_of(tensor))
+    return known if known is not None and known == size else size

@@ -1,0 +1,431 @@
+"""What every kernel shares: the product, the order of tiles, random numbers by position."""
+
+import triton
+import triton.language as tl
+
+from glora_kernels.operands import Matrix
+from glora_kernels.reference import random as stream
+
+_PHILOX_ROUNDS = tl.constexpr(stream.PHILOX_ROUNDS)
+_DITHER_ROW = tl.constexpr(stream.DITHER_ROW)
+_DITHER_COL = tl.constexpr(stream.DITHER_COL)
+
+
+@triton.jit
+def _dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + left·right in fp32. UPCAST is for the interpreter, whose bfloat16 product is wrong.
+
+    PRECISION "halves" multiplies fp32 by 16 bits, or by fp32, on the matrix unit: an operand is the sum of two halves
+    in bfloat16, which has the range of fp32 (exact for fp16; 2⁻¹⁷ of an fp32 number is lost), and what both low halves
+    give together is left out. Beside bfloat16, whose low half is zero, these are two products, else three.
+    """
+    if PRECISION == "halves":
+        left_high = left.to(tl.bfloat16)
+        right_high = right.to(tl.bfloat16)
+        acc = _plain_dot(left_high, right_high, acc, "ieee", UPCAST)
+        if left.dtype != tl.bfloat16:
+            low = (left.to(tl.float32) - left_high.to(tl.float32)).to(tl.bfloat16)
+            acc = _plain_dot(low, right_high, acc, "ieee", UPCAST)
+        if right.dtype != tl.bfloat16:
+            low = (right.to(tl.float32) - right_high.to(tl.float32)).to(tl.bfloat16)
+            acc = _plain_dot(left_high, low, acc, "ieee", UPCAST)
+        return acc
+    else:
+        return _plain_dot(left, right, acc, PRECISION, UPCAST)
+
+
+@triton.jit
+def _dot_wide(left, right, acc, NUMERICS: tl.constexpr):
+    """acc + left·right as operands of a large product are multiplied."""
+    PRECISION: tl.constexpr = NUMERICS.precision
+    UPCAST: tl.constexpr = NUMERICS.upcast
+    return _dot(left, right, acc, PRECISION, UPCAST)
+
+
+@triton.jit
+def _dot_thin(left, right, acc, NUMERICS: tl.constexpr):
+    """acc + left·right as factors, and what is made with them, are multiplied."""
+    PRECISION: tl.constexpr = NUMERICS.factor_precision
+    UPCAST: tl.constexpr = NUMERICS.upcast
+    return _dot(left, right, acc, PRECISION, UPCAST)
+
+
+@triton.jit
+def _plain_dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    if UPCAST:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _pick(values, g):
+    """values[g] of a tuple, with g known at run time only."""
+    value = values[0]
+    for i in tl.static_range(1, len(values)):
+        value = tl.where(g == i, values[i], value)
+    return value
+
+
+@triton.jit
+def _tile_of(pid, num_i, num_j, GROUP: tl.constexpr):
+    """The (i, j) tile of a program: columns of GROUP row tiles, so that neighbours share operands in the L2."""
+    per_group = GROUP * num_j
+    first = (pid // per_group) * GROUP
+    size = tl.minimum(num_i - first, GROUP)
+    return first + (pid % per_group) % size, (pid % per_group) // size
+
+
+@triton.jit
+def _load(ptr, rows, cols, stride_row, stride_col, num_rows, num_cols):
+    """The block ptr[rows, cols] with zeros outside (num_rows, num_cols); offsets are 64-bit."""
+    offsets = rows.to(tl.int64)[:, None] * stride_row + cols.to(tl.int64)[None, :] * stride_col
+    return tl.load(ptr + offsets, mask=(rows[:, None] < num_rows) & (cols[None, :] < num_cols), other=0.0)
+
+
+@triton.jit
+def _store(ptr, value, rows, cols, stride_row, stride_col, num_rows, num_cols):
+    offsets = rows.to(tl.int64)[:, None] * stride_row + cols.to(tl.int64)[None, :] * stride_col
+    mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
+    tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_vector(ptr, index, stride, size):
+    """ptr[index] in fp32 with zeros outside; stride 0 repeats a constant."""
+    return tl.load(ptr + index.to(tl.int64) * stride, mask=index < size, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _read(matrix, rows, cols, num_rows, num_cols):
+    """The block matrix[rows, cols] with zeros outside (num_rows, num_cols)."""
+    return _load(matrix.ptr, rows, cols, matrix.row, matrix.col, num_rows, num_cols)
+
+
+@triton.jit
+def _write(matrix, value, rows, cols, num_rows, num_cols):
+    _store(matrix.ptr, value, rows, cols, matrix.row, matrix.col, num_rows, num_cols)
+
+
+@triton.jit
+def _read_vector(vector, index, size):
+    """vector[index], of a `Vector` or a `Constant`, in fp32 with zeros outside."""
+    if len(vector) == 1:
+        return tl.where(index < size, tl.load(vector.ptr).to(tl.float32), 0.0)
+    else:
+        return _load_vector(vector.ptr, index, vector.step, size)
+
+
+@triton.jit
+def _transposed(matrix):
+    return Matrix(matrix.ptr, matrix.col, matrix.row)
+
+
+@triton.jit
+def _columns_from(matrix, first):
+    """The matrix without its first columns; all of it where `first` is None."""
+    if first is None:
+        return matrix
+    else:
+        return Matrix(matrix.ptr + first * matrix.col, matrix.row, matrix.col)
+
+
+@triton.jit
+def _band(matrix, band, M):
+    """Band `band` of a matrix (bands, M, C)."""
+    return Matrix(matrix.ptr + tl.cast(M, tl.int64) * matrix.row * band, matrix.row, matrix.col)
+
+
+@triton.jit
+def _read_banded(matrix, rows, cols, num_rows, num_cols, M, BANDS: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """Σ_band matrix[band, rows, cols] of (bands, M, C) in fp32, in a fixed order: sums that several programs made.
+
+    TRANSPOSED: of its transpose; rows and cols, and their numbers, are then those of that.
+    """
+    if TRANSPOSED:
+        matrix_row = matrix.col
+        matrix_col = matrix.row
+    else:
+        matrix_row = matrix.row
+        matrix_col = matrix.col
+    offsets = rows.to(tl.int64)[:, None] * matrix_row + cols.to(tl.int64)[None, :] * matrix_col
+    mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
+    if BANDS == 1:
+        return tl.load(matrix.ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    else:
+        # One block of all bands: summed one by one, each would be brought into a product's layout by itself.
+        band = tl.arange(0, 2 if BANDS == 2 else (4 if BANDS <= 4 else 8))[:, None, None]
+        offsets = band * (tl.cast(M, tl.int64) * matrix.row) + offsets[None, :, :]
+        return tl.sum(tl.load(matrix.ptr + offsets, mask=(band < BANDS) & mask[None, :, :], other=0.0), 0)
+
+
+@triton.jit
+def _read_banded_vector(vector, index, size, M, BANDS: tl.constexpr):
+    """Σ_band vector[band, index] of (bands, M) in fp32."""
+    value = _load_vector(vector.ptr, index, vector.step, size)
+    for band in tl.static_range(1, BANDS):
+        value += _load_vector(vector.ptr + tl.cast(M, tl.int64) * band, index, vector.step, size)
+    return value
+
+
+@triton.jit
+def _beta(shift, n, N):
+    """β[n] of a `Shift` in fp32, zeros where it has no term."""
+    beta = tl.zeros_like(n).to(tl.float32)
+    if shift.bias is not None:
+        beta += _read_vector(shift.bias, n, N)
+        if shift.d is not None:
+            beta += beta * _read_vector(shift.d, n, N)
+    if shift.e is not None:
+        beta += _read_vector(shift.e, n, N)
+    if shift.wc is not None:
+        beta += _read_vector(shift.wc, n, N)
+    return beta
+
+
+@triton.jit
+def _thin_product(
+    low,
+    right,
+    rows,
+    cols,
+    M,
+    num_cols,
+    R,
+    width,
+    BANDS: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Σ_{r < R} low[i, r]·right[j, r], (ROWS, COLS), as factors are multiplied, added in fp32; low (bands, M, R).
+
+    `width`: to where the rows of low can be read, R or more; beyond R they hold numbers. From zeros, for the caller to
+    add: one accumulator for this and a large product makes ptxas serialize the wgmma of that product (C7511).
+    """
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    r = tl.arange(0, BLOCK_R)
+    left = _read_banded(low, rows, r, M, width, M, BANDS).to(NUMERICS.factor_dtype)
+    for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
+        factor = _read(_transposed(right), r0 + r, cols, R, num_cols).to(NUMERICS.factor_dtype)
+        acc = _dot_thin(left, factor, acc, NUMERICS)
+        # A step ahead: what a loop carries reaches a wgmma through shared memory, what is made beside it in registers.
+        left = _read_banded(low, rows, r0 + BLOCK_R + r, M, width, M, BANDS).to(NUMERICS.factor_dtype)
+    return acc
+
+
+@triton.jit
+def _times_factor(
+    left,
+    right,
+    cols,
+    num_cols,
+    R,
+    NUMERICS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Σ_r left[i, r]·right[j, r] of a tile in registers, (ROWS, BLOCK_R) in the factors' dtype; from zeros too."""
+    r = tl.arange(0, BLOCK_R)
+    if ROWS == 1:  # no matrix instruction takes one row
+        factor = _read(right, cols, r, num_cols, R).to(tl.float32)
+        return tl.sum(factor * left.to(tl.float32), 1)[None, :]
+    else:
+        factor = _read(_transposed(right), r, cols, R, num_cols).to(NUMERICS.factor_dtype)
+        return _dot_thin(left, factor, tl.zeros((ROWS, COLS), tl.float32), NUMERICS)
+
+
+@triton.jit
+def _add_terms(
+    tile,
+    terms,
+    p_low,
+    h_low,
+    sigma,
+    m,
+    n,
+    M,
+    N,
+    P,
+    R,
+    BANDS: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The (ROWS, COLS) tile (m, n) of y = Z∘(1+a) + P·Uᵀ + h·upᵀ + σ·bᵀ + β, of the terms there are, from one of Z.
+
+    P, h and σ in registers, of BLOCK_P and BLOCK_R columns, where the caller has them; else (None) read from
+    `terms.low` (bands, M, P+R) and `terms.sigma` (bands, M), BLOCK_R columns at a time.
+    """
+    if terms.a is not None:
+        tile *= 1.0 + _read_vector(terms.a, n, N)[None, :]
+    if terms.u is not None:
+        u = Matrix(terms.u, P, 1)
+        if p_low is not None:
+            tile += _times_factor(p_low, u, n, N, P, NUMERICS, ROWS, COLS, BLOCK_P)
+        else:
+            tile += _thin_product(terms.low, u, m, n, M, N, P, P, BANDS, NUMERICS, ROWS, COLS, BLOCK_R)
+    if terms.up is not None:
+        up = Matrix(terms.up, R, 1)
+        if h_low is not None:
+            tile += _times_factor(h_low, up, n, N, R, NUMERICS, ROWS, COLS, BLOCK_R)
+        else:
+            h = _columns_from(terms.low, None if terms.u is None else P)
+            tile += _thin_product(h, up, m, n, M, N, R, R, BANDS, NUMERICS, ROWS, COLS, BLOCK_R)
+    if terms.b is not None:
+        if sigma is None:
+            sigma = _read_banded_vector(terms.sigma, m, M, M, BANDS)
+        tile += sigma[:, None] * _read_vector(terms.b, n, N)[None, :]
+    if terms.shift.bias is not None or terms.shift.e is not None or terms.shift.wc is not None:
+        tile += _beta(terms.shift, n, N)[None, :]
+    return tile
+
+
+@triton.jit
+def _product(
+    acc,
+    left,
+    right,
+    scale,
+    row,
+    col,
+    num_rows,
+    num_cols,
+    depth,
+    TMA: tl.constexpr,
+    COLS_FIRST: tl.constexpr,
+    NUMERICS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """acc + the (ROWS, COLS) tile at (row, col) of (left∘(1+scale))·rightᵀ, scale (depth,) or None.
+
+    With TMA, left and right are tensor descriptors, `right` of (cols, depth) or, not COLS_FIRST, of (depth, cols);
+    without, they are matrices, right (cols, depth), read by cp.async.
+    """
+    i = row + tl.arange(0, ROWS)
+    j = col + tl.arange(0, COLS)
+    for d0 in range(0, depth, DEPTH):
+        d = d0 + tl.arange(0, DEPTH)
+        if TMA:
+            x = left.load([row, d0])
+        else:
+            x = _read(left, i, d, num_rows, depth)
+        if scale is not None:
+            # Rounding x·(1+a) to nearest would give x again where a is small.
+            x = _round(x.to(tl.float32) * (1.0 + _read_vector(scale, d, depth)[None, :]), i, d, NUMERICS.dtype)
+        if TMA:
+            if COLS_FIRST:
+                w = right.load([col, d0]).T
+            else:
+                w = right.load([d0, col])
+        else:
+            w = _read(_transposed(right), d, j, depth, num_cols).to(NUMERICS.dtype)
+        acc = _dot_wide(x, w, acc, NUMERICS)
+    return acc
+
+
+@triton.jit
+def _vector_sum(part_ptr, stride_part, index, size, splits):
+    """Σ_split part[split, index] in fp32."""
+    total = tl.zeros_like(index).to(tl.float32)
+    for split in range(splits):
+        total += _load_vector(part_ptr + tl.cast(split, tl.int64) * stride_part, index, 1, size)
+    return total
+
+
+@triton.jit
+def _seed_of(seed):
+    """The key of the dropout mask: a number from the host, or behind a pointer where a graph must redraw it."""
+    if seed.dtype.is_ptr():
+        return tl.load(seed)
+    else:
+        return seed
+
+
+@triton.jit
+def _column_parts(tile, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
+    """A tile as PARTS (1, 2, 4 or 8) tiles of neighbouring columns, so that what is added to it needs few registers."""
+    if PARTS == 1:
+        return (tile,)
+    else:
+        left, right = tl.reshape(tile, (ROWS, 2, COLS // 2)).permute(0, 2, 1).split()
+        if PARTS == 2:
+            return (left, right)
+        else:
+            a, b = tl.reshape(left, (ROWS, 2, COLS // 4)).permute(0, 2, 1).split()
+            c, d = tl.reshape(right, (ROWS, 2, COLS // 4)).permute(0, 2, 1).split()
+            if PARTS == 4:
+                return (a, b, c, d)
+            else:
+                a0, a1 = tl.reshape(a, (ROWS, 2, COLS // 8)).permute(0, 2, 1).split()
+                b0, b1 = tl.reshape(b, (ROWS, 2, COLS // 8)).permute(0, 2, 1).split()
+                c0, c1 = tl.reshape(c, (ROWS, 2, COLS // 8)).permute(0, 2, 1).split()
+                d0, d1 = tl.reshape(d, (ROWS, 2, COLS // 8)).permute(0, 2, 1).split()
+                return (a0, a1, b0, b1, c0, c1, d0, d1)
+
+
+@triton.jit
+def _dropped(x, seed, rows, first_col, threshold, inv_keep, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """mask∘x/(1-p) of the (ROWS, COLS) block at (rows, first_col), first_col a multiple of 8.
+
+    The counter (col // 8, row, 0, 0) yields the 16-bit numbers of eight neighbouring columns.
+    """
+    group = first_col // 8 + tl.arange(0, COLS // 8)
+    c0 = tl.broadcast_to(group[None, :], (ROWS, COLS // 8))
+    c1 = tl.broadcast_to(rows[:, None], (ROWS, COLS // 8))
+    zero = c0 * 0
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1.to(tl.int32), zero, zero, n_rounds=_PHILOX_ROUNDS)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    numbers = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, COLS))
+    return tl.where(numbers.to(tl.int32) >= threshold, x.to(tl.float32) * inv_keep, 0.0).to(x.dtype)
+
+
+@triton.jit
+def _round(value, rows, cols, dtype: tl.constexpr):
+    """fp32 → dtype; to 16 bits with the lattice dither, which keeps the mean (see reference.random)."""
+    if dtype == tl.float32:
+        return value
+    else:
+        DROPPED: tl.constexpr = 16 if dtype == tl.bfloat16 else 13
+        lattice = rows.to(tl.uint32)[:, None] * _DITHER_ROW + cols.to(tl.uint32)[None, :] * _DITHER_COL
+        bits = (lattice >> (32 - DROPPED)).to(tl.int32)
+        raw = value.to(tl.int32, bitcast=True)
+        rounded = ((raw + bits) & -(1 << DROPPED)).to(tl.float32, bitcast=True)
+        # An infinity or a NaN (exponent all ones) has no last place to dither.
+        finite = (raw & 0x7F800000) != 0x7F800000
+        return tl.where(finite, rounded, value).to(dtype)
+
+
+@triton.jit
+def _factor_product(
+    pair,
+    n,
+    k,
+    N,
+    K,
+    R,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Σᵣ up[n,r]·down[r,k] of a pair in fp32."""
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
+        r = r0 + tl.arange(0, BLOCK_R)
+        # In the adapter's own dtype, if it has one: a product of two 16-bit numbers is exact in fp32.
+        up = _read(pair.up, n, r, N, R)
+        down = _read(pair.down, r, k, R, K)
+        if up.dtype != down.dtype:
+            up = up.to(tl.float32)
+            down = down.to(tl.float32)
+        acc = _dot(up, down, acc, PRECISION, UPCAST)
+    return acc

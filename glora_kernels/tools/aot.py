@@ -1,0 +1,336 @@
+"""Compile the kernels ahead of time, for cards that are not here, and report what the compiler made of them.
+
+`python -m glora_kernels.tools.aot` plans the calls of `tools.shipped` as real calls are, compiles every form of a
+kernel that they ask for as Triton's JIT would on the card (`tools.elsewhere`), and reads registers, stack, spills,
+shared memory, the widths of loads and the matrix instructions out of the machine code. It needs no GPU, and a process
+without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from glora_kernels.operands import Matrix
+from glora_kernels.runtime import environment, tables
+from glora_kernels.runtime.configs import SHARED_LIMIT
+from glora_kernels.runtime.launch import Launch
+from glora_kernels.tools import elsewhere, outputs
+
+ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MATRIX_INSTRUCTION = {
+    "sm_80": r"\bHMMA\b", "sm_89": r"\bHMMA\b", "sm_90": r"\bHGMMA\b|\bHMMA\b", "sm_100": r"\bUTCHMMA\b|\bHMMA\b",
+    "gfx942": r"\bv_mfma_",
+}  # fmt: skip
+
+
+_MULTIPLYING = ("_x_kernel", "_added_terms_kernel", "_grouped_down_kernel", "_grouped_x_kernel", "_shared_grad_kernel")
+"""Kernels of which every form has a product, beside the large ones; others may only read and add."""
+
+_STREAMING = ("_prepare_kernel", "_dy_kernel", "_x_kernel", "_grouped_dy_kernel", "_grouped_x_kernel")
+"""Kernels that read x, dy or W once, from end to end: sixteen bytes at a time, where rows begin at multiples of it."""
+
+_NARROW = 4
+"""Loads of one number by a thread that such a kernel may have, of vectors."""
+
+_LARGE = (
+    "_glora_fwd_kernel", "_glora_dx_kernel", "_hadamard_grad_kernel", "_grouped_fwd_kernel", "_grouped_dx_kernel",
+)  # fmt: skip
+"""Kernels that wait for the matrix unit, so that its instructions must be issued in batches."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compilation gave. Sizes in bytes; -1 where the tool chain does not tell.
+
+    form: what tells it from others of its kernel (`elsewhere.key_of`). asked: the first call that asks for it. narrow:
+    the loads of less than 32 bits. even, multiplies: see `is_even`, `multiplies`.
+    """
+
+    kernel: str
+    form: str
+    asked: str
+    dtype: str
+    arch: str
+    config: str
+    registers: int
+    stack: int
+    spill: int
+    shared: int
+    matrix_instruction: str
+    matrix_count: int
+    batch: int
+    tma: int
+    async_copies: int
+    narrow: int
+    even: bool
+    multiplies: bool
+    serialized: bool
+    error: str = ""
+
+    @property
+    def faults(self) -> list[str]:
+        """Why this compilation is not acceptable; empty where it is."""
+        found = [self.error] if self.error else []
+        if not self.error and min(self.registers, self.stack, self.spill, self.shared) < 0:
+            found.append("the compiler's report could not be read")
+        if self.stack > 0 or self.spill > 0:
+            found.append(f"{self.stack} bytes of stack, {self.spill} spilled")
+        if self.serialized:
+            found.append("wgmma serialized (C7511, C7515 …)")
+        if self.shared > SHARED_LIMIT[self.arch]:
+            found.append(f"{self.shared} bytes of shared memory, over the card's {SHARED_LIMIT[self.arch]}")
+        if not self.error and self.multiplies and self.dtype != "fp32" and self.matrix_count == 0:
+            found.append("no matrix instruction")
+        if self.kernel in _LARGE and "HGMMA" in self.matrix_instruction and self.batch < 2:
+            found.append("a wait after every wgmma")
+        if self.kernel in _STREAMING and self.even and self.narrow > _NARROW:
+            found.append(f"{self.narrow} loads of less than 32 bits")
+        return found
+
+
+class Form(NamedTuple):
+    """A form of a kernel: its key, the first call that asks for it, and that call's launch."""
+
+    key: str
+    asked: str
+    launch: Launch
+
+
+@functools.lru_cache(maxsize=1)
+def forms(arch: str, dtype: torch.dtype, every: int = 1) -> list[Form]:
+    """What the calls of `tools.shipped` ask of a card; or of each kernel the first form, and every so many after it."""
+    from glora_kernels.tools import shipped
+
+    asked, seen, found = elsewhere.Forms(), Counter[str](), []
+    with elsewhere.on_card(arch), tables.using(None):
+        for call in (*shipped.models(arch, dtype), *shipped.others(arch, dtype)):
+            for launch in call.steps:
+                if not isinstance(launch, Launch) or (key := asked.ask(launch)) is None:
+                    continue
+                name = launch.kernel.__name__
+                if seen[name] % every == 0:
+                    found.append(Form(key, call.text, launch))
+                seen[name] += 1
+    return found
+
+
+def blocks_of(launch: Launch) -> str:
+    """The configuration of a launch as the report writes it: blocks, warps, stages."""
+    blocks = "x".join(str(value) for key, value in launch.args.items() if key.startswith("BLOCK_"))
+    return f"{blocks} w{launch.options['num_warps']} s{launch.options['num_stages']}"
+
+
+def report(form: Form, dtype: str, arch: str) -> Report:
+    """Compile one form and read the machine code. A failed compilation is a report with `error` set."""
+    launch = form.launch
+    head = (launch.kernel.__name__, form.key, form.asked, dtype, arch, blocks_of(launch))
+    even, products = is_even(launch.args), multiplies(launch)
+    try:
+        with elsewhere.on_card(arch):
+            compiled, log = elsewhere.compile_launch(launch)
+    except Exception as error:
+        why = f"{type(error).__name__}: {str(error)[:500]}"
+        return Report(*head, -1, -1, -1, -1, "", 0, 0, 0, 0, 0, even, products, False, why)
+    read = _read_amd(compiled, arch) if arch.startswith("gfx") else _read_nvidia(compiled, log, arch)
+    return Report(*head, even=even, multiplies=products, **read)
+
+
+def is_even(args: dict[str, Any]) -> bool:
+    """Whether Triton sees that every row of every matrix among arguments begins at a multiple of 16 numbers.
+
+    Not so where U = W·A_up is made, which reads A_up across its rows.
+    """
+    ranks = _ranks(args)
+    return args.get("u_ptr") is None and all(rank % 16 == 0 for rank in ranks) and all(
+        value.row % 16 == 0 or value.col % 16 == 0
+        for arg in args.values() for value in _flat(arg) if isinstance(value, Matrix)
+    )  # fmt: skip
+
+
+def multiplies(launch: Launch) -> bool:
+    """Whether a launch has matrices to multiply; some kernels do so with factors alone, which constants have not."""
+    name, ranks = launch.kernel.__name__, _ranks(launch.args)
+    return name in _LARGE or (name in _MULTIPLYING and (any(ranks) or not ranks))
+
+
+def _ranks(args: dict[str, Any]) -> list[int]:
+    return [value for name in ("P", "R", "Rs") for value in _flat(args.get(name))]
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """What stands in structures of arguments, the matrices whole; nothing of None."""
+    if isinstance(value, tuple) and not isinstance(value, Matrix):
+        for part in value:
+            yield from _flat(part)
+    elif value is not None:
+        yield value
+
+
+def run(
+    archs: Iterable[str],
+    dtypes: Iterable[str],
+    jobs: int,
+    every: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Report]:
+    """All reports, `jobs` compilations at a time."""
+    tasks = [
+        (arch, dtype, every, i)
+        for arch in archs
+        for dtype in dtypes
+        for i in range(len(forms(arch, DTYPES[dtype], every)))
+    ]
+    reports = []
+    with ProcessPoolExecutor(jobs) as pool:
+        for done, result in enumerate(pool.map(_task, tasks), start=1):
+            reports.append(result)
+            if progress is not None:
+                progress(done, len(tasks))
+    return reports
+
+
+def markdown(reports: list[Report]) -> str:
+    """The reports as a table, one line a kernel form, dtype and architecture."""
+    columns = ("kernel", "form", "first asked by", "dtype", "arch", "blocks", "registers", "stack", "spill", "shared",
+               "matrix instructions", "TMA", "narrow loads", "ok")  # fmt: skip
+    archs, dtypes = (
+        ", ".join(dict.fromkeys(names)) for names in ([r.arch for r in reports], [r.dtype for r in reports])
+    )
+    head = f"| {' | '.join(columns)} |"
+    lines = [
+        "# Ahead-of-time compilation",
+        "",
+        f"Triton {importlib.metadata.version('triton')}, for {archs}, in {dtypes}; "
+        f"`python -m glora_kernels.tools.aot`. {len(reports)} forms, {sum(not r.faults for r in reports)} without a "
+        "fault. Sizes in bytes.",
+        "",
+        head,
+        "|---" * len(columns) + "|",
+    ]
+    for r in reports:
+        matrix = f"{r.matrix_count} {r.matrix_instruction}" if r.matrix_count else "–"
+        verdict = "; ".join(r.faults) or "yes"
+        lines.append(
+            f"| `{r.kernel}` | {r.form} | {r.asked} | {r.dtype} | {r.arch} | {r.config} | {r.registers} | {r.stack} "
+            f"| {r.spill} | {r.shared} | {matrix} | {r.tma or '–'} | {r.narrow or '–'} | {verdict} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m glora_kernels.tools.aot", description=__doc__)
+    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS), help="default: all")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="default: all")
+    parser.add_argument("--every", type=_count, default=1, metavar="N", help="one form in N of each kernel (default 1)")
+    parser.add_argument("--jobs", type=_count, default=2, help="compilations at a time (default 2)")
+    parser.add_argument("--json", type=outputs.file, help="write the reports as JSON")
+    parser.add_argument("--markdown", type=outputs.file, help="write the reports as a Markdown table")
+    args = parser.parse_args(argv)
+    if args.markdown and args.every > 1:
+        parser.error("--markdown is the report of every form: leave out --every")
+    if environment.interpreting():
+        parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
+
+    def progress(done: int, total: int) -> None:
+        end = "\n" if done == total else "\r"
+        print(f"compiled {done}/{total}", end=end, file=sys.stderr, flush=True)
+
+    reports = run(args.arch, args.dtype, args.jobs, args.every, progress)
+    if args.json:
+        args.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
+    if args.markdown:
+        args.markdown.write_text(markdown(reports))
+    if not args.json and not args.markdown:
+        print(markdown(reports))
+    faulty = [r for r in reports if r.faults]
+    for r in faulty:
+        print(f"{r.kernel} ({r.asked}, {r.dtype}, {r.arch}): {'; '.join(r.faults)}", file=sys.stderr)
+    return 1 if faulty else 0
+
+
+def _task(task: tuple[str, str, int, int]) -> Report:
+    arch, dtype, every, index = task
+    return report(forms(arch, DTYPES[dtype], every)[index], dtype, arch)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on; got {text!r}")
+    return int(text)
+
+
+def _read_nvidia(compiled: Any, log: str, arch: str) -> dict[str, Any]:
+    from triton import backends
+
+    disassembler = Path(next(iter(backends.__path__))) / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "k.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        command: list[str | Path] = [disassembler, "-c", "-ndf", cubin]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    matrix = re.findall(MATRIX_INSTRUCTION[arch], sass)
+    return {
+        "registers": _number(r"Used (\d+) registers", log),
+        "stack": _number(r"(\d+) bytes stack frame", log),
+        "spill": _number(r"(\d+) bytes spill stores", log),
+        "shared": compiled.metadata.shared,
+        "matrix_instruction": " + ".join(sorted(set(matrix))),
+        "matrix_count": len(matrix),
+        "batch": _longest_batch(sass),
+        "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
+        "tma": len(re.findall(r"\bUTMALDG\b|\bUTMASTG\b", sass)),
+        "narrow": len(re.findall(r"\bLDG(?:\.\w+)*\.[US](?:8|16)\b", sass)),
+        "serialized": "instructions are serialized" in log,
+    }
+
+
+def _longest_batch(sass: str) -> int:
+    """The most wgmma in a row without a wait for all of them: a main loop's step, where it is not serialized."""
+    longest = run = 0
+    for instruction in re.findall(r"\bHGMMA\b|WARPGROUP\.DEPBAR\.LE gsb0, 0x0", sass):
+        run = run + 1 if instruction == "HGMMA" else 0
+        longest = max(longest, run)
+    return longest
+
+
+def _read_amd(compiled: Any, arch: str) -> dict[str, Any]:
+    text = compiled.asm["amdgcn"]
+    matrix = re.findall(MATRIX_INSTRUCTION[arch], text)
+    return {
+        "registers": _number(r"\.vgpr_count:\s+(\d+)", text),
+        "stack": _number(r"\.private_segment_fixed_size:\s+(\d+)", text),
+        "spill": _number(r"\.vgpr_spill_count:\s+(\d+)", text),
+        "shared": compiled.metadata.shared,
+        "matrix_instruction": "v_mfma" if matrix else "",
+        "matrix_count": len(matrix),
+        "batch": 0,
+        "tma": 0,
+        "async_copies": 0,
+        "narrow": 0,
+        "serialized": False,
+    }
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found.group(1)) if found else -1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""`python -m glora_kernels bench`: a quick look at what a layer costs over the frozen linear layer, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from glora_kernels.tools.commands import text
+
+HELP = "time one layer over the frozen F.linear here, forward and backward (a quick look, some seconds)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--layer", type=text.sizes, metavar="MxNxK",
+        help="tokens x out_features x in_features (default: 8192x4096x4096 on a GPU, 512x1024x1024 on a CPU)",
+    )  # fmt: skip
+    text.add_case(parser)
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+    parser.add_argument("--rounds", type=text.positive, default=20, help="interleaved rounds (default: 20)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+    from torch import Tensor, nn
+
+    from glora_kernels.nn import GLoRALinear
+    from glora_kernels.runtime.tables import DTYPES
+    from glora_kernels.tools import timing
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda was asked for, but PyTorch sees no GPU", file=sys.stderr)
+        return 2
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    m, n, k = args.layer or ((8192, 4096, 4096) if device == "cuda" else (512, 1024, 1024))
+    dtype = DTYPES[args.dtype or ("bf16" if device == "cuda" else "fp32")]
+    try:
+        config = text.case(args.case, args.rank, args.dropout, args.variant)
+        linear = nn.Linear(k, n, bias=args.bias, device=device, dtype=dtype)
+        layer = GLoRALinear.from_linear(linear, config)
+        inputs = [torch.randn(m, k, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+        dy = torch.randn(m, n, device=device, dtype=dtype)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: sizes that do not fit the memory
+        print(f"bench: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    with torch.no_grad():
+        for parameter in layer.adapter().values():
+            parameter.normal_(std=0.02)
+    wanted = list(layer.adapter().values())
+
+    def forward(module: nn.Module, x: Tensor) -> Any:
+        return lambda: module(x)
+
+    def both(module: nn.Module, x: Tensor, parameters: list[nn.Parameter]) -> Any:
+        return lambda: torch.autograd.grad(module(x), [x, *parameters], dy)
+
+    timer = timing.event_timer if device == "cuda" else timing.clock_timer
+    passes = {
+        "forward": ([forward(linear, x) for x in inputs], [forward(layer, x) for x in inputs]),
+        "forward + backward": ([both(linear, x, []) for x in inputs], [both(layer, x, wanted) for x in inputs]),
+    }
+    rows = [row(name, *timer(contenders, args.rounds)) for name, contenders in passes.items()]
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = str(dtype).removeprefix("torch.")
+    print(f"{layer}\nM={m} tokens, {name}, {where}, {args.rounds} interleaved rounds, one step at a time")
+    print("The round whose ratio is the median; then the ratio's 20th and 80th percentile over the rounds.\n")
+    print(text.table(["pass", "frozen ms", "ours ms", "over frozen", "p20", "p80"], rows))
+    return 0
+
+
+def row(name: str, frozen: Sequence[float], ours: Sequence[float]) -> tuple[str, ...]:
+    """A pass by its times in every round: what is shown beside each other was measured right after each other."""
+    rounds = sorted((b / a, a, b) for a, b in zip(frozen, ours, strict=True))
+    last = len(rounds) - 1
+    over, a, b = rounds[last // 2]
+    return (
+        name,
+        *(f"{value:.3f}" for value in (a, b, over, rounds[round(0.2 * last)][0], rounds[round(0.8 * last)][0])),
+    )

@@ -1,0 +1,141 @@
+"""The calls that are compiled ahead of time: of the models that the package is measured with, and rarer ones.
+
+Each is planned as a real call is (`tools.planned`); the forms of kernels that they ask for are what the compiler is
+shown (`tools.aot`). There is no other list of forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from glora_kernels.runtime import configs
+from glora_kernels.spec import GLoRAConfig
+from glora_kernels.tools import planned
+from glora_kernels.tools.planned import How, Linear
+
+LAYERS = {
+    "LLaMA-3-8B q": (4096, 4096), "LLaMA-3-8B k": (1024, 4096), "LLaMA-3-8B gate": (14336, 4096),
+    "LLaMA-3-8B down": (4096, 14336), "ViT-B/16 qkv": (2304, 768), "ViT-B/16 proj": (768, 768),
+    "ViT-B/16 fc1": (3072, 768), "ViT-B/16 fc2": (768, 3072), "Qwen3-30B-A3B q": (4096, 2048),
+    "Qwen3-30B-A3B k": (512, 2048), "Qwen3-30B-A3B o": (2048, 4096),
+}  # fmt: skip
+"""N and K of the layers of LLaMA-3-8B, of ViT-B/16, which have a bias, and of the dense parts of Qwen3-30B-A3B."""
+
+GROUPS = {
+    "LLaMA-3-8B q/k/v": (4096, (4096, 1024, 1024)), "LLaMA-3-8B gate/up": (4096, (14336, 14336)),
+    "Qwen3-30B-A3B q/k/v": (2048, (4096, 512, 512)),
+}  # fmt: skip
+"""K, and N of each, of layers that take one x and are fused."""
+
+ROWS = configs.classes(8192)
+"""The numbers of tokens that stand for all others."""
+
+RANKS = (8, 16, 64)
+LORA = GLoRAConfig.lora(16, 32.0)
+DROPPING = GLoRAConfig.lora(16, 32.0, dropout=0.1)
+VECTORS = GLoRAConfig("vector", "lora", "vector", "vector", "vector", 16)
+BOTH = GLoRAConfig("lora", "lora", "none", "none", "none", 16)
+CONFIGS = {"LoRA": LORA, "LoRA, dropout": DROPPING, "A=vector B=lora C=D=E=vector": VECTORS, "A=B=lora": BOTH}
+BF16 = torch.bfloat16
+
+
+class Asked(NamedTuple):
+    """A call in words, and the steps of its passes."""
+
+    text: str
+    steps: list[Any]
+
+
+def models(arch: str, dtype: torch.dtype) -> Iterator[Asked]:
+    """What the models' layers ask of a card: everything in bf16, a thin choice in other dtypes."""
+    thin = dtype != BF16
+    ranks, rows = ((16,), (1, 512, 4096)) if thin else (RANKS, ROWS)
+    layers = {"LLaMA-3-8B q": LAYERS["LLaMA-3-8B q"], "ViT-B/16 fc1": LAYERS["ViT-B/16 fc1"]} if thin else LAYERS
+    for rank in ranks:
+        for m in rows:
+            how = How(m, dtype, arch)
+            for name, (n, k) in layers.items():
+                layer = Linear(LORA, n, k, bias=name.startswith("ViT"))
+                for config, value in CONFIGS.items():
+                    yield from _each(f"{name} {config}", layer._replace(config=value), rank, how)
+                for nested in (False, True):
+                    codes = layer._replace(quant_type="nf4", nested=nested)
+                    yield from _each(f"{name} NF4{' nested' * nested} LoRA", codes, rank, how)
+                if dtype != torch.float32:
+                    wide = layer._replace(adapter=torch.float32)
+                    yield from _each(f"{name} LoRA fp32", wide, rank, how)
+            for name, (k, sizes) in GROUPS.items() if not thin else ():
+                for config, value, adapter in (("LoRA", LORA, None), ("LoRA, dropout", DROPPING, None),
+                                               ("LoRA fp32", LORA, torch.float32)):  # fmt: skip
+                    members = [Linear(_ranked(value, rank), n, k, adapter=adapter) for n in sizes]
+                    text = f"{name} {config} r={rank} M={m}"
+                    yield Asked(text, [*(both := planned.group(members, how)).forward, *both.backward])
+
+
+def others(arch: str, dtype: torch.dtype) -> Iterator[Asked]:
+    """What else people ask for, at a few sizes: other forms of adapters, of weights and of calls, and whole models."""
+    constants = GLoRAConfig("constant", "constant", "lora", "constant", "constant", 16)
+    product = GLoRAConfig("lora", "lora", "none", "none", "none", 16, variant="matmul")
+    full = GLoRAConfig("vector", "lora", "lora", "vector", "vector", 16, dropout=0.1)
+    q = Linear(LORA, 4096, 4096, bias=True)
+    variants = {
+        "product variant": q._replace(config=product),
+        "constants": q._replace(config=constants),
+        "vectors alone": q._replace(config=GLoRAConfig("vector", "vector", "none", "none", "vector")),
+        "everything, dropout": q._replace(config=full),
+        "everything, dropout, fp32": q._replace(config=full, adapter=torch.float32),
+        "A=B=lora, dropout": q._replace(config=replace(BOTH, dropout=0.1)),
+        "A=B=lora, fp32": q._replace(config=BOTH, adapter=torch.float32),
+        "A=B=lora, NF4": q._replace(config=BOTH, quant_type="nf4"),
+        "everything, FP4": q._replace(config=full, quant_type="fp4", nested=True),
+        "LoRA, W stored (K,N)": q._replace(transposed=True),
+        "LoRA, rows off 16 bytes": Linear(DROPPING, 4097, 4095, bias=True),
+        "everything, rows off 16 bytes": Linear(full, 4097, 4095, bias=True),
+        "A=B=lora, rows off 16 bytes": Linear(BOTH, 4097, 4095),
+        "LoRA, NF4, rows off 16 bytes": Linear(LORA, 4097, 4095, quant_type="nf4"),
+    }
+    for m in (1, 512, 4096):
+        how = How(m, dtype, arch)
+        for name, layer in variants.items():
+            if layer.adapter is None or dtype != torch.float32:
+                yield from _each(name, layer, 16, how)
+        yield from _each("LoRA", Linear(LORA, 4096, 4096), 256, how)
+        yield from _each("LoRA, dropout, first layer", Linear(DROPPING, 4096, 4096), 16, how._replace(first=True))
+        yield from _each("LoRA, dropout, CUDA graph", Linear(DROPPING, 4096, 4096), 16, how._replace(device_seed=True))
+        if dtype != torch.float32:
+            yield from _each("LoRA, W fp32", Linear(full, 4096, 4096, True), 16, how._replace(weight=torch.float32))
+        six = [Linear(LORA, 1024, 4096, bias=True) for _ in range(6)]
+        groups = {
+            "six members r=16": six, "q/k r=256": [Linear(_ranked(LORA, 256), 4096, 4096)] * 2,
+            "q/k, W stored (K,N) r=16": [q._replace(transposed=True)] * 2,
+        }  # fmt: skip
+        for name, members in groups.items():
+            both = planned.group(members, how, frozen=len(members) // 4)
+            yield Asked(f"{name} M={m}", [*both.forward, *both.backward])
+    for name, layer in {
+        "LoRA": q, "LoRA fp32": q._replace(adapter=torch.float32), "everything, dropout": q._replace(config=full),
+        "product variant": q._replace(config=product), "rows off 16 bytes": Linear(full, 4097, 4095, bias=True),
+        "W stored (K,N)": q._replace(config=full, transposed=True),
+    }.items():  # fmt: skip
+        for rank in (16, 64):
+            ranked = layer._replace(config=_ranked(layer.config, rank))
+            steps = planned.over_depth(ranked, How(4096, dtype, arch))
+            yield Asked(f"many layers, {name} r={rank}", steps)
+
+
+def _each(text: str, layer: Linear, rank: int, how: How) -> Iterator[Asked]:
+    """Both passes in training, and forward without gradients."""
+    layer = layer._replace(config=_ranked(layer.config, rank))
+    text = f"{text} r={rank} M={how.m}"
+    both = planned.linear(layer, how)
+    yield Asked(f"{text} forward", both.forward)
+    yield Asked(f"{text} backward", both.backward)
+    yield Asked(f"{text} no grad", planned.linear(layer, how._replace(training=False)).forward)
+
+
+def _ranked(config: GLoRAConfig, rank: int) -> GLoRAConfig:
+    return replace(config, rank=rank)
