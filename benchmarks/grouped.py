@@ -153,7 +153,7 @@ def _grouped_steps(shapes: list[tuple[int, int]], m: int, arch: str) -> tuple[in
     """Forward and backward steps of one set of siblings with its own factors."""
     from glora_kernels.grouped import triton as grouped_triton
     from glora_kernels.grouped.group import ABSENT, Group, GroupNeeds, Operands
-    from glora_kernels.runtime.launch import planning
+    from glora_kernels.runtime.planning import planning
 
     def meta(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.bfloat16, device="meta")

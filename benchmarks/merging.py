@@ -147,7 +147,7 @@ def _kernel(layers: list[GLoRALinear]) -> Callable[[], None] | None:
         return None
     from glora_kernels.depth.merge import merge_launch
     from glora_kernels.depth.rows import layer_table
-    from glora_kernels.runtime.launch import arch_of
+    from glora_kernels.runtime.planning import arch_of
 
     operands = [Layer(one.weight.detach(), None, one.adapter(), one.config.scale) for one in layers]
     key = group_key(operands[0])

@@ -185,20 +185,9 @@ def _beta(shift, n, N):
 
 @triton.jit
 def _thin_product(
-    low,
-    right,
-    rows,
-    cols,
-    M,
-    num_cols,
-    R,
-    width,
-    BANDS: tl.constexpr,
-    NUMERICS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    low, right, rows, cols, M, num_cols, R, width,
+    BANDS: tl.constexpr, NUMERICS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """Σ_{r < R} low[i, r]·right[j, r], (ROWS, COLS), as factors are multiplied, added in fp32; low (bands, M, R).
 
     `width`: to where the rows of low can be read, R or more; beyond R they hold numbers. From zeros, for the caller to
@@ -217,16 +206,9 @@ def _thin_product(
 
 @triton.jit
 def _times_factor(
-    left,
-    right,
-    cols,
-    num_cols,
-    R,
-    NUMERICS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    left, right, cols, num_cols, R,
+    NUMERICS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """Σ_r left[i, r]·right[j, r] of a tile in registers, (ROWS, BLOCK_R) in the factors' dtype; from zeros too."""
     r = tl.arange(0, BLOCK_R)
     if ROWS == 1:  # no matrix instruction takes one row
@@ -239,24 +221,10 @@ def _times_factor(
 
 @triton.jit
 def _add_terms(
-    tile,
-    terms,
-    p_low,
-    h_low,
-    sigma,
-    m,
-    n,
-    M,
-    N,
-    P,
-    R,
-    BANDS: tl.constexpr,
-    NUMERICS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    tile, terms, p_low, h_low, sigma, m, n, M, N, P, R,
+    BANDS: tl.constexpr, NUMERICS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
-):
+):  # fmt: skip
     """The (ROWS, COLS) tile (m, n) of y = Z∘(1+a) + P·Uᵀ + h·upᵀ + σ·bᵀ + β, of the terms there are, from one of Z.
 
     P, h and σ in registers, of BLOCK_P and BLOCK_R columns, where the caller has them; else (None) read from
@@ -288,22 +256,10 @@ def _add_terms(
 
 @triton.jit
 def _product(
-    acc,
-    left,
-    right,
-    scale,
-    row,
-    col,
-    num_rows,
-    num_cols,
-    depth,
-    TMA: tl.constexpr,
-    COLS_FIRST: tl.constexpr,
-    NUMERICS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    acc, left, right, scale, row, col, num_rows, num_cols, depth,
+    TMA: tl.constexpr, COLS_FIRST: tl.constexpr, NUMERICS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     DEPTH: tl.constexpr,
-):
+):  # fmt: skip
     """acc + the (ROWS, COLS) tile at (row, col) of (left∘(1+scale))·rightᵀ, scale (depth,) or None.
 
     With TMA, left and right are tensor descriptors, `right` of (cols, depth) or, not COLS_FIRST, of (depth, cols);
@@ -405,18 +361,9 @@ def _round(value, rows, cols, dtype: tl.constexpr):
 
 @triton.jit
 def _factor_product(
-    pair,
-    n,
-    k,
-    N,
-    K,
-    R,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    pair, n, k, N, K, R,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """Σᵣ up[n,r]·down[r,k] of a pair in fp32."""
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for r0 in tl.range(0, R, BLOCK_R, num_stages=1):

@@ -39,7 +39,7 @@ from glora_kernels.glora.chunks import thin
 from glora_kernels.glora.eager import dropped
 from glora_kernels.glora.wc import glora_wc
 from glora_kernels.reference.random import keep_mask
-from glora_kernels.runtime.launch import arch_of
+from glora_kernels.runtime.planning import arch_of
 
 
 class _Record(NamedTuple):

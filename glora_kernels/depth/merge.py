@@ -63,19 +63,9 @@ def _exact_dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def _factors(
-    up_ptr,
-    down_ptr,
-    n,
-    k,
-    N,
-    K,
-    rank,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    up_ptr, down_ptr, n, k, N, K, rank,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """Σᵣ up[n,r]·down[r,k] of contiguous factors; zeros at rank 0."""
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
@@ -88,22 +78,11 @@ def _factors(
 @triton.jit
 def _merge_kernel(
     table_ptr,
-    HAS_LOW_A: tl.constexpr,
-    HAS_LOW_B: tl.constexpr,
-    HAS_PRODUCT: tl.constexpr,
-    HAS_C: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    ALIGN: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ADAPTER: tl.constexpr,
-    BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    HAS_LOW_A: tl.constexpr, HAS_LOW_B: tl.constexpr, HAS_PRODUCT: tl.constexpr, HAS_C: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr, ADAPTER: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
-):
+):  # fmt: skip
     """W ← W + W∘A + s·B (or W + W·A + s·B) in place and β = b + b∘d + e + W·c, of every layer of a table.
 
     A program owns the rows n of W that it reads and overwrites; in the product variant it reads them twice, first for
@@ -223,7 +202,8 @@ def _copy(row, TO: tl.constexpr, FROM: tl.constexpr, COUNT: tl.constexpr, WORD: 
 
 @triton.jit
 def _restore_kernel(
-    table_ptr, WORD: tl.constexpr, BIAS_WORD: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr
+    table_ptr,
+    WORD: tl.constexpr, BIAS_WORD: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Every layer's weight and bias back from their copies, as integers of their width: bit for bit."""
     row = table_ptr + tl.program_id(1).to(tl.int64) * _COPY_WIDTH

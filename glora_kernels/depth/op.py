@@ -27,7 +27,7 @@ from glora_kernels.glora import eager as eager_path
 from glora_kernels.glora import wc as operator
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import environment, routes
-from glora_kernels.runtime.launch import arch_of
+from glora_kernels.runtime.planning import arch_of
 
 Copy = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """A weight, its copy, a bias, its copy."""

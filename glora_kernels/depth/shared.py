@@ -32,16 +32,10 @@ _LEFT, _LEFT_M, _LEFT_R, _RIGHT, _RIGHT_M, _M, _PART_SCALE, _SEED, _SEED_ADDRESS
 
 @triton.jit
 def _shared_grad_kernel(
-    factor_ptr,
-    product_ptr,
-    HAS_DROPOUT: tl.constexpr,
-    ALIGN: tl.constexpr,
-    OUT: tl.constexpr,
-    NUMERICS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    factor_ptr, product_ptr,
+    HAS_DROPOUT: tl.constexpr, ALIGN: tl.constexpr, OUT: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """Σ_l scale_l·left_lᵀ·(mask∘right_l) (R,C) of every shared factor, in fp32, in the order of the table's layers."""
     factor = factor_ptr + tl.program_id(2).to(tl.int64) * _FACTOR_WIDTH
     R, C = _size(factor, _R), _size(factor, _COLS, ALIGN)

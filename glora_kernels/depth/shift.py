@@ -47,16 +47,9 @@ from glora_kernels.tile import _load, _store
 @triton.jit
 def _shift_kernel(
     table_ptr,
-    HAS_C: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    ALIGN: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ADAPTER: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    HAS_C: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr, ADAPTER: tl.constexpr,
+    BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """β = b + b∘d + e + W·c in fp32, of every layer of a table; W is read where a layer has a C."""
     row = table_ptr + tl.program_id(1).to(tl.int64) * _LAYER_WIDTH
     N = _size(row, _N, ALIGN if TRANSPOSED else 1)
@@ -94,16 +87,9 @@ def shift_launch(table: LayerTable, *, arch: str) -> Launch:
 @triton.jit
 def _shift_grad_kernel(
     table_ptr,
-    TRANSPOSED: tl.constexpr,
-    ALIGN: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ADAPTER: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr, ADAPTER: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     """The gradients of `_shift_kernel` from g = ∂β, those that have an address.
 
     The first programs of a layer own columns of dc[k] = Σₙ W[n,k]·g[n], and with them dC_up[k,r] = dc[k]·C_down[r];

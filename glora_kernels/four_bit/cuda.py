@@ -20,7 +20,8 @@ from glora_kernels.modes import outside_modes
 from glora_kernels.operands import W_ALONE, Terms
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import configs, extension
-from glora_kernels.runtime.launch import note, vector_stride
+from glora_kernels.runtime.launch import vector_stride
+from glora_kernels.runtime.planning import note
 from glora_kernels.runtime.recording import Recording
 from glora_kernels.runtime.workspace import is_private
 

@@ -79,8 +79,9 @@ def _vector_gradients(columns, n, N):
 
 @triton.jit
 def _da_anew(
-    anew, n, M, N, K, NUMERICS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
-):
+    anew, n, M, N, K,
+    NUMERICS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Σₘ dy∘Z of the columns n, Z = x·Wᵀ computed for it."""
     total = tl.zeros((BLOCK_N,), tl.float32)
     for m0 in range(0, M, BLOCK_M):
@@ -97,17 +98,9 @@ def _da_anew(
 
 @triton.jit
 def _scale_gradient(
-    columns,
-    anew,
-    n,
-    M,
-    N,
-    K,
-    NUMERICS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    columns, anew, n, M, N, K,
+    NUMERICS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """da of a vector or constant A: Σₘ dy∘Z = Σₘ q/(1+a), q = dy∘(Z∘(1+a)) as `_dy_kernel` found it in y.
 
     Where y held more than that and that is large beside it (two more sums are no longer ≤ 0), or 1+a is next to
@@ -129,24 +122,10 @@ def _scale_gradient(
 
 @triton.jit(do_not_specialize=["M", "P", "R"])
 def _finish_kernel(
-    factor,
-    du,
-    db_up,
-    columns,
-    anew,
-    sums,
-    M,
-    N,
-    K,
-    P,
-    R,
-    NUMERICS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    factor, du, db_up, columns, anew, sums, M, N, K, P, R,
+    NUMERICS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Partial sums as gradients, each by programs of its own: vectors (N,), du and db_up, and any number of `sums`."""
     pid = tl.program_id(0)
     first = 0

@@ -37,26 +37,10 @@ from glora_kernels.tile import (
 
 @triton.jit
 def _into_rank(
-    x,
-    a_down,
-    b_down,
-    seed,
-    m,
-    M,
-    first_k,
-    last_k,
-    P,
-    R,
-    scale,
-    threshold,
-    inv_keep,
-    WITH_SUM: tl.constexpr,
-    NUMERICS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    x, a_down, b_down, seed, m, M, first_k, last_k, P, R, scale, threshold, inv_keep,
+    WITH_SUM: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
-):
+):  # fmt: skip
     """(x·A_downᵀ, s·drop(x)·B_downᵀ, Σₖ x) of the rows m over first_k ≤ k < last_k, first_k a multiple of 8."""
     p_acc = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
     h_acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -90,35 +74,11 @@ def _write_low(low, p_acc, h_acc, a_down, b_down, m, M, P, R, BLOCK_P: tl.conste
 
 @triton.jit(do_not_specialize=["seed", "threshold", "row_programs", "M", "P", "R"])
 def _prepare_kernel(
-    x,
-    w,
-    a_up,
-    a_down,
-    b_down,
-    a,
-    low,
-    sigma_ptr,
-    u_ptr,
-    weff_ptr,
-    seed,
-    M,
-    N,
-    K,
-    P,
-    R,
-    row_programs,
-    scale,
-    threshold,
+    x, w, a_up, a_down, b_down, a, low, sigma_ptr, u_ptr, weff_ptr, seed, M, N, K, P, R, row_programs, scale, threshold,
     inv_keep,
-    NUMERICS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_WN: tl.constexpr,
-    BLOCK_WK: tl.constexpr,
-):
+    NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_WN: tl.constexpr, BLOCK_WK: tl.constexpr,
+):  # fmt: skip
     """What y needs before its product, in one launch: the first programs read x, the others W.
 
     Of x, band by band of K: low[band] = [x·A_downᵀ | s·drop(x)·B_downᵀ] (M, P+R) and σ[band] = Σₖ x. Of W: U = W·A_up
@@ -173,28 +133,10 @@ def _prepare_kernel(
 
 @triton.jit(do_not_specialize=["seed", "threshold", "M", "P", "R"])
 def _added_terms_kernel(
-    x,
-    a_down,
-    b_down,
-    y,
-    terms,
-    seed,
-    M,
-    N,
-    K,
-    P,
-    R,
-    scale,
-    threshold,
-    inv_keep,
-    READ_Z: tl.constexpr,
-    NUMERICS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    x, a_down, b_down, y, terms, seed, M, N, K, P, R, scale, threshold, inv_keep,
+    READ_Z: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """y = [Z∘(1+a)] + P·Uᵀ + h·B_upᵀ + σ·b + β beside a product of the vendor's library, and [P | h] and σ.
 
     With READ_Z the product is in y already and stays, scaled; without, y is written for the product to be added to.

@@ -7,7 +7,7 @@ W is (columns of the result, depth) in both, its descriptor COLS_FIRST or the ot
 
 The launchers of the large products: each turns tensors into one `Launch` of its kernel. They allocate nothing.
 
-`arch` is chosen by the caller (`plan.arch_of`), so that a launch can be planned for a card that is not here.
+`arch` is chosen by the caller (`planning.arch_of`), so that a launch can be planned for a card that is not here.
 """
 
 from typing import Any
@@ -22,6 +22,7 @@ from glora_kernels.operands import Matrix, Numerics, Terms
 from glora_kernels.runtime import configs, tables
 from glora_kernels.runtime import launch as plan
 from glora_kernels.runtime.launch import NO_DROPOUT, Dropout, Launch, descriptor, halves, matrix, numerics, options
+from glora_kernels.runtime.planning import programs_of
 from glora_kernels.runtime.sizes import lesser, rows
 from glora_kernels.tile import (
     _add_terms,
@@ -41,29 +42,11 @@ from glora_kernels.tile import (
 
 @triton.jit(do_not_specialize=["M", "P", "R"])
 def _glora_fwd_kernel(
-    x,
-    w,
-    y,
-    terms,
-    low_sum_ptr,
-    sigma_sum_ptr,
-    M,
-    N,
-    K,
-    P,
-    R,
-    RANK_STEP: tl.constexpr,
-    BANDS: tl.constexpr,
-    TMA: tl.constexpr,
-    COLS_FIRST: tl.constexpr,
-    PARTS: tl.constexpr,
-    NUMERICS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    x, w, y, terms, low_sum_ptr, sigma_sum_ptr, M, N, K, P, R,
+    RANK_STEP: tl.constexpr, BANDS: tl.constexpr, TMA: tl.constexpr, COLS_FIRST: tl.constexpr, PARTS: tl.constexpr,
+    NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
-):
+):  # fmt: skip
     """y[m,n] = (Σₖ x[m,k]·W[n,k])·(1+a[n]) + Σₚ P[m,p]·U[n,p] + Σᵣ h[m,r]·B_up[n,r] + σ[m]·b[n] + β[n].
 
     [P | h] (BANDS, M, P+R) and σ (BANDS, M) are summed over their bands; with BANDS > 1 the sums, which backward
@@ -110,37 +93,11 @@ def _glora_fwd_kernel(
 
 @triton.jit(do_not_specialize=["seed", "threshold", "M", "P", "R"])
 def _glora_dx_kernel(
-    dy,
-    w,
-    dx,
-    s,
-    a_down,
-    b_down,
-    a,
-    tau,
-    vectors_ptr,
-    totals_ptr,
-    seed,
-    M,
-    N,
-    K,
-    P,
-    R,
-    threshold,
-    inv_keep,
-    RANK_STEP: tl.constexpr,
-    TOTALS: tl.constexpr,
-    BANDS: tl.constexpr,
-    TMA: tl.constexpr,
-    COLS_FIRST: tl.constexpr,
-    PARTS: tl.constexpr,
-    NUMERICS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    dy, w, dx, s, a_down, b_down, a, tau, vectors_ptr, totals_ptr, seed, M, N, K, P, R, threshold, inv_keep,
+    RANK_STEP: tl.constexpr, TOTALS: tl.constexpr, BANDS: tl.constexpr, TMA: tl.constexpr, COLS_FIRST: tl.constexpr,
+    PARTS: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """dx[m,k] = Σₙ dy[m,n]·(1+a[n])·W[n,k] + Σₚ S[m,p]·A_down[p,k] + mask∘(Σᵣ S[m,P+r]·B_down[r,k])/(1-p) + τ[m].
 
     S (BANDS, M, P+R) and τ (BANDS, M) are summed over their bands; rows of S may be longer, with zeros. The first P
@@ -336,7 +293,7 @@ def product_launch(
 ) -> Launch:
     """One program a tile, or where persistent one a multiprocessor of the card the tensor is on."""
     if config["persistent"]:
-        tiles = lesser(tiles, plan.programs_of(out, arch))
+        tiles = lesser(tiles, programs_of(out, arch))
     if arch == "sm_100":  # shared memory leaves few programs at once as it is
         config = configs.all_registers(config, arch)
     return Launch(kernel, (tiles,), args, options(config, args))

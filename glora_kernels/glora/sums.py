@@ -49,8 +49,9 @@ def _padded(size):
 
 @triton.jit
 def _without_terms(
-    y, h, terms, sigma, m, n, M, N, R, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+    y, h, terms, sigma, m, n, M, N, R,
+    NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """(y - h·upᵀ - σ·bᵀ - β, the largest of |y| and what is left before β): what is Z∘(1+a) of a tile of y."""
     largest = tl.abs(y)
     if terms.up is not None:
@@ -65,27 +66,10 @@ def _without_terms(
 
 @triton.jit(do_not_specialize=["M", "P", "R", "band_width"])
 def _dy_kernel(
-    dy,
-    y,
-    terms,
-    s,
-    tau,
-    factor,
-    columns,
-    M,
-    N,
-    P,
-    R,
-    band_width,
-    scale,
-    NUMERICS: tl.constexpr,
-    RANK_STEP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    dy, y, terms, s, tau, factor, columns, M, N, P, R, band_width, scale,
+    NUMERICS: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """One read of dy for all that is made from it: S and τ along N, the gradients' sums along M.
 
     Over a band of N: s[band,m] = [Σₙ dy·U | scale·Σₙ dy·up] (P+R) and tau[band,m] = Σₙ dy·b[n]. Over the rows of
@@ -167,29 +151,10 @@ def _dy_kernel(
 
 @triton.jit(do_not_specialize=["seed", "threshold", "M", "P", "R"])
 def _x_kernel(
-    x,
-    s,
-    tau,
-    a_down,
-    b_down,
-    dx,
-    p_part,
-    v_part,
-    seed,
-    M,
-    K,
-    P,
-    R,
-    threshold,
-    inv_keep,
-    BANDS: tl.constexpr,
-    NUMERICS: tl.constexpr,
-    P_STEP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    x, s, tau, a_down, b_down, dx, p_part, v_part, seed, M, K, P, R, threshold, inv_keep,
+    BANDS: tl.constexpr, NUMERICS: tl.constexpr, P_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """One read of x for the gradients that multiply it, by splits of the rows; x dropped for columns of S from P on.
 
     p_part[split] = S[:, :P]ᵀ·x (P,K), v_part[split] = S[:, P:]ᵀ·drop(x)/(1-p) (R,K). With `dx` also

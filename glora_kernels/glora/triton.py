@@ -28,7 +28,8 @@ from glora_kernels.operands import Anew, Columns, Parts, Shift, Sum, Terms
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import cost, routes
 from glora_kernels.runtime.configs import MAX_FACTOR_RANK, MAX_RANK, TOTALS_BESIDE_DX, Shape, m_class
-from glora_kernels.runtime.launch import Dropout, LibraryProduct, arch_of
+from glora_kernels.runtime.launch import Dropout, LibraryProduct
+from glora_kernels.runtime.planning import arch_of
 from glora_kernels.runtime.recording import empty
 from glora_kernels.runtime.sizes import rows
 from glora_kernels.runtime.workspace import workspace_like

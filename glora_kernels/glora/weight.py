@@ -49,7 +49,8 @@ from glora_kernels.tile import (
 
 @triton.jit
 def _read_weight(
-    w, codes, first_n, first_k, last_n, K, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    w, codes, first_n, first_k, last_n, K,
+    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """W[first_n + 0…BLOCK_N, first_k + 0…BLOCK_K) in fp32, zeros outside (last_n, K), of a dense `w` or of `codes`."""
     if w is None:
@@ -62,7 +63,8 @@ def _read_weight(
 
 @triton.jit
 def _weight_as(
-    w, codes, first_n, first_k, N, K, NUMERICS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    w, codes, first_n, first_k, N, K,
+    NUMERICS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`_read_weight`, where it decodes rounded to what the dense weight would be: both then give the same numbers."""
     tile = _read_weight(w, codes, first_n, first_k, N, K, NUMERICS.upcast, BLOCK_N, BLOCK_K)
@@ -74,33 +76,10 @@ def _weight_as(
 
 @triton.jit(do_not_specialize=["seed", "threshold", "M"])
 def _hadamard_grad_kernel(
-    dy,
-    x,
-    w,
-    codes,
-    pair,
-    dup,
-    ddown,
-    weff,
-    s,
-    db_down,
-    seed,
-    M,
-    N,
-    K,
-    R,
-    B_RANK,
-    threshold,
-    inv_keep,
-    BANDS: tl.constexpr,
-    NUMERICS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    dy, x, w, codes, pair, dup, ddown, weff, s, db_down, seed, M, N, K, R, B_RANK, threshold, inv_keep,
+    BANDS: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """H = (Σₘ dy[m,n]·x[m,k])·W[n,k] in registers; dup[k-tile,n,r] = Σₖ H·A_down, ddown[n-tile,r,k] = Σₙ A_up·H.
 
     The programs hold each tile of W and of x anyway: with `weff` they leave W_eff for dx behind, and with `db_down`
@@ -157,19 +136,9 @@ def _hadamard_grad_kernel(
 
 @triton.jit
 def _wc_kernel(
-    w,
-    codes,
-    c,
-    pair,
-    wc,
-    N,
-    K,
-    R,
-    UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    w, codes, c, pair, wc, N, K, R,
+    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """wc[n] = Σₖ W[n,k]·c[k], c given or c[k] = Σᵣ C_up[k,r]·C_down[r] of a pair."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
@@ -188,7 +157,8 @@ def _wc_kernel(
 
 @triton.jit
 def _wc_grad_kernel(
-    w, codes, g, part, N, K, rows_per_split, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    w, codes, g, part, N, K, rows_per_split,
+    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """part[split,k] = Σₙ W[n,k]·g[n] over the rows n of a split."""
     first_k = tl.program_id(0) * BLOCK_K

@@ -61,25 +61,10 @@ MAX_DESCRIBED = 4
 
 @triton.jit
 def _fwd_tile(
-    tile,
-    x,
-    w,
-    y,
-    low,
-    down,
-    bias,
-    M,
-    N,
-    K,
-    TMA: tl.constexpr,
-    COLS_FIRST: tl.constexpr,
-    PARTS: tl.constexpr,
-    NUMERICS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    tile, x, w, y, low, down, bias, M, N, K,
+    TMA: tl.constexpr, COLS_FIRST: tl.constexpr, PARTS: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """One tile of one member's y (M,N) = x·Wᵀ + h·upᵀ + bias; with `down`, h = s·x·downᵀ is made beside it."""
     i, j = _tile_of(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), _GROUP)
     m = i * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -133,37 +118,10 @@ def _fwd_tile(
 
 @triton.jit(do_not_specialize=["M", "tiles"])
 def _grouped_fwd_kernel(
-    x0,
-    x1,
-    x2,
-    x3,
-    w0,
-    w1,
-    w2,
-    w3,
-    y0,
-    y1,
-    y2,
-    y3,
-    xs,
-    ws,
-    ys,
-    lows,
-    downs,
-    biases,
-    M,
-    Ms,
-    Ns,
-    Ks,
-    tiles,
-    COLS_FIRST: tl.constexpr,
-    PARTS: tl.constexpr,
-    NUMERICS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    x0, x1, x2, x3, w0, w1, w2, w3, y0, y1, y2, y3, xs, ws, ys, lows, downs, biases, M, Ms, Ns, Ks, tiles,
+    COLS_FIRST: tl.constexpr, PARTS: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """y_i = x_i·W_iᵀ + h_i·up_iᵀ + bias_i of every member; h_i = s_i·x_i·down_iᵀ made inside, or given (downs None).
 
     Where some members have a bias or a low-rank pair, those that have none get one of size or rank 0, whose address
@@ -282,22 +240,9 @@ class Paths(NamedTuple):
 
 @triton.jit
 def _dx_rest(
-    acc,
-    dx,
-    paths,
-    first_path,
-    last_path,
-    masks,
-    i,
-    j,
-    M,
-    K,
-    TMA: tl.constexpr,
-    PARTS: tl.constexpr,
-    NUMERICS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    acc, dx, paths, first_path, last_path, masks, i, j, M, K,
+    TMA: tl.constexpr, PARTS: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Store tile (i, j) of dx = acc + Σ_t mask_t∘(S_t·down_t)/(1-p) over the paths from `first_path` to `last_path`."""
     m = i * BLOCK_M + tl.arange(0, BLOCK_M)
     parts = _column_parts(acc, BLOCK_M, BLOCK_K, PARTS)
@@ -325,37 +270,10 @@ def _dx_rest(
 
 @triton.jit(do_not_specialize=["M", "tiles"])
 def _grouped_dx_kernel(
-    dy0,
-    dy1,
-    dy2,
-    dy3,
-    w0,
-    w1,
-    w2,
-    w3,
-    dx0,
-    dx1,
-    dx2,
-    dx3,
-    dys,
-    ws,
-    dxs,
-    paths,
-    masks,
-    M,
-    Ms,
-    Ns,
-    Ks,
-    tiles,
-    FIRST_MEMBERS: tl.constexpr,
-    FIRST_PATHS: tl.constexpr,
-    COLS_FIRST: tl.constexpr,
-    PARTS: tl.constexpr,
-    NUMERICS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    dy0, dy1, dy2, dy3, w0, w1, w2, w3, dx0, dx1, dx2, dx3, dys, ws, dxs, paths, masks, M, Ms, Ns, Ks, tiles,
+    FIRST_MEMBERS: tl.constexpr, FIRST_PATHS: tl.constexpr, COLS_FIRST: tl.constexpr, PARTS: tl.constexpr,
+    NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """dx_o (M,K) = Σ_i dy_i·W_i over the members that read x_o, + Σ_t mask_t∘(S_t·down_t)/(1-p) over its paths.
 
     Members and paths stand in the order of their x: those of dx_o are FIRST_MEMBERS[o] to FIRST_MEMBERS[o+1], and

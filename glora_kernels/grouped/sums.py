@@ -31,20 +31,9 @@ from glora_kernels.tile import (
 
 @triton.jit(do_not_specialize=["M"])
 def _grouped_down_kernel(
-    xs,
-    downs,
-    hs,
-    M,
-    Ms,
-    Ks,
-    Rs,
-    scales,
-    masks,
-    NUMERICS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    xs, downs, hs, M, Ms, Ks, Rs, scales, masks,
+    NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """h_t (M,R) = s_t·drop_t(x_t)·down_tᵀ of every path t, each with its own mask."""
     # Neighbouring programs take the paths of one block of rows: they read it from the L2.
     t = tl.program_id(0) % len(xs)
@@ -99,27 +88,10 @@ def grouped_down_launch(
 
 @triton.jit(do_not_specialize=["M", "band_width"])
 def _grouped_dy_kernel(
-    dys,
-    ups,
-    hs,
-    ss,
-    first_bands,
-    parts,
-    part_split,
-    part_row,
-    M,
-    Ms,
-    Ns,
-    Rs,
-    scales,
-    band_width,
-    WITH_G: tl.constexpr,
-    RANK_BLOCKS: tl.constexpr,
-    NUMERICS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    dys, ups, hs, ss, first_bands, parts, part_split, part_row, M, Ms, Ns, Rs, scales, band_width,
+    WITH_G: tl.constexpr, RANK_BLOCKS: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """One read of every dy_i: over a band of N, S_i[first band + band] (M,R) = s_i·dy_i·up_i, and sums along M.
 
     parts_i (splits,·,N), columns of one tensor, are over the rows of a program Σ dy_i (WITH_G), then dy_iᵀh_i where
@@ -224,25 +196,10 @@ def _dy_config(shape: Shape, dtype: torch.dtype, arch: str, factors: torch.dtype
 
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
 def _grouped_x_kernel(
-    xs,
-    ss,
-    sums,
-    parts,
-    part_split,
-    part_row,
-    M,
-    Ms,
-    Ks,
-    Rs,
-    masks,
-    rows_per_split,
-    BANDS: tl.constexpr,
-    RANK_BLOCKS: tl.constexpr,
-    NUMERICS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    xs, ss, sums, parts, part_split, part_row, M, Ms, Ks, Rs, masks, rows_per_split,
+    BANDS: tl.constexpr, RANK_BLOCKS: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """part_t (splits,R,K) = S_tᵀ·drop_t(x_t) of every path, over the rows of each split; S_t (BANDS,M,R).
 
     The rows of a part lie `part_row` apart, or without it K_t. The programs of the first columns leave Σ_bands S_t in

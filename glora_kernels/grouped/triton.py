@@ -24,7 +24,7 @@ from glora_kernels.grouped import sums as thin
 from glora_kernels.grouped.group import ABSENT, Group, GroupGradients, GroupNeeds, Operands
 from glora_kernels.operands import Columns, Parts
 from glora_kernels.runtime.configs import MAX_FACTOR_RANK, MAX_RANK, Shape, m_class
-from glora_kernels.runtime.launch import arch_of
+from glora_kernels.runtime.planning import arch_of
 from glora_kernels.runtime.recording import empty, zeros
 from glora_kernels.runtime.sizes import rows
 

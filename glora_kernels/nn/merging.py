@@ -14,7 +14,7 @@ from glora_kernels.depth.table import Layer
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.requantize import Kept, check_finite, keep
 from glora_kernels.nn.undo import all_or_none
-from glora_kernels.runtime.launch import is_planning
+from glora_kernels.runtime.planning import is_planning
 
 SHIFTS = frozenset(("C", "C_up", "D", "E"))
 """The parameters that make a layer's full bias another than its base's."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,9 +10,9 @@ import torch
 from torch import Tensor
 
 from glora_kernels.operands import Constant, Matrix, Numerics, Pair, Shift, Terms, Vector
-from glora_kernels.quant import QuantizedWeight
 from glora_kernels.reference.random import dropout_threshold
-from glora_kernels.runtime import configs, environment, sizes
+from glora_kernels.runtime import environment, sizes
+from glora_kernels.runtime.planning import note
 from glora_kernels.runtime.recording import Recording, recorded
 from glora_kernels.runtime.sizes import HostValue, Rows, at
 
@@ -143,58 +141,6 @@ class LibraryProduct:
     def __str__(self) -> str:
         (m, k), n = self.left.shape, self.right.shape[1]
         return f"library product {m}x{n}x{k}{', added' if self.accumulates else ''}"
-
-
-class _Planning(threading.local):
-    steps: list[Any] | None = None
-    arch: str = ""
-    programs: int | None = None
-
-
-_planning = _Planning()
-
-
-@contextlib.contextmanager
-def planning(arch: str, programs: int | None = None) -> Iterator[list[Any]]:
-    """Inside, this thread's steps are collected and not run: what a card of `arch` would be given, without one.
-
-    For meta tensors. `programs`: the multiprocessors of the card, those of the largest of its architecture where not
-    given.
-    """
-    before = vars(_planning).copy()
-    _planning.steps, _planning.arch, _planning.programs = [], arch, programs
-    try:
-        yield _planning.steps
-    finally:
-        vars(_planning).clear()
-        vars(_planning).update(before)
-
-
-def note(step: Any) -> bool:
-    """Whether steps are collected, as this one is then."""
-    if _planning.steps is None:
-        return False
-    _planning.steps.append(step)
-    return True
-
-
-def is_planning() -> bool:
-    """Whether steps are collected: what they would write has no values."""
-    return _planning.steps is not None
-
-
-def arch_of(tensor: Tensor | QuantizedWeight) -> str:
-    """The architecture that the configurations are chosen for: a GPU's, or "cpu" in the interpreter."""
-    if _planning.steps is not None:
-        return _planning.arch
-    return environment.arch(tensor.device.index or 0) if tensor.device.type == "cuda" else "cpu"
-
-
-def programs_of(tensor: Tensor, arch: str) -> int:
-    """How many programs keep the card of a tensor busy at one a multiprocessor."""
-    if tensor.is_cuda:
-        return environment.multiprocessors(tensor.device.index or 0)
-    return _planning.programs or configs.programs(arch)
 
 
 def arithmetic(dtype: torch.dtype) -> dict[str, Any]:

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from glora_kernels.runtime import configs, environment, tables
-from glora_kernels.runtime import launch as planning
 from glora_kernels.runtime.direct import Sizes, Unsuited, describe, module
 from glora_kernels.runtime.launch import Launch
-from glora_kernels.runtime.recording import Recording, Result
+from glora_kernels.runtime.planning import is_planning
+from glora_kernels.runtime.recording import Recording, Result, flat_stride
 from glora_kernels.runtime.sizes import at
 from glora_kernels.runtime.workspace import workspace
 
@@ -78,11 +78,6 @@ def key_of(operands: Operands) -> tuple[Hashable, ...]:
     )
 
 
-def flat_stride(tensor: Tensor) -> tuple[int, ...]:
-    """The strides of (M, ·), or (M,), of a tensor of any number of dimensions."""
-    return tensor.stride() if tensor.ndim <= 2 else (tensor.shape[-1], 1)
-
-
 class _State:
     cached = not environment.launches_slowly()
 
@@ -108,7 +103,7 @@ _lock = threading.Lock()
 
 def serves(m: int) -> bool:
     """Whether a call has a program at all: one of no rows launches less, and elsewhere nothing is kept."""
-    return m > 0 and _State.cached and not planning.is_planning()
+    return m > 0 and _State.cached and not is_planning()
 
 
 def find(
@@ -156,7 +151,7 @@ def record(
 
     Args:
         function, operands, values: as of `find`.
-        arch, programs: the card, as of `plan.planning`.
+        arch, programs: the card, as of `planning`.
     """
     recording = Recording(operands.tensors, operands.with_rows, configs.representative(operands.m))
     with recording.on(arch, programs):

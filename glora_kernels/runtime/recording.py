@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from glora_kernels.runtime.planning import planning
 from glora_kernels.runtime.sizes import HostValue, Rows, at, planned, storage_of
 
 _LINE = 512
@@ -90,13 +91,11 @@ class Recording:
 
     @contextlib.contextmanager
     def on(self, arch: str, programs: int | None = None) -> Iterator[None]:
-        """Inside, this thread's steps and allocations are recorded, for a card: see `plan.planning`."""
-        from glora_kernels.runtime import launch as plan
-
+        """Inside, this thread's steps and allocations are recorded, for a card: see `planning`."""
         before = _recording.current, planned.rows
         _recording.current, planned.rows = self, self._rows
         try:
-            with self._watch, plan.planning(arch, programs) as self.steps:
+            with self._watch, planning(arch, programs) as self.steps:
                 yield
         finally:
             _recording.current, planned.rows = before
@@ -230,10 +229,13 @@ def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
     return 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
+def flat_stride(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of (M, ·), or (M,), of a tensor of any number of dimensions."""
+    return tensor.stride() if tensor.ndim <= 2 else (tensor.shape[-1], 1)
+
+
 def _twin(tensor: Tensor, m: int | None) -> Tensor:
     """A tensor of the meta device with the same dtype, strides and alignment, and with m rows where m is given."""
-    from glora_kernels.runtime.program import flat_stride
-
     shape = tuple(tensor.shape)
     strides = tensor.stride()
     if m is not None:

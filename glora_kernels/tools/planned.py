@@ -23,7 +23,7 @@ from glora_kernels.grouped import op as grouped
 from glora_kernels.grouped.group import ABSENT, Group
 from glora_kernels.quant import NestedState, QuantizedWeight, QuantState
 from glora_kernels.runtime import program
-from glora_kernels.runtime.launch import planning
+from glora_kernels.runtime.planning import planning
 from glora_kernels.runtime.recording import Recording
 from glora_kernels.spec import GLoRAConfig
 

@@ -11,7 +11,7 @@ import torch
 from glora_kernels.four_bit import cuda
 from glora_kernels.quant import QuantizedWeight, quantize_weight
 from glora_kernels.runtime import extension as built_extension
-from glora_kernels.runtime.launch import planning
+from glora_kernels.runtime.planning import planning
 
 
 def weight_of(n=8, k=64, blocksize=32, double_quant=False):

@@ -11,7 +11,8 @@ from torch import nn
 
 import glora_kernels as gk
 from glora_kernels.integrations.peft import GLoRAPeftConfig, ShareLoRAPeftConfig
-from glora_kernels.runtime.launch import Launch, is_planning
+from glora_kernels.runtime.launch import Launch
+from glora_kernels.runtime.planning import is_planning
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter")
 CONFIGS = {

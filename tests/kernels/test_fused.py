@@ -1,6 +1,6 @@
 """The fused kernels as a card would be given them: launch counts, the shipped configurations, both routes.
 
-Nothing here needs a card. A plan (`runtime.launch.planning`) holds the steps of a call on meta tensors, and the
+Nothing here needs a card. A plan (`runtime.planning`) holds the steps of a call on meta tensors, and the
 configurations of a card run in the interpreter where `arch_of` is told that it is one.
 """
 
@@ -19,7 +19,8 @@ import glora_kernels
 from glora_kernels.dispatch.common import Call, Needs, Supports
 from glora_kernels.glora import triton as triton_path
 from glora_kernels.runtime import routes
-from glora_kernels.runtime.launch import LibraryProduct, planning
+from glora_kernels.runtime.launch import LibraryProduct
+from glora_kernels.runtime.planning import planning
 from glora_kernels.spec import GLoRAConfig, all_configs
 
 FORMS = [(a, b, "hadamard") for a, b in PAIRS] + [("lora", b, "matmul") for b in ("none", "lora", "vector", "constant")]

@@ -18,7 +18,8 @@ from glora_kernels.grouped.group import ABSENT, GroupNeeds, Operands
 from glora_kernels.grouped.group import Group as Indices
 from glora_kernels.reference.tolerance import allowed_error, largest_error
 from glora_kernels.runtime import configs
-from glora_kernels.runtime.launch import Launch, is_planning, planning
+from glora_kernels.runtime.launch import Launch
+from glora_kernels.runtime.planning import is_planning, planning
 from glora_kernels.runtime.program import launching
 from glora_kernels.runtime.routes import backend
 

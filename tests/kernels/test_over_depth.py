@@ -11,7 +11,7 @@ from glora_kernels.depth.deferred import Deferred
 from glora_kernels.depth.table import MAX_PRODUCT_RANK, Layer, SharedProduct, group_key, pointer_table
 from glora_kernels.dispatch.common import given
 from glora_kernels.reference.tolerance import allowed_error, largest_error
-from glora_kernels.runtime.launch import planning
+from glora_kernels.runtime.planning import planning
 from glora_kernels.runtime.routes import backend
 from glora_kernels.spec import GLoRAConfig
 

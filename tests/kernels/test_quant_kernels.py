@@ -18,7 +18,7 @@ from glora_kernels.quant import QuantizedWeight, QuantState, quantize_weight
 from glora_kernels.quant.bnb import from_state
 from glora_kernels.reference.tolerance import allowed_error, largest_error
 from glora_kernels.runtime.configs import Shape
-from glora_kernels.runtime.launch import arch_of
+from glora_kernels.runtime.planning import arch_of
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -14,7 +14,8 @@ from glora_kernels.operands import Shift, Terms
 from glora_kernels.quant import QuantizedWeight, dequantize, quantize_weight
 from glora_kernels.reference.tolerance import allowed_error, largest_error
 from glora_kernels.runtime.configs import Shape
-from glora_kernels.runtime.launch import Launch, arch_of
+from glora_kernels.runtime.launch import Launch
+from glora_kernels.runtime.planning import arch_of
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -10,7 +10,7 @@ from glora_kernels.four_bit.kinds import FEW_TOKENS, kind, small_m, unmeasured, 
 from glora_kernels.quant import QuantizedWeight, QuantState
 from glora_kernels.runtime import tables
 from glora_kernels.runtime.configs import Shape
-from glora_kernels.runtime.launch import planning
+from glora_kernels.runtime.planning import planning
 from glora_kernels.runtime.tables import FourBit, Table
 
 BF16, ARCH, N, K, RANK = torch.bfloat16, "sm_90", 4096, 1024, 16

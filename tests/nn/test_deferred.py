@@ -14,7 +14,7 @@ from glora_kernels import GLoRAConfig
 from glora_kernels.nn.depth import deferred_shared_grads, shift_once
 from glora_kernels.nn.model import named_layers
 from glora_kernels.reference.tolerance import allowed_error, largest_error
-from glora_kernels.runtime.launch import planning
+from glora_kernels.runtime.planning import planning
 
 
 def shared(randomize, names=("B_down",), dtype=torch.float32, dropout=0.25, depth=3):

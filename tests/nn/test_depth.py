@@ -15,7 +15,7 @@ from glora_kernels.depth import op as depth
 from glora_kernels.nn.depth import shift_once
 from glora_kernels.nn.model import named_layers
 from glora_kernels.reference.tolerance import allowed_error, largest_error
-from glora_kernels.runtime.launch import planning
+from glora_kernels.runtime.planning import planning
 
 MIXED = {
     "*.q_proj": GLoRAConfig("lora", "lora", "lora", "vector", "vector", rank=3, alpha=6),

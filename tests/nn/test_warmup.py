@@ -13,7 +13,8 @@ from torch import nn
 import glora_kernels as gk
 from glora_kernels.nn.warmup import _sizes
 from glora_kernels.runtime import configs
-from glora_kernels.runtime.launch import Launch, is_planning
+from glora_kernels.runtime.launch import Launch
+from glora_kernels.runtime.planning import is_planning
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter")
 CONFIG = gk.GLoRAConfig("vector", "lora", "none", "none", "vector", rank=4, dropout=0.5)
