@@ -80,14 +80,15 @@ class Numerics(NamedTuple):
 
     @property
     def dtype(self) -> Any:
-        return _triton_dtype(self.name)
+        return named_dtype(self.name)
 
     @property
     def factor_dtype(self) -> Any:
-        return _triton_dtype(self.factor_name)
+        return named_dtype(self.factor_name)
 
 
-def _triton_dtype(name: str) -> Any:
+def named_dtype(name: str) -> Any:
+    """Triton's dtype of a name that PyTorch's has too."""
     from triton import language
 
     return getattr(language, name)

@@ -59,15 +59,6 @@ def _plain_dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _pick(values, g):
-    """values[g] of a tuple, with g known at run time only."""
-    value = values[0]
-    for i in tl.static_range(1, len(values)):
-        value = tl.where(g == i, values[i], value)
-    return value
-
-
-@triton.jit
 def _tile_of(pid, num_i, num_j, GROUP: tl.constexpr):
     """The (i, j) tile of a program: columns of GROUP row tiles, so that neighbours share operands in the L2."""
     per_group = GROUP * num_j
@@ -255,36 +246,58 @@ def _add_terms(
 
 
 @triton.jit
+def _left_block(left, row, i, d0, d, num_rows, depth, TMA: tl.constexpr):
+    """Rows i (from `row` on) and depths d (from d0 on) of a tensor descriptor (TMA), or of a matrix by cp.async."""
+    if TMA:
+        return left.load([row, d0])
+    else:
+        return _read(left, i, d, num_rows, depth)
+
+
+@triton.jit
+def _right_block(
+    right, col, j, d0, d, num_cols, depth, TMA: tl.constexpr, COLS_FIRST: tl.constexpr, NUMERICS: tl.constexpr
+):  # fmt: skip
+    """Depths d (from d0 on) and columns j (from `col` on) of a matrix (cols, depth), in the dtype of products.
+
+    With TMA, of a tensor descriptor of (cols, depth) or, not COLS_FIRST, of (depth, cols).
+    """
+    if TMA:
+        if COLS_FIRST:
+            return right.load([col, d0]).T
+        else:
+            return right.load([d0, col])
+    else:
+        return _read(_transposed(right), d, j, depth, num_cols).to(NUMERICS.dtype)
+
+
+@triton.jit
 def _product(
     acc, left, right, scale, row, col, num_rows, num_cols, depth,
     TMA: tl.constexpr, COLS_FIRST: tl.constexpr, NUMERICS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """acc + the (ROWS, COLS) tile at (row, col) of (left∘(1+scale))·rightᵀ, scale (depth,) or None.
-
-    With TMA, left and right are tensor descriptors, `right` of (cols, depth) or, not COLS_FIRST, of (depth, cols);
-    without, they are matrices, right (cols, depth), read by cp.async.
-    """
+    """acc + the (ROWS, COLS) tile at (row, col) of (left∘(1+scale))·rightᵀ, scale (depth,) or None."""
     i = row + tl.arange(0, ROWS)
     j = col + tl.arange(0, COLS)
     for d0 in range(0, depth, DEPTH):
         d = d0 + tl.arange(0, DEPTH)
-        if TMA:
-            x = left.load([row, d0])
-        else:
-            x = _read(left, i, d, num_rows, depth)
+        x = _left_block(left, row, i, d0, d, num_rows, depth, TMA)
         if scale is not None:
             # Rounding x·(1+a) to nearest would give x again where a is small.
             x = _round(x.to(tl.float32) * (1.0 + _read_vector(scale, d, depth)[None, :]), i, d, NUMERICS.dtype)
-        if TMA:
-            if COLS_FIRST:
-                w = right.load([col, d0]).T
-            else:
-                w = right.load([d0, col])
-        else:
-            w = _read(_transposed(right), d, j, depth, num_cols).to(NUMERICS.dtype)
+        w = _right_block(right, col, j, d0, d, num_cols, depth, TMA, COLS_FIRST, NUMERICS)
         acc = _dot_wide(x, w, acc, NUMERICS)
     return acc
+
+
+@triton.jit
+def _put(out, part, row, col, m, n, M, N, TMA: tl.constexpr, NUMERICS: tl.constexpr):
+    """Store the rows m (from `row` on) and columns n (from `col` on) of a result (M, N)."""
+    if TMA:
+        out.store([row, col], part.to(NUMERICS.dtype))
+    else:
+        _write(out, part, m, n, M, N)
 
 
 @triton.jit
@@ -360,19 +373,23 @@ def _round(value, rows, cols, dtype: tl.constexpr):
 
 
 @triton.jit
+def _exact_dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + left·right: of one 16-bit dtype as they are (their products are exact in fp32), else in fp32."""
+    if left.dtype != right.dtype:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return _dot(left, right, acc, PRECISION, UPCAST)
+
+
+@triton.jit
 def _factor_product(
     pair, n, k, N, K, R,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Σᵣ up[n,r]·down[r,k] of a pair in fp32."""
+    """Σᵣ up[n,r]·down[r,k] of a pair in fp32, exactly; zeros at rank 0."""
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
         r = r0 + tl.arange(0, BLOCK_R)
-        # In the adapter's own dtype, if it has one: a product of two 16-bit numbers is exact in fp32.
         up = _read(pair.up, n, r, N, R)
-        down = _read(pair.down, r, k, R, K)
-        if up.dtype != down.dtype:
-            up = up.to(tl.float32)
-            down = down.to(tl.float32)
-        acc = _dot(up, down, acc, PRECISION, UPCAST)
+        acc = _exact_dot(up, _read(pair.down, r, k, R, K), acc, PRECISION, UPCAST)
     return acc

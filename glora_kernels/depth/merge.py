@@ -9,22 +9,9 @@ from torch import Tensor
 from triton import cdiv
 
 from glora_kernels.depth.rows import (
-    _A,
-    _A_DOWN,
-    _A_UP,
-    _B,
-    _B_DOWN,
-    _B_UP,
-    _C,
-    _K,
+    _COPY_WIDTH,
     _LAYER_WIDTH,
-    _N,
-    _RANK_A,
-    _RANK_B,
-    _RANK_C,
-    _RANK_P,
-    _SCALE,
-    _WEIGHT,
+    COPY_COLUMNS,
     LayerTable,
     _c_values,
     _common,
@@ -37,42 +24,15 @@ from glora_kernels.depth.rows import (
     _strides,
     _vector,
     pass_config,
-)
+)  # fmt: skip
 from glora_kernels.depth.table import GroupKey, PointerTable, aligned, pointer_table
-from glora_kernels.runtime import configs
-from glora_kernels.runtime.launch import Launch, arithmetic, options, triton_dtype
-from glora_kernels.tile import _dot, _load, _store
-
-COPY_COLUMNS = ("target", "source", "size", "bias_target", "bias_source", "bias_size")
-"""One layer to restore: two copies from `source` to `target`, sizes in elements."""
-_COPY_WIDTH = tl.constexpr(len(COPY_COLUMNS))
-_TARGET, _SOURCE, _SIZE, _BIAS_TARGET, _BIAS_SOURCE, _BIAS_SIZE = map(tl.constexpr, range(len(COPY_COLUMNS)))
+from glora_kernels.operands import Matrix, Pair
+from glora_kernels.runtime import configs, environment
+from glora_kernels.runtime.launch import Launch, options, triton_dtype
+from glora_kernels.tile import _exact_dot, _factor_product, _load, _store
 
 _WORDS = {2: torch.int16, 4: torch.int32}
 """The integers in which numbers of that many bytes are copied."""
-
-
-@triton.jit
-def _exact_dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + left·right: of one 16-bit dtype as they are (their products are exact in fp32), else in fp32."""
-    if left.dtype != right.dtype:
-        left = left.to(tl.float32)
-        right = right.to(tl.float32)
-    return _dot(left, right, acc, PRECISION, UPCAST)
-
-
-@triton.jit
-def _factors(
-    up_ptr, down_ptr, n, k, N, K, rank,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Σᵣ up[n,r]·down[r,k] of contiguous factors; zeros at rank 0."""
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
-        r = r0 + tl.arange(0, BLOCK_R)
-        up = _load(up_ptr, n, r, rank, 1, N, rank)
-        acc = _exact_dot(up, _load(down_ptr, r, k, K, 1, rank, K), acc, PRECISION, UPCAST)
-    return acc
 
 
 @triton.jit
@@ -90,19 +50,19 @@ def _merge_kernel(
     rounded once. The HAS_ flags say what any layer of the table has; a layer's own forms are in its row.
     """
     row = table_ptr + tl.program_id(1).to(tl.int64) * _LAYER_WIDTH
-    N = _size(row, _N, ALIGN if TRANSPOSED else 1)
+    N = _size(row, "N", ALIGN if TRANSPOSED else 1)
     if tl.program_id(0) * BLOCK_N >= N:
         return
-    K = _size(row, _K, ALIGN)
-    w_ptr = _pointer(row, _WEIGHT, DTYPE, ALIGN)
+    K = _size(row, "K", ALIGN)
+    w_ptr = _pointer(row, "weight", DTYPE, ALIGN)
     stride_n, stride_k = _strides(row, TRANSPOSED, ALIGN)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rank_a, rank_b, rank_p = _size(row, _RANK_A), _size(row, _RANK_B), _size(row, _RANK_P)
-    a_up, a_down = _pointer(row, _A_UP, ADAPTER), _pointer(row, _A_DOWN, ADAPTER, ALIGN)
-    b_up, b_down = _pointer(row, _B_UP, ADAPTER), _pointer(row, _B_DOWN, ADAPTER, ALIGN)
-    a, b = _vector(row, _A, n, N, ADAPTER), _vector(row, _B, n, N, ADAPTER)
-    has_a, has_b = (_number(row, _A) != 0) | (rank_a > 0), (_number(row, _B) != 0) | (rank_b > 0)
-    scale = _real(row, _SCALE)
+    rank_a, rank_b, rank_p = _size(row, "rank_a"), _size(row, "rank_b"), _size(row, "rank_p")
+    a_up, a_down = _pointer(row, "a_up", ADAPTER), _pointer(row, "a_down", ADAPTER, ALIGN)
+    b_up, b_down = _pointer(row, "b_up", ADAPTER), _pointer(row, "b_down", ADAPTER, ALIGN)
+    a, b = _vector(row, "a", n, N, ADAPTER), _vector(row, "b", n, N, ADAPTER)
+    has_a, has_b = (_number(row, "a") != 0) | (rank_a > 0), (_number(row, "b") != 0) | (rank_b > 0)
+    scale = _real(row, "scale")
     if HAS_PRODUCT:
         r = tl.arange(0, BLOCK_P)
         p = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
@@ -114,7 +74,7 @@ def _merge_kernel(
                 p = _exact_dot(w, up, p, PRECISION, UPCAST)
     if HAS_C:
         wc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        has_c = (_number(row, _C) != 0) | (_size(row, _RANK_C) > 0)
+        has_c = (_number(row, "c") != 0) | (_size(row, "rank_c") > 0)
     following = _load(w_ptr, n, tl.arange(0, BLOCK_K), stride_n, stride_k, N, K)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -127,9 +87,8 @@ def _merge_kernel(
         if has_a:
             term = tl.broadcast_to(a[:, None], (BLOCK_N, BLOCK_K))
             if HAS_LOW_A:
-                term += _factors(
-                    a_up, a_down, n, k, N, K, rank_a, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_R
-                )  # fmt: skip
+                pair = Pair(Matrix(a_up, rank_a, 1), Matrix(a_down, K, 1))
+                term += _factor_product(pair, n, k, N, K, rank_a, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_R)
             merged += w * term
         if HAS_PRODUCT:
             if rank_p > 0:
@@ -138,9 +97,9 @@ def _merge_kernel(
         if has_b:
             term = tl.broadcast_to(b[:, None], (BLOCK_N, BLOCK_K))
             if HAS_LOW_B:
-                term += scale * _factors(
-                    b_up, b_down, n, k, N, K, rank_b, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_R
-                )  # fmt: skip
+                pair = Pair(Matrix(b_up, rank_b, 1), Matrix(b_down, K, 1))
+                low = _factor_product(pair, n, k, N, K, rank_b, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_R)
+                term += scale * low
             merged += term
         _store(w_ptr, merged, n, k, stride_n, stride_k, N, K)
     total = tl.zeros((BLOCK_N,), tl.float32)
@@ -160,7 +119,7 @@ def merge_launch(table: LayerTable, *, arch: str) -> Launch:
         "table_ptr": table.pointers.entries,
         "HAS_LOW_A": low_a > 0, "HAS_LOW_B": low_b > 0, "HAS_PRODUCT": product > 0, "HAS_C": has_c,
         **_common(table),
-        "PRECISION": _merge_precision(arch, key.dtype), "UPCAST": arithmetic(key.dtype)["UPCAST"],
+        "PRECISION": _merge_precision(arch, key.dtype), "UPCAST": environment.interpreting(),
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"],
         "BLOCK_R": configs.block_r(max(1, low_a, low_b), config["rank"]), "BLOCK_P": configs.block_r(max(1, product)),
     }  # fmt: skip
@@ -207,8 +166,8 @@ def _restore_kernel(
 ):  # fmt: skip
     """Every layer's weight and bias back from their copies, as integers of their width: bit for bit."""
     row = table_ptr + tl.program_id(1).to(tl.int64) * _COPY_WIDTH
-    _copy(row, _TARGET, _SOURCE, _SIZE, WORD, ALIGN, BLOCK)
-    _copy(row, _BIAS_TARGET, _BIAS_SOURCE, _BIAS_SIZE, BIAS_WORD, 1, BLOCK)
+    _copy(row, "target", "source", "size", WORD, ALIGN, BLOCK)
+    _copy(row, "bias_target", "bias_source", "bias_size", BIAS_WORD, 1, BLOCK)
 
 
 def restore_table(copies: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]) -> PointerTable:

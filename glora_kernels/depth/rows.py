@@ -1,4 +1,4 @@
-"""A layer as a row of a table of 64-bit integers on the device: addresses (0: absent), sizes, strides, bits of fp32.
+"""Layers as rows of a table of 64-bit integers on the device: addresses (0: absent), sizes, strides, bits of fp32.
 
 Sizes are ragged: a launch has as many programs a layer as the largest needs, and those beyond a layer's own end return
 at once. A program owns what it writes: no atomics, no flags. Layers of one launch have one device, one dtype each of
@@ -30,48 +30,56 @@ beta: where the full bias goes. g: ∂β, fp32. d…: where the gradients go; dc
 """
 
 
-def _layer(name):
-    return tl.constexpr(LAYER_COLUMNS.index(name))
+COPY_COLUMNS = ("target", "source", "size", "bias_target", "bias_source", "bias_size")
+"""One layer to restore: two copies from `source` to `target`, sizes in elements."""
+
+FACTOR_COLUMNS = ("first", "count", "R", "C", "out", "stride_r", "stride_c")
+"""One shared factor: its (R, C) gradient, and its rows first … first+count of the table of products."""
+
+PRODUCT_COLUMNS = (
+    "left", "left_stride_m", "left_stride_r", "right", "right_stride_m", "M", "part_scale", "seed", "seed_address",
+    "threshold",
+)  # fmt: skip
+"""One layer's part of a shared factor's gradient: part_scale·leftᵀ·drop(right), left (M,R), right (M,C)."""
+
+_TABLES = (LAYER_COLUMNS, COPY_COLUMNS, FACTOR_COLUMNS, PRODUCT_COLUMNS)
+_LAYER_WIDTH, _COPY_WIDTH, _FACTOR_WIDTH, _PRODUCT_WIDTH = (tl.constexpr(len(table)) for table in _TABLES)
+_PLACES = {name: place for table in _TABLES for place, name in enumerate(table)}
+"""Of a column in a row of its table; no two tables share a name."""
 
 
-_LAYER_WIDTH = tl.constexpr(len(LAYER_COLUMNS))
-_WEIGHT, _STRIDE, _N, _K, _SCALE = _layer("weight"), _layer("stride"), _layer("N"), _layer("K"), _layer("scale")
-_RANK_A, _RANK_B, _RANK_C, _RANK_P = _layer("rank_a"), _layer("rank_b"), _layer("rank_c"), _layer("rank_p")
-_A, _B, _BIAS, _C, _D, _E = _layer("a"), _layer("b"), _layer("bias"), _layer("c"), _layer("d"), _layer("e")
-_D_STRIDE, _E_STRIDE = _layer("d_stride"), _layer("e_stride")
-_A_UP, _A_DOWN, _B_UP, _B_DOWN = _layer("a_up"), _layer("a_down"), _layer("b_up"), _layer("b_down")
-_C_UP, _C_DOWN, _BETA, _G = _layer("c_up"), _layer("c_down"), _layer("beta"), _layer("g")
-_DBIAS, _DC, _DC_UP, _DC_DOWN = _layer("dbias"), _layer("dc"), _layer("dc_up"), _layer("dc_down")
-_DC_WIDE, _DD, _DE = _layer("dc_wide"), _layer("dd"), _layer("de")
+@triton.constexpr_function
+def _place(column):
+    return _PLACES[column]
 
 
 @triton.jit
 def _number(row, COLUMN: tl.constexpr, ALIGN: tl.constexpr = 1):
     """A 64-bit entry. The compiler knows nothing of what comes out of memory: ALIGN tells it a divisor."""
-    return tl.multiple_of(tl.load(row + COLUMN), ALIGN)
+    return tl.multiple_of(tl.load(row + _place(COLUMN)), ALIGN)
 
 
 @triton.jit
 def _size(row, COLUMN: tl.constexpr, ALIGN: tl.constexpr = 1):
     """A 32-bit entry."""
-    return tl.multiple_of(tl.load(row + COLUMN).to(tl.int32), ALIGN)
+    return tl.multiple_of(tl.load(row + _place(COLUMN)).to(tl.int32), ALIGN)
 
 
 @triton.jit
 def _real(row, COLUMN: tl.constexpr):
     """The fp32 number whose bits an entry is."""
-    return tl.load(row + COLUMN).to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.load(row + _place(COLUMN)).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr = 1):
-    return tl.multiple_of(tl.load(row + COLUMN).to(tl.pointer_type(DTYPE)), ALIGN)
+    return tl.multiple_of(tl.load(row + _place(COLUMN)).to(tl.pointer_type(DTYPE)), ALIGN)
 
 
 @triton.jit
 def _strides(row, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr):
     """(stride_n, stride_k) of a weight stored (N,K), or (K,N) if TRANSPOSED; one of them is known to be 1."""
-    stride = _number(row, _STRIDE, ALIGN)
+    stride = _number(row, "stride", ALIGN)
     if TRANSPOSED:
         return 1, stride
     else:
@@ -81,8 +89,8 @@ def _strides(row, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr):
 @triton.jit
 def _vector(row, COLUMN: tl.constexpr, index, size, DTYPE: tl.constexpr):
     """A vector (or constant) in fp32 at `index`; zeros outside, and where it is absent."""
-    address = tl.load(row + COLUMN)
-    offsets = index.to(tl.int64) * tl.load(row + COLUMN + 1)
+    address = tl.load(row + _place(COLUMN))
+    offsets = index.to(tl.int64) * tl.load(row + _place(COLUMN) + 1)
     mask = (index < size) & (address != 0)
     return tl.load(address.to(tl.pointer_type(DTYPE)) + offsets, mask=mask, other=0.0).to(tl.float32)
 
@@ -90,7 +98,7 @@ def _vector(row, COLUMN: tl.constexpr, index, size, DTYPE: tl.constexpr):
 @triton.jit
 def _put(row, COLUMN: tl.constexpr, value, index, size, DTYPE: tl.constexpr):
     """Store a vector where its address is given."""
-    address = tl.load(row + COLUMN)
+    address = tl.load(row + _place(COLUMN))
     mask = (index < size) & (address != 0)
     tl.store(address.to(tl.pointer_type(DTYPE)) + index.to(tl.int64), value.to(DTYPE), mask=mask)
 
@@ -98,7 +106,7 @@ def _put(row, COLUMN: tl.constexpr, value, index, size, DTYPE: tl.constexpr):
 @triton.jit
 def _put_sum(row, COLUMN: tl.constexpr, value, DTYPE: tl.constexpr):
     """Store a gradient of a constant where its address is given."""
-    address = tl.load(row + COLUMN)
+    address = tl.load(row + _place(COLUMN))
     if address != 0:
         tl.store(address.to(tl.pointer_type(DTYPE)), value.to(DTYPE))
 
@@ -106,9 +114,9 @@ def _put_sum(row, COLUMN: tl.constexpr, value, DTYPE: tl.constexpr):
 @triton.jit
 def _c_values(row, k, K, ADAPTER: tl.constexpr, BLOCK_R: tl.constexpr):
     """c[k] in fp32: given, or Σᵣ C_up[k,r]·C_down[r]; zeros where there is no C."""
-    c = _vector(row, _C, k, K, ADAPTER)
-    rank = _size(row, _RANK_C)
-    up_ptr, down_ptr = _pointer(row, _C_UP, ADAPTER), _pointer(row, _C_DOWN, ADAPTER)
+    c = _vector(row, "c", k, K, ADAPTER)
+    rank = _size(row, "rank_c")
+    up_ptr, down_ptr = _pointer(row, "c_up", ADAPTER), _pointer(row, "c_down", ADAPTER)
     for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
         r = r0 + tl.arange(0, BLOCK_R)
         down = tl.load(down_ptr + r, mask=r < rank, other=0.0).to(tl.float32)
@@ -119,10 +127,10 @@ def _c_values(row, k, K, ADAPTER: tl.constexpr, BLOCK_R: tl.constexpr):
 @triton.jit
 def _store_beta(row, n, N, wc, ADAPTER: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr):
     """β[n] = b + b∘d + e + wc to the address that `beta` gives."""
-    beta = _vector(row, _BIAS, n, N, BIAS)
-    beta += beta * _vector(row, _D, n, N, ADAPTER)
-    beta += _vector(row, _E, n, N, ADAPTER)
-    _put(row, _BETA, beta + wc, n, N, OUT)
+    beta = _vector(row, "bias", n, N, BIAS)
+    beta += beta * _vector(row, "d", n, N, ADAPTER)
+    beta += _vector(row, "e", n, N, ADAPTER)
+    _put(row, "beta", beta + wc, n, N, OUT)
 
 
 class LayerTable(NamedTuple):

@@ -8,26 +8,21 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
-from glora_kernels.depth.rows import _number, _pointer, _real, _size
+from glora_kernels.depth.rows import (
+    _FACTOR_WIDTH,
+    _PRODUCT_WIDTH,
+    FACTOR_COLUMNS,
+    PRODUCT_COLUMNS,
+    _number,
+    _pointer,
+    _real,
+    _size,
+)  # fmt: skip
 from glora_kernels.depth.table import PointerTable, SharedFactor, aligned, pointer_table
 from glora_kernels.reference.random import dropout_threshold
 from glora_kernels.runtime import configs
 from glora_kernels.runtime.launch import Launch, halves, numerics, options, triton_dtype
 from glora_kernels.tile import _dot_thin, _dropped, _load, _store
-
-FACTOR_COLUMNS = ("first", "count", "R", "C", "out", "stride_r", "stride_c")
-"""One shared factor: its (R, C) gradient, and its rows first … first+count of the other table."""
-
-PRODUCT_COLUMNS = (
-    "left", "left_stride_m", "left_stride_r", "right", "right_stride_m", "M", "scale", "seed", "seed_address",
-    "threshold",
-)  # fmt: skip
-"""One layer's part of a shared factor's gradient: scale·leftᵀ·drop(right), left (M,R), right (M,C)."""
-_FACTOR_WIDTH, _PRODUCT_WIDTH = tl.constexpr(len(FACTOR_COLUMNS)), tl.constexpr(len(PRODUCT_COLUMNS))
-_FIRST, _COUNT, _R, _COLS, _OUT, _STRIDE_R, _STRIDE_C = map(tl.constexpr, range(len(FACTOR_COLUMNS)))
-_LEFT, _LEFT_M, _LEFT_R, _RIGHT, _RIGHT_M, _M, _PART_SCALE, _SEED, _SEED_ADDRESS, _THRESHOLD = map(
-    tl.constexpr, range(len(PRODUCT_COLUMNS))
-)
 
 
 @triton.jit
@@ -38,23 +33,24 @@ def _shared_grad_kernel(
 ):  # fmt: skip
     """Σ_l scale_l·left_lᵀ·(mask∘right_l) (R,C) of every shared factor, in fp32, in the order of the table's layers."""
     factor = factor_ptr + tl.program_id(2).to(tl.int64) * _FACTOR_WIDTH
-    R, C = _size(factor, _R), _size(factor, _COLS, ALIGN)
+    R, C = _size(factor, "R"), _size(factor, "C", ALIGN)
     c0, r0 = tl.program_id(0) * BLOCK_C, tl.program_id(1) * BLOCK_R
     if (c0 >= C) | (r0 >= R):
         return
     c, r = c0 + tl.arange(0, BLOCK_C), r0 + tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    first = _size(factor, _FIRST)
-    for member in range(first, first + _size(factor, _COUNT)):
+    first = _size(factor, "first")
+    for member in range(first, first + _size(factor, "count")):
         row = product_ptr + tl.cast(member, tl.int64) * _PRODUCT_WIDTH
-        left, right = _pointer(row, _LEFT, NUMERICS.factor_dtype), _pointer(row, _RIGHT, NUMERICS.dtype, ALIGN)
-        left_m, left_r, right_m = _number(row, _LEFT_M), _number(row, _LEFT_R), _number(row, _RIGHT_M, ALIGN)
-        M = _size(row, _M)
+        left, right = _pointer(row, "left", NUMERICS.factor_dtype), _pointer(row, "right", NUMERICS.dtype, ALIGN)
+        left_m, left_r = _number(row, "left_stride_m"), _number(row, "left_stride_r")
+        right_m = _number(row, "right_stride_m", ALIGN)
+        M = _size(row, "M")
         if HAS_DROPOUT:
-            seed, seed_ptr = _number(row, _SEED), _pointer(row, _SEED_ADDRESS, tl.int64)
-            if _number(row, _SEED_ADDRESS) != 0:
+            seed, seed_ptr = _number(row, "seed"), _pointer(row, "seed_address", tl.int64)
+            if _number(row, "seed_address") != 0:
                 seed = tl.load(seed_ptr)
-            threshold = _size(row, _THRESHOLD)
+            threshold = _size(row, "threshold")
         acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         for m0 in range(0, M, BLOCK_M):
             m = m0 + tl.arange(0, BLOCK_M)
@@ -63,9 +59,9 @@ def _shared_grad_kernel(
                 if threshold > 0:
                     x = _dropped(x, seed, m, c0, threshold, 1.0, BLOCK_M, BLOCK_C)
             acc = _dot_thin(_load(left, r, m, left_r, left_m, R, M), x, acc, NUMERICS)
-        total += acc * _real(row, _PART_SCALE)
-    out = _pointer(factor, _OUT, OUT)
-    stride_r, stride_c = _number(factor, _STRIDE_R), _number(factor, _STRIDE_C)
+        total += acc * _real(row, "part_scale")
+    out = _pointer(factor, "out", OUT)
+    stride_r, stride_c = _number(factor, "stride_r"), _number(factor, "stride_c")
     _store(out, total, r, c, stride_r, stride_c, R, C)
 
 
@@ -82,7 +78,7 @@ def shared_grad_tables(factors: Sequence[SharedFactor]) -> tuple[PointerTable, P
             on_device = seed is not None and seed.device.type != "cpu"
             products.append({
                 "left": left, "left_stride_m": left.stride(0), "left_stride_r": left.stride(1),
-                "right": right, "right_stride_m": right.stride(0), "M": left.shape[0], "scale": scale / (1.0 - p),
+                "right": right, "right_stride_m": right.stride(0), "M": left.shape[0], "part_scale": scale / (1.0 - p),
                 "seed": None if seed is None or on_device else int(seed), "seed_address": seed if on_device else None,
                 "threshold": dropout_threshold(p),
             })  # fmt: skip

@@ -5,26 +5,7 @@ import triton.language as tl
 from triton import cdiv
 
 from glora_kernels.depth.rows import (
-    _BIAS,
-    _C,
-    _C_DOWN,
-    _C_UP,
-    _D,
-    _D_STRIDE,
-    _DBIAS,
-    _DC,
-    _DC_DOWN,
-    _DC_UP,
-    _DC_WIDE,
-    _DD,
-    _DE,
-    _E_STRIDE,
-    _G,
-    _K,
     _LAYER_WIDTH,
-    _N,
-    _RANK_C,
-    _WEIGHT,
     LayerTable,
     _c_values,
     _common,
@@ -38,7 +19,7 @@ from glora_kernels.depth.rows import (
     _strides,
     _vector,
     pass_config,
-)
+)  # fmt: skip
 from glora_kernels.runtime import configs
 from glora_kernels.runtime.launch import Launch, options, triton_dtype
 from glora_kernels.tile import _load, _store
@@ -52,15 +33,15 @@ def _shift_kernel(
 ):  # fmt: skip
     """β = b + b∘d + e + W·c in fp32, of every layer of a table; W is read where a layer has a C."""
     row = table_ptr + tl.program_id(1).to(tl.int64) * _LAYER_WIDTH
-    N = _size(row, _N, ALIGN if TRANSPOSED else 1)
+    N = _size(row, "N", ALIGN if TRANSPOSED else 1)
     if tl.program_id(0) * BLOCK_N >= N:
         return
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.float32)
     if HAS_C:
-        if (_number(row, _C) != 0) | (_size(row, _RANK_C) > 0):
-            K = _size(row, _K, ALIGN)
-            w_ptr = _pointer(row, _WEIGHT, DTYPE, ALIGN)
+        if (_number(row, "c") != 0) | (_size(row, "rank_c") > 0):
+            K = _size(row, "K", ALIGN)
+            w_ptr = _pointer(row, "weight", DTYPE, ALIGN)
             stride_n, stride_k = _strides(row, TRANSPOSED, ALIGN)
             wc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
             following = _load(w_ptr, n, tl.arange(0, BLOCK_K), stride_n, stride_k, N, K)
@@ -97,15 +78,15 @@ def _shift_grad_kernel(
     g∘(1+d), dd = g∘b and de = g, the last two summed for constants.
     """
     row = table_ptr + tl.program_id(1).to(tl.int64) * _LAYER_WIDTH
-    N, K = _size(row, _N, ALIGN if TRANSPOSED else 1), _size(row, _K, ALIGN)
-    g_ptr = _pointer(row, _G, tl.float32)
+    N, K = _size(row, "N", ALIGN if TRANSPOSED else 1), _size(row, "K", ALIGN)
+    g_ptr = _pointer(row, "g", tl.float32)
     blocks = tl.cdiv(K, BLOCK_K)
-    if (_number(row, _DC) | _number(row, _DC_UP) | _number(row, _DC_WIDE)) == 0:
+    if (_number(row, "dc") | _number(row, "dc_up") | _number(row, "dc_wide")) == 0:
         blocks = 0
     i = tl.program_id(0)
     if i < blocks:
         k = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        w_ptr = _pointer(row, _WEIGHT, DTYPE, ALIGN)
+        w_ptr = _pointer(row, "weight", DTYPE, ALIGN)
         stride_n, stride_k = _strides(row, TRANSPOSED, ALIGN)
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         following = _load(w_ptr, tl.arange(0, BLOCK_N), k, stride_n, stride_k, N, K)
@@ -115,11 +96,11 @@ def _shift_grad_kernel(
             following = _load(w_ptr, n + BLOCK_N, k, stride_n, stride_k, N, K)
             acc += w * tl.load(g_ptr + n, mask=n < N, other=0.0)[:, None]
         dc = tl.sum(acc, 0)
-        _put(row, _DC, dc, k, K, ADAPTER)
-        _put(row, _DC_WIDE, dc, k, K, tl.float32)
-        if _number(row, _DC_UP) != 0:
-            rank = _size(row, _RANK_C)
-            down_ptr, dc_up_ptr = _pointer(row, _C_DOWN, ADAPTER), _pointer(row, _DC_UP, ADAPTER)
+        _put(row, "dc", dc, k, K, ADAPTER)
+        _put(row, "dc_wide", dc, k, K, tl.float32)
+        if _number(row, "dc_up") != 0:
+            rank = _size(row, "rank_c")
+            down_ptr, dc_up_ptr = _pointer(row, "c_down", ADAPTER), _pointer(row, "dc_up", ADAPTER)
             for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
                 r = r0 + tl.arange(0, BLOCK_R)
                 down = tl.load(down_ptr + r, mask=r < rank, other=0.0).to(tl.float32)
@@ -127,22 +108,22 @@ def _shift_grad_kernel(
     elif i == blocks:
         d_sum = tl.zeros((BLOCK_V,), tl.float32)
         e_sum = tl.zeros((BLOCK_V,), tl.float32)
-        d_is_vector, e_is_vector = _number(row, _D_STRIDE) != 0, _number(row, _E_STRIDE) != 0
+        d_is_vector, e_is_vector = _number(row, "d_stride") != 0, _number(row, "e_stride") != 0
         for n0 in range(0, N, BLOCK_V):
             n = n0 + tl.arange(0, BLOCK_V)
             g = tl.load(g_ptr + n, mask=n < N, other=0.0)
-            _put(row, _DBIAS, g + g * _vector(row, _D, n, N, ADAPTER), n, N, BIAS)
-            dd = g * _vector(row, _BIAS, n, N, BIAS)
+            _put(row, "dbias", g + g * _vector(row, "d", n, N, ADAPTER), n, N, BIAS)
+            dd = g * _vector(row, "bias", n, N, BIAS)
             d_sum += dd
             e_sum += g
             if d_is_vector:
-                _put(row, _DD, dd, n, N, ADAPTER)
+                _put(row, "dd", dd, n, N, ADAPTER)
             if e_is_vector:
-                _put(row, _DE, g, n, N, ADAPTER)
+                _put(row, "de", g, n, N, ADAPTER)
         if not d_is_vector:
-            _put_sum(row, _DD, tl.sum(d_sum, 0), ADAPTER)
+            _put_sum(row, "dd", tl.sum(d_sum, 0), ADAPTER)
         if not e_is_vector:
-            _put_sum(row, _DE, tl.sum(e_sum, 0), ADAPTER)
+            _put_sum(row, "de", tl.sum(e_sum, 0), ADAPTER)
 
 
 def shift_grad_launch(table: LayerTable, *, arch: str) -> Launch:
@@ -161,18 +142,18 @@ def shift_grad_launch(table: LayerTable, *, arch: str) -> Launch:
 def _shift_down_kernel(table_ptr, ADAPTER: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
     """dC_down[r] = Σₖ C_up[k,r]·dc[k] of every layer that has an address for it."""
     row = table_ptr + tl.program_id(1).to(tl.int64) * _LAYER_WIDTH
-    rank = _size(row, _RANK_C)
-    if (_number(row, _DC_DOWN) == 0) | (tl.program_id(0) * BLOCK_R >= rank):
+    rank = _size(row, "rank_c")
+    if (_number(row, "dc_down") == 0) | (tl.program_id(0) * BLOCK_R >= rank):
         return
-    K = _size(row, _K)
+    K = _size(row, "K")
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    up_ptr, dc_ptr = _pointer(row, _C_UP, ADAPTER), _pointer(row, _DC_WIDE, tl.float32)
+    up_ptr, dc_ptr = _pointer(row, "c_up", ADAPTER), _pointer(row, "dc_wide", tl.float32)
     acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         dc = tl.load(dc_ptr + k, mask=k < K, other=0.0)
         acc += _load(up_ptr, k, r, rank, 1, K, rank).to(tl.float32) * dc[:, None]
-    _put(row, _DC_DOWN, tl.sum(acc, 0), r, rank, ADAPTER)
+    _put(row, "dc_down", tl.sum(acc, 0), r, rank, ADAPTER)
 
 
 def shift_down_launch(table: LayerTable, *, arch: str) -> Launch:

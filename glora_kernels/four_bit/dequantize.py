@@ -17,9 +17,9 @@ from glora_kernels.four_bit.codec import (
     reads_words,
 )
 from glora_kernels.quant import QuantizedWeight
-from glora_kernels.runtime import configs, tables
+from glora_kernels.runtime import configs, environment, tables
 from glora_kernels.runtime.configs import Shape
-from glora_kernels.runtime.launch import Launch, arithmetic, numerics, options, pair, vector
+from glora_kernels.runtime.launch import Launch, numerics, options, pair, vector
 from glora_kernels.tile import _factor_product, _read_vector, _round, _store
 
 
@@ -134,7 +134,7 @@ def _plain(weight: QuantizedWeight, out: Tensor, config: dict[str, int]) -> Laun
     words = reads_words(weight, total)
     block = config["rows"] * config["cols"] // (WORD_CODES if words else 2)
     args = {
-        "codes": codes(weight, words), "out": out, "total": total, "UPCAST": arithmetic(weight.dtype)["UPCAST"],
+        "codes": codes(weight, words), "out": out, "total": total, "UPCAST": environment.interpreting(),
         "BLOCK_UNITS": block,
     }  # fmt: skip
     return Launch(

@@ -1,7 +1,4 @@
-"""The end of a backward: partial sums become gradients, in one launch and a fixed order.
-
-The launchers of the end of a backward: partial sums become gradients. They allocate nothing.
-"""
+"""The end of a backward: partial sums become gradients, in one launch and a fixed order."""
 
 from collections.abc import Sequence
 
@@ -20,6 +17,10 @@ from glora_kernels.runtime.sizes import rows
 from glora_kernels.tile import _dot_wide, _read, _read_vector, _transposed
 
 _TINY = tl.constexpr(recovery.TINY)
+
+
+_RANK_STEP = 16
+"""Columns of dyᵀ[P|h] that one program adds up, at any rank."""
 
 
 @triton.jit
@@ -148,27 +149,6 @@ def _finish_kernel(
         first += tiles
 
 
-@triton.jit
-def _total(vectors_ptr, out_ptr, i, N, BLOCK_N: tl.constexpr):
-    """out[i] = Σₙ vectors[i,n]."""
-    row = vectors_ptr + tl.cast(i, tl.int64) * N
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for n0 in range(0, N, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        total += tl.load(row + n, mask=n < N, other=0.0)
-    tl.store(out_ptr + i, tl.sum(total, 0).to(out_ptr.dtype.element_ty))
-
-
-@triton.jit
-def _totals_kernel(vectors_ptr, out_ptr, N, BLOCK_N: tl.constexpr):
-    """out[i] = Σₙ vectors[i,n]: the gradients of constants, one program each, where `_glora_dx_kernel` does not run."""
-    _total(vectors_ptr, out_ptr, tl.program_id(0), N, BLOCK_N)
-
-
-_RANK_STEP = 16
-"""Columns of dyᵀ[P|h] that one program adds up, at any rank."""
-
-
 def parts(tensor: Tensor, count: int) -> Parts:
     """`count` partial sums of a matrix, tensor[i]."""
     step = tensor.stride(0)
@@ -222,6 +202,23 @@ def finish_launch(
         "BLOCK": tile,
     }  # fmt: skip
     return Launch(_finish_kernel, (grid,), args, options(config))
+
+
+@triton.jit
+def _total(vectors_ptr, out_ptr, i, N, BLOCK_N: tl.constexpr):
+    """out[i] = Σₙ vectors[i,n]."""
+    row = vectors_ptr + tl.cast(i, tl.int64) * N
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for n0 in range(0, N, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        total += tl.load(row + n, mask=n < N, other=0.0)
+    tl.store(out_ptr + i, tl.sum(total, 0).to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _totals_kernel(vectors_ptr, out_ptr, N, BLOCK_N: tl.constexpr):
+    """out[i] = Σₙ vectors[i,n]: the gradients of constants, one program each, where `_glora_dx_kernel` does not run."""
+    _total(vectors_ptr, out_ptr, tl.program_id(0), N, BLOCK_N)
 
 
 def totals_launch(vectors: Tensor, out: Tensor) -> Launch:

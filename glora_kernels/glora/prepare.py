@@ -1,6 +1,4 @@
-"""Before y: x into the rank, and what is made of W; and the terms of y beside a product of the vendor's library.
-
-The launchers of what comes before y (h, σ, U, W_eff), and of y's terms beside the library's product.
+"""Before y: x into the rank (h, σ), and what is made of W (U, W_eff); and y's terms beside the library's product.
 
 h and σ may be partial sums over bands of K, which the product's kernel adds.
 """
@@ -15,9 +13,19 @@ from triton import cdiv
 
 from glora_kernels.operands import Matrix, Pair, Terms
 from glora_kernels.runtime import configs, tables
-from glora_kernels.runtime import launch as plan
 from glora_kernels.runtime.configs import Shape
-from glora_kernels.runtime.launch import NO_DROPOUT, Dropout, Launch, factor_depth, halves, matrix, numerics, options
+from glora_kernels.runtime.launch import (
+    NO_DROPOUT,
+    Dropout,
+    Launch,
+    factor_depth,
+    halves,
+    matrix,
+    numerics,
+    options,
+    vector,
+)
+from glora_kernels.runtime.launch import terms as terms_of
 from glora_kernels.runtime.sizes import rows
 from glora_kernels.tile import (
     _add_terms,
@@ -33,6 +41,9 @@ from glora_kernels.tile import (
     _transposed,
     _write,
 )
+
+MAX_BANDS = 4
+"""More of them take registers that the product's epilogue has not."""
 
 
 @triton.jit
@@ -131,43 +142,6 @@ def _prepare_kernel(
                 _write(Matrix(weff_ptr, K, 1), _round(block, n, k, weff_ptr.dtype.element_ty), n, k, N, K)
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "M", "P", "R"])
-def _added_terms_kernel(
-    x, a_down, b_down, y, terms, seed, M, N, K, P, R, scale, threshold, inv_keep,
-    READ_Z: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """y = [Z∘(1+a)] + P·Uᵀ + h·B_upᵀ + σ·b + β beside a product of the vendor's library, and [P | h] and σ.
-
-    With READ_Z the product is in y already and stays, scaled; without, y is written for the product to be added to.
-    """
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    p_acc, h_acc, sigma = _into_rank(
-        x, a_down, b_down, seed, m, M, 0, K, P, R, scale, threshold, inv_keep, terms.b is not None, NUMERICS,
-        BLOCK_M, BLOCK_K, BLOCK_P, BLOCK_R,
-    )  # fmt: skip
-    if terms.low is not None:
-        _write_low(terms.low, p_acc, h_acc, a_down, b_down, m, M, P, R, BLOCK_P, BLOCK_R)
-    if terms.b is not None:
-        tl.store(terms.sigma.ptr + m, sigma, mask=m < M)
-    p_low = p_acc.to(NUMERICS.factor_dtype)
-    h_low = h_acc.to(NUMERICS.factor_dtype)
-    for n0 in range(0, N, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if READ_Z:
-            acc = _read(y, m, n, M, N).to(tl.float32)
-        acc = _add_terms(
-            acc, terms, p_low, h_low, sigma, m, n, M, N, P, R, 1, NUMERICS, BLOCK_M, BLOCK_N, BLOCK_P, BLOCK_R
-        )  # fmt: skip
-        # What was rounded before, or is rounded before the product is added: to nearest would lose a small adapter.
-        _write(y, _round(acc, m, n, y.ptr.dtype.element_ty), m, n, M, N)
-
-
-MAX_BANDS = 4
-"""More of them take registers that the product's epilogue has not."""
-
-
 class Prepared(NamedTuple):
     """What `prepare_launch` fills: low = [P | h] (bands,M,P+R), σ (bands,M), U (N,P), W_eff (N,K), contiguous.
 
@@ -221,7 +195,7 @@ def prepare_launch(
         weight_programs *= cdiv(k, around["cols"])
     args = {
         "x": matrix(x), "w": matrix(weight), "a_up": matrix(a_up), "a_down": matrix(a_down), "b_down": matrix(b_down),
-        "a": plan.vector(a), "low": matrix(out.low), "sigma_ptr": out.sigma, "u_ptr": out.u, "weff_ptr": out.weff,
+        "a": vector(a), "low": matrix(out.low), "sigma_ptr": out.sigma, "u_ptr": out.u, "weff_ptr": out.weff,
         # P is also the rank of A where W_eff is built: a call has P columns of `low` or W_eff, never both.
         "M": m, "N": n, "K": k, "P": p, "R": r, "row_programs": row_programs, "scale": float(scale),
         **dropout.arguments(b_down),
@@ -232,6 +206,39 @@ def prepare_launch(
         "BLOCK_WN": around["rows"], "BLOCK_WK": around["cols"],
     }  # fmt: skip
     return Launch(_prepare_kernel, (row_programs + weight_programs,), args, options(config, args))
+
+
+@triton.jit(do_not_specialize=["seed", "threshold", "M", "P", "R"])
+def _added_terms_kernel(
+    x, a_down, b_down, y, terms, seed, M, N, K, P, R, scale, threshold, inv_keep,
+    READ_Z: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """y = [Z∘(1+a)] + P·Uᵀ + h·B_upᵀ + σ·b + β beside a product of the vendor's library, and [P | h] and σ.
+
+    With READ_Z the product is in y already and stays, scaled; without, y is written for the product to be added to.
+    """
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    p_acc, h_acc, sigma = _into_rank(
+        x, a_down, b_down, seed, m, M, 0, K, P, R, scale, threshold, inv_keep, terms.b is not None, NUMERICS,
+        BLOCK_M, BLOCK_K, BLOCK_P, BLOCK_R,
+    )  # fmt: skip
+    if terms.low is not None:
+        _write_low(terms.low, p_acc, h_acc, a_down, b_down, m, M, P, R, BLOCK_P, BLOCK_R)
+    if terms.b is not None:
+        tl.store(terms.sigma.ptr + m, sigma, mask=m < M)
+    p_low = p_acc.to(NUMERICS.factor_dtype)
+    h_low = h_acc.to(NUMERICS.factor_dtype)
+    for n0 in range(0, N, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if READ_Z:
+            acc = _read(y, m, n, M, N).to(tl.float32)
+        acc = _add_terms(
+            acc, terms, p_low, h_low, sigma, m, n, M, N, P, R, 1, NUMERICS, BLOCK_M, BLOCK_N, BLOCK_P, BLOCK_R
+        )  # fmt: skip
+        # What was rounded before, or is rounded before the product is added: to nearest would lose a small adapter.
+        _write(y, _round(acc, m, n, y.ptr.dtype.element_ty), m, n, M, N)
 
 
 def added_terms_launch(
@@ -255,7 +262,7 @@ def added_terms_launch(
     numbers = numerics(x.dtype, a_down, b_down, terms.u, terms.up)
     config = configs.fitted("added_terms", config, arch, x.dtype, halves=halves(numbers))
     args = {
-        "x": matrix(x), "a_down": matrix(a_down), "b_down": matrix(b_down), "y": matrix(y), "terms": plan.terms(terms),
+        "x": matrix(x), "a_down": matrix(a_down), "b_down": matrix(b_down), "y": matrix(y), "terms": terms_of(terms),
         "M": m, "N": n, "K": k, "P": p, "R": r, "scale": float(scale),
         **dropout.arguments(b_down),
         "READ_Z": read_z, "NUMERICS": numbers,

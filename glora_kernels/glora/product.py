@@ -4,12 +4,9 @@ Both are persistent: a grid of as many programs as the card runs at once walks t
 Operands come as tensor descriptors (TMA, `TMA`) or as matrices (cp.async). The low-rank term is one more step of the
 reduction, taken after the product is scaled; it is added, and the result stored, in PARTS of the tile's columns.
 W is (columns of the result, depth) in both, its descriptor COLS_FIRST or the other way round.
-
-The launchers of the large products: each turns tensors into one `Launch` of its kernel. They allocate nothing.
-
-`arch` is chosen by the caller (`planning.arch_of`), so that a launch can be planned for a card that is not here.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -20,8 +17,20 @@ from triton import cdiv
 from glora_kernels.glora.finish import _total
 from glora_kernels.operands import Matrix, Numerics, Terms
 from glora_kernels.runtime import configs, tables
-from glora_kernels.runtime import launch as plan
-from glora_kernels.runtime.launch import NO_DROPOUT, Dropout, Launch, descriptor, halves, matrix, numerics, options
+from glora_kernels.runtime.launch import (
+    NO_DROPOUT,
+    Dropout,
+    Launch,
+    descriptor,
+    halves,
+    matrix,
+    numerics,
+    options,
+    rank_step,
+    vector,
+)
+from glora_kernels.runtime.launch import sums as sums_of
+from glora_kernels.runtime.launch import terms as terms_of
 from glora_kernels.runtime.planning import programs_of
 from glora_kernels.runtime.sizes import lesser, rows
 from glora_kernels.tile import (
@@ -30,6 +39,7 @@ from glora_kernels.tile import (
     _columns_from,
     _dropped,
     _product,
+    _put,
     _read_banded,
     _read_banded_vector,
     _seed_of,
@@ -38,6 +48,15 @@ from glora_kernels.tile import (
     _transposed,
     _write,
 )
+
+GROUP = 8
+"""Row tiles that share their columns in the L2 (`tile._tile_of`)."""
+
+MAX_DESCRIBED = 4
+"""So many products of one launch may come as tensor descriptors: each has its own copy of the loop in the kernel."""
+
+RANK_BLOCK = 16
+"""Columns of the low-rank term at a time, at any rank: more of them spill beside the product's accumulator."""
 
 
 @triton.jit(do_not_specialize=["M", "P", "R"])
@@ -76,10 +95,7 @@ def _glora_fwd_kernel(
                 parts[q], terms, None, None, sigma, m, n, M, N, P, R, BANDS, NUMERICS,
                 BLOCK_M, BLOCK_N // PARTS, BLOCK_R, BLOCK_R,
             )  # fmt: skip
-            if TMA:
-                y.store([i * BLOCK_M, n0], part.to(NUMERICS.dtype))
-            else:
-                _write(y, part, m, n, M, N)
+            _put(y, part, i * BLOCK_M, n0, m, n, M, N, TMA, NUMERICS)
         if BANDS > 1:
             if j == 0:
                 if low_sum_ptr is not None:
@@ -89,6 +105,46 @@ def _glora_fwd_kernel(
                         _write(Matrix(low_sum_ptr, P + R, 1), low, m, c, M, P + R)
                 if sigma_sum_ptr is not None:
                     tl.store(sigma_sum_ptr + m, sigma, mask=m < M)
+
+
+def glora_fwd_launch(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    terms: Terms,
+    *,
+    low_sum: Tensor | None = None,
+    sigma_sum: Tensor | None = None,
+    arch: str,
+    config: dict[str, int] | None = None,
+) -> Launch:
+    """y (M,N) = (x·Wᵀ)∘(1+a) + P·Uᵀ + h·upᵀ + σ·bᵀ + β, with `low` = [P | h] (bands,M,P+R) and σ (bands,M).
+
+    u and up are contiguous. `low_sum` (M,P+R) and `sigma_sum` (M,) receive the sums over more than one band.
+    """
+    m, (n, k) = rows(x), weight.shape
+    p, r = (0 if t is None else t.shape[1] for t in (terms.u, terms.up))
+    bands = next((t.shape[0] for t in (terms.low, terms.sigma) if t is not None), 1)
+    shape = configs.Shape(configs.m_class(m), n, k, max(p, r))
+    config = config or tables.choose("fwd", arch, x.dtype, shape, weight.dtype)
+    numbers = numerics(x.dtype, terms.u, terms.up)
+    shift = terms.shift
+    added = any(t is not None for t in (terms.a, terms.u, terms.up, terms.b, shift.wc, shift.d, shift.e))
+    config = in_parts(config, arch, numbers, added)
+    if arch == "sm_100" and p and halves(numbers):
+        config = config | {"rows": min(64, config["rows"])}  # of two pairs of factors: what does not spill
+    if p and r and (bands > 1 or halves(numbers)):
+        config = configs.beside_pairs(config, arch)
+    operands, config = _of_one(x, weight, y, config, arch)
+    args = {
+        **dict(zip(("x", "w", "y"), operands, strict=True)), "terms": terms_of(terms),
+        "low_sum_ptr": low_sum, "sigma_sum_ptr": sigma_sum,
+        "M": m, "N": n, "K": k, "P": p, "R": r,
+        "RANK_STEP": rank_step(p, r), "BANDS": bands, "TMA": bool(config["tma"]),
+        **tile_arguments(config, weight.stride(1) == 1, numbers, "BLOCK_N", "BLOCK_K"),
+        "BLOCK_R": RANK_BLOCK, "GROUP": GROUP,
+    }  # fmt: skip
+    return product_launch(_glora_fwd_kernel, [y], args, config, arch)
 
 
 @triton.jit(do_not_specialize=["seed", "threshold", "M", "P", "R"])
@@ -135,60 +191,11 @@ def _glora_dx_kernel(
                 part += term
             if tau is not None:
                 part += _read_banded_vector(tau, m, M, M, BANDS)[:, None]
-            if TMA:
-                dx.store([i * BLOCK_M, k0], part.to(NUMERICS.dtype))
-            else:
-                _write(dx, part, m, k, M, K)
+            _put(dx, part, i * BLOCK_M, k0, m, k, M, K, TMA, NUMERICS)
     if TOTALS > 0:
         if tl.program_id(0) == tl.num_programs(0) - 1:
             for t in range(TOTALS):
                 _total(vectors_ptr, totals_ptr, t, N, 1024)
-
-
-GROUP = 8
-"""Row tiles that share their columns in the L2 (`tile._tile_of`)."""
-
-RANK_BLOCK = 16
-"""Columns of the low-rank term at a time, at any rank: more of them spill beside the product's accumulator."""
-
-
-def glora_fwd_launch(
-    x: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    terms: Terms,
-    *,
-    low_sum: Tensor | None = None,
-    sigma_sum: Tensor | None = None,
-    arch: str,
-    config: dict[str, int] | None = None,
-) -> Launch:
-    """y (M,N) = (x·Wᵀ)∘(1+a) + P·Uᵀ + h·upᵀ + σ·bᵀ + β, with `low` = [P | h] (bands,M,P+R) and σ (bands,M).
-
-    u and up are contiguous. `low_sum` (M,P+R) and `sigma_sum` (M,) receive the sums over more than one band.
-    """
-    m, (n, k) = rows(x), weight.shape
-    p, r = (0 if t is None else t.shape[1] for t in (terms.u, terms.up))
-    bands = next((t.shape[0] for t in (terms.low, terms.sigma) if t is not None), 1)
-    shape = configs.Shape(configs.m_class(m), n, k, max(p, r))
-    config = config or tables.choose("fwd", arch, x.dtype, shape, weight.dtype)
-    numbers = numerics(x.dtype, terms.u, terms.up)
-    shift = terms.shift
-    added = any(t is not None for t in (terms.a, terms.u, terms.up, terms.b, shift.wc, shift.d, shift.e))
-    config = in_parts(config, arch, numbers, added)
-    if arch == "sm_100" and p and halves(numbers):
-        config = config | {"rows": min(64, config["rows"])}  # of two pairs of factors: what does not spill
-    if p and r and (bands > 1 or halves(numbers)):
-        config = configs.beside_pairs(config, arch)
-    operands, config = _operands(x, weight, y, config, arch)
-    args = {
-        **dict(zip(("x", "w", "y"), operands, strict=True)), "terms": plan.terms(terms),
-        "low_sum_ptr": low_sum, "sigma_sum_ptr": sigma_sum,
-        "M": m, "N": n, "K": k, "P": p, "R": r,
-        "RANK_STEP": plan.rank_step(p, r), "BANDS": bands,
-        **_tile(config, weight, numbers, "BLOCK_N", "BLOCK_K"),
-    }  # fmt: skip
-    return product_launch(_glora_fwd_kernel, _tiles(m, n, config), args, y, config, arch)
 
 
 def glora_dx_launch(
@@ -221,7 +228,7 @@ def glora_dx_launch(
         config = config | {"rows": min(64, config["rows"])}  # of two pairs of factors: what does not spill
     if (p and r) or (a is not None and dropout.p > 0.0):
         config = configs.narrow(config)
-    operands, config = _operands(dy, weight.t(), dx, config, arch)
+    operands, config = _of_one(dy, weight.t(), dx, config, arch)
     cast = weight.dtype != dy.dtype and b_down is not None  # of a wider W, on its way
     if (arch in configs.OLD and cast) or (arch == "sm_89" and dropout.p > 0.0 and halves(numbers)):
         config = config | {"cols": min(64, config["cols"])}  # what does not spill
@@ -232,15 +239,16 @@ def glora_dx_launch(
     vectors, sums = totals or (None, None)
     args = {
         **dict(zip(("dy", "w", "dx"), operands, strict=True)),
-        "s": matrix(s), "a_down": matrix(a_down), "b_down": matrix(b_down), "a": plan.vector(a), "tau": plan.sums(tau),
+        "s": matrix(s), "a_down": matrix(a_down), "b_down": matrix(b_down), "a": vector(a), "tau": sums_of(tau),
         "vectors_ptr": vectors, "totals_ptr": sums,
         "M": m, "N": n, "K": k, "P": p, "R": r,
         **dropout.arguments(b_down),
-        "RANK_STEP": plan.rank_step(p, r) if p else 1,  # alone, S has rows to read in whole
-        "TOTALS": 0 if vectors is None else vectors.shape[0], "BANDS": bands,
-        **_tile(config, weight.t(), numbers, "BLOCK_K", "BLOCK_N"),
+        "RANK_STEP": rank_step(p, r) if p else 1,  # alone, S has rows to read in whole
+        "TOTALS": 0 if vectors is None else vectors.shape[0], "BANDS": bands, "TMA": bool(config["tma"]),
+        **tile_arguments(config, weight.stride(0) == 1, numbers, "BLOCK_K", "BLOCK_N"),
+        "BLOCK_R": RANK_BLOCK, "GROUP": GROUP,
     }  # fmt: skip
-    return product_launch(_glora_dx_kernel, _tiles(m, k, config), args, dx, config, arch)
+    return product_launch(_glora_dx_kernel, [dx], args, config, arch)
 
 
 def in_parts(config: dict[str, int], arch: str, numbers: Numerics, added: bool = False) -> dict[str, int]:
@@ -252,52 +260,63 @@ def in_parts(config: dict[str, int], arch: str, numbers: Numerics, added: bool =
     return config | {"parts": max(1, config["cols"] // 32)} if small else config
 
 
-def _operands(
+def _of_one(
     left: Tensor, right: Tensor, out: Tensor, config: dict[str, int], arch: str
-) -> tuple[tuple[Any, Any, Any], dict[str, int]]:
-    """left, right (cols, depth) in any order and out of a product left·rightᵀ, and the configuration that suits them.
-
-    As descriptors, all of them, where the configuration wants TMA and it can read them; else as matrices, with the
-    tile for those.
-    """
-    mixed = right.dtype != left.dtype
-    base = right if right.stride(1) == 1 else right.t()
-    if config["tma"] and not mixed:
-        tall, cols, depth = config["rows"], config["cols"], config["depth"]
-        found = (
-            descriptor(left, tall, depth),
-            descriptor(base, cols, depth) if base is right else descriptor(base, depth, cols),
-            descriptor(out, tall, cols // config["parts"]),
-        )
-        if None not in found:
-            return found, config
-    if config["tma"]:
-        shape = configs.m_class(rows(out)), out.shape[1]
-        config = configs.large_product(arch, left.dtype, *shape, mixed=mixed, tma=False)
-    if arch.startswith("sm_") and left.stride(0) % 16:  # read by pointers, off 16 bytes: what does not spill
+) -> tuple[list[Any], dict[str, int]]:
+    """`product_operands` of one product, whose rows may begin off 16 bytes."""
+    found, config = product_operands([left], [right], [out], config, arch, right.stride(1) == 1)
+    if not config["tma"] and arch.startswith("sm_") and left.stride(0) % 16:  # what does not spill
         cols = config["cols"] if arch in ("sm_80", "sm_90") else min(64, config["cols"])
         config = config | {"rows": min(64, config["rows"]), "cols": cols, "num_warps": 8}
-    return (matrix(left), matrix(right), matrix(out)), config
+    return [each for (each,) in found], config
 
 
-def _tile(config: dict[str, int], right: Tensor, numbers: Numerics, cols: str, depth: str) -> dict[str, Any]:
-    """What a large product's kernel is compiled for: its tile, whose columns and depth have these names."""
+def product_operands(
+    lefts: Sequence[Tensor], rights: Sequence[Tensor], outs: Sequence[Tensor], config: dict[str, int], arch: str,
+    cols_first: bool,
+) -> tuple[list[list[Any]], dict[str, int]]:  # fmt: skip
+    """left, right (cols, depth) and out of each of several products left·rightᵀ, and the configuration that suits them.
+
+    As descriptors, all of them, where the configuration wants TMA and it can read them; else as matrices, with the
+    tile for those. `cols_first`: the rows of right are contiguous, else its columns.
+    """
+    mixed = rights[0].dtype != lefts[0].dtype
+    if config["tma"] and not mixed and len(lefts) <= MAX_DESCRIBED:
+        tall, cols, depth = config["rows"], config["cols"], config["depth"]
+        found = [
+            [descriptor(left, tall, depth) for left in lefts],
+            [descriptor(w, cols, depth) if cols_first else descriptor(w.t(), depth, cols) for w in rights],
+            [descriptor(out, tall, cols // config["parts"]) for out in outs],
+        ]
+        if not any(None in each for each in found):
+            return found, config
+    if config["tma"]:
+        m, n = configs.m_class(max(map(rows, outs))), sum(out.shape[1] for out in outs)
+        config = configs.large_product(arch, lefts[0].dtype, m, n, mixed=mixed, tma=False)
+    return [list(map(matrix, each)) for each in (lefts, rights, outs)], config
+
+
+def tile_arguments(
+    config: dict[str, int], cols_first: bool, numbers: Numerics, cols: str, depth: str
+) -> dict[str, Any]:  # fmt: skip
+    """What the kernel of a large product is compiled for: its tile, whose columns and depth have these names."""
     return {
-        "TMA": bool(config["tma"]), "COLS_FIRST": right.stride(1) == 1, "PARTS": config["parts"], "NUMERICS": numbers,
-        "BLOCK_M": config["rows"], cols: config["cols"], depth: config["depth"], "BLOCK_R": RANK_BLOCK, "GROUP": GROUP,
+        "COLS_FIRST": cols_first, "PARTS": config["parts"], "NUMERICS": numbers,
+        "BLOCK_M": config["rows"], cols: config["cols"], depth: config["depth"],
     }  # fmt: skip
 
 
+def tiles_of(outs: Sequence[Tensor], config: dict[str, int]) -> int:
+    return sum(cdiv(rows(out), config["rows"]) * cdiv(out.shape[1], config["cols"]) for out in outs)
+
+
 def product_launch(
-    kernel: Any, tiles: int, args: dict[str, Any], out: Tensor, config: dict[str, int], arch: str
-) -> Launch:
-    """One program a tile, or where persistent one a multiprocessor of the card the tensor is on."""
+    kernel: Any, outs: Sequence[Tensor], args: dict[str, Any], config: dict[str, int], arch: str
+) -> Launch:  # fmt: skip
+    """One program a tile of the results, or where persistent one a multiprocessor of the card that they are on."""
+    programs = tiles_of(outs, config)
     if config["persistent"]:
-        tiles = lesser(tiles, programs_of(out, arch))
+        programs = lesser(programs, programs_of(outs[0], arch))
     if arch == "sm_100":  # shared memory leaves few programs at once as it is
         config = configs.all_registers(config, arch)
-    return Launch(kernel, (tiles,), args, options(config, args))
-
-
-def _tiles(m: int, cols: int, config: dict[str, int]) -> int:
-    return cdiv(m, config["rows"]) * cdiv(cols, config["cols"])
+    return Launch(kernel, (programs,), args, options(config, args))

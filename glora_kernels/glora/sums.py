@@ -1,11 +1,7 @@
 """After y: one read of dy and one of x, for everything else that backward sums.
 
-A sum that several programs contribute to goes to partial sums, which `finish._finish_kernel` adds up. The read of x
-adds the bands of S itself.
-
-The launchers of backward's one read of dy and one of x. They allocate nothing, and say how large what they fill is.
-
-Partial sums: `bands` (number, width) of a reduction that the reader adds, `splits` of rows that `finish_launch` adds.
+What several programs contribute to goes to partial sums: over `bands` (number, width) of N, which whoever reads S or τ
+adds, and over `splits` of the rows, which `finish_launch` adds. How many there are the caller is told, who allocates.
 """
 
 import torch
@@ -38,6 +34,8 @@ from glora_kernels.tile import (
 )
 
 _SUM, _SQUARES = tl.constexpr(recovery.SUM), tl.constexpr(recovery.SQUARES)
+
+
 _LINE = tl.constexpr(16)
 
 
@@ -45,6 +43,11 @@ _LINE = tl.constexpr(16)
 def _padded(size):
     """Numbers in a row of S, or in one of τ: whole lines, for loads of 16 bytes at any rank and any M."""
     return tl.cdiv(size, _LINE) * _LINE
+
+
+def padded(size: int) -> int:
+    """`_padded` on the host."""
+    return cdiv(size, 16) * 16
 
 
 @triton.jit
@@ -149,69 +152,6 @@ def _dy_kernel(
         tl.store(tau + tl.cast(band, tl.int64) * _padded(M) + m, tau_acc, mask=(m < M) & (rank_block == 0))
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "M", "P", "R"])
-def _x_kernel(
-    x, s, tau, a_down, b_down, dx, p_part, v_part, seed, M, K, P, R, threshold, inv_keep,
-    BANDS: tl.constexpr, NUMERICS: tl.constexpr, P_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """One read of x for the gradients that multiply it, by splits of the rows; x dropped for columns of S from P on.
-
-    p_part[split] = S[:, :P]ᵀ·x (P,K), v_part[split] = S[:, P:]ᵀ·drop(x)/(1-p) (R,K). With `dx` also
-    dx[m,k] = Σₚ S·a_down + mask∘(Σᵣ S·b_down)/(1-p) + τ[m], for the vendor's product to be added to.
-    """
-    P = P // P_STEP * P_STEP  # what it is: for the compiler, a multiple of P_STEP
-    split = tl.program_id(1)
-    across = tl.cdiv(K, BLOCK_K)
-    rank_block = tl.program_id(0) // across  # the columns of a large S by programs of their own
-    k0 = tl.program_id(0) % across * BLOCK_K
-    k = k0 + tl.arange(0, BLOCK_K)
-    p = rank_block * BLOCK_P + tl.arange(0, BLOCK_P)
-    r = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
-    p_acc = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
-    v_acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    rows = tl.cdiv(tl.cdiv(M, tl.num_programs(1)), BLOCK_M) * BLOCK_M
-    for m0 in range(split * rows, tl.minimum((split + 1) * rows, M), BLOCK_M):
-        m = m0 + tl.arange(0, BLOCK_M)
-        if p_part is not None or v_part is not None:
-            block = _read(x, m, k, M, K)
-        if p_part is not None:
-            s_block = _read_banded(s, p, m, s.row, M, M, BANDS, True).to(NUMERICS.factor_dtype)
-            p_acc = _dot_thin(s_block, block, p_acc, NUMERICS)
-        if v_part is not None:
-            if seed is not None:
-                block = _dropped(block, _seed_of(seed), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K)
-            # Whole rows of S, whose length is known to be a multiple of 16 where R is not.
-            s_block = _read_banded(_columns_from(s, P), r, m, s.row - P, M, M, BANDS, True).to(NUMERICS.factor_dtype)
-            v_acc = _dot_thin(s_block, block, v_acc, NUMERICS)
-        if dx is not None:
-            if rank_block == 0:
-                term = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-                if b_down is not None:
-                    term = _thin_product(
-                        _columns_from(s, P), _transposed(b_down), m, k, M, K, R, s.row if a_down is None else R, BANDS,
-                        NUMERICS, BLOCK_M, BLOCK_K, BLOCK_R,
-                    )  # fmt: skip
-                    if seed is not None:
-                        term = _dropped(term, _seed_of(seed), m, k0, threshold, inv_keep, BLOCK_M, BLOCK_K)
-                if a_down is not None:
-                    term += _thin_product(
-                        s, _transposed(a_down), m, k, M, K, P, P, BANDS, NUMERICS, BLOCK_M, BLOCK_K, BLOCK_P
-                    )
-                if tau is not None:
-                    term += _read_banded_vector(Vector(tau, 1), m, M, _padded(M), BANDS)[:, None]
-                _write(dx, _round(term, m, k, dx.ptr.dtype.element_ty), m, k, M, K)
-    if p_part is not None:
-        _store(p_part + tl.cast(split, tl.int64) * P * K, p_acc, p, k, K, 1, P, K)
-    if v_part is not None:
-        _store(v_part + tl.cast(split, tl.int64) * R * K, v_acc * inv_keep, r, k, K, 1, R, K)
-
-
-def padded(size: int) -> int:
-    """Numbers in a row of S, or in one of τ, of which so many are used (`glora.sums._padded`)."""
-    return cdiv(size, 16) * 16
-
-
 def dy_config(
     shape: Shape,
     dtype: torch.dtype,
@@ -286,6 +226,64 @@ def dy_launch(
     }  # fmt: skip
     grid = cdiv(m, config["rows"]) * _across(ranks), cdiv(n, band_width)
     return Launch(_dy_kernel, grid, args, options(config, args))
+
+
+@triton.jit(do_not_specialize=["seed", "threshold", "M", "P", "R"])
+def _x_kernel(
+    x, s, tau, a_down, b_down, dx, p_part, v_part, seed, M, K, P, R, threshold, inv_keep,
+    BANDS: tl.constexpr, NUMERICS: tl.constexpr, P_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One read of x for the gradients that multiply it, by splits of the rows; x dropped for columns of S from P on.
+
+    p_part[split] = S[:, :P]ᵀ·x (P,K), v_part[split] = S[:, P:]ᵀ·drop(x)/(1-p) (R,K). With `dx` also
+    dx[m,k] = Σₚ S·a_down + mask∘(Σᵣ S·b_down)/(1-p) + τ[m], for the vendor's product to be added to.
+    """
+    P = P // P_STEP * P_STEP  # what it is: for the compiler, a multiple of P_STEP
+    split = tl.program_id(1)
+    across = tl.cdiv(K, BLOCK_K)
+    rank_block = tl.program_id(0) // across  # the columns of a large S by programs of their own
+    k0 = tl.program_id(0) % across * BLOCK_K
+    k = k0 + tl.arange(0, BLOCK_K)
+    p = rank_block * BLOCK_P + tl.arange(0, BLOCK_P)
+    r = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    p_acc = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    v_acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    rows = tl.cdiv(tl.cdiv(M, tl.num_programs(1)), BLOCK_M) * BLOCK_M
+    for m0 in range(split * rows, tl.minimum((split + 1) * rows, M), BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        if p_part is not None or v_part is not None:
+            block = _read(x, m, k, M, K)
+        if p_part is not None:
+            s_block = _read_banded(s, p, m, s.row, M, M, BANDS, True).to(NUMERICS.factor_dtype)
+            p_acc = _dot_thin(s_block, block, p_acc, NUMERICS)
+        if v_part is not None:
+            if seed is not None:
+                block = _dropped(block, _seed_of(seed), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K)
+            # Whole rows of S, whose length is known to be a multiple of 16 where R is not.
+            s_block = _read_banded(_columns_from(s, P), r, m, s.row - P, M, M, BANDS, True).to(NUMERICS.factor_dtype)
+            v_acc = _dot_thin(s_block, block, v_acc, NUMERICS)
+        if dx is not None:
+            if rank_block == 0:
+                term = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+                if b_down is not None:
+                    term = _thin_product(
+                        _columns_from(s, P), _transposed(b_down), m, k, M, K, R, s.row if a_down is None else R, BANDS,
+                        NUMERICS, BLOCK_M, BLOCK_K, BLOCK_R,
+                    )  # fmt: skip
+                    if seed is not None:
+                        term = _dropped(term, _seed_of(seed), m, k0, threshold, inv_keep, BLOCK_M, BLOCK_K)
+                if a_down is not None:
+                    term += _thin_product(
+                        s, _transposed(a_down), m, k, M, K, P, P, BANDS, NUMERICS, BLOCK_M, BLOCK_K, BLOCK_P
+                    )
+                if tau is not None:
+                    term += _read_banded_vector(Vector(tau, 1), m, M, _padded(M), BANDS)[:, None]
+                _write(dx, _round(term, m, k, dx.ptr.dtype.element_ty), m, k, M, K)
+    if p_part is not None:
+        _store(p_part + tl.cast(split, tl.int64) * P * K, p_acc, p, k, K, 1, P, K)
+    if v_part is not None:
+        _store(v_part + tl.cast(split, tl.int64) * R * K, v_acc * inv_keep, r, k, K, 1, R, K)
 
 
 def x_config(

@@ -1,7 +1,4 @@
-"""What touches the weight, dense or in 4 bits, beside the large products: W_eff, the gradient of A, and W·c in β.
-
-The launchers around the weight, dense or in 4 bits: the gradient of A = lora, and W·c. They allocate nothing.
-"""
+"""What reads the weight, dense or in 4 bits, beside the large products: the gradient of A = lora, and W·c in β."""
 
 from typing import NamedTuple
 
@@ -14,13 +11,12 @@ from triton import cdiv
 from glora_kernels.four_bit.codec import _nearest, _weight_tile, weight_operands
 from glora_kernels.glora.product import GROUP
 from glora_kernels.quant import QuantizedWeight
-from glora_kernels.runtime import configs, tables
+from glora_kernels.runtime import configs, environment, tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import (
     NO_DROPOUT,
     Dropout,
     Launch,
-    arithmetic,
     halves,
     matrix,
     numerics,
@@ -134,68 +130,16 @@ def _hadamard_grad_kernel(
             _store(weff, _round(w_tile, n, k, NUMERICS.dtype), n, k, K, 1, N, K)
 
 
-@triton.jit
-def _wc_kernel(
-    w, codes, c, pair, wc, N, K, R,
-    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """wc[n] = Σₖ W[n,k]·c[k], c given or c[k] = Σᵣ C_up[k,r]·C_down[r] of a pair."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    r = tl.arange(0, BLOCK_R)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        if c is None:
-            up = _read(pair.up, k, r, K, R).to(tl.float32)
-            values = tl.sum(up * _load_vector(pair.down.ptr, r, pair.down.row, R)[None, :], 1)
-        else:
-            values = _read_vector(c, k, K)
-        w_tile = _read_weight(w, codes, tl.program_id(0) * BLOCK_N, k0, N, K, UPCAST, BLOCK_N, BLOCK_K)
-        total += tl.sum(w_tile * values[None, :], 1)
-    tl.store(wc + n, total, mask=n < N)
+class HadamardGrad(NamedTuple):
+    """What `hadamard_grad_launch` fills, as far as given: dup (k-tiles,N,R), ddown (n-tiles,R,K), weff (N,K), db_down.
 
+    dup = H·A_downᵀ and ddown = A_upᵀ·H are partial sums; weff = W∘(1 + A_up·A_down); db_down (r,K) = Σ Sᵀ·drop(x).
+    """
 
-@triton.jit
-def _wc_grad_kernel(
-    w, codes, g, part, N, K, rows_per_split,
-    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """part[split,k] = Σₙ W[n,k]·g[n] over the rows n of a split."""
-    first_k = tl.program_id(0) * BLOCK_K
-    k = first_k + tl.arange(0, BLOCK_K)
-    split = tl.program_id(1)
-    first = split * rows_per_split
-    last = tl.minimum(first + rows_per_split, N)
-    total = tl.zeros((BLOCK_K,), tl.float32)
-    for n0 in range(first, last, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        w_tile = _read_weight(w, codes, n0, first_k, last, K, UPCAST, BLOCK_N, BLOCK_K)
-        total += tl.sum(w_tile * _read_vector(g, n, last)[:, None], 0)
-    tl.store(part + tl.cast(split, tl.int64) * K + k, total, mask=k < K)
-
-
-@triton.jit
-def _c_grad_kernel(part, pair, dc, dc_up, dc_down, K, R, splits, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
-    """dc[k] = Σ_split part, dC_up[k,r] = dc[k]·C_down[r] and, by the last program alone, dC_down[r] = Σₖ C_up·dc."""
-    i = tl.program_id(0)
-    blocks = tl.cdiv(K, BLOCK_K)
-    r = tl.arange(0, BLOCK_R)
-    if i < blocks:
-        k = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        value = _vector_sum(part, K, k, K, splits)
-        if dc is not None:
-            tl.store(dc + k, value.to(dc.dtype.element_ty), mask=k < K)
-        if dc_up is not None:
-            product = value[:, None] * _load_vector(pair.down.ptr, r, pair.down.row, R)[None, :]
-            _store(dc_up, product, k, r, R, 1, K, R)
-    elif dc_down is not None:
-        total = tl.zeros((BLOCK_R,), tl.float32)
-        for k0 in range(0, K, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            value = _vector_sum(part, K, k, K, splits)
-            up = _read(pair.up, k, r, K, R).to(tl.float32)
-            total += tl.sum(up * value[:, None], 0)
-        tl.store(dc_down + r, total.to(dc_down.dtype.element_ty), mask=r < R)
+    dup: Tensor | None = None
+    ddown: Tensor | None = None
+    weff: Tensor | None = None
+    db_down: Tensor | None = None
 
 
 def hadamard_grad_config(
@@ -216,18 +160,6 @@ def hadamard_grad_tiles(
     """
     config = hadamard_grad_config(shape, dtype, arch, factors)
     return cdiv(shape.n, config["rows"]), cdiv(shape.k, config["cols"])
-
-
-class HadamardGrad(NamedTuple):
-    """What `hadamard_grad_launch` fills, as far as given: dup (k-tiles,N,R), ddown (n-tiles,R,K), weff (N,K), db_down.
-
-    dup = H·A_downᵀ and ddown = A_upᵀ·H are partial sums; weff = W∘(1 + A_up·A_down); db_down (r,K) = Σ Sᵀ·drop(x).
-    """
-
-    dup: Tensor | None = None
-    ddown: Tensor | None = None
-    weff: Tensor | None = None
-    db_down: Tensor | None = None
 
 
 def hadamard_grad_launch(
@@ -267,6 +199,27 @@ def hadamard_grad_launch(
     return Launch(_hadamard_grad_kernel, (tiles,), args, options(config, args))
 
 
+@triton.jit
+def _wc_kernel(
+    w, codes, c, pair, wc, N, K, R,
+    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """wc[n] = Σₖ W[n,k]·c[k], c given or c[k] = Σᵣ C_up[k,r]·C_down[r] of a pair."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        if c is None:
+            up = _read(pair.up, k, r, K, R).to(tl.float32)
+            values = tl.sum(up * _load_vector(pair.down.ptr, r, pair.down.row, R)[None, :], 1)
+        else:
+            values = _read_vector(c, k, K)
+        w_tile = _read_weight(w, codes, tl.program_id(0) * BLOCK_N, k0, N, K, UPCAST, BLOCK_N, BLOCK_K)
+        total += tl.sum(w_tile * values[None, :], 1)
+    tl.store(wc + n, total, mask=n < N)
+
+
 def wc_launch(
     weight: Tensor | QuantizedWeight,
     c: Tensor | None,
@@ -282,10 +235,29 @@ def wc_launch(
     config = tables.choose("weight", arch, weight.dtype, Shape(0, n, k, rank))
     args = {
         **weight_operands(weight), "c": vector(c), "pair": pair(c_up, c_down), "wc": wc,
-        "N": n, "K": k, "R": rank, "UPCAST": arithmetic(weight.dtype)["UPCAST"],
+        "N": n, "K": k, "R": rank, "UPCAST": environment.interpreting(),
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"], "BLOCK_R": configs.block_r(max(1, rank)),
     }  # fmt: skip
     return Launch(_wc_kernel, (cdiv(n, config["rows"]),), args, options(config, args))
+
+
+@triton.jit
+def _wc_grad_kernel(
+    w, codes, g, part, N, K, rows_per_split,
+    UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """part[split,k] = Σₙ W[n,k]·g[n] over the rows n of a split."""
+    first_k = tl.program_id(0) * BLOCK_K
+    k = first_k + tl.arange(0, BLOCK_K)
+    split = tl.program_id(1)
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, N)
+    total = tl.zeros((BLOCK_K,), tl.float32)
+    for n0 in range(first, last, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        w_tile = _read_weight(w, codes, n0, first_k, last, K, UPCAST, BLOCK_N, BLOCK_K)
+        total += tl.sum(w_tile * _read_vector(g, n, last)[:, None], 0)
+    tl.store(part + tl.cast(split, tl.int64) * K + k, total, mask=k < K)
 
 
 def wc_grad_splits(weight: Tensor | QuantizedWeight, arch: str) -> int:
@@ -303,9 +275,33 @@ def wc_grad_launch(weight: Tensor | QuantizedWeight, g: Tensor, part: Tensor, *,
     args = {
         **weight_operands(weight), "g": vector(g), "part": part,
         "N": n, "K": k, "rows_per_split": cdiv(cdiv(n, splits), config["rows"]) * config["rows"],
-        "UPCAST": arithmetic(weight.dtype)["UPCAST"], "BLOCK_N": config["rows"], "BLOCK_K": config["cols"],
+        "UPCAST": environment.interpreting(), "BLOCK_N": config["rows"], "BLOCK_K": config["cols"],
     }  # fmt: skip
     return Launch(_wc_grad_kernel, (cdiv(k, config["cols"]), splits), args, options(config, args))
+
+
+@triton.jit
+def _c_grad_kernel(part, pair, dc, dc_up, dc_down, K, R, splits, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    """dc[k] = Σ_split part, dC_up[k,r] = dc[k]·C_down[r] and, by the last program alone, dC_down[r] = Σₖ C_up·dc."""
+    i = tl.program_id(0)
+    blocks = tl.cdiv(K, BLOCK_K)
+    r = tl.arange(0, BLOCK_R)
+    if i < blocks:
+        k = i * BLOCK_K + tl.arange(0, BLOCK_K)
+        value = _vector_sum(part, K, k, K, splits)
+        if dc is not None:
+            tl.store(dc + k, value.to(dc.dtype.element_ty), mask=k < K)
+        if dc_up is not None:
+            product = value[:, None] * _load_vector(pair.down.ptr, r, pair.down.row, R)[None, :]
+            _store(dc_up, product, k, r, R, 1, K, R)
+    elif dc_down is not None:
+        total = tl.zeros((BLOCK_R,), tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            value = _vector_sum(part, K, k, K, splits)
+            up = _read(pair.up, k, r, K, R).to(tl.float32)
+            total += tl.sum(up * value[:, None], 0)
+        tl.store(dc_down + r, total.to(dc_down.dtype.element_ty), mask=r < R)
 
 
 def c_grad_launch(

@@ -18,9 +18,24 @@ from glora_kernels.runtime import configs
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Dropout
 from glora_kernels.runtime.sizes import rows
-from glora_kernels.tile import (
-    _pick,
-)
+
+
+@triton.jit
+def _pick(values, g):
+    """values[g], with g known at run time only."""
+    value = values[0]
+    for i in tl.static_range(1, len(values)):
+        value = tl.where(g == i, values[i], value)
+    return value
+
+
+@triton.jit
+def _pick_field(entries, g, FIELD: tl.constexpr):
+    """A field of entries[g]. One by one: Triton makes no structure but of a class that is written in the code."""
+    value = getattr(entries[0], FIELD)
+    for i in tl.static_range(1, len(entries)):
+        value = tl.where(g == i, getattr(entries[i], FIELD), value)
+    return value
 
 
 @triton.jit
@@ -34,13 +49,8 @@ def _rows(M, Ms, g):
 
 @triton.jit
 def _pick_rows(matrices, g):
-    """matrices[g], of matrices whose columns are neighbours, with g known at run time only."""
-    ptr = matrices[0].ptr
-    row = matrices[0].row
-    for i in tl.static_range(1, len(matrices)):
-        ptr = tl.where(g == i, matrices[i].ptr, ptr)
-        row = tl.where(g == i, matrices[i].row, row)
-    return Matrix(ptr, row, 1)
+    """matrices[g], of matrices whose columns are neighbours."""
+    return Matrix(_pick_field(matrices, g, "ptr"), _pick_field(matrices, g, "row"), 1)
 
 
 @triton.jit
@@ -49,48 +59,25 @@ def _pick_weight(weights, g, COLS_FIRST: tl.constexpr):
     if COLS_FIRST:
         return _pick_rows(weights, g)
     else:
-        ptr = weights[0].ptr
-        col = weights[0].col
-        for i in tl.static_range(1, len(weights)):
-            ptr = tl.where(g == i, weights[i].ptr, ptr)
-            col = tl.where(g == i, weights[i].col, col)
-        return Matrix(ptr, 1, col)
+        return Matrix(_pick_field(weights, g, "ptr"), 1, _pick_field(weights, g, "col"))
 
 
 @triton.jit
 def _pick_low(lows, g):
-    low = lows[0]
-    for i in tl.static_range(1, len(lows)):
-        other = lows[i]
-        low = Low(
-            tl.where(g == i, other.up, low.up),
-            tl.where(g == i, other.h, low.h),
-            tl.where(g == i, other.leaves, low.leaves),
-            tl.where(g == i, other.rank, low.rank),
-            tl.where(g == i, other.scale, low.scale),
-        )
-    return low
+    return Low(
+        _pick_field(lows, g, "up"), _pick_field(lows, g, "h"), _pick_field(lows, g, "leaves"),
+        _pick_field(lows, g, "rank"), _pick_field(lows, g, "scale"),
+    )  # fmt: skip
 
 
 @triton.jit
 def _pick_path(paths, t):
-    path = paths[0]
-    for i in tl.static_range(1, len(paths)):
-        other = paths[i]
-        path = Path(
-            tl.where(t == i, other.s, path.s),
-            tl.where(t == i, other.down, path.down),
-            tl.where(t == i, other.rank, path.rank),
-        )
-    return path
+    return Path(_pick_field(paths, t, "s"), _pick_field(paths, t, "down"), _pick_field(paths, t, "rank"))
 
 
 @triton.jit
 def _pick_bias(biases, g):
-    bias = biases[0]
-    for i in tl.static_range(1, len(biases)):
-        bias = Bias(tl.where(g == i, biases[i].ptr, bias.ptr), tl.where(g == i, biases[i].size, bias.size))
-    return bias
+    return Bias(_pick_field(biases, g, "ptr"), _pick_field(biases, g, "size"))
 
 
 @triton.jit
@@ -125,12 +112,9 @@ def row_counts(tensors: Sequence[Tensor]) -> dict[str, Any]:
 
 
 def _lows(
-    ups: Sequence[Tensor | None],
-    hs: Sequence[Tensor | None],
-    leave_h: Sequence[bool],
-    ranks: Sequence[int],
+    ups: Sequence[Tensor | None], hs: Sequence[Tensor | None], leave_h: Sequence[bool], ranks: Sequence[int],
     scales: Sequence[float],
-) -> tuple[Low, ...] | None:
+) -> tuple[Low, ...] | None:  # fmt: skip
     up, h = _addresses(ups), _addresses(hs)
     if up is None or h is None:
         return None

@@ -12,15 +12,24 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 
-from glora_kernels.glora.product import GROUP, in_parts, product_launch
+from glora_kernels.glora.product import (
+    GROUP,
+    MAX_DESCRIBED,
+    RANK_BLOCK,
+    in_parts,
+    product_launch,
+    product_operands,
+    tile_arguments,
+    tiles_of,
+)
 from glora_kernels.grouped.members import (
     _addresses,
     _biases,
     _lows,
     _masks,
     _member_of,
+    _pick,
     _pick_bias,
     _pick_low,
     _pick_path,
@@ -34,29 +43,27 @@ from glora_kernels.grouped.members import (
 from glora_kernels.operands import Matrix, Path
 from glora_kernels.runtime import configs, tables
 from glora_kernels.runtime.configs import Shape
-from glora_kernels.runtime.launch import Launch, descriptor, halves, matrix, numerics
+from glora_kernels.runtime.launch import Launch, halves, numerics
 from glora_kernels.runtime.sizes import rows
 from glora_kernels.tile import (
     _column_parts,
     _dot_thin,
     _dot_wide,
     _dropped,
+    _left_block,
     _load_vector,
-    _pick,
     _product,
+    _put,
     _read,
+    _right_block,
     _seed_of,
     _store,
     _thin_product,
     _tile_of,
     _times_factor,
-    _transposed,
 )
 
 _GROUP = tl.constexpr(GROUP)
-
-MAX_DESCRIBED = 4
-"""Up to so many members come as tensor descriptors, each with its own copy of the loop in the kernel."""
 
 
 @triton.jit
@@ -79,15 +86,8 @@ def _fwd_tile(
         h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            if TMA:
-                a = x.load([i * BLOCK_M, k0])
-                if COLS_FIRST:
-                    b = w.load([j * BLOCK_N, k0]).T
-                else:
-                    b = w.load([k0, j * BLOCK_N])
-            else:
-                a = _read(x, m, k, M, K)
-                b = _read(_transposed(w), k, n, K, N).to(NUMERICS.dtype)
+            a = _left_block(x, i * BLOCK_M, m, k0, k, M, K, TMA)
+            b = _right_block(w, j * BLOCK_N, n, k0, k, N, K, TMA, COLS_FIRST, NUMERICS)
             factor = _read(Matrix(down, 1, K), k, r, K, low.rank).to(NUMERICS.factor_dtype)
             acc = _dot_wide(a, b, acc, NUMERICS)
             h = _dot_thin(a, factor, h, NUMERICS)
@@ -110,10 +110,7 @@ def _fwd_tile(
                 part += _times_factor(h, up, n, N, low.rank, NUMERICS, BLOCK_M, BLOCK_N // PARTS, BLOCK_R)
         if bias is not None:
             part += _load_vector(bias.ptr, n, 1, bias.size)[None, :]
-        if TMA:
-            y.store([i * BLOCK_M, n0], part.to(NUMERICS.dtype))
-        else:
-            _store(y, part, m, n, N, 1, M, N)
+        _put(y if TMA else Matrix(y, N, 1), part, i * BLOCK_M, n0, m, n, M, N, TMA, NUMERICS)
 
 
 @triton.jit(do_not_specialize=["M", "tiles"])
@@ -173,25 +170,22 @@ def grouped_fwd_launch(
     ranks = [0 if up is None else up.shape[1] for up in ups]
     config = config or _fwd_config(xs, weights, max(ranks), arch)
     row_major = _row_major(weights)
-    shape = group_shape(xs, weights, 0)
     operands, config = _operands(
-        xs, weights, ys, _beside(config) if inside else config, arch, (shape.m, shape.n), ("x", "w", "y"), row_major
+        xs, weights, ys, _beside(config) if inside else config, arch, row_major, ("x", "w", "y")
     )  # fmt: skip
     if inside:  # also where it became another one, for pointers
         config = _beside(config)
-    tall, cols = config["rows"], config["cols"]
-    tiles = sum(cdiv(rows(y), tall) * cdiv(y.shape[1], cols) for y in ys)
     args = {
         **operands,
         "lows": _lows(ups, hs, leave_h, ranks, scales),
         "downs": _addresses(downs) if inside else None,
         "biases": _biases(biases),
-        **row_counts(ys), "Ns": tuple(y.shape[1] for y in ys), "Ks": tuple(w.shape[1] for w in weights), "tiles": tiles,
-        "COLS_FIRST": row_major, "PARTS": config["parts"], "NUMERICS": numerics(xs[0].dtype, *downs, *ups),
-        "BLOCK_M": tall, "BLOCK_N": cols, "BLOCK_K": config["depth"],
-        "BLOCK_R": configs.block_r(max(ranks)) if inside else 16,
+        **row_counts(ys), "Ns": tuple(y.shape[1] for y in ys), "Ks": tuple(w.shape[1] for w in weights),
+        "tiles": tiles_of(ys, config),
+        **tile_arguments(config, row_major, numerics(xs[0].dtype, *downs, *ups), "BLOCK_N", "BLOCK_K"),
+        "BLOCK_R": configs.block_r(max(ranks)) if inside else RANK_BLOCK,
     }  # fmt: skip
-    return product_launch(_grouped_fwd_kernel, tiles, args, ys[0], config, arch)
+    return product_launch(_grouped_fwd_kernel, ys, args, config, arch)
 
 
 def makes_h_inside(
@@ -262,10 +256,7 @@ def _dx_rest(
                     threshold = tl.cast(masks.threshold, tl.int32)
                     term = _dropped(term, seed, m, k0, threshold, masks.inv_keep, BLOCK_M, BLOCK_K // PARTS)
                 part += term
-        if TMA:
-            dx.store([i * BLOCK_M, k0], part.to(NUMERICS.dtype))
-        else:
-            _store(dx, part, m, k, K, 1, M, K)
+        _put(dx if TMA else Matrix(dx, K, 1), part, i * BLOCK_M, k0, m, k, M, K, TMA, NUMERICS)
 
 
 @triton.jit(do_not_specialize=["M", "tiles"])
@@ -345,22 +336,19 @@ def grouped_dx_launch(
     config = configs.fitted(
         "dx", in_parts(config, arch, how), arch, dys[0].dtype, shape.r, halves=halves(how), drops=dropout_p > 0.0
     )  # fmt: skip
-    across = sum(dx.shape[1] for dx in dxs)
     operands, config = _operands(
-        dys, [w.t() for w in weights], dxs, config, arch, (shape.m, across), ("dy", "w", "dx"), not row_major
+        dys, [w.t() for w in weights], dxs, config, arch, not row_major, ("dy", "w", "dx")
     )  # fmt: skip
-    tiles = sum(cdiv(rows(dx), config["rows"]) * cdiv(dx.shape[1], config["cols"]) for dx in dxs)
     args = {
         **operands,
         "paths": tuple(map(Path, paths.ss, paths.downs, ranks)) if ranks else None,
         "masks": _masks(dropout_p, paths.seeds),
         **row_counts(dxs), "Ns": tuple(w.shape[0] for w in weights), "Ks": tuple(dx.shape[1] for dx in dxs),
-        "tiles": tiles,
+        "tiles": tiles_of(dxs, config),
         "FIRST_MEMBERS": _firsts(owners, len(dxs)), "FIRST_PATHS": _firsts(path_owners, len(dxs)),
-        "COLS_FIRST": not row_major, "PARTS": config["parts"], "NUMERICS": how,
-        "BLOCK_M": config["rows"], "BLOCK_N": config["depth"], "BLOCK_K": config["cols"],
+        **tile_arguments(config, not row_major, how, "BLOCK_K", "BLOCK_N"),
     }  # fmt: skip
-    return product_launch(_grouped_dx_kernel, tiles, args, dxs[0], config, arch)
+    return product_launch(_grouped_dx_kernel, dxs, args, config, arch)
 
 
 def _firsts(owners: Sequence[int], count: int) -> tuple[int, ...]:
@@ -369,37 +357,19 @@ def _firsts(owners: Sequence[int], count: int) -> tuple[int, ...]:
 
 
 def _operands(
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    outs: Sequence[Tensor],
-    config: dict[str, int],
-    arch: str,
-    size: tuple[int, int],
-    names: tuple[str, str, str],
-    row_major: bool,
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """The matrices of left·rightᵀ, right (cols, depth), by name, and the configuration that suits them.
-
-    All of them as descriptors, the first x0 …, where the configuration wants TMA, it can read them and they are few;
-    else as tuples of matrices, xs ….
-    """
-    described: dict[str, Any] = {f"{name}{i}": None for name in names for i in range(MAX_DESCRIBED)}
-    mixed = rights[0].dtype != lefts[0].dtype
-    if config["tma"] and not mixed and len(lefts) <= MAX_DESCRIBED:
-        tall, cols, depth = config["rows"], config["cols"], config["depth"]
-        for i, (left, right) in enumerate(zip(lefts, rights, strict=True)):
-            described[f"{names[0]}{i}"] = descriptor(left, tall, depth)
-            described[f"{names[1]}{i}"] = (
-                descriptor(right, cols, depth) if row_major else descriptor(right.t(), depth, cols)
-            )
-        for i, out in enumerate(outs):
-            described[f"{names[2]}{i}"] = descriptor(out, tall, cols // config["parts"])
-        if sum(found is not None for found in described.values()) == 2 * len(lefts) + len(outs):
-            return described | dict.fromkeys(f"{name}s" for name in names), config
+    lefts: Sequence[Tensor], rights: Sequence[Tensor], outs: Sequence[Tensor], config: dict[str, int], arch: str,
+    cols_first: bool, names: tuple[str, str, str],
+) -> tuple[dict[str, Any], dict[str, int]]:  # fmt: skip
+    """The `product_operands` of a kernel by name: descriptors one by one, as x0 …, or matrices together, as xs."""
+    found, config = product_operands(lefts, rights, outs, config, arch, cols_first)
+    args: dict[str, Any] = {f"{name}{i}": None for name in names for i in range(MAX_DESCRIBED)}
+    args |= dict.fromkeys(f"{name}s" for name in names)
     if config["tma"]:
-        config = configs.large_product(arch, lefts[0].dtype, *size, mixed=mixed, tma=False)
-    pointers = (tuple(map(matrix, lefts)), tuple(map(matrix, rights)), tuple(outs))
-    return dict.fromkeys(described) | {f"{name}s": each for name, each in zip(names, pointers, strict=True)}, config
+        args |= {f"{name}{i}": one for name, each in zip(names, found, strict=True) for i, one in enumerate(each)}
+    else:
+        found[2] = list(outs)  # contiguous, as the caller made them
+        args |= {f"{name}s": tuple(each) for name, each in zip(names, found, strict=True)}
+    return args, config
 
 
 def _row_major(weights: Sequence[Tensor]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton import cdiv
 
 from glora_kernels.glora.sums import dy_config
-from glora_kernels.grouped.members import _addresses, _masks, _pick_rows, _rows, row_counts
+from glora_kernels.grouped.members import _addresses, _masks, _pick, _pick_rows, _rows, row_counts
 from glora_kernels.operands import Matrix
 from glora_kernels.runtime import configs, environment, tables
 from glora_kernels.runtime.configs import Shape
@@ -21,7 +21,6 @@ from glora_kernels.runtime.launch import Launch, factor_depth, halves, matrix, n
 from glora_kernels.tile import (
     _dot_thin,
     _dropped,
-    _pick,
     _read,
     _read_banded,
     _seed_of,

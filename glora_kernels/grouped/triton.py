@@ -10,7 +10,7 @@ were the columns of one layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from glora_kernels.glora import sums as reads
 from glora_kernels.grouped import product
 from glora_kernels.grouped import sums as thin
 from glora_kernels.grouped.group import ABSENT, Group, GroupGradients, GroupNeeds, Operands
-from glora_kernels.operands import Columns, Parts
+from glora_kernels.operands import NO_COLUMNS, Columns, Parts
 from glora_kernels.runtime.configs import MAX_FACTOR_RANK, MAX_RANK, Shape, m_class
 from glora_kernels.runtime.planning import arch_of
 from glora_kernels.runtime.recording import empty, zeros
@@ -31,29 +31,78 @@ from glora_kernels.runtime.sizes import rows
 _LINE = 128
 
 
+class _Call(NamedTuple):
+    """A call as both passes see it.
+
+    paths: (x, down, seed, s) of the distinct low-rank inputs; path_of: the index of each member's. rank: the largest.
+    wide: the dtype of h, S and what the factors are multiplied in.
+    """
+
+    operands: Operands
+    group: Group
+    paths: list[tuple[int, int, int, float]]
+    path_of: list[int]
+    rank: int
+    wide: torch.dtype
+    arch: str
+
+    def inputs(self, paths: Iterable[int]) -> list[Tensor]:
+        return [self.operands.xs[self.paths[t][0]] for t in paths]
+
+    def downs(self, paths: Iterable[int]) -> list[Tensor]:
+        return [self.operands.downs[self.paths[t][1]] for t in paths]
+
+    def seeds(self, paths: Iterable[int]) -> list[Tensor]:
+        """The keys of paths, all on one device; none where nothing is dropped."""
+        if not self.group.dropout_p:
+            return []
+        keys = self.operands.seeds
+        if len({key.device for key in keys}) > 1:
+            keys = [key.to(self.operands.xs[0].device) for key in keys]
+        return [keys[self.paths[t][2]] for t in paths]
+
+    def of_members(self, each: list[Tensor]) -> list[Tensor | None]:
+        """What belongs to a path, for each member."""
+        return [None if path == ABSENT else each[path] for path in self.path_of]
+
+
+def _call(operands: Operands, group: Group) -> _Call:
+    operands = _plain(operands)
+    rank = max((len(down) for down in operands.downs), default=0)
+    if rank > MAX_RANK:
+        raise RuntimeError(
+            f"the Triton kernels hold a rank of up to {MAX_RANK} in registers; got {rank}: use backend('eager')"
+        )
+    # One dtype for all members: `_plain` has made it one of each kind of factor.
+    down, up = (next(iter(tensors), None) for tensors in (operands.downs, operands.ups))
+    wide = factor_dtype(operands.xs[0].dtype, Supports(b_up=up, b_down=down))
+    return _Call(operands, group, group.paths(), group.path_of(), rank, wide, arch_of(operands.xs[0]))
+
+
 def forward(operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor]]:
     """(y_i (M,N) of every member, h_t (M,R) of every path). See `grouped.eager.forward`."""
-    operands = _plain(operands)
+    call = _call(operands, group)
+    operands, path_of, every = call.operands, call.path_of, range(len(call.paths))
     xs = [operands.xs[i] for i in group.x]
     weights = [operands.weights[i] for i in group.weight]
-    downs, ups = _of(operands.downs, group.down), _of(operands.ups, group.up)
-    paths, path_of = group.paths(), group.path_of()
-    rank = _max_rank(operands.downs)
-    arch = arch_of(xs[0])
-    wide = _factor_dtype(xs[0].dtype, operands)
-    hs = [empty(operands.xs[x], rows(operands.xs[x]), len(operands.downs[down]), dtype=wide) for x, down, _, _ in paths]
-    inside = product.makes_h_inside(xs, weights, [*operands.downs, *operands.ups], rank, group.dropout_p, arch)
+    hs = [
+        empty(x, rows(x), len(down), dtype=call.wide)
+        for x, down in zip(call.inputs(every), call.downs(every), strict=True)
+    ]
+    inside = product.makes_h_inside(
+        xs, weights, [*operands.downs, *operands.ups], call.rank, group.dropout_p, call.arch
+    )  # fmt: skip
     if hs and not inside:
         thin.grouped_down_launch(
-            [operands.xs[x] for x, _, _, _ in paths], [operands.downs[down] for _, down, _, _ in paths], hs,
-            scales=[scale for *_, scale in paths], dropout_p=group.dropout_p, seeds=_seeds(operands, group), arch=arch,
+            call.inputs(every), call.downs(every), hs, scales=[scale for *_, scale in call.paths],
+            dropout_p=group.dropout_p, seeds=call.seeds(every), arch=call.arch,
         ).run()  # fmt: skip
     ys = [empty(x, rows(x), len(w)) for x, w in zip(xs, weights, strict=True)]
     product.grouped_fwd_launch(
-        xs, weights, ys, downs=downs, ups=ups, biases=_of(operands.biases, group.bias),
-        hs=[None if path == ABSENT else hs[path] for path in path_of],
+        xs, weights, ys, downs=_of(operands.downs, group.down), ups=_of(operands.ups, group.up),
+        biases=_of(operands.biases, group.bias), hs=call.of_members(hs),
         leave_h=[path != ABSENT and path not in path_of[:i] for i, path in enumerate(path_of)],
-        scales=group.scales, inside=inside, arch=arch,
+        scales=group.scales, inside=inside, arch=call.arch,
     ).run()  # fmt: skip
     return ys, hs
 
@@ -62,14 +111,13 @@ def backward(
     dys: list[Tensor], operands: Operands, hs: list[Tensor], group: Group, needs: GroupNeeds
 ) -> GroupGradients:
     """The gradients of the distinct tensors. See `grouped.eager.backward`."""
-    operands = _plain(operands)
+    call = _call(operands, group)
     dys = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in dys]
     grads = GroupGradients.empty(needs)
-    arch = arch_of(dys[0])
-    read = _read_dy(dys, operands, hs, group, needs, arch)
-    downs, ss = _read_x(operands, read.ss, group, needs, arch)
-    _finish(dys, operands, read, downs, group, needs, grads, arch)
-    _input_gradients(dys, operands, ss, group, needs, grads, arch)
+    read = _read_dy(dys, call, hs, needs)
+    downs, ss = _read_x(call, read.ss, needs)
+    _finish(dys, call, read, downs, needs, grads)
+    _input_gradients(dys, call, ss, needs, grads)
     return grads
 
 
@@ -84,51 +132,48 @@ class _Read(NamedTuple):
     factor: Parts | None
 
 
-def _read_dy(
-    dys: list[Tensor], operands: Operands, hs: list[Tensor], group: Group, needs: GroupNeeds, arch: str
-) -> _Read:
+def _read_dy(dys: list[Tensor], call: _Call, hs: list[Tensor], needs: GroupNeeds) -> _Read:
     """S of every path, or of none; the sums along M as far as wanted."""
-    paths, path_of = group.paths(), group.path_of()
+    group, paths, path_of, rank, dy = call.group, call.paths, call.path_of, call.rank, dys[0]
     widths = [dy.shape[1] for dy in dys]
-    rank, total = _max_rank(operands.downs), sum(widths)
+    total = sum(widths)
     shape = Shape(max(map(rows, dys)), max(widths), max(widths), rank)
     users = [path_of.count(t) for t in range(len(paths))]
     sharing = max(users, default=0)
-    wide = _factor_dtype(dys[0].dtype, operands)
-    splits, bands, width = thin.grouped_dy_sizes(shape, group.size, sharing, dys[0].dtype, arch, wide)
+    splits, bands, width = thin.grouped_dy_sizes(shape, group.size, sharing, dy.dtype, call.arch, call.wide)
     # Of all paths or of none: a member whose place were missing would write into another's.
     wants_s = any(needs.xs[x] or needs.downs[down] for x, down, _, _ in paths)
     # Each member of a path adds bands of its own. Where a path has fewer of them than another, the rest stay zero.
     make = empty if len(set(users)) == 1 else zeros
     ss = [
-        make(dys[0], bands * sharing, rows(dys[path_of.index(t)]), len(operands.downs[down]), dtype=torch.float32)
+        make(dy, bands * sharing, rows(dys[path_of.index(t)]), len(call.operands.downs[down]), dtype=torch.float32)
         for t, (_, down, _, _) in enumerate(paths) if wants_s
     ]  # fmt: skip
     with_g = any(bias != ABSENT and needs.biases[bias] for bias in group.bias)
     with_factor = any(up != ABSENT and needs.ups[up] for up in group.up)
     here = with_factor and rank <= MAX_FACTOR_RANK
     count = with_g + rank * here
-    part = empty(dys[0], splits, count, reads.padded(total), dtype=torch.float32)[..., :total] if count else None
-    own_h = [None if path == ABSENT else hs[path] for path in path_of]
+    part = empty(dy, splits, count, reads.padded(total), dtype=torch.float32)[..., :total] if count else None
+    own_h = call.of_members(hs)
     if part is not None or ss:
         thin.grouped_dy_launch(
-            dys, ups=_of(operands.ups, group.up), hs=own_h if here else [None] * group.size,
-            ss=[None if path == ABSENT or not ss else ss[path] for path in path_of],
+            dys, ups=_of(call.operands.ups, group.up), hs=own_h if here else [None] * group.size,
+            ss=call.of_members(ss) if ss else [None] * group.size,
             first_bands=[path_of[:i].count(path) * bands for i, path in enumerate(path_of)],
-            parts=None if part is None else _columns(part, widths), with_g=with_g, scales=group.scales, factors=wide,
-            shape=shape, bands=(bands, width), arch=arch,
+            parts=None if part is None else _columns(part, widths), with_g=with_g, scales=group.scales,
+            factors=call.wide, shape=shape, bands=(bands, width), arch=call.arch,
         ).run()  # fmt: skip
     factor = end.parts(part[:, int(with_g) :], splits) if part is not None and here else None
     if with_factor and not here:
         shape = shape._replace(m=m_class(shape.m))
-        across = reads.x_splits(shape, dys[0].dtype, arch)
-        sums = empty(dys[0], across, rank, total, dtype=torch.float32)
+        across = reads.x_splits(shape, dy.dtype, call.arch)
+        sums = empty(dy, across, rank, total, dtype=torch.float32)
         factor = end.parts(sums, across)
         low = [i for i in range(group.size) if path_of[i] != ABSENT]
         columns = _columns(sums, widths)
         thin.grouped_x_launch(
             [dys[i] for i in low], ss=[given(own_h[i])[None] for i in low], parts=[columns[i] for i in low],
-            factors=hs[0].dtype, shape=shape, splits=across, arch=arch,
+            factors=hs[0].dtype, shape=shape, splits=across, arch=call.arch,
         ).run()  # fmt: skip
     return _Read(ss, end.parts(part[:, 0], splits) if part is not None and with_g else None, factor)
 
@@ -141,119 +186,89 @@ class _Downs(NamedTuple):
     grads: dict[int, Tensor]
 
 
-def _read_x(
-    operands: Operands, ss: list[Tensor], group: Group, needs: GroupNeeds, arch: str
-) -> tuple[_Downs | None, list[Tensor]]:
+def _read_x(call: _Call, ss: list[Tensor], needs: GroupNeeds) -> tuple[_Downs | None, list[Tensor]]:
     """S_tᵀ·x̃_t of every path whose gradient of `down` is wanted; and Σ_bands S_t of every path, if dx wants it.
 
     The latter is left by the launch of the former, which reads S, or where that does not read all of it, or reads no
     more bands than a few, made by a launch before.
     """
-    paths = group.paths()
-    wanted = [t for t, (_, down, _, _) in enumerate(paths) if needs.downs[down]]
-    for_dx = any(needs.xs)
-    wide = _factor_dtype(operands.xs[0].dtype, operands)
+    operands = call.operands
+    wanted = [t for t, (_, down, _, _) in enumerate(call.paths) if needs.downs[down]]
     sums: list[Tensor] | None = None
     m = max(map(rows, operands.xs))
-    if ss and for_dx:
-        sums = [empty(s, m, s.shape[2], dtype=wide) for s in ss]
-    many = bool(ss) and len(ss[0]) > thin.most_bands(_max_rank(operands.downs))
+    if ss and any(needs.xs):
+        sums = [empty(s, m, s.shape[2], dtype=call.wide) for s in ss]
+    many = bool(ss) and len(ss[0]) > thin.most_bands(call.rank)
     if ss and (many or (sums is not None and len(wanted) < len(ss))):
         if len(ss[0]) > 1:
             alone = [empty(s, 1, m, s.shape[2]) for s in ss]
             thin.grouped_bands_launch(ss, [s[0] for s in alone]).run()
             ss = alone
         sums = None
+    downs = None
     if wanted:
-        xs = [operands.xs[paths[t][0]] for t in wanted]
-        sizes = [tuple(operands.downs[paths[t][1]].shape) for t in wanted]
+        xs = call.inputs(wanted)
+        sizes = [tuple(down.shape) for down in call.downs(wanted)]
         k = max(x.shape[1] for x in xs)
         shape = Shape(m_class(max(map(rows, xs))), k, k, max(rank for rank, _ in sizes))
-        splits = reads.x_splits(shape, xs[0].dtype, arch)
+        splits = reads.x_splits(shape, xs[0].dtype, call.arch)
         parts = empty(xs[0], splits, _padded(sizes), dtype=torch.float32)
-        keys = _seeds(operands, group)
         thin.grouped_x_launch(
-            xs, ss=[ss[t] for t in wanted], sums=sums, parts=_views(parts, sizes), dropout_p=group.dropout_p,
-            seeds=[keys[t] for t in wanted] if keys else [], factors=wide, shape=shape, splits=splits, arch=arch,
+            xs, ss=[ss[t] for t in wanted], sums=sums, parts=_views(parts, sizes), dropout_p=call.group.dropout_p,
+            seeds=call.seeds(wanted), factors=call.wide, shape=shape, splits=splits, arch=call.arch,
         ).run()  # fmt: skip
-        dtype = _gradient_dtype(operands.downs, [down for _, down, _, _ in paths])
+        dtype = _gradient_dtype(operands.downs, [down for _, down, _, _ in call.paths])
         total = empty(parts, 1, parts.shape[1], dtype=dtype)
         downs = _Downs(parts, total, dict(zip(wanted, _views(total, sizes), strict=True)))
-    else:
-        downs = None
     return downs, [s[0] for s in ss] if sums is None else sums
 
 
 def _finish(
-    dys: list[Tensor],
-    operands: Operands,
-    read: _Read,
-    downs: _Downs | None,
-    group: Group,
-    needs: GroupNeeds,
-    grads: GroupGradients,
-    arch: str,
+    dys: list[Tensor], call: _Call, read: _Read, downs: _Downs | None, needs: GroupNeeds, grads: GroupGradients
 ) -> None:
     """Partial sums become d_up, d_bias and d_down, in one launch."""
-    rank, total = _max_rank(operands.downs), sum(dy.shape[1] for dy in dys)
-    outputs: dict[str, Tensor] = {}
+    operands, group, total = call.operands, call.group, sum(dy.shape[1] for dy in dys)
+    d_up = d_bias = None
+    columns = NO_COLUMNS
     if read.factor is not None:
-        outputs["db_up"] = empty(dys[0], total, rank, dtype=_gradient_dtype(operands.ups, group.up))
+        d_up = empty(dys[0], total, call.rank, dtype=_gradient_dtype(operands.ups, group.up))
     if read.part is not None:
-        outputs["de"] = empty(dys[0], total, dtype=_gradient_dtype(operands.biases, group.bias))
-    if outputs or downs is not None:
-        columns = Columns()
-        if read.part is not None:
-            columns = Columns(g=read.part.ptr, step=read.part.step, end=read.part.end, de=outputs["de"])
+        d_bias = empty(dys[0], total, dtype=_gradient_dtype(operands.biases, group.bias))
+        columns = Columns(g=read.part.ptr, step=read.part.step, end=read.part.end, de=d_bias)
+    if any(one is not None for one in (d_up, d_bias, downs)):
         end.finish_launch(
-            columns=columns, factor=read.factor, db_up=outputs.get("db_up"), n=total,
-            ranks=(0, 0 if read.factor is None else rank),
-            sums=() if downs is None else (end.summed(downs.parts, downs.sums),), dtype=dys[0].dtype, arch=arch,
+            columns=columns, factor=read.factor, db_up=d_up, n=total, ranks=(0, 0 if d_up is None else call.rank),
+            sums=() if downs is None else (end.summed(downs.parts, downs.sums),), dtype=dys[0].dtype, arch=call.arch,
         ).run()  # fmt: skip
     first = 0
-    for i, dy in enumerate(dys):
+    for dy, up, bias in zip(dys, group.up, group.bias, strict=True):
         last = first + dy.shape[1]
-        up, bias = group.up[i], group.bias[i]
         if up != ABSENT and needs.ups[up]:
-            _add(grads.ups, up, outputs["db_up"][first:last, : operands.ups[up].shape[1]])
+            _add(grads.ups, up, given(d_up)[first:last, : operands.ups[up].shape[1]])
         if bias != ABSENT and needs.biases[bias]:
-            _add(grads.biases, bias, outputs["de"][first:last])
+            _add(grads.biases, bias, given(d_bias)[first:last])
         first = last
     for t, grad in ({} if downs is None else downs.grads).items():
-        _add(grads.downs, group.paths()[t][1], grad[0])
+        _add(grads.downs, call.paths[t][1], grad[0])
 
 
 def _input_gradients(
-    dys: list[Tensor],
-    operands: Operands,
-    ss: list[Tensor],
-    group: Group,
-    needs: GroupNeeds,
-    grads: GroupGradients,
-    arch: str,
-) -> None:
+    dys: list[Tensor], call: _Call, ss: list[Tensor], needs: GroupNeeds, grads: GroupGradients
+) -> None:  # fmt: skip
     """dx of every x that wants one, each the sum over the members that read it."""
-    wanted = [o for o in range(len(operands.xs)) if needs.xs[o]]
+    group, weights = call.group, [call.operands.weights[i] for i in call.group.weight]
+    wanted = [o for o in range(len(call.operands.xs)) if needs.xs[o]]
     if not wanted:
         return
     place = {o: i for i, o in enumerate(wanted)}
     members = sorted((i for i in range(group.size) if group.x[i] in place), key=lambda i: place[group.x[i]])
-    paths = group.paths()
-    low = sorted((t for t, path in enumerate(paths) if path[0] in place), key=lambda t: place[paths[t][0]])
-    keys = _seeds(operands, group)
-    dxs = []
-    for o in wanted:
-        member = group.x.index(o)
-        dxs.append(empty(dys[0], rows(dys[member]), operands.weights[group.weight[member]].shape[1]))
+    low = sorted((t for t, path in enumerate(call.paths) if path[0] in place), key=lambda t: place[call.paths[t][0]])
+    firsts = [group.x.index(o) for o in wanted]
+    dxs = [empty(dys[0], rows(dys[i]), weights[i].shape[1]) for i in firsts]
     product.grouped_dx_launch(
-        [dys[i] for i in members], [operands.weights[group.weight[i]] for i in members], dxs,
-        owners=[place[group.x[i]] for i in members],
-        paths=product.Paths(
-            [ss[t] for t in low],
-            [operands.downs[paths[t][1]] for t in low],
-            [keys[t] for t in low] if keys else [],
-        ),
-        path_owners=[place[paths[t][0]] for t in low], dropout_p=group.dropout_p, arch=arch,
+        [dys[i] for i in members], [weights[i] for i in members], dxs, owners=[place[group.x[i]] for i in members],
+        paths=product.Paths([ss[t] for t in low], call.downs(low), call.seeds(low)),
+        path_owners=[place[call.paths[t][0]] for t in low], dropout_p=group.dropout_p, arch=call.arch,
     ).run()  # fmt: skip
     for o, dx in zip(wanted, dxs, strict=True):
         grads.xs[o] = dx
@@ -283,12 +298,6 @@ def _small(tensors: list[Tensor]) -> list[Tensor]:
     if len({tensor.dtype for tensor in tensors}) > 1:
         tensors = [tensor.float() for tensor in tensors]
     return [tensor.contiguous() for tensor in tensors]
-
-
-def _factor_dtype(dtype: torch.dtype, operands: Operands) -> torch.dtype:
-    """`dispatch.common.factor_dtype` of a group: one for all of its members."""
-    down, up = (next(iter(tensors), None) for tensors in (operands.downs, operands.ups))
-    return factor_dtype(dtype, Supports(b_up=up, b_down=down))
 
 
 def _gradient_dtype(tensors: Sequence[Tensor], indices: Sequence[int]) -> torch.dtype:
@@ -324,22 +333,3 @@ def _columns(part: Tensor, widths: list[int]) -> list[Tensor]:
 
 def _of(tensors: list[Tensor], indices: Sequence[int]) -> list[Tensor | None]:
     return [None if i == ABSENT else tensors[i] for i in indices]
-
-
-def _seeds(operands: Operands, group: Group) -> list[Tensor]:
-    """The key of every path, all on one device; none where nothing is dropped."""
-    if not group.dropout_p:
-        return []
-    keys = operands.seeds
-    if len({key.device for key in keys}) > 1:
-        keys = [key.to(operands.xs[0].device) for key in keys]
-    return [keys[seed] for _, _, seed, _ in group.paths()]
-
-
-def _max_rank(downs: list[Tensor]) -> int:
-    rank = max((len(down) for down in downs), default=0)
-    if rank > MAX_RANK:
-        raise RuntimeError(
-            f"the Triton kernels hold a rank of up to {MAX_RANK} in registers; got {rank}: use backend('eager')"
-        )
-    return rank

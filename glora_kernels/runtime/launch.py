@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from glora_kernels.operands import Constant, Matrix, Numerics, Pair, Shift, Terms, Vector
+from glora_kernels.operands import Constant, Matrix, Numerics, Pair, Shift, Terms, Vector, named_dtype
 from glora_kernels.reference.random import dropout_threshold
 from glora_kernels.runtime import environment, sizes
 from glora_kernels.runtime.planning import note
@@ -143,14 +143,9 @@ class LibraryProduct:
         return f"library product {m}x{n}x{k}{', added' if self.accumulates else ''}"
 
 
-def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
-    """How products are taken: fp32 exactly, unless PyTorch itself may use TF32; UPCAST in the interpreter."""
-    ieee = dtype != torch.float32 or not environment.allow_tf32()
-    return {
-        "DTYPE": triton_dtype(dtype),
-        "PRECISION": "ieee" if ieee else "tf32",
-        "UPCAST": environment.interpreting(),
-    }
+def precision(dtype: torch.dtype) -> str:
+    """How products of a dtype are taken: fp32 exactly, unless PyTorch itself may use TF32."""
+    return "tf32" if dtype == torch.float32 and environment.allow_tf32() else "ieee"
 
 
 def numerics(dtype: torch.dtype, *factors: Tensor | torch.dtype | None) -> Numerics:
@@ -159,12 +154,10 @@ def numerics(dtype: torch.dtype, *factors: Tensor | torch.dtype | None) -> Numer
     Factors are multiplied in fp32 where one is wider than 16 bits. Beside 16 bits that is taken as halves in bfloat16
     (`tile._dot`): two or three products of the matrix unit where TF32 would take three at half of the speed.
     """
-    products = arithmetic(dtype)
     dtypes = (t.dtype if isinstance(t, Tensor) else t for t in factors)
     widens = dtype.itemsize == 2 and any(t is not None and t.itemsize > 2 for t in dtypes)
-    name, precision = str(dtype).removeprefix("torch."), products["PRECISION"]
-    factor_name, factor_precision = ("float32", "halves") if widens else (name, precision)
-    return Numerics(name, precision, factor_name, factor_precision, products["UPCAST"])
+    own = str(dtype).removeprefix("torch."), precision(dtype)
+    return Numerics(*own, *(("float32", "halves") if widens else own), environment.interpreting())
 
 
 def matrix(tensor: Tensor | None) -> Matrix | None:
@@ -212,9 +205,7 @@ def factor_depth(config: dict[str, int], numbers: Numerics) -> int:
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-
-    return getattr(tl, str(dtype).removeprefix("torch."))
+    return named_dtype(str(dtype).removeprefix("torch."))
 
 
 def vector_stride(tensor: Tensor | None) -> int:

@@ -9,7 +9,7 @@ import triton
 from glora_kernels.operands import Constant
 from glora_kernels.runtime import configs, environment
 from glora_kernels.runtime.configs import SHARED_LIMIT
-from glora_kernels.runtime.launch import Launch, arithmetic, descriptor, matrix, sums, vector, vector_stride
+from glora_kernels.runtime.launch import Launch, descriptor, matrix, precision, sums, vector, vector_stride
 from glora_kernels.tools.aot import ARCHS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -141,10 +141,10 @@ def tf32():
 
 def test_precision(tf32):
     torch.backends.cuda.matmul.allow_tf32 = False
-    assert arithmetic(torch.float32)["PRECISION"] == "ieee"
+    assert precision(torch.float32) == "ieee"
     torch.backends.cuda.matmul.allow_tf32 = True
-    assert arithmetic(torch.float32)["PRECISION"] == "tf32"
-    assert arithmetic(torch.bfloat16)["PRECISION"] == "ieee"
+    assert precision(torch.float32) == "tf32"
+    assert precision(torch.bfloat16) == "ieee"
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
