@@ -12,7 +12,7 @@ _DITHER_COL = tl.constexpr(stream.DITHER_COL)
 
 
 @triton.jit
-def _dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """acc + left·right in fp32. UPCAST is for the interpreter, whose bfloat16 product is wrong.
 
     PRECISION "halves" multiplies fp32 by 16 bits, or by fp32, on the matrix unit: an operand is the sum of two halves
@@ -22,36 +22,36 @@ def _dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if PRECISION == "halves":
         left_high = left.to(tl.bfloat16)
         right_high = right.to(tl.bfloat16)
-        acc = _plain_dot(left_high, right_high, acc, "ieee", UPCAST)
+        acc = plain_dot(left_high, right_high, acc, "ieee", UPCAST)
         if left.dtype != tl.bfloat16:
             low = (left.to(tl.float32) - left_high.to(tl.float32)).to(tl.bfloat16)
-            acc = _plain_dot(low, right_high, acc, "ieee", UPCAST)
+            acc = plain_dot(low, right_high, acc, "ieee", UPCAST)
         if right.dtype != tl.bfloat16:
             low = (right.to(tl.float32) - right_high.to(tl.float32)).to(tl.bfloat16)
-            acc = _plain_dot(left_high, low, acc, "ieee", UPCAST)
+            acc = plain_dot(left_high, low, acc, "ieee", UPCAST)
         return acc
     else:
-        return _plain_dot(left, right, acc, PRECISION, UPCAST)
+        return plain_dot(left, right, acc, PRECISION, UPCAST)
 
 
 @triton.jit
-def _dot_wide(left, right, acc, NUMERICS: tl.constexpr):
+def dot_wide(left, right, acc, NUMERICS: tl.constexpr):
     """acc + left·right as operands of a large product are multiplied."""
     PRECISION: tl.constexpr = NUMERICS.precision
     UPCAST: tl.constexpr = NUMERICS.upcast
-    return _dot(left, right, acc, PRECISION, UPCAST)
+    return dot(left, right, acc, PRECISION, UPCAST)
 
 
 @triton.jit
-def _dot_thin(left, right, acc, NUMERICS: tl.constexpr):
+def dot_thin(left, right, acc, NUMERICS: tl.constexpr):
     """acc + left·right as factors, and what is made with them, are multiplied."""
     PRECISION: tl.constexpr = NUMERICS.factor_precision
     UPCAST: tl.constexpr = NUMERICS.upcast
-    return _dot(left, right, acc, PRECISION, UPCAST)
+    return dot(left, right, acc, PRECISION, UPCAST)
 
 
 @triton.jit
-def _plain_dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def plain_dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
@@ -59,7 +59,7 @@ def _plain_dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _tile_of(pid, num_i, num_j, GROUP: tl.constexpr):
+def place_of(pid, num_i, num_j, GROUP: tl.constexpr):
     """The (i, j) tile of a program: columns of GROUP row tiles, so that neighbours share operands in the L2."""
     per_group = GROUP * num_j
     first = (pid // per_group) * GROUP
@@ -68,52 +68,52 @@ def _tile_of(pid, num_i, num_j, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, rows, cols, stride_row, stride_col, num_rows, num_cols):
+def load(ptr, rows, cols, stride_row, stride_col, num_rows, num_cols):
     """The block ptr[rows, cols] with zeros outside (num_rows, num_cols); offsets are 64-bit."""
     offsets = rows.to(tl.int64)[:, None] * stride_row + cols.to(tl.int64)[None, :] * stride_col
     return tl.load(ptr + offsets, mask=(rows[:, None] < num_rows) & (cols[None, :] < num_cols), other=0.0)
 
 
 @triton.jit
-def _store(ptr, value, rows, cols, stride_row, stride_col, num_rows, num_cols):
+def store(ptr, value, rows, cols, stride_row, stride_col, num_rows, num_cols):
     offsets = rows.to(tl.int64)[:, None] * stride_row + cols.to(tl.int64)[None, :] * stride_col
     mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
     tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _load_vector(ptr, index, stride, size):
+def load_vector(ptr, index, stride, size):
     """ptr[index] in fp32 with zeros outside; stride 0 repeats a constant."""
     return tl.load(ptr + index.to(tl.int64) * stride, mask=index < size, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _read(matrix, rows, cols, num_rows, num_cols):
+def read(matrix, rows, cols, num_rows, num_cols):
     """The block matrix[rows, cols] with zeros outside (num_rows, num_cols)."""
-    return _load(matrix.ptr, rows, cols, matrix.row, matrix.col, num_rows, num_cols)
+    return load(matrix.ptr, rows, cols, matrix.row, matrix.col, num_rows, num_cols)
 
 
 @triton.jit
-def _write(matrix, value, rows, cols, num_rows, num_cols):
-    _store(matrix.ptr, value, rows, cols, matrix.row, matrix.col, num_rows, num_cols)
+def write(matrix, value, rows, cols, num_rows, num_cols):
+    store(matrix.ptr, value, rows, cols, matrix.row, matrix.col, num_rows, num_cols)
 
 
 @triton.jit
-def _read_vector(vector, index, size):
+def read_vector(vector, index, size):
     """vector[index], of a `Vector` or a `Constant`, in fp32 with zeros outside."""
     if len(vector) == 1:
         return tl.where(index < size, tl.load(vector.ptr).to(tl.float32), 0.0)
     else:
-        return _load_vector(vector.ptr, index, vector.step, size)
+        return load_vector(vector.ptr, index, vector.step, size)
 
 
 @triton.jit
-def _transposed(matrix):
+def transposed(matrix):
     return Matrix(matrix.ptr, matrix.col, matrix.row)
 
 
 @triton.jit
-def _columns_from(matrix, first):
+def columns_from(matrix, first):
     """The matrix without its first columns; all of it where `first` is None."""
     if first is None:
         return matrix
@@ -122,13 +122,13 @@ def _columns_from(matrix, first):
 
 
 @triton.jit
-def _band(matrix, band, M):
+def band(matrix, band, M):
     """Band `band` of a matrix (bands, M, C)."""
     return Matrix(matrix.ptr + tl.cast(M, tl.int64) * matrix.row * band, matrix.row, matrix.col)
 
 
 @triton.jit
-def _read_banded(matrix, rows, cols, num_rows, num_cols, M, BANDS: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+def read_banded(matrix, rows, cols, num_rows, num_cols, M, BANDS: tl.constexpr, TRANSPOSED: tl.constexpr = False):
     """Σ_band matrix[band, rows, cols] of (bands, M, C) in fp32, in a fixed order: sums that several programs made.
 
     TRANSPOSED: of its transpose; rows and cols, and their numbers, are then those of that.
@@ -151,31 +151,31 @@ def _read_banded(matrix, rows, cols, num_rows, num_cols, M, BANDS: tl.constexpr,
 
 
 @triton.jit
-def _read_banded_vector(vector, index, size, M, BANDS: tl.constexpr):
+def read_banded_vector(vector, index, size, M, BANDS: tl.constexpr):
     """Σ_band vector[band, index] of (bands, M) in fp32."""
-    value = _load_vector(vector.ptr, index, vector.step, size)
+    value = load_vector(vector.ptr, index, vector.step, size)
     for band in tl.static_range(1, BANDS):
-        value += _load_vector(vector.ptr + tl.cast(M, tl.int64) * band, index, vector.step, size)
+        value += load_vector(vector.ptr + tl.cast(M, tl.int64) * band, index, vector.step, size)
     return value
 
 
 @triton.jit
-def _beta(shift, n, N):
+def beta(shift, n, N):
     """β[n] of a `Shift` in fp32, zeros where it has no term."""
     beta = tl.zeros_like(n).to(tl.float32)
     if shift.bias is not None:
-        beta += _read_vector(shift.bias, n, N)
+        beta += read_vector(shift.bias, n, N)
         if shift.d is not None:
-            beta += beta * _read_vector(shift.d, n, N)
+            beta += beta * read_vector(shift.d, n, N)
     if shift.e is not None:
-        beta += _read_vector(shift.e, n, N)
+        beta += read_vector(shift.e, n, N)
     if shift.wc is not None:
-        beta += _read_vector(shift.wc, n, N)
+        beta += read_vector(shift.wc, n, N)
     return beta
 
 
 @triton.jit
-def _thin_product(
+def thin_product(
     low, right, rows, cols, M, num_cols, R, width,
     BANDS: tl.constexpr, NUMERICS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -186,32 +186,32 @@ def _thin_product(
     """
     acc = tl.zeros((ROWS, COLS), tl.float32)
     r = tl.arange(0, BLOCK_R)
-    left = _read_banded(low, rows, r, M, width, M, BANDS).to(NUMERICS.factor_dtype)
+    left = read_banded(low, rows, r, M, width, M, BANDS).to(NUMERICS.factor_dtype)
     for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
-        factor = _read(_transposed(right), r0 + r, cols, R, num_cols).to(NUMERICS.factor_dtype)
-        acc = _dot_thin(left, factor, acc, NUMERICS)
+        factor = read(transposed(right), r0 + r, cols, R, num_cols).to(NUMERICS.factor_dtype)
+        acc = dot_thin(left, factor, acc, NUMERICS)
         # A step ahead: what a loop carries reaches a wgmma through shared memory, what is made beside it in registers.
-        left = _read_banded(low, rows, r0 + BLOCK_R + r, M, width, M, BANDS).to(NUMERICS.factor_dtype)
+        left = read_banded(low, rows, r0 + BLOCK_R + r, M, width, M, BANDS).to(NUMERICS.factor_dtype)
     return acc
 
 
 @triton.jit
-def _times_factor(
+def times_factor(
     left, right, cols, num_cols, R,
     NUMERICS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Σ_r left[i, r]·right[j, r] of a tile in registers, (ROWS, BLOCK_R) in the factors' dtype; from zeros too."""
     r = tl.arange(0, BLOCK_R)
     if ROWS == 1:  # no matrix instruction takes one row
-        factor = _read(right, cols, r, num_cols, R).to(tl.float32)
+        factor = read(right, cols, r, num_cols, R).to(tl.float32)
         return tl.sum(factor * left.to(tl.float32), 1)[None, :]
     else:
-        factor = _read(_transposed(right), r, cols, R, num_cols).to(NUMERICS.factor_dtype)
-        return _dot_thin(left, factor, tl.zeros((ROWS, COLS), tl.float32), NUMERICS)
+        factor = read(transposed(right), r, cols, R, num_cols).to(NUMERICS.factor_dtype)
+        return dot_thin(left, factor, tl.zeros((ROWS, COLS), tl.float32), NUMERICS)
 
 
 @triton.jit
-def _add_terms(
+def add_terms(
     tile, terms, p_low, h_low, sigma, m, n, M, N, P, R,
     BANDS: tl.constexpr, NUMERICS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -222,40 +222,40 @@ def _add_terms(
     `terms.low` (bands, M, P+R) and `terms.sigma` (bands, M), BLOCK_R columns at a time.
     """
     if terms.a is not None:
-        tile *= 1.0 + _read_vector(terms.a, n, N)[None, :]
+        tile *= 1.0 + read_vector(terms.a, n, N)[None, :]
     if terms.u is not None:
         u = Matrix(terms.u, P, 1)
         if p_low is not None:
-            tile += _times_factor(p_low, u, n, N, P, NUMERICS, ROWS, COLS, BLOCK_P)
+            tile += times_factor(p_low, u, n, N, P, NUMERICS, ROWS, COLS, BLOCK_P)
         else:
-            tile += _thin_product(terms.low, u, m, n, M, N, P, P, BANDS, NUMERICS, ROWS, COLS, BLOCK_R)
+            tile += thin_product(terms.low, u, m, n, M, N, P, P, BANDS, NUMERICS, ROWS, COLS, BLOCK_R)
     if terms.up is not None:
         up = Matrix(terms.up, R, 1)
         if h_low is not None:
-            tile += _times_factor(h_low, up, n, N, R, NUMERICS, ROWS, COLS, BLOCK_R)
+            tile += times_factor(h_low, up, n, N, R, NUMERICS, ROWS, COLS, BLOCK_R)
         else:
-            h = _columns_from(terms.low, None if terms.u is None else P)
-            tile += _thin_product(h, up, m, n, M, N, R, R, BANDS, NUMERICS, ROWS, COLS, BLOCK_R)
+            h = columns_from(terms.low, None if terms.u is None else P)
+            tile += thin_product(h, up, m, n, M, N, R, R, BANDS, NUMERICS, ROWS, COLS, BLOCK_R)
     if terms.b is not None:
         if sigma is None:
-            sigma = _read_banded_vector(terms.sigma, m, M, M, BANDS)
-        tile += sigma[:, None] * _read_vector(terms.b, n, N)[None, :]
+            sigma = read_banded_vector(terms.sigma, m, M, M, BANDS)
+        tile += sigma[:, None] * read_vector(terms.b, n, N)[None, :]
     if terms.shift.bias is not None or terms.shift.e is not None or terms.shift.wc is not None:
-        tile += _beta(terms.shift, n, N)[None, :]
+        tile += beta(terms.shift, n, N)[None, :]
     return tile
 
 
 @triton.jit
-def _left_block(left, row, i, d0, d, num_rows, depth, TMA: tl.constexpr):
+def left_block(left, row, i, d0, d, num_rows, depth, TMA: tl.constexpr):
     """Rows i (from `row` on) and depths d (from d0 on) of a tensor descriptor (TMA), or of a matrix by cp.async."""
     if TMA:
         return left.load([row, d0])
     else:
-        return _read(left, i, d, num_rows, depth)
+        return read(left, i, d, num_rows, depth)
 
 
 @triton.jit
-def _right_block(
+def right_block(
     right, col, j, d0, d, num_cols, depth, TMA: tl.constexpr, COLS_FIRST: tl.constexpr, NUMERICS: tl.constexpr
 ):  # fmt: skip
     """Depths d (from d0 on) and columns j (from `col` on) of a matrix (cols, depth), in the dtype of products.
@@ -268,11 +268,11 @@ def _right_block(
         else:
             return right.load([d0, col])
     else:
-        return _read(_transposed(right), d, j, depth, num_cols).to(NUMERICS.dtype)
+        return read(transposed(right), d, j, depth, num_cols).to(NUMERICS.dtype)
 
 
 @triton.jit
-def _product(
+def product(
     acc, left, right, scale, row, col, num_rows, num_cols, depth,
     TMA: tl.constexpr, COLS_FIRST: tl.constexpr, NUMERICS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -282,35 +282,35 @@ def _product(
     j = col + tl.arange(0, COLS)
     for d0 in range(0, depth, DEPTH):
         d = d0 + tl.arange(0, DEPTH)
-        x = _left_block(left, row, i, d0, d, num_rows, depth, TMA)
+        x = left_block(left, row, i, d0, d, num_rows, depth, TMA)
         if scale is not None:
             # Rounding x·(1+a) to nearest would give x again where a is small.
-            x = _round(x.to(tl.float32) * (1.0 + _read_vector(scale, d, depth)[None, :]), i, d, NUMERICS.dtype)
-        w = _right_block(right, col, j, d0, d, num_cols, depth, TMA, COLS_FIRST, NUMERICS)
-        acc = _dot_wide(x, w, acc, NUMERICS)
+            x = rounded(x.to(tl.float32) * (1.0 + read_vector(scale, d, depth)[None, :]), i, d, NUMERICS.dtype)
+        w = right_block(right, col, j, d0, d, num_cols, depth, TMA, COLS_FIRST, NUMERICS)
+        acc = dot_wide(x, w, acc, NUMERICS)
     return acc
 
 
 @triton.jit
-def _put(out, part, row, col, m, n, M, N, TMA: tl.constexpr, NUMERICS: tl.constexpr):
+def put(out, part, row, col, m, n, M, N, TMA: tl.constexpr, NUMERICS: tl.constexpr):
     """Store the rows m (from `row` on) and columns n (from `col` on) of a result (M, N)."""
     if TMA:
         out.store([row, col], part.to(NUMERICS.dtype))
     else:
-        _write(out, part, m, n, M, N)
+        write(out, part, m, n, M, N)
 
 
 @triton.jit
-def _vector_sum(part_ptr, stride_part, index, size, splits):
+def vector_sum(part_ptr, stride_part, index, size, splits):
     """Σ_split part[split, index] in fp32."""
     total = tl.zeros_like(index).to(tl.float32)
     for split in range(splits):
-        total += _load_vector(part_ptr + tl.cast(split, tl.int64) * stride_part, index, 1, size)
+        total += load_vector(part_ptr + tl.cast(split, tl.int64) * stride_part, index, 1, size)
     return total
 
 
 @triton.jit
-def _seed_of(seed):
+def seed_of(seed):
     """The key of the dropout mask: a number from the host, or behind a pointer where a graph must redraw it."""
     if seed.dtype.is_ptr():
         return tl.load(seed)
@@ -319,7 +319,7 @@ def _seed_of(seed):
 
 
 @triton.jit
-def _column_parts(tile, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
+def column_parts(tile, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
     """A tile as PARTS (1, 2, 4 or 8) tiles of neighbouring columns, so that what is added to it needs few registers."""
     if PARTS == 1:
         return (tile,)
@@ -341,7 +341,7 @@ def _column_parts(tile, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.conste
 
 
 @triton.jit
-def _dropped(x, seed, rows, first_col, threshold, inv_keep, ROWS: tl.constexpr, COLS: tl.constexpr):
+def dropped(x, seed, rows, first_col, threshold, inv_keep, ROWS: tl.constexpr, COLS: tl.constexpr):
     """mask∘x/(1-p) of the (ROWS, COLS) block at (rows, first_col), first_col a multiple of 8.
 
     The counter (col // 8, row, 0, 0) yields the 16-bit numbers of eight neighbouring columns.
@@ -357,7 +357,7 @@ def _dropped(x, seed, rows, first_col, threshold, inv_keep, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def _round(value, rows, cols, dtype: tl.constexpr):
+def rounded(value, rows, cols, dtype: tl.constexpr):
     """fp32 → dtype; to 16 bits with the lattice dither, which keeps the mean (see reference.random)."""
     if dtype == tl.float32:
         return value
@@ -373,16 +373,16 @@ def _round(value, rows, cols, dtype: tl.constexpr):
 
 
 @triton.jit
-def _exact_dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def exact_dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """acc + left·right: of one 16-bit dtype as they are (their products are exact in fp32), else in fp32."""
     if left.dtype != right.dtype:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
-    return _dot(left, right, acc, PRECISION, UPCAST)
+    return dot(left, right, acc, PRECISION, UPCAST)
 
 
 @triton.jit
-def _factor_product(
+def factor_product(
     pair, n, k, N, K, R,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -390,6 +390,6 @@ def _factor_product(
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
         r = r0 + tl.arange(0, BLOCK_R)
-        up = _read(pair.up, n, r, N, R)
-        acc = _exact_dot(up, _read(pair.down, r, k, R, K), acc, PRECISION, UPCAST)
+        up = read(pair.up, n, r, N, R)
+        acc = exact_dot(up, read(pair.down, r, k, R, K), acc, PRECISION, UPCAST)
     return acc

@@ -8,28 +8,12 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from glora_kernels.depth.rows import (
-    _COPY_WIDTH,
-    _LAYER_WIDTH,
-    COPY_COLUMNS,
-    LayerTable,
-    _c_values,
-    _common,
-    _grid,
-    _number,
-    _pointer,
-    _real,
-    _size,
-    _store_beta,
-    _strides,
-    _vector,
-    pass_config,
-)  # fmt: skip
+from glora_kernels import tile
+from glora_kernels.depth import rows
 from glora_kernels.depth.table import GroupKey, PointerTable, aligned, pointer_table
 from glora_kernels.operands import Matrix, Pair
 from glora_kernels.runtime import configs, environment
 from glora_kernels.runtime.launch import Launch, options, triton_dtype
-from glora_kernels.tile import _exact_dot, _factor_product, _load, _store
 
 _WORDS = {2: torch.int16, 4: torch.int32}
 """The integers in which numbers of that many bytes are copied."""
@@ -49,66 +33,66 @@ def _merge_kernel(
     P = W·A_up. The sums are the literal ones, in fp32 and their order (the launch forbids fused multiply-adds), and
     rounded once. The HAS_ flags say what any layer of the table has; a layer's own forms are in its row.
     """
-    row = table_ptr + tl.program_id(1).to(tl.int64) * _LAYER_WIDTH
-    N = _size(row, "N", ALIGN if TRANSPOSED else 1)
+    row = table_ptr + tl.program_id(1).to(tl.int64) * rows.LAYER_WIDTH
+    N = rows.size(row, "N", ALIGN if TRANSPOSED else 1)
     if tl.program_id(0) * BLOCK_N >= N:
         return
-    K = _size(row, "K", ALIGN)
-    w_ptr = _pointer(row, "weight", DTYPE, ALIGN)
-    stride_n, stride_k = _strides(row, TRANSPOSED, ALIGN)
+    K = rows.size(row, "K", ALIGN)
+    w_ptr = rows.pointer(row, "weight", DTYPE, ALIGN)
+    stride_n, stride_k = rows.strides(row, TRANSPOSED, ALIGN)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rank_a, rank_b, rank_p = _size(row, "rank_a"), _size(row, "rank_b"), _size(row, "rank_p")
-    a_up, a_down = _pointer(row, "a_up", ADAPTER), _pointer(row, "a_down", ADAPTER, ALIGN)
-    b_up, b_down = _pointer(row, "b_up", ADAPTER), _pointer(row, "b_down", ADAPTER, ALIGN)
-    a, b = _vector(row, "a", n, N, ADAPTER), _vector(row, "b", n, N, ADAPTER)
-    has_a, has_b = (_number(row, "a") != 0) | (rank_a > 0), (_number(row, "b") != 0) | (rank_b > 0)
-    scale = _real(row, "scale")
+    rank_a, rank_b, rank_p = rows.size(row, "rank_a"), rows.size(row, "rank_b"), rows.size(row, "rank_p")
+    a_up, a_down = rows.pointer(row, "a_up", ADAPTER), rows.pointer(row, "a_down", ADAPTER, ALIGN)
+    b_up, b_down = rows.pointer(row, "b_up", ADAPTER), rows.pointer(row, "b_down", ADAPTER, ALIGN)
+    a, b = rows.vector(row, "a", n, N, ADAPTER), rows.vector(row, "b", n, N, ADAPTER)
+    has_a, has_b = (rows.number(row, "a") != 0) | (rank_a > 0), (rows.number(row, "b") != 0) | (rank_b > 0)
+    scale = rows.real(row, "scale")
     if HAS_PRODUCT:
         r = tl.arange(0, BLOCK_P)
         p = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
         if rank_p > 0:
             for k0 in range(0, K, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
-                w = _load(w_ptr, n, k, stride_n, stride_k, N, K)
-                up = _load(a_up, k, r, rank_p, 1, K, rank_p)
-                p = _exact_dot(w, up, p, PRECISION, UPCAST)
+                w = tile.load(w_ptr, n, k, stride_n, stride_k, N, K)
+                up = tile.load(a_up, k, r, rank_p, 1, K, rank_p)
+                p = tile.exact_dot(w, up, p, PRECISION, UPCAST)
     if HAS_C:
         wc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        has_c = (_number(row, "c") != 0) | (_size(row, "rank_c") > 0)
-    following = _load(w_ptr, n, tl.arange(0, BLOCK_K), stride_n, stride_k, N, K)
+        has_c = (rows.number(row, "c") != 0) | (rows.size(row, "rank_c") > 0)
+    following = tile.load(w_ptr, n, tl.arange(0, BLOCK_K), stride_n, stride_k, N, K)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         w = following.to(tl.float32)
-        following = _load(w_ptr, n, k + BLOCK_K, stride_n, stride_k, N, K)
+        following = tile.load(w_ptr, n, k + BLOCK_K, stride_n, stride_k, N, K)
         merged = w
         if HAS_C:
             if has_c:
-                wc += w * _c_values(row, k, K, ADAPTER, BLOCK_R)[None, :]
+                wc += w * rows.c_values(row, k, K, ADAPTER, BLOCK_R)[None, :]
         if has_a:
             term = tl.broadcast_to(a[:, None], (BLOCK_N, BLOCK_K))
             if HAS_LOW_A:
                 pair = Pair(Matrix(a_up, rank_a, 1), Matrix(a_down, K, 1))
-                term += _factor_product(pair, n, k, N, K, rank_a, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_R)
+                term += tile.factor_product(pair, n, k, N, K, rank_a, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_R)
             merged += w * term
         if HAS_PRODUCT:
             if rank_p > 0:
-                down = _load(a_down, r, k, K, 1, rank_p, K)
-                merged += _exact_dot(p, down, tl.zeros((BLOCK_N, BLOCK_K), tl.float32), PRECISION, UPCAST)
+                down = tile.load(a_down, r, k, K, 1, rank_p, K)
+                merged += tile.exact_dot(p, down, tl.zeros((BLOCK_N, BLOCK_K), tl.float32), PRECISION, UPCAST)
         if has_b:
             term = tl.broadcast_to(b[:, None], (BLOCK_N, BLOCK_K))
             if HAS_LOW_B:
                 pair = Pair(Matrix(b_up, rank_b, 1), Matrix(b_down, K, 1))
-                low = _factor_product(pair, n, k, N, K, rank_b, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_R)
+                low = tile.factor_product(pair, n, k, N, K, rank_b, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_R)
                 term += scale * low
             merged += term
-        _store(w_ptr, merged, n, k, stride_n, stride_k, N, K)
+        tile.store(w_ptr, merged, n, k, stride_n, stride_k, N, K)
     total = tl.zeros((BLOCK_N,), tl.float32)
     if HAS_C:
         total = tl.sum(wc, 1)
-    _store_beta(row, n, N, total, ADAPTER, BIAS, BIAS)
+    rows.store_beta(row, n, N, total, ADAPTER, BIAS, BIAS)
 
 
-def merge_launch(table: LayerTable, *, arch: str) -> Launch:
+def merge_launch(table: rows.LayerTable, *, arch: str) -> Launch:
     """W ← W + W∘A + s·B (W + W·A + s·B) in place and, to the column `beta`, b + b∘D + E + W·C of the old W."""
     key = table.key
     low_a, low_b = table.rank("A_down"), table.rank("B_down")
@@ -118,21 +102,21 @@ def merge_launch(table: LayerTable, *, arch: str) -> Launch:
     args = {
         "table_ptr": table.pointers.entries,
         "HAS_LOW_A": low_a > 0, "HAS_LOW_B": low_b > 0, "HAS_PRODUCT": product > 0, "HAS_C": has_c,
-        **_common(table),
+        **rows.constants(table),
         "PRECISION": _merge_precision(arch, key.dtype), "UPCAST": environment.interpreting(),
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"],
         "BLOCK_R": configs.block_r(max(1, low_a, low_b), config["rank"]), "BLOCK_P": configs.block_r(max(1, product)),
     }  # fmt: skip
     # A fused multiply-add would round W + W∘A once where the literal sum rounds twice.
-    return Launch(_merge_kernel, _grid(table, config), args, options(config) | {"enable_fp_fusion": False})
+    return Launch(_merge_kernel, rows.grid(table, config), args, options(config) | {"enable_fp_fusion": False})
 
 
 def merge_config(arch: str, key: GroupKey, terms: int, align: int) -> dict[str, int]:
-    """A tile as in `pass_config`, a narrow one where there is more than one of the `terms` that take registers.
+    """A tile as in `rows.pass_config`, a narrow one where there is more than one of the `terms` that take registers.
 
     `rank`: the most of a rank at a time; products in fp32 hold their operands in registers.
     """
-    config = pass_config(arch, key, narrow=terms > 1 or align == 1)
+    config = rows.pass_config(arch, key, narrow=terms > 1 or align == 1)
     warps = 4 if terms or arch == "cpu" else 8
     return config | {"rank": 16 if key.adapter == torch.float32 else 32, "num_warps": warps}
 
@@ -151,12 +135,12 @@ def _merge_precision(arch: str, dtype: torch.dtype) -> str:
 def _copy(row, TO: tl.constexpr, FROM: tl.constexpr, COUNT: tl.constexpr, WORD: tl.constexpr, ALIGN: tl.constexpr,
           BLOCK: tl.constexpr):  # fmt: skip
     """Block `program_id(0)` of one copy; nothing beyond its end."""
-    size = _number(row, COUNT, ALIGN)
+    size = rows.number(row, COUNT, ALIGN)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     if first < size:
         i = first + tl.arange(0, BLOCK)
-        value = tl.load(_pointer(row, FROM, WORD, ALIGN) + i, mask=i < size)
-        tl.store(_pointer(row, TO, WORD, ALIGN) + i, value, mask=i < size)
+        value = tl.load(rows.pointer(row, FROM, WORD, ALIGN) + i, mask=i < size)
+        tl.store(rows.pointer(row, TO, WORD, ALIGN) + i, value, mask=i < size)
 
 
 @triton.jit
@@ -165,21 +149,21 @@ def _restore_kernel(
     WORD: tl.constexpr, BIAS_WORD: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Every layer's weight and bias back from their copies, as integers of their width: bit for bit."""
-    row = table_ptr + tl.program_id(1).to(tl.int64) * _COPY_WIDTH
+    row = table_ptr + tl.program_id(1).to(tl.int64) * rows.COPY_WIDTH
     _copy(row, "target", "source", "size", WORD, ALIGN, BLOCK)
     _copy(row, "bias_target", "bias_source", "bias_size", BIAS_WORD, 1, BLOCK)
 
 
 def restore_table(copies: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]) -> PointerTable:
     """The table of `restore_launch`: (weight, its copy, bias, its copy) of each layer, dense in the same strides."""
-    rows = [
+    layers = [
         {
             "target": w, "source": w_copy, "size": w.numel(),
             "bias_target": b, "bias_source": b_copy, "bias_size": 0 if b is None else b.numel(),
         }
         for w, w_copy, b, b_copy in copies
     ]  # fmt: skip
-    return pointer_table(rows, COPY_COLUMNS, copies[0][0].device)
+    return pointer_table(layers, rows.COPY_COLUMNS, copies[0][0].device)
 
 
 def restore_launch(

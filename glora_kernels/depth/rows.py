@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
+from glora_kernels import tile
 from glora_kernels.depth.table import GroupKey, Layer, PointerTable, aligned, pointer_table
 from glora_kernels.runtime.launch import triton_dtype, vector_stride
-from glora_kernels.tile import _load
 
 LAYER_COLUMNS = (
     "weight", "stride", "N", "K", "scale", "rank_a", "rank_b", "rank_c", "rank_p",
@@ -43,7 +43,7 @@ PRODUCT_COLUMNS = (
 """One layer's part of a shared factor's gradient: part_scale·leftᵀ·drop(right), left (M,R), right (M,C)."""
 
 _TABLES = (LAYER_COLUMNS, COPY_COLUMNS, FACTOR_COLUMNS, PRODUCT_COLUMNS)
-_LAYER_WIDTH, _COPY_WIDTH, _FACTOR_WIDTH, _PRODUCT_WIDTH = (tl.constexpr(len(table)) for table in _TABLES)
+LAYER_WIDTH, COPY_WIDTH, FACTOR_WIDTH, PRODUCT_WIDTH = (tl.constexpr(len(table)) for table in _TABLES)
 _PLACES = {name: place for table in _TABLES for place, name in enumerate(table)}
 """Of a column in a row of its table; no two tables share a name."""
 
@@ -54,32 +54,32 @@ def _place(column):
 
 
 @triton.jit
-def _number(row, COLUMN: tl.constexpr, ALIGN: tl.constexpr = 1):
+def number(row, COLUMN: tl.constexpr, ALIGN: tl.constexpr = 1):
     """A 64-bit entry. The compiler knows nothing of what comes out of memory: ALIGN tells it a divisor."""
     return tl.multiple_of(tl.load(row + _place(COLUMN)), ALIGN)
 
 
 @triton.jit
-def _size(row, COLUMN: tl.constexpr, ALIGN: tl.constexpr = 1):
+def size(row, COLUMN: tl.constexpr, ALIGN: tl.constexpr = 1):
     """A 32-bit entry."""
     return tl.multiple_of(tl.load(row + _place(COLUMN)).to(tl.int32), ALIGN)
 
 
 @triton.jit
-def _real(row, COLUMN: tl.constexpr):
+def real(row, COLUMN: tl.constexpr):
     """The fp32 number whose bits an entry is."""
     return tl.load(row + _place(COLUMN)).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr = 1):
+def pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr = 1):
     return tl.multiple_of(tl.load(row + _place(COLUMN)).to(tl.pointer_type(DTYPE)), ALIGN)
 
 
 @triton.jit
-def _strides(row, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr):
+def strides(row, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr):
     """(stride_n, stride_k) of a weight stored (N,K), or (K,N) if TRANSPOSED; one of them is known to be 1."""
-    stride = _number(row, "stride", ALIGN)
+    stride = number(row, "stride", ALIGN)
     if TRANSPOSED:
         return 1, stride
     else:
@@ -87,7 +87,7 @@ def _strides(row, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _vector(row, COLUMN: tl.constexpr, index, size, DTYPE: tl.constexpr):
+def vector(row, COLUMN: tl.constexpr, index, size, DTYPE: tl.constexpr):
     """A vector (or constant) in fp32 at `index`; zeros outside, and where it is absent."""
     address = tl.load(row + _place(COLUMN))
     offsets = index.to(tl.int64) * tl.load(row + _place(COLUMN) + 1)
@@ -96,7 +96,7 @@ def _vector(row, COLUMN: tl.constexpr, index, size, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _put(row, COLUMN: tl.constexpr, value, index, size, DTYPE: tl.constexpr):
+def put(row, COLUMN: tl.constexpr, value, index, size, DTYPE: tl.constexpr):
     """Store a vector where its address is given."""
     address = tl.load(row + _place(COLUMN))
     mask = (index < size) & (address != 0)
@@ -104,7 +104,7 @@ def _put(row, COLUMN: tl.constexpr, value, index, size, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _put_sum(row, COLUMN: tl.constexpr, value, DTYPE: tl.constexpr):
+def put_sum(row, COLUMN: tl.constexpr, value, DTYPE: tl.constexpr):
     """Store a gradient of a constant where its address is given."""
     address = tl.load(row + _place(COLUMN))
     if address != 0:
@@ -112,25 +112,25 @@ def _put_sum(row, COLUMN: tl.constexpr, value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _c_values(row, k, K, ADAPTER: tl.constexpr, BLOCK_R: tl.constexpr):
+def c_values(row, k, K, ADAPTER: tl.constexpr, BLOCK_R: tl.constexpr):
     """c[k] in fp32: given, or Σᵣ C_up[k,r]·C_down[r]; zeros where there is no C."""
-    c = _vector(row, "c", k, K, ADAPTER)
-    rank = _size(row, "rank_c")
-    up_ptr, down_ptr = _pointer(row, "c_up", ADAPTER), _pointer(row, "c_down", ADAPTER)
+    c = vector(row, "c", k, K, ADAPTER)
+    rank = size(row, "rank_c")
+    up_ptr, down_ptr = pointer(row, "c_up", ADAPTER), pointer(row, "c_down", ADAPTER)
     for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
         r = r0 + tl.arange(0, BLOCK_R)
         down = tl.load(down_ptr + r, mask=r < rank, other=0.0).to(tl.float32)
-        c += tl.sum(_load(up_ptr, k, r, rank, 1, K, rank).to(tl.float32) * down[None, :], 1)
+        c += tl.sum(tile.load(up_ptr, k, r, rank, 1, K, rank).to(tl.float32) * down[None, :], 1)
     return c
 
 
 @triton.jit
-def _store_beta(row, n, N, wc, ADAPTER: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr):
+def store_beta(row, n, N, wc, ADAPTER: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr):
     """β[n] = b + b∘d + e + wc to the address that `beta` gives."""
-    beta = _vector(row, "bias", n, N, BIAS)
-    beta += beta * _vector(row, "d", n, N, ADAPTER)
-    beta += _vector(row, "e", n, N, ADAPTER)
-    _put(row, "beta", beta + wc, n, N, OUT)
+    beta = vector(row, "bias", n, N, BIAS)
+    beta += beta * vector(row, "d", n, N, ADAPTER)
+    beta += vector(row, "e", n, N, ADAPTER)
+    put(row, "beta", beta + wc, n, N, OUT)
 
 
 class LayerTable(NamedTuple):
@@ -216,7 +216,7 @@ def _row(layer: Layer, key: GroupKey) -> dict[str, Any]:
     return row | {name.lower(): get(name) for name in ("A_up", "A_down", "B_up", "B_down", "C_up", "C_down")}
 
 
-def _common(table: LayerTable) -> dict[str, Any]:
+def constants(table: LayerTable) -> dict[str, Any]:
     key = table.key
     return {
         "TRANSPOSED": key.transposed, "ALIGN": table.align, "DTYPE": triton_dtype(key.dtype),
@@ -224,5 +224,5 @@ def _common(table: LayerTable) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _grid(table: LayerTable, config: dict[str, int]) -> tuple[int, int]:
+def grid(table: LayerTable, config: dict[str, int]) -> tuple[int, int]:
     return cdiv(table.rows, config["rows"]), len(table.layers)

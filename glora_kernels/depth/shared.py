@@ -8,21 +8,12 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
-from glora_kernels.depth.rows import (
-    _FACTOR_WIDTH,
-    _PRODUCT_WIDTH,
-    FACTOR_COLUMNS,
-    PRODUCT_COLUMNS,
-    _number,
-    _pointer,
-    _real,
-    _size,
-)  # fmt: skip
+from glora_kernels import tile
+from glora_kernels.depth import rows
 from glora_kernels.depth.table import PointerTable, SharedFactor, aligned, pointer_table
 from glora_kernels.reference.random import dropout_threshold
 from glora_kernels.runtime import configs
 from glora_kernels.runtime.launch import Launch, halves, numerics, options, triton_dtype
-from glora_kernels.tile import _dot_thin, _dropped, _load, _store
 
 
 @triton.jit
@@ -32,45 +23,46 @@ def _shared_grad_kernel(
     BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Σ_l scale_l·left_lᵀ·(mask∘right_l) (R,C) of every shared factor, in fp32, in the order of the table's layers."""
-    factor = factor_ptr + tl.program_id(2).to(tl.int64) * _FACTOR_WIDTH
-    R, C = _size(factor, "R"), _size(factor, "C", ALIGN)
+    factor = factor_ptr + tl.program_id(2).to(tl.int64) * rows.FACTOR_WIDTH
+    R, C = rows.size(factor, "R"), rows.size(factor, "C", ALIGN)
     c0, r0 = tl.program_id(0) * BLOCK_C, tl.program_id(1) * BLOCK_R
     if (c0 >= C) | (r0 >= R):
         return
     c, r = c0 + tl.arange(0, BLOCK_C), r0 + tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    first = _size(factor, "first")
-    for member in range(first, first + _size(factor, "count")):
-        row = product_ptr + tl.cast(member, tl.int64) * _PRODUCT_WIDTH
-        left, right = _pointer(row, "left", NUMERICS.factor_dtype), _pointer(row, "right", NUMERICS.dtype, ALIGN)
-        left_m, left_r = _number(row, "left_stride_m"), _number(row, "left_stride_r")
-        right_m = _number(row, "right_stride_m", ALIGN)
-        M = _size(row, "M")
+    first = rows.size(factor, "first")
+    for member in range(first, first + rows.size(factor, "count")):
+        row = product_ptr + tl.cast(member, tl.int64) * rows.PRODUCT_WIDTH
+        left = rows.pointer(row, "left", NUMERICS.factor_dtype)
+        right = rows.pointer(row, "right", NUMERICS.dtype, ALIGN)
+        left_m, left_r = rows.number(row, "left_stride_m"), rows.number(row, "left_stride_r")
+        right_m = rows.number(row, "right_stride_m", ALIGN)
+        M = rows.size(row, "M")
         if HAS_DROPOUT:
-            seed, seed_ptr = _number(row, "seed"), _pointer(row, "seed_address", tl.int64)
-            if _number(row, "seed_address") != 0:
+            seed, seed_ptr = rows.number(row, "seed"), rows.pointer(row, "seed_address", tl.int64)
+            if rows.number(row, "seed_address") != 0:
                 seed = tl.load(seed_ptr)
-            threshold = _size(row, "threshold")
+            threshold = rows.size(row, "threshold")
         acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         for m0 in range(0, M, BLOCK_M):
             m = m0 + tl.arange(0, BLOCK_M)
-            x = _load(right, m, c, right_m, 1, M, C)
+            x = tile.load(right, m, c, right_m, 1, M, C)
             if HAS_DROPOUT:
                 if threshold > 0:
-                    x = _dropped(x, seed, m, c0, threshold, 1.0, BLOCK_M, BLOCK_C)
-            acc = _dot_thin(_load(left, r, m, left_r, left_m, R, M), x, acc, NUMERICS)
-        total += acc * _real(row, "part_scale")
-    out = _pointer(factor, "out", OUT)
-    stride_r, stride_c = _number(factor, "stride_r"), _number(factor, "stride_c")
-    _store(out, total, r, c, stride_r, stride_c, R, C)
+                    x = tile.dropped(x, seed, m, c0, threshold, 1.0, BLOCK_M, BLOCK_C)
+            acc = tile.dot_thin(tile.load(left, r, m, left_r, left_m, R, M), x, acc, NUMERICS)
+        total += acc * rows.real(row, "part_scale")
+    out = rows.pointer(factor, "out", OUT)
+    stride_r, stride_c = rows.number(factor, "stride_r"), rows.number(factor, "stride_c")
+    tile.store(out, total, r, c, stride_r, stride_c, R, C)
 
 
 def shared_grad_tables(factors: Sequence[SharedFactor]) -> tuple[PointerTable, PointerTable]:
     """The two tables of `shared_grad_launch`: the factors, and the products of all of them."""
-    rows: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     products: list[dict[str, Any]] = []
     for out, parts in factors:
-        rows.append({
+        entries.append({
             "first": len(products), "count": len(parts), "R": out.shape[0], "C": out.shape[1], "out": out,
             "stride_r": out.stride(0), "stride_c": out.stride(1),
         })  # fmt: skip
@@ -83,7 +75,7 @@ def shared_grad_tables(factors: Sequence[SharedFactor]) -> tuple[PointerTable, P
                 "threshold": dropout_threshold(p),
             })  # fmt: skip
     device = factors[0].out.device
-    return pointer_table(rows, FACTOR_COLUMNS, device), pointer_table(products, PRODUCT_COLUMNS, device)
+    return pointer_table(entries, rows.FACTOR_COLUMNS, device), pointer_table(products, rows.PRODUCT_COLUMNS, device)
 
 
 def shared_grad_launch(
@@ -114,8 +106,8 @@ def shared_grad_config(arch: str, dtype: torch.dtype, rank: int) -> dict[str, in
     """Rows of the rank, columns, and tokens at a time; `cols` is a multiple of 8, as the dropout mask wants."""
     if arch == "cpu":
         return {"rows": 16, "cols": 32, "depth": 32, "num_warps": 4, "num_stages": 1}
-    rows = configs.block_r(rank, 64)
+    tall = configs.block_r(rank, 64)
     if dtype == torch.float32:  # products on the ordinary units hold their operands in registers
-        warps = 8 if rows > 16 and arch in configs.OLD else 4  # what does not spill
-        return {"rows": rows, "cols": 32 if rows > 16 else 64, "depth": 32, "num_warps": warps, "num_stages": 2}
-    return {"rows": rows, "cols": 64, "depth": 64, "num_warps": 4, "num_stages": 2 if arch.startswith("gfx") else 3}
+        warps = 8 if tall > 16 and arch in configs.OLD else 4  # what does not spill
+        return {"rows": tall, "cols": 32 if tall > 16 else 64, "depth": 32, "num_warps": warps, "num_stages": 2}
+    return {"rows": tall, "cols": 64, "depth": 64, "num_warps": 4, "num_stages": 2 if arch.startswith("gfx") else 3}

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
+from glora_kernels import tile
 from glora_kernels.four_bit.codec import (
     WORD_CODES,
     _absmax,
@@ -20,7 +21,6 @@ from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import configs, environment, tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Launch, numerics, options, pair, vector
-from glora_kernels.tile import _factor_product, _read_vector, _round, _store
 
 
 @triton.jit
@@ -80,14 +80,14 @@ def _dequantize_adapted_kernel(
     # As it is without A and B, so that adapters of zero change nothing: a value that is exact in 16 bits stays.
     w = _nearest(w, out.dtype.element_ty, UPCAST).to(tl.float32)
     if a is not None:
-        w += w * _read_vector(a, n, N)[:, None]
+        w += w * tile.read_vector(a, n, N)[:, None]
     if a_pair is not None:
-        w += w * _factor_product(a_pair, n, k, N, K, P, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_P)
+        w += w * tile.factor_product(a_pair, n, k, N, K, P, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_P)
     if b is not None:
-        w += _read_vector(b, n, N)[:, None]
+        w += tile.read_vector(b, n, N)[:, None]
     if b_pair is not None:
-        w += scale * _factor_product(b_pair, n, k, N, K, R, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_R)
-    _store(out, _round(w, n, k, out.dtype.element_ty), n, k, K, 1, N, K)
+        w += scale * tile.factor_product(b_pair, n, k, N, K, R, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_R)
+    tile.store(out, tile.rounded(w, n, k, out.dtype.element_ty), n, k, K, 1, N, K)
 
 
 def dequantize_launch(

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
+from glora_kernels import tile
 from glora_kernels.four_bit.codec import _absmax, _decode, _nearest, codes
 from glora_kernels.operands import W_ALONE, Matrix, Terms
 from glora_kernels.quant import QuantizedWeight
@@ -29,7 +30,6 @@ from glora_kernels.runtime import configs
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Launch, halves, matrix, numerics, options, terms
 from glora_kernels.runtime.sizes import rows
-from glora_kernels.tile import _add_terms, _dot_thin, _dot_wide, _load, _load_vector, _read, _transposed, _write
 
 _RUN = tl.constexpr(16)
 """Bytes of a row that share an absmax whatever the block size (32 elements): what a thread loads at once."""
@@ -111,19 +111,19 @@ def _small_m_kernel(
         if ONE:
             word = tl.load(x_pairs + j0 + j, mask=j0 + j < HALF, other=0)
         else:
-            word = _load(x_pairs, m, j0 + j, x.row // 2, 1, M, HALF)
+            word = tile.load(x_pairs, m, j0 + j, x.row // 2, 1, M, HALF)
         even, odd = _split_pair(word, DTYPE)
         if SUMS or b_down is not None:
             k = 2 * j0 + tl.arange(0, BLOCK_K)
-            x_tile = _read(x, m, k, M, K)
+            x_tile = tile.read(x, m, k, M, K)
             if SUMS:
                 sigma_acc += x_tile.to(tl.float32) if ONE else tl.sum(x_tile.to(tl.float32), 1)
             if b_down is not None:
                 if ONE:
-                    h_acc += _read(b_down, r, k, R, K).to(tl.float32) * x_tile.to(tl.float32)
+                    h_acc += tile.read(b_down, r, k, R, K).to(tl.float32) * x_tile.to(tl.float32)
                 else:
-                    down = _read(_transposed(b_down), k, r, K, R).to(NUMERICS.factor_dtype)
-                    h_acc = _dot_thin(x_tile, down, h_acc, NUMERICS)
+                    down = tile.read(tile.transposed(b_down), k, r, K, R).to(NUMERICS.factor_dtype)
+                    h_acc = tile.dot_thin(x_tile, down, h_acc, NUMERICS)
         of_byte = tl.broadcast_to(absmax[:, :, None], (BLOCK_N, BLOCK_H // _RUN, _RUN))
         of_byte = tl.reshape(of_byte, (BLOCK_N, BLOCK_H))
         number = byte.to(tl.int32)
@@ -133,14 +133,14 @@ def _small_m_kernel(
             z_acc += high.to(tl.float32) * even.to(tl.float32)[None, :]
             z_acc += low.to(tl.float32) * odd.to(tl.float32)[None, :]
         else:
-            z_acc = _dot_wide(even, high.T, z_acc, NUMERICS)
-            z_acc = _dot_wide(odd, low.T, z_acc, NUMERICS)
+            z_acc = tile.dot_wide(even, high.T, z_acc, NUMERICS)
+            z_acc = tile.dot_wide(odd, low.T, z_acc, NUMERICS)
         byte = next_byte
         absmax = next_absmax
     if ONE:
-        tile = tl.sum(z_acc, 1)[None, :]
+        y_tile = tl.sum(z_acc, 1)[None, :]
     else:
-        tile = z_acc
+        y_tile = z_acc
     h_tile = None
     if b_down is not None:
         if ONE:
@@ -150,9 +150,9 @@ def _small_m_kernel(
         h_tile = _nearest(h_tile * scale, NUMERICS.factor_dtype, UPCAST)
         if h is not None:
             if tl.program_id(0) == 0:
-                _write(h, h_tile, m, r, M, R)
+                tile.write(h, h_tile, m, r, M, R)
     elif h is not None:
-        h_tile = _read(h, m, r, M, R).to(NUMERICS.factor_dtype)
+        h_tile = tile.read(h, m, r, M, R).to(NUMERICS.factor_dtype)
     row_sums = None
     if SUMS:
         # One use of a loop's sum: Triton 3.7 asserts it in a pass.
@@ -160,10 +160,10 @@ def _small_m_kernel(
         if sigma is not None:
             if tl.program_id(0) == 0:
                 tl.store(sigma + m, row_sums, mask=m < M)
-    tile = _add_terms(
-        tile, terms, None, h_tile, row_sums, m, n, M, N, 0, R, 1, NUMERICS, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_R
+    y_tile = tile.add_terms(
+        y_tile, terms, None, h_tile, row_sums, m, n, M, N, 0, R, 1, NUMERICS, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_R
     )  # fmt: skip
-    _write(y, _nearest(tile, y.ptr.dtype.element_ty, UPCAST), m, n, M, N)
+    tile.write(y, _nearest(y_tile, y.ptr.dtype.element_ty, UPCAST), m, n, M, N)
 
 
 @triton.jit
@@ -174,8 +174,8 @@ def _small_h_kernel(x, b_down, h, K, R, scale, UPCAST: tl.constexpr, BLOCK_K: tl
     acc = tl.zeros((BLOCK_K,), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        row = _load_vector(x.ptr + m * x.row, k, x.col, K)
-        acc += row * _load_vector(b_down.ptr + r * b_down.row, k, b_down.col, K)
+        row = tile.load_vector(x.ptr + m * x.row, k, x.col, K)
+        acc += row * tile.load_vector(b_down.ptr + r * b_down.row, k, b_down.col, K)
     value = _nearest(tl.sum(acc, 0) * scale, h.ptr.dtype.element_ty, UPCAST)
     tl.store(h.ptr + m * h.row + r * h.col, value)
 

@@ -8,13 +8,13 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
+from glora_kernels import tile
 from glora_kernels.operands import NO_COLUMNS, Anew, Columns, Parts, Sum
 from glora_kernels.reference import recovery
 from glora_kernels.runtime import configs, tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Launch, matrix, numerics, options, vector
 from glora_kernels.runtime.sizes import rows
-from glora_kernels.tile import _dot_wide, _read, _read_vector, _transposed
 
 _TINY = tl.constexpr(recovery.TINY)
 
@@ -40,19 +40,19 @@ def _keep(ptr, value, index, mask):
 
 
 @triton.jit
-def _sum_tile(item, tile, BLOCK: tl.constexpr):
+def _sum_tile(item, t, BLOCK: tl.constexpr):
     """A tile of one `Sum`."""
-    i = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.cast(t, tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < item.step
     _keep(item.out, _add_up(item.ptr, item.step, item.end, i, inside), i, inside)
 
 
 @triton.jit
-def _factor_tile(factor, du, db_up, tile, N, P, R, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+def _factor_tile(factor, du, db_up, t, N, P, R, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
     """A tile of du (N,P) and db_up (N,R), from the partial sums (P+R,N) of dyᵀ[P|h]."""
     across = tl.cdiv(N, BLOCK_N)
-    c = (tile // across * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
-    n = (tile % across * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    c = (t // across * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
+    n = (t % across * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     inside = (c < P + R) & (n < N)
     n = n.to(tl.int64)
     total = _add_up(factor.ptr, factor.step, factor.end, c.to(tl.int64) * factor.row + n, inside)
@@ -69,11 +69,11 @@ def _vector_gradients(columns, n, N):
         _keep(columns.dwc, g, n, inside)
         _keep(columns.de, g, n, inside)
         if columns.d is not None:
-            _keep(columns.dbias, g + g * _read_vector(columns.d, n, N), n, inside)
+            _keep(columns.dbias, g + g * tile.read_vector(columns.d, n, N), n, inside)
         else:
             _keep(columns.dbias, g, n, inside)
         if columns.dd is not None:
-            _keep(columns.dd, g * _read_vector(columns.bias, n, N), n, inside)
+            _keep(columns.dd, g * tile.read_vector(columns.bias, n, N), n, inside)
     if columns.sigma is not None:
         _keep(columns.db, _add_up(columns.sigma, columns.step, columns.end, n, inside), n, inside)
 
@@ -90,10 +90,10 @@ def _da_anew(
         z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            x = _read(anew.x, m, k, M, K)
-            w = _read(_transposed(anew.w), k, n, K, N).to(NUMERICS.dtype)
-            z = _dot_wide(x, w, z, NUMERICS)
-        total += tl.sum(_read(anew.dy, m, n, M, N).to(tl.float32) * z, 0)
+            x = tile.read(anew.x, m, k, M, K)
+            w = tile.read(tile.transposed(anew.w), k, n, K, N).to(NUMERICS.dtype)
+            z = tile.dot_wide(x, w, z, NUMERICS)
+        total += tl.sum(tile.read(anew.dy, m, n, M, N).to(tl.float32) * z, 0)
     return total
 
 
@@ -109,7 +109,7 @@ def _scale_gradient(
     """
     inside = n < N
     total = _add_up(columns.q, columns.step, columns.end, n, inside)
-    scale = 1.0 + _read_vector(columns.a, n, N)
+    scale = 1.0 + tile.read_vector(columns.a, n, N)
     # Written so that what is no number is computed anew.
     kept = (tl.abs(scale) >= _TINY) & (tl.abs(total) < float("inf"))
     if columns.judges is not None:
@@ -186,11 +186,11 @@ def finish_launch(
         config = config | {"num_warps": 8}
     elif arch in ("sm_86", "sm_89"):
         config = configs.all_registers(config, arch)
-    across, tile = cdiv(n, config["cols"]), config["rows"] * config["cols"]
+    across, block = cdiv(n, config["cols"]), config["rows"] * config["cols"]
     vectors = {name: vector(getattr(columns, name)) for name in ("a", "bias", "d")}
     grid = across * (columns.end is not None) + across * cdiv(sum(ranks), _RANK_STEP) * (factor is not None)
     for item in sums:
-        grid = cdiv(item.step, tile) + grid
+        grid = cdiv(item.step, block) + grid
     args = {
         "factor": factor, "du": du, "db_up": db_up, "columns": columns._replace(**vectors),
         "anew": None if anew is None else Anew(*map(matrix, anew)),
@@ -199,7 +199,7 @@ def finish_launch(
         "P": ranks[0], "R": ranks[1],
         "NUMERICS": numerics(dtype),
         "BLOCK_N": config["cols"], "BLOCK_C": _RANK_STEP, "BLOCK_M": config["tokens"], "BLOCK_K": config["depth"],
-        "BLOCK": tile,
+        "BLOCK": block,
     }  # fmt: skip
     return Launch(_finish_kernel, (grid,), args, options(config))
 

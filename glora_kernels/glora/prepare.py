@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
+from glora_kernels import tile
 from glora_kernels.operands import Matrix, Pair, Terms
 from glora_kernels.runtime import configs, tables
 from glora_kernels.runtime.configs import Shape
@@ -27,20 +28,6 @@ from glora_kernels.runtime.launch import (
 )
 from glora_kernels.runtime.launch import terms as terms_of
 from glora_kernels.runtime.sizes import rows
-from glora_kernels.tile import (
-    _add_terms,
-    _band,
-    _columns_from,
-    _dot_thin,
-    _dropped,
-    _factor_product,
-    _read,
-    _read_vector,
-    _round,
-    _seed_of,
-    _transposed,
-    _write,
-)
 
 MAX_BANDS = 4
 """More of them take registers that the product's epilogue has not."""
@@ -60,17 +47,17 @@ def _into_rank(
     r = tl.arange(0, BLOCK_R)
     for k0 in range(first_k, last_k, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        block = _read(x, m, k, M, last_k)
+        block = tile.read(x, m, k, M, last_k)
         if WITH_SUM:
             total += tl.sum(block.to(tl.float32), 1)
         if a_down is not None:
-            factor = _read(_transposed(a_down), k, p, last_k, P).to(NUMERICS.factor_dtype)
-            p_acc = _dot_thin(block, factor, p_acc, NUMERICS)
+            factor = tile.read(tile.transposed(a_down), k, p, last_k, P).to(NUMERICS.factor_dtype)
+            p_acc = tile.dot_thin(block, factor, p_acc, NUMERICS)
         if b_down is not None:
             if seed is not None:
-                block = _dropped(block, _seed_of(seed), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K)
-            factor = _read(_transposed(b_down), k, r, last_k, R).to(NUMERICS.factor_dtype)
-            h_acc = _dot_thin(block, factor, h_acc, NUMERICS)
+                block = tile.dropped(block, tile.seed_of(seed), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K)
+            factor = tile.read(tile.transposed(b_down), k, r, last_k, R).to(NUMERICS.factor_dtype)
+            h_acc = tile.dot_thin(block, factor, h_acc, NUMERICS)
     return p_acc, h_acc * (scale * inv_keep), total + 0.0  # one use of a loop's sum: Triton 3.7 asserts it in a pass
 
 
@@ -78,9 +65,9 @@ def _into_rank(
 def _write_low(low, p_acc, h_acc, a_down, b_down, m, M, P, R, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr):
     """low[m] = [P | h], of what there is."""
     if a_down is not None:
-        _write(low, p_acc, m, tl.arange(0, BLOCK_P), M, P)
+        tile.write(low, p_acc, m, tl.arange(0, BLOCK_P), M, P)
     if b_down is not None:
-        _write(_columns_from(low, None if a_down is None else P), h_acc, m, tl.arange(0, BLOCK_R), M, R)
+        tile.write(tile.columns_from(low, None if a_down is None else P), h_acc, m, tl.arange(0, BLOCK_R), M, R)
 
 
 @triton.jit(do_not_specialize=["seed", "threshold", "row_programs", "M", "P", "R"])
@@ -110,36 +97,36 @@ def _prepare_kernel(
                 P, R, scale, threshold, inv_keep, sigma_ptr is not None, NUMERICS, BLOCK_M, BLOCK_K, BLOCK_P, BLOCK_R,
             )  # fmt: skip
             if low is not None:
-                _write_low(_band(low, band, M), p_acc, h_acc, into_p, b_down, m, M, P, R, BLOCK_P, BLOCK_R)
+                _write_low(tile.band(low, band, M), p_acc, h_acc, into_p, b_down, m, M, P, R, BLOCK_P, BLOCK_R)
             if sigma_ptr is not None:
                 tl.store(sigma_ptr + tl.cast(band, tl.int64) * M + m, total, mask=m < M)
     if u_ptr is not None or weff_ptr is not None:
         if pid >= row_programs:
-            tile = pid - row_programs
+            t = pid - row_programs
             if u_ptr is not None:
-                n = tile * BLOCK_WN + tl.arange(0, BLOCK_WN)
+                n = t * BLOCK_WN + tl.arange(0, BLOCK_WN)
                 p = tl.arange(0, BLOCK_P)
                 u = tl.zeros((BLOCK_WN, BLOCK_P), tl.float32)
                 for k0 in range(0, K, BLOCK_WK):
                     k = k0 + tl.arange(0, BLOCK_WK)
-                    block = _read(w, n, k, N, K).to(x.ptr.dtype.element_ty)
-                    factor = _read(a_up, k, p, K, P).to(NUMERICS.factor_dtype)
-                    u = _dot_thin(block, factor, u, NUMERICS)
-                _write(Matrix(u_ptr, P, 1), u, n, p, N, P)
+                    block = tile.read(w, n, k, N, K).to(x.ptr.dtype.element_ty)
+                    factor = tile.read(a_up, k, p, K, P).to(NUMERICS.factor_dtype)
+                    u = tile.dot_thin(block, factor, u, NUMERICS)
+                tile.write(Matrix(u_ptr, P, 1), u, n, p, N, P)
             else:
                 across = tl.cdiv(K, BLOCK_WK)
-                n = (tile // across) * BLOCK_WN + tl.arange(0, BLOCK_WN)
-                k = (tile % across) * BLOCK_WK + tl.arange(0, BLOCK_WK)
-                block = _read(w, n, k, N, K).to(tl.float32)
+                n = (t // across) * BLOCK_WN + tl.arange(0, BLOCK_WN)
+                k = (t % across) * BLOCK_WK + tl.arange(0, BLOCK_WK)
+                block = tile.read(w, n, k, N, K).to(tl.float32)
                 if a is not None:
-                    block += block * _read_vector(a, n, N)[:, None]
+                    block += block * tile.read_vector(a, n, N)[:, None]
                 else:
                     PRECISION: tl.constexpr = NUMERICS.factor_precision
                     UPCAST: tl.constexpr = NUMERICS.upcast
-                    block += block * _factor_product(
+                    block += block * tile.factor_product(
                         Pair(a_up, a_down), n, k, N, K, P, PRECISION, UPCAST, BLOCK_WN, BLOCK_WK, BLOCK_A
                     )  # fmt: skip
-                _write(Matrix(weff_ptr, K, 1), _round(block, n, k, weff_ptr.dtype.element_ty), n, k, N, K)
+                tile.write(Matrix(weff_ptr, K, 1), tile.rounded(block, n, k, weff_ptr.dtype.element_ty), n, k, N, K)
 
 
 class Prepared(NamedTuple):
@@ -233,12 +220,12 @@ def _added_terms_kernel(
         n = n0 + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if READ_Z:
-            acc = _read(y, m, n, M, N).to(tl.float32)
-        acc = _add_terms(
+            acc = tile.read(y, m, n, M, N).to(tl.float32)
+        acc = tile.add_terms(
             acc, terms, p_low, h_low, sigma, m, n, M, N, P, R, 1, NUMERICS, BLOCK_M, BLOCK_N, BLOCK_P, BLOCK_R
         )  # fmt: skip
         # What was rounded before, or is rounded before the product is added: to nearest would lose a small adapter.
-        _write(y, _round(acc, m, n, y.ptr.dtype.element_ty), m, n, M, N)
+        tile.write(y, tile.rounded(acc, m, n, y.ptr.dtype.element_ty), m, n, M, N)
 
 
 def added_terms_launch(

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
+from glora_kernels import tile
 from glora_kernels.glora.finish import _total
 from glora_kernels.operands import Matrix, Numerics, Terms
 from glora_kernels.runtime import configs, tables
@@ -33,21 +34,6 @@ from glora_kernels.runtime.launch import sums as sums_of
 from glora_kernels.runtime.launch import terms as terms_of
 from glora_kernels.runtime.planning import programs_of
 from glora_kernels.runtime.sizes import lesser, rows
-from glora_kernels.tile import (
-    _add_terms,
-    _column_parts,
-    _columns_from,
-    _dropped,
-    _product,
-    _put,
-    _read_banded,
-    _read_banded_vector,
-    _seed_of,
-    _thin_product,
-    _tile_of,
-    _transposed,
-    _write,
-)
 
 GROUP = 8
 """Row tiles that share their columns in the L2 (`tile._tile_of`)."""
@@ -76,33 +62,33 @@ def _glora_fwd_kernel(
     R = R // RANK_STEP * RANK_STEP
     num_i = tl.cdiv(M, BLOCK_M)
     num_j = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), num_i * num_j, tl.num_programs(0)):
-        i, j = _tile_of(tile, num_i, num_j, GROUP)
+    for t in tl.range(tl.program_id(0), num_i * num_j, tl.num_programs(0)):
+        i, j = tile.place_of(t, num_i, num_j, GROUP)
         m = i * BLOCK_M + tl.arange(0, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        acc = _product(
+        acc = tile.product(
             acc, x, w, None, i * BLOCK_M, j * BLOCK_N, M, N, K, TMA, COLS_FIRST, NUMERICS,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         sigma = None
         if terms.b is not None:
-            sigma = _read_banded_vector(terms.sigma, m, M, M, BANDS)
-        parts = _column_parts(acc, BLOCK_M, BLOCK_N, PARTS)
+            sigma = tile.read_banded_vector(terms.sigma, m, M, M, BANDS)
+        parts = tile.column_parts(acc, BLOCK_M, BLOCK_N, PARTS)
         for q in tl.static_range(PARTS):
             n0 = j * BLOCK_N + q * (BLOCK_N // PARTS)
             n = n0 + tl.arange(0, BLOCK_N // PARTS)
-            part = _add_terms(
+            part = tile.add_terms(
                 parts[q], terms, None, None, sigma, m, n, M, N, P, R, BANDS, NUMERICS,
                 BLOCK_M, BLOCK_N // PARTS, BLOCK_R, BLOCK_R,
             )  # fmt: skip
-            _put(y, part, i * BLOCK_M, n0, m, n, M, N, TMA, NUMERICS)
+            tile.put(y, part, i * BLOCK_M, n0, m, n, M, N, TMA, NUMERICS)
         if BANDS > 1:
             if j == 0:
                 if low_sum_ptr is not None:
                     for c0 in tl.range(0, P + R, BLOCK_R, num_stages=1):
                         c = c0 + tl.arange(0, BLOCK_R)
-                        low = _read_banded(terms.low, m, c, M, P + R, M, BANDS)
-                        _write(Matrix(low_sum_ptr, P + R, 1), low, m, c, M, P + R)
+                        low = tile.read_banded(terms.low, m, c, M, P + R, M, BANDS)
+                        tile.write(Matrix(low_sum_ptr, P + R, 1), low, m, c, M, P + R)
                 if sigma_sum_ptr is not None:
                     tl.store(sigma_sum_ptr + m, sigma, mask=m < M)
 
@@ -164,34 +150,34 @@ def _glora_dx_kernel(
     R = R // RANK_STEP * RANK_STEP
     num_i = tl.cdiv(M, BLOCK_M)
     num_j = tl.cdiv(K, BLOCK_K)
-    for tile in tl.range(tl.program_id(0), num_i * num_j, tl.num_programs(0)):
-        i, j = _tile_of(tile, num_i, num_j, GROUP)
+    for t in tl.range(tl.program_id(0), num_i * num_j, tl.num_programs(0)):
+        i, j = tile.place_of(t, num_i, num_j, GROUP)
         m = i * BLOCK_M + tl.arange(0, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        acc = _product(
+        acc = tile.product(
             acc, dy, w, a, i * BLOCK_M, j * BLOCK_K, M, K, N, TMA, COLS_FIRST, NUMERICS,
             BLOCK_M, BLOCK_K, BLOCK_N,
         )  # fmt: skip
-        parts = _column_parts(acc, BLOCK_M, BLOCK_K, PARTS)
+        parts = tile.column_parts(acc, BLOCK_M, BLOCK_K, PARTS)
         for q in tl.static_range(PARTS):
             part = parts[q]
             k0 = j * BLOCK_K + q * (BLOCK_K // PARTS)
             k = k0 + tl.arange(0, BLOCK_K // PARTS)
             if a_down is not None:
-                part += _thin_product(
-                    s, _transposed(a_down), m, k, M, K, P, P, BANDS, NUMERICS, BLOCK_M, BLOCK_K // PARTS, BLOCK_R
+                part += tile.thin_product(
+                    s, tile.transposed(a_down), m, k, M, K, P, P, BANDS, NUMERICS, BLOCK_M, BLOCK_K // PARTS, BLOCK_R
                 )  # fmt: skip
             if b_down is not None:
-                term = _thin_product(
-                    _columns_from(s, None if a_down is None else P), _transposed(b_down), m, k, M, K,
+                term = tile.thin_product(
+                    tile.columns_from(s, None if a_down is None else P), tile.transposed(b_down), m, k, M, K,
                     R, s.row if a_down is None else R, BANDS, NUMERICS, BLOCK_M, BLOCK_K // PARTS, BLOCK_R,
                 )  # fmt: skip
                 if seed is not None:
-                    term = _dropped(term, _seed_of(seed), m, k0, threshold, inv_keep, BLOCK_M, BLOCK_K // PARTS)
+                    term = tile.dropped(term, tile.seed_of(seed), m, k0, threshold, inv_keep, BLOCK_M, BLOCK_K // PARTS)
                 part += term
             if tau is not None:
-                part += _read_banded_vector(tau, m, M, M, BANDS)[:, None]
-            _put(dx, part, i * BLOCK_M, k0, m, k, M, K, TMA, NUMERICS)
+                part += tile.read_banded_vector(tau, m, M, M, BANDS)[:, None]
+            tile.put(dx, part, i * BLOCK_M, k0, m, k, M, K, TMA, NUMERICS)
     if TOTALS > 0:
         if tl.program_id(0) == tl.num_programs(0) - 1:
             for t in range(TOTALS):

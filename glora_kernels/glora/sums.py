@@ -10,28 +10,13 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
+from glora_kernels import tile
 from glora_kernels.operands import NO_COLUMNS, Columns, Matrix, Parts, Terms, Vector
 from glora_kernels.reference import recovery
 from glora_kernels.runtime import configs, tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import NO_DROPOUT, Dropout, Launch, matrix, numerics, options, rank_step, terms
 from glora_kernels.runtime.sizes import rows
-from glora_kernels.tile import (
-    _beta,
-    _columns_from,
-    _dot_thin,
-    _dropped,
-    _read,
-    _read_banded,
-    _read_banded_vector,
-    _read_vector,
-    _round,
-    _seed_of,
-    _store,
-    _thin_product,
-    _transposed,
-    _write,
-)
 
 _SUM, _SQUARES = tl.constexpr(recovery.SUM), tl.constexpr(recovery.SQUARES)
 
@@ -58,12 +43,12 @@ def _without_terms(
     """(y - h·upᵀ - σ·bᵀ - β, the largest of |y| and what is left before β): what is Z∘(1+a) of a tile of y."""
     largest = tl.abs(y)
     if terms.up is not None:
-        y -= _thin_product(h, Matrix(terms.up, R, 1), m, n, M, N, R, R, 1, NUMERICS, BLOCK_M, BLOCK_N, 16)
+        y -= tile.thin_product(h, Matrix(terms.up, R, 1), m, n, M, N, R, R, 1, NUMERICS, BLOCK_M, BLOCK_N, 16)
     if terms.b is not None:
-        y -= sigma[:, None] * _read_vector(terms.b, n, N)[None, :]
+        y -= sigma[:, None] * tile.read_vector(terms.b, n, N)[None, :]
     largest = tl.maximum(largest, tl.abs(y))
     if terms.shift.bias is not None or terms.shift.e is not None or terms.shift.wc is not None:
-        y -= _beta(terms.shift, n, N)[None, :]
+        y -= tile.beta(terms.shift, n, N)[None, :]
     return y, largest
 
 
@@ -100,28 +85,28 @@ def _dy_kernel(
     if terms.low is not None:
         low = Matrix(terms.low, P + R, 1)
     if factor is not None:
-        h = _read(_transposed(low), c, m, P + R, M).to(NUMERICS.factor_dtype)
+        h = tile.read(tile.transposed(low), c, m, P + R, M).to(NUMERICS.factor_dtype)
     sigma = None
     if terms.sigma is not None:
-        sigma = _read_vector(terms.sigma, m, M)
+        sigma = tile.read_vector(terms.sigma, m, M)
     # Told, so that dy is read 16 bytes at a time.
     first = tl.multiple_of(band * band_width, 16)
     for n0 in range(first, tl.minimum(first + band_width, N), BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        value = _read(dy, m, n, M, N)
+        value = tile.read(dy, m, n, M, N)
         if s is not None:
             if terms.u is not None:
-                u = _read(_transposed(Matrix(terms.u, P, 1)), p, n, P, N).to(NUMERICS.factor_dtype)
-                u_acc = _dot_thin(u, value.T, u_acc, NUMERICS)
+                u = tile.read(tile.transposed(Matrix(terms.u, P, 1)), p, n, P, N).to(NUMERICS.factor_dtype)
+                u_acc = tile.dot_thin(u, value.T, u_acc, NUMERICS)
             if terms.up is not None:
-                up = _read(_transposed(Matrix(terms.up, R, 1)), r, n, R, N).to(NUMERICS.factor_dtype)
-                up_acc = _dot_thin(up, value.T, up_acc, NUMERICS)
+                up = tile.read(tile.transposed(Matrix(terms.up, R, 1)), r, n, R, N).to(NUMERICS.factor_dtype)
+                up_acc = tile.dot_thin(up, value.T, up_acc, NUMERICS)
         if tau is not None:
-            tau_acc += tl.sum(value.to(tl.float32) * _read_vector(terms.b, n, N)[None, :], 1)
+            tau_acc += tl.sum(value.to(tl.float32) * tile.read_vector(terms.b, n, N)[None, :], 1)
         if factor is not None:
             zeros = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
-            part = _dot_thin(h, value, zeros, NUMERICS)
-            _store(factor.ptr + tl.cast(i, tl.int64) * factor.step, part, c, n, factor.row, 1, P + R, N)
+            part = tile.dot_thin(h, value, zeros, NUMERICS)
+            tile.store(factor.ptr + tl.cast(i, tl.int64) * factor.step, part, c, n, factor.row, 1, P + R, N)
         if rank_block == 0:
             at = n
             if columns.end is not None:
@@ -131,7 +116,7 @@ def _dy_kernel(
             if columns.sigma is not None:
                 tl.store(columns.sigma + at, tl.sum(value.to(tl.float32) * sigma[:, None], 0), mask=n < N)  # type: ignore[index]
             if columns.q is not None:
-                rest = _read(y, m, n, M, N).to(tl.float32)
+                rest = tile.read(y, m, n, M, N).to(tl.float32)
                 if columns.judges is not None:
                     rest, largest = _without_terms(rest, low, terms, sigma, m, n, M, N, R, NUMERICS, BLOCK_M, BLOCK_N)
                     p_value = tl.abs(value.to(tl.float32)) * largest
@@ -144,10 +129,10 @@ def _dy_kernel(
         width = _padded(P + R)
         s += tl.cast(band, tl.int64) * M * width
         if terms.u is not None:
-            _store(s, u_acc, p, m, 1, width, P, M)
+            tile.store(s, u_acc, p, m, 1, width, P, M)
             s += P
         if terms.up is not None:  # and zeros to the end of the row
-            _store(s, up_acc * scale, r, m, 1, width, width - P, M)
+            tile.store(s, up_acc * scale, r, m, 1, width, width - P, M)
     if tau is not None:
         tl.store(tau + tl.cast(band, tl.int64) * _padded(M) + m, tau_acc, mask=(m < M) & (rank_block == 0))
 
@@ -253,37 +238,39 @@ def _x_kernel(
     for m0 in range(split * rows, tl.minimum((split + 1) * rows, M), BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         if p_part is not None or v_part is not None:
-            block = _read(x, m, k, M, K)
+            block = tile.read(x, m, k, M, K)
         if p_part is not None:
-            s_block = _read_banded(s, p, m, s.row, M, M, BANDS, True).to(NUMERICS.factor_dtype)
-            p_acc = _dot_thin(s_block, block, p_acc, NUMERICS)
+            s_block = tile.read_banded(s, p, m, s.row, M, M, BANDS, True).to(NUMERICS.factor_dtype)
+            p_acc = tile.dot_thin(s_block, block, p_acc, NUMERICS)
         if v_part is not None:
             if seed is not None:
-                block = _dropped(block, _seed_of(seed), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K)
+                block = tile.dropped(block, tile.seed_of(seed), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K)
             # Whole rows of S, whose length is known to be a multiple of 16 where R is not.
-            s_block = _read_banded(_columns_from(s, P), r, m, s.row - P, M, M, BANDS, True).to(NUMERICS.factor_dtype)
-            v_acc = _dot_thin(s_block, block, v_acc, NUMERICS)
+            s_block = tile.read_banded(tile.columns_from(s, P), r, m, s.row - P, M, M, BANDS, True).to(
+                NUMERICS.factor_dtype
+            )
+            v_acc = tile.dot_thin(s_block, block, v_acc, NUMERICS)
         if dx is not None:
             if rank_block == 0:
                 term = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
                 if b_down is not None:
-                    term = _thin_product(
-                        _columns_from(s, P), _transposed(b_down), m, k, M, K, R, s.row if a_down is None else R, BANDS,
-                        NUMERICS, BLOCK_M, BLOCK_K, BLOCK_R,
+                    term = tile.thin_product(
+                        tile.columns_from(s, P), tile.transposed(b_down), m, k, M, K, R, s.row if a_down is None else R,
+                        BANDS, NUMERICS, BLOCK_M, BLOCK_K, BLOCK_R,
                     )  # fmt: skip
                     if seed is not None:
-                        term = _dropped(term, _seed_of(seed), m, k0, threshold, inv_keep, BLOCK_M, BLOCK_K)
+                        term = tile.dropped(term, tile.seed_of(seed), m, k0, threshold, inv_keep, BLOCK_M, BLOCK_K)
                 if a_down is not None:
-                    term += _thin_product(
-                        s, _transposed(a_down), m, k, M, K, P, P, BANDS, NUMERICS, BLOCK_M, BLOCK_K, BLOCK_P
+                    term += tile.thin_product(
+                        s, tile.transposed(a_down), m, k, M, K, P, P, BANDS, NUMERICS, BLOCK_M, BLOCK_K, BLOCK_P
                     )
                 if tau is not None:
-                    term += _read_banded_vector(Vector(tau, 1), m, M, _padded(M), BANDS)[:, None]
-                _write(dx, _round(term, m, k, dx.ptr.dtype.element_ty), m, k, M, K)
+                    term += tile.read_banded_vector(Vector(tau, 1), m, M, _padded(M), BANDS)[:, None]
+                tile.write(dx, tile.rounded(term, m, k, dx.ptr.dtype.element_ty), m, k, M, K)
     if p_part is not None:
-        _store(p_part + tl.cast(split, tl.int64) * P * K, p_acc, p, k, K, 1, P, K)
+        tile.store(p_part + tl.cast(split, tl.int64) * P * K, p_acc, p, k, K, 1, P, K)
     if v_part is not None:
-        _store(v_part + tl.cast(split, tl.int64) * R * K, v_acc * inv_keep, r, k, K, 1, R, K)
+        tile.store(v_part + tl.cast(split, tl.int64) * R * K, v_acc * inv_keep, r, k, K, 1, R, K)
 
 
 def x_config(

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
+from glora_kernels import tile
 from glora_kernels.four_bit.codec import _nearest, _weight_tile, weight_operands
 from glora_kernels.glora.product import GROUP
 from glora_kernels.quant import QuantizedWeight
@@ -25,22 +26,6 @@ from glora_kernels.runtime.launch import (
     vector,
 )
 from glora_kernels.runtime.sizes import rows
-from glora_kernels.tile import (
-    _dot_thin,
-    _dot_wide,
-    _dropped,
-    _factor_product,
-    _load_vector,
-    _read,
-    _read_banded,
-    _read_vector,
-    _round,
-    _seed_of,
-    _store,
-    _tile_of,
-    _transposed,
-    _vector_sum,
-)
 
 
 @triton.jit
@@ -54,7 +39,7 @@ def _read_weight(
     else:
         n = first_n + tl.arange(0, BLOCK_N)
         k = first_k + tl.arange(0, BLOCK_K)
-        return _read(w, n, k, last_n, K).to(tl.float32)
+        return tile.read(w, n, k, last_n, K).to(tl.float32)
 
 
 @triton.jit
@@ -63,11 +48,11 @@ def _weight_as(
     NUMERICS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`_read_weight`, where it decodes rounded to what the dense weight would be: both then give the same numbers."""
-    tile = _read_weight(w, codes, first_n, first_k, N, K, NUMERICS.upcast, BLOCK_N, BLOCK_K)
+    block = _read_weight(w, codes, first_n, first_k, N, K, NUMERICS.upcast, BLOCK_N, BLOCK_K)
     if w is None:
-        return _nearest(tile, NUMERICS.dtype, NUMERICS.upcast).to(tl.float32)
+        return _nearest(block, NUMERICS.dtype, NUMERICS.upcast).to(tl.float32)
     else:
-        return tile
+        return block
 
 
 @triton.jit(do_not_specialize=["seed", "threshold", "M"])
@@ -83,7 +68,7 @@ def _hadamard_grad_kernel(
     """
     num_n = tl.cdiv(N, BLOCK_N)
     num_k = tl.cdiv(K, BLOCK_K)
-    i, j = _tile_of(tl.program_id(0), num_n + (0 if db_down is None else 1), num_k, GROUP)
+    i, j = tile.place_of(tl.program_id(0), num_n + (0 if db_down is None else 1), num_k, GROUP)
     k = j * BLOCK_K + tl.arange(0, BLOCK_K)
     if db_down is not None:
         if i == num_n:
@@ -91,43 +76,43 @@ def _hadamard_grad_kernel(
             db = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
             for m0 in range(0, M, BLOCK_M):
                 m = m0 + tl.arange(0, BLOCK_M)
-                x_tile = _read(x, m, k, M, K)
+                x_tile = tile.read(x, m, k, M, K)
                 if seed is not None:
-                    x_tile = _dropped(x_tile, _seed_of(seed), m, j * BLOCK_K, threshold, 1.0, BLOCK_M, BLOCK_K)
-                s_tile = _read_banded(s, b, m, B_RANK, M, M, BANDS, TRANSPOSED=True)
-                db = _dot_thin(s_tile.to(NUMERICS.factor_dtype), x_tile, db, NUMERICS)
-            _store(db_down, db * inv_keep, b, k, K, 1, B_RANK, K)
+                    x_tile = tile.dropped(x_tile, tile.seed_of(seed), m, j * BLOCK_K, threshold, 1.0, BLOCK_M, BLOCK_K)
+                s_tile = tile.read_banded(s, b, m, B_RANK, M, M, BANDS, TRANSPOSED=True)
+                db = tile.dot_thin(s_tile.to(NUMERICS.factor_dtype), x_tile, db, NUMERICS)
+            tile.store(db_down, db * inv_keep, b, k, K, 1, B_RANK, K)
     if i < num_n:
         n = i * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for m0 in range(0, M, BLOCK_M):
             m = m0 + tl.arange(0, BLOCK_M)
-            dy_tile = _read(_transposed(dy), n, m, N, M)
-            acc = _dot_wide(dy_tile, _read(x, m, k, M, K), acc, NUMERICS)
+            dy_tile = tile.read(tile.transposed(dy), n, m, N, M)
+            acc = tile.dot_wide(dy_tile, tile.read(x, m, k, M, K), acc, NUMERICS)
         w_tile = _weight_as(w, codes, i * BLOCK_N, j * BLOCK_K, N, K, NUMERICS, BLOCK_N, BLOCK_K)
         h = (acc * w_tile).to(NUMERICS.factor_dtype)
         if dup is not None:
             part = dup + tl.cast(j, tl.int64) * N * R
             for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
                 r = r0 + tl.arange(0, BLOCK_R)
-                down = _read(_transposed(pair.down), k, r, K, R).to(NUMERICS.factor_dtype)
-                value = _dot_thin(h, down, tl.zeros((BLOCK_N, BLOCK_R), tl.float32), NUMERICS)
-                _store(part, value, n, r, R, 1, N, R)
+                down = tile.read(tile.transposed(pair.down), k, r, K, R).to(NUMERICS.factor_dtype)
+                value = tile.dot_thin(h, down, tl.zeros((BLOCK_N, BLOCK_R), tl.float32), NUMERICS)
+                tile.store(part, value, n, r, R, 1, N, R)
         if ddown is not None:
             part = ddown + tl.cast(i, tl.int64) * R * K
             for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
                 r = r0 + tl.arange(0, BLOCK_R)
-                up = _read(_transposed(pair.up), r, n, R, N).to(NUMERICS.factor_dtype)
-                value = _dot_thin(up, h, tl.zeros((BLOCK_R, BLOCK_K), tl.float32), NUMERICS)
-                _store(part, value, r, k, K, 1, R, K)
+                up = tile.read(tile.transposed(pair.up), r, n, R, N).to(NUMERICS.factor_dtype)
+                value = tile.dot_thin(up, h, tl.zeros((BLOCK_R, BLOCK_K), tl.float32), NUMERICS)
+                tile.store(part, value, r, k, K, 1, R, K)
         if weff is not None:
             # Read anew: kept in registers until here, it would make them spill.
             w_tile = _weight_as(w, codes, i * BLOCK_N, j * BLOCK_K, N, K, NUMERICS, BLOCK_N, BLOCK_K)
             PRECISION: tl.constexpr = NUMERICS.factor_precision
-            w_tile += w_tile * _factor_product(
+            w_tile += w_tile * tile.factor_product(
                 pair, n, k, N, K, R, PRECISION, NUMERICS.upcast, BLOCK_N, BLOCK_K, BLOCK_R
             )  # fmt: skip
-            _store(weff, _round(w_tile, n, k, NUMERICS.dtype), n, k, K, 1, N, K)
+            tile.store(weff, tile.rounded(w_tile, n, k, NUMERICS.dtype), n, k, K, 1, N, K)
 
 
 class HadamardGrad(NamedTuple):
@@ -211,10 +196,10 @@ def _wc_kernel(
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         if c is None:
-            up = _read(pair.up, k, r, K, R).to(tl.float32)
-            values = tl.sum(up * _load_vector(pair.down.ptr, r, pair.down.row, R)[None, :], 1)
+            up = tile.read(pair.up, k, r, K, R).to(tl.float32)
+            values = tl.sum(up * tile.load_vector(pair.down.ptr, r, pair.down.row, R)[None, :], 1)
         else:
-            values = _read_vector(c, k, K)
+            values = tile.read_vector(c, k, K)
         w_tile = _read_weight(w, codes, tl.program_id(0) * BLOCK_N, k0, N, K, UPCAST, BLOCK_N, BLOCK_K)
         total += tl.sum(w_tile * values[None, :], 1)
     tl.store(wc + n, total, mask=n < N)
@@ -256,7 +241,7 @@ def _wc_grad_kernel(
     for n0 in range(first, last, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         w_tile = _read_weight(w, codes, n0, first_k, last, K, UPCAST, BLOCK_N, BLOCK_K)
-        total += tl.sum(w_tile * _read_vector(g, n, last)[:, None], 0)
+        total += tl.sum(w_tile * tile.read_vector(g, n, last)[:, None], 0)
     tl.store(part + tl.cast(split, tl.int64) * K + k, total, mask=k < K)
 
 
@@ -288,18 +273,18 @@ def _c_grad_kernel(part, pair, dc, dc_up, dc_down, K, R, splits, BLOCK_K: tl.con
     r = tl.arange(0, BLOCK_R)
     if i < blocks:
         k = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        value = _vector_sum(part, K, k, K, splits)
+        value = tile.vector_sum(part, K, k, K, splits)
         if dc is not None:
             tl.store(dc + k, value.to(dc.dtype.element_ty), mask=k < K)
         if dc_up is not None:
-            product = value[:, None] * _load_vector(pair.down.ptr, r, pair.down.row, R)[None, :]
-            _store(dc_up, product, k, r, R, 1, K, R)
+            product = value[:, None] * tile.load_vector(pair.down.ptr, r, pair.down.row, R)[None, :]
+            tile.store(dc_up, product, k, r, R, 1, K, R)
     elif dc_down is not None:
         total = tl.zeros((BLOCK_R,), tl.float32)
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            value = _vector_sum(part, K, k, K, splits)
-            up = _read(pair.up, k, r, K, R).to(tl.float32)
+            value = tile.vector_sum(part, K, k, K, splits)
+            up = tile.read(pair.up, k, r, K, R).to(tl.float32)
             total += tl.sum(up * value[:, None], 0)
         tl.store(dc_down + r, total.to(dc_down.dtype.element_ty), mask=r < R)
 

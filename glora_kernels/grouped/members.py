@@ -21,7 +21,7 @@ from glora_kernels.runtime.sizes import rows
 
 
 @triton.jit
-def _pick(values, g):
+def pick(values, g):
     """values[g], with g known at run time only."""
     value = values[0]
     for i in tl.static_range(1, len(values)):
@@ -30,7 +30,7 @@ def _pick(values, g):
 
 
 @triton.jit
-def _pick_field(entries, g, FIELD: tl.constexpr):
+def pick_field(entries, g, FIELD: tl.constexpr):
     """A field of entries[g]. One by one: Triton makes no structure but of a class that is written in the code."""
     value = getattr(entries[0], FIELD)
     for i in tl.static_range(1, len(entries)):
@@ -39,54 +39,54 @@ def _pick_field(entries, g, FIELD: tl.constexpr):
 
 
 @triton.jit
-def _rows(M, Ms, g):
+def rows_of(M, Ms, g):
     """The rows of member g: M, where not every member has its own."""
     if Ms is None:
         return M
     else:
-        return _pick(Ms, g)
+        return pick(Ms, g)
 
 
 @triton.jit
-def _pick_rows(matrices, g):
+def pick_rows(matrices, g):
     """matrices[g], of matrices whose columns are neighbours."""
-    return Matrix(_pick_field(matrices, g, "ptr"), _pick_field(matrices, g, "row"), 1)
+    return Matrix(pick_field(matrices, g, "ptr"), pick_field(matrices, g, "row"), 1)
 
 
 @triton.jit
-def _pick_weight(weights, g, COLS_FIRST: tl.constexpr):
+def pick_weight(weights, g, COLS_FIRST: tl.constexpr):
     """weights[g] (cols, depth), of weights whose rows are all contiguous (COLS_FIRST), or all of whose columns are."""
     if COLS_FIRST:
-        return _pick_rows(weights, g)
+        return pick_rows(weights, g)
     else:
-        return Matrix(_pick_field(weights, g, "ptr"), 1, _pick_field(weights, g, "col"))
+        return Matrix(pick_field(weights, g, "ptr"), 1, pick_field(weights, g, "col"))
 
 
 @triton.jit
-def _pick_low(lows, g):
+def pick_low(lows, g):
     return Low(
-        _pick_field(lows, g, "up"), _pick_field(lows, g, "h"), _pick_field(lows, g, "leaves"),
-        _pick_field(lows, g, "rank"), _pick_field(lows, g, "scale"),
+        pick_field(lows, g, "up"), pick_field(lows, g, "h"), pick_field(lows, g, "leaves"),
+        pick_field(lows, g, "rank"), pick_field(lows, g, "scale"),
     )  # fmt: skip
 
 
 @triton.jit
-def _pick_path(paths, t):
-    return Path(_pick_field(paths, t, "s"), _pick_field(paths, t, "down"), _pick_field(paths, t, "rank"))
+def pick_path(paths, t):
+    return Path(pick_field(paths, t, "s"), pick_field(paths, t, "down"), pick_field(paths, t, "rank"))
 
 
 @triton.jit
-def _pick_bias(biases, g):
-    return Bias(_pick_field(biases, g, "ptr"), _pick_field(biases, g, "size"))
+def pick_bias(biases, g):
+    return Bias(pick_field(biases, g, "ptr"), pick_field(biases, g, "size"))
 
 
 @triton.jit
-def _tiles(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+def tiles(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
     return tl.cdiv(rows, ROWS) * tl.cdiv(cols, COLS)
 
 
 @triton.jit
-def _member_of(tile, M, Ms, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+def member_of(tile, M, Ms, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
     """(g, the first tile of member g) of a tile among all members' tiles."""
     g = tile * 0
     start = tile * 0
@@ -95,7 +95,7 @@ def _member_of(tile, M, Ms, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
         here = tile >= first
         g = tl.where(here, i, g)
         start = tl.where(here, first, start)
-        first += _tiles(_rows(M, Ms, i), cols[i], ROWS, COLS)
+        first += tiles(rows_of(M, Ms, i), cols[i], ROWS, COLS)
     return g, start
 
 
@@ -111,24 +111,7 @@ def row_counts(tensors: Sequence[Tensor]) -> dict[str, Any]:
     return {"M": max(each), "Ms": each if len(set(each)) > 1 else None}
 
 
-def _lows(
-    ups: Sequence[Tensor | None], hs: Sequence[Tensor | None], leave_h: Sequence[bool], ranks: Sequence[int],
-    scales: Sequence[float],
-) -> tuple[Low, ...] | None:  # fmt: skip
-    up, h = _addresses(ups), _addresses(hs)
-    if up is None or h is None:
-        return None
-    return tuple(map(Low, up, h, map(int, leave_h), ranks, map(float, scales)))
-
-
-def _biases(biases: Sequence[Tensor | None]) -> tuple[Bias, ...] | None:
-    addresses = _addresses(biases)
-    if addresses is None:
-        return None
-    return tuple(map(Bias, addresses, (0 if bias is None else bias.shape[0] for bias in biases)))
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
+def addresses(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
     """A tensor for every member, of whichever has one where it has none itself; None where no member has."""
     stand_in = next((tensor for tensor in tensors if tensor is not None), None)
     if stand_in is None:
@@ -136,7 +119,27 @@ def _addresses(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
     return tuple(stand_in if tensor is None else tensor for tensor in tensors)
 
 
-def _masks(p: float, seeds: Sequence[Tensor | int]) -> Masks | None:
+def lows(
+    ups: Sequence[Tensor | None],
+    hs: Sequence[Tensor | None],
+    leave_h: Sequence[bool],
+    ranks: Sequence[int],
+    scales: Sequence[float],
+) -> tuple[Low, ...] | None:
+    up, h = addresses(ups), addresses(hs)
+    if up is None or h is None:
+        return None
+    return tuple(map(Low, up, h, map(int, leave_h), ranks, map(float, scales)))
+
+
+def biases(tensors: Sequence[Tensor | None]) -> tuple[Bias, ...] | None:
+    found = addresses(tensors)
+    if found is None:
+        return None
+    return tuple(map(Bias, found, (0 if bias is None else bias.shape[0] for bias in tensors)))
+
+
+def masks(p: float, seeds: Sequence[Tensor | int]) -> Masks | None:
     """The masks of a kernel that drops, with one key a path; None where it does not."""
     each = [Dropout(p, seed).key() for seed in seeds] if p > 0.0 else []
     return Masks(tuple(each), float(dropout_threshold(p)), 1.0 / (1.0 - p)) if each else None

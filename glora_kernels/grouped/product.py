@@ -1,9 +1,9 @@
 """The two large products of a group of LoRA layers, each in one launch.
 
-By pointers, a program selects its member's entries (`_pick`), for any number of members; through descriptors (TMA),
-which cannot be selected at run time nor stand in a tuple, each of up to four members has its own copy of the loop, and
-the tuples of pointers are None. A weight is (columns of the result, depth) in both products, its rows contiguous
-(COLS_FIRST) or its columns.
+By pointers, a program selects its member's entries (`members.pick`), for any number of members; through descriptors
+(TMA), which cannot be selected at run time nor stand in a tuple, each of up to four members has its own copy of the
+loop, and the tuples of pointers are None. A weight is (columns of the result, depth) in both products, its rows
+contiguous (COLS_FIRST) or its columns.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glora_kernels import tile
 from glora_kernels.glora.product import (
     GROUP,
     MAX_DESCRIBED,
@@ -23,61 +24,28 @@ from glora_kernels.glora.product import (
     tile_arguments,
     tiles_of,
 )
-from glora_kernels.grouped.members import (
-    _addresses,
-    _biases,
-    _lows,
-    _masks,
-    _member_of,
-    _pick,
-    _pick_bias,
-    _pick_low,
-    _pick_path,
-    _pick_rows,
-    _pick_weight,
-    _rows,
-    _tiles,
-    group_shape,
-    row_counts,
-)
+from glora_kernels.grouped import members
 from glora_kernels.operands import Matrix, Path
 from glora_kernels.runtime import configs, tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Launch, halves, numerics
 from glora_kernels.runtime.sizes import rows
-from glora_kernels.tile import (
-    _column_parts,
-    _dot_thin,
-    _dot_wide,
-    _dropped,
-    _left_block,
-    _load_vector,
-    _product,
-    _put,
-    _read,
-    _right_block,
-    _seed_of,
-    _store,
-    _thin_product,
-    _tile_of,
-    _times_factor,
-)
 
 _GROUP = tl.constexpr(GROUP)
 
 
 @triton.jit
 def _fwd_tile(
-    tile, x, w, y, low, down, bias, M, N, K,
+    t, x, w, y, low, down, bias, M, N, K,
     TMA: tl.constexpr, COLS_FIRST: tl.constexpr, PARTS: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of one member's y (M,N) = x·Wᵀ + h·upᵀ + bias; with `down`, h = s·x·downᵀ is made beside it."""
-    i, j = _tile_of(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), _GROUP)
+    i, j = tile.place_of(t, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), _GROUP)
     m = i * BLOCK_M + tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if down is None:
-        acc = _product(
+        acc = tile.product(
             acc, x, w, None, i * BLOCK_M, j * BLOCK_N, M, N, K, TMA, COLS_FIRST, NUMERICS, BLOCK_M, BLOCK_N, BLOCK_K
         )  # fmt: skip
     else:
@@ -86,15 +54,15 @@ def _fwd_tile(
         h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            a = _left_block(x, i * BLOCK_M, m, k0, k, M, K, TMA)
-            b = _right_block(w, j * BLOCK_N, n, k0, k, N, K, TMA, COLS_FIRST, NUMERICS)
-            factor = _read(Matrix(down, 1, K), k, r, K, low.rank).to(NUMERICS.factor_dtype)
-            acc = _dot_wide(a, b, acc, NUMERICS)
-            h = _dot_thin(a, factor, h, NUMERICS)
+            a = tile.left_block(x, i * BLOCK_M, m, k0, k, M, K, TMA)
+            b = tile.right_block(w, j * BLOCK_N, n, k0, k, N, K, TMA, COLS_FIRST, NUMERICS)
+            factor = tile.read(Matrix(down, 1, K), k, r, K, low.rank).to(NUMERICS.factor_dtype)
+            acc = tile.dot_wide(a, b, acc, NUMERICS)
+            h = tile.dot_thin(a, factor, h, NUMERICS)
         h = (low.scale * h).to(NUMERICS.factor_dtype)
         if (j == 0) & (low.leaves != 0):
-            _store(low.h, h, m, r, low.rank, 1, M, low.rank)
-    parts = _column_parts(acc, BLOCK_M, BLOCK_N, PARTS)
+            tile.store(low.h, h, m, r, low.rank, 1, M, low.rank)
+    parts = tile.column_parts(acc, BLOCK_M, BLOCK_N, PARTS)
     for q in tl.static_range(PARTS):
         part = parts[q]
         n0 = j * BLOCK_N + q * (BLOCK_N // PARTS)
@@ -102,15 +70,15 @@ def _fwd_tile(
         if low is not None:
             up = Matrix(low.up, low.rank, 1)
             if down is None:
-                part += _thin_product(
+                part += tile.thin_product(
                     Matrix(low.h, low.rank, 1), up, m, n, M, N, low.rank, low.rank, 1, NUMERICS,
                     BLOCK_M, BLOCK_N // PARTS, 16,
                 )  # fmt: skip
             else:
-                part += _times_factor(h, up, n, N, low.rank, NUMERICS, BLOCK_M, BLOCK_N // PARTS, BLOCK_R)
+                part += tile.times_factor(h, up, n, N, low.rank, NUMERICS, BLOCK_M, BLOCK_N // PARTS, BLOCK_R)
         if bias is not None:
-            part += _load_vector(bias.ptr, n, 1, bias.size)[None, :]
-        _put(y if TMA else Matrix(y, N, 1), part, i * BLOCK_M, n0, m, n, M, N, TMA, NUMERICS)
+            part += tile.load_vector(bias.ptr, n, 1, bias.size)[None, :]
+        tile.put(y if TMA else Matrix(y, N, 1), part, i * BLOCK_M, n0, m, n, M, N, TMA, NUMERICS)
 
 
 @triton.jit(do_not_specialize=["M", "tiles"])
@@ -124,29 +92,29 @@ def _grouped_fwd_kernel(
     Where some members have a bias or a low-rank pair, those that have none get one of size or rank 0, whose address
     is never read.
     """
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         if xs is None:
-            first = tile * 0
+            first = t * 0
             x_list = (x0, x1, x2, x3)
             w_list = (w0, w1, w2, w3)
             y_list = (y0, y1, y2, y3)
             for g in tl.static_range(len(Ns)):
-                rows = _rows(M, Ms, g)
-                count = _tiles(rows, Ns[g], BLOCK_M, BLOCK_N)
-                if (tile >= first) & (tile < first + count):
+                rows = members.rows_of(M, Ms, g)
+                count = members.tiles(rows, Ns[g], BLOCK_M, BLOCK_N)
+                if (t >= first) & (t < first + count):
                     _fwd_tile(
-                        tile - first, x_list[g], w_list[g], y_list[g], None if lows is None else lows[g],
+                        t - first, x_list[g], w_list[g], y_list[g], None if lows is None else lows[g],
                         None if downs is None else downs[g], None if biases is None else biases[g],
                         rows, Ns[g], Ks[g], True, COLS_FIRST, PARTS, NUMERICS, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
                     )  # fmt: skip
                 first += count
         else:
-            g, start = _member_of(tile, M, Ms, Ns, BLOCK_M, BLOCK_N)
+            g, start = members.member_of(t, M, Ms, Ns, BLOCK_M, BLOCK_N)
             _fwd_tile(
-                tile - start, _pick_rows(xs, g), _pick_weight(ws, g, COLS_FIRST), _pick(ys, g),
-                None if lows is None else _pick_low(lows, g), None if downs is None else _pick(downs, g),
-                None if biases is None else _pick_bias(biases, g),
-                _rows(M, Ms, g), _pick(Ns, g), _pick(Ks, g), False, COLS_FIRST, PARTS, NUMERICS,
+                t - start, members.pick_rows(xs, g), members.pick_weight(ws, g, COLS_FIRST), members.pick(ys, g),
+                None if lows is None else members.pick_low(lows, g), None if downs is None else members.pick(downs, g),
+                None if biases is None else members.pick_bias(biases, g),
+                members.rows_of(M, Ms, g), members.pick(Ns, g), members.pick(Ks, g), False, COLS_FIRST, PARTS, NUMERICS,
                 BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
             )  # fmt: skip
 
@@ -177,10 +145,10 @@ def grouped_fwd_launch(
         config = _beside(config)
     args = {
         **operands,
-        "lows": _lows(ups, hs, leave_h, ranks, scales),
-        "downs": _addresses(downs) if inside else None,
-        "biases": _biases(biases),
-        **row_counts(ys), "Ns": tuple(y.shape[1] for y in ys), "Ks": tuple(w.shape[1] for w in weights),
+        "lows": members.lows(ups, hs, leave_h, ranks, scales),
+        "downs": members.addresses(downs) if inside else None,
+        "biases": members.biases(biases),
+        **members.row_counts(ys), "Ns": tuple(y.shape[1] for y in ys), "Ks": tuple(w.shape[1] for w in weights),
         "tiles": tiles_of(ys, config),
         **tile_arguments(config, row_major, numerics(xs[0].dtype, *downs, *ups), "BLOCK_N", "BLOCK_K"),
         "BLOCK_R": configs.block_r(max(ranks)) if inside else RANK_BLOCK,
@@ -221,7 +189,7 @@ def _beside(config: dict[str, int]) -> dict[str, int]:
 
 
 def _fwd_config(xs: Sequence[Tensor], weights: Sequence[Tensor], rank: int, arch: str) -> dict[str, int]:
-    return tables.choose("fwd", arch, xs[0].dtype, group_shape(xs, weights, rank), weights[0].dtype)
+    return tables.choose("fwd", arch, xs[0].dtype, members.group_shape(xs, weights, rank), weights[0].dtype)
 
 
 class Paths(NamedTuple):
@@ -239,24 +207,24 @@ def _dx_rest(
 ):  # fmt: skip
     """Store tile (i, j) of dx = acc + Σ_t mask_t∘(S_t·down_t)/(1-p) over the paths from `first_path` to `last_path`."""
     m = i * BLOCK_M + tl.arange(0, BLOCK_M)
-    parts = _column_parts(acc, BLOCK_M, BLOCK_K, PARTS)
+    parts = tile.column_parts(acc, BLOCK_M, BLOCK_K, PARTS)
     for q in tl.static_range(PARTS):
         part = parts[q]
         k0 = j * BLOCK_K + q * (BLOCK_K // PARTS)
         k = k0 + tl.arange(0, BLOCK_K // PARTS)
         if paths is not None:
             for t in range(first_path, last_path):
-                path = _pick_path(paths, t)
-                term = _thin_product(
+                path = members.pick_path(paths, t)
+                term = tile.thin_product(
                     Matrix(path.s, path.rank, 1), Matrix(path.down, 1, K), m, k, M, K, path.rank, path.rank, 1,
                     NUMERICS, BLOCK_M, BLOCK_K // PARTS, 16,
                 )  # fmt: skip
                 if masks is not None:
-                    seed = _seed_of(_pick(masks.seeds, t))
+                    seed = tile.seed_of(members.pick(masks.seeds, t))
                     threshold = tl.cast(masks.threshold, tl.int32)
-                    term = _dropped(term, seed, m, k0, threshold, masks.inv_keep, BLOCK_M, BLOCK_K // PARTS)
+                    term = tile.dropped(term, seed, m, k0, threshold, masks.inv_keep, BLOCK_M, BLOCK_K // PARTS)
                 part += term
-        _put(dx if TMA else Matrix(dx, K, 1), part, i * BLOCK_M, k0, m, k, M, K, TMA, NUMERICS)
+        tile.put(dx if TMA else Matrix(dx, K, 1), part, i * BLOCK_M, k0, m, k, M, K, TMA, NUMERICS)
 
 
 @triton.jit(do_not_specialize=["M", "tiles"])
@@ -270,21 +238,21 @@ def _grouped_dx_kernel(
     Members and paths stand in the order of their x: those of dx_o are FIRST_MEMBERS[o] to FIRST_MEMBERS[o+1], and
     likewise of paths. Ms and Ks are those of the dx_o.
     """
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         if dys is None:
-            first = tile * 0
+            first = t * 0
             dy_list = (dy0, dy1, dy2, dy3)
             w_list = (w0, w1, w2, w3)
             dx_list = (dx0, dx1, dx2, dx3)
             for o in tl.static_range(len(Ks)):
-                rows = _rows(M, Ms, o)
-                count = _tiles(rows, Ks[o], BLOCK_M, BLOCK_K)
-                if (tile >= first) & (tile < first + count):
-                    i, j = _tile_of(tile - first, tl.cdiv(rows, BLOCK_M), tl.cdiv(Ks[o], BLOCK_K), _GROUP)
+                rows = members.rows_of(M, Ms, o)
+                count = members.tiles(rows, Ks[o], BLOCK_M, BLOCK_K)
+                if (t >= first) & (t < first + count):
+                    i, j = tile.place_of(t - first, tl.cdiv(rows, BLOCK_M), tl.cdiv(Ks[o], BLOCK_K), _GROUP)
                     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
                     for g in tl.static_range(len(Ns)):
                         if g >= FIRST_MEMBERS[o] and g < FIRST_MEMBERS[o + 1]:
-                            acc = _product(
+                            acc = tile.product(
                                 acc, dy_list[g], w_list[g], None, i * BLOCK_M, j * BLOCK_K, rows, Ks[o], Ns[g],
                                 True, COLS_FIRST, NUMERICS, BLOCK_M, BLOCK_K, BLOCK_N,
                             )  # fmt: skip
@@ -294,20 +262,20 @@ def _grouped_dx_kernel(
                     )  # fmt: skip
                 first += count
         else:
-            o, start = _member_of(tile, M, Ms, Ks, BLOCK_M, BLOCK_K)
-            rows = _rows(M, Ms, o)
-            K = _pick(Ks, o)
-            i, j = _tile_of(tile - start, tl.cdiv(rows, BLOCK_M), tl.cdiv(K, BLOCK_K), _GROUP)
+            o, start = members.member_of(t, M, Ms, Ks, BLOCK_M, BLOCK_K)
+            rows = members.rows_of(M, Ms, o)
+            K = members.pick(Ks, o)
+            i, j = tile.place_of(t - start, tl.cdiv(rows, BLOCK_M), tl.cdiv(K, BLOCK_K), _GROUP)
             acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-            for g in range(_pick(FIRST_MEMBERS, o), _pick(FIRST_MEMBERS, o + 1)):
-                acc = _product(
-                    acc, _pick_rows(dys, g), _pick_weight(ws, g, COLS_FIRST), None,
-                    i * BLOCK_M, j * BLOCK_K, rows, K, _pick(Ns, g), False, COLS_FIRST, NUMERICS,
+            for g in range(members.pick(FIRST_MEMBERS, o), members.pick(FIRST_MEMBERS, o + 1)):
+                acc = tile.product(
+                    acc, members.pick_rows(dys, g), members.pick_weight(ws, g, COLS_FIRST), None,
+                    i * BLOCK_M, j * BLOCK_K, rows, K, members.pick(Ns, g), False, COLS_FIRST, NUMERICS,
                     BLOCK_M, BLOCK_K, BLOCK_N,
                 )  # fmt: skip
             _dx_rest(
-                acc, _pick(dxs, o), paths, _pick(FIRST_PATHS, o), _pick(FIRST_PATHS, o + 1), masks, i, j, rows, K,
-                False, PARTS, NUMERICS, BLOCK_M, BLOCK_K,
+                acc, members.pick(dxs, o), paths, members.pick(FIRST_PATHS, o), members.pick(FIRST_PATHS, o + 1), masks,
+                i, j, rows, K, False, PARTS, NUMERICS, BLOCK_M, BLOCK_K,
             )  # fmt: skip
 
 
@@ -342,8 +310,8 @@ def grouped_dx_launch(
     args = {
         **operands,
         "paths": tuple(map(Path, paths.ss, paths.downs, ranks)) if ranks else None,
-        "masks": _masks(dropout_p, paths.seeds),
-        **row_counts(dxs), "Ns": tuple(w.shape[0] for w in weights), "Ks": tuple(dx.shape[1] for dx in dxs),
+        "masks": members.masks(dropout_p, paths.seeds),
+        **members.row_counts(dxs), "Ns": tuple(w.shape[0] for w in weights), "Ks": tuple(dx.shape[1] for dx in dxs),
         "tiles": tiles_of(dxs, config),
         "FIRST_MEMBERS": _firsts(owners, len(dxs)), "FIRST_PATHS": _firsts(path_owners, len(dxs)),
         **tile_arguments(config, not row_major, how, "BLOCK_K", "BLOCK_N"),

@@ -12,20 +12,13 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
+from glora_kernels import tile
 from glora_kernels.glora.sums import dy_config
-from glora_kernels.grouped.members import _addresses, _masks, _pick, _pick_rows, _rows, row_counts
+from glora_kernels.grouped import members
 from glora_kernels.operands import Matrix
 from glora_kernels.runtime import configs, environment, tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Launch, factor_depth, halves, matrix, numerics, options
-from glora_kernels.tile import (
-    _dot_thin,
-    _dropped,
-    _read,
-    _read_banded,
-    _seed_of,
-    _store,
-)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -38,23 +31,23 @@ def _grouped_down_kernel(
     t = tl.program_id(0) % len(xs)
     m = tl.program_id(0) // len(xs) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
-    rows = _rows(M, Ms, t)
-    K = _pick(Ks, t)
-    R = _pick(Rs, t)
-    x = _pick_rows(xs, t)
-    down = Matrix(_pick(downs, t), 1, K)
-    scale = _pick(scales, t)
+    rows = members.rows_of(M, Ms, t)
+    K = members.pick(Ks, t)
+    R = members.pick(Rs, t)
+    x = members.pick_rows(xs, t)
+    down = Matrix(members.pick(downs, t), 1, K)
+    scale = members.pick(scales, t)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        x_tile = _read(x, m, k, rows, K)
+        x_tile = tile.read(x, m, k, rows, K)
         if masks is not None:
-            seed = _seed_of(_pick(masks.seeds, t))
-            x_tile = _dropped(x_tile, seed, m, k0, tl.cast(masks.threshold, tl.int32), 1.0, BLOCK_M, BLOCK_K)
-        acc = _dot_thin(x_tile, _read(down, k, r, K, R).to(NUMERICS.factor_dtype), acc, NUMERICS)
+            seed = tile.seed_of(members.pick(masks.seeds, t))
+            x_tile = tile.dropped(x_tile, seed, m, k0, tl.cast(masks.threshold, tl.int32), 1.0, BLOCK_M, BLOCK_K)
+        acc = tile.dot_thin(x_tile, tile.read(down, k, r, K, R).to(NUMERICS.factor_dtype), acc, NUMERICS)
     if masks is not None:
         scale *= masks.inv_keep
-    _store(_pick(hs, t), acc * scale, m, r, R, 1, rows, R)
+    tile.store(members.pick(hs, t), acc * scale, m, r, R, 1, rows, R)
 
 
 def grouped_down_launch(
@@ -69,7 +62,7 @@ def grouped_down_launch(
 ) -> Launch:
     """h_t (M,R) = s_t·drop_t(x_t)·down_tᵀ of every path."""
     rank, k_max = max(down.shape[0] for down in downs), max(x.shape[1] for x in xs)
-    sizes = row_counts(xs)
+    sizes = members.row_counts(xs)
     how = numerics(xs[0].dtype, *downs)
     shape = Shape(configs.m_class(sizes["M"]), k_max, k_max, rank)
     config = tables.choose("prepare", arch, xs[0].dtype, shape)
@@ -77,7 +70,7 @@ def grouped_down_launch(
     args = {
         "xs": tuple(map(matrix, xs)), "downs": tuple(downs), "hs": tuple(hs),
         **sizes, "Ks": tuple(x.shape[1] for x in xs), "Rs": tuple(down.shape[0] for down in downs),
-        "scales": tuple(map(float, scales)), "masks": _masks(dropout_p, seeds),
+        "scales": tuple(map(float, scales)), "masks": members.masks(dropout_p, seeds),
         "NUMERICS": how,
         "BLOCK_M": config["rows"], "BLOCK_K": factor_depth(config, how), "BLOCK_R": configs.block_r(rank),
     }  # fmt: skip
@@ -102,34 +95,34 @@ def _grouped_dy_kernel(
     rank_block = tl.program_id(0) % RANK_BLOCKS
     band = tl.program_id(1)
     g = tl.program_id(2)
-    rows = _rows(M, Ms, g)
-    N = _pick(Ns, g)
-    R = _pick(Rs, g)
-    dy = _pick_rows(dys, g)
+    rows = members.rows_of(M, Ms, g)
+    N = members.pick(Ns, g)
+    R = members.pick(Rs, g)
+    dy = members.pick_rows(dys, g)
     m = i * BLOCK_M + tl.arange(0, BLOCK_M)
     r = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
     # Sᵀ and not S: 16 rows of the rank keep the product on mma.sync, which takes what dy was loaded for elsewhere.
     s_acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
     if parts is not None:
-        part = _pick(parts, g) + tl.cast(i, tl.int64) * part_split
+        part = members.pick(parts, g) + tl.cast(i, tl.int64) * part_split
     if hs is not None:
-        h = _read(Matrix(_pick(hs, g), 1, R), r, m, R, rows).to(NUMERICS.factor_dtype)
+        h = tile.read(Matrix(members.pick(hs, g), 1, R), r, m, R, rows).to(NUMERICS.factor_dtype)
     first = tl.multiple_of(band * band_width, BLOCK_N)
     for n0 in range(first, tl.minimum(first + band_width, N), BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        dy_tile = _read(dy, m, n, rows, N)
+        dy_tile = tile.read(dy, m, n, rows, N)
         if ss is not None:
-            factor = _read(Matrix(_pick(ups, g), 1, R), r, n, R, N).to(NUMERICS.factor_dtype)
-            s_acc = _dot_thin(factor, dy_tile.T, s_acc, NUMERICS)
+            factor = tile.read(Matrix(members.pick(ups, g), 1, R), r, n, R, N).to(NUMERICS.factor_dtype)
+            s_acc = tile.dot_thin(factor, dy_tile.T, s_acc, NUMERICS)
         if WITH_G:
             if rank_block == 0:
                 tl.store(part + n, tl.sum(dy_tile.to(tl.float32), 0), mask=n < N)
         if hs is not None:
-            value = _dot_thin(h, dy_tile, tl.zeros((BLOCK_R, BLOCK_N), tl.float32), NUMERICS)
-            _store(part + part_row if WITH_G else part, value, r, n, part_row, 1, R, N)
+            value = tile.dot_thin(h, dy_tile, tl.zeros((BLOCK_R, BLOCK_N), tl.float32), NUMERICS)
+            tile.store(part + part_row if WITH_G else part, value, r, n, part_row, 1, R, N)
     if ss is not None:
-        s = _pick(ss, g) + tl.cast(rows, tl.int64) * R * (_pick(first_bands, g) + band)
-        _store(s, s_acc * _pick(scales, g), r, m, 1, R, R, rows)
+        s = members.pick(ss, g) + tl.cast(rows, tl.int64) * R * (members.pick(first_bands, g) + band)
+        tile.store(s, s_acc * members.pick(scales, g), r, m, 1, R, R, rows)
 
 
 def grouped_dy_launch(
@@ -151,12 +144,13 @@ def grouped_dy_launch(
 
     The latter where `hs` are there. The parts are columns of one tensor, and `shape` is the largest of the members.
     """
-    sizes = row_counts(dys)
+    sizes = members.row_counts(dys)
     config = _dy_config(shape._replace(m=configs.m_class(sizes["M"])), dys[0].dtype, arch, factors)
     ranks = tuple(0 if up is None else up.shape[1] for up in ups)
     part_split, part_row = (0, 0) if parts is None else parts[0].stride()[:2]
     args = {
-        "dys": tuple(map(matrix, dys)), "ups": _addresses(ups), "hs": _addresses(hs), "ss": _addresses(ss),
+        "dys": tuple(map(matrix, dys)),
+        "ups": members.addresses(ups), "hs": members.addresses(hs), "ss": members.addresses(ss),
         "first_bands": tuple(first_bands),
         "parts": None if parts is None else tuple(parts), "part_split": part_split, "part_row": part_row,
         **sizes, "Ns": tuple(dy.shape[1] for dy in dys), "Rs": ranks,
@@ -206,38 +200,40 @@ def _grouped_x_kernel(
     """
     t = tl.program_id(2)
     k0 = tl.program_id(0) // RANK_BLOCKS * BLOCK_K
-    rows = _rows(M, Ms, t)
-    K = _pick(Ks, t)
-    R = _pick(Rs, t)
+    rows = members.rows_of(M, Ms, t)
+    K = members.pick(Ks, t)
+    R = members.pick(Rs, t)
     if k0 < K:
-        x = _pick_rows(xs, t)
-        s = Matrix(_pick(ss, t), R, 1)
+        x = members.pick_rows(xs, t)
+        s = Matrix(members.pick(ss, t), R, 1)
         k = k0 + tl.arange(0, BLOCK_K)
         r = tl.program_id(0) % RANK_BLOCKS * BLOCK_R + tl.arange(0, BLOCK_R)
         acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
         first = tl.program_id(1) * rows_per_split
         last = tl.minimum(first + rows_per_split, rows)
         m = first + tl.arange(0, BLOCK_M)
-        s_tile = _read_banded(s, r, m, R, last, rows, BANDS, TRANSPOSED=True).to(NUMERICS.factor_dtype)
+        s_tile = tile.read_banded(s, r, m, R, last, rows, BANDS, TRANSPOSED=True).to(NUMERICS.factor_dtype)
         for m0 in range(first, last, BLOCK_M):
             m = m0 + tl.arange(0, BLOCK_M)
-            x_tile = _read(x, m, k, last, K)
+            x_tile = tile.read(x, m, k, last, K)
             if masks is not None:
-                seed = _seed_of(_pick(masks.seeds, t))
-                x_tile = _dropped(x_tile, seed, m, k0, tl.cast(masks.threshold, tl.int32), 1.0, BLOCK_M, BLOCK_K)
-            acc = _dot_thin(s_tile, x_tile, acc, NUMERICS)
+                seed = tile.seed_of(members.pick(masks.seeds, t))
+                x_tile = tile.dropped(x_tile, seed, m, k0, tl.cast(masks.threshold, tl.int32), 1.0, BLOCK_M, BLOCK_K)
+            acc = tile.dot_thin(s_tile, x_tile, acc, NUMERICS)
             # A step ahead, as in `common._thin_product`.
-            s_tile = _read_banded(s, r, m + BLOCK_M, R, last, rows, BANDS, TRANSPOSED=True).to(NUMERICS.factor_dtype)
+            s_tile = tile.read_banded(s, r, m + BLOCK_M, R, last, rows, BANDS, TRANSPOSED=True).to(
+                NUMERICS.factor_dtype
+            )
         if masks is not None:
             acc *= masks.inv_keep
-        part = _pick(parts, t) + tl.cast(tl.program_id(1), tl.int64) * part_split
-        _store(part, acc, r, k, K if part_row is None else part_row, 1, R, K)
+        part = members.pick(parts, t) + tl.cast(tl.program_id(1), tl.int64) * part_split
+        tile.store(part, acc, r, k, K if part_row is None else part_row, 1, R, K)
         if sums is not None:
             if k0 == 0:  # by itself: a branch within the loop above would serialize its wgmma
                 for m0 in range(first, last, BLOCK_M):
                     m = m0 + tl.arange(0, BLOCK_M)
-                    total = _read_banded(s, r, m, R, last, rows, BANDS, TRANSPOSED=True)
-                    _store(_pick(sums, t), total, r, m, 1, R, R, last)
+                    total = tile.read_banded(s, r, m, R, last, rows, BANDS, TRANSPOSED=True)
+                    tile.store(members.pick(sums, t), total, r, m, 1, R, R, last)
 
 
 def grouped_x_launch(
@@ -258,7 +254,7 @@ def grouped_x_launch(
     Σ_bands S_t goes to `sums` (M,R), where they are given. S is multiplied in the dtype of x, or of the `factors` where
     that is wider.
     """
-    sizes = row_counts(xs)
+    sizes = members.row_counts(xs)
     config = tables.choose("x", arch, xs[0].dtype, shape._replace(m=configs.m_class(sizes["M"])))
     aligned = all(x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0 for x in xs)
     config = configs.fitted("x", config, arch, xs[0].dtype, shape.r, drops=dropout_p > 0.0, aligned=aligned)
@@ -268,7 +264,7 @@ def grouped_x_launch(
     args = {
         "xs": tuple(map(matrix, xs)), "ss": tuple(ss), "sums": None if sums is None else tuple(sums),
         "parts": tuple(parts), "part_split": parts[0].stride(0), "part_row": None if rows_of == columns else rows_of[0],
-        **sizes, "Ks": columns, "Rs": ranks, "masks": _masks(dropout_p, seeds),
+        **sizes, "Ks": columns, "Rs": ranks, "masks": members.masks(dropout_p, seeds),
         "rows_per_split": cdiv(cdiv(sizes["M"], splits), config["rows"]) * config["rows"],
         "BANDS": ss[0].shape[0], **_rank_blocks(max(ranks)), "NUMERICS": numerics(xs[0].dtype, factors),
         "BLOCK_M": config["rows"], "BLOCK_K": config["cols"],
@@ -281,18 +277,18 @@ def grouped_x_launch(
 def _grouped_bands_kernel(ss, sums, M, Ms, Rs, bands, BLOCK: tl.constexpr):
     """sums_t (M,R) = Σ_bands S_t of every path: where nobody reads x, or more bands than are read at a time."""
     t = tl.program_id(1)
-    size = tl.cast(_rows(M, Ms, t), tl.int64) * _pick(Rs, t)
+    size = tl.cast(members.rows_of(M, Ms, t), tl.int64) * members.pick(Rs, t)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for band in range(bands):
-        total += tl.load(_pick(ss, t) + band * size + i, mask=i < size, other=0.0)
-    out = _pick(sums, t)
+        total += tl.load(members.pick(ss, t) + band * size + i, mask=i < size, other=0.0)
+    out = members.pick(sums, t)
     tl.store(out + i, total.to(out.dtype.element_ty), mask=i < size)
 
 
 def grouped_bands_launch(ss: Sequence[Tensor], sums: Sequence[Tensor]) -> Launch:
     """sums_t (M,R) = Σ_bands S_t, S (bands,M,R)."""
-    sizes = row_counts(sums)
+    sizes = members.row_counts(sums)
     block = 32 if environment.interpreting() else 1024
     args = {
         "ss": tuple(ss), "sums": tuple(sums), **sizes, "Rs": tuple(s.shape[2] for s in ss), "bands": ss[0].shape[0],

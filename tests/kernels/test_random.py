@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from glora_kernels import tile
 from glora_kernels.reference import dither_bits, keep_mask, round_dithered
 from glora_kernels.reference.random import dropout_threshold
-from glora_kernels.tile import _dropped, _round
 
 SEEDS = [0, 1, 0xFFFFFFFF, 0x1_0000_0000, 0x1234_5678_9ABC_DEF0, 2**63 - 1, -1]
 
@@ -87,7 +87,7 @@ def _drop_kernel(x, out, seed, threshold, inv_keep, row0, col0, ROWS: tl.constex
     rows = row0 + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     at = tl.arange(0, ROWS)[:, None] * COLS + cols[None, :]
-    value = _dropped(tl.load(x + at), tl.load(seed), rows, col0, threshold, inv_keep, ROWS, COLS)
+    value = tile.dropped(tl.load(x + at), tl.load(seed), rows, col0, threshold, inv_keep, ROWS, COLS)
     tl.store(out + at, value)
 
 
@@ -106,7 +106,7 @@ def test_kernel_draws_the_same_mask(seed, row0, col0, device):
 def _round_kernel(x, out, ROWS: tl.constexpr, COLS: tl.constexpr):
     rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
     at = rows[:, None] * COLS + cols[None, :]
-    tl.store(out + at, _round(tl.load(x + at), rows, cols, out.dtype.element_ty))
+    tl.store(out + at, tile.rounded(tl.load(x + at), rows, cols, out.dtype.element_ty))
 
 
 DTYPES = [torch.bfloat16, torch.float16]
