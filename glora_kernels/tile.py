@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from glora_kernels.operands import Matrix
+from glora_kernels.operands import Matrix, Vector
 from glora_kernels.reference import random as stream
 
 _PHILOX_ROUNDS = tl.constexpr(stream.PHILOX_ROUNDS)
@@ -68,34 +68,18 @@ def place_of(pid, num_i, num_j, GROUP: tl.constexpr):
 
 
 @triton.jit
-def load(ptr, rows, cols, stride_row, stride_col, num_rows, num_cols):
-    """The block ptr[rows, cols] with zeros outside (num_rows, num_cols); offsets are 64-bit."""
-    offsets = rows.to(tl.int64)[:, None] * stride_row + cols.to(tl.int64)[None, :] * stride_col
-    return tl.load(ptr + offsets, mask=(rows[:, None] < num_rows) & (cols[None, :] < num_cols), other=0.0)
-
-
-@triton.jit
-def store(ptr, value, rows, cols, stride_row, stride_col, num_rows, num_cols):
-    offsets = rows.to(tl.int64)[:, None] * stride_row + cols.to(tl.int64)[None, :] * stride_col
-    mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
-    tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_vector(ptr, index, stride, size):
-    """ptr[index] in fp32 with zeros outside; stride 0 repeats a constant."""
-    return tl.load(ptr + index.to(tl.int64) * stride, mask=index < size, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def read(matrix, rows, cols, num_rows, num_cols):
-    """The block matrix[rows, cols] with zeros outside (num_rows, num_cols)."""
-    return load(matrix.ptr, rows, cols, matrix.row, matrix.col, num_rows, num_cols)
+    """The block matrix[rows, cols] with zeros outside (num_rows, num_cols); offsets are 64-bit."""
+    offsets = rows.to(tl.int64)[:, None] * matrix.row + cols.to(tl.int64)[None, :] * matrix.col
+    return tl.load(matrix.ptr + offsets, mask=(rows[:, None] < num_rows) & (cols[None, :] < num_cols), other=0.0)
 
 
 @triton.jit
 def write(matrix, value, rows, cols, num_rows, num_cols):
-    store(matrix.ptr, value, rows, cols, matrix.row, matrix.col, num_rows, num_cols)
+    """Store the block matrix[rows, cols] in the matrix's dtype; nothing outside (num_rows, num_cols)."""
+    offsets = rows.to(tl.int64)[:, None] * matrix.row + cols.to(tl.int64)[None, :] * matrix.col
+    mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
+    tl.store(matrix.ptr + offsets, value.to(matrix.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -104,7 +88,7 @@ def read_vector(vector, index, size):
     if len(vector) == 1:
         return tl.where(index < size, tl.load(vector.ptr).to(tl.float32), 0.0)
     else:
-        return load_vector(vector.ptr, index, vector.step, size)
+        return tl.load(vector.ptr + index.to(tl.int64) * vector.step, mask=index < size, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -153,9 +137,9 @@ def read_banded(matrix, rows, cols, num_rows, num_cols, M, BANDS: tl.constexpr, 
 @triton.jit
 def read_banded_vector(vector, index, size, M, BANDS: tl.constexpr):
     """Σ_band vector[band, index] of (bands, M) in fp32."""
-    value = load_vector(vector.ptr, index, vector.step, size)
+    value = read_vector(Vector(vector.ptr, vector.step), index, size)
     for band in tl.static_range(1, BANDS):
-        value += load_vector(vector.ptr + tl.cast(M, tl.int64) * band, index, vector.step, size)
+        value += read_vector(Vector(vector.ptr + tl.cast(M, tl.int64) * band, vector.step), index, size)
     return value
 
 
@@ -305,7 +289,7 @@ def vector_sum(part_ptr, stride_part, index, size, splits):
     """Σ_split part[split, index] in fp32."""
     total = tl.zeros_like(index).to(tl.float32)
     for split in range(splits):
-        total += load_vector(part_ptr + tl.cast(split, tl.int64) * stride_part, index, 1, size)
+        total += read_vector(Vector(part_ptr + tl.cast(split, tl.int64) * stride_part, 1), index, size)
     return total
 
 

@@ -38,8 +38,7 @@ def _merge_kernel(
     if tl.program_id(0) * BLOCK_N >= N:
         return
     K = rows.size(row, "K", ALIGN)
-    w_ptr = rows.pointer(row, "weight", DTYPE, ALIGN)
-    stride_n, stride_k = rows.strides(row, TRANSPOSED, ALIGN)
+    weight = rows.weight(row, DTYPE, TRANSPOSED, ALIGN)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rank_a, rank_b, rank_p = rows.size(row, "rank_a"), rows.size(row, "rank_b"), rows.size(row, "rank_p")
     a_up, a_down = rows.pointer(row, "a_up", ADAPTER), rows.pointer(row, "a_down", ADAPTER, ALIGN)
@@ -53,17 +52,17 @@ def _merge_kernel(
         if rank_p > 0:
             for k0 in range(0, K, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
-                w = tile.load(w_ptr, n, k, stride_n, stride_k, N, K)
-                up = tile.load(a_up, k, r, rank_p, 1, K, rank_p)
+                w = tile.read(weight, n, k, N, K)
+                up = tile.read(Matrix(a_up, rank_p, 1), k, r, K, rank_p)
                 p = tile.exact_dot(w, up, p, PRECISION, UPCAST)
     if HAS_C:
         wc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         has_c = (rows.number(row, "c") != 0) | (rows.size(row, "rank_c") > 0)
-    following = tile.load(w_ptr, n, tl.arange(0, BLOCK_K), stride_n, stride_k, N, K)
+    following = tile.read(weight, n, tl.arange(0, BLOCK_K), N, K)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         w = following.to(tl.float32)
-        following = tile.load(w_ptr, n, k + BLOCK_K, stride_n, stride_k, N, K)
+        following = tile.read(weight, n, k + BLOCK_K, N, K)
         merged = w
         if HAS_C:
             if has_c:
@@ -76,7 +75,7 @@ def _merge_kernel(
             merged += w * term
         if HAS_PRODUCT:
             if rank_p > 0:
-                down = tile.load(a_down, r, k, K, 1, rank_p, K)
+                down = tile.read(Matrix(a_down, K, 1), r, k, rank_p, K)
                 merged += tile.exact_dot(p, down, tl.zeros((BLOCK_N, BLOCK_K), tl.float32), PRECISION, UPCAST)
         if has_b:
             term = tl.broadcast_to(b[:, None], (BLOCK_N, BLOCK_K))
@@ -85,7 +84,7 @@ def _merge_kernel(
                 low = tile.factor_product(pair, n, k, N, K, rank_b, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_R)
                 term += scale * low
             merged += term
-        tile.store(w_ptr, merged, n, k, stride_n, stride_k, N, K)
+        tile.write(weight, merged, n, k, N, K)
     total = tl.zeros((BLOCK_N,), tl.float32)
     if HAS_C:
         total = tl.sum(wc, 1)

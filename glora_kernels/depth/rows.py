@@ -16,6 +16,7 @@ from triton import cdiv
 
 from glora_kernels import tile
 from glora_kernels.depth.table import GroupKey, Layer, PointerTable, aligned, pointer_table
+from glora_kernels.operands import Matrix
 from glora_kernels.runtime.launch import triton_dtype, vector_stride
 
 LAYER_COLUMNS = (
@@ -77,13 +78,14 @@ def pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr 
 
 
 @triton.jit
-def strides(row, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr):
-    """(stride_n, stride_k) of a weight stored (N,K), or (K,N) if TRANSPOSED; one of them is known to be 1."""
+def weight(row, DTYPE: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr):
+    """W (N,K) of a layer, stored (N,K), or (K,N) if TRANSPOSED; one of its strides is known to be 1."""
+    ptr = pointer(row, "weight", DTYPE, ALIGN)
     stride = number(row, "stride", ALIGN)
     if TRANSPOSED:
-        return 1, stride
+        return Matrix(ptr, 1, stride)
     else:
-        return stride, 1
+        return Matrix(ptr, stride, 1)
 
 
 @triton.jit
@@ -120,7 +122,7 @@ def c_values(row, k, K, ADAPTER: tl.constexpr, BLOCK_R: tl.constexpr):
     for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
         r = r0 + tl.arange(0, BLOCK_R)
         down = tl.load(down_ptr + r, mask=r < rank, other=0.0).to(tl.float32)
-        c += tl.sum(tile.load(up_ptr, k, r, rank, 1, K, rank).to(tl.float32) * down[None, :], 1)
+        c += tl.sum(tile.read(Matrix(up_ptr, rank, 1), k, r, K, rank).to(tl.float32) * down[None, :], 1)
     return c
 
 

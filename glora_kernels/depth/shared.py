@@ -11,6 +11,7 @@ from triton import cdiv
 from glora_kernels import tile
 from glora_kernels.depth import rows
 from glora_kernels.depth.table import PointerTable, SharedFactor, aligned, pointer_table
+from glora_kernels.operands import Matrix
 from glora_kernels.reference.random import dropout_threshold
 from glora_kernels.runtime import configs
 from glora_kernels.runtime.launch import Launch, halves, numerics, options, triton_dtype
@@ -46,15 +47,15 @@ def _shared_grad_kernel(
         acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         for m0 in range(0, M, BLOCK_M):
             m = m0 + tl.arange(0, BLOCK_M)
-            x = tile.load(right, m, c, right_m, 1, M, C)
+            x = tile.read(Matrix(right, right_m, 1), m, c, M, C)
             if HAS_DROPOUT:
                 if threshold > 0:
                     x = tile.dropped(x, seed, m, c0, threshold, 1.0, BLOCK_M, BLOCK_C)
-            acc = tile.dot_thin(tile.load(left, r, m, left_r, left_m, R, M), x, acc, NUMERICS)
+            acc = tile.dot_thin(tile.read(Matrix(left, left_r, left_m), r, m, R, M), x, acc, NUMERICS)
         total += acc * rows.real(row, "part_scale")
     out = rows.pointer(factor, "out", OUT)
     stride_r, stride_c = rows.number(factor, "stride_r"), rows.number(factor, "stride_c")
-    tile.store(out, total, r, c, stride_r, stride_c, R, C)
+    tile.write(Matrix(out, stride_r, stride_c), total, r, c, R, C)
 
 
 def shared_grad_tables(factors: Sequence[SharedFactor]) -> tuple[PointerTable, PointerTable]:

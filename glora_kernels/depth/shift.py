@@ -6,6 +6,7 @@ from triton import cdiv
 
 from glora_kernels import tile
 from glora_kernels.depth import rows
+from glora_kernels.operands import Matrix
 from glora_kernels.runtime import configs
 from glora_kernels.runtime.launch import Launch, options, triton_dtype
 
@@ -26,14 +27,13 @@ def _shift_kernel(
     if HAS_C:
         if (rows.number(row, "c") != 0) | (rows.size(row, "rank_c") > 0):
             K = rows.size(row, "K", ALIGN)
-            w_ptr = rows.pointer(row, "weight", DTYPE, ALIGN)
-            stride_n, stride_k = rows.strides(row, TRANSPOSED, ALIGN)
+            weight = rows.weight(row, DTYPE, TRANSPOSED, ALIGN)
             wc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-            following = tile.load(w_ptr, n, tl.arange(0, BLOCK_K), stride_n, stride_k, N, K)
+            following = tile.read(weight, n, tl.arange(0, BLOCK_K), N, K)
             for k0 in range(0, K, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
                 w = following.to(tl.float32)
-                following = tile.load(w_ptr, n, k + BLOCK_K, stride_n, stride_k, N, K)
+                following = tile.read(weight, n, k + BLOCK_K, N, K)
                 wc += w * rows.c_values(row, k, K, ADAPTER, BLOCK_R)[None, :]
             total = tl.sum(wc, 1)
     rows.store_beta(row, n, N, total, ADAPTER, BIAS, tl.float32)
@@ -71,14 +71,13 @@ def _shift_grad_kernel(
     i = tl.program_id(0)
     if i < blocks:
         k = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        w_ptr = rows.pointer(row, "weight", DTYPE, ALIGN)
-        stride_n, stride_k = rows.strides(row, TRANSPOSED, ALIGN)
+        weight = rows.weight(row, DTYPE, TRANSPOSED, ALIGN)
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        following = tile.load(w_ptr, tl.arange(0, BLOCK_N), k, stride_n, stride_k, N, K)
+        following = tile.read(weight, tl.arange(0, BLOCK_N), k, N, K)
         for n0 in range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
             w = following.to(tl.float32)
-            following = tile.load(w_ptr, n + BLOCK_N, k, stride_n, stride_k, N, K)
+            following = tile.read(weight, n + BLOCK_N, k, N, K)
             acc += w * tl.load(g_ptr + n, mask=n < N, other=0.0)[:, None]
         dc = tl.sum(acc, 0)
         rows.put(row, "dc", dc, k, K, ADAPTER)
@@ -89,7 +88,7 @@ def _shift_grad_kernel(
             for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
                 r = r0 + tl.arange(0, BLOCK_R)
                 down = tl.load(down_ptr + r, mask=r < rank, other=0.0).to(tl.float32)
-                tile.store(dc_up_ptr, dc[:, None] * down[None, :], k, r, rank, 1, K, rank)
+                tile.write(Matrix(dc_up_ptr, rank, 1), dc[:, None] * down[None, :], k, r, K, rank)
     elif i == blocks:
         d_sum = tl.zeros((BLOCK_V,), tl.float32)
         e_sum = tl.zeros((BLOCK_V,), tl.float32)
@@ -137,7 +136,7 @@ def _shift_down_kernel(table_ptr, ADAPTER: tl.constexpr, BLOCK_K: tl.constexpr, 
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         dc = tl.load(dc_ptr + k, mask=k < K, other=0.0)
-        acc += tile.load(up_ptr, k, r, rank, 1, K, rank).to(tl.float32) * dc[:, None]
+        acc += tile.read(Matrix(up_ptr, rank, 1), k, r, K, rank).to(tl.float32) * dc[:, None]
     rows.put(row, "dc_down", tl.sum(acc, 0), r, rank, ADAPTER)
 
 

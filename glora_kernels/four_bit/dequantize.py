@@ -17,6 +17,7 @@ from glora_kernels.four_bit.codec import (
     codes,
     reads_words,
 )
+from glora_kernels.operands import Matrix
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import configs, environment, tables
 from glora_kernels.runtime.configs import Shape
@@ -87,7 +88,7 @@ def _dequantize_adapted_kernel(
         w += tile.read_vector(b, n, N)[:, None]
     if b_pair is not None:
         w += scale * tile.factor_product(b_pair, n, k, N, K, R, PRECISION, UPCAST, BLOCK_N, BLOCK_K, BLOCK_R)
-    tile.store(out, tile.rounded(w, n, k, out.dtype.element_ty), n, k, K, 1, N, K)
+    tile.write(Matrix(out, K, 1), tile.rounded(w, n, k, out.dtype.element_ty), n, k, N, K)
 
 
 def dequantize_launch(

@@ -24,7 +24,7 @@ from triton import cdiv
 
 from glora_kernels import tile
 from glora_kernels.four_bit.codec import _absmax, _decode, _nearest, codes
-from glora_kernels.operands import W_ALONE, Matrix, Terms
+from glora_kernels.operands import W_ALONE, Matrix, Terms, Vector
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import configs
 from glora_kernels.runtime.configs import Shape
@@ -111,7 +111,8 @@ def _small_m_kernel(
         if ONE:
             word = tl.load(x_pairs + j0 + j, mask=j0 + j < HALF, other=0)
         else:
-            word = tile.load(x_pairs, m, j0 + j, x.row // 2, 1, M, HALF)
+            columns = j0 + j
+            word = tile.read(Matrix(x_pairs, x.row // 2, 1), m, columns, M, HALF)
         even, odd = _split_pair(word, DTYPE)
         if SUMS or b_down is not None:
             k = 2 * j0 + tl.arange(0, BLOCK_K)
@@ -174,8 +175,8 @@ def _small_h_kernel(x, b_down, h, K, R, scale, UPCAST: tl.constexpr, BLOCK_K: tl
     acc = tl.zeros((BLOCK_K,), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        row = tile.load_vector(x.ptr + m * x.row, k, x.col, K)
-        acc += row * tile.load_vector(b_down.ptr + r * b_down.row, k, b_down.col, K)
+        row = tile.read_vector(Vector(x.ptr + m * x.row, x.col), k, K)
+        acc += row * tile.read_vector(Vector(b_down.ptr + r * b_down.row, b_down.col), k, K)
     value = _nearest(tl.sum(acc, 0) * scale, h.ptr.dtype.element_ty, UPCAST)
     tl.store(h.ptr + m * h.row + r * h.col, value)
 

@@ -106,7 +106,7 @@ def _dy_kernel(
         if factor is not None:
             zeros = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
             part = tile.dot_thin(h, value, zeros, NUMERICS)
-            tile.store(factor.ptr + tl.cast(i, tl.int64) * factor.step, part, c, n, factor.row, 1, P + R, N)
+            tile.write(Matrix(factor.ptr + tl.cast(i, tl.int64) * factor.step, factor.row, 1), part, c, n, P + R, N)
         if rank_block == 0:
             at = n
             if columns.end is not None:
@@ -129,10 +129,10 @@ def _dy_kernel(
         width = _padded(P + R)
         s += tl.cast(band, tl.int64) * M * width
         if terms.u is not None:
-            tile.store(s, u_acc, p, m, 1, width, P, M)
+            tile.write(Matrix(s, 1, width), u_acc, p, m, P, M)
             s += P
         if terms.up is not None:  # and zeros to the end of the row
-            tile.store(s, up_acc * scale, r, m, 1, width, width - P, M)
+            tile.write(Matrix(s, 1, width), up_acc * scale, r, m, width - P, M)
     if tau is not None:
         tl.store(tau + tl.cast(band, tl.int64) * _padded(M) + m, tau_acc, mask=(m < M) & (rank_block == 0))
 
@@ -268,9 +268,9 @@ def _x_kernel(
                     term += tile.read_banded_vector(Vector(tau, 1), m, M, _padded(M), BANDS)[:, None]
                 tile.write(dx, tile.rounded(term, m, k, dx.ptr.dtype.element_ty), m, k, M, K)
     if p_part is not None:
-        tile.store(p_part + tl.cast(split, tl.int64) * P * K, p_acc, p, k, K, 1, P, K)
+        tile.write(Matrix(p_part + tl.cast(split, tl.int64) * P * K, K, 1), p_acc, p, k, P, K)
     if v_part is not None:
-        tile.store(v_part + tl.cast(split, tl.int64) * R * K, v_acc * inv_keep, r, k, K, 1, R, K)
+        tile.write(Matrix(v_part + tl.cast(split, tl.int64) * R * K, K, 1), v_acc * inv_keep, r, k, R, K)
 
 
 def x_config(

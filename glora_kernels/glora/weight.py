@@ -11,6 +11,7 @@ from triton import cdiv
 from glora_kernels import tile
 from glora_kernels.four_bit.codec import _nearest, _weight_tile, weight_operands
 from glora_kernels.glora.product import GROUP
+from glora_kernels.operands import Matrix, Vector
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import configs, environment, tables
 from glora_kernels.runtime.configs import Shape
@@ -81,7 +82,7 @@ def _hadamard_grad_kernel(
                     x_tile = tile.dropped(x_tile, tile.seed_of(seed), m, j * BLOCK_K, threshold, 1.0, BLOCK_M, BLOCK_K)
                 s_tile = tile.read_banded(s, b, m, B_RANK, M, M, BANDS, TRANSPOSED=True)
                 db = tile.dot_thin(s_tile.to(NUMERICS.factor_dtype), x_tile, db, NUMERICS)
-            tile.store(db_down, db * inv_keep, b, k, K, 1, B_RANK, K)
+            tile.write(Matrix(db_down, K, 1), db * inv_keep, b, k, B_RANK, K)
     if i < num_n:
         n = i * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -97,14 +98,14 @@ def _hadamard_grad_kernel(
                 r = r0 + tl.arange(0, BLOCK_R)
                 down = tile.read(tile.transposed(pair.down), k, r, K, R).to(NUMERICS.factor_dtype)
                 value = tile.dot_thin(h, down, tl.zeros((BLOCK_N, BLOCK_R), tl.float32), NUMERICS)
-                tile.store(part, value, n, r, R, 1, N, R)
+                tile.write(Matrix(part, R, 1), value, n, r, N, R)
         if ddown is not None:
             part = ddown + tl.cast(i, tl.int64) * R * K
             for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
                 r = r0 + tl.arange(0, BLOCK_R)
                 up = tile.read(tile.transposed(pair.up), r, n, R, N).to(NUMERICS.factor_dtype)
                 value = tile.dot_thin(up, h, tl.zeros((BLOCK_R, BLOCK_K), tl.float32), NUMERICS)
-                tile.store(part, value, r, k, K, 1, R, K)
+                tile.write(Matrix(part, K, 1), value, r, k, R, K)
         if weff is not None:
             # Read anew: kept in registers until here, it would make them spill.
             w_tile = _weight_as(w, codes, i * BLOCK_N, j * BLOCK_K, N, K, NUMERICS, BLOCK_N, BLOCK_K)
@@ -112,7 +113,7 @@ def _hadamard_grad_kernel(
             w_tile += w_tile * tile.factor_product(
                 pair, n, k, N, K, R, PRECISION, NUMERICS.upcast, BLOCK_N, BLOCK_K, BLOCK_R
             )  # fmt: skip
-            tile.store(weff, tile.rounded(w_tile, n, k, NUMERICS.dtype), n, k, K, 1, N, K)
+            tile.write(Matrix(weff, K, 1), tile.rounded(w_tile, n, k, NUMERICS.dtype), n, k, N, K)
 
 
 class HadamardGrad(NamedTuple):
@@ -197,7 +198,7 @@ def _wc_kernel(
         k = k0 + tl.arange(0, BLOCK_K)
         if c is None:
             up = tile.read(pair.up, k, r, K, R).to(tl.float32)
-            values = tl.sum(up * tile.load_vector(pair.down.ptr, r, pair.down.row, R)[None, :], 1)
+            values = tl.sum(up * tile.read_vector(Vector(pair.down.ptr, pair.down.row), r, R)[None, :], 1)
         else:
             values = tile.read_vector(c, k, K)
         w_tile = _read_weight(w, codes, tl.program_id(0) * BLOCK_N, k0, N, K, UPCAST, BLOCK_N, BLOCK_K)
@@ -277,8 +278,8 @@ def _c_grad_kernel(part, pair, dc, dc_up, dc_down, K, R, splits, BLOCK_K: tl.con
         if dc is not None:
             tl.store(dc + k, value.to(dc.dtype.element_ty), mask=k < K)
         if dc_up is not None:
-            product = value[:, None] * tile.load_vector(pair.down.ptr, r, pair.down.row, R)[None, :]
-            tile.store(dc_up, product, k, r, R, 1, K, R)
+            product = value[:, None] * tile.read_vector(Vector(pair.down.ptr, pair.down.row), r, R)[None, :]
+            tile.write(Matrix(dc_up, R, 1), product, k, r, K, R)
     elif dc_down is not None:
         total = tl.zeros((BLOCK_R,), tl.float32)
         for k0 in range(0, K, BLOCK_K):

@@ -25,7 +25,7 @@ from glora_kernels.glora.product import (
     tiles_of,
 )
 from glora_kernels.grouped import members
-from glora_kernels.operands import Matrix, Path
+from glora_kernels.operands import Matrix, Path, Vector
 from glora_kernels.runtime import configs, tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Launch, halves, numerics
@@ -61,7 +61,7 @@ def _fwd_tile(
             h = tile.dot_thin(a, factor, h, NUMERICS)
         h = (low.scale * h).to(NUMERICS.factor_dtype)
         if (j == 0) & (low.leaves != 0):
-            tile.store(low.h, h, m, r, low.rank, 1, M, low.rank)
+            tile.write(Matrix(low.h, low.rank, 1), h, m, r, M, low.rank)
     parts = tile.column_parts(acc, BLOCK_M, BLOCK_N, PARTS)
     for q in tl.static_range(PARTS):
         part = parts[q]
@@ -77,7 +77,7 @@ def _fwd_tile(
             else:
                 part += tile.times_factor(h, up, n, N, low.rank, NUMERICS, BLOCK_M, BLOCK_N // PARTS, BLOCK_R)
         if bias is not None:
-            part += tile.load_vector(bias.ptr, n, 1, bias.size)[None, :]
+            part += tile.read_vector(Vector(bias.ptr, 1), n, bias.size)[None, :]
         tile.put(y if TMA else Matrix(y, N, 1), part, i * BLOCK_M, n0, m, n, M, N, TMA, NUMERICS)
 
 

@@ -47,7 +47,7 @@ def _grouped_down_kernel(
         acc = tile.dot_thin(x_tile, tile.read(down, k, r, K, R).to(NUMERICS.factor_dtype), acc, NUMERICS)
     if masks is not None:
         scale *= masks.inv_keep
-    tile.store(members.pick(hs, t), acc * scale, m, r, R, 1, rows, R)
+    tile.write(Matrix(members.pick(hs, t), R, 1), acc * scale, m, r, rows, R)
 
 
 def grouped_down_launch(
@@ -119,10 +119,10 @@ def _grouped_dy_kernel(
                 tl.store(part + n, tl.sum(dy_tile.to(tl.float32), 0), mask=n < N)
         if hs is not None:
             value = tile.dot_thin(h, dy_tile, tl.zeros((BLOCK_R, BLOCK_N), tl.float32), NUMERICS)
-            tile.store(part + part_row if WITH_G else part, value, r, n, part_row, 1, R, N)
+            tile.write(Matrix(part + part_row if WITH_G else part, part_row, 1), value, r, n, R, N)
     if ss is not None:
         s = members.pick(ss, g) + tl.cast(rows, tl.int64) * R * (members.pick(first_bands, g) + band)
-        tile.store(s, s_acc * members.pick(scales, g), r, m, 1, R, R, rows)
+        tile.write(Matrix(s, 1, R), s_acc * members.pick(scales, g), r, m, R, rows)
 
 
 def grouped_dy_launch(
@@ -227,13 +227,13 @@ def _grouped_x_kernel(
         if masks is not None:
             acc *= masks.inv_keep
         part = members.pick(parts, t) + tl.cast(tl.program_id(1), tl.int64) * part_split
-        tile.store(part, acc, r, k, K if part_row is None else part_row, 1, R, K)
+        tile.write(Matrix(part, K if part_row is None else part_row, 1), acc, r, k, R, K)
         if sums is not None:
             if k0 == 0:  # by itself: a branch within the loop above would serialize its wgmma
                 for m0 in range(first, last, BLOCK_M):
                     m = m0 + tl.arange(0, BLOCK_M)
                     total = tile.read_banded(s, r, m, R, last, rows, BANDS, TRANSPOSED=True)
-                    tile.store(members.pick(sums, t), total, r, m, 1, R, R, last)
+                    tile.write(Matrix(members.pick(sums, t), 1, R), total, r, m, R, last)
 
 
 def grouped_x_launch(
