@@ -36,7 +36,7 @@ from glora_kernels.runtime.planning import programs_of
 from glora_kernels.runtime.sizes import lesser, rows
 
 GROUP = 8
-"""Row tiles that share their columns in the L2 (`tile._tile_of`)."""
+"""Row tiles that share their columns in the L2 (`tile.place_of`)."""
 
 MAX_DESCRIBED = 4
 """So many products of one launch may come as tensor descriptors: each has its own copy of the loop in the kernel."""

@@ -220,7 +220,7 @@ def _grouped_x_kernel(
                 seed = tile.seed_of(members.pick(masks.seeds, t))
                 x_tile = tile.dropped(x_tile, seed, m, k0, tl.cast(masks.threshold, tl.int32), 1.0, BLOCK_M, BLOCK_K)
             acc = tile.dot_thin(s_tile, x_tile, acc, NUMERICS)
-            # A step ahead, as in `common._thin_product`.
+            # A step ahead, as in `tile.thin_product`.
             s_tile = tile.read_banded(s, r, m + BLOCK_M, R, last, rows, BANDS, TRANSPOSED=True).to(
                 NUMERICS.factor_dtype
             )

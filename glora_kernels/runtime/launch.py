@@ -152,7 +152,7 @@ def numerics(dtype: torch.dtype, *factors: Tensor | torch.dtype | None) -> Numer
     """How a kernel multiplies in a computation in `dtype`: its products, and the `factors` with what they meet.
 
     Factors are multiplied in fp32 where one is wider than 16 bits. Beside 16 bits that is taken as halves in bfloat16
-    (`tile._dot`): two or three products of the matrix unit where TF32 would take three at half of the speed.
+    (`tile.dot`): two or three products of the matrix unit where TF32 would take three at half of the speed.
     """
     dtypes = (t.dtype if isinstance(t, Tensor) else t for t in factors)
     widens = dtype.itemsize == 2 and any(t is not None and t.itemsize > 2 for t in dtypes)
