@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import configs, extension
 from glora_kernels.runtime.launch import vector_stride
 from glora_kernels.runtime.planning import note
-from glora_kernels.runtime.recording import Recording
+from glora_kernels.runtime.recording import Bound
 from glora_kernels.runtime.workspace import is_private
 
 MAX_TOKENS = 64
@@ -89,15 +89,11 @@ class CudaLaunch:
             args = args | {"barrier": counters.data_ptr(), "scratch": sums.data_ptr()}
         function(device=stream.device_index, stream=stream.cuda_stream, **args)
 
-    def bound(self, recording: Recording, memory: Sequence[Any], m: int) -> CudaLaunch:
+    def bound(self, call: Bound) -> CudaLaunch:
         """A recorded launch with the tensors of a call."""
-
-        def tensor(twin: Tensor) -> Tensor:
-            return recording.pointer(twin, memory, m)
-
-        own = {} if self.for_m is None else self.for_m(m)
-        args = {name: _changed(value, tensor) for name, value in self.args.items()} | own.pop("args", {})
-        return replace(self, args=args, tensors=tuple(map(tensor, self.tensors)), **own)
+        own = {} if self.for_m is None else self.for_m(call.m)
+        args = {name: _changed(value, call.pointer) for name, value in self.args.items()} | own.pop("args", {})
+        return replace(self, args=args, tensors=tuple(map(call.pointer, self.tensors)), **own)
 
     def __str__(self) -> str:
         return f"{self.kernel}[{self.grid}] block={self.block}; shared={self.shared}"

@@ -29,7 +29,7 @@ from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import configs
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Launch, halves, matrix, numerics, options, terms
-from glora_kernels.runtime.sizes import rows
+from glora_kernels.runtime.recording import rows
 
 _RUN = tl.constexpr(16)
 """Bytes of a row that share an absmax whatever the block size (32 elements): what a thread loads at once."""

@@ -14,7 +14,7 @@ from glora_kernels.reference import recovery
 from glora_kernels.runtime import configs, tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Launch, matrix, numerics, options, vector
-from glora_kernels.runtime.sizes import rows
+from glora_kernels.runtime.recording import rows
 
 _TINY = tl.constexpr(recovery.TINY)
 

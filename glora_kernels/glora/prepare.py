@@ -27,7 +27,7 @@ from glora_kernels.runtime.launch import (
     vector,
 )
 from glora_kernels.runtime.launch import terms as terms_of
-from glora_kernels.runtime.sizes import rows
+from glora_kernels.runtime.recording import rows
 
 MAX_BANDS = 4
 """More of them take registers that the product's epilogue has not."""

@@ -33,7 +33,8 @@ from glora_kernels.runtime.launch import (
 from glora_kernels.runtime.launch import sums as sums_of
 from glora_kernels.runtime.launch import terms as terms_of
 from glora_kernels.runtime.planning import programs_of
-from glora_kernels.runtime.sizes import lesser, rows
+from glora_kernels.runtime.recording import rows
+from glora_kernels.runtime.sizes import lesser
 
 GROUP = 8
 """Row tiles that share their columns in the L2 (`tile.place_of`)."""

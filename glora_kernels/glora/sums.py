@@ -16,7 +16,7 @@ from glora_kernels.reference import recovery
 from glora_kernels.runtime import configs, tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import NO_DROPOUT, Dropout, Launch, matrix, numerics, options, rank_step, terms
-from glora_kernels.runtime.sizes import rows
+from glora_kernels.runtime.recording import rows
 
 _SUM, _SQUARES = tl.constexpr(recovery.SUM), tl.constexpr(recovery.SQUARES)
 

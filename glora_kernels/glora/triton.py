@@ -30,8 +30,7 @@ from glora_kernels.runtime import cost, routes
 from glora_kernels.runtime.configs import MAX_FACTOR_RANK, MAX_RANK, TOTALS_BESIDE_DX, Shape, m_class
 from glora_kernels.runtime.launch import Dropout, LibraryProduct
 from glora_kernels.runtime.planning import arch_of
-from glora_kernels.runtime.recording import empty
-from glora_kernels.runtime.sizes import rows
+from glora_kernels.runtime.recording import empty, rows
 from glora_kernels.runtime.workspace import workspace_like
 
 MAX_RANK_BESIDE_HADAMARD = 64

@@ -26,7 +26,7 @@ from glora_kernels.runtime.launch import (
     pair,
     vector,
 )
-from glora_kernels.runtime.sizes import rows
+from glora_kernels.runtime.recording import rows
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from glora_kernels.reference.random import dropout_threshold
 from glora_kernels.runtime import configs
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Dropout
-from glora_kernels.runtime.sizes import rows
+from glora_kernels.runtime.recording import rows
 
 
 @triton.jit

@@ -29,7 +29,7 @@ from glora_kernels.operands import Matrix, Path, Vector
 from glora_kernels.runtime import configs, tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Launch, halves, numerics
-from glora_kernels.runtime.sizes import rows
+from glora_kernels.runtime.recording import rows
 
 _GROUP = tl.constexpr(GROUP)
 

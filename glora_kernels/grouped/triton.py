@@ -25,8 +25,7 @@ from glora_kernels.grouped.group import ABSENT, Group, GroupGradients, GroupNeed
 from glora_kernels.operands import NO_COLUMNS, Columns, Parts
 from glora_kernels.runtime.configs import MAX_FACTOR_RANK, MAX_RANK, Shape, m_class
 from glora_kernels.runtime.planning import arch_of
-from glora_kernels.runtime.recording import empty, zeros
-from glora_kernels.runtime.sizes import rows
+from glora_kernels.runtime.recording import empty, rows, zeros
 
 _LINE = 128
 

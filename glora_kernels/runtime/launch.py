@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from glora_kernels.operands import Constant, Matrix, Numerics, Pair, Shift, Terms, Vector, named_dtype
 from glora_kernels.reference.random import dropout_threshold
-from glora_kernels.runtime import environment, sizes
+from glora_kernels.runtime import environment
 from glora_kernels.runtime.planning import note
-from glora_kernels.runtime.recording import Recording, recorded
-from glora_kernels.runtime.sizes import HostValue, Rows, at
+from glora_kernels.runtime.recording import Bound, recorded, rows
+from glora_kernels.runtime.sizes import Rows
 
 _SIZES = ("BLOCK_", "BANDS", "PARTS", "GROUP")
 
@@ -57,23 +57,15 @@ class Launch:
         found = self.kernel.run(grid=self.grid, warmup=True, **args, **self.options)
         return found.result() if hasattr(found, "result") else found  # of a compilation in the background
 
-    def bound(self, recording: Recording, memory: Sequence[Any], m: int) -> Launch:
+    def bound(self, call: Bound) -> Launch:
         """A recorded launch with the tensors and numbers of a call."""
 
-        def number(value: int) -> int:
-            if isinstance(value, HostValue):
-                return int(memory[value.slot])
-            return at(value, m)
-
         def descriptor_of(value: Any) -> Any:
-            return type(value)(recording.view(value.base, memory, m), [number(size) for size in value.shape],
-                               value.strides, value.block_shape)  # fmt: skip
+            shape = list(map(call.number, value.shape))
+            return type(value)(call.view(value.base), shape, value.strides, value.block_shape)
 
-        def tensor(value: Tensor) -> Tensor:
-            return recording.pointer(value, memory, m)
-
-        args = {name: _mapped(value, tensor, number, descriptor_of) for name, value in self.args.items()}
-        return Launch(self.kernel, tuple(number(size) for size in self.grid), args, self.options)
+        args = {name: _mapped(value, call.pointer, call.number, descriptor_of) for name, value in self.args.items()}
+        return Launch(self.kernel, tuple(map(call.number, self.grid)), args, self.options)
 
     def __str__(self) -> str:
         flags = ", ".join(name for name, value in self.args.items() if value is True)
@@ -133,9 +125,9 @@ class LibraryProduct:
         else:
             torch.mm(self.left, self.right, out=self.out)
 
-    def bound(self, recording: Recording, memory: Sequence[Any], m: int) -> LibraryProduct:
+    def bound(self, call: Bound) -> LibraryProduct:
         """A recorded product with the tensors of a call."""
-        left, right, out = (recording.view(tensor, memory, m) for tensor in (self.left, self.right, self.out))
+        left, right, out = map(call.view, (self.left, self.right, self.out))
         return LibraryProduct(left, right, out, self.accumulates)
 
     def __str__(self) -> str:
@@ -218,14 +210,14 @@ def pair(up: Tensor | None, down: Tensor | None) -> Pair | None:
     return None if up is None or down is None else Pair(matrix(up), matrix(down))
 
 
-def descriptor(tensor: Tensor, rows: int, cols: int) -> Any | None:
-    """A descriptor of (rows, cols) blocks of a matrix whose rows are contiguous, or None where TMA cannot read it.
+def descriptor(tensor: Tensor, tall: int, wide: int) -> Any | None:
+    """A descriptor of (tall, wide) blocks of a matrix whose rows are contiguous, or None where TMA cannot read it.
 
     TMA wants a base and row stride in multiples of 16 bytes, and counts rows and columns in 32 bits.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    count, size = sizes.rows(tensor), tensor.dtype.itemsize
+    count, size = rows(tensor), tensor.dtype.itemsize
     fits = (
         min(tensor.shape) > 0
         and max(tensor.shape) < 2**31
@@ -234,7 +226,7 @@ def descriptor(tensor: Tensor, rows: int, cols: int) -> Any | None:
         and tensor.stride(0) >= tensor.shape[1]
         and tensor.data_ptr() % 16 == 0
     )
-    return TensorDescriptor(tensor, [count, tensor.shape[1]], list(tensor.stride()), [rows, cols]) if fits else None
+    return TensorDescriptor(tensor, [count, tensor.shape[1]], list(tensor.stride()), [tall, wide]) if fits else None
 
 
 class Dropout(NamedTuple):

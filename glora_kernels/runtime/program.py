@@ -31,7 +31,7 @@ from glora_kernels.runtime import configs, environment, tables
 from glora_kernels.runtime.direct import Sizes, Unsuited, describe, module
 from glora_kernels.runtime.launch import Launch
 from glora_kernels.runtime.planning import is_planning
-from glora_kernels.runtime.recording import Recording, Result, flat_stride
+from glora_kernels.runtime.recording import Bound, Recording, Result, flat_stride
 from glora_kernels.runtime.sizes import at
 from glora_kernels.runtime.workspace import workspace
 
@@ -287,10 +287,10 @@ class Program:
                 if last:
                     module().run(segment, first, last, sized.packed, memory, stream, self._index)
                 else:
-                    segment.bound(self._recording, memory, m).run()
+                    segment.bound(Bound(self._recording, memory, m)).run()
         else:
             for step in self.steps:
-                step.bound(self._recording, memory, m).run()
+                step.bound(Bound(self._recording, memory, m)).run()
         found = [None if slot is None else memory[slot] for slot in self._results]
         for slot, rows, which in sized.splits:
             for i, piece in zip(which, torch.split_with_sizes(memory[slot], rows), strict=True):

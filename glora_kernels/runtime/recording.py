@@ -7,6 +7,7 @@ program finds each again by its storage.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glora_kernels.runtime.planning import planning
-from glora_kernels.runtime.sizes import HostValue, Rows, at, planned, storage_of
+from glora_kernels.runtime.sizes import HostValue, Rows, at
 
 _LINE = 512
 """Bytes; what lies in one block begins at a multiple of it, as PyTorch's own allocations do."""
@@ -46,10 +47,7 @@ class Made:
 
     @property
     def nbytes(self) -> int:
-        size: int = self.dtype.itemsize
-        for length in self.shape:
-            size = size * length if isinstance(size, Rows) else length * size
-        return size
+        return math.prod(self.shape, start=self.dtype.itemsize)
 
 
 class Result(NamedTuple):
@@ -84,7 +82,7 @@ class Recording:
             for i, (twin, t) in enumerate(zip(self.twins, tensors, strict=True))
             if twin is not None and t is not None and t.is_cpu and t.numel() == 1 and t.dtype == torch.int64
         }
-        self._rows = {storage_of(t): Rows(m) for i, t in enumerate(self.twins) if t is not None and i in with_rows}
+        self.rows = {storage_of(t): Rows(m) for i, t in enumerate(self.twins) if t is not None and i in with_rows}
         self._watch = _Watch()
         self._workspaces: dict[int, Tensor] = {}
         self._places: dict[int, Made] = {}
@@ -92,13 +90,12 @@ class Recording:
     @contextlib.contextmanager
     def on(self, arch: str, programs: int | None = None) -> Iterator[None]:
         """Inside, this thread's steps and allocations are recorded, for a card: see `planning`."""
-        before = _recording.current, planned.rows
-        _recording.current, planned.rows = self, self._rows
+        before, _recording.current = _recording.current, self
         try:
             with self._watch, planning(arch, programs) as self.steps:
                 yield
         finally:
-            _recording.current, planned.rows = before
+            _recording.current = before
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, is_zero: bool = False) -> Tensor:
         twin = torch.empty([int(size) for size in shape], dtype=dtype, device="meta")
@@ -106,7 +103,7 @@ class Recording:
         self.made.append(made)
         self._places[storage_of(twin)] = made
         if made.rows is not None:
-            self._rows[storage_of(twin)] = made.rows
+            self.rows[storage_of(twin)] = made.rows
         return twin
 
     def workspace(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -158,7 +155,7 @@ class Recording:
         for i, twin in enumerate(self.twins):
             if twin is None or made.is_zero or twin.dtype != made.dtype or twin.shape != made.twin.shape:
                 continue
-            known = self._rows.get(storage_of(twin))
+            known = self.rows.get(storage_of(twin))
             if twin.stride() == made.twin.stride() and (known is not None) == made.has_rows == (made.rows is not None):
                 return i
         return None
@@ -176,33 +173,44 @@ class Recording:
             raise AssertionError("a view into memory whose rows follow M: where it begins would follow M as well")
         return Place(made.place.slot, made.place.offset + offset * tensor.itemsize)
 
-    def view(self, twin: Tensor, memory: Sequence[Any], m: int) -> Tensor:
-        """The matrix or vector that a recorded one stands for in a call with this memory, one entry a slot."""
-        return self._strided(twin, memory, m, self._shape(twin, m), twin.stride())
-
     def where(self, twin: Tensor, m: int) -> tuple[int, Sequence[int], Sequence[int], int]:
         """(slot, shape, strides, offset) of a recorded view of something that lies alone."""
         place = self.place_of(twin)
-        return place.slot, self._shape(twin, m), twin.stride(), at(place.offset, m) // twin.itemsize
+        return place.slot, self.shape(twin, m), twin.stride(), at(place.offset, m) // twin.itemsize
 
-    def _shape(self, twin: Tensor, m: int) -> Sequence[int]:
-        shape, known = list(twin.shape), self._rows.get(storage_of(twin))
+    def shape(self, twin: Tensor, m: int) -> Sequence[int]:
+        """The shape, for an M, of a recorded tensor."""
+        shape, known = list(twin.shape), self.rows.get(storage_of(twin))
         if known is not None:  # one dimension follows M: of several that have its size, the outermost in memory
             i = max((i for i, size in enumerate(shape) if size == known), key=twin.stride, default=None)
             if i is not None:
                 shape[i] = at(known, m)
         return shape
 
-    def pointer(self, twin: Tensor, memory: Sequence[Any], m: int) -> Tensor:
-        """The first element of what `view` gives: all that a kernel is given of a tensor."""
-        return self._strided(twin, memory, m, (1,), (1,))
 
-    def _strided(
-        self, twin: Tensor, memory: Sequence[Any], m: int, shape: Sequence[int], strides: Sequence[int]
-    ) -> Tensor:
-        place = self.place_of(twin)
-        base, offset = memory[place.slot], at(place.offset, m)
-        if place.slot >= self.slots - 2:  # bytes: the block, or the workspace
+class Bound(NamedTuple):
+    """A recording with the memory of a call, one entry a slot, and the call's M."""
+
+    recording: Recording
+    memory: Sequence[Any]
+    m: int
+
+    def number(self, value: int) -> int:
+        """The number of this call that a recorded one stands for."""
+        return int(self.memory[value.slot]) if isinstance(value, HostValue) else at(value, self.m)
+
+    def view(self, twin: Tensor) -> Tensor:
+        """The matrix or vector of this call that a recorded one stands for."""
+        return self._strided(twin, self.recording.shape(twin, self.m), twin.stride())
+
+    def pointer(self, twin: Tensor) -> Tensor:
+        """The first element of what `view` gives: all that a kernel is given of a tensor."""
+        return self._strided(twin, (1,), (1,))
+
+    def _strided(self, twin: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+        place = self.recording.place_of(twin)
+        base, offset = self.memory[place.slot], at(place.offset, self.m)
+        if place.slot >= self.recording.slots - 2:  # bytes: the block, or the workspace
             count = _extent(shape, strides) * twin.itemsize
             return base[offset : offset + count].view(twin.dtype).as_strided(shape, strides)
         return base.as_strided(shape, strides, base.storage_offset() + offset // twin.itemsize)
@@ -224,6 +232,11 @@ class _Watch(TorchDispatchMode):
 _HARMLESS = {torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.new_empty, torch.ops.aten.detach}
 
 
+def storage_of(tensor: Tensor) -> int:
+    """What tells the memory of a tensor, which its views share, from that of another, also on the meta device."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
     """How many elements lie from the first to the last of a strided tensor."""
     return 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
@@ -243,6 +256,13 @@ def _twin(tensor: Tensor, m: int | None) -> Tensor:
     offset = (tensor.data_ptr() & 15) // tensor.itemsize
     size = offset + _extent(shape, strides)
     return torch.empty(size, dtype=tensor.dtype, device="meta").as_strided(shape, strides, offset)
+
+
+def rows(tensor: Tensor) -> int:
+    """The number of rows of a tensor, to be used for every size, grid and argument that follows M."""
+    size = tensor.shape[0]
+    known = None if _recording.current is None else _recording.current.rows.get(storage_of(tensor))
+    return known if known is not None and known == size else size
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,17 +1,14 @@
 """Numbers that follow the count of rows, M: a program of launches is planned once for a class of M and resized.
 
-While a program is planned (`runtime.program`), `rows` of a tensor with M rows is a `Rows`: the M that it is planned
-for, which remembers how it was made, so that grids, sizes and arguments made of it by +, -, *, // and `lesser` can be
-worked out again for another M. Everywhere else the same code computes with plain numbers.
+While a pass is recorded, `recording.rows` of a tensor with M rows is a `Rows`: the M that it is planned for, which
+remembers how it was made, so that grids, sizes and arguments made of it by +, -, *, // and `lesser` can be worked out
+again for another M. Everywhere else the same code computes with plain numbers.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
-
-from torch import Tensor
 
 
 def _itself(m: int) -> int:
@@ -84,23 +81,3 @@ class HostValue(int):
         made = super().__new__(cls, value)
         made.slot = slot
         return made
-
-
-class _Planned(threading.local):
-    rows: dict[int, Rows] | None = None
-
-
-planned = _Planned()
-"""While this thread plans a program: the rows of the tensors that have M of them, by their storage (`storage_of`)."""
-
-
-def storage_of(tensor: Tensor) -> int:
-    """What tells the memory of a tensor, which its views share, from that of another, also on the meta device."""
-    return int(tensor.untyped_storage()._cdata)
-
-
-def rows(tensor: Tensor) -> int:
-    """The number of rows of a tensor, to be used for every size, grid and argument that follows M."""
-    size = tensor.shape[0]
-    known = None if planned.rows is None else planned.rows.get(storage_of(tensor))
-    return known if known is not None and known == size else size
