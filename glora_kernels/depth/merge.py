@@ -104,7 +104,7 @@ def merge_launch(table: rows.LayerTable, *, arch: str) -> Launch:
         **rows.constants(table),
         "PRECISION": _merge_precision(arch, key.dtype), "UPCAST": environment.interpreting(),
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"],
-        "BLOCK_R": configs.block_r(max(1, low_a, low_b), config["rank"]), "BLOCK_P": configs.block_r(max(1, product)),
+        "BLOCK_R": configs.block_r(max(low_a, low_b), config["rank"]), "BLOCK_P": configs.block_r(product),
     }  # fmt: skip
     # A fused multiply-add would round W + W∘A once where the literal sum rounds twice.
     return Launch(_merge_kernel, rows.grid(table, config), args, options(config) | {"enable_fp_fusion": False})

@@ -45,7 +45,7 @@ def shift_launch(table: rows.LayerTable, *, arch: str) -> Launch:
     args = {
         "table_ptr": table.pointers.entries, "HAS_C": table.has("C", "C_up"), **rows.constants(table),
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"],
-        "BLOCK_R": configs.block_r(max(1, table.rank("C_down")), 32),
+        "BLOCK_R": configs.block_r(table.rank("C_down"), 32),
     }  # fmt: skip
     return Launch(_shift_kernel, rows.grid(table, config), args, options(config))
 
@@ -116,7 +116,7 @@ def shift_grad_launch(table: rows.LayerTable, *, arch: str) -> Launch:
     args = {
         "table_ptr": table.pointers.entries, **rows.constants(table),
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"],
-        "BLOCK_R": configs.block_r(max(1, table.rank("C_down")), 32), "BLOCK_V": 32 if arch == "cpu" else 1024,
+        "BLOCK_R": configs.block_r(table.rank("C_down"), 32), "BLOCK_V": 32 if arch == "cpu" else 1024,
     }  # fmt: skip
     blocks = cdiv(table.cols, config["cols"]) if table.has("C", "C_up") else 0
     return Launch(_shift_grad_kernel, (blocks + 1, len(table.layers)), args, options(config))

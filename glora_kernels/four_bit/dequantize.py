@@ -124,7 +124,7 @@ def dequantize_launch(
         "N": n, "K": k, "P": p, "R": r, "scale": float(scale),
         "PRECISION": how.factor_precision, "UPCAST": how.upcast,
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"],
-        "BLOCK_P": configs.block_r(max(1, p), config["depth"]), "BLOCK_R": configs.block_r(max(1, r), config["depth"]),
+        "BLOCK_P": configs.block_r(p, config["depth"]), "BLOCK_R": configs.block_r(r, config["depth"]),
     }  # fmt: skip
     tiles = cdiv(n, config["rows"]) * cdiv(k, config["cols"])
     return Launch(_dequantize_adapted_kernel, (tiles,), args, options(config, args))

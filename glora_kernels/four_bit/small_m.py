@@ -28,7 +28,7 @@ from glora_kernels.operands import W_ALONE, Matrix, Terms, Vector
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import configs
 from glora_kernels.runtime.configs import Shape
-from glora_kernels.runtime.launch import Launch, halves, matrix, numerics, options, terms
+from glora_kernels.runtime.launch import Launch, halves, matrix, numerics, options, terms_of
 from glora_kernels.runtime.recording import rows
 
 _RUN = tl.constexpr(16)
@@ -255,7 +255,7 @@ def small_m_config(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int
     filled = 0.9 * configs.programs(arch)
     cols = next((c for c in (64, 32) if cdiv(shape.n, c) >= filled), 16)
     rows = configs.tokens(shape.m)
-    rank = configs.block_r(max(1, shape.r))
+    rank = configs.block_r(shape.r)
     # The depths that do not spill; one token keeps x∘B_down in registers too.
     single = dtype == torch.float32
     if rows == 1:
@@ -334,10 +334,10 @@ def small_m_launch(
     x_rows = Matrix(x, x.stride(0) if shape.m > 1 else 0, 1)
     args = {
         "x": x_rows, "codes": codes(weight), "y": matrix(y), "b_down": None if before else matrix(b_down),
-        "h": matrix(h), "sigma": sigma, "terms": terms(added),
+        "h": matrix(h), "sigma": sigma, "terms": terms_of(added),
         "M": m, "N": n, "K": k, "R": r, "scale": float(scale), "NUMERICS": how,
         "BLOCK_M": config["rows"], "BLOCK_N": config["cols"], "BLOCK_K": config["depth"],
-        "BLOCK_R": configs.block_r(max(1, r)),
+        "BLOCK_R": configs.block_r(r),
     }  # fmt: skip
     product = Launch(_small_m_kernel, (cdiv(n, config["cols"]),), args, options(config, args))
     if not before:

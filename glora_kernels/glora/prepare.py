@@ -24,9 +24,9 @@ from glora_kernels.runtime.launch import (
     matrix,
     numerics,
     options,
+    terms_of,
     vector,
 )
-from glora_kernels.runtime.launch import terms as terms_of
 from glora_kernels.runtime.recording import rows
 
 MAX_BANDS = 4
@@ -188,8 +188,8 @@ def prepare_launch(
         **dropout.arguments(b_down),
         "NUMERICS": numbers,
         "BLOCK_M": config["rows"], "BLOCK_K": factor_depth(config, numbers),
-        "BLOCK_P": configs.block_r(max(1, p)) if into_p else 16,
-        "BLOCK_R": configs.block_r(max(1, r)), "BLOCK_A": configs.block_r(max(1, p), 64),
+        "BLOCK_P": configs.block_r(p) if into_p else 16,
+        "BLOCK_R": configs.block_r(r), "BLOCK_A": configs.block_r(p, 64),
         "BLOCK_WN": around["rows"], "BLOCK_WK": around["cols"],
     }  # fmt: skip
     return Launch(_prepare_kernel, (row_programs + weight_programs,), args, options(config, args))
@@ -254,6 +254,6 @@ def added_terms_launch(
         **dropout.arguments(b_down),
         "READ_Z": read_z, "NUMERICS": numbers,
         "BLOCK_M": config["rows"], "BLOCK_N": config["cols"], "BLOCK_K": factor_depth(config, numbers),
-        "BLOCK_P": configs.block_r(max(1, p)), "BLOCK_R": configs.block_r(max(1, r)),
+        "BLOCK_P": configs.block_r(p), "BLOCK_R": configs.block_r(r),
     }  # fmt: skip
     return Launch(_added_terms_kernel, (cdiv(m, config["rows"]),), args, options(config, args))

@@ -28,10 +28,10 @@ from glora_kernels.runtime.launch import (
     numerics,
     options,
     rank_step,
+    sums_of,
+    terms_of,
     vector,
 )
-from glora_kernels.runtime.launch import sums as sums_of
-from glora_kernels.runtime.launch import terms as terms_of
 from glora_kernels.runtime.planning import programs_of
 from glora_kernels.runtime.recording import rows
 from glora_kernels.runtime.sizes import lesser

@@ -15,7 +15,7 @@ from glora_kernels.operands import NO_COLUMNS, Columns, Matrix, Parts, Terms, Ve
 from glora_kernels.reference import recovery
 from glora_kernels.runtime import configs, tables
 from glora_kernels.runtime.configs import Shape
-from glora_kernels.runtime.launch import NO_DROPOUT, Dropout, Launch, matrix, numerics, options, rank_step, terms
+from glora_kernels.runtime.launch import NO_DROPOUT, Dropout, Launch, matrix, numerics, options, rank_step, terms_of
 from glora_kernels.runtime.recording import rows
 
 _SUM, _SQUARES = tl.constexpr(recovery.SUM), tl.constexpr(recovery.SQUARES)
@@ -200,7 +200,7 @@ def dy_launch(
     p, r = ranks
     wide = numerics(dy.dtype, factors)
     args = {
-        "dy": matrix(dy), "y": matrix(y), "terms": terms(given)._replace(low=given.low),
+        "dy": matrix(dy), "y": matrix(y), "terms": terms_of(given)._replace(low=given.low),
         "s": s, "tau": tau, "factor": factor, "columns": columns,
         "M": m, "N": n, "P": p, "R": r, "band_width": band_width, "scale": float(scale),
         "NUMERICS": wide,
@@ -333,7 +333,7 @@ def x_launch(
 
 
 def _rank_blocks(ranks: tuple[int, int]) -> dict[str, int]:
-    p, r = (configs.block_r(max(1, rank), configs.RANK_BLOCK) for rank in ranks)
+    p, r = (configs.block_r(rank, configs.RANK_BLOCK) for rank in ranks)
     return {"BLOCK_P": p, "BLOCK_R": r}
 
 

@@ -387,7 +387,7 @@ class _Backward:
             name for name in ("a", "b", "b_up", "bias", "wc", "d", "e")
             if getattr(needs, name) and getattr(s, name) is not None
         ]  # fmt: skip
-        constants = [name for name in wanted if getattr(s, name).numel() == 1 != shape.n]
+        constants = [name for name in wanted if getattr(s, name).numel() == 1 and shape.n != 1]
         outputs = {name: self._gradient(name) for name in wanted if name not in constants}
         totals = None
         if constants:

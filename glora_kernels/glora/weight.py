@@ -179,7 +179,7 @@ def hadamard_grad_launch(
         **dropout.arguments(out.db_down),
         "BANDS": 1 if s is None else s.shape[0], "NUMERICS": how,
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"], "BLOCK_M": config["depth"],
-        "BLOCK_R": configs.block_r(rank, step), "BLOCK_B": configs.block_r(max(1, b_rank)), "GROUP": GROUP,
+        "BLOCK_R": configs.block_r(rank, step), "BLOCK_B": configs.block_r(b_rank), "GROUP": GROUP,
     }  # fmt: skip
     tiles = (cdiv(n, config["rows"]) + (out.db_down is not None)) * cdiv(k, config["cols"])
     return Launch(_hadamard_grad_kernel, (tiles,), args, options(config, args))
@@ -222,7 +222,7 @@ def wc_launch(
     args = {
         **weight_operands(weight), "c": vector(c), "pair": pair(c_up, c_down), "wc": wc,
         "N": n, "K": k, "R": rank, "UPCAST": environment.interpreting(),
-        "BLOCK_N": config["rows"], "BLOCK_K": config["cols"], "BLOCK_R": configs.block_r(max(1, rank)),
+        "BLOCK_N": config["rows"], "BLOCK_K": config["cols"], "BLOCK_R": configs.block_r(rank),
     }  # fmt: skip
     return Launch(_wc_kernel, (cdiv(n, config["rows"]),), args, options(config, args))
 
@@ -306,6 +306,6 @@ def c_grad_launch(
     config = tables.choose("weight", arch, part.dtype, Shape(0, 0, k, rank))
     args = {
         "part": part, "pair": pair(c_up, c_down), "dc": dc, "dc_up": dc_up, "dc_down": dc_down,
-        "K": k, "R": rank, "splits": splits, "BLOCK_K": config["cols"], "BLOCK_R": configs.block_r(max(1, rank)),
+        "K": k, "R": rank, "splits": splits, "BLOCK_K": config["cols"], "BLOCK_R": configs.block_r(rank),
     }  # fmt: skip
     return Launch(_c_grad_kernel, (cdiv(k, config["cols"]) + (dc_down is not None),), args, options(config, args))

@@ -180,7 +180,7 @@ def grouped_dy_sizes(
 
 def most_bands(rank: int) -> int:
     """How many bands of S a kernel of a group reads: `_grouped_x_kernel` has shared memory for so many, in fp32."""
-    return max(1, min(configs.MAX_BANDS, 192 // configs.block_r(max(1, rank), configs.RANK_BLOCK)))
+    return max(1, min(configs.MAX_BANDS, 192 // configs.block_r(rank, configs.RANK_BLOCK)))
 
 
 def _dy_config(shape: Shape, dtype: torch.dtype, arch: str, factors: torch.dtype | None) -> dict[str, int]:
@@ -300,5 +300,5 @@ def grouped_bands_launch(ss: Sequence[Tensor], sums: Sequence[Tensor]) -> Launch
 
 def _rank_blocks(rank: int) -> dict[str, int]:
     """The columns of S that one program makes, or multiplies x by, and how many programs share them."""
-    block = configs.block_r(max(1, rank), configs.RANK_BLOCK)
+    block = configs.block_r(rank, configs.RANK_BLOCK)
     return {"RANK_BLOCKS": max(1, cdiv(rank, block)), "BLOCK_R": block}

@@ -164,16 +164,16 @@ def vector(tensor: Tensor | None) -> Vector | Constant | None:
     return Constant(tensor) if tensor.numel() == 1 else Vector(tensor, tensor.stride(0))
 
 
-def sums(tensor: Tensor | None) -> Vector | None:
+def sums_of(tensor: Tensor | None) -> Vector | None:
     """A vector of sums (bands, M) or (M,), contiguous, as an operand; its M may be 1."""
     return None if tensor is None else Vector(tensor, 1)
 
 
-def terms(given: Terms) -> Terms:
+def terms_of(given: Terms) -> Terms:
     """Terms of tensors as operands: low (bands, M, P+R), sigma (bands, M); u, up contiguous; the rest as in `Terms`."""
     bias, wc, d, e, _ = map(vector, given.shift)
     return Terms(
-        vector(given.a), matrix(given.low), given.u, given.up, vector(given.b), sums(given.sigma),
+        vector(given.a), matrix(given.low), given.u, given.up, vector(given.b), sums_of(given.sigma),
         Shift(bias, wc, d, e),
     )  # fmt: skip
 

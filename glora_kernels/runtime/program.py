@@ -228,21 +228,21 @@ class Program:
             return []
         launches = [step for step in self.steps if isinstance(step, Launch)]
         try:
-            with self._current():  # which code is compiled for, and loaded on
+            with torch.cuda.device(self._index):  # which code is compiled for, and loaded on
                 place_of = self._recording.place_of
                 described = tuple(describe(step, step.compiled(), self._sizes, place_of) for step in launches)
         except Unsuited:
             return []
         capsule = module().prepare(described, self._recording.slots)
         segments: list[tuple[Any, int, int]] = []
-        count = 0
-        for step in self.steps:
-            if not isinstance(step, Launch):
-                segments.append((step, 0, 0))
-                continue
-            first = segments.pop()[1] if segments and segments[-1][0] is capsule else count
-            count += 1
-            segments.append((capsule, first, count))
+        first = 0
+        for are_launches, group in itertools.groupby(self.steps, lambda step: isinstance(step, Launch)):
+            steps = list(group)
+            if are_launches:
+                segments.append((capsule, first, first + len(steps)))
+                first += len(steps)
+            else:
+                segments += [(step, 0, 0) for step in steps]
         return segments
 
     def run(self, tensors: Sequence[Tensor | None], m: int, lead: tuple[int, ...] | None = None) -> Results:
@@ -258,11 +258,6 @@ class Program:
                 return self._run(tensors, m, lead)
         return self._run(tensors, m, lead)
 
-    def _current(self) -> contextlib.AbstractContextManager[object]:
-        """Inside, the device is the current one."""
-        is_current = self._index == torch.cuda.current_device()
-        return contextlib.nullcontext() if is_current else torch.cuda.device(self._index)
-
     def _run(self, tensors: Sequence[Tensor | None], m: int, lead: tuple[int, ...] | None) -> Results:
         sized = self._kept.get(m) or self._resized(m)
         device = self.device
@@ -275,12 +270,8 @@ class Program:
             else:  # sizes one by one: a tuple takes PyTorch longer to read
                 made.append(make(*shape, dtype=dtype, device=device))
         scratch = torch.empty(sized.scratch, dtype=torch.uint8, device=device) if sized.scratch else None
-        memory: tuple[Any, ...] = (
-            *tensors,
-            *made,
-            scratch,
-            workspace(self._workspace, device) if self._workspace else None,
-        )
+        buffer = workspace(self._workspace, device) if self._workspace else None
+        memory: tuple[Any, ...] = (*tensors, *made, scratch, buffer)
         if self._segments and not _has_hooks():
             stream = torch._C._cuda_getCurrentRawStream(self._index)
             for segment, first, last in self._segments:

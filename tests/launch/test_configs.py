@@ -9,7 +9,7 @@ import triton
 from glora_kernels.operands import Constant
 from glora_kernels.runtime import configs, environment
 from glora_kernels.runtime.configs import SHARED_LIMIT
-from glora_kernels.runtime.launch import Launch, descriptor, matrix, precision, sums, vector, vector_stride
+from glora_kernels.runtime.launch import Launch, descriptor, matrix, precision, sums_of, vector, vector_stride
 from glora_kernels.tools.aot import ARCHS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -112,7 +112,7 @@ def test_every_row_is_in_one_split():
 
 
 def test_absent_tensors_and_constants():
-    assert matrix(None) is vector(None) is sums(None) is None
+    assert matrix(None) is vector(None) is sums_of(None) is None
     assert matrix(torch.zeros(6, 4).t())[1:] == (1, 4)
     assert matrix(torch.zeros(2, 6, 4))[1:] == (4, 1)
     assert isinstance(vector(torch.zeros(1)), Constant)
