@@ -16,10 +16,10 @@
 
 Over a 4-bit W those of `four_bit` come before: a dense workspace, or y of a few tokens from the codes.
 
-Conventions, of the kernels of every folder: operands come as structures (`operands`), None where absent; then sizes
-and scalars; behind them, on lines of their own, constants, of which those of a tile are BLOCK_*. Sums are fp32, with
-one cast at the store. Nothing is added with atomics: what several programs contribute to goes to partial sums, so that
-two runs give the same bits. Under each kernel stands its launcher, which turns tensors into a `Launch` and allocates
-nothing; the passes (`triton`) allocate. `arch` is the caller's (`planning.arch_of`), so that a launch can be planned
-for a card that is not here.
+Conventions, of the kernels of every folder: operands come as structures (`operands`), None where absent; then sizes and
+scalars; behind them, on lines of their own, constants, of which those of a tile are BLOCK_*. Sums are fp32, with one
+cast at the store. Nothing is added with atomics: what several programs contribute to goes to partial sums, so that two
+runs give the same bits. Under each kernel stands its launcher, which turns tensors into a `Launch` and allocates
+nothing: the passes (`triton`) allocate. Its parameters stand in lines as well, by name from * on. `arch` is the
+caller's (`planning.arch_of`), so that a launch can be planned for a card that is not here.
 """

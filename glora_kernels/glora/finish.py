@@ -162,18 +162,10 @@ def summed(tensor: Tensor, out: Tensor) -> Sum:
 
 
 def finish_launch(
-    *,
-    columns: Columns = NO_COLUMNS,
-    anew: Anew | None = None,
-    factor: Parts | None = None,
-    du: Tensor | None = None,
-    db_up: Tensor | None = None,
-    n: int = 0,
-    ranks: tuple[int, int] = (0, 0),
-    sums: Sequence[Sum] = (),
-    dtype: torch.dtype,
-    arch: str,
-) -> Launch:
+    *, columns: Columns = NO_COLUMNS, anew: Anew | None = None, factor: Parts | None = None, du: Tensor | None = None,
+    db_up: Tensor | None = None, n: int = 0, ranks: tuple[int, int] = (0, 0), sums: Sequence[Sum] = (),
+    dtype: torch.dtype, arch: str,
+) -> Launch:  # fmt: skip
     """The gradients of `columns`; du (N,P) and db_up (N,R) from `factor`, sums (P+R,N); and the `sums`.
 
     `columns` and `anew` hold tensors, of which the latter is only needed for da. `ranks`: (P, R). The dtype is that of

@@ -148,19 +148,10 @@ def prepare_bands(shape: Shape, dtype: torch.dtype, arch: str) -> int:
 
 
 def prepare_launch(
-    x: Tensor,
-    weight: Tensor,
-    out: Prepared,
-    *,
-    a_up: Tensor | None = None,
-    a_down: Tensor | None = None,
-    b_down: Tensor | None = None,
-    a: Tensor | None = None,
-    scale: float = 1.0,
-    dropout: Dropout = NO_DROPOUT,
-    arch: str,
-    config: dict[str, int] | None = None,
-) -> Launch:
+    x: Tensor, weight: Tensor, out: Prepared,
+    *, a_up: Tensor | None = None, a_down: Tensor | None = None, b_down: Tensor | None = None, a: Tensor | None = None,
+    scale: float = 1.0, dropout: Dropout = NO_DROPOUT, arch: str, config: dict[str, int] | None = None,
+) -> Launch:  # fmt: skip
     """low (bands,M,P+R) = [x·a_downᵀ | s·drop(x)·b_downᵀ], σ (bands,M) = Σₖ x; U (N,P) = W·a_up or W_eff (N,K).
 
     W_eff is W∘(1 + a_up·a_down), or W∘(1+a) where `a` is given; then a_up and a_down take no part in `low`.
@@ -229,18 +220,10 @@ def _added_terms_kernel(
 
 
 def added_terms_launch(
-    x: Tensor,
-    y: Tensor,
-    terms: Terms,
-    *,
-    read_z: bool,
-    a_down: Tensor | None = None,
-    b_down: Tensor | None = None,
-    scale: float = 1.0,
-    dropout: Dropout = NO_DROPOUT,
-    arch: str,
-    config: dict[str, int] | None = None,
-) -> Launch:
+    x: Tensor, y: Tensor, terms: Terms,
+    *, read_z: bool, a_down: Tensor | None = None, b_down: Tensor | None = None, scale: float = 1.0,
+    dropout: Dropout = NO_DROPOUT, arch: str, config: dict[str, int] | None = None,
+) -> Launch:  # fmt: skip
     """y (M,N) = [y∘(1+a) with `read_z`] + P·Uᵀ + h·upᵀ + σ·bᵀ + β in place, filling `low` (1,M,P+R) and σ (1,M)."""
     m, k, n = rows(x), x.shape[1], y.shape[1]
     p, r = (0 if t is None else t.shape[0] for t in (a_down, b_down))

@@ -95,16 +95,9 @@ def _glora_fwd_kernel(
 
 
 def glora_fwd_launch(
-    x: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    terms: Terms,
-    *,
-    low_sum: Tensor | None = None,
-    sigma_sum: Tensor | None = None,
-    arch: str,
-    config: dict[str, int] | None = None,
-) -> Launch:
+    x: Tensor, weight: Tensor, y: Tensor, terms: Terms,
+    *, low_sum: Tensor | None = None, sigma_sum: Tensor | None = None, arch: str, config: dict[str, int] | None = None,
+) -> Launch:  # fmt: skip
     """y (M,N) = (x·Wᵀ)∘(1+a) + P·Uᵀ + h·upᵀ + σ·bᵀ + β, with `low` = [P | h] (bands,M,P+R) and σ (bands,M).
 
     u and up are contiguous. `low_sum` (M,P+R) and `sigma_sum` (M,) receive the sums over more than one band.
@@ -186,20 +179,11 @@ def _glora_dx_kernel(
 
 
 def glora_dx_launch(
-    dy: Tensor,
-    weight: Tensor,
-    dx: Tensor,
-    *,
-    s: Tensor | None = None,
-    a_down: Tensor | None = None,
-    b_down: Tensor | None = None,
-    a: Tensor | None = None,
-    tau: Tensor | None = None,
-    totals: tuple[Tensor, Tensor] | None = None,
-    dropout: Dropout = NO_DROPOUT,
-    arch: str,
+    dy: Tensor, weight: Tensor, dx: Tensor,
+    *, s: Tensor | None = None, a_down: Tensor | None = None, b_down: Tensor | None = None, a: Tensor | None = None,
+    tau: Tensor | None = None, totals: tuple[Tensor, Tensor] | None = None, dropout: Dropout = NO_DROPOUT, arch: str,
     config: dict[str, int] | None = None,
-) -> Launch:
+) -> Launch:  # fmt: skip
     """dx (M,K) = (dy∘(1+a))·W + S[:, :P]·a_down + mask∘(S[:, P:]·b_down)/(1-p) + τ·1ᵀ, S (bands,M,P+R), τ (bands,M).
 
     `totals`: vectors (I,N), which the launch before must have left, and (I,) to receive their sums over N.

@@ -176,20 +176,11 @@ def dy_bands(shape: Shape, config: dict[str, int], arch: str) -> tuple[int, int]
 
 
 def dy_launch(
-    dy: Tensor,
-    given: Terms,
-    *,
-    y: Tensor | None = None,
-    s: Tensor | None = None,
-    tau: Tensor | None = None,
-    factor: Parts | None = None,
-    columns: Columns = NO_COLUMNS,
-    ranks: tuple[int, int],
-    band_width: int,
-    scale: float = 1.0,
-    factors: torch.dtype | None = None,
-    config: dict[str, int],
-) -> Launch:
+    dy: Tensor, given: Terms,
+    *, y: Tensor | None = None, s: Tensor | None = None, tau: Tensor | None = None, factor: Parts | None = None,
+    columns: Columns = NO_COLUMNS, ranks: tuple[int, int], band_width: int, scale: float = 1.0,
+    factors: torch.dtype | None = None, config: dict[str, int],
+) -> Launch:  # fmt: skip
     """S (bands,M,padded) = [dy·U | scale·dy·up], τ (bands,padded) = dy·b, and sums over the rows of each program.
 
     factor (P+R,N): Σₘ [P|h]·dy. columns: of g, sigma and q with its judges those that are wanted, each
@@ -296,20 +287,11 @@ def x_splits(shape: Shape, dtype: torch.dtype, arch: str) -> int:
 
 
 def x_launch(
-    x: Tensor,
-    s: Tensor | None,
-    *,
-    ranks: tuple[int, int],
-    splits: int,
-    p_part: Tensor | None = None,
-    v_part: Tensor | None = None,
-    dx: Tensor | None = None,
-    downs: tuple[Tensor | None, Tensor | None] = (None, None),
-    tau: Tensor | None = None,
-    dropout: Dropout = NO_DROPOUT,
-    factors: torch.dtype | None = None,
-    config: dict[str, int],
-) -> Launch:
+    x: Tensor, s: Tensor | None,
+    *, ranks: tuple[int, int], splits: int, p_part: Tensor | None = None, v_part: Tensor | None = None,
+    dx: Tensor | None = None, downs: tuple[Tensor | None, Tensor | None] = (None, None), tau: Tensor | None = None,
+    dropout: Dropout = NO_DROPOUT, factors: torch.dtype | None = None, config: dict[str, int],
+) -> Launch:  # fmt: skip
     """p_part (splits,P,K) = S[:, :P]ᵀ·x and v_part (splits,R,K) = S[:, P:]ᵀ·drop(x), S (bands,M,P+R or more).
 
     With `dx` (M,K) also dx = S[:, :P]·a_down + mask∘(S[:, P:]·b_down)/(1-p) + τ·1ᵀ of `downs`; x only gives the sizes

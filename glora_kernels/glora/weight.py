@@ -149,19 +149,10 @@ def hadamard_grad_tiles(
 
 
 def hadamard_grad_launch(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | QuantizedWeight,
-    a_up: Tensor,
-    a_down: Tensor,
-    out: HadamardGrad,
-    *,
-    s: Tensor | None = None,
-    dropout: Dropout = NO_DROPOUT,
-    factors: torch.dtype | None = None,
-    arch: str,
+    dy: Tensor, x: Tensor, weight: Tensor | QuantizedWeight, a_up: Tensor, a_down: Tensor, out: HadamardGrad,
+    *, s: Tensor | None = None, dropout: Dropout = NO_DROPOUT, factors: torch.dtype | None = None, arch: str,
     config: dict[str, int] | None = None,
-) -> Launch:
+) -> Launch:  # fmt: skip
     """`out` from H = (dyᵀx)∘W and, for its db_down, S (bands,M,r); dropout is that of x in db_down.
 
     H, S and the factors are multiplied in the dtype of x, or of `factors` where that is wider.

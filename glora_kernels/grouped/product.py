@@ -120,20 +120,11 @@ def _grouped_fwd_kernel(
 
 
 def grouped_fwd_launch(
-    xs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    ys: Sequence[Tensor],
-    *,
-    downs: Sequence[Tensor | None],
-    ups: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    hs: Sequence[Tensor | None],
-    leave_h: Sequence[bool],
-    scales: Sequence[float],
-    inside: bool,
-    arch: str,
+    xs: Sequence[Tensor], weights: Sequence[Tensor], ys: Sequence[Tensor],
+    *, downs: Sequence[Tensor | None], ups: Sequence[Tensor | None], biases: Sequence[Tensor | None],
+    hs: Sequence[Tensor | None], leave_h: Sequence[bool], scales: Sequence[float], inside: bool, arch: str,
     config: dict[str, int] | None = None,
-) -> Launch:
+) -> Launch:  # fmt: skip
     """y_i (M,N) = x_i·W_iᵀ + h_i·up_iᵀ + bias_i; `inside`: h_i (M,R) = s_i·x_i·down_iᵀ is made, and left `leave_h`."""
     ranks = [0 if up is None else up.shape[1] for up in ups]
     config = config or _fwd_config(xs, weights, max(ranks), arch)
@@ -280,17 +271,10 @@ def _grouped_dx_kernel(
 
 
 def grouped_dx_launch(
-    dys: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    dxs: Sequence[Tensor],
-    *,
-    owners: Sequence[int],
-    paths: Paths,
-    path_owners: Sequence[int],
-    dropout_p: float = 0.0,
-    arch: str,
+    dys: Sequence[Tensor], weights: Sequence[Tensor], dxs: Sequence[Tensor],
+    *, owners: Sequence[int], paths: Paths, path_owners: Sequence[int], dropout_p: float = 0.0, arch: str,
     config: dict[str, int] | None = None,
-) -> Launch:
+) -> Launch:  # fmt: skip
     """dx_o (M,K) = Σ dy_i·W_i over the members with owners[i] = o, + Σ mask∘(S_t·down_t)/(1-p) over o's paths.
 
     `owners` and `path_owners` are in ascending order, and every o has a member.

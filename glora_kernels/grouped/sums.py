@@ -127,19 +127,10 @@ def _grouped_dy_kernel(
 
 def grouped_dy_launch(
     dys: Sequence[Tensor],
-    *,
-    ups: Sequence[Tensor | None],
-    hs: Sequence[Tensor | None],
-    ss: Sequence[Tensor | None],
-    first_bands: Sequence[int],
-    parts: Sequence[Tensor] | None,
-    with_g: bool,
-    scales: Sequence[float],
-    factors: torch.dtype | None = None,
-    shape: Shape,
-    bands: tuple[int, int],
-    arch: str,
-) -> Launch:
+    *, ups: Sequence[Tensor | None], hs: Sequence[Tensor | None], ss: Sequence[Tensor | None],
+    first_bands: Sequence[int], parts: Sequence[Tensor] | None, with_g: bool, scales: Sequence[float],
+    factors: torch.dtype | None = None, shape: Shape, bands: tuple[int, int], arch: str,
+) -> Launch:  # fmt: skip
     """S_i (·,M,R) = s_i·dy_i·up_i from its first band on, and part_i (splits,·,N): Σ dy_i (`with_g`), then dy_iᵀh_i.
 
     The latter where `hs` are there. The parts are columns of one tensor, and `shape` is the largest of the members.
@@ -238,17 +229,9 @@ def _grouped_x_kernel(
 
 def grouped_x_launch(
     xs: Sequence[Tensor],
-    *,
-    ss: Sequence[Tensor],
-    sums: Sequence[Tensor] | None = None,
-    parts: Sequence[Tensor],
-    dropout_p: float = 0.0,
-    seeds: Sequence[Tensor | int] = (),
-    factors: torch.dtype | None = None,
-    shape: Shape,
-    splits: int,
-    arch: str,
-) -> Launch:
+    *, ss: Sequence[Tensor], sums: Sequence[Tensor] | None = None, parts: Sequence[Tensor], dropout_p: float = 0.0,
+    seeds: Sequence[Tensor | int] = (), factors: torch.dtype | None = None, shape: Shape, splits: int, arch: str,
+) -> Launch:  # fmt: skip
     """part_t (splits,R,K) = S_tᵀ·drop_t(x_t) over the rows of each split, S (bands,M,R); `shape` is the largest.
 
     Σ_bands S_t goes to `sums` (M,R), where they are given. S is multiplied in the dtype of x, or of the `factors` where
