@@ -133,18 +133,18 @@ def planned(fused: bool, m: int = 8192, arch: str = ARCH) -> dict[str, Any]:
 
     fused: q/k/v and gate/up as one call each, as `fuse_siblings` makes them.
     """
-    from glora_kernels.tools.commands import layer
+    from glora_kernels.tools.planned import How, Linear, linear
 
-    config = cases.case_config("lora", RANK)
+    config, how = cases.case_config("lora", RANK), How(m, torch.bfloat16, arch)
     sets: dict[str, int] = {}
     backward = 0
     for name, ones in (SIBLINGS | ALONE).items():
         if fused and len(ones) > 1:
             sets[name], after = _grouped_steps([LLAMA[one] for one in ones], m, arch)
         else:
-            plans = [layer.plan((m, *LLAMA[one]), config, torch.bfloat16, arch, False) for one in ones]
-            sets[name] = sum(len(plan["forward"].steps) for plan in plans)
-            after = sum(len(plan["backward"].steps) for plan in plans) + len(ones) - 1  # autograd adds the dx up
+            plans = [linear(Linear(config, *LLAMA[one]), how) for one in ones]
+            sets[name] = sum(len(plan.forward) for plan in plans)
+            after = sum(len(plan.backward) for plan in plans) + len(ones) - 1  # autograd adds the dx up
         backward += after
     return {"forward": sum(sets.values()), "backward": backward, "sets": sets, "how": f"planned for {arch}"}
 

@@ -1,8 +1,7 @@
-"""Floor 3: the registered operators: schema, fake, CPU and GPU implementation, autograd, autocast, flops."""
+"""The registered operators: schema, fake, CPU and GPU implementation, autograd, autocast, flops."""
 
-from glora_kernels.glora import flops
 from glora_kernels.glora.op import glora_linear
 from glora_kernels.glora.wc import glora_wc
 from glora_kernels.grouped.op import grouped_lora_linear
 
-__all__ = ["flops", "glora_linear", "glora_wc", "grouped_lora_linear"]
+__all__ = ["glora_linear", "glora_wc", "grouped_lora_linear"]

@@ -11,11 +11,12 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import json
+import math
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 SUPPORTS: tuple[str, ...] = ("A", "B", "C", "D", "E")
 """The five support tensors, in the order of the equation."""
@@ -27,13 +28,9 @@ Shift = Literal["lora", "vector", "none"]
 Row = Literal["vector", "constant", "none"]
 """The forms of D and E."""
 
-CHOICES: Mapping[str, tuple[str, ...]] = {
-    "A": get_args(Matrix),
-    "B": get_args(Matrix),
-    "C": get_args(Shift),
-    "D": get_args(Row),
-    "E": get_args(Row),
-}
+CHOICES: Mapping[str, tuple[str, ...]] = dict(
+    zip(SUPPORTS, map(get_args, (Matrix, Matrix, Shift, Row, Row)), strict=True)
+)
 """The forms each support can take: 4·4·3·3·3 = 432 configurations a layer."""
 
 Variant = Literal["hadamard", "matmul"]
@@ -43,17 +40,34 @@ Share = Literal["none", "A", "B", "AB"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
 INITS: tuple[str, ...] = get_args(Init)
 
-SHARED_FACTORS: Mapping[str, tuple[str, ...]] = {
-    "none": (),
-    "A": ("B_down",),
-    "B": ("B_up",),
-    "AB": ("B_down", "B_up"),
-}
+SHARED_FACTORS: Mapping[str, tuple[str, ...]] = {"none": (), "A": ("B_down",), "B": ("B_up",), "AB": ("B_down", "B_up")}
 """What `ShareLoRAConfig.share` ties over depth. The letters are the ShareLoRA paper's: its A is our `B_down`."""
 
 
+C = TypeVar("C", bound="_Config")
+
+
 @dataclass(frozen=True)
-class GLoRAConfig:
+class _Config:
+    """What every configuration has: its values as JSON has them, and back."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values; `from_dict` takes it back."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
+        """The inverse of `to_dict`; an unknown or missing key is an error that names it."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown {cls.__name__} fields {unknown}; accepted: {sorted(known)}")
+        if missing := sorted(known - set(values)):
+            raise ValueError(f"missing {cls.__name__} fields {missing}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class GLoRAConfig(_Config):
     """One GLoRA configuration: the form of each support, the rank, and the scale of the B path.
 
     The layer computes ``y = x (W + W∘A + s·B)ᵀ + b + b∘D + E + W·C``, where s = alpha/rank multiplies
@@ -92,9 +106,9 @@ class GLoRAConfig:
 
     def __post_init__(self) -> None:
         for name in SUPPORTS:
-            _check_choice(name, getattr(self, name), CHOICES[name])
-        _check_choice("variant", self.variant, VARIANTS)
-        _check_choice("init", self.init, INITS)
+            check_choice(name, getattr(self, name), CHOICES[name])
+        check_choice("variant", self.variant, VARIANTS)
+        check_choice("init", self.init, INITS)
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"rank must be an integer >= 1, got {self.rank!r}")
         if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
@@ -148,41 +162,23 @@ class GLoRAConfig:
         D is left out where the layer has no bias to scale.
         """
         n, k, r = out_features, in_features, self.rank
-        a_up = (k, r) if self.variant == "matmul" else (n, r)
-        forms: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
-            "A": {"lora": {"A_up": a_up, "A_down": (r, k)}, "vector": {"A": (n,)}},
-            "B": {"lora": {"B_up": (n, r), "B_down": (r, k)}, "vector": {"B": (n,)}},
-            "C": {"lora": {"C_up": (k, r), "C_down": (r, 1)}, "vector": {"C": (k,)}},
-            "D": {"vector": {"D": (n,)}},
-            "E": {"vector": {"E": (n,)}},
+        factors = {
+            "A": ((k if self.variant == "matmul" else n, r), (r, k)),
+            "B": ((n, r), (r, k)),
+            "C": ((k, r), (r, 1)),
         }
         shapes: dict[str, tuple[int, ...]] = {}
         for name in SUPPORTS:
             form = getattr(self, name)
-            if form == "none" or (name == "D" and not bias):
-                continue
-            shapes |= {name: (1,)} if form == "constant" else forms[name][form]
+            if form == "lora":
+                shapes[f"{name}_up"], shapes[f"{name}_down"] = factors[name]
+            elif form != "none" and (name != "D" or bias):
+                shapes[name] = (1,) if form == "constant" else (k,) if name == "C" else (n,)
         return shapes
 
     def num_parameters(self, in_features: int, out_features: int, bias: bool = True) -> int:
         """How many numbers the adapter of one layer trains (the base is not counted)."""
-        total = 0
-        for shape in self.parameter_shapes(in_features, out_features, bias).values():
-            count = 1
-            for size in shape:
-                count *= size
-            total += count
-        return total
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain JSON values; `from_dict` takes it back."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> GLoRAConfig:
-        """The inverse of `to_dict`; an unknown or missing key is an error that names it."""
-        _check_fields(cls, values)
-        return cls(**values)
+        return sum(map(math.prod, self.parameter_shapes(in_features, out_features, bias).values()))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True)
@@ -199,7 +195,7 @@ class GLoRAConfig:
 
 
 @dataclass(frozen=True)
-class ShareLoRAConfig:
+class ShareLoRAConfig(_Config):
     """LoRA whose factors are shared over the depth of a model, one for each projection type (`projection_type`).
 
     Layer l of type p computes ``y = x Wᵀ + b + s·(x·B_downᵀ)·B_upᵀ`` with s = alpha/rank, and `share` says which
@@ -238,7 +234,7 @@ class ShareLoRAConfig:
     E: Row = "none"
 
     def __post_init__(self) -> None:
-        _check_choice("share", self.share, tuple(SHARED_FACTORS))
+        check_choice("share", self.share, tuple(SHARED_FACTORS))
         if not isinstance(self.tie_siblings, bool):
             raise ValueError(f"tie_siblings must be True or False, got {self.tie_siblings!r}")
         if self.projections is not None:
@@ -256,16 +252,6 @@ class ShareLoRAConfig:
         """The names of the parameters that are shared over depth: "B_down", "B_up", both or none."""
         return SHARED_FACTORS[self.share]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain JSON values; `from_dict` takes it back."""
-        return asdict(self) | {"projections": None if self.projections is None else list(self.projections)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ShareLoRAConfig:
-        """The inverse of `to_dict`; an unknown or missing key is an error that names it."""
-        _check_fields(cls, values)
-        return cls(**values)
-
 
 def projection_type(path: str, out_features: int, in_features: int, numbered: Collection[str] = ()) -> str:
     """The key of the layers that share: the module path with the numbers of its depth replaced by `#`, and (N, K).
@@ -280,11 +266,15 @@ def projection_type(path: str, out_features: int, in_features: int, numbered: Co
         numbered: paths of the modules around layers in whose names other numbers are, too: with
             "layers.encoder_layer_3" among them, "layers.encoder_layer_3.mlp.0" → "layers.encoder_layer_#.mlp.#".
     """
-    parts = path.split(".")
-    for i, part in enumerate(parts):
-        if part.isdecimal() or (i < len(parts) - 1 and ".".join(path.split(".")[: i + 1]) in numbered):
-            parts[i] = re.sub(r"\d+", "#", part)
-    return f"{'.'.join(parts)} ({out_features}, {in_features})".lstrip()
+    return f"{depthless(path, numbered)} ({out_features}, {in_features})".lstrip()
+
+
+def depthless(path: str, numbered: Collection[str] = ()) -> str:
+    """A path with `#` for the numbers of its depth: parts that are all digits, and those in names of `numbered`."""
+    names = path.split(".")
+    around = [".".join(names[: i + 1]) in numbered for i in range(len(names) - 1)]
+    parts = zip(names, [*around, False], strict=True)
+    return ".".join(re.sub(r"\d+", "#", name) if inside or name.isdecimal() else name for name, inside in parts)
 
 
 def all_configs(**common: Any) -> Iterator[GLoRAConfig]:
@@ -365,15 +355,8 @@ def _checked_projections(given: object) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _check_fields(kind: type, values: Mapping[str, Any]) -> None:
-    known = {f.name for f in fields(kind)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"unknown {kind.__name__} fields {unknown}; accepted: {sorted(known)}")
-    if missing := sorted(known - set(values)):
-        raise ValueError(f"missing {kind.__name__} fields {missing}")
-
-
-def _check_choice(argument: str, value: object, accepted: tuple[str, ...]) -> None:
+def check_choice(argument: str, value: object, accepted: tuple[str, ...]) -> None:
+    """A ValueError where the value of an argument is none of those accepted."""
     if value not in accepted:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, accepted))}; got {value!r}")
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # The tests see the shipped configurations, not what somebody tuned on this machine.
 os.environ["GLORA_KERNELS_TABLES"] = os.path.join(os.path.dirname(__file__), "no_tables")
-
-import pytest
+# Inductor keeps compiled graphs whatever became of an operator's schema: none that another version has left.
+COMPILED = tempfile.TemporaryDirectory(prefix="glora_kernels_inductor_")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", COMPILED.name)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -15,11 +15,10 @@ import torch
 
 import glora_kernels as gk
 from glora_kernels.__main__ import COMMANDS, main, run
-from glora_kernels.four_bit import cuda
 from glora_kernels.four_bit import kinds as four_bit
 from glora_kernels.runtime import configs, environment, extension, tables
 from glora_kernels.runtime.configs import Shape
-from glora_kernels.tools import outputs, selftest
+from glora_kernels.tools import outputs, selftest, timing, tune
 from glora_kernels.tools.commands.bench import row
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -92,8 +91,8 @@ def test_info_names_kernels_that_exist(capsys):
 def test_info_says_which_tables_there_are(capsys, monkeypatch, tmp_path):
     assert "none: every card takes its defaults" in out(capsys, "info")
     shape = Shape(8192, 4096, 4096, 16)
-    config = configs.choose("fwd", "sm_90", torch.bfloat16, shape) | {"num_stages": 3}
-    row = tables.Config("fwd", "bf16", shape, config, 1.0, 2.0)
+    config = configs.default("fwd", "sm_90", torch.bfloat16, shape) | {"num_stages": 3}
+    row = tables.Row("fwd", "bf16", shape, config, {"default": 2.0, "chosen": 1.0})
     tables.write(tables.Table("Card", "sm_90", "2.11.0", "3.6.0", "2026-01-01", (row,)), tmp_path / "card.json")
     monkeypatch.setattr(tables, "SHIPPED", tmp_path)
     tables.reload()
@@ -122,11 +121,21 @@ def test_the_steps_of_lora(capsys):
             text = (environment.Path(tables.__file__).parents[2] / path).read_text().splitlines()
             assert any(f"def {step['kernel']}(" in text[int(line) - 1 + i] for i in range(10)), step
     product = found["forward"]["steps"][1]
-    config = configs.choose("fwd", "sm_90", torch.bfloat16, Shape(8192, 4096, 4096, 16))
+    config = configs.default("fwd", "sm_90", torch.bfloat16, Shape(8192, 4096, 4096, 16))
     assert (product["warps"], product["stages"]) == (config["num_warps"], config["num_stages"])
     assert product["blocks"].startswith(f"M={config['rows']} N={config['cols']} K={config['depth']}")
     assert product["features"] == "tma, persistent"
     assert product["grid"] == "132"
+
+
+def test_a_layer_is_two_files_away_from_its_kernels(capsys):
+    root, found = environment.Path(tables.__file__).parents[2], json.loads(out(capsys, *LAYER, "--json"))
+    for name in ("forward", "backward"):
+        path, line = found[name]["through"].rsplit(":", 1)
+        assert path.endswith("glora/triton.py")
+        assert (root / path).read_text().splitlines()[int(line) - 1].startswith(f"def {name}(")
+    text = out(capsys, *LAYER)
+    assert re.search(r"^nn\.GLoRALinear -> \S+/glora/triton\.py:\d+ -> the file of each kernel$", text, re.M)
 
 
 @pytest.mark.parametrize(
@@ -152,10 +161,10 @@ def test_the_steps_of_other_cases(case, extra, forward, backward, capsys):
 def test_the_library_route_is_shown(capsys, monkeypatch):
     shape = Shape(8192, 4096, 4096, 16)
     rows = (
-        tables.Route("fwd", "bf16", shape, False, "library", 2.0, 1.0),
-        tables.Route("dx", "bf16", shape, False, "library", 2.0, 1.0),
+        tables.Row("route fwd", "bf16", shape, "library", {"fused": 2.0, "library": 1.0}),
+        tables.Row("route dx", "bf16", shape, "library", {"fused": 2.0, "library": 1.0}),
     )
-    with tables.using(tables.Table("Card", "sm_90", "2", "3", "today", (), rows)):
+    with tables.using(tables.Table("Card", "sm_90", "2", "3", "today", rows)):
         names, found = steps(capsys)
         text = out(capsys, *LAYER)
     assert names["forward"] == ["_added_terms_kernel", "library product 8192x4096x4096, added"]
@@ -167,7 +176,7 @@ def test_info_says_whether_the_extension_is_built(capsys, monkeypatch):
     monkeypatch.setattr(extension, "why_missing", lambda arch=None: "the CUDA extension is missing: no nvcc was found")
     assert re.search(r"^CUDA extension +the CUDA extension is missing: no nvcc was found$", out(capsys, "info"), re.M)
     monkeypatch.setattr(extension, "why_missing", lambda arch=None: None)
-    monkeypatch.setattr(cuda, "build_info", lambda: {"archs": ("80", "90"), "nvcc": "13.0"})
+    monkeypatch.setattr(extension, "build_info", lambda: {"archs": ("80", "90"), "nvcc": "13.0"})
     assert re.search(r"^CUDA extension +built for sm_80, sm_90 by nvcc 13\.0", out(capsys, "info"), re.M)
 
 
@@ -199,10 +208,16 @@ def test_the_steps_of_a_4_bit_layer(backend, dense, few, capsys, monkeypatch):
 def test_what_a_table_says_of_4_bits_is_shown(capsys, monkeypatch):
     monkeypatch.setattr(four_bit, "_available", lambda arch: arch == "sm_90")
     rows = (
-        tables.FourBit("dequantize", "bf16", Shape(0, 4096, 4096, 0), "triton", 0.2, 0.1),
-        tables.FourBit("small_m", "bf16", Shape(8, 4096, 4096, 16), "workspace", 0.3, 0.2, 0.1),
+        tables.Row(tables.DEQUANTIZE, "bf16", Shape(0, 4096, 4096, 0), "triton", {"cuda": 0.2, "triton": 0.1}),
+        tables.Row(
+            tables.SMALL_M,
+            "bf16",
+            Shape(8, 4096, 4096, 16),
+            "workspace",
+            {"cuda": 0.3, "triton": 0.2, "workspace": 0.1},
+        ),
     )
-    with tables.using(tables.Table("Card", "sm_90", "2", "3", "today", four_bit=rows)):
+    with tables.using(tables.Table("Card", "sm_90", "2", "3", "today", rows)):
         found = json.loads(
             out(capsys, "info", "--layer", "8x4096x4096", "--arch", "sm_90", "--four-bit", "fp4", "--json")
         )
@@ -262,24 +277,24 @@ def test_tune_lists_without_a_gpu(capsys):
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter")
 def test_tune_says_what_it_gained(capsys, monkeypatch, tmp_path):
-    from glora_kernels.tools import machine, tune
-
-    card = machine.Machine("Test Card", "sm_90", "cpu", lambda contenders, rounds: [
-        [1.0 / steps[0].__self__.options["num_stages"]] * rounds for steps in contenders
+    card = timing.Machine("Test Card", "sm_90", "cpu", lambda contenders, rounds: [
+        [1.0 / steps[0].__self__.choice["num_stages"]] * rounds for steps in contenders
     ])  # fmt: skip
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(machine, "this_gpu", lambda: card)
+    monkeypatch.setattr(timing, "this_gpu", lambda: card)
     path = tmp_path / "t.json"
     args = ["tune", "--shape", "32x48x64", "--rank", "4", "--dtype", "fp16", "--kernels", "x", "--out", str(path)]
     text = out(capsys, *args)
     assert re.search(r"^x +32x48x64 r=4 .* 25.0% less", text, re.M)
     assert "1 of 1 are faster than the default" in text
-    assert tables.read(path).configs[0].config["num_stages"] == 4
+    assert tables.read(path).rows[0].choice["num_stages"] == 4
     assert "(measured before)" in out(capsys, *args)
     asked = []
 
-    def stop(*args, **kwargs):
-        asked.append((kwargs["kernels"], kwargs["passes"] is not None, kwargs["few"] is not None))
+    def stop(what, *args, **kwargs):
+        names = {name for name, _ in what}
+        kernels = [name for name in configs.TUNED if name in names]
+        asked.append((kernels, "route dx" in names, tables.SMALL_M in names))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tune, "run", stop)

@@ -20,26 +20,23 @@ from torch import Tensor, nn
 
 from glora_kernels.depth.table import SharedFactor, SharedProduct
 from glora_kernels.dispatch.common import (
-    Call,
-    Needs,
     Supports,
     Weight,
-    autocast_dtype,
     cast,
     factor_dtype,
     given,
-    read_saved,
+    path_of,
     wide_dtype,
     without_autocast,
 )
-from glora_kernels.dispatch.prepared import NO_GUARD, Applied, Prepared, Row, save
+from glora_kernels.dispatch.prepared import NO_GUARD, Applied, Prepared, read_saved
+from glora_kernels.dispatch.signature import Row
 from glora_kernels.dispatch.ways import is_batched, is_plain, is_transformed, is_watched
 from glora_kernels.glora import op as plain
 from glora_kernels.glora.chunks import thin
 from glora_kernels.glora.eager import dropped
 from glora_kernels.glora.wc import glora_wc
 from glora_kernels.reference.random import keep_mask
-from glora_kernels.runtime.planning import arch_of
 
 
 class _Record(NamedTuple):
@@ -97,7 +94,7 @@ class Deferred:
             factor = SharedFactor(grad.t() if transposed else grad, products)
             launches.setdefault((grad.dtype, *dtypes), []).append(factor)
         for factors in launches.values():
-            _launch(factors)
+            path_of("depth", "triton").shared_gradients(factors)
         self.bytes += sum(sizes.values())
         return [grads.get(parameter) for parameter in parameters]
 
@@ -123,13 +120,6 @@ class _SharedGradients(torch.autograd.Function):
 def _pass() -> int:
     """Which backward pass this is: a reentrant checkpoint has one of its own."""
     return torch._C._current_graph_task_id()
-
-
-def _launch(factors: list[SharedFactor]) -> None:
-    from glora_kernels.depth.shared import shared_grad_launch, shared_grad_tables
-
-    tables = shared_grad_tables(factors)
-    shared_grad_launch(tables, factors, arch=arch_of(factors[0].out)).run()
 
 
 def _sum(products: list[SharedProduct], transposed: bool) -> Tensor:
@@ -168,14 +158,10 @@ class DeferredLinear:
         weight: Weight,
         bias: Tensor | None = None,
         *,
-        scale: float = 1.0,
-        dropout_p: float = 0.0,
-        seed: Tensor | None = None,
-        variant: str = "hadamard",
         c: Tensor | None = None,
         c_up: Tensor | None = None,
         c_down: Tensor | None = None,
-        **supports: Tensor | None,
+        **others: Any,
     ) -> Tensor:
         """As `ops.glora_linear`, with its errors.
 
@@ -183,23 +169,15 @@ class DeferredLinear:
         parameter by now or one that is not trained.
         """
         if c is not None or c_up is not None:
-            supports["wc"] = glora_wc(weight, c, c_up=c_up, c_down=c_down)
-        trained = {name: p for name, p in self.shared.items() if supports.get(name) is p and p.requires_grad}
+            others["wc"] = glora_wc(weight, c, c_up=c_up, c_down=c_down)
+        trained = {name: p for name, p in self.shared.items() if others.get(name) is p and p.requires_grad}
         if not trained or not torch.is_grad_enabled() or not is_plain(x) or is_transformed() or is_watched(x):
-            return plain.glora_linear(
-                x, weight, bias, scale=scale, dropout_p=dropout_p, seed=seed, variant=variant, **supports
-            )
-        s = Supports(bias=bias, **supports)
-        target = autocast_dtype(x)
-        plain._check(x, weight, s, (), dropout_p, seed, variant, target)
-        if target is not None and x.dtype != target:
-            x = x.to(target)
-        needs = Needs(*(t is not None and t.requires_grad for t in (x, *s)))
-        row, form = plain.row_of(x, weight, s, seed)
-        call = Call(scale, dropout_p, None, variant == "matmul", plain._route(x, weight))
-        prepared = plain.prepare(row, form, call, *needs, False, False, False)
-        wanted = [row[i] for i in prepared.trained]
-        y: Tensor = _DeferredFunction.apply(prepared, row, self, trained, self.ticket, *wanted)
+            return plain.glora_linear(x, weight, bias, **others)
+        settings = plain.Settings(**{name: others.pop(name) for name in plain.Settings._fields if name in others})
+        prepared, row = plain.prepared_anew(x, weight, Supports(bias=bias, **others), settings)
+        y: Tensor = _DeferredFunction.apply(
+            prepared, row, self, trained, self.ticket, *[row[i] for i in prepared.trained]
+        )
         return y
 
 
@@ -214,10 +192,9 @@ class _DeferredFunction(torch.autograd.Function):
         ticket: Tensor,
         *trained: Tensor,
     ) -> Tensor:
-        results = prepared.forward(row)
-        save(ctx, prepared, row, results)
         ctx.to, ctx.shared, ctx.node = to, shared, ticket.grad_fn
-        return given(results[0])
+        y: Tensor = Applied.forward(ctx, prepared, row, *trained)[0]
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -233,28 +210,29 @@ class _DeferredFunction(torch.autograd.Function):
 def _deferred_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     prepared: Prepared = ctx.prepared
     row = prepared.placed(read_saved(ctx, prepared.reads_output))
-    s, x, h, seed = Supports(*row[plain.SUPPORTS]), row[0], row[plain.MADE][1], row[plain.SEED]
-    to, call = ctx.to, prepared.values.call
-    down, up = ctx.shared.get("b_down"), ctx.shared.get("b_up")
-    rest = list(prepared.wanted)
-    for name in ctx.shared:
-        rest[plain.SUPPORTS.start + Supports._fields.index(name)] = False
+    shared = {plain.PLACE[name]: parameter for name, parameter in ctx.shared.items()}
+    rest = [want and place not in shared for place, want in enumerate(prepared.wanted)]
     with without_autocast(dy.device.type), prepared.guard or NO_GUARD:
         found = iter(prepared.operation.backward([dy], row, prepared.values, rest))
-    grads = [next(found) if still else None for want, still in zip(prepared.wanted, rest, strict=True) if want]
-    # Of a pass that is not asked for the shared parameters (`torch.autograd.grad`, `backward(inputs=...)`), no more.
-    if (down is not None or up is not None) and torch._C._will_engine_execute_node(ctx.node):
-        flat, triton = _rows(dy), call.route != "eager"
-        with without_autocast(dy.device.type):
-            if down is not None:
-                left = thin(flat, cast(given(s.b_up), factor_dtype(dy.dtype, s)).t(), dy.dtype)
-                product = SharedProduct(left, _rows(given(x)), call.scale, call.dropout_p, seed)
-                to.deferred.add(down, to.layer, product, False, triton)
-            if up is not None:
-                rank = given(s.b_up).shape[1]
-                product = SharedProduct(given(h)[:, -rank:], flat, 1.0, 0.0, None)
-                to.deferred.add(up, to.layer, product, True, triton)
-    return grads
+        # Of a pass that is not asked for the shared parameters (`torch.autograd.grad`, `backward(inputs=)`), no more.
+        if torch._C._will_engine_execute_node(ctx.node):
+            _hand_over(ctx.to, ctx.shared, prepared, row, dy)
+    return [next(found) if rest[place] else None for place in prepared.trained]
+
+
+def _hand_over(
+    to: DeferredLinear, shared: Mapping[str, nn.Parameter], prepared: Prepared, row: Row, dy: Tensor
+) -> None:
+    """The factors of the shared parameters' gradients."""
+    _, s, call = plain.GLORA.read(row, prepared.values)
+    h, flat, triton, up = plain.Made(*row[len(prepared.wanted) :]).h, _rows(dy), call.route != "eager", given(s.b_up)
+    if "b_down" in shared:
+        left = thin(flat, cast(up, factor_dtype(dy.dtype, s)).t(), dy.dtype)
+        product = SharedProduct(left, _rows(given(row[0])), call.scale, call.dropout_p, call.seed)
+        to.deferred.add(shared["b_down"], to.layer, product, False, triton)
+    if "b_up" in shared:
+        product = SharedProduct(h[:, -up.shape[1] :], flat, 1.0, 0.0, None)
+        to.deferred.add(shared["b_up"], to.layer, product, True, triton)
 
 
 def _rows(tensor: Tensor) -> Tensor:

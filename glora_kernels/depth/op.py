@@ -12,25 +12,17 @@ for the others, `nn` merges them one by one.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from glora_kernels.depth.table import GroupKey, Layer, group_key
-from glora_kernels.dispatch.common import Supports, Weight, cast, given, shift, stored, wide_dtype, without_autocast
+from glora_kernels.depth import eager
+from glora_kernels.depth.table import Copy, GroupKey, Layer, group_key
+from glora_kernels.dispatch.common import Weight, cast, path_of, stored, without_autocast
 from glora_kernels.dispatch.ways import is_batched, is_transformed, is_watched, once_differentiable
-from glora_kernels.glora import composite
-from glora_kernels.glora import eager as eager_path
-from glora_kernels.glora import wc as operator
-from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import environment, routes
-from glora_kernels.runtime.planning import arch_of
-
-Copy = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""A weight, its copy, a bias, its copy."""
 
 
 def served(layer: Layer) -> GroupKey | None:
@@ -50,12 +42,7 @@ def merge(layers: Sequence[Layer], betas: Sequence[Tensor | None]) -> None:
         betas: for each layer where the full bias goes, contiguous, in the dtype of the bias (may be the bias itself);
             None where the bias stays.
     """
-    from glora_kernels.depth.merge import merge_launch
-    from glora_kernels.depth.rows import layer_table
-
-    key = given_key(layers)
-    table = layer_table(layers, key, [{"beta": beta} for beta in betas])
-    merge_launch(table, arch=arch_of(layers[0].dense)).run()
+    path_of("depth", "triton").merge(layers, betas)
     _overwritten([layer.dense for layer in layers], betas)
 
 
@@ -83,10 +70,7 @@ def restore(copies: Sequence[Copy]) -> None:
     Args:
         copies: of one `restorable` key.
     """
-    from glora_kernels.depth.merge import restore_launch, restore_table
-
-    table = restore_table(copies)
-    restore_launch(table, copies, arch=arch_of(copies[0][0])).run()
+    path_of("depth", "triton").restore(copies)
     _overwritten([copy[0] for copy in copies], [copy[2] for copy in copies])
     if copies[0][0].is_cuda:  # the copies may be freed, and pinned memory knows nothing of our launch
         torch.cuda.current_stream(copies[0][0].device).synchronize()
@@ -133,17 +117,17 @@ def shifts(layers: Sequence[Layer]) -> list[Tensor]:
         RuntimeError: in backward: a parameter was overwritten since.
     """
     if is_transformed() or any(is_watched(stored(layer.weight)) for layer in layers):
-        return [_composite_shift(layer) for layer in layers]
+        return [eager.beta(layer) for layer in layers]
     groups: dict[GroupKey | None, list[int]] = {}
-    wanted = [_shift_only(layer) for layer in layers]
-    for i, layer in enumerate(wanted):
+    shifting = [layer.shifting() for layer in layers]
+    for i, layer in enumerate(shifting):
         groups.setdefault(served(layer), []).append(i)
     found: dict[int, Tensor] = {}
     for key, places in groups.items():
-        members = [wanted[i] for i in places]
-        slots = [(i, name) for i, layer in enumerate(members) for name in _names(layer)]
-        tensors = [_tensor(members[i], name) for i, name in slots]
-        plan = _Plan(key, tuple(_detached(layer) for layer in members), tuple(slots))
+        members = [shifting[i] for i in places]
+        slots = [(i, name) for i, layer in enumerate(members) for name in layer.names()]
+        tensors = [members[i].tensor(name) for i, name in slots]
+        plan = _Plan(key, tuple(layer.detached() for layer in members), tuple(slots))
         found |= zip(places, _ShiftFunction.apply(plan, *tensors), strict=True)
     return [found[i] for i in range(len(layers))]
 
@@ -157,158 +141,56 @@ class _Plan(NamedTuple):
 
     def versions(self) -> list[list[int]]:
         """How often each tensor of each layer was overwritten, which those of inference mode do not count."""
-        tensors = [[stored(layer.weight), *map(partial(_tensor, layer), _names(layer))] for layer in self.layers]
+        tensors = [[stored(layer.weight), *map(layer.tensor, layer.names())] for layer in self.layers]
         return [[0 if tensor.is_inference() else tensor._version for tensor in own] for own in tensors]
+
+    def forward(self) -> tuple[Tensor, ...]:
+        if self.key is None:
+            return tuple(map(eager.shifted, self.layers))
+        found: tuple[Tensor, ...] = path_of("depth", "triton").shifts(self.key, self.layers)
+        return found
+
+    def backward(self, gs: Mapping[int, Tensor], asked: Mapping[int, list[str]]) -> Mapping[tuple[int, str], Tensor]:
+        """The asked gradients by layer and name, from the g of some layers."""
+        batched = any(map(is_batched, gs.values()))
+        if self.key is not None and not batched:
+            found: Mapping[tuple[int, str], Tensor] = path_of("depth", "triton").shift_gradients(*self[:2], gs, asked)
+            return found
+        of = eager.batched_shift_gradients if batched else eager.shift_gradients
+        own = {i: of(self.layers[i], g, asked[i]) for i, g in gs.items()}
+        return {(i, name): grad for i, grads in own.items() for name, grad in grads.items()}
 
 
 class _ShiftFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.plan = plan
-        ctx.versions = plan.versions()
+        ctx.plan, ctx.versions = plan, plan.versions()
         with without_autocast(plan.layers[0].weight.device.type):
-            return tuple(map(_eager_shift, plan.layers)) if plan.key is None else _triton_shifts(plan.key, plan.layers)
+            return plan.forward()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
         plan, versions = ctx.plan, ctx.plan.versions()
-        grads: dict[tuple[int, str], Tensor] = {}
-        asked = {slot for slot, need in zip(plan.slots, ctx.needs_input_grad[1:], strict=True) if need}
-        active = {i: g for i, g in enumerate(gs) if g is not None and any(slot[0] == i for slot in asked)}
-        if any(ctx.versions[i] != versions[i] for i in active):
+        asked: dict[int, list[str]] = {}
+        for (i, name), need in zip(plan.slots, ctx.needs_input_grad[1:], strict=True):
+            if need and gs[i] is not None:
+                asked.setdefault(i, []).append(name)
+        if any(ctx.versions[i] != versions[i] for i in asked):
             raise RuntimeError(
                 "a weight, bias or parameter of C, D or E was overwritten between shift_once and backward, which needs "
                 "its old value; change parameters after backward only"
             )
         with without_autocast(plan.layers[0].weight.device.type):
-            if any(map(is_batched, active.values())):
-                for i, g in active.items():
-                    grads |= _batched_shift_grads(plan.layers[i], g, i, asked)
-            elif plan.key is not None and active:
-                grads = _triton_shift_grads(plan.key, plan.layers, active, asked)
-            elif active:
-                for i, g in active.items():
-                    names = {name for j, name in asked if i == j}
-                    grads |= {(i, name): grad for name, grad in _eager_shift_grads(plan.layers[i], g, names).items()}
-        found = (grads.get(slot) for slot in plan.slots)
-        dtypes = (_tensor(plan.layers[i], name).dtype for i, name in plan.slots)
-        return (None, *(None if g is None else cast(g, dtype) for g, dtype in zip(found, dtypes, strict=True)))
-
-
-def _eager_shift(layer: Layer) -> Tensor:
-    get, weight = layer.adapter.get, layer.weight
-    wc = None
-    if get("C") is not None or get("C_up") is not None:
-        wc = eager_path.wc_forward(weight, get("C"), get("C_up"), get("C_down"))
-    return _beta(layer, wc).clone()
-
-
-def _composite_shift(layer: Layer) -> Tensor:
-    """β by differentiable operations and `ops.glora_wc`, which is itself one of the `dispatch.ways`."""
-    get = layer.adapter.get
-    wc = None
-    if get("C") is not None or get("C_up") is not None:
-        wc = operator.glora_wc(layer.weight, get("C"), c_up=get("C_up"), c_down=get("C_down"))
-    return _beta(layer, wc)
-
-
-def _beta(layer: Layer, wc: Tensor | None) -> Tensor:
-    get, weight = layer.adapter.get, layer.weight
-    # A 4-bit W is exact in any dtype: its adapter's decides.
-    exact = isinstance(weight, QuantizedWeight) and any(t.dtype == torch.float64 for t in layer.adapter.values())
-    dtype = torch.float64 if exact else weight.dtype
-    beta = given(shift(Supports(bias=layer.bias, wc=wc, d=get("D"), e=get("E")), dtype))
-    return beta.to(wide_dtype(dtype)).expand(weight.shape[0])
-
-
-def _eager_shift_grads(layer: Layer, g: Tensor, names: set[str]) -> dict[str, Tensor]:
-    get = layer.adapter.get
-    bias, d = layer.bias, get("D")
-    found: dict[str, Tensor | None] = {
-        "bias": g if d is None else g + g * d.to(g.dtype),
-        "D": None if bias is None else g * bias.to(g.dtype),
-        "E": g,
-    }
-    if names & {"C", "C_up", "C_down"}:
-        needs = [name in names for name in ("C", "C_up", "C_down")]
-        dc = iter(operator.gradients(g, layer.weight, (get("C"), get("C_up"), get("C_down")), needs, "eager"))
-        found |= {name: next(dc) for name in ("C", "C_up", "C_down") if name in names}
-    grads = {name: given(found[name]) for name in names}
-    constants = {name for name in names & {"D", "E"} if layer.adapter[name].numel() == 1}
-    return {name: grad.sum().view(1) if name in constants else grad for name, grad in grads.items()}
-
-
-def _batched_shift_grads(layer: Layer, g: Tensor, i: int, asked: set[tuple[int, str]]) -> dict[tuple[int, str], Tensor]:
-    """The gradients of one layer for a batch of g."""
-    names = [name for name in _names(layer) if (i, name) in asked]
-
-    def forward(*tensors: Tensor) -> Tensor:
-        new = dict(zip(names, tensors, strict=True))
-        bias = new.pop("bias", layer.bias)
-        return _composite_shift(Layer(layer.weight, bias, {**layer.adapter, **new}))
-
-    found = composite.gradients(forward, [_tensor(layer, name) for name in names], [True] * len(names), g)
-    return {(i, name): given(grad) for name, grad in zip(names, found, strict=True)}
-
-
-def _triton_shifts(key: GroupKey, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
-    from glora_kernels.depth.rows import layer_table
-    from glora_kernels.depth.shift import shift_launch
-
-    weight = layers[0].dense
-    sizes = [layer.weight.shape[0] for layer in layers]
-    betas = weight.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
-    table = layer_table(layers, key, [{"beta": beta} for beta in betas])
-    shift_launch(table, arch=arch_of(weight)).run()
-    return betas
-
-
-def _triton_shift_grads(
-    key: GroupKey, layers: Sequence[Layer], gs: dict[int, Tensor], asked: set[tuple[int, str]]
-) -> dict[tuple[int, str], Tensor]:
-    from glora_kernels.depth.rows import layer_table
-    from glora_kernels.depth.shift import shift_down_launch, shift_grad_launch
-
-    columns: list[dict[str, Tensor | None]] = []
-    grads: dict[tuple[int, str], Tensor] = {}
-    for i, g in gs.items():
-        own = {
-            name: torch.empty_like(_tensor(layers[i], name), dtype=key.bias if name == "bias" else key.adapter,
-                                   memory_format=torch.contiguous_format)
-            for j, name in asked if i == j
-        }  # fmt: skip
-        grads |= {(i, name): grad for name, grad in own.items()}
-        wide = g.new_empty(layers[i].dense.shape[1], dtype=torch.float32) if "C_down" in own else None
-        columns.append({
-            "g": g.to(torch.float32).contiguous(), "dbias": own.get("bias"), "dc": own.get("C"), "dc_wide": wide,
-            "dc_up": own.get("C_up"), "dc_down": own.get("C_down"), "dd": own.get("D"), "de": own.get("E"),
-        })  # fmt: skip
-    members = [layers[i] for i in gs]
-    table, arch = layer_table(members, key, columns), arch_of(members[0].dense)
-    shift_grad_launch(table, arch=arch).run()
-    if any(name == "C_down" for _, name in asked):
-        shift_down_launch(table, arch=arch).run()
-    return grads
-
-
-def given_key(layers: Sequence[Layer]) -> GroupKey:
-    """The one key of the layers of a launch.
-
-    Raises:
-        ValueError: there is no layer, one that no kernel takes, or several keys.
-    """
-    keys = {group_key(layer) for layer in layers}
-    key = keys.pop() if len(keys) == 1 else None
-    if key is None:
-        raise ValueError("one launch takes layers of one device, dtype and order of storage, which `served` tells")
-    return key
+            grads = plan.backward({i: gs[i] for i in asked}, asked) if asked else {}
+        found = ((grads.get((i, name)), plan.layers[i].tensor(name).dtype) for i, name in plan.slots)
+        return (None, *(None if grad is None else cast(grad, dtype) for grad, dtype in found))
 
 
 def _on_triton(weight: Weight) -> bool:
     """Whether kernels run where a weight is. A forced backend that cannot serve it is no error: eager merges it."""
-    choice, device = routes.current_backend(), weight.device.type
+    choice, device = routes.chosen(), weight.device.type
     if choice == "triton":
         runs = device == "cuda" or (device == "cpu" and environment.interpreting())
         return runs and weight.dtype in routes.TRITON_DTYPES
@@ -320,22 +202,3 @@ def _overwritten(weights: Sequence[Tensor], others: Sequence[Tensor | None]) -> 
     for tensor in (*weights, *others):
         if tensor is not None and not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
-
-
-def _shift_only(layer: Layer) -> Layer:
-    shifting = {"C", "C_up", "C_down", "D", "E"}
-    adapter = {name: tensor for name, tensor in layer.adapter.items() if name in shifting}
-    return Layer(layer.weight, layer.bias, adapter)
-
-
-def _names(layer: Layer) -> list[str]:
-    return [*(() if layer.bias is None else ("bias",)), *layer.adapter]
-
-
-def _tensor(layer: Layer, name: str) -> Tensor:
-    return given(layer.bias) if name == "bias" else layer.adapter[name]
-
-
-def _detached(layer: Layer) -> Layer:
-    bias = None if layer.bias is None else layer.bias.detach()
-    return Layer(layer.weight.detach(), bias, {name: tensor.detach() for name, tensor in layer.adapter.items()})

@@ -53,6 +53,29 @@ class Layer(NamedTuple):
         assert isinstance(self.weight, Tensor)
         return self.weight
 
+    def names(self) -> list[str]:
+        """Of the bias and the adapter's tensors."""
+        return [*(() if self.bias is None else ("bias",)), *self.adapter]
+
+    def tensor(self, name: str) -> Tensor:
+        found = self.bias if name == "bias" else self.adapter[name]
+        assert found is not None
+        return found
+
+    def shifting(self) -> Layer:
+        """The layer with what β is made of alone."""
+        shifting = {"C", "C_up", "C_down", "D", "E"}
+        return Layer(self.weight, self.bias, {name: t for name, t in self.adapter.items() if name in shifting})
+
+    def detached(self) -> Layer:
+        bias = None if self.bias is None else self.bias.detach()
+        adapter = {name: tensor.detach() for name, tensor in self.adapter.items()}
+        return self._replace(weight=self.weight.detach(), bias=bias, adapter=adapter)
+
+
+Copy = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""A weight, its copy, a bias, its copy."""
+
 
 class GroupKey(NamedTuple):
     """What the layers of one launch have in common; `transposed`: W is stored (K,N)."""

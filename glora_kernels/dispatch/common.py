@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -17,20 +18,24 @@ from glora_kernels.quant.codes import QUANT_TYPES
 from glora_kernels.quant.weight import DTYPES
 from glora_kernels.runtime import environment
 
-LIBRARY = torch.library.Library("glora_kernels", "DEF")
-"""Every operator of the package is defined in this one namespace: torch.ops.glora_kernels."""
-
-
 Weight = Tensor | QuantizedWeight
 """W (N, K) of a call: a matrix, or the 4-bit codes of one."""
 
-QUANT_ARGUMENTS = (
-    "Tensor? absmax=None, Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? nested_offset=None, "
-    "int[] form=[]"
-)
-"""What the operators take beside the packed codes of a 4-bit weight ..."""
-NO_QUANT: tuple[Any, ...] = (None, None, None, None, ())
-"""... and beside a matrix, for which PyTorch leaves these defaults out."""
+
+class Codes(NamedTuple):
+    """What operators take beside the packed codes of a 4-bit weight; the defaults beside a matrix.
+
+    form: N, K, type, dtype, blocksize, nested blocksize.
+    """
+
+    absmax: Tensor | None = None
+    nested_absmax: Tensor | None = None
+    nested_code: Tensor | None = None
+    nested_offset: Tensor | None = None
+    form: Sequence[int] = ()
+
+
+_MATRIX = Codes()
 
 
 @functools.cache
@@ -68,17 +73,17 @@ class Supports(NamedTuple):
 class Needs(NamedTuple):
     """Which gradients a backward must produce, in the order it returns them: x, then the order of `Supports`."""
 
-    x: bool
-    a: bool
-    a_up: bool
-    a_down: bool
-    b: bool
-    b_up: bool
-    b_down: bool
-    bias: bool
-    wc: bool
-    d: bool
-    e: bool
+    x: bool = False
+    a: bool = False
+    a_up: bool = False
+    a_down: bool = False
+    b: bool = False
+    b_up: bool = False
+    b_down: bool = False
+    bias: bool = False
+    wc: bool = False
+    d: bool = False
+    e: bool = False
 
 
 class Call(NamedTuple):
@@ -109,40 +114,44 @@ def stored(weight: Weight) -> Tensor:
     return weight.packed if isinstance(weight, QuantizedWeight) else weight
 
 
-def quant_arguments(weight: Weight) -> tuple[Any, ...]:
-    """The `QUANT_ARGUMENTS` of a weight; the form is N, K, type, dtype, blocksize, nested blocksize."""
+def codes_of(weight: Weight) -> Codes:
     if not isinstance(weight, QuantizedWeight):
-        return NO_QUANT
+        return _MATRIX
     state = weight.state
-    found: tuple[Any, ...] | None = vars(state).get("_arguments")
+    found: Codes | None = vars(state).get("_codes")
     if found is None:  # a state cannot change: worked out once
         nested = state.nested
         form = (*state.shape, QUANT_TYPES.index(state.quant_type), DTYPES.index(state.dtype), state.blocksize)
         if nested is None:
-            found = (state.absmax, None, None, None, (*form, 0))
+            found = Codes(state.absmax, form=(*form, 0))
         else:
-            found = (state.absmax, nested.absmax, nested.code, nested.offset, (*form, nested.blocksize))
-        vars(state)["_arguments"] = found
+            found = Codes(state.absmax, nested.absmax, nested.code, nested.offset, (*form, nested.blocksize))
+        vars(state)["_codes"] = found
     return found
 
 
-def weight_of(
-    tensor: Tensor,
-    absmax: Tensor | None = None,
-    nested_absmax: Tensor | None = None,
-    nested_code: Tensor | None = None,
-    nested_offset: Tensor | None = None,
-    form: Sequence[int] = (),
-) -> Weight:
-    """The weight of an operator's arguments; PyTorch leaves out those with their default."""
-    if absmax is None:
+def weight_of(tensor: Tensor, codes: Codes) -> Weight:
+    """The weight of an operator's arguments."""
+    if codes.absmax is None:
         return tensor
-    n, k, quant_type, dtype, blocksize, nested_blocksize = form
+    n, k, quant_type, dtype, blocksize, nested_blocksize = codes.form
     nested = None
-    if nested_absmax is not None:
-        nested = NestedState(nested_absmax, given(nested_code), nested_blocksize, given(nested_offset))
-    state = QuantState(absmax, QUANT_TYPES[quant_type], blocksize, (n, k), DTYPES[dtype], nested)
+    if codes.nested_absmax is not None:
+        nested = NestedState(
+            codes.nested_absmax, given(codes.nested_code), nested_blocksize, given(codes.nested_offset)
+        )  # fmt: skip
+    state = QuantState(codes.absmax, QUANT_TYPES[quant_type], blocksize, (n, k), DTYPES[dtype], nested)
     return QuantizedWeight(tensor, state)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """(..., C) as the matrix of its rows."""
+    return tensor if tensor.ndim == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def unflat(y: Tensor, lead: Sequence[int]) -> Tensor:
+    """(M, C) as (*lead, C): no view, since PyTorch refuses to change one in place that came out of a Function."""
+    return y if len(lead) == 1 else torch.ops.aten._unsafe_view(y, [*lead, y.shape[-1]])
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -165,45 +174,6 @@ def shift(s: Supports, dtype: torch.dtype) -> Tensor | None:
         if term is not None:
             beta = cast(term, wide) if beta is None else beta + cast(term, wide)
     return beta
-
-
-def check_vector(name: str, tensor: Tensor, size: int, constant: bool) -> None:
-    """A vector of the given size, or where `constant` allows it one number."""
-    if tensor.shape != (size,) and not (constant and tensor.shape == (1,)):
-        accepted = f"{(size,)} or (1,)" if constant else f"{(size,)}"
-        raise ValueError(f"{name} must have shape {accepted}; got {tuple(tensor.shape)}")
-
-
-def check_form(
-    name: str,
-    size: int,
-    constant: bool,
-    rows: int,
-    cols: int,
-    vector: Tensor | None,
-    up: Tensor | None,
-    down: Tensor | None,
-) -> None:
-    """One support comes as a vector of `size` (or a constant), or as a pair of factors (rows, R) and (R, cols)."""
-    if vector is not None:
-        if up is not None or down is not None:
-            raise ValueError(f"{name} and {name}_up, {name}_down are two forms of one support; give one of them")
-        check_vector(name, vector, size, constant)
-    elif up is not None or down is not None:
-        if up is None or down is None:
-            missing = f"{name}_up" if up is None else f"{name}_down"
-            raise ValueError(f"{name}_up and {name}_down come together; {missing} is missing")
-        if (
-            up.ndim != 2
-            or down.ndim != 2
-            or up.shape != (rows, down.shape[0])
-            or down.shape[1] != cols
-            or not len(down)
-        ):
-            raise ValueError(
-                f"{name}_up must be ({rows}, R) and {name}_down (R, {cols}) with one rank R >= 1; "
-                f"got {tuple(up.shape)} and {tuple(down.shape)}"
-            )
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -249,36 +219,3 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
-
-
-def read_saved(ctx: Any, with_y: bool = False) -> tuple[Any, ...]:
-    """What forward saved; where a tensor of it was overwritten meanwhile, an error that says what to write instead.
-
-    with_y: backward reads the output of the layer as well, for a trained vector or constant A.
-    """
-    try:
-        return tuple(ctx.saved_tensors)
-    except RuntimeError as error:
-        if "inplace operation" not in str(error):
-            raise
-        output = (
-            "; or its output, which a trained vector or constant A needs (an activation or dropout with inplace=True)"
-        )
-        raise RuntimeError(
-            "a tensor was overwritten in place between the forward of a layer and its backward, which needs it as it "
-            "was: the layer's input (h += layer(h); write h = h + layer(h)), one of its parameters (a step of the "
-            f"optimizer before backward){output if with_y else ''}; use the out-of-place form. PyTorch says: {error}"
-        ) from error
-
-
-def owned(grads: list[Tensor]) -> tuple[Tensor, ...]:
-    """Each gradient in memory of its own: results of an operator may share none, and ∂bias, ∂wc and ∂e may be one."""
-    taken = set()
-    for i, grad in enumerate(grads):
-        grad = grad.contiguous()
-        storage = grad.untyped_storage()
-        if storage.nbytes() != grad.numel() * grad.element_size() or storage.data_ptr() in taken:
-            grad = grad.clone()
-        grads[i] = grad
-        taken.add(grad.untyped_storage().data_ptr())
-    return tuple(grads)

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from glora_kernels.dispatch.common import given, read_saved, without_autocast
+from glora_kernels.dispatch.common import given, without_autocast
+from glora_kernels.dispatch.signature import Row, Values
 from glora_kernels.dispatch.ways import is_batched, is_watched, once_differentiable
 from glora_kernels.runtime import environment, program
 from glora_kernels.runtime.direct import forms
 from glora_kernels.runtime.program import Program
 
-Row = Sequence[Tensor | None]
 NO_GUARD: AbstractContextManager[object] = contextlib.nullcontext()
 _PLAIN = {Tensor, nn.Parameter, type(None)}
 _FLAGS = b"\1" * 1024
@@ -34,18 +34,26 @@ _KEPT_BACKWARDS = 16
 """... and of each, for how many forms of what backward reads: a transposed dy has another one with each M."""
 
 
-class Operation(NamedTuple):
-    """An operator as its paths are written, by the values of a call that are no tensors.
-
-    forward: (row, values) → the outputs, and behind them what backward may read. backward: (dys, row, values, wanted) →
-    the gradients of the wanted places of the row, in their order. elsewhere: the same for whoever watches or batches
-    the gradients (`dispatch.ways`), which then are operations of PyTorch or a registered operator.
-    """
+class Operation:
+    """The mathematics of an operator, on the row of a call and its values (`dispatch.signature`)."""
 
     name: str
-    forward: Callable[[Row, Any], Sequence[Tensor | None]]
-    backward: Callable[[Sequence[Tensor], Row, Any, Sequence[bool]], Sequence[Tensor | None]]
-    elsewhere: Callable[[Sequence[Tensor], Row, Any, Sequence[bool]], Sequence[Tensor | None]]
+
+    def forward(self, row: Row, values: Values) -> Sequence[Tensor | None]:
+        """The outputs, and behind them what backward may read."""
+        raise NotImplementedError
+
+    def backward(
+        self, dys: Sequence[Tensor], row: Row, values: Values, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """The gradients of the wanted places, in their order, shapes and dtypes. Behind the row stand the results."""
+        raise NotImplementedError
+
+    def elsewhere(
+        self, dys: Sequence[Tensor], row: Row, values: Values, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """`backward` for whoever watches or batches the gradients (`dispatch.ways`)."""
+        raise NotImplementedError
 
 
 class AskedPass(NamedTuple):
@@ -75,7 +83,7 @@ class Prepared:
     def __init__(
         self,
         operation: Operation,
-        values: Any,
+        values: Values,
         wanted: Sequence[bool],
         saved: Sequence[int],
         *,
@@ -106,7 +114,7 @@ class Prepared:
         """Forward of a call."""
         operation, count = self.operation, None if self.keeps else self.outputs
 
-        def run(row: Row, values: Any, count: int | None) -> Sequence[Tensor | None]:
+        def run(row: Row, values: Values, count: int | None) -> Sequence[Tensor | None]:
             return operation.forward(row, values)[:count]
 
         return AskedPass(operation.name, run, operands, (self.values, count), self.outputs)
@@ -177,6 +185,18 @@ class Prepared:
 _prepared: dict[Hashable, Prepared] = {}
 
 
+def wanted_of(row: Row) -> tuple[bool, ...]:
+    """Which tensors of a call want a gradient."""
+    if not torch.is_grad_enabled():
+        return (False,) * len(row)
+    return tuple([t is not None and t.requires_grad for t in row])
+
+
+def are_even(tensors: Row) -> bool:
+    """Whether all have as many tokens, which a program of launches takes for granted."""
+    return len(tensors) < 2 or len({given(t).shape[:-1] for t in tensors}) == 1
+
+
 def find(
     operation: Operation, row: Row, with_rows: int, key: tuple[Hashable, ...], make: Callable[[], Prepared]
 ) -> Prepared:
@@ -193,11 +213,12 @@ def find(
     m = program.rows_of(first) if with_rows and first.ndim else 1
     if (with_rows and first.ndim < 2) or not program.serves(m):
         return make()
-    device = first.get_device()
+    device, even = first.get_device(), with_rows < 2 or are_even(row[:with_rows])
     try:
         whole = (
             operation.name,
             key,
+            even,
             program.class_of(m, device),
             first.dtype == torch.float32 and environment.allow_tf32(),
             forms(row, _FLAGS[:with_rows], first.is_cuda),
@@ -207,6 +228,7 @@ def find(
     found = _prepared.get(whole)
     if found is None:
         found = make()
+        found.has_kernels &= even
         # Tensors of other classes than PyTorch's own (sharded, wrapped ones) are not taken for one another.
         if not _PLAIN.issuperset([t.__class__ for t in row]):
             return found
@@ -217,6 +239,26 @@ def find(
         found.apply = _apply
         _prepared[whole] = found
     return found
+
+
+def read_saved(ctx: Any, with_y: bool = False) -> tuple[Any, ...]:
+    """What forward saved; where a tensor of it was overwritten meanwhile, an error that says what to write instead.
+
+    with_y: backward reads the output of the layer as well, for a trained vector or constant A.
+    """
+    try:
+        return tuple(ctx.saved_tensors)
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        output = (
+            "; or its output, which a trained vector or constant A needs (an activation or dropout with inplace=True)"
+        )
+        raise RuntimeError(
+            "a tensor was overwritten in place between the forward of a layer and its backward, which needs it as it "
+            "was: the layer's input (h += layer(h); write h = h + layer(h)), one of its parameters (a step of the "
+            f"optimizer before backward){output if with_y else ''}; use the out-of-place form. PyTorch says: {error}"
+        ) from error
 
 
 def call(prepared: Prepared, row: Row) -> Sequence[Tensor]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glora_kernels.four_bit.served import ALIGNMENT, is_power_of_two, why_not
 from glora_kernels.modes import outside_modes
 from glora_kernels.operands import W_ALONE, Terms
 from glora_kernels.quant import QuantizedWeight
@@ -25,9 +26,6 @@ from glora_kernels.runtime.planning import note
 from glora_kernels.runtime.recording import Bound
 from glora_kernels.runtime.workspace import is_private
 
-MAX_TOKENS = 64
-MAX_RANK = 64
-"""Of the small-M product: B_up of a block's rows lies in shared memory."""
 MAX_DEQUANTIZE_RANK = 256
 
 GEMV_TOKENS = 4
@@ -41,11 +39,7 @@ _MAX_SLICES = 32
 _SCRATCH_FLOATS = 1 << 15
 _BARRIER_FLOATS = 64  # the counters, and the rest of their 256 bytes
 _EPILOGUE = 0.5  # what a set of rows costs beside its spans, in spans
-_SHARED_KIB = {"sm_80": 163, "sm_87": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227}
-"""Shared memory that one block may have; 99 on other cards."""
-
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_ALIGNMENT = 16
 _NO_VECTOR = (0, 0, 0)
 _NO_MATRIX = (0, 0, 0, 0)
 
@@ -142,63 +136,26 @@ def dequantize_launch(
         ValueError: a shape, stride, rank or device that does not fit, or both forms of A or B.
     """
     n, k = weight.shape
-    _of_type("out", out)
+    _check_type("out", out)
     if tuple(out.shape) != (n, k) or not out.is_contiguous():
         raise ValueError(f"out must be contiguous and {n}x{k}; got {tuple(out.shape)} with strides {out.stride()}")
-    tensors = (weight.packed, *weight.state.tensors(), out)
-    terms = [_term(name, v, up, down, n, k) for name, v, up, down in (("a", a, a_up, a_down), ("b", b, b_up, b_down))]
-    adapters = tuple(t for t in (a, a_up, a_down, b, b_up, b_down) if t is not None)
-    _same_device(tensors + adapters)
-    aligned = weight.packed.data_ptr() % 4 == 0 and out.data_ptr() % _ALIGNMENT == 0
+    given = _Operands(weight)
+    given.add("out", out)
+    before = len(given.tensors)
+    terms = {"a": given.term("a", a, a_up, a_down), "b": given.term("b", b, b_up, b_down)}
+    adapted = len(given.tensors) > before
+    aligned = weight.packed.data_ptr() % 4 == 0 and out.data_ptr() % ALIGNMENT == 0
     args = {
-        "codes": _codes(weight, out.dtype), "out": out, "out_dtype": _DTYPES[out.dtype], "n": n, "k": k,
-        "a": terms[0], "b": terms[1], "scale": scale, "vectorized": aligned and (not adapters or k % 8 == 0),
+        "codes": _codes(weight, out.dtype), "out": out, "out_dtype": _DTYPES[out.dtype], "n": n, "k": k, **terms,
+        "scale": scale, "vectorized": aligned and (not adapted or k % 8 == 0),
     }  # fmt: skip
-    if adapters:
-        grid, name = -(-n // 32) * -(-k // 256), "dequantize_adapted_kernel"
+    if adapted:
+        grid, shared, name = -(-n // 32) * -(-k // 256), 4 * 16 * (32 + 256), "dequantize_adapted_kernel"
     else:
-        grid, name = -(-n * k // (8 * 4 * _THREADS)), "dequantize_kernel"
+        grid, shared, name = -(-n * k // (8 * 4 * _THREADS)), 0, "dequantize_kernel"
     if grid >= 1 << 31:
         raise ValueError(f"weight {n}x{k} takes more blocks than a grid has")
-    return CudaLaunch(name, "dequantize", grid, 4 * 16 * (32 + 256) if adapters else 0, args, tensors + adapters)
-
-
-def serves_small_m(x: Tensor, weight: QuantizedWeight, rank: int = 0, factors: torch.dtype | None = None) -> str | None:
-    """Why `small_m_launch` does not serve this call, or None where it does.
-
-    Args:
-        x: (M, K), as the launch would get it.
-        weight: (N, K) in 4 bits.
-        rank: of the low-rank pair, 0 without one.
-        factors: the dtype that it is to be multiplied in, that of x where it is not given.
-    """
-    nested, blocksize, k = weight.state.nested, weight.state.blocksize, weight.shape[1]
-    if x.ndim != 2 or x.shape[1] != k:
-        return f"x must be (M, {k}) for a weight {weight.shape[0]}x{k}, got shape {tuple(x.shape)}"
-    m = x.shape[0]
-    if not 1 <= m <= MAX_TOKENS:
-        return f"it takes 1 to {MAX_TOKENS} tokens, got {m}"
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"x must be float16 or bfloat16, got {x.dtype}"
-    if weight.dtype not in (x.dtype, torch.float32):
-        return f"x is {x.dtype} and W was quantized from {weight.dtype}, which it would be rounded to first"
-    if rank and factors is not None and factors.itemsize > x.itemsize:
-        return f"it multiplies the factors in the dtype of x, {x.dtype}, and these are {factors}"
-    if not 0 <= rank <= MAX_RANK:
-        return f"it takes ranks up to {MAX_RANK}, got {rank}"
-    if blocksize < 32 or k % blocksize:
-        return f"K = {k} is no multiple of the block size {blocksize}: blocks of W run over the ends of its rows"
-    if max(weight.shape) >= 1 << 30:
-        return f"it counts rows and columns in 32 bits, the weight is {weight.shape[0]}x{k}"
-    if nested is not None and not _is_power_of_two(nested.blocksize):
-        return f"the nested block size must be a power of two, got {nested.blocksize}"
-    if weight.packed.data_ptr() % _ALIGNMENT:
-        return f"the packed weight does not begin at a multiple of {_ALIGNMENT} bytes"
-    if x.stride(1) != 1:
-        return f"the columns of x must be neighbours, got strides {x.stride()}"
-    if x.data_ptr() % _ALIGNMENT or (m > 1 and x.stride(0) * x.itemsize % _ALIGNMENT):
-        return f"the rows of x must begin at multiples of {_ALIGNMENT} bytes, got strides {x.stride()}"
-    return None
+    return CudaLaunch(name, "dequantize", grid, shared, args, tuple(given.tensors))
 
 
 def small_m_launch(
@@ -219,7 +176,7 @@ def small_m_launch(
     enters as the fp32 numbers it stands for, above them rounded to x's dtype. The same bits at every run.
 
     Args:
-        x: (M, K), one that `serves_small_m` accepts.
+        x: (M, K), one that `served.why_not` has nothing against.
         weight: (N, K) in 4 bits.
         y: (M, N) in x's dtype, any strides, written.
         added: a, b, d and e (N,) or (1,), in fp32, fp16 or bf16, d beside a bias; bias and wc (N,); up: B_up (N, R) of
@@ -231,44 +188,30 @@ def small_m_launch(
 
     Raises:
         TypeError: a tensor of another dtype.
-        ValueError: a call that `serves_small_m` refuses, or a shape, stride or device that does not fit.
+        ValueError: a call that `served.why_not` refuses, or a shape, stride or device that does not fit.
     """
     a, b, b_up, (bias, wc, d, e, _) = added.a, added.b, added.up, added.shift
-    _pair("b", b_up, b_down)
-    rank = 0 if b_up is None else b_up.shape[-1]
-    if reason := serves_small_m(x, weight, rank):
+    given, (m, k), n = _Operands(weight), x.shape, weight.shape[0]
+    up, down, rank = given.pair("b", b_up, b_down)
+    if reason := why_not("cuda", x, weight, rank):
         raise ValueError(f"the fused product over a 4-bit weight does not serve this call: {reason}")
-    (m, k), n = x.shape, weight.shape[0]
     if y.dtype != x.dtype:
         raise TypeError(f"y must be {x.dtype} as x is, got {y.dtype}")
     if tuple(y.shape) != (m, n):
         raise ValueError(f"y must be {m}x{n}, got {tuple(y.shape)}")
-    for name, tensor, shape, dtype, needs in (
-        ("h", h, (m, rank), x.dtype, b_up), ("sigma", sigma, (m,), torch.float32, x)
-    ):  # fmt: skip
-        if tensor is None:
-            continue
-        if needs is None or tuple(tensor.shape) != shape or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous and {shape}, rank {rank}; got {tuple(tensor.shape)}")
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
     if d is not None and bias is None:
         raise ValueError("d multiplies the bias, and there is none")
-    vectors = {
-        "a": _vector("a", a, n), "b": _vector("b", b, n), "d": _vector("d", d, n), "e": _vector("e", e, n),
-        "bias": _vector("bias", bias, n, constant=False), "wc": _vector("wc", wc, n, constant=False),
-    }  # fmt: skip
-    up = _NO_MATRIX if b_up is None else _matrix("b_up", b_up, (n, rank))
-    down = _NO_MATRIX if b_down is None else _matrix("b_down", b_down, (rank, k))
-    given = (a, b, b_up, b_down, bias, wc, d, e, h, sigma)
-    tensors = (weight.packed, *weight.state.tensors(), x, y, *(t for t in given if t is not None))
-    _same_device(tensors)
+    given.add("x", x)
+    given.add("y", y)
     has_sigma = b is not None or sigma is not None
     args = {
-        "codes": _codes(weight, x.dtype), "x": (x, x.stride(0)), "x_dtype": _DTYPES[x.dtype],
-        "y": (y, *y.stride()), **vectors, "b_up": up, "b_down": down, "rank": rank,
-        "scale": scale, "h": 0 if h is None else h, "sigma": 0 if sigma is None else sigma,
-        "has_sigma": has_sigma, "barrier": 0, "scratch": 1 if rank or has_sigma else 0,
+        "codes": _codes(weight, x.dtype), "x": (x, x.stride(0)), "x_dtype": _DTYPES[x.dtype], "y": (y, *y.stride()),
+        "a": given.vector("a", a), "b": given.vector("b", b), "d": given.vector("d", d), "e": given.vector("e", e),
+        "bias": given.vector("bias", bias, constant=False), "wc": given.vector("wc", wc, constant=False),
+        "b_up": up, "b_down": down, "rank": rank, "scale": scale,
+        "h": given.made("h", h, (m, rank), x.dtype),
+        "sigma": given.made("sigma", sigma, (m,), torch.float32), "has_sigma": has_sigma, "barrier": 0,
+        "scratch": 1 if rank or has_sigma else 0,
     }  # fmt: skip
 
     def for_m(m: int) -> dict[str, Any]:
@@ -280,7 +223,7 @@ def small_m_launch(
 
     own = for_m(m)
     args |= own.pop("args")
-    return CudaLaunch(entry="small_m", args=args, tensors=tensors, for_m=for_m, **own)
+    return CudaLaunch(entry="small_m", args=args, tensors=tuple(given.tensors), for_m=for_m, **own)
 
 
 @functools.cache
@@ -295,7 +238,7 @@ def small_m_config(m: int, n: int, k: int, rank: int, has_sigma: bool, arch: str
     padded = (m if m <= 2 else 4) if gemv else 8 * (1 << (-(-m // 8) - 1).bit_length())
     per_sm = 2 if padded <= (2 if gemv else 16) else 1  # __launch_bounds__ of the kernels
     columns, pitch = rank + has_sigma, -(-(rank + has_sigma) // 4) * 4
-    limit = _SHARED_KIB.get(arch, 99) * 1024
+    limit = configs.SHARED_LIMIT.get(arch, 99 * 1024)
     resident = configs.programs(arch) * per_sm
 
     def shared(warps_k: int) -> int:
@@ -365,7 +308,7 @@ def _codes(weight: QuantizedWeight, dtype: torch.dtype) -> tuple[Any, ...]:
     stored = 0 if state.dtype == dtype else _DTYPES[state.dtype]
     if nested is None:
         return (weight.packed, state.absmax, 0, 0, 0, 0, log2, 0, is_fp4, stored)
-    if not _is_power_of_two(nested.blocksize):
+    if not is_power_of_two(nested.blocksize):
         raise ValueError(f"the nested block size must be a power of two, got {nested.blocksize}")
     return (
         weight.packed, 0, state.absmax, nested.absmax, nested.code,
@@ -373,56 +316,66 @@ def _codes(weight: QuantizedWeight, dtype: torch.dtype) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _term(name: str, vector: Tensor | None, up: Tensor | None, down: Tensor | None, n: int, k: int) -> tuple[Any, ...]:
-    """The arguments of `gk::Term`."""
-    if vector is not None and (up is not None or down is not None):
-        raise ValueError(f"{name} and its factors {name}_up, {name}_down cannot both be given")
-    _pair(name, up, down)
-    if up is None or down is None:
-        return (_vector(name, vector, n), _NO_MATRIX, _NO_MATRIX, 0)
-    rank = up.shape[-1]
-    if not 1 <= rank <= MAX_DEQUANTIZE_RANK:
-        raise ValueError(f"the rank of {name}_up must be from 1 to {MAX_DEQUANTIZE_RANK}, got {rank}")
-    return (_NO_VECTOR, _matrix(f"{name}_up", up, (n, rank)), _matrix(f"{name}_down", down, (rank, k)), rank)
+class _Operands:
+    """The tensors of a launch, each checked, in the structures of csrc. `tensors`: all there are."""
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        self.n, self.k = weight.shape
+        self.tensors: list[Tensor] = [weight.packed, *weight.state.tensors()]
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if tensor.device != self.tensors[0].device:
+            raise ValueError(f"the weight is on {self.tensors[0].device}, {name} on {tensor.device}")
+        self.tensors.append(tensor)
+
+    def made(self, name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | int:
+        """A result, or 0 where it is not wanted."""
+        if tensor is None:
+            return 0
+        if 0 in shape or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous and {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+        self.add(name, tensor)
+        return tensor
+
+    def vector(self, name: str, tensor: Tensor | None, constant: bool = True) -> tuple[Any, int, int]:
+        """`gk::Vector`: (N,), or (1,) repeated."""
+        if tensor is None:
+            return _NO_VECTOR
+        _check_type(name, tensor)
+        if tuple(tensor.shape) != (self.n,) and not (constant and tuple(tensor.shape) == (1,)):
+            raise ValueError(f"{name} must be ({self.n},){' or (1,)' if constant else ''}, got {tuple(tensor.shape)}")
+        self.add(name, tensor)
+        return (tensor, vector_stride(tensor), _DTYPES[tensor.dtype])
+
+    def pair(self, name: str, up: Tensor | None, down: Tensor | None) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
+        """Two of `gk::Matrix`, (N,R) and (R,K), and R."""
+        if (up is None) != (down is None):
+            raise ValueError(f"{name}_up and {name}_down are given together or not at all")
+        if up is None or down is None:
+            return _NO_MATRIX, _NO_MATRIX, 0
+        if (rank := up.shape[-1]) < 1:
+            raise ValueError(f"the rank of {name}_up must be at least 1, got shape {tuple(up.shape)}")
+        return self._matrix(f"{name}_up", up, (self.n, rank)), self._matrix(f"{name}_down", down, (rank, self.k)), rank
+
+    def term(self, name: str, vector: Tensor | None, up: Tensor | None, down: Tensor | None) -> tuple[Any, ...]:
+        """`gk::Term`."""
+        if vector is not None and (up is not None or down is not None):
+            raise ValueError(f"{name} and its factors {name}_up, {name}_down cannot both be given")
+        pair = self.pair(name, up, down)
+        if pair[2] > MAX_DEQUANTIZE_RANK:
+            raise ValueError(f"the rank of {name}_up must be from 1 to {MAX_DEQUANTIZE_RANK}, got {pair[2]}")
+        return (self.vector(name, vector), *pair)
+
+    def _matrix(self, name: str, tensor: Tensor, shape: tuple[int, int]) -> tuple[Any, int, int, int]:
+        _check_type(name, tensor)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape[0]}x{shape[1]}, got {tuple(tensor.shape)}")
+        self.add(name, tensor)
+        return (tensor, tensor.stride(0), tensor.stride(1), _DTYPES[tensor.dtype])
 
 
-def _pair(name: str, up: Tensor | None, down: Tensor | None) -> None:
-    if (up is None) != (down is None):
-        raise ValueError(f"{name}_up and {name}_down are given together or not at all")
-    if up is not None and up.shape[-1] < 1:
-        raise ValueError(f"the rank of {name}_up must be at least 1, got shape {tuple(up.shape)}")
-
-
-def _vector(name: str, tensor: Tensor | None, n: int, constant: bool = True) -> tuple[Any, int, int]:
-    """The arguments of `gk::Vector`: (N,), or (1,) repeated."""
-    if tensor is None:
-        return _NO_VECTOR
-    _of_type(name, tensor)
-    if tuple(tensor.shape) != (n,) and not (constant and tuple(tensor.shape) == (1,)):
-        raise ValueError(f"{name} must be ({n},){' or (1,)' if constant else ''}, got {tuple(tensor.shape)}")
-    return (tensor, vector_stride(tensor), _DTYPES[tensor.dtype])
-
-
-def _matrix(name: str, tensor: Tensor, shape: tuple[int, int]) -> tuple[Any, int, int, int]:
-    """The arguments of `gk::Matrix`."""
-    _of_type(name, tensor)
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must be {shape[0]}x{shape[1]}, got {tuple(tensor.shape)}")
-    return (tensor, tensor.stride(0), tensor.stride(1), _DTYPES[tensor.dtype])
-
-
-def _of_type(name: str, tensor: Tensor) -> None:
+def _check_type(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
-
-
-def _same_device(tensors: tuple[Tensor, ...]) -> None:
-    for tensor in tensors[1:]:
-        if tensor.device != tensors[0].device:
-            raise ValueError(
-                f"the weight is on {tensors[0].device}, a tensor of shape {tuple(tensor.shape)} on {tensor.device}"
-            )
-
-
-def _is_power_of_two(value: int) -> bool:
-    return value > 0 and value & (value - 1) == 0

@@ -115,8 +115,7 @@ def dequantize_launch(
     config = config or tables.choose("dequantize", arch, out.dtype, Shape(0, n, k, max(p, r)))
     if all(t is None for t in (a, a_up, b, b_up)):
         return _plain(weight, out, config)
-    if arch == "sm_100":  # what does not spill
-        config = config | {"num_warps": 8}
+    config = configs.fitted("dequantize", config, arch, out.dtype)
     how = numerics(out.dtype, a_up, a_down, b_up, b_down)
     args = {
         "codes": codes(weight, reads_words(weight, k)),

@@ -1,7 +1,7 @@
 """Which kernels serve a 4-bit weight: those of csrc or of Triton, and from how many tokens on a dense workspace.
 
 The two kinds have the same launchers. A measured table decides where it has an entry near the shape; without one csrc's
-are taken where the extension is there, and up to `FEW_TOKENS` tokens the product that reads the codes itself.
+are taken where the extension is there, and up to `cost.FEW_TOKENS` tokens the product that reads the codes itself.
 """
 
 from __future__ import annotations
@@ -13,19 +13,12 @@ import torch
 from torch import Tensor
 
 from glora_kernels.four_bit import cuda
+from glora_kernels.four_bit.served import why_not
 from glora_kernels.operands import Terms
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import configs, extension, tables
 from glora_kernels.runtime.configs import Shape
-
-FEW_TOKENS = configs.M_CLASSES[0]
-"""Up to how many tokens the product that reads the codes is expected to beat the codes decoded once into a workspace
-and the vendor's product; more it does not take. Unmeasured; counted for an H100 (3.0 TB/s, 798 TFLOP/s), in picoseconds
-a weight:
-
-- workspace: 0.56 bytes read, 2 written and 2 read again, 1.5; and one launch more.
-- codes: 0.56 bytes, 0.19; about 10 instructions to decode one, 0.35; at M = 64, 128 operations at half of the peak,
-  0.32. Together 0.9 if none of it hides behind another."""
+from glora_kernels.runtime.tables import DEQUANTIZE, SMALL_M
 
 
 def usable(route: str, arch: str) -> tuple[str, ...]:
@@ -46,29 +39,24 @@ def _available(arch: str) -> bool:
     return extension.available(arch)
 
 
-def unmeasured(operation: str, kinds: tuple[str, ...], m: int) -> str:
-    """What serves an operation of `tables.FOUR_BIT` where no table says: `kinds[0]`, or "workspace"."""
-    return "workspace" if operation == "small_m" and m > FEW_TOKENS else kinds[0]
-
-
 def kind(operation: str, route: str, arch: str, dtype: torch.dtype, shape: Shape) -> str:
-    """ "cuda", "triton" or (of "small_m") "workspace": what serves a "dequantize" or "small_m".
+    """ "cuda", "triton" or (of `tables.SMALL_M`) "workspace": what serves an operation of a call.
 
     Args:
-        operation: which of the two.
+        operation: `tables.DEQUANTIZE` or `tables.SMALL_M`.
         route: the call's: "cuda" or "triton" as forced, or "auto".
         arch: of the card.
         dtype: of x, or of the dense weight.
-        shape: of the call; M and R are 0 for "dequantize".
+        shape: of the call; M and R are 0 for a dequantization.
     """
-    kinds = usable(route, arch)
-    return tables.four_bit(operation, arch, dtype, shape, kinds) or unmeasured(operation, kinds, shape.m)
+    choice: str = tables.choose(operation, arch, dtype, shape, among=usable(route, arch))
+    return choice
 
 
 def dequantize_launch(weight: QuantizedWeight, out: Tensor, *, route: str, arch: str, **terms: Any) -> Any:
     """out (N,K) = W + W∘A + B of the route's kind: `four_bit.dequantize.dequantize_launch`, or `four_bit.cuda`'s."""
     n, k = weight.shape
-    if kind("dequantize", route, arch, out.dtype, Shape(0, n, k, 0)) == "cuda":
+    if kind(DEQUANTIZE, route, arch, out.dtype, Shape(0, n, k, 0)) == "cuda":
         return cuda.dequantize_launch(weight, out, arch=arch, **terms)
     from glora_kernels.four_bit import dequantize
 
@@ -86,9 +74,8 @@ def small_m(
     (m, k), n = x.shape, weight.shape[0]
     if m == 0:
         return None
-    m = configs.tokens(m) if m <= FEW_TOKENS else configs.m_class(m)
-    chosen = kind("small_m", route, arch, x.dtype, Shape(m, n, k, rank))
-    return chosen if chosen != "workspace" and serves(chosen, x, weight, rank, factors) is None else None
+    chosen = kind(SMALL_M, route, arch, x.dtype, Shape(configs.representative(m), n, k, rank))
+    return chosen if chosen != "workspace" and why_not(chosen, x, weight, rank, factors) is None else None
 
 
 def small_m_launch(chosen: str, x: Tensor, weight: QuantizedWeight, y: Tensor, *terms: Terms, **others: Any) -> Any:
@@ -98,14 +85,3 @@ def small_m_launch(chosen: str, x: Tensor, weight: QuantizedWeight, y: Tensor, *
     from glora_kernels.four_bit import small_m as few
 
     return few.small_m_launch(x, weight, y, *terms, **others)
-
-
-def serves(
-    chosen: str, x: Tensor, weight: QuantizedWeight, rank: int, factors: torch.dtype | None = None
-) -> str | None:
-    """Why the `small_m_launch` of a kind does not serve a call, or None where it does."""
-    if chosen == "cuda":
-        return cuda.serves_small_m(x, weight, rank, factors)
-    from glora_kernels.four_bit import small_m as few
-
-    return few.serves_small_m(x, weight, rank)

@@ -24,6 +24,7 @@ from triton import cdiv
 
 from glora_kernels import tile
 from glora_kernels.four_bit.codec import _absmax, _decode, _nearest, codes
+from glora_kernels.four_bit.served import why_not
 from glora_kernels.operands import W_ALONE, Matrix, Terms, Vector
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import configs
@@ -95,7 +96,7 @@ def _small_m_kernel(
     SUMS: tl.constexpr = terms.b is not None or sigma is not None
     BLOCK_H: tl.constexpr = BLOCK_K // 2
     ONE: tl.constexpr = BLOCK_M == 1
-    HALF = tl.multiple_of(K // 2, 16)  # as `serves_small_m` makes sure
+    HALF = tl.multiple_of(K // 2, 16)  # as `served.why_not` makes sure
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
@@ -181,13 +182,6 @@ def _small_h_kernel(x, b_down, h, K, R, scale, UPCAST: tl.constexpr, BLOCK_K: tl
     tl.store(h.ptr + m * h.row + r * h.col, value)
 
 
-MAX_TOKENS = 64
-MAX_RANK = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
-"""By dtype of x: sums over more rows of B_down spill."""
-
-ALIGNMENT = 16
-"""Bytes that a thread loads at once of W and of x."""
-
 TILE = 8192
 """Elements of W that a program of 128 threads decodes a step: more of them, and their sums, leave no registers."""
 
@@ -210,38 +204,6 @@ class Launches:
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.steps))
-
-
-def serves_small_m(x: Tensor, weight: QuantizedWeight, rank: int = 0) -> str | None:
-    """Why `small_m_launch` does not serve this call, or None where it does.
-
-    Args:
-        x: (M, K), as the launch would get it.
-        weight: (N, K) in 4 bits.
-        rank: of the low-rank pair, 0 without one.
-    """
-    (m, k), (n, weight_k), blocksize = x.shape, weight.shape, weight.state.blocksize
-    if weight_k != k:
-        return f"x has {k} columns, the weight {n}x{weight_k}"
-    if not 1 <= m <= MAX_TOKENS:
-        return f"it takes 1 to {MAX_TOKENS} tokens, got {m}"
-    if x.dtype not in MAX_RANK:
-        return f"x must be float32, float16 or bfloat16, got {x.dtype}"
-    if rank > MAX_RANK[x.dtype]:
-        return f"with {x.dtype} it takes ranks up to {MAX_RANK[x.dtype]}, got {rank}"
-    if weight.dtype not in (x.dtype, torch.float32):
-        return f"x is {x.dtype} and W was quantized from {weight.dtype}, which it would be rounded to first"
-    if blocksize < 32 or k % blocksize:
-        return f"K = {k} is no multiple of the block size {blocksize}: blocks of W run over the ends of its rows"
-    if k % 32:
-        return f"K = {k} is no multiple of 32: the packed rows do not begin at multiples of {ALIGNMENT} bytes"
-    if weight.packed.data_ptr() % ALIGNMENT:
-        return f"the packed weight does not begin at a multiple of {ALIGNMENT} bytes"
-    if x.stride(1) != 1:
-        return f"the columns of x must be neighbours, got strides {x.stride()}"
-    if x.data_ptr() % ALIGNMENT or (m > 1 and x.stride(0) * x.itemsize % ALIGNMENT):
-        return f"the rows of x must begin at multiples of {ALIGNMENT} bytes, got strides {x.stride()}"
-    return None
 
 
 def small_m_config(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
@@ -298,7 +260,7 @@ def small_m_launch(
     which takes memory for it: a call without `h` makes it inside at any shape.
 
     Args:
-        x: (M, K), one that `serves_small_m` accepts.
+        x: (M, K), one that `served.why_not` has nothing against.
         weight: (N, K) in 4 bits; decoded in fp32, rounded to x's dtype.
         y: (M, N), any strides, written.
         added: the terms as tensors: a, b, shift.d, shift.e (N,) or (1,); shift.bias, shift.wc (N,); up (N, R)
@@ -321,8 +283,7 @@ def small_m_launch(
         raise ValueError(f"up must be contiguous, got strides {added.up.stride()}")
     if h is not None and b_down is None:
         raise ValueError("h is given, but no b_down to make it of")
-    reason = serves_small_m(x, weight, r)
-    if reason is not None:
+    if reason := why_not("triton", x, weight, r):
         raise ValueError(f"the fused product of few tokens does not serve this call: {reason}")
     shape = Shape(configs.tokens(m), n, k, r)
     how = numerics(x.dtype, added.up, b_down)

@@ -9,7 +9,6 @@ forward-mode differentiation and torch.jit.trace see (`dispatch.ways`); the drop
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,31 +27,6 @@ from glora_kernels.dispatch.common import (
 )
 from glora_kernels.glora.eager import dropped, keep_of
 from glora_kernels.quant import dequantize
-
-
-def gradients(
-    function: Callable[..., Tensor | Sequence[Tensor]],
-    tensors: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    dys: Tensor | Sequence[Tensor],
-) -> list[Tensor | None]:
-    """The gradients of function(*tensors) where needed, for a dy or several that may be batched."""
-    places = [i for i, (tensor, need) in enumerate(zip(tensors, needs, strict=True)) if need and tensor is not None]
-
-    def of(*wanted: Tensor) -> Tensor | Sequence[Tensor]:
-        values = dict(zip(places, wanted, strict=True))
-        return function(*(values.get(i, tensor) for i, tensor in enumerate(tensors)))
-
-    wanted = [given(tensors[i]).detach() for i in places]
-    found: Sequence[Tensor]
-    if torch._C._are_functorch_transforms_active():  # where no leaf can be made
-        found = torch.func.vjp(of, *wanted)[1](dys)
-    else:
-        with torch.enable_grad():
-            leaves = [tensor.requires_grad_() for tensor in wanted]
-            found = torch.autograd.grad(of(*leaves), leaves, dys)
-    grads = dict(zip(places, found, strict=True))
-    return [grads.get(i) for i in range(len(tensors))]
 
 
 def _valued(computed: Tensor, saved: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ H are built from a few rows of it at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +46,16 @@ from glora_kernels.runtime.workspace import workspace_like
 _ROWS_OF_H = 1 << 19  # elements at a time of H in fp32 over 16 bits: products of a size that BLAS is fast at
 
 
+class Terms(NamedTuple):
+    """What is added to the large product: h·factorᵀ + σ·bᵀ + β, with h (M,·) and factor (N,·)."""
+
+    beta: Tensor | None = None
+    h: Tensor | None = None
+    factor: Tensor | None = None
+    sigma: Tensor | None = None
+    b: Tensor | None = None
+
+
 def forward(
     x: Tensor, weight: Weight, s: Supports, call: Call
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -57,19 +68,25 @@ def forward(
         call: scale, dropout, variant.
     """
     dtype = x.dtype
-    beta = shift(s, dtype)
-    factored, h, u = _low_rank(x, weight, s, call)
+    factor, h, u = _low_rank(x, weight, s, call)
     sigma = None if s.b is None else x.sum(-1, dtype=wide_dtype(dtype))
+    terms = Terms(shift(s, dtype), h, factor, sigma, s.b)
     if s.a is not None:
-        base = linear(x, cast_weight(weight, dtype), None if beta is None else cast(beta, dtype))
-        return _scale_rows(base, 1 + s.a.to(wide_dtype(dtype)), beta, h, factored, sigma, s.b), h, sigma, u
-    delta = added_terms(x, weight.shape[0], beta, h, factored, sigma, s.b)
-    effective = weight_for(weight, s, call, dtype)
+        base = _product(x, cast_weight(weight, dtype), terms.beta)
+        return _scale_rows(base, 1 + s.a.to(wide_dtype(dtype)), terms), h, sigma, u
+    return with_terms(x, weight_for(weight, s, call, dtype), terms), h, sigma, u
+
+
+def with_terms(x: Tensor, weight: Tensor, terms: Terms) -> Tensor:
+    """x·Wᵀ and the terms, which go first, into the large product: 16 bits round their sum once."""
+    delta = _added_terms(x, len(weight), terms)
     if delta is None:
-        y = linear(x, effective, None if beta is None else cast(beta, dtype))
-    else:
-        y = torch.addmm(delta, x, effective.t(), out=delta)
-    return y, h, sigma, u
+        return _product(x, weight, terms.beta)
+    return torch.addmm(delta, x, weight.t(), out=delta)
+
+
+def _product(x: Tensor, weight: Tensor, beta: Tensor | None) -> Tensor:
+    return linear(x, weight, None if beta is None else cast(beta, x.dtype))
 
 
 def backward(
@@ -92,8 +109,6 @@ def backward(
     """
     dtype, narrow = dy.dtype, factor_dtype(dy.dtype, s)
     da = da_up = da_down = db = db_up = db_down = None
-    wants_g = needs.bias or needs.wc or needs.d or needs.e
-    g = dy.sum(0, dtype=wide_dtype(dtype)) if wants_g else None
     delta = None  # the part of dx beside dy·W_eff
 
     split = 0  # the columns of h that belong to the product variant's pair
@@ -130,6 +145,10 @@ def backward(
     if needs.a:
         da = recover.gradient(dy, given(y), given(x), weight, s, shift(s, dtype), h, sigma)
 
+    shift_grads: tuple[Tensor | None, ...] = (None,) * 4
+    if needs.bias or needs.wc or needs.d or needs.e:
+        shift_grads = shift_gradients(dy.sum(0, dtype=wide_dtype(dtype)), s, needs)
+
     dx = None
     if needs.x:
         left = dy if s.a is None else _scale_dy(dy, s.a)
@@ -137,7 +156,7 @@ def backward(
         dx = left @ effective if delta is None else torch.addmm(delta, left, effective, out=delta)
     if not call.matmul and (needs.a_up or needs.a_down):
         da_up, da_down = _hadamard_gradients(dy, given(x), weight, s, needs)
-    return dx, da, da_up, da_down, db, db_up, db_down, *_shift_gradients(g, s, needs)
+    return dx, da, da_up, da_down, db, db_up, db_down, *shift_grads
 
 
 def _hadamard_gradients(
@@ -240,50 +259,33 @@ def _low_rank(x: Tensor, weight: Weight, s: Supports, call: Call) -> tuple[Tenso
     return factor, h, u
 
 
-def added_terms(
-    x: Tensor,
-    n: int,
-    beta: Tensor | None,
-    h: Tensor | None,
-    factor: Tensor | None,
-    sigma: Tensor | None,
-    b: Tensor | None,
-) -> Tensor | None:
-    """h·factorᵀ + σ·bᵀ + β, (M,N), what the large product is added to; None where that is β as it is, or nothing."""
+def _added_terms(x: Tensor, n: int, terms: Terms) -> Tensor | None:
+    """The terms, (M,N); None where they are β as it is, or nothing."""
     dtype, wide = x.dtype, wide_dtype(x.dtype)
+    beta, h, factor, sigma, _ = terms
     if h is None and sigma is None and (beta is None or beta.dtype == dtype):
         return None
-    if h is not None and factor is not None and sigma is None and beta is None:
-        return spread(h, factor.t(), dtype)
-    if h is not None and factor is not None and sigma is None and dtype == wide:
-        return linear(h, factor, cast(given(beta), dtype))
+    if h is not None and factor is not None and sigma is None:
+        if beta is None:
+            return spread(h, factor.t(), dtype)
+        if dtype == wide:
+            return linear(h, factor, cast(beta, dtype))
     delta = torch.empty(x.shape[0], n, dtype=dtype, device=x.device)
     for rows in row_chunks(delta):
         part = delta[rows] if dtype == wide else torch.empty(delta[rows].shape, dtype=wide, device=x.device)
-        if beta is None:
-            part.zero_()
-        else:
-            part.copy_(beta.expand_as(part))
+        part.zero_() if beta is None else part.copy_(beta.expand_as(part))
         # Beside a bias on the 16-bit grid, rounding to nearest would lose a small E or B.
-        _finish_rows(delta, rows, part, h, factor, sigma, b)
+        _finish_rows(delta, rows, part, terms)
     return delta
 
 
-def _scale_rows(
-    base: Tensor,
-    row_scale: Tensor,
-    beta: Tensor | None,
-    h: Tensor | None,
-    factor: Tensor | None,
-    sigma: Tensor | None,
-    b: Tensor | None,
-) -> Tensor:
+def _scale_rows(base: Tensor, row_scale: Tensor, terms: Terms) -> Tensor:
     """y = Z∘(1+a) + h·factorᵀ + σ·bᵀ + β from base = Z + β, in its place.
 
     Written so that y is the base bit for bit where all supports are zero: base∘(1+a) + (β - (1+a)∘β) + … in 16 bits.
     In wider ones β + (1+a)∘(base - β) + …, where nothing is rounded alike in all rows: dA is recovered from their sum.
     """
-    dtype, wide = base.dtype, row_scale.dtype
+    dtype, wide, beta = base.dtype, row_scale.dtype, terms.beta
     offset = None if beta is None or dtype == wide else beta.to(wide) - row_scale * beta.to(dtype).to(wide)
     for rows in row_chunks(base):
         y = base[rows].to(wide)
@@ -294,25 +296,17 @@ def _scale_rows(
         else:
             torch.addcmul(offset, y, row_scale, out=y)
         # A 16-bit base was rounded: rounding base∘(1+a) to nearest would mostly give it again.
-        _finish_rows(base, rows, y, h, factor, sigma, b)
+        _finish_rows(base, rows, y, terms)
     return base
 
 
-def _finish_rows(
-    out: Tensor,
-    rows: slice,
-    part: Tensor,
-    h: Tensor | None,
-    factor: Tensor | None,
-    sigma: Tensor | None,
-    b: Tensor | None,
-) -> None:
+def _finish_rows(out: Tensor, rows: slice, part: Tensor, terms: Terms) -> None:
     """out[rows] = part + h·factorᵀ + σ·bᵀ, with the dither where `out` is narrower; else `part` is out[rows]."""
     wide = part.dtype
-    if h is not None and factor is not None:
-        torch.addmm(part, h[rows].to(wide), factor.to(wide).t(), out=part)
-    if sigma is not None and b is not None:
-        part.addcmul_(sigma[rows, None], b.to(wide))
+    if terms.h is not None and terms.factor is not None:
+        torch.addmm(part, terms.h[rows].to(wide), terms.factor.to(wide).t(), out=part)
+    if terms.sigma is not None and terms.b is not None:
+        part.addcmul_(terms.sigma[rows, None], terms.b.to(wide))
     if out.dtype != wide:
         out[rows] = round_dithered(part, out.dtype, first_row=rows.start)
 
@@ -329,10 +323,8 @@ def _scale_dy(dy: Tensor, a: Tensor) -> Tensor:
     return scaled
 
 
-def _shift_gradients(g: Tensor | None, s: Supports, needs: Needs) -> tuple[Tensor | None, ...]:
-    """(∂bias, ∂wc, ∂d, ∂e) from g = Σₘ dy; the last two summed where d or e is a constant. Some may be g itself."""
-    if g is None:
-        return None, None, None, None
+def shift_gradients(g: Tensor, s: Supports, needs: Needs) -> tuple[Tensor | None, ...]:
+    """(∂bias, ∂wc, ∂d, ∂e) from g = ∂β; the last two summed where d or e is a constant. Some may be g itself."""
     dbias = dd = de = None
     if needs.bias:
         dbias = g if s.d is None else torch.addcmul(g, g, cast(s.d, g.dtype))

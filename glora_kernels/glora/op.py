@@ -1,11 +1,9 @@
-"""The GLoRA linear operator: forward and gradients; registered with PyTorch in `glora.registered`.
+"""The GLoRA linear operator: the call and its checks, and what PyTorch is told of it.
 
     y = Z∘(1+a) + s·(x̃·B_downᵀ)·B_upᵀ + σ·bᵀ + β,   Z = xWᵀ, σ = Σₖ xₖ, x̃ = mask·x/(1-p), β = bias∘(1+d) + e + wc
 
 with Z from W_eff = W∘(1 + A_up·A_down) where A is lora, and x·A_downᵀ·(W·A_up)ᵀ added in the product variant.
-Three ways lead into it (`dispatch.ways`): in eager mode an `autograd.Function`, under torch.compile and for
-whoever watches the operations the registered operator, one node, and under torch.func PyTorch's own operations. What
-it computes: `glora.eager`, `glora.triton`; `glora.composite`.
+What it computes: `glora.eager`, `glora.triton`; `glora.composite`.
 """
 
 from __future__ import annotations
@@ -19,35 +17,37 @@ import torch
 from torch import Tensor
 
 from glora_kernels.dispatch import prepared
+from glora_kernels.dispatch.checks import check_dropout, check_form, check_seed, check_vector
 from glora_kernels.dispatch.common import (
     Call,
+    Codes,
     Needs,
     Supports,
     Weight,
     autocast_dtype,
     cast,
-    check_form,
-    check_vector,
+    codes_of,
+    factor_dtype,
+    flat,
     given,
     path_of,
-    quant_arguments,
     stored,
+    unflat,
     weight_of,
+    wide_dtype,
 )
-from glora_kernels.dispatch.prepared import Prepared, Row
-from glora_kernels.dispatch.ways import is_batched, is_plain, is_transformed, is_watched, rows_of
+from glora_kernels.dispatch.operator import Operator
+from glora_kernels.dispatch.prepared import Prepared
+from glora_kernels.dispatch.signature import Row, Signature, Values
+from glora_kernels.dispatch.ways import is_plain, is_transformed, is_watched, rows_of
 from glora_kernels.glora import composite
-from glora_kernels.glora import eager as eager_path
-from glora_kernels.glora.wc import glora_wc
+from glora_kernels.glora.eager import keep_of
+from glora_kernels.glora.wc import C, glora_wc, sizes
 from glora_kernels.glora.wc import gradients as wc_gradients
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import routes
 from glora_kernels.runtime.workspace import workspace_lock
 from glora_kernels.spec import VARIANTS
-
-_N = len(Supports._fields)
-NOTHING = (False,) * (5 + _N)  # the weight, x, the supports, C
-_SEEDS = 2**62, 2**63 - 1
 
 
 def glora_linear(
@@ -111,227 +111,290 @@ def glora_linear(
         RuntimeError: a forced `backend` that cannot serve the call. In backward: x or a parameter was
             overwritten in place meanwhile, or y while a trained vector or constant A needs it.
     """
-    s, cs = Supports(a, a_up, a_down, b, b_up, b_down, bias, wc, d, e), (c, c_up, c_down)
+    s, settings = Supports(a, a_up, a_down, b, b_up, b_down, bias, wc, d, e), (scale, dropout_p, seed, variant)
+    cs = () if c is None and c_up is None and c_down is None else C(c, c_up, c_down)
     if not is_plain(x):
         x, nested = rows_of(x)
-        return nested(_linear(x, weight, s, cs, scale, dropout_p, seed, variant))
-    return _linear(x, weight, s, cs, scale, dropout_p, seed, variant)
+        return nested(_linear(x, weight, s, cs, settings))
+    return _linear(x, weight, s, cs, settings)
+
+
+class Settings(NamedTuple):
+    """What `glora_linear` takes beside the operands."""
+
+    scale: float = 1.0
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+    variant: str = "hadamard"
 
 
 def _linear(
-    x: Tensor,
-    weight: Weight,
-    s: Supports,
-    cs: tuple[Tensor | None, ...],
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    variant: str,
+    x: Tensor, weight: Weight, s: Supports, cs: Row, settings: tuple[float, float, Tensor | None, str]
 ) -> Tensor:
-    target, transformed = autocast_dtype(x), is_transformed()
-    if transformed or is_watched(x):
-        _check(x, weight, s, cs, dropout_p, seed, variant, target, transformed)
-        if cs != NO_C:
-            s = s._replace(wc=glora_wc(weight, cs[0], c_up=cs[1], c_down=cs[2]))
-        if target is not None and x.dtype != target:
-            x = x.to(target)
-        call = Call(scale, dropout_p, seed, variant == "matmul", _route(x, weight))
-        if transformed:
-            return composite.glora_linear(x, weight, s, call)
-        return torch.ops.glora_kernels.glora_linear(x, stored(weight), *s, *call, *quant_arguments(weight))[0]
+    target = autocast_dtype(x)
     if target is not None and x.dtype != target:
         x = x.to(target)
+    if is_transformed() or is_watched(x):
+        values = checked(x, weight, s, cs, Settings(*settings))
+        if cs:
+            s = s._replace(wc=glora_wc(weight, cs[0], c_up=cs[1], c_down=cs[2]))
+        return GLORA.through_pytorch(row_of(x, weight, s, (), settings[2]), values)[0]
     if x.ndim == 1 or (x.ndim > 2 and not x.is_contiguous()):
         lead = x.shape[:-1]
-        y = _linear(x.reshape(math.prod(lead), x.shape[-1]), weight, s, cs, scale, dropout_p, seed, variant)
+        y = _linear(x.reshape(math.prod(lead), x.shape[-1]), weight, s, cs, settings)
         return y.view(*lead, weight.shape[0])
-    row, form = row_of(x, weight, s, seed, cs)
-    wanted = NOTHING
-    if torch.is_grad_enabled():
-        wanted = (weight.requires_grad, *[t is not None and t.requires_grad for t in (x, *s, *cs)])
+    scale, dropout_p, seed, variant = settings
+    row = row_of(x, weight, s, cs, seed)
+    wanted = prepared.wanted_of(row)
+    key = (codes_of(weight).form, scale, dropout_p, variant, target, routes.chosen(), wanted)
 
     def make() -> Prepared:
-        _check(x, weight, s, cs, dropout_p, seed, variant, target)
-        call = Call(scale, dropout_p, None, variant == "matmul", _route(x, weight))
-        return prepare(row, form, call, *wanted[1:])
+        return GLORA.prepare(row, checked(x, weight, s, cs, Settings(*settings)), wanted)
 
-    key = (form, scale, dropout_p, variant, target, routes.chosen(), wanted)
     return prepared.call(prepared.find(GLORA, row, 1, key, make), row)[0]
 
 
-# The tensors of a call in a row (`dispatch.prepared`): x, the stored weight, the four beside 4-bit codes, the supports,
-# C, the seed; in backward behind them what forward made of them: y, h, σ, U, W·c, and on the eager path the mask.
-SUPPORTS = slice(6, 6 + _N)
-_C = slice(SUPPORTS.stop, SUPPORTS.stop + 3)
-SEED = _C.stop
-MADE = slice(SEED + 1, SEED + 5)
-_WC, _MASK = MADE.stop, MADE.stop + 1
-NO_C = (None, None, None)
+def prepared_anew(x: Tensor, weight: Weight, s: Supports, settings: Settings) -> tuple[Prepared, Row]:
+    """A call with gradients, checked and prepared by itself, and its row."""
+    x = cast(x, autocast_dtype(x) or x.dtype)
+    values, row = checked(x, weight, s, (), settings), row_of(x, weight, s, (), settings.seed)
+    return GLORA.prepare(row, values, prepared.wanted_of(row)), row
 
 
-def row_of(
-    x: Tensor, weight: Weight, s: Supports, seed: Tensor | None, cs: Sequence[Tensor | None] = NO_C
-) -> tuple[Row, tuple[int, ...]]:
-    """The tensors of a call in a row, and the form of its weight."""
-    *beside, form = quant_arguments(weight)
-    return (x, stored(weight), *beside, *s, *cs, seed), form
+def row_of(x: Tensor, weight: Weight, s: Supports, cs: Row, seed: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors of a call in the order of the operator's arguments; behind them C, which eager mode alone has."""
+    return (x, stored(weight), *s, seed, *codes_of(weight)[:4], *cs)
 
 
-def weight_in(row: Row, form: Sequence[int]) -> Weight:
-    """W of a row."""
-    packed, absmax, nested_absmax, code, offset = row[1 : SUPPORTS.start]
-    return weight_of(given(packed), absmax, nested_absmax, code, offset, form)
+def checked(x: Tensor, weight: Weight, s: Supports, cs: Row, settings: Settings) -> Values:
+    """The values of a call, or the errors of `glora_linear`."""
+    _check_operands(x, weight, s, cs)
+    _, dropout_p, seed, variant = settings
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}; got {variant!r}")
+    n, k = weight.shape
+    check_form("a", n, True, (k if variant == "matmul" else n, k), s.a, s.a_up, s.a_down)
+    if variant == "matmul" and s.a is not None:
+        raise ValueError("variant='matmul' accepts a_up and a_down, not a")
+    check_dropout(dropout_p)
+    if dropout_p and s.b_up is not None and seed is None:
+        raise ValueError(f"dropout_p={dropout_p} needs a seed: pass seed=dropout_seed(x.device)")
+    if seed is not None:
+        check_seed("seed", seed, x.device)
+    route = routes.route(x.device.type, x.dtype, four_bit=isinstance(weight, QuantizedWeight))
+    return values_of(weight, settings, route)
 
 
-class _Values(NamedTuple):
-    """form: of a 4-bit weight, empty beside a matrix. keeps_mask: the eager path makes the dropout mask once, for both
-    passes: it is dear, and a byte an element beside an x that is kept too. The kernels make it in registers."""
-
-    form: tuple[int, ...]
-    call: Call
-    keeps_mask: bool
-
-    @property
-    def path(self) -> Any:
-        return path_of("glora", self.call.route)
+def values_of(weight: Weight, settings: Settings, route: str) -> Values:
+    return Values((settings.scale, settings.dropout_p, settings.variant == "matmul", route, codes_of(weight).form))
 
 
-def prepare(row: Row, form: Sequence[int], call: Call, *wanted: bool, registered: bool = False) -> Prepared:
-    """A class of calls, of which this is one.
-
-    Args:
-        row: of the call.
-        form: of its weight.
-        call: its values, without the seed.
-        wanted: which of x, the supports and C want a gradient.
-        registered: for the registered operators, which return what backward may read, and pass no mask.
-    """
-    s, eager = Supports(*row[SUPPORTS]), call.route == "eager"
-    flags = (wanted[0], *(False,) * (SUPPORTS.start - 1), *wanted[1:], *(False,) * (SEED - len(wanted) - 4))
-    needs = needs_of(flags)
-    keep = kept(needs, s, call.matmul)
-    reads_shift = needs.a or needs.bias or needs.wc or needs.d or needs.e
-    shifts = range(SUPPORTS.start + Supports._fields.index("bias"), SUPPORTS.stop)
-    keeps_mask = not registered and eager and call.dropout_p > 0 and needs.b_down
-    saved = [0] * keep.x
-    saved += [i for i in range(1, SEED + 1) if row[i] is not None and (reads_shift or i not in shifts)]
-    saved += [MADE.start + i for i, keeps in enumerate(keep[1:]) if keeps]
-    makes_wc = any(c is not None for c in row[_C])
-    saved += [_WC] * (makes_wc and (needs.a or needs.wc)) + [_MASK] * keeps_mask
-    x, weight = given(row[0]), weight_in(row, form)
-    builds = bool(form) or weight.dtype != x.dtype or s.a is not None or (s.a_up is not None and not call.matmul)
-    return Prepared(
-        GLORA,
-        _Values(tuple(form), call, keeps_mask),
-        flags,
-        saved,
-        size=_MASK + 1,
-        with_rows=(0, *range(MADE.start, MADE.start + 3)),
-        has_kernels=not eager,
-        keeps=registered,
-        guard=workspace_lock if x.is_cuda and builds else None,
-    )
+def _check_operands(x: Tensor, weight: Weight, s: Supports, cs: Row) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+    n, k = weight.shape
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise ValueError(f"x must have {k} features in its last dimension (in_features); got shape {tuple(x.shape)}")
+    if isinstance(weight, Tensor) and x.dtype != weight.dtype and autocast_dtype(x) is None:
+        raise TypeError(f"x and weight must have one dtype outside autocast; got x {x.dtype} and weight {weight.dtype}")
+    for name, tensor in (("weight", weight), *zip(Supports._fields, s, strict=True), *zip(C._fields, cs, strict=False)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"x and {name} must be on one device; got x on {x.device} and {name} on {tensor.device}"
+            )  # fmt: skip
+    if weight.requires_grad and torch.is_grad_enabled() and not is_transformed():
+        raise ValueError(
+            "weight requires a gradient, but a GLoRA layer's base is frozen and gets none; "
+            "call weight.requires_grad_(False)"
+        )
+    check_form("b", n, True, (n, k), s.b, s.b_up, s.b_down)
+    if s.d is not None and s.bias is None:
+        raise ValueError("d scales the bias: it cannot be given where bias is None")
+    if cs:
+        check_form("c", k, False, (k, 1), *cs)
+        if s.wc is not None:
+            raise ValueError("wc is W·c: it and c, or c_up and c_down, are two forms of one term; give one of them")
+    for name, constant in (("bias", False), ("wc", False), ("d", True), ("e", True)):
+        vector = getattr(s, name)
+        if vector is not None:
+            check_vector(name, vector, n, constant)
 
 
-class Kept(NamedTuple):
-    """Which of x and the results of forward backward reads."""
+class _Inputs(NamedTuple):
+    """x (..., K), and the weight or its packed codes."""
 
-    x: bool
-    y: bool
-    h: bool
-    sigma: bool
-    u: bool
+    x: Tensor
+    weight: Tensor
 
 
-def kept(needs: Needs, s: Supports, matmul: bool) -> Kept:
-    """What a backward reads.
+class Made(NamedTuple):
+    """What forward makes: y, h, σ and U; the dropout mask of the eager path, and the W·c of a call that has C."""
 
-    x is kept for a gradient that multiplies it, and beside y for a vector or constant A: Z is computed anew in the
-    rows where y does not give it (`glora.recover`).
-    """
-    return Kept(
-        x=needs.a or needs.b_down or needs.a_down or (needs.a_up and not matmul),
-        y=needs.a,
-        h=needs.b_up or (needs.a and s.b_up is not None) or (matmul and needs.a_up),
-        sigma=s.b is not None and (needs.b or needs.a),
-        u=matmul and s.a_up is not None and (needs.x or needs.a_down),
-    )
+    y: Any
+    h: Any
+    sigma: Any
+    u: Any
+    mask: Any = None
+    wc: Any = None
 
 
-def _forward(row: Row, values: _Values) -> Sequence[Tensor | None]:
-    """(y, h, σ, U, W·c, mask) of an N-dimensional x by the call's route."""
-    form, call, keeps_mask = values
-    x, weight, s, cs = given(row[0]), weight_in(row, form), Supports(*row[SUPPORTS]), row[_C]
-    rows, k = math.prod(x.shape[:-1]), x.shape[-1]
-    call = call._replace(seed=row[SEED])
-    mask = eager_path.keep_of(call, rows, k, x.device) if keeps_mask else None
-    if mask is not None:
-        call = call._replace(seed=mask)
-    wc = None
-    if any(c is not None for c in cs):
-        wc = values.path.wc_forward(weight, *cs)
-        s = s._replace(wc=wc)
-    y, h, sigma, u = values.path.forward(x if x.ndim == 2 else x.reshape(rows, k), weight, s, call)
-    if x.ndim != 2:  # no view: PyTorch refuses to change a view in place that came out of a Function
-        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
-    return y, h, sigma, u, wc, mask
+class _GLoRALinear(Operator):
+    name = "glora_linear"
+    signature = Signature(_Inputs, Supports, Call, Codes)
+    results = reads = Made._fields[:4]
+    trained = ("x", *Supports._fields)
+
+    def prepare(self, row: Row, values: Values, wanted: Sequence[bool], registered: bool = False) -> Prepared:
+        x, count, needs = given(row[0]), len(row), _needs(wanted)
+        weight, s, call = self.read(row, values)
+        eager, product = call.route == "eager", call.matmul and s.a_up is not None
+        # For A as a vector or constant beside y: where that does not give Z, it is computed anew (`glora.recover`).
+        keeps_x = needs.a or needs.b_down or needs.a_down or (needs.a_up and not call.matmul)
+        keeps_shift = needs.a or needs.bias or needs.wc or needs.d or needs.e
+        keeps = Made(
+            y=needs.a,
+            h=needs.b_up or (needs.a and s.b_up is not None) or (product and needs.a_up),
+            sigma=s.b is not None and (needs.b or needs.a),
+            u=product and (needs.x or needs.a_down),
+            # It is dear to make, and a byte an element beside an x that is kept too. Kernels make it in registers.
+            mask=eager and call.dropout_p > 0 and needs.b_down and not registered,
+            wc=count > self.count and (needs.a or needs.wc),
+        )
+        own = [t is not None and (keeps_shift or i not in _SHIFT) for i, t in enumerate(row)]
+        builds = isinstance(weight, QuantizedWeight) or weight.dtype != x.dtype or s.a is not None
+        builds = builds or (s.a_up is not None and not call.matmul)
+        return Prepared(
+            self,
+            values,
+            wanted,
+            [i for i, keep in enumerate((keeps_x, *own[1:], *keeps)) if keep],
+            size=count + len(keeps),
+            with_rows=(0, count, count + 1, count + 2),  # x; y, h and σ
+            has_kernels=not eager,
+            keeps=registered,
+            guard=workspace_lock if x.is_cuda and builds else None,
+        )
+
+    def read(self, row: Row, values: Values) -> tuple[Weight, Supports, Call]:
+        (_, packed), s, call, codes = self.signature.read(row, values)
+        return weight_of(packed, codes), s, call
+
+    def forward(self, row: Row, values: Values) -> Made:
+        weight, s, call = self.read(row, values)
+        x, path, cs = given(row[0]), path_of("glora", call.route), row[_C]
+        drops = call.route == "eager" and s.b_up is not None
+        mask = keep_of(call, math.prod(x.shape[:-1]), x.shape[-1], x.device) if drops else None
+        if mask is not None:
+            call = call._replace(seed=mask)
+        wc = path.wc_forward(weight, *cs) if cs else None
+        if cs:
+            s = s._replace(wc=wc)
+        y, h, sigma, u = path.forward(flat(x), weight, s, call)
+        return Made(unflat(y, x.shape[:-1]), h, sigma, u, mask, wc)
+
+    def backward(self, dys: Sequence[Tensor], row: Row, values: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
+        row, made = _as_in_forward(row, len(wanted))
+        weight, s, call = self.read(row, values)
+        path, needs = path_of("glora", call.route), _needs(wanted)
+        lead, (dy, x, y) = dys[0].shape[:-1], (None if t is None else flat(t) for t in (dys[0], row[0], made.y))
+        found = path.backward(dy, x, weight, s, y, made.h, made.sigma, made.u, call, needs)
+        grads = dict(zip((0, *_SUPPORTS), found, strict=True))
+        if needs.x and len(lead) != 1:
+            grads[0] = grads[0].view(*lead, weight.shape[1])
+        if any(wanted[_C]):
+            grads |= zip(
+                range(_C.start, _C.stop), path.wc_backward(grads[_WC], weight, *row[_C], wanted[_C]), strict=True
+            )
+        return [_cast(grads[i], row[i]) for i, want in enumerate(wanted) if want]
+
+    def elsewhere(self, dys: Sequence[Tensor], row: Row, values: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
+        own, made = _as_in_forward(row, len(wanted))
+        flags = [*wanted[: self.count]]
+        flags[_WC] = flags[_WC] or any(wanted[_C])
+        found = super().elsewhere(dys, (*own[: self.count], *made[:4]), values, flags)
+        grads = dict(zip((i for i, want in enumerate(flags) if want), found, strict=True))
+        if not any(wanted[_C]):
+            return [*grads.values()]
+        weight, _, call = self.read(own, values)
+        through = wc_gradients(given(grads.pop(_WC)), weight, C(*own[_C]), wanted[_C], call.route)
+        return [*grads.values(), *through]
+
+    def composite(self, row: Row, values: Values) -> tuple[Tensor]:
+        weight, s, call = self.read(row, values)
+        _, h, sigma, *_ = row[self.count :] or (None,) * 3
+        return (composite.glora_linear(given(row[0]), weight, s, call, h, sigma),)
+
+    def fake(self, inputs: _Inputs, s: Supports, call: Call, codes: Codes) -> Made:
+        x, weight = inputs.x, weight_of(inputs.weight, codes)
+        m, n, narrow = math.prod(x.shape[:-1]), weight.shape[0], factor_dtype(x.dtype, s)
+        rank = s.a_up.shape[1] if call.matmul and s.a_up is not None else 0
+        width = rank + (0 if s.b_up is None else s.b_up.shape[1])
+        return Made(
+            y=x.new_empty(*x.shape[:-1], n),
+            h=x.new_empty(m, width, dtype=narrow) if width else None,
+            sigma=x.new_empty(m, dtype=wide_dtype(x.dtype)) if s.b is not None else None,
+            u=x.new_empty(n, rank, dtype=narrow) if rank else None,
+        )
+
+    def input_shapes(self, dys: Sequence[Tensor], inputs: _Inputs, s: Any, call: Any, codes: Codes) -> list[Any]:
+        return [(*dys[0].shape[:-1], sizes(inputs.weight.shape, codes)[1])]
+
+    def flops(self, inputs: Any, s: Any, call: Call, codes: Codes) -> int:
+        """x·Wᵀ; A lora: A_up·A_down (product variant: W·A_up, x·A_downᵀ, P·Uᵀ); B lora: x·B_downᵀ, h·B_upᵀ."""
+        (n, k), m = sizes(inputs.weight, codes), math.prod(inputs.x[:-1])
+        flops = 2 * m * n * k
+        if s.a_up is not None:
+            r = s.a_down[0]
+            flops += 2 * n * k * r + (2 * m * r * (n + k) if call.matmul else 0)
+        if s.b_up is not None:
+            flops += 2 * m * s.b_up[1] * (n + k)
+        return flops
+
+    def backward_flops(self, dy: Any, needs: Sequence[bool], inputs: Any, s: Any, call: Call, codes: Codes) -> int:
+        """The products of `glora.eager.backward` for the wanted gradients."""
+        (n, k), m, need = sizes(inputs.weight, codes), math.prod(dy[:-1]), Needs(*needs)
+        flops = 2 * m * n * k if need.x else 0
+        if s.a_down is not None:
+            r = s.a_down[0]
+            if call.matmul:
+                flops += 2 * m * n * r * (need.x or need.a_down) + 2 * m * k * r * (need.x + need.a_down)
+                flops += need.a_up * (2 * m * n * r + 2 * n * k * r)
+            else:
+                flops += 2 * n * k * r * (need.x + need.a_up + need.a_down)
+                flops += 2 * m * n * k * (need.a_up or need.a_down)
+        if s.b_up is not None:
+            r = s.b_up[1]
+            flops += 2 * m * n * r * ((need.b_up or need.a) + (need.x or need.b_down))
+            flops += 2 * m * k * r * (need.x + need.b_down)
+        return flops
 
 
-def _backward(dys: Sequence[Tensor], row: Row, values: _Values, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of the wanted places, each in the shape and dtype of its tensor."""
-    dy, form, needs = dys[0], values.form, needs_of(wanted)
-    weight, s, (y, h, sigma, u) = weight_in(row, form), _supports(row), row[MADE]
-    lead, (n, k), x = dy.shape[:-1], weight.shape, row[0]
-    rows = math.prod(lead)
-    if dy.ndim != 2:
-        dy, y = dy.reshape(rows, n), None if y is None else y.reshape(rows, n)
-    x = x if x is None or x.ndim == 2 else x.reshape(rows, k)
-    grads = list(values.path.backward(dy, x, weight, s, y, h, sigma, u, _call(row, values), needs))
-    if grads[0] is not None and len(lead) != 1:
-        grads[0] = grads[0].view(*lead, k)
-    cs = row[_C]
-    through = values.path.wc_backward(grads[_GRAD_WC], weight, *cs, wanted[_C]) if any(wanted[_C]) else NO_C
-    found = [*zip(grads, (None, *s), _own(wanted), strict=True), *zip(through, cs, wanted[_C], strict=True)]
-    return [grad if grad is None or t is None else cast(grad, t.dtype) for grad, t, want in found if want]
+GLORA = _GLoRALinear()
+GLORA.register()
+_SUPPORTS = range(2, 2 + len(Supports._fields))
+PLACE = {name: place for place, name in enumerate(GLORA.signature.tensors)}
+_WC, _SHIFT = PLACE["wc"], range(PLACE["bias"], PLACE["e"] + 1)
+_C = slice(GLORA.count, GLORA.count + len(C._fields))
 
 
-_GRAD_WC = 1 + Supports._fields.index("wc")
-
-
-def _own(wanted: Sequence[bool]) -> tuple[bool, ...]:
-    """Of the flags of a row those of x and the supports."""
-    return (wanted[0], *wanted[SUPPORTS])
-
-
-def _supports(row: Row) -> Supports:
-    """The supports in a row of backward, with the W·c that forward made."""
-    s = Supports(*row[SUPPORTS])
-    return s if row[_WC] is None else s._replace(wc=row[_WC])
-
-
-def _call(row: Row, values: _Values) -> Call:
-    """The values of a call in backward: with the seed, or the mask that forward made of it."""
-    return values.call._replace(seed=row[_MASK] if values.keeps_mask else row[SEED])
-
-
-def needs_of(wanted: Sequence[bool]) -> Needs:
-    """What the passes are asked for, by the flags of a row: W·c where C is."""
-    needs = Needs(*_own(wanted))
+def _needs(wanted: Sequence[bool]) -> Needs:
+    """What the passes are asked for: W·c where C is."""
+    needs = Needs(wanted[0], *wanted[2 : 2 + len(Supports._fields)])
     return needs._replace(wc=True) if any(wanted[_C]) else needs
 
 
-def _elsewhere(dys: Sequence[Tensor], row: Row, values: _Values, wanted: Sequence[bool]) -> list[Tensor | None]:
-    needs, call, cs = needs_of(wanted), _call(row, values), row[_C]
-    row = (*row[: SUPPORTS.start], *_supports(row), *row[SUPPORTS.stop :])
-    run = batched_backward if is_batched(dys[0]) else operator_backward
-    grads = run(dys[0], row, values.form, call, needs)
-    found = [grad for grad, want in zip(grads, _own(wanted), strict=True) if want]
-    if any(wanted[_C]):
-        found += wc_gradients(given(grads[_GRAD_WC]), weight_in(row, values.form), cs, wanted[_C], call.route)
-    return found
+def _as_in_forward(row: Row, count: int) -> tuple[list[Any], Made]:
+    """The operands and the results from the row of backward, with the mask and the W·c that forward made."""
+    own, made = [*row[:count]], Made(*row[count:])
+    if made.mask is not None:
+        own[PLACE["seed"]] = made.mask
+    if made.wc is not None:
+        own[_WC] = made.wc
+    return own, made
 
 
-GLORA = prepared.Operation("glora_linear", _forward, _backward, _elsewhere)
+def _cast(grad: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+    return grad if grad is None or tensor is None else cast(grad, tensor.dtype)
 
 
 def dropout_seed(device: torch.device) -> Tensor:
@@ -348,6 +411,9 @@ def dropout_seed(device: torch.device) -> Tensor:
     if torch.compiler.is_compiling() or (device.type == "cuda" and (_Seeds.on_device or _capturing())):
         return torch.randint(*_SEEDS, (1,), dtype=torch.int64, device=device)
     return torch.randint(*_SEEDS, (1,), dtype=torch.int64, device="cpu")
+
+
+_SEEDS = 2**62, 2**63 - 1
 
 
 class _Seeds:
@@ -367,96 +433,3 @@ def seeds_on_device() -> Iterator[None]:
 def _capturing() -> bool:
     # A fake tensor of a GPU may be met where there is none, and the question itself is an error there.
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _check(
-    x: Tensor,
-    weight: Weight,
-    s: Supports,
-    cs: Sequence[Tensor | None],
-    dropout_p: float,
-    seed: Tensor | None,
-    variant: str,
-    target: torch.dtype | None,
-    transformed: bool = False,
-) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
-    n, k = weight.shape
-    if x.ndim == 0 or x.shape[-1] != k:
-        raise ValueError(f"x must have {k} features in its last dimension (in_features); got shape {tuple(x.shape)}")
-    if target is None and x.dtype != weight.dtype and isinstance(weight, Tensor):
-        raise TypeError(f"x and weight must have one dtype outside autocast; got x {x.dtype} and weight {weight.dtype}")
-    device = x.device
-    for tensor in (weight, *s, *cs):
-        if tensor is not None and tensor.device != device:
-            names = ("weight", *Supports._fields, "c", "c_up", "c_down")
-            name = next(n for n, t in zip(names, (weight, *s, *cs), strict=True) if t is tensor)
-            raise ValueError(f"x and {name} must be on one device; got x on {device} and {name} on {tensor.device}")
-    if weight.requires_grad and torch.is_grad_enabled() and not transformed:
-        raise ValueError(
-            "weight requires a gradient, but a GLoRA layer's base is frozen and gets none; "
-            "call weight.requires_grad_(False)"
-        )
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}; got {variant!r}")
-    check_form("a", n, True, k if variant == "matmul" else n, k, s.a, s.a_up, s.a_down)
-    check_form("b", n, True, n, k, s.b, s.b_up, s.b_down)
-    if s.bias is not None:
-        check_vector("bias", s.bias, n, constant=False)
-    elif s.d is not None:
-        raise ValueError("d scales the bias: it cannot be given where bias is None")
-    if cs:
-        check_form("c", k, False, k, 1, *cs)
-    if s.wc is not None:
-        check_vector("wc", s.wc, n, constant=False)
-        if any(c is not None for c in cs):
-            raise ValueError("wc is W·c: it and c, or c_up and c_down, are two forms of one term; give one of them")
-    if s.d is not None:
-        check_vector("d", s.d, n, constant=True)
-    if s.e is not None:
-        check_vector("e", s.e, n, constant=True)
-    if variant == "matmul" and s.a is not None:
-        raise ValueError("variant='matmul' accepts a_up and a_down, not a")
-    if dropout_p != 0.0:
-        if not 0.0 <= dropout_p < 1.0:
-            raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
-        if s.b_up is not None and seed is None:
-            raise ValueError(f"dropout_p={dropout_p} needs a seed: pass seed=dropout_seed(x.device)")
-    if seed is not None and (
-        seed.dtype != torch.int64 or seed.numel() != 1 or (seed.device != device and seed.device.type != "cpu")
-    ):
-        raise ValueError(
-            f"seed must be one int64 on the CPU or on the device of x, {device}; "
-            f"got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
-        )
-
-
-def _route(x: Tensor, weight: Weight) -> str:
-    return routes.route(x.device.type, x.dtype, four_bit=isinstance(weight, QuantizedWeight))
-
-
-def operator_backward(
-    dy: Tensor, row: Sequence[Tensor | None], form: Sequence[int], call: Call, needs: Needs
-) -> list[Tensor | None]:
-    """The gradients in the order of `Needs`, through the registered operator; None where not wanted."""
-    x, weight, *beside = row[: SUPPORTS.start]
-    grads = torch.ops.glora_kernels.glora_linear_backward(
-        dy, x, weight, *row[SUPPORTS], *row[MADE], *call, list(needs), *beside, list(form)
-    )  # fmt: skip
-    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-
-
-def batched_backward(
-    dy: Tensor, row: Sequence[Tensor | None], form: Sequence[int], call: Call, needs: Needs
-) -> list[Tensor | None]:
-    """The same of a batch of dy. An x that was not kept takes no part in any wanted gradient."""
-    weight, (_, h, sigma, _) = weight_in(row, form), row[MADE]
-    x = row[0]
-    if x is None:
-        x = torch.zeros(*dy.shape[:-1], weight.shape[1], dtype=dy.dtype, device=dy.device)
-
-    def forward(x: Tensor, *tensors: Tensor | None) -> Tensor:
-        return composite.glora_linear(x, weight, Supports(*tensors), call, h, sigma)
-
-    return composite.gradients(forward, (x, *row[SUPPORTS]), needs, dy)

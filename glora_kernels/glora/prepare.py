@@ -150,7 +150,7 @@ def prepare_bands(shape: Shape, dtype: torch.dtype, arch: str) -> int:
 def prepare_launch(
     x: Tensor, weight: Tensor, out: Prepared,
     *, a_up: Tensor | None = None, a_down: Tensor | None = None, b_down: Tensor | None = None, a: Tensor | None = None,
-    scale: float = 1.0, dropout: Dropout = NO_DROPOUT, arch: str, config: dict[str, int] | None = None,
+    scale: float = 1.0, dropout: Dropout = NO_DROPOUT, arch: str,
 ) -> Launch:  # fmt: skip
     """low (bands,M,P+R) = [x·a_downᵀ | s·drop(x)·b_downᵀ], σ (bands,M) = Σₖ x; U (N,P) = W·a_up or W_eff (N,K).
 
@@ -160,7 +160,7 @@ def prepare_launch(
     into_p = a_down is not None and out.u is not None
     p, r = (0 if t is None else t.shape[0] for t in (a_down, b_down))
     shape = Shape(configs.m_class(m), n, k, max(p if into_p else 0, r))
-    config = config or tables.choose("prepare", arch, x.dtype, shape)
+    config = tables.choose("prepare", arch, x.dtype, shape)
     if dropout.p > 0.0 and r > 32 and x.dtype.itemsize == 2:  # a mask beside that many sums: what does not spill
         config = config | {"num_warps": 8}
     numbers = numerics(x.dtype, a_up, a_down, b_down)
@@ -222,13 +222,13 @@ def _added_terms_kernel(
 def added_terms_launch(
     x: Tensor, y: Tensor, terms: Terms,
     *, read_z: bool, a_down: Tensor | None = None, b_down: Tensor | None = None, scale: float = 1.0,
-    dropout: Dropout = NO_DROPOUT, arch: str, config: dict[str, int] | None = None,
+    dropout: Dropout = NO_DROPOUT, arch: str,
 ) -> Launch:  # fmt: skip
     """y (M,N) = [y∘(1+a) with `read_z`] + P·Uᵀ + h·upᵀ + σ·bᵀ + β in place, filling `low` (1,M,P+R) and σ (1,M)."""
     m, k, n = rows(x), x.shape[1], y.shape[1]
     p, r = (0 if t is None else t.shape[0] for t in (a_down, b_down))
     shape = Shape(configs.m_class(m), n, k, max(p, r))
-    config = config or tables.choose("added_terms", arch, x.dtype, shape)
+    config = tables.choose("added_terms", arch, x.dtype, shape)
     numbers = numerics(x.dtype, a_down, b_down, terms.u, terms.up)
     config = configs.fitted("added_terms", config, arch, x.dtype, halves=halves(numbers))
     args = {

@@ -96,7 +96,7 @@ def _glora_fwd_kernel(
 
 def glora_fwd_launch(
     x: Tensor, weight: Tensor, y: Tensor, terms: Terms,
-    *, low_sum: Tensor | None = None, sigma_sum: Tensor | None = None, arch: str, config: dict[str, int] | None = None,
+    *, low_sum: Tensor | None = None, sigma_sum: Tensor | None = None, arch: str,
 ) -> Launch:  # fmt: skip
     """y (M,N) = (x·Wᵀ)∘(1+a) + P·Uᵀ + h·upᵀ + σ·bᵀ + β, with `low` = [P | h] (bands,M,P+R) and σ (bands,M).
 
@@ -106,7 +106,7 @@ def glora_fwd_launch(
     p, r = (0 if t is None else t.shape[1] for t in (terms.u, terms.up))
     bands = next((t.shape[0] for t in (terms.low, terms.sigma) if t is not None), 1)
     shape = configs.Shape(configs.m_class(m), n, k, max(p, r))
-    config = config or tables.choose("fwd", arch, x.dtype, shape, weight.dtype)
+    config = tables.choose("fwd", arch, x.dtype, shape, weight.dtype)
     numbers = numerics(x.dtype, terms.u, terms.up)
     shift = terms.shift
     added = any(t is not None for t in (terms.a, terms.u, terms.up, terms.b, shift.wc, shift.d, shift.e))
@@ -182,7 +182,6 @@ def glora_dx_launch(
     dy: Tensor, weight: Tensor, dx: Tensor,
     *, s: Tensor | None = None, a_down: Tensor | None = None, b_down: Tensor | None = None, a: Tensor | None = None,
     tau: Tensor | None = None, totals: tuple[Tensor, Tensor] | None = None, dropout: Dropout = NO_DROPOUT, arch: str,
-    config: dict[str, int] | None = None,
 ) -> Launch:  # fmt: skip
     """dx (M,K) = (dy∘(1+a))·W + S[:, :P]·a_down + mask∘(S[:, P:]·b_down)/(1-p) + τ·1ᵀ, S (bands,M,P+R), τ (bands,M).
 
@@ -192,7 +191,7 @@ def glora_dx_launch(
     p, r = (0 if t is None else t.shape[0] for t in (a_down, b_down))
     bands = next((t.shape[0] for t in (s, tau) if t is not None), 1)
     shape = configs.Shape(configs.m_class(m), n, k, max(p, r))
-    config = config or tables.choose("dx", arch, dy.dtype, shape, weight.dtype)
+    config = tables.choose("dx", arch, dy.dtype, shape, weight.dtype)
     numbers = numerics(dy.dtype, a_down, b_down)
     config = in_parts(config, arch, numbers)
     if arch == "sm_100" and p and halves(numbers):

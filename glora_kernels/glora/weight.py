@@ -151,7 +151,6 @@ def hadamard_grad_tiles(
 def hadamard_grad_launch(
     dy: Tensor, x: Tensor, weight: Tensor | QuantizedWeight, a_up: Tensor, a_down: Tensor, out: HadamardGrad,
     *, s: Tensor | None = None, dropout: Dropout = NO_DROPOUT, factors: torch.dtype | None = None, arch: str,
-    config: dict[str, int] | None = None,
 ) -> Launch:  # fmt: skip
     """`out` from H = (dyᵀx)∘W and, for its db_down, S (bands,M,r); dropout is that of x in db_down.
 
@@ -161,7 +160,7 @@ def hadamard_grad_launch(
     rank = a_up.shape[1]
     b_rank = 0 if out.db_down is None else out.db_down.shape[0]
     how = numerics(x.dtype, factors)
-    config = config or hadamard_grad_config(Shape(m, n, k, rank), x.dtype, arch, factors)
+    config = hadamard_grad_config(Shape(m, n, k, rank), x.dtype, arch, factors)
     step = 16 if halves(how) else 64  # of the rank: what does not spill
     args = {
         "dy": matrix(dy), "x": matrix(x), **weight_operands(weight), "pair": pair(a_up, a_down),

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from glora_kernels.dispatch.common import cast, wide_dtype
 from glora_kernels.glora.chunks import gathered, spread, thin
-from glora_kernels.glora.eager import added_terms, cast_weight, dropped, scaled
+from glora_kernels.glora.eager import Terms, cast_weight, dropped, scaled, with_terms
 from glora_kernels.grouped.group import ABSENT, Group, GroupGradients, GroupNeeds, Operands, factor_dtype
 from glora_kernels.reference.random import keep_mask
 
@@ -35,12 +34,7 @@ def forward(operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor
         low = up = None
         if path != ABSENT:
             low, up = hs[path], cast(operands.ups[group.up[i]], narrow)
-        # The small terms first, and into the large product: 16 bits round their sum once, as in a single layer.
-        delta = added_terms(x, weight.shape[0], bias, low, up, None, None)
-        if delta is None:
-            ys.append(linear(x, cast_weight(weight, x.dtype), bias))
-        else:
-            ys.append(torch.addmm(delta, x, cast_weight(weight, x.dtype).t(), out=delta))
+        ys.append(with_terms(x, cast_weight(weight, x.dtype), Terms(bias, low, up)))
     return ys, hs
 
 

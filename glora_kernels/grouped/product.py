@@ -123,11 +123,10 @@ def grouped_fwd_launch(
     xs: Sequence[Tensor], weights: Sequence[Tensor], ys: Sequence[Tensor],
     *, downs: Sequence[Tensor | None], ups: Sequence[Tensor | None], biases: Sequence[Tensor | None],
     hs: Sequence[Tensor | None], leave_h: Sequence[bool], scales: Sequence[float], inside: bool, arch: str,
-    config: dict[str, int] | None = None,
 ) -> Launch:  # fmt: skip
     """y_i (M,N) = x_i·W_iᵀ + h_i·up_iᵀ + bias_i; `inside`: h_i (M,R) = s_i·x_i·down_iᵀ is made, and left `leave_h`."""
     ranks = [0 if up is None else up.shape[1] for up in ups]
-    config = config or _fwd_config(xs, weights, max(ranks), arch)
+    config = _fwd_config(xs, weights, max(ranks), arch)
     row_major = _row_major(weights)
     operands, config = _operands(
         xs, weights, ys, _beside(config) if inside else config, arch, row_major, ("x", "w", "y")
@@ -273,7 +272,6 @@ def _grouped_dx_kernel(
 def grouped_dx_launch(
     dys: Sequence[Tensor], weights: Sequence[Tensor], dxs: Sequence[Tensor],
     *, owners: Sequence[int], paths: Paths, path_owners: Sequence[int], dropout_p: float = 0.0, arch: str,
-    config: dict[str, int] | None = None,
 ) -> Launch:  # fmt: skip
     """dx_o (M,K) = Σ dy_i·W_i over the members with owners[i] = o, + Σ mask∘(S_t·down_t)/(1-p) over o's paths.
 
@@ -282,7 +280,7 @@ def grouped_dx_launch(
     ranks = [down.shape[0] for down in paths.downs]
     k_max = max(w.shape[1] for w in weights)
     shape = Shape(configs.m_class(max(map(rows, dxs))), weights[0].shape[0], k_max, max(ranks, default=0))
-    config = config or tables.choose("dx", arch, dys[0].dtype, shape, weights[0].dtype)
+    config = tables.choose("dx", arch, dys[0].dtype, shape, weights[0].dtype)
     row_major = _row_major(weights)
     how = numerics(dys[0].dtype, *paths.downs)
     config = configs.fitted(

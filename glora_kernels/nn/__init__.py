@@ -7,12 +7,12 @@ from glora_kernels.nn.fuse import FusedReport, fuse_cross_attention, fuse_siblin
 from glora_kernels.nn.grouped import GroupedLoRALinear
 from glora_kernels.nn.inject import inject
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.model import disabled, merge, trainable_parameters, unmerge
+from glora_kernels.nn.merging.models import disabled, merge, merge_and_unload, unmerge
+from glora_kernels.nn.merging.rounding import MergeReport
+from glora_kernels.nn.model import trainable_parameters
 from glora_kernels.nn.quantize import quantize
-from glora_kernels.nn.requantize import MergeReport
 from glora_kernels.nn.sharded import clip_grad_norm_, fully_shard, parameter_groups
 from glora_kernels.nn.share import shared
-from glora_kernels.nn.unload import merge_and_unload
 from glora_kernels.nn.warmup import warmup
 
 __all__ = [

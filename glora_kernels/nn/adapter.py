@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace as changed
 from pathlib import Path
@@ -13,17 +13,17 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
-from glora_kernels.nn.base import Base, M, base_of, unsupported
-from glora_kernels.nn.file import Adapter, LayerEntry, host_copy, read, write
+from glora_kernels.nn.base import Base, M, unsupported
+from glora_kernels.nn.file import Adapter, LayerEntry, host_copy, join, read, write
 from glora_kernels.nn.frozen import QuantizedLinear
-from glora_kernels.nn.inject import Linear, linears, refuse_4bit, replace
+from glora_kernels.nn.inject import Planned, check_replaceable, replace
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.model import TRAINED, all_paths, clean, named_layers, unwrap
+from glora_kernels.nn.model import TRAINED, all_paths, clean, layers_of, named_layers, unwrap
 from glora_kernels.nn.ranks import mesh_of, on_first_rank, refuse_sharded, whole
 from glora_kernels.nn.share import Sharing, Tie, check_devices
 from glora_kernels.nn.siblings import tied_sets
+from glora_kernels.nn.targets import Linear, linears, refuse_4bit
 from glora_kernels.nn.undo import all_or_none
-from glora_kernels.spec import GLoRAConfig
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that values are cast between; any other must be the model's own."""
@@ -55,31 +55,27 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         UserWarning: other parameters require a gradient as well; they are not saved.
     """
     root = unwrap(model)
-    layers, trained = named_layers(root), _trained(root)
-    if not layers:
-        raise ValueError("save_adapter: the model has no GLoRA layer; call inject(model, config) first")
+    layers = layers_of(model, "save_adapter")
     mesh = mesh_of(root)
     target = on_first_rank(mesh, "save_adapter", lambda: _target(path))
-    entries = {name: _entry(layer) for name, layer in layers.items()}
-    state = _state(layers, entries) | _trained_state(trained)
-    _warn_unsaved(root, layers, entries, state)
-    for path, entry in entries.items():
-        for name, shape in _shapes(path, entry).items():
-            if (found := tuple(state[name].shape)) != shape:
+    adapter = _adapter_of(root)
+    state = adapter.values()
+    _warn_unsaved(root, layers, adapter)
+    for name, entry in adapter.layers.items():
+        for full, shape in _shapes(name, entry).items():
+            if (found := tuple(state[full].shape)) != shape:
                 raise ValueError(
-                    f"save_adapter: {name!r} has shape {found} in place of {shape}, as a part of a sharded parameter "
+                    f"save_adapter: {full!r} has shape {found} in place of {shape}, as a part of a sharded parameter "
                     "has; under the first FSDP, save inside FullyShardedDataParallel.summon_full_params(model)"
                 )
     if meta := [name for name, tensor in state.items() if tensor.is_meta]:
         raise ValueError(f"save_adapter: {meta[0]!r} is on the meta device and has no values")
-    tied = _ties(state)
     tensors = {}
-    for name, tensor in state.items():
-        if name not in tied:
-            gathered = whole(tensor)
-            if target is not None:
-                tensors[name] = host_copy(gathered)
-    adapter = Adapter(entries, sorted(trained), tied, tensors, tied_sets(layers))
+    for name, tensor in adapter.tensors.items():
+        gathered = whole(tensor)
+        if target is not None:
+            tensors[name] = host_copy(gathered)
+    adapter = changed(adapter, tensors=tensors)
     on_first_rank(mesh, "save_adapter", lambda: None if target is None else write(adapter, target))
 
 
@@ -117,23 +113,25 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise RuntimeError(f"load_adapter: {merged[0]!r} is merged; call unmerge(model) first")
     for name, layer in layers.items():
         layer.check_intact(f"load_adapter: {name!r}")
-    if layers:
-        _check_layers(layers, adapter.layers, where)
     with all_or_none() as undo:
         if not layers:
             model = _inject(model, adapter, where, undo)
             layers = named_layers(unwrap(model))
-        state = _state(layers, adapter.layers) | _trained_state(_trained(unwrap(model)))
-        _check_injected(unwrap(model), adapter, state, where)
+        biases = [name for name, entry in adapter.layers.items() if entry.train_bias]
+        own = _adapter_of(unwrap(model), biases)
+        state = own.values()
+        _check_fits(where, adapter, own, state)
+        if meta := [name for name, tensor in state.items() if tensor.is_meta]:
+            raise ValueError(f"{where}: {meta[0]!r} is on the meta device in the model; load the base model first")
         values = {name: _cast(where, name, value, state[name].dtype) for name, value in adapter.values().items()}
         with torch.no_grad():
             for name, tensor in state.items():
                 undo.callback(_put, tensor, host_copy(tensor))
                 tensor.copy_(values[name])
-        for name, layer in layers.items():
-            if layer.bias is not None and adapter.layers[name].train_bias:
-                undo.callback(layer.bias.requires_grad_, layer.bias.requires_grad)
-                layer.bias.requires_grad_(True)
+        for name in biases:
+            if (bias := layers[name].bias) is not None:
+                undo.callback(bias.requires_grad_, bias.requires_grad)
+                bias.requires_grad_(True)
     return model
 
 
@@ -164,59 +162,55 @@ def _target(path: str | os.PathLike[str]) -> Path:
 def _inject(model: nn.Module, adapter: Adapter, where: str, undo: ExitStack) -> nn.Module:
     """Give a plain model the file's layers, once everything about the two was found to fit."""
     root = unwrap(model)
-    found = {path: linear for linear in linears(root) for path in linear.paths}
     modules = dict(all_paths(root))
-    values = adapter.values()
-    plan: list[tuple[Linear, GLoRAConfig, torch.dtype | None]] = []
-    shapes: dict[str, tuple[int, ...]] = {}
-    bases: dict[str, Base] = {}
-    biases: dict[str, Tensor] = {}
-    shared = {*adapter.tied, *adapter.tied.values()}
-    alone: list[Tie] = []  # factors in fp32 beside others in the dtype of the base
+    found = {path: linear for linear in linears(root) for path in linear.paths}
+    if absent := sorted(set(adapter.train) - set(modules)):
+        raise ValueError(f"{where} trains the module {absent[0]!r}, which the model does not have")
+    trained = {path: modules[path] for path in adapter.train}
+    kept = _trained_state(trained)  # what the model has and shares already
+    expected: dict[str, Tensor] = {}
+    entries: dict[str, LayerEntry] = {}
     for path, entry in adapter.layers.items():
         if path not in found:
             has = f"a {type(modules[path]).__name__}" if path in modules else "no module"
             raise ValueError(f"{where} adapts a linear layer {path!r}, where the model has {has}")
-        if path != (first := found[path].paths[0]):
-            raise ValueError(f"{where} adapts {path!r}, which in the model is one module with {first!r}")
-        module = found[path].module
-        if reason := unsupported(module):
-            raise ValueError(f"{where} adapts {path!r}, which cannot be replaced: {reason}")
-        base = base_of(module)
-        if base is None or base.weight.is_meta:
-            raise ValueError(f"{where}: the weight of {path!r} is on the meta device; load the base model first")
-        (out_features, in_features), bias = base.shape, base.bias
-        fitting = changed(entry, in_features=in_features, out_features=out_features, bias=bias is not None)
-        _check_entry(where, path, entry, fitting)
-        expected = _shapes(path, entry)
-        shapes |= expected
-        names = entry.config.parameter_shapes(in_features, out_features, entry.bias)
-        own = [name for name in names if (full := _join(path, name)) in values and full not in shared]
-        wide = [name for name in own if _dtype(values[_join(path, name)], base) != base.dtype]
-        every = bool(wide) and wide == own
-        plan.append((found[path], entry.config, torch.float32 if every else base.dtype))
-        alone += [] if every else [Tie(((path, name),), torch.float32) for name in wide]
-        bases[path] = base
-        if entry.train_bias and bias is not None:
-            biases[_join(path, "bias")] = bias
-    if absent := sorted(set(adapter.train) - set(modules)):
-        raise ValueError(f"{where} trains the module {absent[0]!r}, which the model does not have")
-    trained = {path: modules[path] for path in adapter.train}
+        entries[path] = own = _entry_of(where, path, entry, found[path])
+        shapes = entry.config.parameter_shapes(own.in_features, own.out_features, own.bias)
+        expected |= {join(path, name): torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        if entry.train_bias and (bias := found[path].base.bias) is not None:
+            kept[join(path, "bias")] = bias
     for path, module in trained.items():
         refuse_4bit(path, module)
-    kept = _trained_state(trained) | biases  # what the model has and shares already
-    shapes |= {name: tuple(tensor.shape) for name, tensor in kept.items()}
-    _check_values(where, shapes, values, kept)
-    for name, first in adapter.tied.items():
-        if (name in kept) != (first in kept):
-            raise ValueError(f"{where} ties {name!r} to {first!r}, an adapter to a module trained whole")
-    _check_ties(where, {name: first for name, first in adapter.tied.items() if name in kept}, _ties(kept))
-    ties = {name: first for name, first in adapter.tied.items() if name not in kept}
+    new = {name: first for name, first in adapter.tied.items() if kept.keys().isdisjoint((name, first))}
+    fitting = Adapter(entries, adapter.train, new | _ties(kept), {}, adapter.siblings)
+    _check_fits(where, adapter, fitting, expected | kept)
+    values = adapter.values()
     # Modules that were trained in fp32 inside a 16-bit model are so again.
     kept_fp32 = {name for name, value in values.items() if value.dtype == torch.float32}
     widened = [m for path, m in trained.items() if not kept_fp32.isdisjoint(_trained_state({path: m}))]
-    sharing = Sharing(_planned_ties(ties, values, bases) + alone, adapter.siblings)
-    return replace(model, plan, trained, sharing, undo, widened)
+    ties = _planned_ties(new, values, {path: found[path].base for path in entries})
+    plan: list[Planned] = []
+    for path, entry in entries.items():
+        base, shared = found[path].base, {*adapter.tied, *adapter.tied.values()}
+        alone = [name for name in _shapes(path, changed(entry, train_bias=False)) if name not in shared]
+        wide = [name for name in alone if _dtype(values[name], base) != base.dtype]
+        every = bool(wide) and wide == alone
+        plan.append((found[path], entry.config, torch.float32 if every else base.dtype))
+        ties += [] if every else [Tie(((path, name.rpartition(".")[2]),), torch.float32) for name in wide]
+    check_replaceable(root, [linear for linear, _, _ in plan])
+    return replace(model, plan, trained, Sharing(ties, adapter.siblings), undo, widened)
+
+
+def _entry_of(where: str, path: str, entry: LayerEntry, linear: Linear) -> LayerEntry:
+    """The file's entry for a linear layer, with what the layer has; an error where it cannot be replaced."""
+    if path != (first := linear.paths[0]):
+        raise ValueError(f"{where} adapts {path!r}, which in the model is one module with {first!r}")
+    if reason := unsupported(linear.module):
+        raise ValueError(f"{where} adapts {path!r}, which cannot be replaced: {reason}")
+    if linear.base.weight.is_meta:
+        raise ValueError(f"{where}: the weight of {path!r} is on the meta device; load the base model first")
+    n, k = linear.base.shape
+    return changed(entry, in_features=k, out_features=n, bias=linear.base.bias is not None)
 
 
 def _planned_ties(tied: Mapping[str, str], values: Mapping[str, Tensor], bases: Mapping[str, Base]) -> list[Tie]:
@@ -237,24 +231,28 @@ def _dtype(saved: Tensor, base: Base) -> torch.dtype:
     return torch.float32 if base.dtype.itemsize == 2 and saved.dtype != base.dtype else base.dtype
 
 
-def _check_layers(layers: Mapping[str, GLoRALinear], entries: Mapping[str, LayerEntry], where: str) -> None:
-    _same_names(where, "adapts the layers", set(entries), set(layers))
-    for path, layer in layers.items():
-        _check_entry(where, path, entries[path], _entry(layer))
-
-
-def _check_injected(root: nn.Module, adapter: Adapter, state: Mapping[str, Tensor], where: str) -> None:
-    _same_names(where, "trains the modules", set(adapter.train), set(_trained(root)))
-    _check_values(where, {name: tuple(tensor.shape) for name, tensor in state.items()}, adapter.values(), state)
-    _check_ties(where, adapter.tied, _ties(state))
-    _check_siblings(where, adapter.siblings, tied_sets(named_layers(root)))
+def _check_fits(where: str, adapter: Adapter, own: Adapter, state: Mapping[str, Tensor]) -> None:
+    """An error where a file's adapter differs from the model's own, whose tensors by all their names are `state`."""
+    _same_names(where, "adapts the layers", adapter.layers, own.layers)
+    for path, entry in own.layers.items():
+        _check_entry(where, path, adapter.layers[path], entry)
+    _same_names(where, "trains the modules", adapter.train, own.train)
+    values = adapter.values()
+    _same_names(where, "holds the tensors", values, state)
+    for name, tensor in state.items():
+        value = values[name]
+        if value.shape != tensor.shape:
+            takes = tuple(tensor.shape)
+            raise ValueError(f"{where} holds {name!r} with shape {tuple(value.shape)}; the model takes {takes}")
+        if value.dtype != tensor.dtype and not (value.dtype in _FLOATS and tensor.dtype in _FLOATS):
+            raise ValueError(f"{where} holds {name!r} in {value.dtype}; the model takes {tensor.dtype}")
+    _check_sharing(where, adapter, own)
 
 
 def _check_entry(where: str, path: str, given: LayerEntry, own: LayerEntry) -> None:
     """The file's entry for a layer against the model's: everything but dropout and train_bias."""
-    have, want = given.config.to_dict(), own.config.to_dict()
-    have |= {"in_features": given.in_features, "out_features": given.out_features, "bias": given.bias}
-    want |= {"in_features": own.in_features, "out_features": own.out_features, "bias": own.bias}
+    sizes = ("in_features", "out_features", "bias")
+    have, want = (of.config.to_dict() | {name: getattr(of, name) for name in sizes} for of in (given, own))
     if differing := [key for key in have if key != "dropout" and have[key] != want[key]]:
         first = ", ".join(f"{key}={have[key]!r} (the model: {want[key]!r})" for key in differing[:4])
         raise ValueError(
@@ -263,86 +261,61 @@ def _check_entry(where: str, path: str, given: LayerEntry, own: LayerEntry) -> N
         )
 
 
-def _check_values(
-    where: str,
-    expected: Mapping[str, tuple[int, ...]],
-    values: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-) -> None:
-    _same_names(where, "holds the tensors", set(values), set(expected))
-    for name, shape in expected.items():
-        if tuple(values[name].shape) != shape:
-            raise ValueError(f"{where} holds {name!r} with shape {tuple(values[name].shape)}; the model takes {shape}")
-        own = state[name].dtype if name in state else torch.float32
-        if (given := values[name].dtype) != own and not (given in _FLOATS and own in _FLOATS):
-            raise ValueError(f"{where} holds {name!r} in {given}; the model takes {own}")
-    for name, tensor in state.items():
-        if tensor.is_meta:
-            raise ValueError(f"{where}: {name!r} is on the meta device in the model; load the base model first")
-
-
-def _check_ties(where: str, given: Mapping[str, str], own: Mapping[str, str]) -> None:
-    if differing := sorted(given.items() ^ own.items()):
-        name, first = differing[0]
-        has, lacks = ("the file", "the model") if (name, first) in given.items() else ("the model", "the file")
-        reason = "one value cannot stand for several"
-        if (saved := _shared_names(given)) != (here := _shared_names(own)):
-            reason = f"the file shares {saved} of its layers, the model {here}, and {reason}"
+def _check_sharing(where: str, adapter: Adapter, own: Adapter) -> None:
+    """An error where the file shares factors, or dropout masks of siblings, that the model does not, or the reverse."""
+    given, mine = (
+        {f"shares {name!r} with {first!r}" for name, first in of.tied.items()}
+        | {f"ties {sorted(group)} as siblings, with one dropout mask" for group in of.siblings}
+        for of in (adapter, own)
+    )
+    if differing := sorted(given ^ mine):
+        has, lacks = ("the file", "the model") if differing[0] in given else ("the model", "the file")
+        saved, here = (
+            " and ".join(sorted({first.rpartition(".")[2] for first in of.tied.values()})) or "nothing"
+            for of in (adapter, own)
+        )
+        reason = f"; the file shares {saved} of its layers, the model {here}, and one value cannot stand for several"
         raise ValueError(
-            f"{where} does not fit the model: {has} shares {name!r} with {first!r}, {lacks} does not; {reason}"
+            f"{where} does not fit the model: {has} {differing[0]}, {lacks} does not{reason if saved != here else ''}"
         )
 
 
-def _check_siblings(where: str, given: list[list[str]], own: list[list[str]]) -> None:
-    if differing := sorted({tuple(sorted(group)) for group in given} ^ {tuple(sorted(group)) for group in own}):
-        has, lacks = ("the model", "the file") if list(differing[0]) in map(sorted, own) else ("the file", "the model")
-        raise ValueError(
-            f"{where} does not fit the model: {has} ties {list(differing[0])} as siblings, with one dropout mask, "
-            f"{lacks} does not"
-        )
-
-
-def _shared_names(tied: Mapping[str, str]) -> str:
-    return " and ".join(sorted({first.rpartition(".")[2] for first in tied.values()})) or "nothing"
-
-
-def _same_names(where: str, what: str, given: set[str], own: set[str]) -> None:
-    if given == own:
-        return
+def _same_names(where: str, what: str, given: Iterable[str], own: Iterable[str]) -> None:
     parts = []
-    if more := sorted(given - own):
+    if more := sorted(set(given) - set(own)):
         parts.append(f"{more[:4]}{' ...' if len(more) > 4 else ''}, which the model lacks")
-    if less := sorted(own - given):
+    if less := sorted(set(own) - set(given)):
         parts.append(f"not {less[:4]}{' ...' if len(less) > 4 else ''}, which the model has")
-    raise ValueError(f"{where} {what} {'; and '.join(parts)}")
+    if parts:
+        raise ValueError(f"{where} {what} {'; and '.join(parts)}")
 
 
-def _state(layers: Mapping[str, GLoRALinear], entries: Mapping[str, LayerEntry]) -> dict[str, Tensor]:
-    """The tensors of the adapters by full name, with the biases that `entries` says are trained."""
+def _adapter_of(root: nn.Module, biases: Collection[str] | None = None) -> Adapter:
+    """What a file of the model has to hold, no copies; `biases`: the layers with a trained bias, None: as it is."""
+    entries: dict[str, LayerEntry] = {}
+    trained = {clean(path): module for path, module in root.named_modules() if vars(module).get(TRAINED)}
     state: dict[str, Tensor] = {}
-    for path, layer in layers.items():
-        state |= {_join(path, name): parameter for name, parameter in layer.adapter().items()}
-        bias = layer.base_bias
-        if entries[path].train_bias and bias is not None:
-            state[_join(path, "bias")] = bias
-    return state
+    for path, layer in named_layers(root).items():
+        base_bias, bias = layer.base_bias, layer.bias
+        is_trained = bias is not None and bias.requires_grad if biases is None else path in biases
+        has_bias = base_bias is not None
+        entries[path] = LayerEntry(
+            layer.config, layer.in_features, layer.out_features, has_bias, has_bias and is_trained
+        )
+        state |= {join(path, name): parameter for name, parameter in layer.adapter().items()}
+        if base_bias is not None and is_trained:
+            state[join(path, "bias")] = base_bias
+    state |= _trained_state(trained)
+    tied = _ties(state)
+    tensors = {name: tensor for name, tensor in state.items() if name not in tied}
+    return Adapter(entries, sorted(trained), tied, tensors, tied_sets(named_layers(root)))
 
 
 def _shapes(path: str, entry: LayerEntry) -> dict[str, tuple[int, ...]]:
     shapes = entry.config.parameter_shapes(entry.in_features, entry.out_features, entry.bias)
     if entry.train_bias:
         shapes["bias"] = (entry.out_features,)
-    return {_join(path, name): shape for name, shape in shapes.items()}
-
-
-def _entry(layer: GLoRALinear) -> LayerEntry:
-    has_bias = layer.base_bias is not None
-    train_bias = has_bias and layer.bias is not None and layer.bias.requires_grad
-    return LayerEntry(layer.config, layer.in_features, layer.out_features, has_bias, train_bias)
-
-
-def _trained(root: nn.Module) -> dict[str, nn.Module]:
-    return {clean(path): module for path, module in root.named_modules() if vars(module).get(TRAINED)}
+    return {join(path, name): shape for name, shape in shapes.items()}
 
 
 def _trained_state(trained: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -366,15 +339,10 @@ def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
     return tied
 
 
-def _warn_unsaved(
-    root: nn.Module,
-    layers: Mapping[str, GLoRALinear],
-    entries: Mapping[str, LayerEntry],
-    state: Mapping[str, Tensor],
-) -> None:
-    saved = {id(tensor) for tensor in state.values()}
+def _warn_unsaved(root: nn.Module, layers: Mapping[str, GLoRALinear], adapter: Adapter) -> None:
+    saved = set(map(id, adapter.tensors.values()))
     saved |= {id(p) for layer in layers.values() if not layer.is_intact for p in layer.parameters()}  # by their product
-    saved |= {id(layer.bias) for path, layer in layers.items() if entries[path].train_bias}
+    saved |= {id(layer.bias) for path, layer in layers.items() if adapter.layers[path].train_bias}
     lost = [clean(name) for name, p in root.named_parameters() if p.requires_grad and id(p) not in saved]
     if lost:
         warnings.warn(
@@ -383,7 +351,3 @@ def _warn_unsaved(
             UserWarning,
             stacklevel=3,
         )
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

@@ -18,8 +18,6 @@ M = TypeVar("M", bound=nn.Module)
 """A user's own class, which what changes a model in place returns."""
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
 HOOKS = (
     *_HOOKS,
     "_is_full_backward_hook",
@@ -28,6 +26,10 @@ HOOKS = (
     "_forward_pre_hooks_with_kwargs",
 )
 """Where a module keeps its hooks on calls, and what it knows about them."""
+
+
+FROZEN = "_glora_frozen"
+"""The attribute that holds the names of those parameters of a module that adapting a model has frozen."""
 
 
 class Base(NamedTuple):
@@ -42,59 +44,65 @@ class Base(NamedTuple):
     compute_dtype: torch.dtype | None = None
 
 
-def base_of(linear: nn.Module) -> Base | None:
-    """The parts of a linear layer that `unsupported` has nothing against; None where its weight is missing."""
+def base_of(linear: nn.Module) -> Base:
+    """The parts of a linear layer that `unsupported` has nothing against."""
     bias = linear._parameters.get("bias")
-    if isinstance(linear, QuantizedLinear) or is_linear4bit(linear):
-        quantized = linear if isinstance(linear, QuantizedLinear) else QuantizedLinear.from_linear4bit(linear)
-        state = quantized.quant_state
-        assert state is not None
-        dtype = quantized.base_dtype
-        return Base(quantized.weight, bias, state.shape, dtype, False, state, quantized.compute_dtype)
-    weight, transposed = linear._parameters["weight"], is_conv1d(linear)
-    if weight is None:
-        return None
-    n, k = weight.shape[::-1] if transposed else weight.shape
-    return Base(weight, bias, (n, k), weight.dtype, transposed)
+    if is_linear4bit(linear):
+        linear = QuantizedLinear.from_linear4bit(linear)
+    if isinstance(linear, QuantizedLinear):
+        weight, state, shape = linear.weight, linear.quant_state, (linear.out_features, linear.in_features)
+        return Base(weight, bias, shape, linear.base_dtype, False, state, linear.compute_dtype)
+    stored, transposed = linear._parameters["weight"], is_conv1d(linear)
+    if stored is None:
+        raise ValueError("a linear layer without a weight cannot be adapted")
+    n, k = stored.shape[::-1] if transposed else stored.shape
+    return Base(stored, bias, (n, k), stored.dtype, transposed)
 
 
 def is_linear(module: object) -> bool:
     """Whether the module is an `nn.Linear`, a transformers `Conv1D`, derived from one, or a `QuantizedLinear`."""
-    return isinstance(module, (nn.Linear, QuantizedLinear)) or is_conv1d(module)
+    return plain_class(module) is not None
+
+
+def plain_class(module: object) -> Any:
+    """The class whose mathematics a linear layer has: `Linear4bit`, `QuantizedLinear`, `Conv1D` or `nn.Linear`."""
+    if is_linear4bit(module):
+        return linear4bit_class(module)
+    if isinstance(module, (nn.Linear, QuantizedLinear)):
+        return nn.Linear if isinstance(module, nn.Linear) else QuantizedLinear
+    return conv1d_class(module)
+
+
+def computes_as(linear: nn.Module, plain: Any) -> bool:
+    """Whether the class of a layer has the forward of its `plain_class`, or writes that of `nn.Linear` anew."""
+    kind: Any = type(linear)
+    return kind.forward is plain.forward or (plain is nn.Linear and is_linear_anew(linear))
 
 
 def unsupported(linear: nn.Module) -> str | None:
     """Why a linear layer cannot be replaced by a GLoRALinear, or None where it can."""
-    kind: Any = type(linear)
-    plain: Any = conv1d_class(linear) or nn.Linear
-    if four_bits := is_linear4bit(linear):
-        plain = linear4bit_class(linear)
-    elif isinstance(linear, QuantizedLinear):
-        plain, four_bits = QuantizedLinear, True
+    plain, is_quantized = plain_class(linear), isinstance(linear, QuantizedLinear)
+    four_bits = is_quantized or is_linear4bit(linear)
     if isinstance(linear, nn.modules.lazy.LazyModuleMixin):
         return "its sizes are not known yet; run the model once first"
     if hasattr(linear, "parametrizations"):
         return "it is parametrized; use torch.nn.utils.parametrize.remove_parametrizations first"
-    if "forward" in vars(linear) or not (
-        kind.forward is plain.forward or (plain is nn.Linear and is_linear_anew(linear))
-    ):
+    if "forward" in vars(linear) or not computes_as(linear, plain):
         return f"its forward is not that of {plain.__name__}, and would be lost"
     if any(getattr(linear, hooks) for hooks in _HOOKS):
         return "it has forward or backward hooks, which would be lost; remove them and register them afterwards"
     extra = [*(set(linear._parameters) - {"weight", "bias"}), *linear._buffers, *linear._modules]
     if extra:
         return f"it holds more than a weight and a bias: {sorted(extra)}"
-    weight: Any = linear.weight if isinstance(linear, QuantizedLinear) else linear._parameters.get("weight")
+    weight: Any = linear.weight if is_quantized else linear._parameters.get("weight")
     if weight is None:
         return "its weight is no parameter of its own"
     if is_linear4bit(linear) and (reason := refusal(linear)):
         return reason
     for name, tensor in linear._parameters.items():
-        if (
-            tensor is not None
-            and type(tensor.data) not in (Tensor, FakeTensor)
-            and not (four_bits and name == "weight")
-        ):
+        if tensor is None or (four_bits and name == "weight"):
+            continue
+        if type(tensor.data) not in (Tensor, FakeTensor):
             return f"its {name} is a {type(tensor.data).__name__}, not a plain tensor"
     if not four_bits and weight.dtype not in DTYPES:
         return f"its weight is {dtype_name(weight.dtype)}; accepted: {', '.join(map(dtype_name, DTYPES))}"

@@ -83,12 +83,7 @@ def warn_of_biases(caller: str, found: AddedBiases, stacklevel: int) -> None:
 
 @torch.no_grad()
 def keep_biases(modules: Mapping[str, nn.Module], found: AddedBiases) -> None:
-    """Set the flags, and give the other layers that they are for a bias of zeros: the model is what it is built as.
-
-    Args:
-        modules: of the model, by path.
-        found: what `added_biases` has found for it.
-    """
+    """Set the flags, and give the other layers that they are for a bias of zeros: the model is what it is built as."""
     for name, shape in found.gained.items():
         path, _, own = name.rpartition(".")
         module = modules.get(path)

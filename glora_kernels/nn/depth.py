@@ -11,11 +11,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from glora_kernels.depth import op as depth
 from glora_kernels.depth.deferred import Deferred, DeferredLinear, ticket
+from glora_kernels.nn.adapted import SHIFTS
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.merging import SHIFTS, operands
-from glora_kernels.nn.model import named_layers, unwrap
-
-_FACTORS = {"B_down": "b_down", "B_up": "b_up"}
+from glora_kernels.nn.merging.models import table_entry
+from glora_kernels.nn.model import layers_of
 
 
 @contextlib.contextmanager
@@ -46,12 +45,10 @@ def shift_once(model: nn.Module) -> Iterator[None]:
         ValueError: the model has no GLoRA layer.
         RuntimeError: a CUDA graph is being captured. In backward: a tensor that β was made of was overwritten.
     """
-    layers = [layer for layer in _layers(model, "shift_once") if _is_shifted(layer)]
+    layers = [layer for layer in layers_of(model, "shift_once").values() if _is_shifted(layer)]
     before = [layer._beta for layer in layers]
-    kept = [
-        KeptShift(layer, beta)
-        for layer, beta in zip(layers, depth.shifts([operands(layer) for layer in layers]), strict=True)
-    ]
+    betas = depth.shifts([table_entry(layer) for layer in layers])
+    kept = [KeptShift(layer, beta) for layer, beta in zip(layers, betas, strict=True)]
 
     def stepped(*_: object) -> None:
         for shift in kept:
@@ -97,7 +94,7 @@ def deferred_shared_grads(model: nn.Module) -> Iterator[Deferred]:
         ValueError: the model has no GLoRA layer.
         RuntimeError: the context is open already.
     """
-    layers = _layers(model, "deferred_shared_grads")
+    layers = list(layers_of(model, "deferred_shared_grads").values())
     if any(layer._deferred is not None for layer in layers):
         raise RuntimeError("deferred_shared_grads was entered inside deferred_shared_grads of the same layers")
     shared = _shared(layers)
@@ -130,19 +127,20 @@ class KeptShift:
         # Detached, a tensor keeps its memory although the parameter is given another: no new one can have its place.
         self._terms = [(tensor, tensor.detach(), *_state(tensor)) for tensor in _terms(layer)]
 
-    def is_current(self, layer: GLoRALinear) -> bool:
-        """Whether β is that of the layer's parameters as they are now, and part of the graph if that is wanted."""
+    def current(self, layer: GLoRALinear) -> Tensor | None:
+        """β where it is that of the layer's parameters as they are now, and part of the graph if that is wanted."""
         if self.stale or (self.beta.is_inference() and not torch.is_inference_mode_enabled()):
-            return False
+            return None
         terms = _terms(layer)
         if torch.is_grad_enabled() and not self.beta.requires_grad and any(tensor.requires_grad for tensor in terms):
-            return False
-        return len(terms) == len(self._terms) and all(
+            return None
+        is_same = len(terms) == len(self._terms) and all(
             tensor is before
             and torch._C._is_alias_of(tensor, memory)  # type: ignore[attr-defined]
             and _state(tensor) == tuple(state)
             for tensor, (before, memory, *state) in zip(terms, self._terms, strict=True)
         )
+        return self.beta if is_same else None
 
 
 def _terms(layer: GLoRALinear) -> list[Tensor]:
@@ -155,27 +153,19 @@ def _state(tensor: Tensor) -> tuple[int, bool]:
     return 0 if tensor.is_inference() else tensor._version, tensor.requires_grad
 
 
-def _layers(model: nn.Module, caller: str) -> list[GLoRALinear]:
-    layers = named_layers(unwrap(model))
-    if not layers:
-        raise ValueError(f"{caller}: the model has no GLoRA layer; call inject(model, config) first")
-    return list(layers.values())
-
-
 def _is_shifted(layer: GLoRALinear) -> bool:
     return not (layer.merged or layer._disabled or SHIFTS.isdisjoint(layer.adapter()))
 
 
 def _shared(layers: list[GLoRALinear]) -> dict[GLoRALinear, dict[str, nn.Parameter]]:
     """The layers with a trained factor that another layer has too, and their shared factors by argument."""
-    owners: dict[nn.Parameter, list[GLoRALinear]] = {}
+    owners: dict[nn.Parameter, list[tuple[GLoRALinear, str]]] = {}
     for layer in layers:
         for name, parameter in layer.adapter().items():
-            if name in _FACTORS and parameter.requires_grad:
-                owners.setdefault(parameter, []).append(layer)
-    found: dict[GLoRALinear, dict[str, nn.Parameter]] = {}
+            if name in ("B_down", "B_up") and parameter.requires_grad:
+                owners.setdefault(parameter, []).append((layer, name.lower()))
+    found: dict[GLoRALinear, dict[str, nn.Parameter]] = {layer: {} for layer in layers}
     for parameter, holders in owners.items():
-        for layer in holders if len(holders) > 1 else ():
-            name = next(name for name in _FACTORS if getattr(layer, name) is parameter)
-            found.setdefault(layer, {})[_FACTORS[name]] = parameter
-    return {layer: found[layer] for layer in layers if layer in found}
+        for layer, argument in holders if len({layer for layer, _ in holders}) > 1 else ():
+            found[layer][argument] = parameter
+    return {layer: factors for layer, factors in found.items() if factors}

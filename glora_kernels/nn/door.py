@@ -50,10 +50,7 @@ def refusals(
 
 
 def refuse(
-    root: nn.Module,
-    modules: Mapping[str, nn.Module],
-    what: str,
-    unfit: Callable[[nn.Module], str | None] = unsupported,
+    root: nn.Module, modules: Mapping[str, nn.Module], what: str, unfit: Callable[[nn.Module], str | None] = unsupported
 ) -> None:
     """One error for all of these modules (by path) that `refusals` names; `what` is "replaced", say.
 

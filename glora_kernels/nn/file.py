@@ -113,7 +113,7 @@ class Adapter:
         for group in self.siblings:
             if unknown := [path for path in group if path not in self.layers]:
                 raise ValueError(f"the sibling {unknown[0]!r} is no layer")
-            factors = [f"{path}.B_down" if path else "B_down" for path in group]
+            factors = [join(path, "B_down") for path in group]
             common = {self.tied.get(name, name) for name in factors}
             if len(group) < 2 or len(common) > 1 or not common <= self.tensors.keys():
                 raise ValueError(f"{group} cannot be tied as siblings: they have no common B_down")
@@ -268,6 +268,11 @@ def _bytes(tensor: Tensor) -> bytes | ctypes.Array[ctypes.c_char]:
         raise AssertionError("only contiguous tensors in host memory are written")
     size = tensor.numel() * tensor.element_size()
     return (ctypes.c_char * size).from_address(tensor.data_ptr()) if size else b""
+
+
+def join(path: str, name: str) -> str:
+    """The full name of a parameter; the path of a model that is itself a layer is empty."""
+    return f"{path}.{name}" if path else name
 
 
 def host_copy(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from glora_kernels.dispatch.common import Weight
 from glora_kernels.modes import ordinary
-from glora_kernels.ops import glora_linear
+from glora_kernels.nn.adapted import Frozen, base_linear
 from glora_kernels.quant import QuantizedWeight, QuantState, dequantize
 from glora_kernels.quant.bnb import from_linear4bit, packed_bytes, to_linear4bit
 from glora_kernels.quant.checkpoint import NAMES, state_from_tensors, state_tensors
@@ -100,34 +100,26 @@ class FrozenBase(nn.Module):
         if self.quant_state is not None:
             destination |= {f"{prefix}weight.{k}": v for k, v in state_tensors(self.quant_state).items()}
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        metadata: Any,
-        strict: Any,
-        missing: Any,
-        unexpected: Any,
-        errors: Any,
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *found: Any) -> None:
+        _, missing, unexpected, errors = found
         name = prefix + "weight"
         parts = {part: state_dict[f"{name}.{part}"] for part in NAMES if f"{name}.{part}" in state_dict}
-        if self.quant_state is None and parts:
-            errors.append(f"{name} is in 4 bits and this layer's is dense; build the layer with quantize()")
-            return
         known = {f"{name}.{part}" for part in parts}
-        if (state := self.quant_state) is not None:
+        if (state := self.quant_state) is None:
+            if parts:
+                errors.append(f"{name} is in 4 bits and this layer's is dense; build the layer with quantize()")
+                return
+        elif name in state_dict:
             known.add(name)
-            if name not in state_dict:
-                own = [name, *(f"{name}.{part}" for part in state_tensors(state))]
-                missing.extend(key for key in own if key not in state_dict)
-            else:
-                try:
-                    self._load_codes(state, state_dict[name], parts, metadata.get("assign_to_params_buffers", False))
-                except (ValueError, TypeError, RuntimeError) as error:
-                    errors.append(f"{name}: {error}")
-                    return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+            try:
+                self._load_codes(state, state_dict[name], parts, metadata.get("assign_to_params_buffers", False))
+            except (ValueError, TypeError, RuntimeError) as error:
+                errors.append(f"{name}: {error}")
+                return
+        else:
+            own = [name, *(f"{name}.{part}" for part in state_tensors(state))]
+            missing.extend(key for key in own if key not in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *found)
         unexpected[:] = [key for key in unexpected if key not in known]
 
     def _load_codes(self, mine: QuantState, given: Tensor, parts: dict[str, Tensor], assign: bool) -> None:
@@ -188,21 +180,15 @@ class QuantizedLinear(FrozenBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., N) in the dtype of x; the errors of `ops.glora_linear`."""
-        check_floating(x)
-        if self.compute_dtype is None:
-            return glora_linear(x, self.base_weight(), self.bias)
-        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        return glora_linear(x.to(self.compute_dtype), self.base_weight(), bias).to(x.dtype)
+        return base_linear(x, Frozen(self.base_weight(), self.bias, self.compute_dtype))
 
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The dense layer that this one stands for, frozen; None: in `base_dtype`."""
-        weight = self.base_weight()
-        assert isinstance(weight, QuantizedWeight)
         dtype = dtype or self.base_dtype
         check_dtype("dtype", dtype)
         bias = None if self.bias is None else self.bias.to(dtype, copy=True)
-        return plain_linear(dequantize(weight, dtype), bias).train(self.training)
+        return plain_linear(dequantize(self._quantized, dtype), bias).train(self.training)
 
     def to_linear4bit(self) -> Any:
         """A bitsandbytes `Linear4bit` on the same memory.
@@ -210,9 +196,12 @@ class QuantizedLinear(FrozenBase):
         Raises:
             ImportError: bitsandbytes is not installed.
         """
-        weight = self.base_weight()
-        assert isinstance(weight, QuantizedWeight)
-        return to_linear4bit(weight, self.bias, self.compute_dtype).train(self.training)
+        return to_linear4bit(self._quantized, self.bias, self.compute_dtype).train(self.training)
+
+    @property
+    def _quantized(self) -> QuantizedWeight:
+        assert self.quant_state is not None
+        return QuantizedWeight(self.weight, self.quant_state)
 
     def extra_repr(self) -> str:
         assert self.quant_state is not None
@@ -260,16 +249,6 @@ def check_dtype(argument: str, dtype: torch.dtype) -> None:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def check_floating(x: Tensor) -> None:
-    """An error for an x that a cast to the dtype of computation would hide.
-
-    Some models cast x to the dtype of the next layer's weight, which over a 4-bit base is that of its codes.
-    """
-    if not x.is_floating_point():
-        hint = "; a model that casts x to the dtype of a layer's weight (T5's wo) must keep that layer dense"
-        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}{hint if x.dtype == torch.uint8 else ''}")
 
 
 def describe(state: QuantState) -> str:

@@ -6,6 +6,7 @@ Names, parameters and checkpoints stay as they are; `nn.siblings` says how the l
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,10 +14,11 @@ from torch import nn
 
 from glora_kernels.grouped.op import MAX_MEMBERS
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.model import listed, named_layers, unwrap
+from glora_kernels.nn.model import layers_of, unwrap
+from glora_kernels.nn.patterns import listed, unmatched
 from glora_kernels.nn.sibling_names import cross_attention_sets, sibling_sets
 from glora_kernels.nn.siblings import SiblingGroup, install, refusal
-from glora_kernels.spec import select
+from glora_kernels.spec import depthless, select
 
 _QUOTED = re.compile("'([^']*)'")  # a path in a sentence
 
@@ -34,16 +36,14 @@ class FusedReport:
     def __repr__(self) -> str:
         count = _counted(len(self.groups), "group")
         lines = [f"{count} of siblings, each one launch forward (two with dropout, a large rank or fp32 factors)"]
-        counts: dict[str, int] = {}
-        for paths in self.groups:
-            counts[_type(paths)] = counts.get(_type(paths), 0) + 1
-        lines += [f"  {count} x  {name}" for name, count in counts.items()]
+        lines += [f"  {count} x  {name}" for name, count in Counter(map(_type, self.groups)).items()]
         alike: dict[str, list[str]] = {}
         for paths, reason in self.left_out:
-            depthless = f"{', '.join(map(_depthless, paths))}: {_QUOTED.sub(_depthless_match, reason)}"
-            alike.setdefault(depthless, []).append(f"{', '.join(paths)}: {reason}")
-        for depthless, sentences in alike.items():
-            more = f"{depthless} ({len(sentences)} such sets)"
+            of_blocks = _QUOTED.sub(lambda path: f"'{depthless(path[1])}'", reason)
+            of_blocks = f"{', '.join(map(depthless, paths))}: {of_blocks}"
+            alike.setdefault(of_blocks, []).append(f"{', '.join(paths)}: {reason}")
+        for of_blocks, sentences in alike.items():
+            more = f"{of_blocks} ({len(sentences)} such sets)"
             lines.append(f"  left out: {more if len(sentences) > 1 else sentences[0]}")
         return "\n".join(lines)
 
@@ -73,8 +73,8 @@ def fuse_siblings(model: nn.Module, groups: Iterable[Iterable[str]] | None = Non
             message says why). Nothing has changed then.
         TypeError: `groups` holds something else than patterns.
     """
-    root, layers = _layers(model, "fuse_siblings")
-    sets = sibling_sets(root) if groups is None else _matched(layers, groups)
+    layers = layers_of(model, "fuse_siblings")
+    sets = sibling_sets(unwrap(model)) if groups is None else _matched(layers, groups)
     return _fuse("fuse_siblings", layers, sets)
 
 
@@ -103,15 +103,14 @@ def fuse_cross_attention(model: nn.Module, layers: str | Iterable[str] | None = 
             has changed then.
         TypeError: `layers` holds something else than patterns.
     """
-    root, adapted = _layers(model, "fuse_cross_attention")
+    adapted = layers_of(model, "fuse_cross_attention")
     if layers is None:
         stacks: dict[object, list[list[str]]] = {}
-        for paths in cross_attention_sets(root):
-            stacks.setdefault(_depthless(paths[0].rpartition(".")[0]), []).append(paths)
+        for paths in cross_attention_sets(unwrap(model)):
+            stacks.setdefault(depthless(paths[0].rpartition(".")[0]), []).append(paths)
         blocks = list(stacks.values())
     else:
-        patterns = _patterns("layers", [layers] if isinstance(layers, str) else layers)
-        blocks = [_by_parent(_matching("layers", adapted, patterns))]
+        blocks = [_by_parent(_matching("layers", adapted, [layers] if isinstance(layers, str) else layers))]
     sets = [chunk for stack in blocks for chunk in _chunks(adapted, stack)]
     return _fuse("fuse_cross_attention", adapted, sets)
 
@@ -124,8 +123,7 @@ def split_siblings(model: nn.Module) -> None:
     Raises:
         ValueError: the model has no GLoRA layer, or none that is fused.
     """
-    _, layers = _layers(model, "split_siblings")
-    fused = [group for group in _groups(layers) if group.fused]
+    fused = [group for group in _groups(layers_of(model, "split_siblings")) if group.fused]
     if not fused:
         raise ValueError("split_siblings: no layer of the model is fused")
     for group in fused:
@@ -149,8 +147,7 @@ def _fuse(caller: str, layers: Mapping[str, GLoRALinear], sets: Sequence[Sequenc
             plan.append(adapted)
     if not plan and not any(group.fused for group in _groups(layers)):
         why = "".join(f"; {', '.join(paths)}: {reason}" for paths, reason in left_out[:4])
-        names = sorted({path.rpartition(".")[2] for path in layers})
-        raise ValueError(f"{caller}: no GLoRA layers to fuse{why}. {listed('GLoRA layer', names)}")
+        raise ValueError(f"{caller}: no GLoRA layers to fuse{why}. {listed('GLoRA layer', layers)}")
     for adapted in plan:
         for group in _groups({path: layers[path] for path in adapted}):
             group.dissolve()
@@ -169,23 +166,14 @@ def _reason(layers: Mapping[str, GLoRALinear], paths: Sequence[str]) -> str | No
     if len(members) == 1:
         return f"only {paths[0]!r} is adapted"
     for group in _groups(members):
-        if outside := [member for member in group.members if all(member is not layer for layer in members.values())]:
-            own = [name for name, member in zip(group.names, group.members, strict=True) if member not in outside]
+        own = [name for name, member in zip(group.names, group.members, strict=True) if member in members.values()]
+        if len(own) < len(group.names):
             return f"{own[0]!r} is in a group with other layers"
     return refusal(members)
 
 
 def _groups(layers: Mapping[str, GLoRALinear]) -> list[SiblingGroup]:
-    """The groups that the layers are in, each once."""
     return list(dict.fromkeys(layer._siblings for layer in layers.values() if layer._siblings is not None))
-
-
-def _layers(model: nn.Module, caller: str) -> tuple[nn.Module, dict[str, GLoRALinear]]:
-    root = unwrap(model)
-    layers = named_layers(root)
-    if not layers:
-        raise ValueError(f"{caller}: the model has no GLoRA layer; call inject(model, config) first")
-    return root, layers
 
 
 def _matched(layers: Mapping[str, GLoRALinear], groups: Iterable[Iterable[str]]) -> list[list[str]]:
@@ -193,8 +181,7 @@ def _matched(layers: Mapping[str, GLoRALinear], groups: Iterable[Iterable[str]])
     sets = []
     owner: dict[str, int] = {}
     for i, group in enumerate(groups):
-        patterns = _patterns(f"groups[{i}]", group)
-        paths = _matching(f"groups[{i}]", layers, patterns)
+        paths = _matching(f"groups[{i}]", layers, group)
         for path in paths:
             if owner.setdefault(path, i) != i:
                 raise ValueError(
@@ -204,24 +191,18 @@ def _matched(layers: Mapping[str, GLoRALinear], groups: Iterable[Iterable[str]])
     return sets
 
 
-def _matching(argument: str, layers: Mapping[str, GLoRALinear], patterns: Sequence[str]) -> list[str]:
+def _matching(argument: str, layers: Mapping[str, GLoRALinear], given: Iterable[str]) -> list[str]:
     """The paths that the patterns match, in the order of the patterns."""
-    found: list[str] = []
-    for pattern in patterns:
-        selected = select(pattern, layers.keys())
-        hits = [path for path in layers if path in selected]
-        if not hits:
-            names = sorted({path.rpartition(".")[2] for path in layers})
-            raise ValueError(f"{argument}: the pattern {pattern!r} matches no GLoRA layer. {listed('layer', names)}")
-        found += hits
-    return list(dict.fromkeys(found))
-
-
-def _patterns(argument: str, given: Iterable[str]) -> list[str]:
     patterns = [] if isinstance(given, str) else list(given)
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"{argument} takes patterns (a list of str), got {given!r}")
-    return patterns
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        selected = select(pattern, layers.keys())
+        if not selected:
+            raise unmatched(argument, pattern, "matches no GLoRA layer", "layer", layers)
+        found |= dict.fromkeys(path for path in layers if path in selected)
+    return list(found)
 
 
 def _by_parent(paths: Iterable[str]) -> list[list[str]]:
@@ -247,15 +228,7 @@ def _type(paths: Sequence[str]) -> str:
     parents = list(dict.fromkeys(path.rpartition(".")[0] for path in paths))
     names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
     over = f" of {_counted(len(parents), 'layer')}" if len(parents) > 1 else ""
-    return f"{_depthless(parents[0])}: {', '.join(names)}{over}".removeprefix(": ")
-
-
-def _depthless(path: str) -> str:
-    return ".".join("#" if part.isdecimal() else part for part in path.split("."))
-
-
-def _depthless_match(quoted: re.Match[str]) -> str:
-    return f"'{_depthless(quoted[1])}'"
+    return f"{depthless(parents[0])}: {', '.join(names)}{over}".removeprefix(": ")
 
 
 def _counted(count: int, what: str) -> str:

@@ -11,6 +11,7 @@ from glora_kernels.nn.base import check_config
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.share import keep_tied
 from glora_kernels.nn.siblings import install, refusal
+from glora_kernels.nn.undo import all_or_none
 from glora_kernels.spec import GLoRAConfig
 
 
@@ -55,13 +56,10 @@ class GroupedLoRALinear(nn.Module):
         _check_tied(config, tied)
         if not isinstance(out_features, Sequence) or isinstance(out_features, str):
             raise TypeError(f"out_features must be a sequence, one size a layer such as (64, 16), got {out_features!r}")
-        self._group(
-            [
-                GLoRALinear(in_features, n, config, bias, device, dtype, adapter_dtype=adapter_dtype)
-                for n in out_features
-            ],
-            tied,
-        )
+        layers = [
+            GLoRALinear(in_features, n, config, bias, device, dtype, adapter_dtype=adapter_dtype) for n in out_features
+        ]
+        self._group(layers, tied)
 
     @classmethod
     def from_linears(
@@ -88,16 +86,12 @@ class GroupedLoRALinear(nn.Module):
         _check_tied(config, tied)
         grouped = cls.__new__(cls)
         nn.Module.__init__(grouped)
-        before = [
-            (p, p.requires_grad) for linear in linears if isinstance(linear, nn.Module) for p in linear.parameters()
-        ]
-        try:
+        with all_or_none() as undo:
+            for linear in linears:
+                for parameter in linear.parameters() if isinstance(linear, nn.Module) else ():
+                    undo.callback(parameter.requires_grad_, parameter.requires_grad)
             layers = [GLoRALinear.from_linear(linear, config, adapter_dtype=adapter_dtype) for linear in linears]
             grouped._group(layers, tied)
-        except BaseException:
-            for parameter, requires_grad in before:
-                parameter.requires_grad_(requires_grad)
-            raise
         return grouped.train(all(linear.training for linear in linears))
 
     def _group(self, layers: list[GLoRALinear], tied: bool) -> None:

@@ -1,46 +1,33 @@
 """Injection: which linear layers of a model become GLoRA layers, of which configuration, and the replacement.
 
-Everything is worked out and checked before the model is touched (`_plan`), then done (`replace`).
+Everything is worked out and checked before the model is touched (`_chosen`), then done (`replace`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import overload
 
 import torch
 from torch import nn
 
-from glora_kernels.nn.base import M, base_of, is_linear
+from glora_kernels.nn.base import FROZEN, M, is_linear
 from glora_kernels.nn.door import refuse, skipped_share, warn_skipped
 from glora_kernels.nn.frozen import QuantizedLinear, check_dtype
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.mergeable import FROZEN
-from glora_kernels.nn.model import TRAINED, all_paths, listed, named_layers, unwrap, wrapped
+from glora_kernels.nn.model import TRAINED, named_layers, unwrap, wrapped
+from glora_kernels.nn.patterns import listed, patterns_of, unmatched
 from glora_kernels.nn.share import Member, Sharing, forget_tied, keep_tied, plan_sharing, tie
+from glora_kernels.nn.targets import Linear, find_targets, linears, named_by, some, targets_of, trained_modules
 from glora_kernels.nn.undo import all_or_none
 from glora_kernels.nn.wide import to_widen, widen, widened
-from glora_kernels.quant.bnb import free_codes, is_linear4bit, keep_codes
-from glora_kernels.spec import GLoRAConfig, ShareLoRAConfig, assign, is_exact, select
-
-HEAD_NAMES: tuple[str, ...] = ("lm_head", "head", "classifier", "score", "embed_out")
-"""The names of a head, or of the module that holds its linear layers ("classifier.3", "head.fc")."""
-
-ALL_LINEAR = "all-linear"
-"""PEFT's name for every linear layer but the head."""
+from glora_kernels.quant.bnb import free_codes, keep_codes
+from glora_kernels.spec import GLoRAConfig, ShareLoRAConfig, assign
 
 Config = GLoRAConfig | ShareLoRAConfig
-
-
-@dataclass
-class Linear:
-    """One linear layer of the model and every place where it is used."""
-
-    module: nn.Module
-    paths: list[str] = field(default_factory=list)
-    parents: list[tuple[nn.Module | None, str]] = field(default_factory=list)
+Planned = tuple[Linear, GLoRAConfig, torch.dtype | None]
+"""A linear layer to replace, the configuration of its adapter, and the adapter's dtype (None: the layer's)."""
 
 
 @overload
@@ -117,19 +104,28 @@ def inject(
     if adapter_dtype is not None:
         check_dtype("adapter_dtype", adapter_dtype)
     configs = _checked_configs(config)
-    trained = _trained_modules(root, patterns_of("train", train))
+    trained = trained_modules(root, patterns_of("train", train))
     targets, excluded = targets_of(target_modules), patterns_of("exclude_modules", exclude_modules)
-    plan = _plan(root, configs, targets, trained, excluded)
-    check_replaceable(root, [linear for linear, _ in plan])
-    members = [_member(linear, chosen) for linear, chosen in plan if isinstance(chosen, ShareLoRAConfig)]
+    chosen = _chosen(root, configs, targets, trained, excluded)
+    check_replaceable(root, list(chosen))
+    members = [
+        Member(linear.paths, linear.base.weight.device, linear.base.dtype, linear.base.shape, own)
+        for linear, own in chosen.items()
+        if isinstance(own, ShareLoRAConfig)
+    ]
     sharing = plan_sharing(root, members, adapter_dtype)
-    layer_configs = [(linear, _layer_config(chosen), adapter_dtype or _wide_dtype(linear)) for linear, chosen in plan]
+    plan: list[Planned] = []
+    for linear, own in chosen.items():
+        layer_config = own.layer_config() if isinstance(own, ShareLoRAConfig) else own
+        plan.append(
+            (linear, layer_config, adapter_dtype or (torch.float32 if linear.base.dtype.itemsize == 2 else None))
+        )
     wide = trained.values() if adapter_dtype in (None, torch.float32) else ()
     with all_or_none() as undo:
-        model = replace(model, layer_configs, trained, sharing, undo, wide)
+        model = replace(model, plan, trained, sharing, undo, wide)
         if targets is None:
-            linear_layers = [linear.module for linear in linears(root)]
-            warn_skipped("inject", root, [*named_layers(root).values(), *linear_layers, *trained.values()])
+            left = [*named_layers(root).values(), *(linear.module for linear in linears(root)), *trained.values()]
+            warn_skipped("inject", root, left)
     return model
 
 
@@ -156,7 +152,7 @@ def _is_tuner(module: nn.Module) -> bool:
 
 def replace(
     model: nn.Module,
-    plan: list[tuple[Linear, GLoRAConfig, torch.dtype | None]],
+    plan: list[Planned],
     trained: Mapping[str, nn.Module],
     sharing: Sharing,
     undo: ExitStack,
@@ -168,17 +164,19 @@ def replace(
     fp32.
     """
     root = unwrap(model)
-    check_replaceable(root, [linear for linear, _, _ in plan])
     check_wrapper(model, root)
     _check_trained(plan, trained)
     for parameter in root.parameters():
         undo.callback(parameter.requires_grad_, parameter.requires_grad)
-    frozen = {module: _trained_names(module) for module in root.modules()}
+    thawed = {
+        module: tuple(name for name, own in module._parameters.items() if own is not None and own.requires_grad)
+        for module in root.modules()
+    }
     layers = [GLoRALinear.from_linear(item.module, config, adapter_dtype=dtype) for item, config, dtype in plan]
     tie({item.paths[0]: layer for (item, _, _), layer in zip(plan, layers, strict=True)}, sharing)
     casting = to_widen(root, wide)
     values = widened(casting)
-    for module, names in frozen.items():
+    for module, names in thawed.items():
         undo.callback(vars(module).pop, FROZEN, None)
         vars(module)[FROZEN] = names
     for parameter in root.parameters():
@@ -207,170 +205,49 @@ def put(linear: Linear, layer: nn.Module, undo: ExitStack) -> None:
             parent._modules[name] = layer
 
 
-def _trained_names(module: nn.Module) -> tuple[str, ...]:
-    return tuple(
-        name for name, parameter in module._parameters.items() if parameter is not None and parameter.requires_grad
-    )
-
-
-def linears(root: nn.Module) -> list[Linear]:
-    """The linear layers of a model, each once, in the order of their first paths."""
-    modules = dict(root.named_modules(remove_duplicate=False))
-    found: dict[int, Linear] = {}
-    for (raw, module), (path, _) in zip(modules.items(), all_paths(root), strict=True):
-        if is_linear(module):
-            item = found.setdefault(id(module), Linear(module))
-            prefix, _, name = raw.rpartition(".")
-            item.paths.append(path)
-            item.parents.append((modules[prefix] if raw else None, name))
-    return list(found.values())
-
-
-def find_targets(
-    root: nn.Module, targets: list[str] | None, trained: Mapping[str, nn.Module], excluded: list[str]
-) -> tuple[list[Linear], list[Linear]]:
-    """(every linear layer, those that `targets` names, `excluded` does not, and no module of `trained` holds).
-
-    `targets` None means all but the head.
-
-    Raises:
-        ValueError: a pattern that matches no linear layer, or only such that are trained whole or excluded.
-    """
-    every = linears(root)
-    inside = {id(module): path for path, top in trained.items() for module in top.modules()}
-    out: set[int] = set()
-    for pattern in excluded:
-        if not (named := _named(every, pattern)):
-            raise ValueError(f"exclude_modules: the pattern {pattern!r} matches no linear layer. {_some(every)}")
-        out |= named
-    if targets is None:
-        chosen = {id(linear) for linear in every if not _is_head(linear, _heads(root))}
-    else:
-        chosen = {found for pattern in targets for found in _check_target(root, pattern, every, inside, out)}
-    free = (linear for linear in every if id(linear.module) not in inside and id(linear) not in out)
-    return every, [linear for linear in free if id(linear) in chosen]
-
-
-def _named(every: list[Linear], pattern: str) -> set[int]:
-    """The linear layers, by identity, that a pattern names."""
-    selected = select(pattern, {path for linear in every for path in linear.paths})
-    return {id(linear) for linear in every if not selected.isdisjoint(linear.paths)}
-
-
-def _plan(
+def _chosen(
     root: nn.Module,
     configs: Mapping[str, Config | None],
     targets: list[str] | None,
     trained: Mapping[str, nn.Module],
     excluded: list[str],
-) -> list[tuple[Linear, Config]]:
+) -> dict[Linear, Config]:
+    """The layers to adapt, and the configuration of each."""
     every, candidates = find_targets(root, targets, trained, excluded)
-    nothing = f"inject: no linear layer is left to adapt ({skipped_share(root)}). {_some(every)}"
+    nothing = f"inject: no linear layer is left to adapt ({skipped_share(root)}). {listed(*some(every))}"
     if not candidates:
         raise ValueError(nothing)
-    for pattern, chosen in configs.items():
-        named = _named(every, pattern)
+    for pattern, config in configs.items():
+        named = named_by(pattern, every)
         # A layer that is no candidate anyway may be excluded once more.
-        if not any(id(linear) in named for linear in (every if chosen is None else candidates)):
-            hint = ""
-            if named:
-                hint = "; it matches only the head, layers inside train modules, or layers not in target_modules"
-            raise ValueError(
-                f"config: the pattern {pattern!r} matches no linear layer to adapt{hint}. {_some(candidates)}"
-            )
+        if not named or (config is not None and set(candidates).isdisjoint(named)):
+            others = "; it matches only the head, layers inside train modules, or layers not in target_modules"
+            what = f"matches no linear layer to adapt{others if named else ''}"
+            raise unmatched("config", pattern, what, *some(candidates))
     try:
         patterns = assign(configs, {path for linear in every for path in linear.paths})
     except ValueError as error:
         raise ValueError(f"config: {error}") from error
-    plan = []
+    chosen: dict[Linear, Config] = {}
     for linear in candidates:
         choices = [configs[patterns[path]] if path in patterns else None for path in linear.paths]
         if any(choice != choices[0] for choice in choices):
             raise ValueError(f"config: {linear.paths} are one module, but get different configurations")
         if choices[0] is not None:
-            plan.append((linear, choices[0]))
-    if not plan:
+            chosen[linear] = choices[0]
+    if not chosen:
         raise ValueError(nothing)
-    if all(_trains_nothing(linear, chosen) for linear, chosen in plan):
+    if all(_trains_nothing(linear, config) for linear, config in chosen.items()):
         raise ValueError(
-            f"config: no layer of the {len(plan)} gets a parameter: every support that they could have is 'none', or D "
-            "without a bias; choose another configuration, or None for layers to leave alone"
+            f"config: no layer of the {len(chosen)} gets a parameter: every support that they could have is 'none', or "
+            "D without a bias; choose another configuration, or None for layers to leave alone"
         )
-    return plan
+    return chosen
 
 
 def _trains_nothing(linear: Linear, config: Config) -> bool:
-    return not isinstance(config, ShareLoRAConfig) and (
-        config.is_empty or not config.parameter_shapes(1, 1, linear.module._parameters.get("bias") is not None)
-    )
-
-
-def _member(linear: Linear, config: ShareLoRAConfig) -> Member:
-    base = base_of(linear.module)
-    assert base is not None
-    return Member(linear.paths, base.weight.device, base.dtype, base.shape, config)
-
-
-def _wide_dtype(linear: Linear) -> torch.dtype | None:
-    """fp32 over a 16-bit base."""
-    base = base_of(linear.module)
-    assert base is not None
-    return torch.float32 if base.dtype.itemsize == 2 else None
-
-
-def _layer_config(config: Config) -> GLoRAConfig:
-    return config.layer_config() if isinstance(config, ShareLoRAConfig) else config
-
-
-def _check_target(
-    root: nn.Module, pattern: str, every: list[Linear], inside: Mapping[int, str], out: set[int]
-) -> set[int]:
-    """The layers that a target pattern names: at least one, and without wildcards none inside `train`."""
-    named = _named(every, pattern)
-    matched = [linear for linear in every if id(linear) in named]
-    if not matched:
-        modules = dict(all_paths(root))
-        selected = select(pattern, modules.keys())
-        other = next((f"{path!r} is a {type(m).__name__}" for path, m in modules.items() if path in selected), None)
-        found = "matches no module" if other is None else f"matches no linear layer ({other})"
-        raise ValueError(f"target_modules: the pattern {pattern!r} {found}. {_some(every)}")
-    taken = [linear for linear in matched if id(linear.module) in inside]
-    if taken and (is_exact(pattern) or len(taken) == len(matched)):
-        path, owner = taken[0].paths[0], inside[id(taken[0].module)]
-        raise ValueError(
-            f"target_modules: the pattern {pattern!r} names {path!r}, which is trained whole with {owner!r} "
-            "(train=...); name it in one of the two"
-        )
-    if named <= out:
-        raise ValueError(f"target_modules: all that the pattern {pattern!r} matches is in exclude_modules")
-    return named
-
-
-def _trained_modules(root: nn.Module, patterns: list[str]) -> dict[str, nn.Module]:
-    found: dict[str, nn.Module] = {}
-    modules = {path: module for path, module in all_paths(root) if path}
-    for pattern in patterns:
-        selected = select(pattern, modules.keys())
-        hits = {path: module for path, module in modules.items() if path in selected}
-        if not any(True for module in hits.values() for _ in module.parameters()):
-            what = "matches no module" if not hits else f"matches modules without parameters only: {list(hits)[:4]}"
-            names = sorted({path.rpartition(".")[2] for path in modules})
-            raise ValueError(f"train: the pattern {pattern!r} {what}. {listed('module', names)}")
-        for path, module in hits.items():
-            refuse_4bit(path, module)
-            if all(module is not known for known in found.values()):
-                found[path] = module
-    return found
-
-
-def refuse_4bit(path: str, module: nn.Module) -> None:
-    """An error where a module that is to be trained whole is or holds a layer in 4 bits."""
-    packed = next((m for m in module.modules() if isinstance(m, QuantizedLinear) or is_linear4bit(m)), None)
-    if packed is not None:
-        raise ValueError(
-            f"train: {path!r} is or holds a layer in 4 bits ({type(packed).__name__}), which cannot be trained "
-            "whole; leave it out of quantize(target_modules=...), or name other modules"
-        )
+    has_bias = linear.module._parameters.get("bias") is not None
+    return isinstance(config, GLoRAConfig) and not config.parameter_shapes(1, 1, has_bias)
 
 
 def check_replaceable(root: nn.Module, chosen: list[Linear]) -> None:
@@ -392,42 +269,15 @@ def check_wrapper(model: nn.Module, root: nn.Module) -> None:
         inner = wrapped(inner)
 
 
-def _check_trained(
-    plan: list[tuple[Linear, GLoRAConfig, torch.dtype | None]], trained: Mapping[str, nn.Module]
-) -> None:
+def _check_trained(plan: list[Planned], trained: Mapping[str, nn.Module]) -> None:
     owners = {id(parameter): path for path, module in trained.items() for parameter in module.parameters()}
     for linear, _, _ in plan:
         for name, parameter in linear.module._parameters.items():
-            if id(parameter) in owners:
-                owner = owners[id(parameter)]
+            if (owner := owners.get(id(parameter))) is not None:
                 raise ValueError(
                     f"the {name} of {linear.paths[0]!r} is shared with {owner!r}, which is trained (train=...), but "
                     f"the base of a GLoRA layer is frozen; leave it out by exclude_modules=[...]"
                 )
-
-
-def _heads(root: nn.Module) -> set[int] | None:
-    """The modules that a model names as its head (transformers, timm), by identity; None where it names none."""
-    for name in ("get_output_embeddings", "get_classifier"):
-        get = getattr(root, name, None)
-        if get is None:
-            continue
-        try:
-            given = get()
-        except NotImplementedError:
-            continue
-        heads = [
-            module for module in (given if isinstance(given, tuple) else (given,)) if isinstance(module, nn.Module)
-        ]
-        if found := {id(inner) for head in heads for inner in head.modules() if is_linear(inner)}:
-            return found
-    return None
-
-
-def _is_head(linear: Linear, heads: set[int] | None) -> bool:
-    if heads is not None:
-        return id(linear.module) in heads
-    return any(path == "fc" or not set(path.split(".")[-2:]).isdisjoint(HEAD_NAMES) for path in linear.paths)
 
 
 def _checked_configs(config: object) -> Mapping[str, Config | None]:
@@ -445,30 +295,3 @@ def _checked_configs(config: object) -> Mapping[str, Config | None]:
                 f"config[{pattern!r}] must be a GLoRAConfig, a ShareLoRAConfig or None, got {type(value).__name__}"
             )
     return config
-
-
-def targets_of(given: str | Iterable[str] | None) -> list[str] | None:
-    """The patterns of `target_modules`; None for every linear layer but the head."""
-    if given is None or given == ALL_LINEAR:
-        return None
-    targets = patterns_of("target_modules", given)
-    if not targets:
-        raise ValueError(
-            f"target_modules is empty; give at least one pattern, or None ({ALL_LINEAR!r}) for every layer but the head"
-        )
-    return targets
-
-
-def patterns_of(argument: str, given: str | Iterable[str]) -> list[str]:
-    """A pattern or several, as a list."""
-    if isinstance(given, bytes) or not isinstance(given, Iterable):
-        raise TypeError(f"{argument} takes a pattern (str) or several, got {given!r}")
-    patterns = [given] if isinstance(given, str) else list(given)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"{argument} takes patterns (str), got {pattern!r}")
-    return patterns
-
-
-def _some(candidates: list[Linear]) -> str:
-    return listed("linear layer", sorted({path.rpartition(".")[2] for item in candidates for path in item.paths}))

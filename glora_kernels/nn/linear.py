@@ -10,33 +10,35 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from glora_kernels.depth.deferred import DeferredLinear
 from glora_kernels.dispatch.common import Weight
-from glora_kernels.glora.op import dropout_seed
 from glora_kernels.modes import ordinary
-from glora_kernels.nn.base import Base, base_of, check_config, is_linear, shell, unsupported
-from glora_kernels.nn.frozen import (
-    check_dtype,
-    check_floating,
-    describe,
+from glora_kernels.nn.adapted import (
+    ADAPTER_NAMES,
+    SHIFTS,
+    adapted_linear,
+    base_linear,
+    initialize,
 )
-from glora_kernels.nn.mergeable import ADAPTER_NAMES, FROZEN, NAMES, Mergeable
-from glora_kernels.nn.requantize import Kept
+from glora_kernels.nn.base import FROZEN, Base, base_of, check_config, is_linear, shell, unsupported
+from glora_kernels.nn.frozen import check_dtype, describe
+from glora_kernels.nn.merging.layer import MERGED, NAMES, Mergeable
 from glora_kernels.ops import glora_linear
 from glora_kernels.quant import QuantizedWeight
-from glora_kernels.spec import GLoRAConfig
+from glora_kernels.spec import SUPPORTS, GLoRAConfig
 
-if TYPE_CHECKING:
-    from glora_kernels.depth.deferred import DeferredLinear
-    from glora_kernels.nn.depth import KeptShift
-    from glora_kernels.nn.share import Holders
-    from glora_kernels.nn.siblings import SiblingGroup
+
+class FullBias(Protocol):
+    """β of a layer, computed before its forward (`nn.depth.shift_once`)."""
+
+    def current(self, layer: GLoRALinear) -> Tensor | None: ...
 
 
 def _frozen(parameter: Tensor) -> nn.Parameter:
@@ -44,18 +46,6 @@ def _frozen(parameter: Tensor) -> nn.Parameter:
     if parameter.is_inference():
         return nn.Parameter(ordinary(parameter.detach()), requires_grad=False)
     return parameter.requires_grad_(False)  # type: ignore[return-value]
-
-
-@torch.no_grad()
-def initialize(adapter: Mapping[str, nn.Parameter], init: str) -> None:
-    """Make an adapter (name → parameter) change nothing: `_down` factors random (`init`), everything else zero."""
-    for name, parameter in adapter.items():
-        if not name.endswith("_down"):
-            nn.init.zeros_(parameter)
-        elif init == "kaiming":
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-        else:
-            nn.init.xavier_uniform_(parameter)
 
 
 class GLoRALinear(Mergeable):
@@ -135,21 +125,17 @@ class GLoRALinear(Mergeable):
         return layer.train(linear.training)
 
     @torch.inference_mode(False)  # the layer may be trained later
-    def _register(self, base: Base | None, config: GLoRAConfig, adapter_dtype: torch.dtype | None) -> None:
+    def _register(self, base: Base, config: GLoRAConfig, adapter_dtype: torch.dtype | None) -> None:
         check_config(config)
-        if base is None:
-            raise ValueError("a linear layer without a weight cannot be adapted")
         weight, bias = base.weight, base.bias
         for name, dtype in (("dtype", base.dtype), ("adapter_dtype", adapter_dtype or base.dtype)):
             check_dtype(name, dtype)
         self.out_features, self.in_features = base.shape
         self.config = config
         shapes = config.parameter_shapes(self.in_features, self.out_features, bias is not None)
-        parameters: dict[str, nn.Parameter | None] = {
-            name: nn.Parameter(torch.empty(shapes[name], device=weight.device, dtype=adapter_dtype or base.dtype))
-            if name in shapes
-            else None
-            for name in ADAPTER_NAMES
+        made = {
+            name: nn.Parameter(torch.empty(shape, device=weight.device, dtype=adapter_dtype or base.dtype))
+            for name, shape in shapes.items()
         }
         self.quant_state, self.compute_dtype = None, base.compute_dtype
         if base.quant_state is not None:
@@ -157,16 +143,16 @@ class GLoRALinear(Mergeable):
         else:
             self.weight = _frozen(weight)
         self.register_parameter("bias", None if bias is None else _frozen(bias))
-        for name, parameter in parameters.items():
-            self.register_parameter(name, parameter)
+        for name in ADAPTER_NAMES:
+            self.register_parameter(name, made.get(name))
         self._transposed = base.transposed
         vars(self)["_origin"] = None  # the module that it was made from, without its tensors; no module of this one
-        self._base: Kept | None = None  # while merged: W and b, in host memory
-        self._disabled: tuple[object, ...] = ()  # the `disabled` contexts that the layer is in
-        self._beta: KeptShift | None = None  # inside `shift_once`: the full bias
+        self._base = None  # while merged: W and b, in host memory
+        self._disabled = ()  # the `disabled` contexts that the layer is in
+        self._beta: FullBias | None = None  # inside `shift_once`
         self._deferred: DeferredLinear | None = None  # inside `deferred_shared_grads`: what to call
-        self._holders: dict[str, Holders] = {}  # of each shared factor: the layers that have it
-        self._siblings: SiblingGroup | None = None  # the layers that read the same input, this one among them ...
+        self._holders = {}  # of each shared factor: the layers that have it (`nn.share.Holders`)
+        self._siblings: Any = None  # a `nn.siblings.SiblingGroup`: layers that read one input, this one among them ...
         self._place = 0  # ... and which of them it is
         # What a forward would otherwise work out each time.
         self._scale = config.scale
@@ -211,7 +197,7 @@ class GLoRALinear(Mergeable):
     def kept_shift(self) -> Tensor | None:
         """β as `shift_once` has computed it, or None: outside of it, or where what β is made of has changed since."""
         kept = self._beta
-        return kept.beta if kept is not None and not torch.compiler.is_compiling() and kept.is_current(self) else None
+        return None if kept is None or torch.compiler.is_compiling() else kept.current(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """The output y, (..., N), of an x (..., K); the errors of `ops.glora_linear`, and one of its own.
@@ -224,66 +210,67 @@ class GLoRALinear(Mergeable):
         if siblings is not None and (y := siblings.output(self, x)) is not None:
             return y
         # One dictionary look-up a parameter: attribute access on a module costs ten times as much.
-        p: dict[str, Tensor | None] = self._parameters  # type: ignore[assignment]
+        p: dict[str, Any] = self._parameters
         if not self.is_intact:  # pruned, normalised, parametrized; data parallel replicas
             p = {name: getattr(self, name) for name in NAMES}
-        state, dtype = self.quant_state, None
-        stored, bias = self.weight if state is not None else p["weight"], p["bias"]
-        assert stored is not None
-        weight: Weight = stored
-        if state is not None:
-            weight = QuantizedWeight(stored, state)
-            check_floating(x)
-            if self.compute_dtype is not None:
-                x, bias, dtype = (
-                    x.to(self.compute_dtype),
-                    None if bias is None else bias.to(self.compute_dtype),
-                    x.dtype,
-                )
-        elif self._transposed:
-            weight = stored.t()
+        if (state := self.quant_state) is not None:
+            weight: Weight = QuantizedWeight(self.weight, state)
+        else:
+            weight = p["weight"].t() if self._transposed else p["weight"]
+        base = weight, p["bias"], self.compute_dtype
         if self._disabled or self._base is not None:
             if not self._disabled and self.training and torch.is_grad_enabled():
                 raise RuntimeError(
                     "this layer is merged: its adapter takes no part in forward and would not be trained. To "
                     "train, call unmerge(); to run the merged weights, call eval() or use torch.no_grad()"
                 )
-            if isinstance(weight, Tensor):
-                return F.linear(x, weight, bias)
-            y = glora_linear(x, weight, bias)
-            return y if dtype is None else y.to(dtype)
-        c, c_up, c_down, d, e = p["C"], p["C_up"], p["C_down"], p["D"], p["E"]
-        if (beta := self.kept_shift()) is not None:  # of which all of these are part
-            bias, c, c_up, c_down, d, e = beta, None, None, None, None, None
+            return base_linear(x, base)
+        if (beta := self.kept_shift()) is not None:  # of which b, C, D and E are part
+            base, p = (weight, beta, self.compute_dtype), p | dict.fromkeys(SHIFTS)
         dropout_p, seed = self._dropout if self.training else 0.0, None
-        if dropout_p:
-            seed = dropout_seed(x.device) if siblings is None else siblings.seed(self, x)
-        linear = glora_linear if self._deferred is None else self._deferred
-        y = linear(
-            x,
-            weight,
-            bias,
-            a=p["A"],
-            a_up=p["A_up"],
-            a_down=p["A_down"],
-            b=p["B"],
-            b_up=p["B_up"],
-            b_down=p["B_down"],
-            c=c,
-            c_up=c_up,
-            c_down=c_down,
-            d=d,
-            e=e,
-            scale=self._scale,
-            dropout_p=dropout_p,
-            seed=seed,
-            variant=self._variant,
-        )
-        return y if dtype is None else y.to(dtype)
+        if dropout_p and siblings is not None:
+            seed = siblings.seed(self, x)
+        adapter = p, self._scale, dropout_p, self._variant
+        return adapted_linear(x, base, adapter, seed, self._deferred or glora_linear)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """While merged the state is that of the plain layer with these weights, marked in its metadata."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.merged:
+            return
+        for name in ADAPTER_NAMES:
+            destination.pop(prefix + name, None)
+        if hasattr(destination, "_metadata"):
+            destination._metadata.setdefault(prefix[:-1], {})[MERGED] = True
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *found: Any) -> None:
+        given = {name for name in NAMES if prefix + name in state_dict}
+        *_, errors = found
+        where = prefix.removesuffix(".") or "the layer"
+        # Loaded into a merged layer, a base would be lost at unmerge and an adapter would have no effect.
+        if self.merged and given:
+            errors.append(f"{where} is merged; call unmerge() before loading")
+            return
+        if given and metadata.get(MERGED):
+            errors.append(
+                f"{where}: the state is that of a merged layer, whose adapter would be applied twice; load it into the "
+                "model without GLoRA layers (before inject), or save the state after unmerge()"
+            )
+            return
+        if "weight" in given and given.isdisjoint(ADAPTER_NAMES) and self._changes_something():
+            warnings.warn(
+                "a state without an adapter was loaded into GLoRA layers whose own adapter is not zero. If it is the "
+                "state of a merged model, an adapter is applied twice now; load that into a model without GLoRA layers",
+                stacklevel=2,
+            )
         with self._staying_shared():  # assign=True
-            super()._load_from_state_dict(*args)
+            super()._load_from_state_dict(state_dict, prefix, metadata, *found)
+
+    def _changes_something(self) -> bool:
+        """Whether a parameter of the layer's own that starts at zero is not zero any more."""
+        # A shared one may stand in the state under another layer's name alone.
+        own = ((name, p) for name, p in self.adapter().items() if name not in self._holders)
+        return any(bool(p.any()) for name, p in own if not name.endswith("_down") and not p.is_meta)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: one made inside a context (`disabled(model)`, say) would otherwise never leave it."""
@@ -291,7 +278,6 @@ class GLoRALinear(Mergeable):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.rejoin_merged()
         for holders in self._holders.values():
             holders.join(self)
         if self._siblings is not None:
@@ -303,22 +289,16 @@ class GLoRALinear(Mergeable):
         parts.append(f"bias={self.base_bias is not None}")
         if self.quant_state is not None:
             parts.append(describe(self.quant_state))
-        supports = [f"{name}={getattr(config, name)}" for name in "ABCDE" if getattr(config, name) != "none"]
-        if self.D is None:
-            supports = [part for part in supports if not part.startswith("D=")]
-        parts += supports
-        if "lora" in (config.A, config.B, config.C):
-            parts.append(f"rank={config.rank}")
-        if config.B == "lora":
-            parts.append(f"scale={config.scale:g}")
-        if self._dropout:
-            parts.append(f"dropout={config.dropout:g}")
-        if config.variant != "hadamard":
-            parts.append(f"variant={config.variant}")
-        if self._siblings is not None and self._siblings.fused:
-            parts.append(f"siblings={len(self._siblings.names)}")
-        if self.merged:
-            parts.append("merged")
-        if self._disabled:
-            parts.append("disabled")
-        return ", ".join(parts)
+        forms = {name: getattr(config, name) for name in SUPPORTS if name != "D" or self.D is not None}
+        parts += [f"{name}={form}" for name, form in forms.items() if form != "none"]
+        fused = self._siblings is not None and self._siblings.fused
+        details = {
+            f"rank={config.rank}": "lora" in (config.A, config.B, config.C),
+            f"scale={config.scale:g}": config.B == "lora",
+            f"dropout={config.dropout:g}": self._dropout,
+            f"variant={config.variant}": config.variant != "hadamard",
+            f"siblings={len(self._siblings.names) if fused else 0}": fused,
+            "merged": self.merged,
+            "disabled": self._disabled,
+        }
+        return ", ".join(parts + [text for text, applies in details.items() if applies])

@@ -3,60 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import nn
 
 from glora_kernels.modes import has_values
-from glora_kernels.nn.base import M, base_of
+from glora_kernels.nn.base import Base, M, base_of
 from glora_kernels.nn.frozen import QuantizedLinear, check_dtype
-from glora_kernels.nn.inject import (
-    Linear,
-    check_replaceable,
-    check_wrapper,
-    find_targets,
-    linears,
-    patterns_of,
-    put,
-    refuse_adapted,
-    targets_of,
-)
+from glora_kernels.nn.inject import check_replaceable, check_wrapper, put, refuse_adapted
 from glora_kernels.nn.model import all_paths, unwrap
+from glora_kernels.nn.patterns import patterns_of
+from glora_kernels.nn.targets import Linear, find_targets, targets_of
 from glora_kernels.nn.undo import all_or_none
 from glora_kernels.quant import QuantizedWeight, quantize_weight
 from glora_kernels.quant.codes import QUANT_TYPES
 from glora_kernels.quant.weight import DTYPES, check_blocksize
 from glora_kernels.runtime.progress import progress as shown
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 QuantType = Literal["nf4", "fp4"]
 """`QUANT_TYPES`, for type checkers."""
 
 
+class _Options(TypedDict, total=False):
+    blocksize: int
+    double_quant: bool
+    compute_dtype: torch.dtype | None
+    target_modules: str | Iterable[str] | None
+    exclude_modules: str | Iterable[str]
+    progress: bool
+
+
 @overload
-def quantize(
-    module: nn.Linear,
-    quant_type: QuantType = "nf4",
-    *,
-    blocksize: int = 64,
-    double_quant: bool = False,
-    compute_dtype: torch.dtype | None = None,
-    target_modules: str | Iterable[str] | None = None,
-    exclude_modules: str | Iterable[str] = (),
-    progress: bool = False,
-) -> QuantizedLinear: ...
+def quantize(module: nn.Linear, quant_type: QuantType = "nf4", **options: Unpack[_Options]) -> QuantizedLinear: ...
 @overload
-def quantize(
-    module: M,
-    quant_type: QuantType = "nf4",
-    *,
-    blocksize: int = 64,
-    double_quant: bool = False,
-    compute_dtype: torch.dtype | None = None,
-    target_modules: str | Iterable[str] | None = None,
-    exclude_modules: str | Iterable[str] = (),
-    progress: bool = False,
-) -> M: ...
+def quantize(module: M, quant_type: QuantType = "nf4", **options: Unpack[_Options]) -> M: ...
 def quantize(
     module: nn.Module,
     quant_type: QuantType = "nf4",
@@ -106,15 +90,7 @@ def quantize(
         check_dtype("compute_dtype", compute_dtype)
     root = unwrap(module)
     refuse_adapted("quantize", root)
-    targets = targets_of(target_modules)
-    every, chosen = find_targets(root, targets, {}, patterns_of("exclude_modules", exclude_modules))
-    if linears(root) and every[0].module is root:
-        chosen = every
-    if targets is None and every and every[0].module is not root:
-        chosen = [linear for linear in chosen if not _kept_wide(root, linear)]
-        chosen = [linear for linear in chosen if linear.paths[0] not in _half_tied(root, chosen)]
-    if not chosen:
-        raise ValueError("quantize: the model has no linear layer to quantize")
+    chosen = _chosen(root, target_modules, exclude_modules)
     check_wrapper(module, root)
     check_replaceable(root, chosen)
     for path, other in _half_tied(root, chosen).items():
@@ -122,13 +98,11 @@ def quantize(
             f"quantize: {path!r} shares its weight with {other!r}, which stays dense, so that nothing would be saved; "
             "leave it out of target_modules, or give it a weight of its own first"
         )
-    for linear in chosen:
-        _check_quantizable(linear)
+    bases = {linear.paths[0]: _quantizable(linear) for linear in chosen}
     made: dict[tuple[int, bool], QuantizedWeight] = {}  # layers that share one weight go on sharing it
     layers = []
     for linear in shown(chosen, "quantizing", progress):
-        base = base_of(linear.module)
-        assert base is not None
+        base = bases[linear.paths[0]]
         key = id(base.weight), base.transposed
         if key not in made:
             dense = base.weight.t() if base.transposed else base.weight
@@ -141,7 +115,21 @@ def quantize(
     with all_or_none() as undo:
         for linear, layer in zip(chosen, layers, strict=True):
             put(linear, layer, undo)
-    return layers[0] if every[0].module is root else module
+    return layers[0] if chosen[0].module is root else module
+
+
+def _chosen(root: nn.Module, target_modules: Any, exclude_modules: Any) -> list[Linear]:
+    """The linear layers of a model to quantize, or the model where it is one itself."""
+    targets = targets_of(target_modules)
+    every, chosen = find_targets(root, targets, {}, patterns_of("exclude_modules", exclude_modules))
+    if every and every[0].module is root:
+        chosen = every
+    elif targets is None and every:
+        chosen = [linear for linear in chosen if not _kept_wide(root, linear)]
+        chosen = [linear for linear in chosen if linear.paths[0] not in _half_tied(root, chosen)]
+    if not chosen:
+        raise ValueError("quantize: the model has no linear layer to quantize")
+    return chosen
 
 
 def _kept_wide(root: nn.Module, linear: Linear) -> bool:
@@ -165,10 +153,9 @@ def _half_tied(root: nn.Module, chosen: list[Linear]) -> dict[str, str]:
     return {path: others[weight] for path, weight in owned.items() if weight in others}
 
 
-def _check_quantizable(linear: Linear) -> None:
-    """The errors of `quantize_weight`, and of a layer in 4 bits."""
+def _quantizable(linear: Linear) -> Base:
+    """What a layer is made of; the errors of `quantize_weight`, and of a layer in 4 bits."""
     base = base_of(linear.module)
-    assert base is not None
     what = f"quantize: {linear.paths[0]!r}" if linear.paths[0] else "quantize: the layer"
     if base.quant_state is not None:
         raise ValueError(f"{what} is in 4 bits already")
@@ -178,3 +165,4 @@ def _check_quantizable(linear: Linear) -> None:
         raise ValueError(f"{what} is on the meta device and has no values")
     if has_values(base.weight) and not bool(torch.isfinite(base.weight).all()):
         raise ValueError(f"{what} holds NaN or inf, which have no 4-bit code")
+    return base

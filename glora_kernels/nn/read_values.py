@@ -1,18 +1,16 @@
-"""What an expression in a module's code may be: modules, their tensors, sequences of those, functions (for `nn.reads`).
+"""What an expression in a module's code may be, as far as `nn.reads` follows it: a set of values.
 
-A value is a tuple: ("module", ref), ("tensor", ref of its module), ("sequence", values), ("text", pattern),
-("bound", name of a method of every module, ref), ("super", ref, class), ("function", function, ref or None),
-("local", ref of the node, ref of the scope), ("partial", values, given, named), ("object", ref); of a mapping's methods
-("paired" and "again", values).
+A module and a text stand for themselves (in a text `*` is what is not known); a list, an iterator or a dictionary is
+the set of the values in it; every other value is of a class here.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 import types
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,208 +18,153 @@ from torch import nn
 
 from glora_kernels.nn.base import is_linear
 
-HARMLESS = frozenset({
-    "CB", "SCB", "__class__", "data_ptr", "device", "dim", "dtype", "element_size", "get_device", "grad",
-    "grad_fn", "is_complex", "is_contiguous", "is_cuda", "is_floating_point", "is_leaf", "is_meta", "itemsize",
-    "layout", "names", "nbytes", "ndim", "ndimension", "nelement", "new_empty", "new_full", "new_ones", "new_tensor",
-    "new_zeros", "numel", "quant_state", "requires_grad",
-    "shape", "size", "stride", "type",
-})  # fmt: skip
-"""What a tensor is asked for that has nothing of its values."""
-
-LIKE = frozenset({
-    "bool", "callable", "empty_like", "finfo", "full_like", "has_torch_function", "has_torch_function_unary",
-    "has_torch_function_variadic", "hasattr", "id", "is_floating_point", "is_parameter", "is_tensor",
-    "isinstance", "issubclass", "len", "numel", "ones_like", "print", "rand_like", "randn_like",
-    "register_hook", "repr", "size", "str", "to", "type", "type_as", "zeros_like",
-})  # fmt: skip
-"""Functions that ask what a tensor is and take no value of it."""
-
-SEQUENCES = frozenset({"list", "tuple", "set", "frozenset", "sorted", "reversed", "iter", "filter"})
-"""Functions that give the elements of what they are given."""
-
-PAIRED = frozenset({"named_children", "named_modules", "named_parameters", "named_buffers", "items"})
-"""Those whose elements are pairs of a name and what it names."""
+Values = frozenset
+NOTHING: Values[Any] = frozenset()
 
 
-FOLLOWED = ("function", "local", "partial")
-"""Kinds of values whose code is read where they are called."""
+@dataclass(frozen=True)
+class Tensors:
+    """Parameters or buffers that a module itself has."""
 
-ANY = "*"
-"""The name under which a call has what any of its arguments may be (*args, **kwargs)."""
+    module: nn.Module
 
 
-class Ref:
-    """An object by identity, whatever its class says of equality."""
+@dataclass(frozen=True)
+class Function:
+    """A function, the first of its arguments (of a method the module, of a partial what it holds), and words.
 
-    __slots__ = ("item",)
+    One inside of the code that is read has a syntax tree (`node`) and the scope `outer` around it.
+    """
 
-    def __init__(self, item: Any) -> None:
-        self.item = item
+    function: types.FunctionType
+    given: tuple[Values[Any], ...] = ()
+    named: tuple[tuple[str, Values[Any]], ...] = ()
+    node: Any = None
+    outer: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A class, a Python module, a `super()`, an object that holds modules; equal by identity, whatever it says."""
+
+    item: Any
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Ref) and self.item is other.item
+        return isinstance(other, Held) and self.item is other.item
 
     def __hash__(self) -> int:
         return id(self.item)
 
 
-Values = frozenset
-NOTHING: Values[Any] = frozenset()
+def union(several: Iterable[Values[Any]]) -> Values[Any]:
+    return NOTHING.union(*several)
 
 
-MODULE_METHODS = frozenset({
-    "buffers", "children", "get_parameter", "get_submodule", "modules", "named_buffers", "named_children",
-    "named_modules", "named_parameters", "parameters", "state_dict",
-})  # fmt: skip
-"""Methods of every module that hand out modules or tensors."""
+def listed(*inside: Values[Any]) -> Values[Any]:
+    """A list, an iterator or a dictionary of any of these values."""
+    return Values({union(inside)})
 
 
-def of_method(name: str, module: nn.Module, given: list[Values[Any]]) -> Values[Any]:
-    """What the methods of `nn.Module` that hand out modules and tensors return."""
-    if name in ("get_submodule", "get_parameter"):
-        paths = [text for kind, text in (given[0] if given else ()) if kind == "text"]
-        wanted = [path if name == "get_submodule" else path.rpartition(".")[0] for path in paths]
-        found = [inner for path, inner in module.named_modules() if path in wanted]
-        return modules_of(found) if name == "get_submodule" else Values({("tensor", Ref(inner)) for inner in found})
-    if name in ("children", "named_children", "values", "items"):
-        inside = modules_of(module._modules.values())
-    elif name in ("modules", "named_modules"):
-        inside = modules_of(module.modules())
-    elif name == "keys":
-        inside = Values({("text", key) for key in module._modules})
-    else:
-        inside = Values({("tensor", Ref(inner)) for inner in module.modules() if inner._parameters})
-    return Values({("sequence", Values({("sequence", inside)}) if name in PAIRED else inside)})
+def texts(values: Values[Any]) -> list[str]:
+    return [value for value in values if isinstance(value, str)]
 
 
 def elements(values: Values[Any]) -> Values[Any]:
     """What iterating over the values gives."""
-    found: Values[Any] = NOTHING
+    return union(value if isinstance(value, Values) else picked(value, None, []) for value in values)
+
+
+def leaves(values: Values[Any]) -> Iterator[Any]:
+    """The values, and those in lists in the place of the lists."""
     for value in values:
-        if value[0] in ("sequence", "again"):
-            found |= value[1]
-        elif value[0] == "module":
-            module = value[1].item
-            names = isinstance(module, nn.ModuleDict)
-            found |= (
-                Values({("text", key) for key in module._modules}) if names else modules_of(module._modules.values())
-            )
-        elif value[0] == "tensor":
-            found |= {value}
-    return found
+        if isinstance(value, Values):
+            yield from leaves(value)
+        else:
+            yield value
 
 
-def modules_of(found: Iterable[nn.Module | None]) -> Values[Any]:
-    return Values({("module", Ref(module)) for module in found if module is not None})
+def picked(value: Any, index: Any, patterns: list[str]) -> Values[Any]:
+    """What a value gives for an index: a number, texts that keys may be, or neither where nothing is known of it."""
+    match value:
+        case frozenset():
+            return value
+        case Tensors():
+            return Values({value})
+        case nn.ModuleDict() if index is None and not patterns:  # its keys, where it is iterated over
+            return Values(value._modules) | children_named(value, [])
+        case nn.Module():
+            children = list(value._modules.values())
+            known = isinstance(index, int) and -len(children) <= index < len(children)
+            return Values({children[index]} - {None}) if known else children_named(value, patterns)
+    return NOTHING
 
 
-def children_of(module: nn.Module, names: list[str]) -> Iterator[nn.Module | None]:
-    """The modules directly inside by name or pattern; all where no name is known."""
-    for name, child in module._modules.items():
-        if not names or any(fnmatchcase(name, text) for text in names):
-            yield child
+def children_named(module: nn.Module, patterns: list[str]) -> Values[Any]:
+    """The modules directly inside whose names fit one of the patterns; all where there are none."""
+    held = module._modules.items()
+    named = {m for name, m in held if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)}
+    return Values(named - {None})
 
 
-def matters(value: Any) -> bool:
-    return value[0] in ("module", "tensor") or (value[0] in ("sequence", "again") and any(map(matters, value[1])))
+def handed_out(module: nn.Module, method: str) -> Values[Any] | None:
+    """What a method of every module, or of a container of modules, hands out; None of any other."""
+    found = getattr(type(module), method, None)
+    if found is None or found not in (getattr(nn.Module, method, None), getattr(nn.ModuleDict, method, None)):
+        return None
+    inside: Values[Any]
+    match method.removeprefix("named_"):
+        case "children" | "values" | "items":
+            inside = Values(module.children())
+        case "modules":
+            inside = Values(module.modules())
+        case "keys":
+            inside = Values(module._modules)
+        case "parameters" | "buffers" | "state_dict":
+            inside = Values(Tensors(inner) for inner in module.modules() if inner._parameters)
+        case _:
+            return None
+    return listed(listed(inside) if method == "items" or method.startswith("named_") else inside)
 
 
 def of_object(found: Any, depth: int = 0) -> Values[Any]:
-    """What a Python object that code names is: a module, several in plain containers, a function, a namespace."""
-    if isinstance(found, nn.Module):
-        return modules_of([found])
-    if isinstance(found, (list, tuple, set, dict)):
-        held = found.values() if isinstance(found, dict) else found
-        if len(found) >= 10_000 or depth > 2:
+    """What a Python object that code names is."""
+    if isinstance(found, (types.FunctionType, functools.partial)):
+        found = inspect.unwrap(found)
+    match found:
+        case nn.Module():
+            return Values({found})
+        case list() | tuple() | set() | dict():
+            held = found.values() if isinstance(found, dict) else found
+            kinds = (nn.Module, list, tuple, set, dict)
+            deep = depth > 2 or len(held) >= 10_000
+            inside = NOTHING if deep else union(of_object(one, depth + 1) for one in held if isinstance(one, kinds))
+            return listed(inside) if inside else NOTHING
+        case types.MethodType():
+            return bound(found.__func__, found.__self__)
+        case functools.partial():
+            return bound(found.func, *found.args, **found.keywords)
+        case staticmethod():
+            return of_object(found.__func__)
+        case types.FunctionType():
+            return Values({Function(found)})
+    holds = any(isinstance(value, nn.Module) for value in getattr(found, "__dict__", {}).values())
+    return Values({Held(found)}) if holds or isinstance(found, (type, types.ModuleType)) else NOTHING
+
+
+def bound(function: Any, *given: Any, **named: Any) -> Values[Any]:
+    """A function with its first arguments; nothing of what every module has, nor where it is as good as a call."""
+    if given and isinstance(given[0], nn.Module):
+        is_call = is_linear(given[0]) and function is type(given[0]).forward
+        if is_call or function in vars(nn.Module).values():
             return NOTHING
-        inside = frozenset().union(*(of_object(one, depth + 1) for one in held if isinstance(one, _HELD)))
-        inside = Values(value for value in inside if matters(value))
-        return Values({("sequence", inside)}) if inside else NOTHING
-    if isinstance(found, types.MethodType):
-        if isinstance(found.__self__, nn.Module):
-            return method_of(found.__func__, found.__self__)
-        return _bound(of_object(found.__func__), found.__self__)
-    if isinstance(found, functools.partial):
-        if wrapped := getattr(found, "__wrapped__", None):
-            return of_object(wrapped)
-        named = tuple(sorted((name, of_object(value)) for name, value in found.keywords.items()))
-        return Values({("partial", of_object(found.func), tuple(map(of_object, found.args)), named)})
-    if isinstance(found, staticmethod):
+    first = tuple(map(of_object, given))
+    words = tuple((name, of_object(value)) for name, value in sorted(named.items()))
+    functions = [value for value in of_object(function) if isinstance(value, Function)]
+    return Values(Function(f.function, (*first, *f.given), (*f.named, *words)) for f in functions)
+
+
+def member(found: Any, holder: Any) -> Values[Any]:
+    """What an attribute of a class is to an instance: a method bound to it."""
+    if isinstance(found, classmethod):
         found = found.__func__
-    if isinstance(found, types.FunctionType):
-        inner = inspect.unwrap(found)
-        if isinstance(inner, types.MethodType):
-            return of_object(inner)
-        return Values({("function", inner, None)}) if isinstance(inner, types.FunctionType) else NOTHING
-    holder = any(isinstance(value, nn.Module) for value in getattr(found, "__dict__", {}).values())
-    return Values({("object", Ref(found))}) if holder or isinstance(found, (type, types.ModuleType)) else NOTHING
-
-
-_HELD = (nn.Module, list, tuple, set, dict)
-
-
-def _bound(functions: Values[Any], receiver: Any) -> Values[Any]:
-    """Functions with their first argument, which is no module."""
-    return Values({("partial", functions, (of_object(receiver),), ())}) if functions else NOTHING
-
-
-def of_member(holder: Any, name: str) -> Values[Any]:
-    """What an attribute of a class, a Python module or an object that holds modules is."""
-    found = inspect.getattr_static(holder, name, None)
-    plain = isinstance(found, types.FunctionType) and not isinstance(holder, (type, types.ModuleType))
-    if plain or isinstance(found, classmethod):
-        return _bound(of_object(found.__func__ if isinstance(found, classmethod) else found), holder)
-    return of_object(found)
-
-
-def holds(function: types.FunctionType) -> bool:
-    """Whether a function has modules, or other functions, in the cells of its closure."""
-    for cell in function.__closure__ or ():
-        try:
-            if any(matters(value) or value[0] in FOLLOWED for value in of_object(cell.cell_contents)):
-                return True
-        except ValueError:  # a cell that was never filled
-            continue
-    return False
-
-
-def method_of(found: Any, module: nn.Module) -> Values[Any]:
-    """A function of a class, bound to a module; none of those that every module has."""
-    if isinstance(found, staticmethod):
-        return of_object(found)
-    if isinstance(found, classmethod):  # of what a class has
-        found = found.__func__
-    function = inspect.unwrap(found) if callable(found) else None
-    if isinstance(function, types.MethodType):
-        return of_object(function)
-    if not isinstance(function, types.FunctionType) or found in vars(nn.Module).values():
-        return NOTHING
-    if is_linear(module) and found is type(module).forward:  # as good as a call
-        return NOTHING
-    return Values({("function", function, Ref(module))})
-
-
-def class_attribute(kind: type, name: str) -> Any:
-    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
-
-
-def owner_of(kind: type | None, function: Any) -> type | None:
-    """The class of the ancestry that has the function, for `super()`."""
-    for base in kind.__mro__ if kind is not None else ():
-        held = vars(base).get(function.__name__)
-        held = getattr(held, "__func__", held.fget if isinstance(held, property) else held)
-        if held is function or (callable(held) and inspect.unwrap(held) is function):
-            return base
-    return None
-
-
-def is_torchs(function: Any) -> bool:
-    return function.__module__ is None or function.__module__.split(".")[0] in ("torch", "builtins")
-
-
-def picked_by(node: ast.expr) -> int | None:
-    sign = 1
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        sign, node = -1, node.operand
-    return sign * node.value if isinstance(node, ast.Constant) and type(node.value) is int else None
+    return of_object(found) if isinstance(found, staticmethod) or not callable(found) else bound(found, holder)

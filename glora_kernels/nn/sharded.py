@@ -13,6 +13,7 @@ since the last average where FSDP's gradient sync was off. What is in `.grad` al
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from glora_kernels.nn.base import M
 from glora_kernels.nn.frozen import FrozenBase
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.model import all_paths, clean, named_layers, unwrap
+from glora_kernels.nn.model import all_paths, clean, layers_of, unwrap
 from glora_kernels.nn.ranks import is_part, refuse_sharded, whole
 from glora_kernels.spec import select
 
@@ -92,17 +93,13 @@ def fully_shard(
     if unwrap(model) is not model:
         raise ValueError(f"fully_shard: the model is wrapped ({type(model).__name__}); shard it first, then wrap it")
     refuse_sharded(model, "fully_shard", "call it once")
-    layers = named_layers(model)
-    if not layers:
-        raise ValueError("fully_shard: the model has no GLoRA layer; call inject(model, config) first")
-    if merged := [path for path, layer in layers.items() if layer.merged]:
+    if merged := [path for path, layer in layers_of(model, "fully_shard").items() if layer.merged]:
         raise RuntimeError(f"fully_shard: {merged[0]!r} is merged; call unmerge(model) first")
     chosen = _own_blocks(model) if blocks is None else _named_blocks(model, blocks)
     groups = _groups(model, chosen)
-    common = _in_several(groups)
-    _check_common(model, common)
-    for group in groups.values():
-        _check_dtypes(model, group, common)
+    common = _common(model, groups)
+    for parameters in groups:
+        _check_dtypes(model, parameters - set(common))
 
     given = {"mp_policy": mp_policy, "offload_policy": offload_policy, "reshard_after_forward": reshard_after_forward}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -204,19 +201,13 @@ def _replicate(model: Any, common: list[nn.Parameter], mesh: DeviceMesh, reduce_
         for group in mesh.get_all_groups():
             dist.broadcast(parameter.data, group=group, group_src=0)
         average.watch(parameter)
-    whole_ones = set(common)
-    places = [
-        (module, name)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter in whole_ones
-    ]
+    shared = set(common)
+    places = [(m, name) for m in model.modules() for name, parameter in m._parameters.items() if parameter in shared]
 
     def watch_new_ones(*_: object) -> None:
         for module, name in places:
-            parameter = module._parameters.get(name)  # another one after load_state_dict(assign=True), say
-            if parameter is not None:
-                average.watch(parameter)
+            if (parameter := module._parameters.get(name)) is not None:
+                average.watch(parameter)  # another one after load_state_dict(assign=True), say
 
     if places:
         model.register_forward_pre_hook(watch_new_ones)
@@ -243,23 +234,15 @@ def _every_rank() -> DeviceMesh:
 
 def _own_blocks(model: nn.Module) -> list[nn.Module]:
     """The elements of the outermost ModuleLists that have GLoRA layers; of a list of lists, the inner elements."""
-    found: list[nn.Module] = []
+    found: dict[nn.Module, None] = {}
 
-    def search(module: nn.Module) -> None:
+    def search(module: nn.Module, inside: bool = False) -> None:
         for child in module.children():
-            if isinstance(child, nn.ModuleList) and _is_container(child) and _adapted(child):
-                take(child)
-            else:
-                search(child)
-
-    def take(elements: nn.ModuleList) -> None:
-        for element in elements:
-            if isinstance(element, nn.ModuleList) and _is_container(element):
-                take(element)
-            elif _is_container(element):
-                search(element)
-            elif element not in found and any(True for _ in element.parameters()):
-                found.append(element)
+            is_list = isinstance(child, nn.ModuleList) and _is_container(child)
+            if not inside or _is_container(child):
+                search(child, is_list and (inside or _adapted(child)))
+            elif any(True for _ in child.parameters()):
+                found[child] = None
 
     search(model)
     if not found:
@@ -267,15 +250,14 @@ def _own_blocks(model: nn.Module) -> list[nn.Module]:
             "fully_shard: no nn.ModuleList of the model holds GLoRA layers; name the blocks to be sharded one by one, "
             'blocks=["encoder.layer?"] say, or give blocks=[] to shard the model as one'
         )
-    return found
+    return list(found)
 
 
 def _named_blocks(model: nn.Module, blocks: str | nn.Module | Iterable[str | nn.Module]) -> list[nn.Module]:
     """The modules that are given or that patterns match; what is inside another comes before it, as FSDP demands."""
-    given = [blocks] if isinstance(blocks, (str, nn.Module)) else list(blocks)
     paths = [(path, module) for path, module in all_paths(model) if path]
     found: dict[nn.Module, int] = {}
-    for item in given:
+    for item in [blocks] if isinstance(blocks, (str, nn.Module)) else blocks:
         if not isinstance(item, (str, nn.Module)):
             raise TypeError(f"blocks takes patterns (str) and modules, got {item!r}")
         named = select(item, {path for path, _ in paths}) if isinstance(item, str) else ()
@@ -285,9 +267,8 @@ def _named_blocks(model: nn.Module, blocks: str | nn.Module | Iterable[str | nn.
             raise ValueError(f"blocks: {what} of the model")
         for path, module in hits:
             if _is_container(module):
-                raise ValueError(
-                    f"blocks: {path!r} is a {type(module).__name__}, which is never called; name its elements"
-                )
+                kind = type(module).__name__
+                raise ValueError(f"blocks: {path!r} is a {kind}, which is never called; name its elements")
             found[module] = max(found.get(module, 0), path.count("."))
     return sorted(found, key=lambda module: -found[module])
 
@@ -300,41 +281,36 @@ def _adapted(module: nn.Module) -> bool:
     return any(isinstance(inner, GLoRALinear) for inner in module.modules())
 
 
-def _groups(model: nn.Module, blocks: list[nn.Module]) -> dict[nn.Module, list[nn.Parameter]]:
+def _groups(model: nn.Module, blocks: list[nn.Module]) -> list[set[nn.Parameter]]:
     """The parameters of each block that are in no block inside it, and those of the model in none."""
-    groups: dict[nn.Module, dict[nn.Parameter, None]] = {module: {} for module in (*blocks, model)}
+    groups: dict[nn.Module, set[nn.Parameter]] = {module: set() for module in (*blocks, model)}
 
     def walk(module: nn.Module, group: nn.Module) -> None:
         group = module if module in groups else group
-        groups[group] |= dict.fromkeys(module.parameters(recurse=False))
+        groups[group] |= set(module.parameters(recurse=False))
         for child in module.children():
             walk(child, group)
 
     walk(model, model)
-    return {module: list(parameters) for module, parameters in groups.items()}
+    return list(groups.values())
 
 
-def _in_several(groups: dict[nn.Module, list[nn.Parameter]]) -> list[nn.Parameter]:
-    """The parameters that several groups have, in the order of the first."""
-    counts: dict[nn.Parameter, int] = {}
-    for parameters in groups.values():
-        for parameter in parameters:
-            counts[parameter] = counts.get(parameter, 0) + 1
-    return [parameter for parameter, count in counts.items() if count > 1]
-
-
-def _check_common(model: nn.Module, common: list[nn.Parameter]) -> None:
+def _common(model: nn.Module, groups: list[set[nn.Parameter]]) -> list[nn.Parameter]:
+    """The parameters that several groups have, on all ranks in one order."""
+    counts = Counter(parameter for parameters in groups for parameter in parameters)
+    common = [parameter for parameter in model.parameters() if counts[parameter] > 1]
     for parameter in common:
         if parameter.is_meta:
             raise ValueError(
                 f"fully_shard: {_name(model, parameter)!r}, which several blocks share, is on the meta device and has "
                 "no values to send to the other ranks; give the model memory and load it first"
             )
+    return common
 
 
-def _check_dtypes(model: nn.Module, group: list[nn.Parameter], common: list[nn.Parameter]) -> None:
+def _check_dtypes(model: nn.Module, group: set[nn.Parameter]) -> None:
     """FSDP reduces the gradients of a group in one dtype, and would say so at the first forward only."""
-    trained = [parameter for parameter in group if parameter.requires_grad and all(parameter is not c for c in common)]
+    trained = [parameter for parameter in model.parameters() if parameter in group and parameter.requires_grad]
     different = {parameter.dtype: parameter for parameter in reversed(trained)}
     if len(different) > 1:
         some = ", ".join(f"{_name(model, parameter)!r} ({dtype})" for dtype, parameter in different.items())

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from glora_kernels.nn.base import is_linear
+from glora_kernels.nn.columns import aligned
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.model import all_paths, clean, listed, named_layers, trainable_parameters, unwrap
+from glora_kernels.nn.model import all_paths, clean, layers_of, trainable_parameters, unwrap
 from glora_kernels.nn.numbered import numbered
-from glora_kernels.nn.siblings import ATTENTION, GATED, cross_attention_sets, install, sibling_sets
+from glora_kernels.nn.patterns import unmatched
+from glora_kernels.nn.sibling_names import readers, sibling_sets
+from glora_kernels.nn.siblings import install
 from glora_kernels.spec import ShareLoRAConfig, projection_type, select
 
 DECLARED = "_tied_weights_keys"
@@ -87,18 +90,19 @@ def plan_sharing(root: nn.Module, members: Iterable[Member], adapter_dtype: torc
     of_depth: list[tuple[str, list[Member]]] = []
     for config, alike in configs.items():
         sharers = _projected(root, config, alike)
-        types = _by_type(sharers, depths)
+        types: dict[str, list[Member]] = {}
+        for member in sharers:
+            types.setdefault(projection_type(member.path, *member.shape, depths), []).append(member)
         if config.shared_factors:
             of_depth += types.items()
         siblings = _siblings(root, sharers) if config.tie_siblings else []
         tied_sets += [[member.path for member in group] for group in siblings]
         for name in ("B_down", "B_up"):
-            over_depth = name in config.shared_factors
-            groups = list(types.values()) if over_depth else [[member] for member in sharers]
+            groups = list(types.values()) if name in config.shared_factors else [[member] for member in sharers]
             if name == "B_down":
                 groups = _joined(groups, siblings)
             if any(len(group) > 1 for group in groups):
-                groups += [[member] for member in alike if all(member is not sharer for sharer in sharers)]
+                groups += [[member] for member in alike if member not in sharers]
                 ties += [_tie(name, group, adapter_dtype) for group in groups]
     if of_depth and all(len(alike) == 1 for _, alike in of_depth):
         warnings.warn(_nothing_shared([key for key, _ in of_depth]), stacklevel=3)
@@ -158,20 +162,46 @@ class Holders:
                     layer._parameters[name] = new
 
 
+class Place(NamedTuple):
+    """Where a model has an adapter parameter: the path of a layer, the layer, the parameter's own name in it."""
+
+    path: str
+    layer: GLoRALinear
+    own: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}.{self.own}".lstrip(".")
+
+
+def _shared_places(modules: Iterable[tuple[str, nn.Module]]) -> list[list[Place]]:
+    """The places of every adapter parameter that has several in these modules (by path)."""
+    places: dict[nn.Parameter, list[Place]] = {}
+    for path, layer in modules:
+        if isinstance(layer, GLoRALinear):
+            for own, parameter in layer.adapter().items():
+                places.setdefault(parameter, []).append(Place(path, layer, own))
+    return [several for several in places.values() if len(several) > 1]
+
+
+def _tied_places(module: nn.Module) -> list[list[Place]]:
+    """`_shared_places` with all the names that a `state_dict` has."""
+    return _shared_places(module.named_modules(remove_duplicate=False))
+
+
 def keep_tied(root: nn.Module) -> None:
     """From now on a shared factor stays one, and `load_state_dict` refuses values that differ under its names.
 
     In every module that has a name or two of one, since a part of a model may be loaded or moved alone. All names but
     the first are declared to transformers, whose checkpoints hold a shared tensor once.
     """
-    for places in _tied_places(root):
-        first, *others = places
+    for first, *others in _tied_places(root):
         holders = Holders()
-        for layer, own in places.values():
-            layer._holders[own] = holders
-            holders.join(layer)
-        for layer, own in (places[name] for name in others):
-            vars(layer).setdefault(DECLARED, {})[own] = first
+        for place in (first, *others):
+            place.layer._holders[place.own] = holders
+            holders.join(place.layer)
+        for place in others:
+            vars(place.layer).setdefault(DECLARED, {})[place.own] = first.name
     for module in root.modules():
         if _tied_places(module):
             module.register_load_state_dict_pre_hook(_load_tied)
@@ -191,29 +221,16 @@ def _load_tied(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_
     A name that the state lacks is missing, as that of any tied parameter is, and has the value of the others.
     """
     for places in _tied_places(module):
-        given = [key for name in places if isinstance(state_dict.get(key := _key(state_dict, prefix, name)), Tensor)]
+        # Activation checkpointing's wrappers leave their own part out of the keys.
+        names = [(prefix + clean(place.name), prefix + place.name) for place in places]
+        keys = [without if without in state_dict else name for without, name in names]
+        given = [key for key in keys if isinstance(state_dict.get(key), Tensor)]
         if other := next((key for key in given if not _same(state_dict[key], state_dict[given[0]])), None):
             raise RuntimeError(
                 f"load_state_dict: {given[0]!r} and {other!r} are one shared parameter of the model, but the state has "
                 "different values for them: it comes from a model that does not share them, and one value cannot "
                 "stand for several. Nothing of this model was loaded"
             )
-
-
-def _tied_places(module: nn.Module) -> list[dict[str, tuple[GLoRALinear, str]]]:
-    """Of every adapter parameter with several names, as in `state_dict`: name → the layer and the parameter's own."""
-    places: dict[int, dict[str, tuple[GLoRALinear, str]]] = {}
-    for path, layer in module.named_modules(remove_duplicate=False):
-        if isinstance(layer, GLoRALinear):
-            for name, parameter in layer.adapter().items():
-                places.setdefault(id(parameter), {})[f"{path}.{name}".lstrip(".")] = (layer, name)
-    return [several for several in places.values() if len(several) > 1]
-
-
-def _key(state_dict: Mapping[str, Any], prefix: str, name: str) -> str:
-    """The key of a name in a state: activation checkpointing's wrappers leave their own part out."""
-    without = prefix + clean(name)
-    return without if without in state_dict else prefix + name
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
@@ -264,10 +281,7 @@ class SharedFactors:
         for (factor, shape, uses, key), rows in alike.items():
             numbers = sum(row.parameters for row in rows)
             cells.append((factor, shape, str(len(rows)), str(uses), f"{numbers:,}", key))
-        a, b, c, d, e, _ = (max(map(len, column)) for column in zip(*cells, strict=True))
-        lines = ["no factor is shared"]
-        if self.rows:
-            lines = [f"{f:<{a}}  {s:<{b}}  {n:>{c}}  {u:>{d}}  {p:>{e}}  {key}" for f, s, n, u, p, key in cells]
+        lines = aligned(cells, "<<>>><") if self.rows else ["no factor is shared"]
         lines.append(f"trainable parameters: {self.trainable:,} ({self.unshared:,} if nothing were shared)")
         return "\n".join(lines)
 
@@ -285,23 +299,14 @@ def shared(model: nn.Module) -> SharedFactors:
     Raises:
         ValueError: the model has no GLoRA layer.
     """
-    layers, depths = named_layers(unwrap(model)), numbered(unwrap(model))
-    if not layers:
-        raise ValueError("shared: the model has no GLoRA layer; call inject(model, config) first")
-    found: dict[int, list[tuple[str, str]]] = {}
-    for path, layer in layers.items():
-        for name, parameter in layer.adapter().items():
-            found.setdefault(id(parameter), []).append((path, name))
+    layers, depths = layers_of(model, "shared"), numbered(unwrap(model))
     rows = []
-    for factors in found.values():
-        if len(factors) > 1:
-            path, name = factors[0]
-            parameter = layers[path].adapter()[name]
-            names = "/".join(dict.fromkeys(own for _, own in factors))
-            paths = tuple(path for path, _ in factors)
-            sizes = [(layers[path].out_features, layers[path].in_features) for path in paths]
-            keys = [projection_type(path, *size, depths) for path, size in zip(paths, sizes, strict=True)]
-            rows.append(SharedFactor(names, _common_key(keys), tuple(parameter.shape), parameter.numel(), paths))
+    for places in _shared_places(layers.items()):
+        parameter = places[0].layer.adapter()[places[0].own]
+        names = "/".join(dict.fromkeys(place.own for place in places))
+        keys = [projection_type(path, layer.out_features, layer.in_features, depths) for path, layer, _ in places]
+        paths = tuple(place.path for place in places)
+        rows.append(SharedFactor(names, _common_key(keys), tuple(parameter.shape), parameter.numel(), paths))
     return SharedFactors(tuple(rows), trainable_parameters(model))
 
 
@@ -325,20 +330,10 @@ def _projected(root: nn.Module, config: ShareLoRAConfig, members: list[Member]) 
         selected = select(pattern, every)
         named |= selected
         if not selected & adapted:
-            hint = "; it matches only layers that this configuration does not adapt" if selected else ""
-            names = sorted({path.rpartition(".")[2] for path in adapted})
-            raise ValueError(
-                f"projections: the pattern {pattern!r} matches no linear layer to adapt{hint}. "
-                f"{listed('linear layer', names)}"
-            )
+            others = "; it matches only layers that this configuration does not adapt" if selected else ""
+            what = f"matches no linear layer to adapt{others}"
+            raise unmatched("projections", pattern, what, "linear layer", adapted)
     return [member for member in members if not named.isdisjoint(member.paths)]
-
-
-def _by_type(members: list[Member], depths: Collection[str]) -> dict[str, list[Member]]:
-    groups: dict[str, list[Member]] = {}
-    for member in members:
-        groups.setdefault(projection_type(member.path, *member.shape, depths), []).append(member)
-    return groups
 
 
 def _nothing_shared(types: list[str]) -> str:
@@ -368,32 +363,24 @@ def _siblings(root: nn.Module, members: list[Member]) -> list[list[Member]]:
 
 def _check_inputs(root: nn.Module, members: list[Member]) -> None:
     """An error where the names of siblings belong to layers of different in_features, but for cross-attention."""
-    cross = {group[0].rpartition(".")[0] for group in cross_attention_sets(root)}
-    blocks: dict[str, dict[str, Member]] = {}
-    for member in members:
-        parent, _, name = member.path.rpartition(".")
-        if parent not in cross:
-            blocks.setdefault(parent, {})[name] = member
-    for block in blocks.values():
-        for names in (*ATTENTION, *GATED):
-            readers = [block[name] for name in names if name in block]
-            if len({member.shape[1] for member in readers}) > 1:
-                sizes = ", ".join(f"{member.path!r} has {member.shape[1]}" for member in readers)
-                raise ValueError(
-                    f"tie_siblings: layers with one B_down must read the same input, but in_features differ: {sizes}. "
-                    "Tie those that read the same (projections=..., or a configuration of its own for the others)"
-                )
+    widths = {path: member.shape[1] for member in members for path in member.paths}
+    for found in readers(root):
+        own = {path: widths[path] for path in found.paths if path in widths}
+        if len(set(own.values())) > 1 and not found.is_cross:
+            sizes = ", ".join(f"{path!r} has {width}" for path, width in own.items())
+            raise ValueError(
+                f"tie_siblings: layers with one B_down must read the same input, but in_features differ: {sizes}. "
+                "Tie those that read the same (projections=..., or a configuration of its own for the others)"
+            )
 
 
 def _joined(groups: list[list[Member]], siblings: list[list[Member]]) -> list[list[Member]]:
     """The groups, those that have siblings of each other made one."""
     for brood in siblings:
-        inside = {member.path for member in brood}
-        touched = [group for group in groups if any(member.path in inside for member in group)]
-        joined = [member for group in touched for member in group]
-        first = groups.index(touched[0])
-        rest = [group for group in groups if group not in touched]
-        groups = [*rest[:first], joined, *rest[first:]]
+        touched = [group for group in groups if any(member in brood for member in group)]
+        place = groups.index(touched[0])
+        groups = [group for group in groups if group not in touched]
+        groups.insert(place, [member for group in touched for member in group])
     return groups
 
 
@@ -402,11 +389,10 @@ def _tie(name: str, members: list[Member], adapter_dtype: torch.dtype | None) ->
     factors = tuple((member.path, name) for member in members)
     check_devices(factors, {member.path: member.device for member in members})
     first = members[0]
-    dtype = first.dtype
     for member in members:
-        if adapter_dtype is None and member.dtype != dtype:
+        if adapter_dtype is None and member.dtype != first.dtype:
             raise ValueError(
-                f"{first.path!r} with {dtype} weights and {member.path!r} with {member.dtype} weights cannot "
+                f"{first.path!r} with {first.dtype} weights and {member.path!r} with {member.dtype} weights cannot "
                 f"share one {name}: give adapter_dtype, the dtype of all adapters, or a configuration for each dtype"
             )
-    return Tie(factors, adapter_dtype or (torch.float32 if dtype.itemsize == 2 else dtype))
+    return Tie(factors, adapter_dtype or (torch.float32 if first.dtype.itemsize == 2 else first.dtype))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -29,13 +30,34 @@ _CROSS = re.compile("cross_?att|encoder_attn|encdec|enc_dec|encoder_decoder_att|
 _SELF = re.compile("self_?att", re.IGNORECASE)
 
 
-def sibling_sets(root: nn.Module) -> list[list[str]]:
-    """The linear and GLoRA layers of an unwrapped model that read the same input, as full paths, set by set.
+class Readers(NamedTuple):
+    """Layers of one parent that by their names read one input: paths, sizes (N, K), and whether in cross-attention."""
 
-    Found by their last names among those of one parent (`ATTENTION`, `GATED`), with equal in_features. In
-    cross-attention k and v are siblings and q is not: it reads the decoder's state. Cross-attention is what its parent
-    (`is_cross_attention`, its class's name) or its path (EncDecAttention, encoder_attn, crossattention, ...) says.
+    paths: list[str]
+    sizes: list[tuple[int, int]]
+    is_cross: bool
+    are_gated: bool
+
+
+def readers(root: nn.Module) -> Iterator[Readers]:
+    """The linear and GLoRA layers of an unwrapped model that have the names of siblings (`ATTENTION`, `GATED`).
+
+    In cross-attention k and v are siblings and q is not: it reads the decoder's state. Cross-attention is what its
+    parent (`is_cross_attention`, its class's name) or its path (EncDecAttention, encoder_attn, crossattention, ...)
+    says.
     """
+    paths = {module: clean(path) for path, module in root.named_modules()}
+    for module, path in paths.items():
+        layers = {name: m for name, m in module.named_children() if isinstance(m, GLoRALinear) or is_linear(m)}
+        cross = _is_cross(path, module)
+        for names in (*ATTENTION, *GATED):
+            own = [layers[name] for name in (names[1:] if cross and names in ATTENTION else names) if name in layers]
+            if len(own) > 1:
+                yield Readers([paths[one] for one in own], list(map(_size, own)), cross, names in GATED)
+
+
+def sibling_sets(root: nn.Module) -> list[list[str]]:
+    """The `readers` of an unwrapped model with equal in_features, of a gated MLP of equal sizes: full paths by set."""
     return [paths for paths, _ in _sets(root)]
 
 
@@ -44,29 +66,19 @@ def cross_attention_sets(root: nn.Module) -> list[list[str]]:
     return [paths for paths, cross in _sets(root) if cross]
 
 
-def _sets(root: nn.Module) -> list[tuple[list[str], bool]]:
-    """Every set of siblings, and whether it is one of cross-attention."""
-    paths = {id(module): clean(path) for path, module in root.named_modules()}
-    found = []
-    for path, parent in root.named_modules():
-        children = {name: child for name, child in parent.named_children() if _is_layer(child)}
-        cross = _is_cross(clean(path), parent)
-        for attention in ATTENTION:
-            readers = [children[name] for name in (attention[1:] if cross else attention) if name in children]
-            for size in dict.fromkeys(_shape(layer)[1] for layer in readers):
-                found.append(([paths[id(layer)] for layer in readers if _shape(layer)[1] == size], cross))
-        for gated in GATED:
-            layers = [children[name] for name in gated if name in children]
-            if len({_shape(layer) for layer in layers}) == 1:
-                found.append(([paths[id(layer)] for layer in layers], False))
-    return [(alike, cross) for alike, cross in found if len(alike) > 1]
+def _sets(root: nn.Module) -> Iterator[tuple[list[str], bool]]:
+    for paths, sizes, is_cross, are_gated in readers(root):
+        if are_gated:
+            if len(set(sizes)) == 1:
+                yield paths, False
+            continue
+        for width in dict.fromkeys(k for _, k in sizes):
+            alike = [path for path, (_, k) in zip(paths, sizes, strict=True) if k == width]
+            if len(alike) > 1:
+                yield alike, is_cross
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, GLoRALinear) or is_linear(module)
-
-
-def _shape(layer: Any) -> tuple[int, int]:
+def _size(layer: Any) -> tuple[int, int]:
     """(N, K) of a linear or GLoRA layer; a Conv1D stores its weight as (K, N)."""
     if hasattr(layer, "in_features"):
         return layer.out_features, layer.in_features

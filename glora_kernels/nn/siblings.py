@@ -9,17 +9,13 @@ the same tensor object. Grouping a whole model: `nn.fuse`.
 
 from __future__ import annotations
 
-import itertools
-import threading
-import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import CompileContext
 
-from glora_kernels.dispatch.common import Supports, autocast_dtype, shift
+from glora_kernels.dispatch.common import Supports, shift
 from glora_kernels.dispatch.prepared import Backwards, note_backwards
 from glora_kernels.dispatch.ways import is_plain
 from glora_kernels.glora.op import dropout_seed
@@ -27,19 +23,8 @@ from glora_kernels.grouped.op import MAX_MEMBERS, Layout, layout_of
 from glora_kernels.grouped.op import call as grouped_call
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.ranks import is_part
-from glora_kernels.nn.sibling_names import ATTENTION, GATED, cross_attention_sets, sibling_sets
+from glora_kernels.nn.waiting import Eager, Traced, may_recompute
 from glora_kernels.ops import glora_wc, grouped_lora_linear
-
-__all__ = [
-    "ATTENTION",
-    "GATED",
-    "SiblingGroup",
-    "cross_attention_sets",
-    "install",
-    "refusal",
-    "sibling_sets",
-    "tied_sets",
-]
 
 
 class SiblingGroup:
@@ -96,8 +81,8 @@ class SiblingGroup:
         parents = [name.rpartition(".")[0] for name in self.names]
         blocks = {parent: [i for i, own in enumerate(parents) if own == parent] for parent in parents}
         self._blocks = [blocks[parent] for parent in parents]  # of each member: the places of its block
-        self._outputs, self._seeds = _Eager(), _Eager()
-        self._traced_outputs, self._traced_seeds = _Traced(), _Traced()
+        self._outputs, self._seeds = Eager(), Eager()
+        self._traced_outputs, self._traced_seeds = Traced(), Traced()
         self._backwards = Backwards()
         self._known_layout: tuple[object, Layout] | None = None  # of the last call, and of which objects
 
@@ -162,7 +147,7 @@ class SiblingGroup:
         place = layer._place
         tied = self._tied(place)
         if len(tied) > 1 and self._take(self._seeds, place, x) is None:
-            self._seeds.leave(x, place, {i: _READS for i in tied if i != place})
+            self._seeds.leave(x, place, {i: True for i in tied if i != place})
 
     def seed(self, layer: GLoRALinear, x: Tensor) -> Tensor:
         """The key of the dropout mask of a member that computes alone: one for members that share a B_down.
@@ -180,7 +165,7 @@ class SiblingGroup:
             store.leave(x, layer._place, {i: seed for i in tied if i != layer._place})
         return seed
 
-    def _take(self, store: _Eager | _Traced, place: int, x: Tensor) -> Any:
+    def _take(self, store: Eager | Traced, place: int, x: Tensor) -> Any:
         """What waits for the member's call with x, or None; what waits but is not for this call is dropped."""
         pending = store.pending
         if pending is None or place not in pending.values:
@@ -210,7 +195,7 @@ class SiblingGroup:
     def _computed_with(self, layer: GLoRALinear, x: Tensor) -> Sequence[int]:
         """The places of the members that are computed when `layer` is called; none where it computes alone."""
         block = self._blocks[layer._place]
-        if len(block) < len(self.names) and not _may_recompute(layer):
+        if len(block) < len(self.names) and not may_recompute(layer):
             everyone = range(len(self.names))
             if self._can_group(everyone, layer, x):
                 return everyone
@@ -276,133 +261,6 @@ class SiblingGroup:
     def _listed(self) -> str:
         names = [repr(name) for name in self.names]
         return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) <= 4 else f"{', '.join(names[:4])}, ..."
-
-
-_READS = True  # what waits for members that only have to read the same x
-
-
-class _Pending:
-    """What the call of one member with x left for others, each to be taken once by a call with the same x.
-
-    Outputs, which have `members`, also depend on parameters and on a graph that one backward frees.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        by: int,
-        values: dict[int, Any],
-        members: Sequence[GLoRALinear | None] | None = None,
-        backwards: Backwards | None = None,
-    ) -> None:
-        self.x, self.by, self.values = weakref.ref(x), by, values
-        self.mode, self.version = _mode(x), _version([x])
-        self.states = None if members is None else {place: _state(members[place]) for place in values}
-        self.backwards, self.ran = backwards, 0 if backwards is None else backwards.count
-
-    def is_for(self, x: Tensor) -> bool:
-        return self.x() is x
-
-    def is_current(self, x: Tensor, place: int, member: GLoRALinear | None) -> bool:
-        """Whether nothing has changed since, of what the value depends on."""
-        if self.mode != _mode(x) or self.version != _version([x]):
-            return False
-        if self.backwards is not None and self.backwards.count != self.ran:
-            return False
-        return self.states is None or self.states[place] == _state(member)
-
-    def is_for_another(self, x: Tensor) -> bool:
-        """Whether a tensor that still exists, and is not x, was given to the other call in the same mode."""
-        first = self.x()
-        return first is not None and first is not x and self.mode == _mode(x)
-
-
-class _TracedPending:
-    """The same while torch.compile traces, which sees nothing that is written in place."""
-
-    def __init__(self, x: Tensor, by: int, values: dict[int, Any], are_outputs: bool) -> None:
-        self.x, self.by, self.values, self.are_outputs = x, by, values, are_outputs
-        self.mode, self.trace = _traced_mode(x), _trace()
-
-    def is_for(self, x: Tensor) -> bool:
-        return self.x is x
-
-    def is_current(self, x: Tensor, place: int, member: GLoRALinear | None) -> bool:
-        return self.mode == _traced_mode(x) and (not self.are_outputs or self.trace == _trace())
-
-    def is_for_another(self, x: Tensor) -> bool:
-        return self.x is not x and self.mode == _traced_mode(x) and self.trace == _trace()
-
-
-class _Eager(threading.local):
-    """What waits, for each thread its own: replicas, and requests that are served at once, have inputs of their own."""
-
-    pending: _Pending | None = None
-
-    def leave(self, x: Tensor, by: int, values: dict[int, Any], *members_and_backwards: Any) -> None:
-        self.pending = _Pending(x, by, values, *members_and_backwards)
-
-
-class _Traced:
-    """What waits while torch.compile traces: nothing once the graph is complete."""
-
-    def __init__(self) -> None:
-        self.pending: _TracedPending | None = None
-
-    def leave(self, x: Tensor, by: int, values: dict[int, Any], *members_and_backwards: Any) -> None:
-        self.pending = _TracedPending(x, by, values, bool(members_and_backwards))
-
-
-def _mode(x: Tensor) -> tuple[object, ...]:
-    """What must be the same in two calls that one computation serves, beside the input."""
-    hooks = _saved_tensors_hooks()
-    inside = None if hooks is None else id(hooks[0])
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_dtype(x), inside
-
-
-def _traced_mode(x: Tensor) -> tuple[object, ...]:
-    """`_mode` where torch.compile traces, which knows neither inference mode nor hooks."""
-    return torch.is_grad_enabled(), autocast_dtype(x)
-
-
-_TRACES: weakref.WeakKeyDictionary[CompileContext, str] = weakref.WeakKeyDictionary()
-_NUMBERS = itertools.count()
-
-
-def _trace() -> str:
-    """A name of the graph that torch.compile traces, which no other has; in the graph it is a constant."""
-    context = CompileContext.try_get()
-    return "" if context is None else _TRACES.setdefault(context, str(next(_NUMBERS)))
-
-
-# What torch.compiler.assume_constant_result sets, which imports all of torch.compile to do so.
-_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _may_recompute(layer: GLoRALinear) -> bool:
-    """Whether what is computed now may be computed again in the backward pass, or is so just now."""
-    if torch.compiler.is_compiling() or (layer.training and not torch.is_grad_enabled()):
-        return True
-    return _saved_tensors_hooks() is not None or torch._C._current_graph_task_id() != -1
-
-
-def _saved_tensors_hooks() -> tuple[object, object] | None:
-    """The innermost hooks on saved tensors; activation checkpointing has a pair for each region."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
-
-
-def _version(tensors: Iterable[Tensor | None]) -> int:
-    """How often the tensors were overwritten in place, in all."""
-    try:
-        return sum([tensor._version for tensor in tensors if tensor is not None])
-    except RuntimeError:  # a tensor of inference mode does not count it
-        return -1
-
-
-def _state(layer: GLoRALinear | None) -> tuple[object, ...]:
-    """What the output of a layer depends on, beside its input."""
-    assert layer is not None
-    return layer.training, layer._disabled, _version(layer._parameters.values())
 
 
 def _beta(layer: GLoRALinear, x: Tensor) -> Tensor | None:

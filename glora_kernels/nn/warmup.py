@@ -148,38 +148,25 @@ def _check_dtype(form: Form, dtype: torch.dtype | None) -> None:
 
 
 def _is_served(form: Form, dtype: torch.dtype | None) -> bool:
-    """Whether kernels serve the layer where it is."""
     device = form.device.type
     return device != "meta" and routes.route(device, dtype or form.dtype, form.is_4bit) != "eager"
 
 
 def _form(layer: GLoRALinear) -> Form:
-    four_bit = layer.quant_state is not None
-    key = _signature(layer)
+    weight, state = layer.weight, layer.quant_state
+    parameters = [("bias", layer.bias), *layer.adapter().items()]
+    trained = [(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in parameters if p is not None]
+    # What the code of its kernels, and their launches, depend on.
+    key: tuple[object, ...] = (
+        tuple(weight.shape), weight.stride(), layer.base_dtype, weight.device, layer._transposed, *trained,
+        layer.config.variant, layer._dropout > 0,
+    )  # fmt: skip
+    if state is not None:
+        key += (state.shape, state.dtype, state.quant_type, state.blocksize, state.nested is not None)
     return Form(
-        layer, layer.in_features, layer.weight.device, layer.base_dtype, four_bit, layer._dropout > 0, key,
+        layer, layer.in_features, weight.device, layer.base_dtype, state is not None, layer._dropout > 0, key,
         layer.extra_repr(),
     )  # fmt: skip
-
-
-def _signature(layer: GLoRALinear) -> tuple[object, ...]:
-    """What the code of a layer's kernels, and their launches, depend on."""
-    weight, config = layer.weight, layer.config
-    parameters = [
-        (name, tuple(p.shape), p.dtype, p.requires_grad)
-        for name, p in (("bias", layer.bias), *layer.adapter().items())
-        if p is not None
-    ]
-    layout: tuple[object, ...] = (
-        tuple(weight.shape),
-        weight.stride(),
-        layer.base_dtype,
-        weight.device,
-        layer._transposed,
-    )
-    if (state := layer.quant_state) is not None:
-        layout += (state.shape, state.dtype, state.quant_type, state.blocksize, state.nested is not None)
-    return (*layout, *parameters, config.variant, layer._dropout > 0)
 
 
 def _run(unit: list[Form], tokens: int, dtype: torch.dtype | None, training: bool) -> None:

@@ -104,14 +104,17 @@ def _is_narrow(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.element_size() == 2
 
 
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in module._parameters.values() if p is not None and p.is_floating_point())
+
+
 def _cast_in(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    dtype = next(p.dtype for p in module._parameters.values() if p is not None and p.is_floating_point())
+    dtype = _dtype_of(module)
     return _cast(args, None, dtype), _cast(kwargs, None, dtype)
 
 
 def _cast_out(module: nn.Module, args: Any, output: Any) -> Any:
-    dtype = next(p.dtype for p in module._parameters.values() if p is not None and p.is_floating_point())
-    return _cast(output, dtype, getattr(module, _BESIDE)[0].dtype)
+    return _cast(output, _dtype_of(module), getattr(module, _BESIDE)[0].dtype)
 
 
 def _cast(given: Any, source: torch.dtype | None, dtype: torch.dtype) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from glora_kernels.modes import ordinary
 from glora_kernels.quant.codes import QUANT_TYPES, codebook
 from glora_kernels.quant.weight import NestedState, QuantizedWeight, QuantState
+from glora_kernels.spec import check_choice
 
 REPACKED = (
     "bitsandbytes has repacked it for inference on this CPU (quant_state.packing_format_for_cpu), which rounded its "
@@ -20,19 +21,18 @@ REPACKED = (
 )
 UNQUANTIZED = "it is not quantized yet; bitsandbytes does that when it is moved to a device: call .to(device) first"
 
-
 _REPACKS, _HELD = "support_avx512bf16_for_cpu", None
 """What a `Linear4bit` asks before it repacks its codes, and what says no where it has been yes."""
 
 
-def is_linear4bit(module: object) -> bool:
-    """Whether the module is a bitsandbytes `Linear4bit`, or derived from one."""
-    return any(kind.__name__ == "Linear4bit" and _is_bnb(kind) for kind in type(module).__mro__)
-
-
 def linear4bit_class(module: object) -> Any:
-    """The `Linear4bit` in the module's ancestry."""
-    return next(kind for kind in type(module).__mro__ if kind.__name__ == "Linear4bit" and _is_bnb(kind))
+    """The bitsandbytes `Linear4bit` in the module's ancestry, or None."""
+    named = (kind for kind in type(module).__mro__ if kind.__name__ == "Linear4bit")
+    return next((kind for kind in named if kind.__module__.split(".")[0] == "bitsandbytes"), None)
+
+
+def is_linear4bit(module: object) -> bool:
+    return linear4bit_class(module) is not None
 
 
 def refusal(linear: Any) -> str | None:
@@ -40,9 +40,7 @@ def refusal(linear: Any) -> str | None:
     state = _state(linear)
     if state is None:
         return UNQUANTIZED
-    if getattr(state, "packing_format_for_cpu", False):
-        return REPACKED
-    return None
+    return REPACKED if getattr(state, "packing_format_for_cpu", False) else None
 
 
 def keep_codes(module: torch.nn.Module) -> None:
@@ -99,8 +97,7 @@ def from_state(packed: Tensor, state: Any) -> QuantizedWeight:
         raise TypeError(f"state must be a bitsandbytes QuantState, got {type(state).__name__}")
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError(f"this QuantState cannot be taken: {REPACKED}")
-    if state.quant_type not in QUANT_TYPES:
-        raise ValueError(f"quant_type must be one of {', '.join(map(repr, QUANT_TYPES))}; got {state.quant_type!r}")
+    check_choice("quant_type", state.quant_type, QUANT_TYPES)
     shape = tuple(state.shape or ())
     if len(shape) != 2:
         raise ValueError(f"a linear layer's QuantState has two sizes; got shape {shape}")
@@ -140,9 +137,7 @@ def to_params4bit(weight: QuantizedWeight) -> Any:
     state, nested, device = weight.state, weight.state.nested, weight.device
     inner = None
     if nested is not None:
-        inner = BnbState(
-            absmax=nested.absmax, code=nested.code, blocksize=nested.blocksize, dtype=torch.float32
-        )  # fmt: skip
+        inner = BnbState(absmax=nested.absmax, code=nested.code, blocksize=nested.blocksize, dtype=torch.float32)
     outer = BnbState(
         absmax=state.absmax, shape=torch.Size(state.shape), code=codebook(state.quant_type, device).clone(),
         blocksize=state.blocksize, quant_type=state.quant_type, dtype=state.dtype,
@@ -178,7 +173,3 @@ def to_linear4bit(weight: QuantizedWeight, bias: Tensor | None, compute_dtype: t
 def _state(linear: Any) -> Any:
     state = getattr(linear.weight, "quant_state", None)
     return state if state is not None else getattr(linear, "quant_state", None)
-
-
-def _is_bnb(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] == "bitsandbytes"

@@ -11,6 +11,7 @@ from torch import Tensor
 from glora_kernels.modes import has_values
 from glora_kernels.quant.codes import NESTED_BLOCKSIZE, QUANT_TYPES, dynamic_map, encoder, pairs
 from glora_kernels.quant.weight import DTYPES, NestedState, QuantizedWeight, QuantState, check_blocksize
+from glora_kernels.spec import check_choice
 
 _CHUNK = 1 << 18  # elements at a time: the temporaries stay in the cache
 _GRID = 65535
@@ -34,8 +35,7 @@ def quantize_weight(
         ValueError: another type or block size, no matrix, a weight on the meta device, or one with NaN or inf, or
             numbers so large that the mean of absmax overflows where double_quant.
     """
-    if quant_type not in QUANT_TYPES:
-        raise ValueError(f"quant_type must be one of {', '.join(map(repr, QUANT_TYPES))}; got {quant_type!r}")
+    check_choice("quant_type", quant_type, QUANT_TYPES)
     check_blocksize(blocksize)
     if weight.dtype not in DTYPES:
         raise TypeError(f"weight must be float32, bfloat16 or float16 to be quantized; got {weight.dtype}")

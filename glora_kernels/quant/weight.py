@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from glora_kernels.quant.codes import BLOCKSIZES, QUANT_TYPES
+from glora_kernels.spec import check_choice
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 """What a weight can be quantized from."""
@@ -56,8 +57,7 @@ class QuantState:
 
     def __post_init__(self) -> None:
         nested = self.nested
-        if self.quant_type not in QUANT_TYPES:
-            raise ValueError(f"quant_type must be one of {', '.join(map(repr, QUANT_TYPES))}; got {self.quant_type!r}")
+        check_choice("quant_type", self.quant_type, QUANT_TYPES)
         check_blocksize(self.blocksize)
         if len(self.shape) != 2 or min(self.shape) < 1:
             raise ValueError(f"a quantized weight has two sizes of at least 1; got shape {tuple(self.shape)}")

@@ -9,7 +9,7 @@ the two large products, tma, persistent and parts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -47,9 +47,10 @@ M_CLASSES = (64, 512, 2048, 4096)
 """The largest M of each class, which stands for it; the last stands for all above the one before."""
 
 SHARED_LIMIT = {
-    "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536,
+    "sm_80": 166_912, "sm_86": 101_376, "sm_87": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448,
+    "sm_103": 232_448, "gfx942": 65_536,
 }  # fmt: skip
-"""Shared memory that a block may use, in bytes."""
+"""Shared memory that a block may use, in bytes; 99 KiB on other cards."""
 
 
 class Shape(NamedTuple):
@@ -102,20 +103,17 @@ def programs(arch: str) -> int:
     return PROGRAMS.get(arch, 108)
 
 
-def choose(
+def default(
     kernel: str, arch: str, dtype: torch.dtype, shape: Shape, weight_dtype: torch.dtype | None = None
 ) -> dict[str, int]:
     """The configuration of a kernel of `KERNELS`.
 
     Under autocast the weight may be wider than x (`weight_dtype`) and fills the stages in its own width.
     """
-    if arch == "cpu" and kernel not in ("fwd", "dx"):
-        return _interpreted(kernel)
     if kernel in ("fwd", "dx"):
         mixed = weight_dtype is not None and weight_dtype.itemsize > dtype.itemsize
-        rows, cols = (shape.m, shape.n) if kernel == "fwd" else (shape.m, shape.k)
-        return large_product(arch, dtype, rows, cols, mixed)
-    return KERNELS[kernel].choose(arch, dtype, shape)
+        return large_product(arch, dtype, shape.m, shape.n if kernel == "fwd" else shape.k, mixed)
+    return _interpreted(kernel) if arch == "cpu" else KERNELS[kernel](arch, dtype, shape)
 
 
 def large_product(
@@ -258,6 +256,84 @@ def dequantize(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     return {"rows": 32, "cols": 128, "depth": 32, "num_warps": 4, "num_stages": 2}
 
 
+class Beside(NamedTuple):
+    """What a launch holds in registers beside what its configuration was made for.
+
+    rank: the largest. halves: factors in fp32 are multiplied beside 16 bits. drops: masks are drawn. aligned: rows are
+    known to begin at multiples of 16 bytes. rows: of the configuration.
+    """
+
+    arch: str
+    dtype: torch.dtype
+    rank: int = 0
+    halves: bool = False
+    drops: bool = False
+    aligned: bool = True
+    rows: int = 0
+
+    @property
+    def single(self) -> bool:
+        return self.dtype == torch.float32
+
+    @property
+    def old(self) -> bool:
+        return self.arch in OLD
+
+    @property
+    def amd(self) -> bool:
+        return self.arch.startswith("gfx")
+
+    @property
+    def newest(self) -> bool:
+        return self.arch == "sm_100"
+
+
+class Most(int):
+    """No more than this, where a rule has it in the place of a number."""
+
+
+_REGISTERS = {"maxnreg": 255}
+"""For a kernel of which ptxas would spill a few bytes to have more programs run at once."""
+
+RULES: dict[str, tuple[tuple[Callable[[Beside], bool], dict[str, int]], ...]] = {
+    "down": (  # of a group, as "dy", "x" and "dx"
+        (lambda b: b.rank > 16 and b.single and b.amd, {"num_warps": 8, "rows": 16}),
+        (lambda b: b.rank > 16 and b.single, {"num_warps": 8, "rows": 16, "depth": 64}),
+        (lambda b: b.rank > 16, {"num_warps": 8}),
+        (lambda b: b.halves and b.newest, {"num_stages": Most(2), **_REGISTERS}),
+        (lambda b: b.halves, {"num_stages": Most(2)}),
+    ),
+    "prepare": ((lambda b: b.halves and b.newest, _REGISTERS),),
+    "added_terms": (
+        (lambda b: b.halves and b.newest, _REGISTERS),
+        (lambda b: b.halves and b.amd, {"cols": Most(32)}),
+    ),
+    "dy": ((lambda b: b.single, {"rows": Most(32)}),),
+    "x": (
+        (lambda b: (b.rank > 16 and b.single) or not b.aligned, {"num_warps": 8}),
+        (lambda b: b.drops or b.rank > (32 if b.newest else 64), _REGISTERS),
+    ),
+    "dx": (
+        (lambda b: b.old and not b.single, _REGISTERS),
+        (lambda b: b.amd and not b.halves, {"part": 32}),
+        (lambda b: b.newest and b.drops and b.halves, {"cols": Most(64)}),
+    ),
+    "hadamard_grad": (  # on sm_89 wider ones beside halves would also take more memory than there is
+        (lambda b: b.single and not b.aligned, {"cols": Most(32)}),
+        (lambda b: (b.halves and (b.old or b.newest)) or not b.aligned, {"cols": Most(64)}),
+    ),
+    "dequantize": ((lambda b: b.newest, {"num_warps": 8}),),
+    "small_m": ((lambda b: (b.halves and b.rows == 64) or (b.rank > 32 and b.rows == 32), {"depth": Most(64)}),),
+    "shared_grad": (
+        (lambda b: (b.drops or not b.aligned) and b.old and b.rows > 16, {"cols": 32, **_REGISTERS}),
+        (lambda b: b.drops or not b.aligned, _REGISTERS),
+        (lambda b: b.halves and b.old and b.rows > 16, {"cols": 32}),
+    ),
+}
+"""By kernel: where a configuration would spill, and what is changed in it then; the first that holds. `part`: the
+columns of a part of a tile. Every change was found by compiling (`tools.aot`)."""
+
+
 def fitted(
     kernel: str,
     config: dict[str, int],
@@ -269,55 +345,16 @@ def fitted(
     drops: bool = False,
     aligned: bool = True,
 ) -> dict[str, int]:
-    """The configuration of a kernel beside operands that take more registers than those it was made for: no spills.
-
-    Args:
-        kernel: "prepare", "added_terms", "hadamard_grad", "shared_grad", "small_m", or of a group "down", "dy", "x" or
-            "dx".
-        config: as chosen by the shape.
-        arch: of the card.
-        dtype: of x.
-        rank: the largest.
-        halves: whether factors in fp32 are multiplied beside 16 bits.
-        drops: whether masks are drawn.
-        aligned: whether rows are known to begin at multiples of 16 bytes.
-    """
-    single, old, amd = dtype == torch.float32, arch in OLD, arch.startswith("gfx")
-    fewer: dict[str, int] = {}
-    if kernel == "down" and rank > 16:
-        fewer = {"num_warps": 8}
-        if single:
-            fewer |= {"rows": 16, "depth": config["depth"] if amd else 64}
-    elif kernel == "down" and halves:
-        fewer = {"num_stages": min(2, config["num_stages"])}
-        if arch == "sm_100":
-            fewer = all_registers(fewer, arch)
-    elif kernel in ("prepare", "added_terms") and halves and arch == "sm_100":
-        fewer = all_registers({}, arch)
-    elif kernel == "added_terms" and halves and amd:
-        fewer = {"cols": min(32, config["cols"])}
-    elif kernel == "dy" and single:
-        fewer = {"rows": min(32, config["rows"])}
-    elif kernel == "x" and ((rank > 16 and single) or not aligned):
-        fewer = {"num_warps": 8}
-    elif kernel == "x" and (drops or rank > (32 if arch == "sm_100" else 64)):
-        fewer = all_registers({}, arch)
-    elif kernel == "dx" and old and not single:
-        fewer = {"maxnreg": 255}
-    elif kernel == "dx" and amd and not halves:
-        fewer = {"parts": max(1, config["cols"] // 32)}
-    elif kernel == "dx" and arch == "sm_100" and drops and halves:
-        fewer = {"cols": min(64, config["cols"])}
-    elif kernel == "hadamard_grad" and ((halves and (old or arch == "sm_100")) or not aligned):
-        # On sm_89 wider ones would also take more memory than there is.
-        fewer = {"cols": min(32 if single else 64, config["cols"])}
-    elif kernel == "small_m" and ((halves and config["rows"] == 64) or (rank > 32 and config["rows"] == 32)):
-        fewer = {"depth": min(64, config["depth"])}
-    elif kernel == "shared_grad" and (drops or not aligned):
-        fewer = all_registers({"cols": 32} if config["rows"] > 16 and old else {}, arch)
-    elif kernel == "shared_grad" and config["rows"] > 16 and old and halves:
-        fewer = {"cols": 32}
-    return config | fewer
+    """The configuration of a kernel of `RULES` beside operands that would make it spill: see `Beside`."""
+    beside = Beside(arch, dtype, rank, halves, drops, aligned, config["rows"])
+    change = dict(next((change for holds, change in RULES[kernel] if holds(beside)), {}))
+    if part := change.pop("part", 0):
+        change["parts"] = max(1, config["cols"] // part)
+    if not arch.startswith("sm_"):
+        change.pop("maxnreg", 0)
+    return config | {
+        name: min(value, config[name]) if isinstance(value, Most) else value for name, value in change.items()
+    }
 
 
 def bands(arch: str, rows: int, block: int, depth: int, step: int, most: int = MAX_BANDS) -> tuple[int, int]:
@@ -346,8 +383,8 @@ def beside_pairs(config: dict[str, int], arch: str) -> dict[str, int]:
 
 
 def all_registers(config: dict[str, int], arch: str) -> dict[str, int]:
-    """The configuration, for a kernel of which ptxas would spill a few bytes to have more programs run at once."""
-    return config | {"maxnreg": 255} if arch.startswith("sm_") else config
+    """The configuration, with all the registers that a thread may have."""
+    return config | _REGISTERS if arch.startswith("sm_") else config
 
 
 def row_splits(rows: int, blocks: int, block: int) -> int:
@@ -370,56 +407,14 @@ def _ceil(size: int, block: int) -> int:
     return -(-size // block)
 
 
-class Kernel(NamedTuple):
-    """A kernel with a configuration of its own.
-
-    Attributes:
-        choose: (arch, dtype, shape) → the configuration.
-        variations: what `tools.tune` changes in it, the likeliest gains first; none where it takes no time worth
-            measuring, and no table has an entry for it.
-        forms: what `tools.trials` tries a variation in: the first is timed, in all it must compile and be right.
-            "lora" is plain LoRA (of hadamard_grad: A and B lora), "full" has every term and dropout, "product" is the
-            product variant beside B=lora.
-    """
-
-    choose: Callable[[str, torch.dtype, Shape], dict[str, int]]
-    variations: tuple[dict[str, Any], ...] = ()
-    forms: tuple[str, ...] = ("lora", "full", "product")
-
-
-_LARGE = (
-    {"cols": 128, "parts": 2}, {"cols": 256, "parts": 4, "num_stages": 3}, {"cols": 256, "parts": 4},
-    {"rows": 256, "cols": 128, "parts": 2, "num_stages": 3}, {"num_stages": 3}, {"num_stages": 5},
-    {"depth": 128, "num_stages": 2}, {"persistent": False}, {"rows": 64, "num_warps": 4},
-    {"depth": 32, "num_stages": 5},
-)  # fmt: skip
-_INTO_RANK = (
-    {"num_stages": 3}, {"num_stages": 4}, {"depth": 64, "num_stages": 4}, {"depth": 256},
-    {"num_warps": 2}, {"num_warps": 8},
-)  # fmt: skip
-KERNELS: dict[str, Kernel] = {
-    "fwd": Kernel(lambda arch, dtype, shape: large_product(arch, dtype, shape.m, shape.n), _LARGE),
-    "dx": Kernel(lambda arch, dtype, shape: large_product(arch, dtype, shape.m, shape.k), _LARGE),
-    "prepare": Kernel(into_rank, _INTO_RANK),
-    "added_terms": Kernel(added_terms, ({"cols": 64}, {"cols": 256}, *_INTO_RANK)),
-    "dy": Kernel(dy_pass, (
-        {"num_stages": 3}, {"num_warps": 8}, {"rows": 128}, {"rows": 128, "num_warps": 4}, {"cols": 128},
-        {"cols": 32, "num_stages": 3}, {"rows": 64, "num_warps": 4},
-    )),
-    "dy_mixed": Kernel(dy_mixed_pass),
-    "x": Kernel(x_pass, (
-        {"num_stages": 2}, {"num_stages": 4}, {"rows": 64, "num_stages": 2}, {"rows": 64}, {"cols": 64},
-        {"num_warps": 8},
-    )),
-    "hadamard_grad": Kernel(hadamard_grad, (
-        {"num_stages": 4}, {"num_stages": 2}, {"depth": 32, "num_stages": 5}, {"rows": 64, "num_warps": 4},
-        {"depth": 128, "num_stages": 2},
-    ), ("lora", "full")),
-    "finish": Kernel(finish),
-    "weight": Kernel(weight_pass),
-    "dequantize": Kernel(dequantize),
+KERNELS: dict[str, Callable[[str, torch.dtype, Shape], dict[str, int]]] = {
+    "fwd": lambda arch, dtype, shape: large_product(arch, dtype, shape.m, shape.n),
+    "dx": lambda arch, dtype, shape: large_product(arch, dtype, shape.m, shape.k),
+    "prepare": into_rank, "added_terms": added_terms, "dy": dy_pass, "dy_mixed": dy_mixed_pass, "x": x_pass,
+    "hadamard_grad": hadamard_grad, "finish": finish, "weight": weight_pass, "dequantize": dequantize,
 }  # fmt: skip
-"""By name; "weight" serves W_eff, U and W·c, "dy_mixed" a read of dy and of a y that holds more than Z."""
+"""(arch, dtype, shape) → the configuration of a kernel; "weight" serves W_eff, U and W·c, "dy_mixed" a read of dy and
+of a y that holds more than Z."""
 
-TUNED = tuple(name for name, kernel in KERNELS.items() if kernel.variations)
-"""The kernels that are measured, of which a table may have an entry."""
+TUNED = ("fwd", "dx", "prepare", "added_terms", "dy", "x", "hadamard_grad")
+"""The kernels that are measured, of which a table may have a row; the others take no time worth it."""

@@ -42,6 +42,15 @@ likelier on sm_90. Where the left operand of a wgmma comes from registers, it wa
 LAUNCH_MS = 0.003
 """What one more launch costs where launches follow each other on a stream."""
 
+FEW_TOKENS = configs.M_CLASSES[0]
+"""Up to how many tokens the product that reads the codes is expected to beat the codes decoded once into a workspace
+and the vendor's product; more it does not take. Unmeasured; counted for an H100 (3.0 TB/s, 798 TFLOP/s), in picoseconds
+a weight:
+
+- workspace: 0.56 bytes read, 2 written and 2 read again, 1.5; and one launch more.
+- codes: 0.56 bytes, 0.19; about 10 instructions to decode one, 0.35; at M = 64, 128 operations at half of the peak,
+  0.32. Together 0.9 if none of it hides behind another."""
+
 
 def predict(arch: str, dtype: torch.dtype, shape: Shape, *, backward: bool, scales: bool) -> dict[str, float]:
     """Milliseconds of the part of a pass that differs between the routes, by route.

@@ -24,21 +24,13 @@ def why_missing(arch: str | None = None) -> str | None:
         return loaded
     if arch is None:
         return None
-    if runs_on(arch, build_info()["archs"]):
-        return _driver_too_old(arch, *loaded.versions())
-    return f"the CUDA extension was built for sm_{', sm_'.join(build_info()['archs'])}, the card is {arch}"
-
-
-def _driver_too_old(arch: str, driver: int, runtime: int) -> str | None:
-    """Why a driver cannot run the module (CUDA 13.0 is 13000), or None; without any driver there is nothing to run.
-
-    Any driver of the runtime's major version runs machine code; PTX needs one of its minor version as well.
-    """
-    card, plain = int(arch[3:]), [int(name) for name in build_info()["archs"] if name[-1] not in "af"]
-    exact = arch[3:] in {name.rstrip("af") for name in build_info()["archs"]}
-    native = exact or any(card // 10 == code // 10 and card >= code for code in plain)
-    needed = runtime // 1000 * 1000 if native else runtime
-    if driver == 0 or driver >= needed:
+    archs, (driver, runtime) = build_info()["archs"], loaded.versions()
+    code = runs_on(arch, archs)
+    if code is None:
+        return f"the CUDA extension was built for sm_{', sm_'.join(archs)}, the card is {arch}"
+    # Any driver of the runtime's major version runs machine code; PTX needs one of its minor version as well.
+    needed = runtime // 1000 * 1000 if code == "machine code" else runtime
+    if driver == 0 or driver >= needed:  # without any driver there is nothing to run
         return None
     have, want = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, needed))
     return f"the CUDA extension needs a driver for CUDA {want}, this one serves up to {have}"
@@ -66,20 +58,21 @@ def module() -> ModuleType:
     return loaded
 
 
-def runs_on(arch: str, built: str | tuple[str, ...]) -> bool:
-    """Whether code of these architectures, and PTX of the newest of them, runs on a card ("sm_89").
+def runs_on(arch: str, built: str | tuple[str, ...]) -> str | None:
+    """What a card ("sm_89") runs of code of these architectures: "machine code", "PTX" of the newest, or None.
 
     Machine code serves cards of its major version from its minor version on ("90a" its own alone), PTX later cards too.
     """
     match = re.fullmatch(r"sm_(\d+)", arch)
     if match is None:
-        return False
+        return None
     card = int(match[1])
     exact = {int(name.rstrip("af")) for name in built if name[-1] in "af"}
     plain = {int(name) for name in built if name[-1] not in "af"}
+    if card in exact or any(card // 10 == code // 10 and card >= code for code in plain):
+        return "machine code"
     newest = max(plain | exact)
-    serves = any(card // 10 == code // 10 and card >= code for code in plain)
-    return serves or card in exact or (newest in plain and card >= newest)
+    return "PTX" if newest in plain and card >= newest else None
 
 
 @functools.cache

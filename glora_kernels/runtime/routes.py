@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
-from glora_kernels.runtime import cost, environment, extension, tables
+from glora_kernels.runtime import environment, extension, tables
 from glora_kernels.runtime.configs import Shape
 
 Backend = Literal["auto", "eager", "triton", "cuda"]
@@ -53,10 +53,6 @@ def backend(name: Backend) -> Iterator[None]:
         _state.backend = before
 
 
-def current_backend() -> Backend:
-    return _state.backend
-
-
 def route(device_type: str, dtype: torch.dtype, four_bit: bool = False) -> str:
     """The path of one call: "eager" or "triton". Pure, but for the user's choice and TRITON_INTERPRET.
 
@@ -72,36 +68,31 @@ def route(device_type: str, dtype: torch.dtype, four_bit: bool = False) -> str:
     if choice == "auto":
         path = explain(device_type, dtype)[0]
         return "auto" if four_bit and path == "triton" else path
-    if choice == "cuda" and four_bit:
-        return _cuda(device_type, dtype)
     if choice == "cuda":
-        raise RuntimeError(
-            "backend('cuda') was asked for, but the CUDA extension serves no layer with a dense base; "
-            "use backend('triton'), 'eager' or 'auto'"
-        )
-    if dtype not in TRITON_DTYPES:
-        names = ", ".join(str(t).removeprefix("torch.") for t in TRITON_DTYPES)
-        raise RuntimeError(f"backend('triton') accepts {names}; got {str(dtype).removeprefix('torch.')}")
-    if device_type != "cuda" and not (device_type == "cpu" and environment.interpreting()):
+        _check_extension(device_type, four_bit)
+    elif device_type != "cuda" and not (device_type == "cpu" and environment.interpreting()):
         raise RuntimeError(
             f"backend('triton') needs a GPU, got tensors on {device_type!r}; on a CPU it runs in Triton's interpreter "
             "only: set TRITON_INTERPRET=1 before Python starts"
         )
-    return "triton"
+    if dtype not in TRITON_DTYPES:
+        names = ", ".join(str(t).removeprefix("torch.") for t in TRITON_DTYPES)
+        raise RuntimeError(f"backend({choice!r}) accepts {names}; got {str(dtype).removeprefix('torch.')}")
+    return choice
 
 
-def _cuda(device_type: str, dtype: torch.dtype) -> str:
-    """ "cuda", or why the CUDA extension does not serve a 4-bit layer of this device and dtype."""
+def _check_extension(device_type: str, four_bit: bool) -> None:
+    if not four_bit:
+        raise RuntimeError(
+            "backend('cuda') was asked for, but the CUDA extension serves no layer with a dense base; "
+            "use backend('triton'), 'eager' or 'auto'"
+        )
     if (reason := extension.why_missing()) is not None:
         raise RuntimeError(f"backend('cuda'): {reason}")
     if device_type != "cuda":
         raise RuntimeError(f"backend('cuda') needs a GPU, got tensors on {device_type!r}")
     if torch.cuda.is_initialized() and (reason := extension.why_missing(environment.arch(torch.cuda.current_device()))):
         raise RuntimeError(f"backend('cuda') cannot run here: {reason}")
-    if dtype not in TRITON_DTYPES:
-        names = ", ".join(str(t).removeprefix("torch.") for t in TRITON_DTYPES)
-        raise RuntimeError(f"backend('cuda') accepts {names}; got {str(dtype).removeprefix('torch.')}")
-    return "cuda"
 
 
 def explain(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
@@ -109,10 +100,8 @@ def explain(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     if device_type != "cuda":
         return "eager", f"no Triton code for {device_type!r} devices: the factored path in plain PyTorch"
     if dtype not in TRITON_DTYPES:
-        return (
-            "eager",
-            f"the kernels have no {str(dtype).removeprefix('torch.')}: the factored path in plain PyTorch",
-        )
+        name = str(dtype).removeprefix("torch.")
+        return "eager", f"the kernels have no {name}: the factored path in plain PyTorch"
     return "triton", "Triton kernels, forward and backward"
 
 
@@ -128,17 +117,11 @@ def product_route(
 ) -> str:
     """How the Triton path takes its large product: "fused" into our own kernel, or by the vendor's "library".
 
-    A function of its arguments and the tables read at start. A measured table decides where it has an entry near the
+    A function of its arguments and the tables read at start: a measured table decides where it has a row near the
     shape, else the cost model (`runtime.cost`). A weight wider than x (autocast) and an unknown card take the fused
     kernel, which needs nothing cast or guessed; so does a call that builds W_eff, unmeasured (`builds`: A is lora),
     which the library's route would cost one more launch a pass.
     """
-    if weight_dtype != dtype:
-        return "fused"
-    measured = tables.route(arch, dtype, shape, backward=backward, scales=scales)
-    if measured is not None:
-        return measured
-    if builds or arch not in cost.CARDS:
-        return "fused"
-    predicted = cost.predict(arch, dtype, shape, backward=backward, scales=scales)
-    return min(predicted, key=lambda name: predicted[name])
+    what = f"route {'dx' if backward else 'fwd'}{' scaled' * scales}"
+    route, source = tables.explain(what, arch, dtype, shape, weight_dtype)
+    return "fused" if builds and source == "cost model" else str(route)

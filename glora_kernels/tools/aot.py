@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,10 +29,12 @@ from glora_kernels.operands import Matrix
 from glora_kernels.runtime import environment, tables
 from glora_kernels.runtime.configs import SHARED_LIMIT
 from glora_kernels.runtime.launch import Launch
-from glora_kernels.tools import elsewhere, outputs
+from glora_kernels.runtime.progress import progress
+from glora_kernels.tools import elsewhere, outputs, shipped
+from glora_kernels.tools.commands import text
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = dict(reversed(tables.DTYPES.items()))
 MATRIX_INSTRUCTION = {
     "sm_80": r"\bHMMA\b", "sm_89": r"\bHMMA\b", "sm_90": r"\bHGMMA\b|\bHMMA\b", "sm_100": r"\bUTCHMMA\b|\bHMMA\b",
     "gfx942": r"\bv_mfma_",
@@ -58,8 +60,8 @@ _LARGE = (
 class Report:
     """What one compilation gave. Sizes in bytes; -1 where the tool chain does not tell.
 
-    form: what tells it from others of its kernel (`elsewhere.key_of`). asked: the first call that asks for it. narrow:
-    the loads of less than 32 bits. even, multiplies: see `is_even`, `multiplies`.
+    form: what tells it from others of its kernel (`elsewhere.key_of`). asked: the first call that asks for it. batch:
+    of `_longest_batch`. narrow: the loads of less than 32 bits. even, multiplies: see `is_even`, `multiplies`.
     """
 
     kernel: str
@@ -68,19 +70,19 @@ class Report:
     dtype: str
     arch: str
     config: str
-    registers: int
-    stack: int
-    spill: int
-    shared: int
-    matrix_instruction: str
-    matrix_count: int
-    batch: int
-    tma: int
-    async_copies: int
-    narrow: int
     even: bool
     multiplies: bool
-    serialized: bool
+    registers: int = -1
+    stack: int = -1
+    spill: int = -1
+    shared: int = -1
+    matrix_instruction: str = ""
+    matrix_count: int = 0
+    batch: int = 0
+    tma: int = 0
+    async_copies: int = 0
+    narrow: int = 0
+    serialized: bool = False
     error: str = ""
 
     @property
@@ -115,8 +117,6 @@ class Form(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def forms(arch: str, dtype: torch.dtype, every: int = 1) -> list[Form]:
     """What the calls of `tools.shipped` ask of a card; or of each kernel the first form, and every so many after it."""
-    from glora_kernels.tools import shipped
-
     asked, seen, found = elsewhere.Forms(), Counter[str](), []
     with elsewhere.on_card(arch), tables.using(None):
         for call in (*shipped.models(arch, dtype), *shipped.others(arch, dtype)):
@@ -139,16 +139,20 @@ def blocks_of(launch: Launch) -> str:
 def report(form: Form, dtype: str, arch: str) -> Report:
     """Compile one form and read the machine code. A failed compilation is a report with `error` set."""
     launch = form.launch
-    head = (launch.kernel.__name__, form.key, form.asked, dtype, arch, blocks_of(launch))
-    even, products = is_even(launch.args), multiplies(launch)
+    head = (
+        launch.kernel.__name__, form.key, form.asked, dtype, arch, blocks_of(launch), is_even(launch.args),
+        multiplies(launch),
+    )  # fmt: skip
     try:
         with elsewhere.on_card(arch):
             compiled, log = elsewhere.compile_launch(launch)
     except Exception as error:
-        why = f"{type(error).__name__}: {str(error)[:500]}"
-        return Report(*head, -1, -1, -1, -1, "", 0, 0, 0, 0, 0, even, products, False, why)
-    read = _read_amd(compiled, arch) if arch.startswith("gfx") else _read_nvidia(compiled, log, arch)
-    return Report(*head, even=even, multiplies=products, **read)
+        return Report(*head, error=f"{type(error).__name__}: {str(error)[:500]}")
+    read = _read_amd(compiled) if arch.startswith("gfx") else _read_nvidia(compiled, log)
+    found = re.findall(MATRIX_INSTRUCTION[arch], read.pop("code"))
+    kinds = " + ".join(sorted({name.removesuffix("_") for name in found}))
+    shared = compiled.metadata.shared
+    return Report(*head, **read, shared=shared, matrix_instruction=kinds, matrix_count=len(found))
 
 
 def is_even(args: dict[str, Any]) -> bool:
@@ -182,13 +186,7 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-def run(
-    archs: Iterable[str],
-    dtypes: Iterable[str],
-    jobs: int,
-    every: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Report]:
+def run(archs: Iterable[str], dtypes: Iterable[str], jobs: int, every: int = 1, show: bool = False) -> list[Report]:
     """All reports, `jobs` compilations at a time."""
     tasks = [
         (arch, dtype, every, i)
@@ -196,23 +194,16 @@ def run(
         for dtype in dtypes
         for i in range(len(forms(arch, DTYPES[dtype], every)))
     ]
-    reports = []
     with ProcessPoolExecutor(jobs) as pool:
-        for done, result in enumerate(pool.map(_task, tasks), start=1):
-            reports.append(result)
-            if progress is not None:
-                progress(done, len(tasks))
-    return reports
+        found = pool.map(_task, tasks)
+        return [next(found) for _ in progress(tasks, "compiled", show)]
 
 
 def markdown(reports: list[Report]) -> str:
     """The reports as a table, one line a kernel form, dtype and architecture."""
     columns = ("kernel", "form", "first asked by", "dtype", "arch", "blocks", "registers", "stack", "spill", "shared",
                "matrix instructions", "TMA", "narrow loads", "ok")  # fmt: skip
-    archs, dtypes = (
-        ", ".join(dict.fromkeys(names)) for names in ([r.arch for r in reports], [r.dtype for r in reports])
-    )
-    head = f"| {' | '.join(columns)} |"
+    archs, dtypes = (", ".join(dict.fromkeys(getattr(r, name) for r in reports)) for name in ("arch", "dtype"))
     lines = [
         "# Ahead-of-time compilation",
         "",
@@ -220,7 +211,7 @@ def markdown(reports: list[Report]) -> str:
         f"`python -m glora_kernels.tools.aot`. {len(reports)} forms, {sum(not r.faults for r in reports)} without a "
         "fault. Sizes in bytes.",
         "",
-        head,
+        f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
     ]
     for r in reports:
@@ -237,8 +228,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m glora_kernels.tools.aot", description=__doc__)
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS), help="default: all")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="default: all")
-    parser.add_argument("--every", type=_count, default=1, metavar="N", help="one form in N of each kernel (default 1)")
-    parser.add_argument("--jobs", type=_count, default=2, help="compilations at a time (default 2)")
+    parser.add_argument(
+        "--every", type=text.positive, default=1, metavar="N", help="one form in N of each kernel (default 1)"
+    )
+    parser.add_argument("--jobs", type=text.positive, default=2, help="compilations at a time (default 2)")
     parser.add_argument("--json", type=outputs.file, help="write the reports as JSON")
     parser.add_argument("--markdown", type=outputs.file, help="write the reports as a Markdown table")
     args = parser.parse_args(argv)
@@ -247,11 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     if environment.interpreting():
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
 
-    def progress(done: int, total: int) -> None:
-        end = "\n" if done == total else "\r"
-        print(f"compiled {done}/{total}", end=end, file=sys.stderr, flush=True)
-
-    reports = run(args.arch, args.dtype, args.jobs, args.every, progress)
+    reports = run(args.arch, args.dtype, args.jobs, args.every, show=True)
     if args.json:
         args.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
     if args.markdown:
@@ -269,13 +258,7 @@ def _task(task: tuple[str, str, int, int]) -> Report:
     return report(forms(arch, DTYPES[dtype], every)[index], dtype, arch)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on; got {text!r}")
-    return int(text)
-
-
-def _read_nvidia(compiled: Any, log: str, arch: str) -> dict[str, Any]:
+def _read_nvidia(compiled: Any, log: str) -> dict[str, Any]:
     from triton import backends
 
     disassembler = Path(next(iter(backends.__path__))) / "nvidia" / "bin" / "nvdisasm"
@@ -284,14 +267,11 @@ def _read_nvidia(compiled: Any, log: str, arch: str) -> dict[str, Any]:
         cubin.write_bytes(compiled.asm["cubin"])
         command: list[str | Path] = [disassembler, "-c", "-ndf", cubin]
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    matrix = re.findall(MATRIX_INSTRUCTION[arch], sass)
     return {
+        "code": sass,
         "registers": _number(r"Used (\d+) registers", log),
         "stack": _number(r"(\d+) bytes stack frame", log),
         "spill": _number(r"(\d+) bytes spill stores", log),
-        "shared": compiled.metadata.shared,
-        "matrix_instruction": " + ".join(sorted(set(matrix))),
-        "matrix_count": len(matrix),
         "batch": _longest_batch(sass),
         "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
         "tma": len(re.findall(r"\bUTMALDG\b|\bUTMASTG\b", sass)),
@@ -309,21 +289,13 @@ def _longest_batch(sass: str) -> int:
     return longest
 
 
-def _read_amd(compiled: Any, arch: str) -> dict[str, Any]:
-    text = compiled.asm["amdgcn"]
-    matrix = re.findall(MATRIX_INSTRUCTION[arch], text)
+def _read_amd(compiled: Any) -> dict[str, Any]:
+    code = compiled.asm["amdgcn"]
     return {
-        "registers": _number(r"\.vgpr_count:\s+(\d+)", text),
-        "stack": _number(r"\.private_segment_fixed_size:\s+(\d+)", text),
-        "spill": _number(r"\.vgpr_spill_count:\s+(\d+)", text),
-        "shared": compiled.metadata.shared,
-        "matrix_instruction": "v_mfma" if matrix else "",
-        "matrix_count": len(matrix),
-        "batch": 0,
-        "tma": 0,
-        "async_copies": 0,
-        "narrow": 0,
-        "serialized": False,
+        "code": code,
+        "registers": _number(r"\.vgpr_count:\s+(\d+)", code),
+        "stack": _number(r"\.private_segment_fixed_size:\s+(\d+)", code),
+        "spill": _number(r"\.vgpr_spill_count:\s+(\d+)", code),
     }
 
 

@@ -2,7 +2,8 @@
 
 What is planned is what a real call records (`runtime.program`), by the same functions: the class of the call prepared
 (`dispatch.prepared`), and both of its passes run on twins of its tensors. So a form of a kernel that is asked for here
-is one that a call asks for, and the other way around.
+is one that a call asks for, and the other way around. The tensors of a call have no memory, or on a `device` are
+random, for what measures on them (`tools.trials`).
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from glora_kernels.depth import op as depth
-from glora_kernels.depth.deferred import _launch as shared_grad
 from glora_kernels.depth.table import Layer, SharedFactor, SharedProduct
-from glora_kernels.dispatch.common import Call, Supports, given
-from glora_kernels.dispatch.prepared import AskedPass, Prepared, Row
+from glora_kernels.dispatch.common import Codes, Supports, given, path_of
+from glora_kernels.dispatch.prepared import AskedPass, Prepared
+from glora_kernels.dispatch.signature import Row, Values
 from glora_kernels.glora import op as operator
 from glora_kernels.grouped import op as grouped
-from glora_kernels.grouped.group import ABSENT, Group
-from glora_kernels.quant import NestedState, QuantizedWeight, QuantState
+from glora_kernels.grouped.group import ABSENT
+from glora_kernels.quant import NestedState, QuantizedWeight, QuantState, quantize_weight
 from glora_kernels.runtime import program
 from glora_kernels.runtime.planning import planning
 from glora_kernels.runtime.recording import Recording
 from glora_kernels.spec import GLoRAConfig
 
 SEED = 2**62 + 1
+_C = ("c", "c_up", "c_down")
 
 
 class Linear(NamedTuple):
@@ -64,6 +65,7 @@ class How(NamedTuple):
         route: whose kernels serve a 4-bit base: "triton", "cuda", or "auto".
         device_seed: the key of a dropout mask is on the device, as under a CUDA graph.
         weight: the dtype of W, under autocast; None: that of x.
+        device: where the tensors are; "meta": nowhere.
     """
 
     m: int
@@ -74,6 +76,7 @@ class How(NamedTuple):
     route: str = "triton"
     device_seed: bool = False
     weight: torch.dtype | None = None
+    device: str = "meta"
 
 
 class Planned(NamedTuple):
@@ -83,20 +86,40 @@ class Planned(NamedTuple):
     backward: list[Any]
 
 
+class LinearCall(NamedTuple):
+    """A call of `ops.glora_linear`: its class, its tensors and their names in the row, and what it is made of."""
+
+    prepared: Prepared
+    row: Row
+    names: tuple[str, ...]
+    x: Tensor
+    weight: Any
+    supports: Supports
+    scale: float
+
+
+def linear_call(layer: Linear, how: How) -> LinearCall:
+    """The call of a layer, prepared as in training or for inference."""
+    config = layer.config
+    adapter = {name.lower(): tensor for name, tensor in _adapter(layer, how).items()}
+    cs = [adapter.pop(name, None) for name in _C]
+    s = Supports(bias=_tensor(how, layer.n, dtype=how.weight) if layer.bias else None, **adapter)
+    x, weight = _tensor(how, how.m, layer.k), _weight(layer, how)
+    p = config.dropout if config.B == "lora" else 0.0
+    settings = operator.Settings(config.scale, p, _seed(how) if p else None, config.variant)
+    row = operator.row_of(x, weight, s, cs if any(c is not None for c in cs) else (), settings.seed)
+    values = operator.values_of(weight, settings, how.route)
+    frozen = {"weight", "bias", "seed", *Codes._fields, *(("x",) if how.first else ())}
+    names = (*operator.GLORA.signature.tensors, *_C)
+    wanted = [how.training and t is not None and name not in frozen for name, t in zip(names, row, strict=False)]
+    prepared = operator.GLORA.prepare(row, values, wanted)
+    return LinearCall(prepared, row, names, x, weight, s, config.scale)
+
+
 def linear(layer: Linear, how: How) -> Planned:
     """What `ops.glora_linear` launches for a layer."""
-    config, n, k = layer.config, layer.n, layer.k
-    adapter = _adapter(layer, how)
-    cs = [adapter.pop(name, None) for name in ("C", "C_up", "C_down")]
-    s = Supports(bias=_meta(n, dtype=how.weight or how.dtype) if layer.bias else None,
-                 **{name.lower(): tensor for name, tensor in adapter.items()})  # fmt: skip
-    x = _meta(how.m, k, dtype=how.dtype)
-    p = config.dropout if config.B == "lora" else 0.0
-    row, form = operator.row_of(x, _weight(layer, how), s, _seed(how) if p else None, cs)
-    trains = [how.training and t is not None and name != "bias" for name, t in zip(Supports._fields, s, strict=True)]
-    call = Call(config.scale, p, None, config.variant == "matmul", how.route)
-    wanted = (how.training and not how.first, *trains, *(how.training and c is not None for c in cs))
-    return _passes(operator.prepare(row, form, call, *wanted), row, how)
+    call = linear_call(layer, how)
+    return _passes(call.prepared, call.row, how)
 
 
 def group(layers: Sequence[Linear], how: How, frozen: int = 0) -> Planned:
@@ -104,46 +127,46 @@ def group(layers: Sequence[Linear], how: How, frozen: int = 0) -> Planned:
     first, count = layers[0], len(layers)
     pairs = [_adapter(layer, how) for layer in layers]
     weights = [_weight(layer, how) for layer in layers]
-    biases = [_meta(layer.n, dtype=how.weight or how.dtype) for layer in layers if layer.bias]
+    biases = [_tensor(how, layer.n, dtype=how.weight) for layer in layers if layer.bias]
     p = first.config.dropout
     row = (
-        _meta(how.m, first.k, dtype=how.dtype), *weights, *(pair["B_down"] for pair in pairs),
+        _tensor(how, how.m, first.k), *weights, *(pair["B_down"] for pair in pairs),
         *(pair["B_up"] for pair in pairs), *biases, *(_seed(how) for _ in layers if p),
     )  # fmt: skip
     sizes = 1, count, count, count, len(biases), count if p else 0
     each = tuple(range(count))
     absent = (ABSENT,) * count
-    made = Group(
+    numbers = (
         (0,) * count, each, each, each, each if biases else absent, each if p else absent,
         tuple(layer.config.scale for layer in layers), p, "triton",
     )  # fmt: skip
     trains = how.training
     wanted = [trains and not how.first, *[False] * (count + frozen), *[trains] * (2 * count - frozen)]
     wanted += [False] * (len(row) - len(wanted))
-    return _passes(grouped._prepare(row, sizes, made, wanted, even=True, registered=False), row, how)
+    return _passes(grouped.GROUPED.prepare(row, Values(numbers, sizes), wanted), row, how)
 
 
 def over_depth(layer: Linear, how: How) -> list[Any]:
     """What merging, restoring, `shift_once` and `deferred_shared_grads` launch for layers of this kind."""
-    rank, dtype = layer.config.rank, how.dtype
-    weight, bias = _weight(layer, how), _meta(layer.n, dtype=dtype) if layer.bias else None
+    rank = layer.config.rank
+    weight, bias = _weight(layer, how), _tensor(how, layer.n) if layer.bias else None
     made = Layer(weight, bias, _adapter(layer, how), layer.config.scale, layer.config.variant == "matmul")
+    depth = path_of("depth", "triton")
     with planning(how.arch) as steps:
         depth.merge([made], [None if bias is None else torch.empty_like(bias)])
         depth.restore([(made.dense, made.dense, bias, bias)])
-        shifting = depth._shift_only(made)
+        shifting = made.shifting()
         if shifting.adapter:
-            key = depth.given_key([shifting])
-            betas = depth._triton_shifts(key, [shifting])
-            asked = {(0, name) for name in depth._names(shifting) if name != "bias"}
-            depth._triton_shift_grads(key, [shifting], {0: torch.empty_like(betas[0])}, asked)
+            key = depth.key_of([shifting])
+            betas = depth.shifts(key, [shifting])
+            depth.shift_gradients(key, [shifting], {0: torch.empty_like(betas[0])}, {0: [*shifting.adapter]})
         if layer.config.B == "lora":
-            left, x, dy = (_meta(how.m, size, dtype=dtype) for size in (rank, layer.k, layer.n))
+            left, x, dy = (_tensor(how, how.m, size) for size in (rank, layer.k, layer.n))
             p = layer.config.dropout
             product = SharedProduct(left, x, layer.config.scale, p, _seed(how) if p else None)
-            shared_grad([SharedFactor(_meta(rank, layer.k, dtype=layer.adapter or dtype), [product])])
+            depth.shared_gradients([SharedFactor(_tensor(how, rank, layer.k, dtype=layer.adapter), [product])])
             product = SharedProduct(left, dy, 1.0, 0.0, None)
-            shared_grad([SharedFactor(_meta(layer.n, rank, dtype=layer.adapter or dtype).t(), [product])])
+            depth.shared_gradients([SharedFactor(_tensor(how, layer.n, rank, dtype=layer.adapter).t(), [product])])
     return steps
 
 
@@ -165,26 +188,31 @@ def _recorded(asked: AskedPass, how: How) -> tuple[Recording, program.Results]:
 
 def _adapter(layer: Linear, how: How) -> dict[str, Tensor]:
     shapes = layer.config.parameter_shapes(layer.k, layer.n, layer.bias)
-    return {name: _meta(*shape, dtype=layer.adapter or how.dtype) for name, shape in shapes.items()}
+    return {name: _tensor(how, *shape, dtype=layer.adapter, std=0.1) for name, shape in shapes.items()}
 
 
 def _weight(layer: Linear, how: How) -> Any:
-    n, k = layer.n, layer.k
-    if not layer.quant_type:
-        dtype = how.weight or how.dtype
-        return _meta(k, n, dtype=dtype).t() if layer.transposed else _meta(n, k, dtype=dtype)
+    (n, k), dtype = (layer.n, layer.k), how.weight or how.dtype
+    if not layer.quant_type or how.device != "meta":
+        shape = (k, n) if layer.transposed else (n, k)
+        w = _tensor(how, *shape, dtype=dtype, std=k**-0.5)
+        w = w.t() if layer.transposed else w
+        return quantize_weight(w, layer.quant_type, double_quant=layer.nested) if layer.quant_type else w
+    single = how._replace(dtype=torch.float32)
     blocks, nested = -(-n * k // 64), None
-    absmax = _meta(blocks, dtype=torch.float32)
+    absmax = _tensor(single, blocks)
     if layer.nested:
-        beside = [_meta(*shape, dtype=torch.float32) for shape in ((-(-blocks // 256),), (256,), ())]
-        absmax, nested = _meta(blocks, dtype=torch.uint8), NestedState(beside[0], beside[1], 256, beside[2])
-    packed = _meta(-(-n * k // 2), 1, dtype=torch.uint8)
-    return QuantizedWeight(packed, QuantState(absmax, layer.quant_type, 64, (n, k), how.weight or how.dtype, nested))
+        beside = [_tensor(single, *shape) for shape in ((-(-blocks // 256),), (256,), ())]
+        absmax, nested = absmax.to(torch.uint8), NestedState(beside[0], beside[1], 256, beside[2])
+    packed = _tensor(how, -(-n * k // 2), 1, dtype=torch.uint8)
+    return QuantizedWeight(packed, QuantState(absmax, layer.quant_type, 64, (n, k), dtype, nested))
 
 
 def _seed(how: How) -> Tensor:
     return torch.tensor([SEED], device="meta" if how.device_seed else "cpu")
 
 
-def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def _tensor(how: How, *shape: int, dtype: torch.dtype | None = None, std: float = 1.0) -> Tensor:
+    """Random numbers of this deviation in a dtype, that of x where none is given; on the meta device a shape."""
+    made = torch.empty(shape, dtype=dtype or how.dtype, device=how.device)
+    return made if made.is_meta else made.normal_(std=std)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,18 +12,18 @@ from glora_kernels.nn import GLoRALinear
 from glora_kernels.reference.random import keep_mask
 from glora_kernels.reference.tolerance import allowed_error, largest_error, literal_step, unlucky_errors
 from glora_kernels.runtime import routes
+from glora_kernels.runtime.progress import progress
 from glora_kernels.spec import CHOICES, GLoRAConfig
 
 SHAPES = ((37, 70, 45, 3), (64, 128, 96, 16))
 """(M, K, N, R): one that fits no block, one that fits them all."""
 
-SERVED_BY = {
+_SERVED_BY = {
     "y": "_glora_fwd_kernel", "dx": "_glora_dx_kernel", "dA_up": "_hadamard_grad_kernel",
     "dA_down": "_hadamard_grad_kernel", "dA": "_finish_kernel", "dB": "_dy_kernel", "dB_up": "_dy_kernel",
     "dB_down": "_x_kernel", "dC": "_wc_grad_kernel", "dC_up": "_c_grad_kernel", "dC_down": "_c_grad_kernel",
     "dbias": "_dy_kernel", "dD": "_dy_kernel", "dE": "_dy_kernel",
 }  # fmt: skip
-"""Which kernel of the Triton path makes a result (h, σ, W_eff and W·c enter through y and dx)."""
 
 
 @dataclass
@@ -54,18 +53,14 @@ def configurations() -> list[GLoRAConfig]:
     return [*found, GLoRAConfig("lora", "lora", variant="matmul"), GLoRAConfig("lora", "none", variant="matmul")]
 
 
-def run(
-    device: str, route: routes.Backend, dtypes: list[torch.dtype], progress: Callable[[int, int], None] | None = None
-) -> list[Row]:
+def run(device: str, route: routes.Backend, dtypes: list[torch.dtype], show: bool = False) -> list[Row]:
     """The rows of one route on one device; each case is forward and backward of one layer."""
     rows: dict[tuple[str, str], Row] = {}
     shapes = SHAPES[:1] if device == "cpu" and route == "triton" else SHAPES  # the interpreter is slow
     cases = list(itertools.product(dtypes, configurations(), shapes))
-    for done, (dtype, config, (m, k, n, r)) in enumerate(cases, start=1):
+    for dtype, config, (m, k, n, r) in progress(cases, route, show):
         config = GLoRAConfig.from_dict(config.to_dict() | {"rank": r})
         _case(rows, device, route, dtype, config, m, k, n)
-        if progress is not None:
-            progress(done, len(cases))
     return list(rows.values())
 
 
@@ -117,14 +112,19 @@ def _case(
         size = float(terms[name].detach().norm()) if name in terms and value.numel() == 1 else 0.0
         error = largest_error(value, truth[name])
         allowed = allowed_error(truth[name], literal[name], dtype, size, unlucky.get(name, 0.0))
-        kernel = SERVED_BY[name] if route == "triton" else "plain PyTorch"
-        if config.variant == "matmul" and name == "dA_up" and route == "triton":
-            kernel = "_x_kernel"
-        if config.variant == "hadamard" and config.A == "lora" and name == "dB_down" and route == "triton":
-            kernel = "_hadamard_grad_kernel"
+        kernel = _kernel_of(name, config) if route == "triton" else "plain PyTorch"
         label = str(dtype).removeprefix("torch.")
         row = rows.setdefault((label, name + kernel), Row(route, label, name, kernel))
         row.cases += 1
         if error / allowed >= row.worst:
             row.worst, row.error, row.allowed = error / allowed, error, allowed
             row.case = f"A={config.A} B={config.B} {config.variant} M={m} K={k} N={n} R={config.rank}"
+
+
+def _kernel_of(result: str, config: GLoRAConfig) -> str:
+    """The kernel of the Triton path that makes a result; h, σ, W_eff and W·c enter through y and dx."""
+    if config.variant == "matmul" and result == "dA_up":
+        return "_x_kernel"
+    if config.variant == "hadamard" and config.A == "lora" and result == "dB_down":
+        return "_hadamard_grad_kernel"
+    return _SERVED_BY[result]

@@ -1,4 +1,6 @@
-"""How long things take, compared fairly: every round times each once, so that a card that slows down slows all.
+"""What is measured on, and how long things take there, compared fairly.
+
+Every round times each contender once, so that a card that slows down slows all.
 
 A contender is a list of steps, one for each of several input sets that together exceed the L2 cache, so that no step
 finds its input there.
@@ -8,10 +10,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from glora_kernels.runtime import environment
 
 Step = Callable[[], object]
 Timer = Callable[[Sequence[Sequence[Step]], int], list[list[float]]]
@@ -67,27 +72,25 @@ def event_timer(contenders: Sequence[Sequence[Step]], rounds: int) -> list[list[
 def clock_timer(contenders: Sequence[Sequence[Step]], rounds: int) -> list[list[float]]:
     """On the CPU, by its clock."""
     times: list[list[float]] = [[] for _ in contenders]
-    for turn in range(-1, rounds):  # the first warms up
-        for i in _order(len(contenders), turn):
-            begin = time.perf_counter()
-            for step in contenders[i]:
-                step()
-            if turn >= 0:
-                times[i].append(1e3 * (time.perf_counter() - begin) / len(contenders[i]))
+    for i, counts in _turns(len(contenders), rounds, warm=1):
+        begin = time.perf_counter()
+        for step in contenders[i]:
+            step()
+        if counts:
+            times[i].append(1e3 * (time.perf_counter() - begin) / len(contenders[i]))
     return times
 
 
 def _event_rounds(calls: Sequence[tuple[Callable[[], Any], int]], rounds: int) -> list[list[float]]:
     """Milliseconds a step by CUDA events; the host never waits between the rounds, so that the card never does."""
     events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
-    for turn in range(-2, rounds):  # the first two warm up
-        for i in _order(len(calls), turn):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            calls[i][0]()
-            end.record()
-            if turn >= 0:
-                events[i].append((begin, end))
+    for i, counts in _turns(len(calls), rounds, warm=2):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        calls[i][0]()
+        end.record()
+        if counts:
+            events[i].append((begin, end))
     torch.cuda.synchronize()
     return [
         [begin.elapsed_time(end) / steps for begin, end in pairs]
@@ -95,10 +98,57 @@ def _event_rounds(calls: Sequence[tuple[Callable[[], Any], int]], rounds: int) -
     ]
 
 
-def _order(count: int, turn: int) -> list[int]:
-    start = turn % count if count else 0
-    return [*range(start, count), *range(start)]
+def _turns(count: int, rounds: int, warm: int) -> Iterator[tuple[int, bool]]:
+    """(contender, whether it counts): all of them in every round, another first in each; the first rounds warm up."""
+    for turn in range(-warm, rounds):
+        for place in range(count):
+            yield (turn + place) % count, turn >= 0
 
 
 def _repeats(steps: Sequence[Step]) -> int:
     return -(-_GRAPH_STEPS // len(steps))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is measured on, and by which clock."""
+
+    name: str
+    arch: str
+    device: str
+    timer: Timer
+    l2_bytes: int = 0
+    memory_bytes: int = 1 << 34
+    synchronize: Callable[[], object] = lambda: None
+    clock: Callable[[], float] = time.monotonic
+
+
+def this_gpu() -> Machine:
+    """The current GPU.
+
+    Raises:
+        RuntimeError: PyTorch sees none.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("tuning measures on a GPU, and PyTorch sees none here")
+    index = torch.cuda.current_device()
+    return Machine(
+        environment.device_name(index), environment.arch(index), "cuda", graph_timer, environment.l2_bytes(index),
+        torch.cuda.mem_get_info(index)[0], torch.cuda.synchronize,
+    )  # fmt: skip
+
+
+def why(error: Exception, machine: Machine) -> str:
+    """One line on a launch that failed.
+
+    Raises:
+        RuntimeError: the device answers no more.
+    """
+    try:
+        machine.synchronize()
+    except Exception as broken:
+        raise RuntimeError(
+            "the device answers no more after a failed launch; what was measured before is in the table. Run again, "
+            "with --kernels to leave out the kernel that failed"
+        ) from broken
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

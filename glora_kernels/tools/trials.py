@@ -1,110 +1,211 @@
-"""Single launches of each tuned kernel on random tensors, in the forms layers use: what `tune` checks and times."""
+"""One pass of a layer on random tensors, planned under a choice as a real call is: what `tune` checks and times."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glora_kernels.operands import Columns, Shift, Terms
-from glora_kernels.quant import QuantizedWeight, quantize_weight
-from glora_kernels.runtime import configs
+from glora_kernels.dispatch.common import given
+from glora_kernels.dispatch.prepared import AskedPass
+from glora_kernels.four_bit import kinds as four_bit
+from glora_kernels.four_bit.served import why_not
+from glora_kernels.quant import dequantize
+from glora_kernels.reference.tolerance import allowed_error, largest_error
+from glora_kernels.runtime import environment, program, tables
 from glora_kernels.runtime.configs import Shape
-from glora_kernels.runtime.launch import Dropout, Launch
+from glora_kernels.runtime.program import Operands
+from glora_kernels.runtime.recording import Bound, Recording
+from glora_kernels.runtime.sizes import at
+from glora_kernels.runtime.tables import DEQUANTIZE, NAMED, SMALL_M, Table
+from glora_kernels.spec import GLoRAConfig
+from glora_kernels.tools import planned
+from glora_kernels.tools.planned import How, Linear
 
-DROPPED = Dropout(0.1, 2**62 + 1)
+FORMS = {
+    "lora": GLoRAConfig.lora(1, 2.0),
+    "full": GLoRAConfig("vector", "lora", "vector", "vector", "vector", 1, dropout=0.1),
+    "vectors": GLoRAConfig("none", "vector", "none", "vector", "vector", 1),
+    "product": GLoRAConfig("lora", "lora", "none", "none", "none", 1, variant="matmul"),
+    "both": GLoRAConfig("lora", "lora", "none", "none", "none", 1),
+    "both, dropout": GLoRAConfig("lora", "lora", "none", "none", "none", 1, dropout=0.1),
+    "scaled": GLoRAConfig("vector", "lora", "none", "none", "none", 1),
+}
+"""Layers, but for their rank."""
+
+TRIED = {
+    "fwd": ("lora", "full", "vectors", "product"), "dx": ("lora", "full", "vectors", "product"),
+    "prepare": ("lora", "both, dropout", "product"), "added_terms": ("lora", "full", "product"),
+    "dy": ("lora", "vectors", "product"), "x": ("lora", "full", "product"),
+    "hadamard_grad": ("both", "both, dropout"),
+}  # fmt: skip
+"""The layers that a kernel is tried in: in the first it is timed, in all it must compile, be right and no slower."""
+
+_BACKWARD = ("dx", "dy", "x", "hadamard_grad", "route dx", "route dx scaled")
+_ROUTES = [name for name in NAMED if name.startswith("route")]
+_RESULTS = ("y", "h", "sigma", "u", "wc", "mask")
+
+
+def forms(what: str) -> tuple[str, ...]:
+    """Of `FORMS`, those that something is tried in."""
+    return TRIED.get(what, ("scaled" if what.endswith("scaled") else "lora",))
+
+
+def kernel_of(step: Any) -> str:
+    """What `tables.choose` calls the kernel of a launch of ours; "" of any other step."""
+    name = getattr(getattr(step, "kernel", None), "__name__", "")
+    return name.removeprefix("_").removeprefix("glora_").removesuffix("_kernel")
 
 
 @dataclass
 class Trial:
-    """One launch and what it writes; those named in `partial` are sums once added over their first axis."""
+    """A pass under one choice, with its memory: its steps, those of them that are timed, and where its results lie."""
 
-    launch: Launch
+    choice: Any
+    steps: list[Any]
+    timed: list[Any]
     outputs: dict[str, Tensor]
-    partial: frozenset[str] = frozenset()
-    before: dict[str, Tensor] = field(default_factory=dict)
+    memory: list[Tensor]
+
+    def run(self) -> None:
+        """What is timed."""
+        for step in self.timed:
+            step.run()
+
+    def run_all(self) -> None:
+        """The whole pass, after which what is timed reads numbers as in a real one."""
+        for step in self.steps:
+            step.run()
 
     def results(self) -> dict[str, Tensor]:
-        """Run once, over memory that is NaN where nothing belongs there yet, and return what was written."""
-        for name, tensor in self.outputs.items():
-            if name in self.before:
-                tensor.copy_(self.before[name])
-            else:
-                tensor.fill_(float("nan"))
-        self.launch.run()
-        return {
-            name: tensor.float().sum(0) if name in self.partial else tensor.float().clone()
-            for name, tensor in self.outputs.items()
-        }
+        """Run the whole pass once, over memory that is NaN where nothing belongs there yet."""
+        for room in self.memory:
+            room.view(torch.uint8).fill_(0xFF)
+        self.run_all()
+        return {name: tensor.float().clone() for name, tensor in self.outputs.items()}
 
 
 class Data:
-    """Random tensors of one layer and its input by name, and memory for results; each made when first asked for."""
+    """Random tensors of a layer of one of the `FORMS`, and memory for what is tried on them."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: str, arch: str, seed: int) -> None:
-        self.shape, self.dtype, self.device, self.arch = shape, dtype, device, arch
-        self._generator = torch.Generator(device).manual_seed(seed)
-        self._tensors: dict[object, Tensor] = {}
-        self._codes: QuantizedWeight | None = None
+    def __init__(
+        self, what: str, form: str, shape: Shape, dtype: torch.dtype, device: str, arch: str, seed: int = 0
+    ) -> None:
+        four_bits = what in (DEQUANTIZE, SMALL_M)
+        self.what, self.shape, self.dtype, self.arch = what, shape, dtype, arch
+        config = GLoRAConfig.from_dict(FORMS[form].to_dict() | {"rank": max(1, shape.r)})
+        layer = Linear(config, shape.n, shape.k, True, quant_type="nf4" if four_bits else "", nested=four_bits)
+        how = How(max(1, shape.m), dtype, arch, route="auto" if four_bits else "triton", device=device)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.call = planned.linear_call(layer, how)
+            self._dy = torch.randn(how.m, layer.n, device=device, dtype=dtype)
+        self._rooms: dict[Any, Tensor] = {}
+        self._saved: list[Any] = []
+        if what in _BACKWARD:
+            with tables.using(None, dict.fromkeys(_ROUTES, "fused")):
+                forward = self._bound(self._forward(), None)
+            forward.results()
+            everything = (*self.call.row, *(forward.outputs.get(name) for name in _RESULTS))
+            self._saved = [everything[i] for i in self.call.prepared.saved]
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._tensors:
-            sizes, std, wide = self._sizes(name)
-            values = torch.randn(sizes, generator=self._generator, device=self.device, dtype=torch.float32) * std
-            self._tensors[name] = values if wide else values.to(self.dtype)
-        return self._tensors[name]
+    def trial(self, choice: Any, table: Table | None = None) -> Trial:
+        """What is asked for under a choice, beside what a table has.
 
-    def codes(self) -> QuantizedWeight:
-        """The weight as QLoRA stores it: NF4 in blocks of 64, absmax in 8 bits."""
-        if self._codes is None:
-            self._codes = quantize_weight(self["w"], "nf4", double_quant=True)
-            del self._tensors["w"]  # of many sets, only the codes are read
-        return self._codes
+        Raises:
+            ValueError: the kind of kernels that is chosen does not serve the call; the message says why.
+        """
+        routes = dict.fromkeys(_ROUTES, "library" if self.what == "added_terms" else "fused")
+        with tables.using(table, (routes if self.what in TRIED else {}) | {self.what: choice}):
+            if self.what == DEQUANTIZE:
+                return self._dense(choice)
+            if self.what == SMALL_M and choice != "workspace":
+                reason = why_not(choice, self.call.x, self.call.weight, self.shape.r)
+                if reason:
+                    raise ValueError(reason)
+            return self._bound(self._backward() if self._saved else self._forward(), choice)
 
-    def out(self, name: str, *sizes: int, wide: bool = False) -> Tensor:
-        """Memory for a result, the same for every trial that asks for the same."""
-        dtype = torch.float32 if wide else self.dtype
-        key = (name, sizes, dtype)
-        if key not in self._tensors:
-            self._tensors[key] = torch.empty(sizes, device=self.device, dtype=dtype)
-        return self._tensors[key]
+    def _forward(self) -> AskedPass:
+        call = self.call
+        with_rows = frozenset(place for place in call.prepared.with_rows if place < len(call.row))
+        operands = Operands(tuple(call.row), with_rows, len(self.call.x), self.call.x.get_device())
+        return call.prepared.forward_pass(operands)
 
-    def bands(self) -> int:
-        """The bands of S and τ that a backward of this layer has."""
-        m, n, _, _ = self.shape
-        config = configs.choose("dy", self.arch, self.dtype, self.shape)
-        return configs.bands(self.arch, m, config["rows"], n, config["cols"])[0]
+    def _backward(self) -> AskedPass:
+        return self.call.prepared.backward_pass([self._dy], self._saved)
 
-    def _sizes(self, name: str) -> tuple[tuple[int, ...], float, bool]:
-        """(sizes, standard deviation, whether fp32) of a tensor."""
-        m, n, k, r = self.shape
-        small = k**-0.5
-        plain: dict[str, tuple[tuple[int, ...], float]] = {
-            "x": ((m, k), 1.0), "w": ((n, k), small), "dy": ((m, n), 1.0), "y": ((m, n), 1.0),
-            "up": ((n, r), 0.1), "b_down": ((r, k), small), "a_up": ((n, r), 0.1), "a_down": ((r, k), 0.1),
-            "p_up": ((k, r), small), "p_down": ((r, k), small), "u": ((n, r), 0.1),
-            "a": ((n,), 0.1), "b": ((n,), 0.1), "bias": ((n,), 0.5), "d": ((n,), 0.1), "e": ((n,), 0.1),
-            "h": ((1, m, r), 1.0), "h_pair": ((1, m, 2 * r), 1.0),
-        }  # fmt: skip
-        if name in plain:
-            return *plain[name], False
-        from glora_kernels.glora.sums import padded
+    def _dense(self, kind: str) -> Trial:
+        out = self._room("dense", self.shape.n * self.shape.k * self.dtype.itemsize).view(self.dtype)
+        out = out.view(self.shape.n, self.shape.k)
+        launch = four_bit.dequantize_launch(self.call.weight, out, route="auto", arch=self.arch)
+        return Trial(kind, [launch], [launch], {"dense": out}, [self._rooms["dense"]])
 
-        bands = self.bands()
-        wide: dict[str, tuple[int, ...]] = {
-            "wc": (n,), "sigma": (1, m), "s": (bands, m, r), "s_pair": (bands, m, 2 * r),
-            "tau": (bands, padded(m)),
-        }  # fmt: skip
-        return wide[name], 1.0, True
+    def _bound(self, asked: AskedPass, choice: Any) -> Trial:
+        """A pass recorded as its program is, with memory of this set."""
+        device, m = self.call.x.device, asked.operands.m
+        programs = environment.multiprocessors(device.index or 0) if device.type == "cuda" else None
+        recording, results = program.record(asked.function, asked.operands, asked.values, self.arch, programs)
+        places = recording.results(results)
+        assert places is not None, "an operation of PyTorch had part in it"
+        memory = self._memory(recording, asked)
+        here = Bound(recording, memory, m)
+        steps = [step.bound(here) for step in recording.steps]
+        timed = [step for step in steps if kernel_of(step) == self.what] if self.what in TRIED else steps
+        call, own = self.call, memory[recording.count :]
+        names = [f"d{call.names[i]}" for i in call.prepared.trained] if self._saved else _RESULTS
+        outputs = {
+            name: memory[place.slot] if place.twin is None else here.view(place.twin)
+            for name, place in zip(names, places, strict=False)
+            if place is not None
+        }
+        return Trial(choice, steps, timed, outputs, [t for t in own if t is not None])
 
+    def _memory(self, recording: Recording, asked: AskedPass) -> list[Any]:
+        """A tensor for every slot of a recording; trials of one set share theirs."""
+        key, m = bool(self._saved), asked.operands.m
+        memory: list[Any] = list(asked.operands.tensors)
+        for made in recording.made:
+            if made.is_alone:
+                room = self._room((key, len(memory)), at(made.nbytes, m))
+                memory.append(room.view(made.dtype).view([at(size, m) for size in made.shape]))
+        for name, size in (("block", recording.scratch or 0), ("workspace", recording.workspace_bytes)):
+            memory.append(self._room((key, name), at(size, m)))
+        return memory
 
-def trial(kernel: str, form: str, data: Data, config: dict[str, int]) -> Trial:
-    """The launch of a kernel in one of its forms, with results of the sizes that the configuration asks for."""
-    made: Trial = globals()[f"_{kernel}"](form, data, config)
-    return made
+    def _room(self, key: Any, size: int) -> Tensor:
+        held = self._rooms.get(key)
+        if held is None or len(held) < size:
+            held = self._rooms[key] = torch.empty(size, dtype=torch.uint8, device=self.call.x.device)
+        return held[:size]
+
+    def wrong(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor] | None) -> str:
+        """Where results are none, and by how much; "" where they are right.
+
+        A dense weight is bit for bit the codec's, the forward of a few tokens no further from float64 than twice the
+        literal formula at its dtype; all else is compared with what the first choice gave.
+        """
+        if self.what == DEQUANTIZE:
+            dense = dequantize(self.call.weight, self.dtype).float()
+            differing = int((found["dense"] != dense).sum())
+            return f"{differing} of {dense.numel()} numbers are not those of quant.dequantize" if differing else ""
+        if self.what == SMALL_M:
+            truth, plain = self._literal(torch.float64), self._literal(self.dtype)
+            for name, value in truth.items():
+                error = largest_error(found[name], value)
+                allowed = allowed_error(value, plain[name], self.dtype)
+                if not error <= allowed:
+                    return f"{name} is off by {error:.1e}, allowed is {allowed:.1e}"
+            return ""
+        return "" if expected is None else disagreement(found, expected, self.dtype, 8 if self.what in NAMED else 4)
+
+    def _literal(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        call, s = self.call, self.call.supports
+        x, up, down, bias = (given(tensor).to(dtype) for tensor in (call.x, s.b_up, s.b_down, s.bias))
+        h = call.scale * (x @ down.T)
+        return {"y": x @ dequantize(call.weight, self.dtype).to(dtype).T + h @ up.T + bias, "h": h}
 
 
 def disagreement(ours: Mapping[str, Tensor], other: Mapping[str, Tensor], dtype: torch.dtype, slack: float) -> str:
@@ -113,7 +214,7 @@ def disagreement(ours: Mapping[str, Tensor], other: Mapping[str, Tensor], dtype:
     The largest difference over the largest value, at most `slack` machine epsilons of the dtype.
     """
     allowed = slack * max(torch.finfo(dtype).eps, 2.5e-5 if dtype == torch.float32 else 0.0)
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if dtype == torch.float32 and environment.allow_tf32():
         allowed = slack * 2e-3
     for name, value in other.items():
         difference = (ours[name].float() - value.float()).abs().max()
@@ -123,137 +224,11 @@ def disagreement(ours: Mapping[str, Tensor], other: Mapping[str, Tensor], dtype:
     return ""
 
 
-def _terms(form: str, data: Data) -> Terms:
-    """The terms of y in a form, h and σ still missing."""
-    names = ("a", "b") if form == "full" else (("u",) if form == "product" else ())
-    shift = ("bias", "wc", "d", "e") if form == "full" else ("bias",)
-    given: dict[str, Any] = {n: data[n] for n in names}
-    added: dict[str, Any] = {n: data[n] for n in shift}
-    return Terms(up=data["up"], shift=Shift(**added), **given)
-
-
-def _fwd(form: str, data: Data, config: dict[str, int]) -> Trial:
-    from glora_kernels.glora.product import glora_fwd_launch
-
-    y = data.out("y", data.shape.m, data.shape.n)
-    terms = _terms(form, data)._replace(low=data["h_pair" if form == "product" else "h"])
-    if form == "full":
-        terms = terms._replace(sigma=data["sigma"])
-    return Trial(glora_fwd_launch(data["x"], data["w"], y, terms, arch=data.arch, config=config), {"y": y})
-
-
-def _dx(form: str, data: Data, config: dict[str, int]) -> Trial:
-    from glora_kernels.glora.product import glora_dx_launch
-
-    dx = data.out("dx", data.shape.m, data.shape.k)
-    terms: dict[str, Any] = {"s": data["s"], "b_down": data["b_down"]}
-    if form == "full":
-        terms |= {"a": data["a"], "tau": data["tau"], "dropout": DROPPED}
-    if form == "product":
-        terms |= {"s": data["s_pair"], "a_down": data["p_down"]}
-    launch = glora_dx_launch(data["dy"], data["w"], dx, **terms, arch=data.arch, config=config)
-    return Trial(launch, {"dx": dx})
-
-
-def _prepare(form: str, data: Data, config: dict[str, int]) -> Trial:
-    from glora_kernels.glora.prepare import Prepared, prepare_launch
-
-    m, n, k, r = data.shape
-    bands = configs.bands(data.arch, m, config["rows"], k, config["depth"])[0]
-    out = Prepared(data.out("h", bands, m, r * (1 + (form == "product")), wide=bands > 1))
-    terms: dict[str, Any] = {"b_down": data["b_down"]}
-    if form == "full":
-        out = out._replace(sigma=data.out("sigma", bands, m, wide=True), weff=data.out("weff", n, k))
-        terms |= {"a_up": data["a_up"], "a_down": data["a_down"], "dropout": DROPPED}
-    if form == "product":
-        out = out._replace(u=data.out("u", n, r))
-        terms |= {"a_up": data["p_up"], "a_down": data["p_down"]}
-    launch = prepare_launch(data["x"], data["w"], out, **terms, scale=2.0, arch=data.arch, config=config)
-    written = {name: tensor for name, tensor in out._asdict().items() if tensor is not None}
-    return Trial(launch, written, frozenset({"low", "sigma"}))
-
-
-def _added_terms(form: str, data: Data, config: dict[str, int]) -> Trial:
-    from glora_kernels.glora.prepare import added_terms_launch
-
-    m, n, _, r = data.shape
-    out = {"y": data.out("y", m, n), "h": data.out("h", m, r * (1 + (form == "product")))}
-    terms = _terms(form, data)._replace(low=out["h"][None])
-    more: dict[str, Any] = {"a_down": data["p_down"]} if form == "product" else {}
-    if form == "full":
-        out["sigma"] = data.out("sigma", m, wide=True)
-        terms, more = terms._replace(sigma=out["sigma"]), {"dropout": DROPPED}
-    launch = added_terms_launch(
-        data["x"], out["y"], terms, read_z=form == "full", b_down=data["b_down"], **more, scale=2.0, arch=data.arch,
-        config=config,
-    )  # fmt: skip
-    return Trial(launch, out, before={"y": data["y"]} if form == "full" else {})
-
-
-def _dy(form: str, data: Data, config: dict[str, int]) -> Trial:
-    from glora_kernels.glora.finish import parts
-    from glora_kernels.glora.sums import dy_bands, dy_launch, padded
-
-    m, n, _, r = data.shape
-    ranks = (r * (form == "product"), r)
-    number, width = dy_bands(data.shape, config, data.arch)
-    splits = -(-m // config["rows"])
-    filled: dict[str, Any] = {"s": data.out("s", number, m, padded(sum(ranks)), wide=True)}
-    out = {"s": filled["s"][..., : sum(ranks)]}
-    sums = {"factor": data.out("factor", splits, sum(ranks), n, wide=True)}
-    terms = Terms(low=data["h_pair" if form == "product" else "h"][0], up=data["up"])
-    columns = Columns()
-    if form == "full":
-        filled["tau"] = data.out("tau", number, padded(m), wide=True)
-        out["tau"] = filled["tau"][:, :m]
-        terms = terms._replace(b=data["b"], sigma=data["sigma"][0])
-        sums |= {name: data.out(name, splits, n, wide=True) for name in ("g", "dy_sigma")}
-        columns = Columns(g=sums["g"], sigma=sums["dy_sigma"], step=n, end=splits * n)
-    if form == "product":
-        terms = terms._replace(u=data["u"])
-    launch = dy_launch(
-        data["dy"], terms, **filled, factor=parts(sums["factor"], splits), columns=columns, ranks=ranks,
-        band_width=width, scale=2.0, config=config,
-    )  # fmt: skip
-    return Trial(launch, out | sums, frozenset(out | sums))
-
-
-def _x(form: str, data: Data, config: dict[str, int]) -> Trial:
-    from glora_kernels.glora.sums import x_launch
-
-    m, _, k, r = data.shape
-    splits = configs.row_splits(m, -(-k // config["cols"]), config["rows"])
-    p = r * (form == "product")
-    out: dict[str, Any] = {"v_part": data.out("v_part", splits, r, k, wide=True)}
-    terms: dict[str, Any] = {}
-    if p:
-        out["p_part"] = data.out("p_part", splits, p, k, wide=True)
-    if form == "full":
-        terms = {"downs": (None, data["b_down"]), "tau": data["tau"], "dropout": DROPPED}
-    parts = frozenset(out)
-    if form == "full":
-        out["dx"] = data.out("dx", m, k)
-    launch = x_launch(
-        data["x"], data["s_pair" if p else "s"], ranks=(p, r), splits=splits, **out, **terms, config=config
-    )  # fmt: skip
-    return Trial(launch, out, parts)
-
-
-def _hadamard_grad(form: str, data: Data, config: dict[str, int]) -> Trial:
-    from glora_kernels.glora.weight import HadamardGrad, hadamard_grad_launch
-
-    _, n, k, r = data.shape
-    n_tiles, k_tiles = -(-n // config["rows"]), -(-k // config["cols"])
-    out: dict[str, Any] = {
-        "dup": data.out("dup", k_tiles, n, r, wide=True), "ddown": data.out("ddown", n_tiles, r, k, wide=True),
-        "weff": data.out("weff", n, k),
-    }  # fmt: skip
-    terms: dict[str, Any] = {}
-    if r <= 64:  # above, dB_down is another kernel's
-        out["db_down"], terms["s"] = data.out("db_down", r, k), data["s"]
-        terms |= {"dropout": DROPPED} if form == "full" else {}
-    launch = hadamard_grad_launch(
-        data["dy"], data["x"], data["w"], data["a_up"], data["a_down"], HadamardGrad(**out), **terms,
-        arch=data.arch, config=config,
-    )  # fmt: skip
-    return Trial(launch, out, frozenset({"dup", "ddown"}))
+def sets(what: str, shape: Shape, dtype: torch.dtype, l2_bytes: int, memory_bytes: int) -> int:
+    """How many sets are rotated: what is read of all together takes twice the L2, as far as memory goes."""
+    m, n, k, _ = shape
+    smallest, whole = m * min(n, k) * dtype.itemsize, 3 * (m * n + m * k + n * k) * dtype.itemsize
+    if what in (DEQUANTIZE, SMALL_M):
+        smallest, whole = int(n * k * 0.52), 4 * n * k
+    wanted = -(-2 * l2_bytes // max(1, smallest))
+    return max(2, min(wanted, 16, memory_bytes // (2 * max(1, whole))))

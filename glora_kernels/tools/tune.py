@@ -1,11 +1,9 @@
-"""Measures launch configurations and routes for somebody's own shapes, and writes them to a table (`runtime.tables`).
+"""Measures all there is to choose for somebody's own shapes, and writes it to a table (`runtime.tables`).
 
-Where asked, also whose kernels serve a 4-bit weight (`tools.four_bit_tune`).
-
-`candidates` says which configurations a kernel is tried with; `run` tries them, and writes after each kernel of each
-shape, so that a run that was cut short goes on where it stopped. A candidate whose result differs from the default's,
-or that does not compile, is discarded; one is adopted only where it is faster by more than noise, and no slower in the
-forms of the kernel that other layers use.
+Configurations, routes, and where asked whose kernels serve a 4-bit weight: one row each, written as soon as it is
+measured, so that a run that was cut short goes on where it stopped. What fails or gives another result is discarded; a
+choice is adopted only where it is faster than the first by more than noise, and no slower in the forms of the kernel
+that other layers use.
 """
 
 from __future__ import annotations
@@ -13,167 +11,114 @@ from __future__ import annotations
 import datetime
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from glora_kernels.four_bit import kinds as four_bit
-from glora_kernels.runtime import configs, environment, tables, workspace
+from glora_kernels.runtime import configs, environment, tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.progress import note, progress
-from glora_kernels.runtime.tables import Table
-from glora_kernels.tools import four_bit_tune, timing
-from glora_kernels.tools.four_bit_tune import Few
-from glora_kernels.tools.machine import Failed, Machine, why
-from glora_kernels.tools.trials import Data, Trial, disagreement, trial
+from glora_kernels.runtime.tables import DEQUANTIZE, NAMED, SMALL_M, Row, Table
+from glora_kernels.tools import timing
+from glora_kernels.tools.candidates import options
+from glora_kernels.tools.timing import Machine
+from glora_kernels.tools.trials import Data, forms, sets
 
 NOISE = 0.01
-"""A candidate must be faster than the default by more than this share."""
+"""A choice must be faster than the first by more than this share."""
 
 ROUNDS = 25
-MOST = 8
-"""The most candidates of a kernel, the default among them."""
+TOKENS: tuple[int, ...] = (1, 4, 8, 16, 32, 64)
+"""What a forward of a few tokens is measured at: a row serves half as many to twice as many."""
 
-Pass = Callable[[], dict[str, Tensor]]
-Passes = Callable[[Data, bool, bool], Pass]
-"""(data, backward, scales) → one whole forward or backward of a layer, on whatever route is forced."""
+Task = tuple[str, Shape]
 
 
-def candidates(kernel: str, arch: str, dtype: torch.dtype, shape: Shape) -> list[dict[str, int]]:
-    """The configurations a kernel is tried with, its default first: all different, valid, small enough for the card.
-
-    Raises:
-        ValueError: a kernel that is not tuned.
-    """
-    if kernel not in configs.TUNED:
-        raise ValueError(f"kernel must be one of {', '.join(map(repr, configs.TUNED))}; got {kernel!r}")
-    default = configs.choose(kernel, arch, dtype, shape)
-    limit = configs.SHARED_LIMIT.get(arch, min(configs.SHARED_LIMIT.values()))
-    found = [default]
-    for changes in configs.KERNELS[kernel].variations:
-        changed = {name: value for name, value in changes.items() if name in default}
-        if not default.get("tma", False):
-            changed.pop("persistent", None)  # without TMA a persistent grid has nothing to hide its epilogue behind
-            if "parts" in changed:
-                changed["parts"] = default["parts"]
-        config = default | changed
-        fits = shared_bytes(kernel, config, dtype, shape) <= limit and _registers_fit(kernel, config, dtype)
-        if config not in found and fits and tables.fault(kernel, arch, dtype, shape, config) is None:
-            found.append(config)
-    return found[:MOST]
-
-
-def shared_bytes(kernel: str, config: dict[str, int], dtype: torch.dtype, shape: Shape) -> int:
-    """About how much shared memory a program takes, from above: the operands' stages and what is passed through it."""
-    size, stages, rank = dtype.itemsize, config["num_stages"], configs.block_r(max(1, shape.r))
-    rows, cols, depth = config["rows"], config["cols"], config.get("depth", 0)
-    if kernel in ("fwd", "dx"):
-        return stages * (rows + cols) * depth * size + (rows * cols // config["parts"] * size if config["tma"] else 0)
-    if kernel == "hadamard_grad":
-        return stages * (rows + cols) * depth * size + rows * cols * size
-    if kernel == "dy":
-        return stages * (rows + rank) * cols * size + rank * rows * size
-    if kernel == "x":
-        return stages * rows * (cols * size + 4 * rank)
-    return stages * (rows + rank) * (depth if kernel == "prepare" else max(depth, cols)) * size
-
-
-def _registers_fit(kernel: str, config: dict[str, int], dtype: torch.dtype) -> bool:
-    """Whether the accumulator of a large product leaves registers for the rest."""
-    if kernel not in ("fwd", "dx", "hadamard_grad"):
-        return True
-    each = config["rows"] * config["cols"] // (32 * config["num_warps"])
-    return each <= (64 if dtype == torch.float32 else 128)
+class Failed(Exception):
+    """The first choice itself, or everything there is to choose from, could not be measured."""
 
 
 @dataclass
 class Outcome:
-    """What became of one kernel, or of one pass's routes, at one shape. `names` and times: (default, best)."""
+    """What became of a task at a shape: its row, whether it was measured now, and what was discarded and why."""
 
-    what: str
+    row: Row
     shape: Shape
-    dtype: str
-    default_ms: float
-    best_ms: float
-    best: str
     measured: bool = True
     discarded: list[str] = field(default_factory=list)
 
     @property
     def gain(self) -> float:
-        return 1.0 - self.best_ms / self.default_ms
+        before, after = self.row.times
+        return 1.0 - after / before
 
 
 @dataclass
 class Result:
     """All outcomes, those of an earlier run among them, what failed, and what no time was left for."""
 
-    outcomes: list[Outcome]
-    failed: list[str]
-    left: list[str]
+    outcomes: list[Outcome] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+
+def tasks(shapes: Sequence[Shape], kernels: Iterable[str], routes: bool, four_bit: bool) -> list[Task]:
+    """What is to be measured: kernels and routes at each shape; and of each N, K and R what serves a 4-bit weight.
+
+    Raises:
+        ValueError: a kernel that is not tuned.
+    """
+    kernels = tuple(kernels)
+    if unknown := [name for name in kernels if name not in configs.TUNED]:
+        raise ValueError(f"kernels must be of {', '.join(map(repr, configs.TUNED))}; got {unknown[0]!r}")
+    found = [(kernel, shape) for shape in shapes for kernel in kernels]
+    found += [(name, shape) for shape in shapes if routes for name in NAMED if name.startswith("route")]
+    found += [(DEQUANTIZE, Shape(0, s.n, s.k, 0)) for s in shapes if four_bit]
+    found += [(SMALL_M, s._replace(m=m)) for s in shapes if four_bit for m in TOKENS]
+    return list(dict.fromkeys(found))
 
 
 def run(
-    shapes: Sequence[Shape],
+    what: Sequence[Task],
     dtype: str,
     path: Path,
     *,
     machine: Machine,
-    passes: Passes | None = None,
-    few: Few | None = None,
-    kernels: Sequence[str] = configs.TUNED,
     again: bool = False,
     minutes: float = float("inf"),
     show: bool = True,
 ) -> Result:
-    """Measure each kernel at each shape, then the routes (where `passes` is given), and keep the table at `path`.
-
-    Where `few` is given, then also what serves a 4-bit weight of each N, K and R, at 1 to 64 tokens.
+    """Measure each task, and keep the table at `path`.
 
     Raises:
-        ValueError: an unknown kernel or dtype, or a file at `path` that is no table of this device.
+        ValueError: an unknown dtype, or a file at `path` that is no table of this device.
     """
-    for name, value, accepted in (*(("kernels", k, configs.TUNED) for k in kernels), ("dtype", dtype, tables.DTYPES)):
-        if value not in accepted:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}")
+    if dtype not in tables.DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(repr, tables.DTYPES))}; got {dtype!r}")
     table = open_table(path, machine, again)
-    what: list[tuple[Shape, str]] = [(shape, kernel) for shape in shapes for kernel in kernels]
-    if passes is not None:
-        what += [(shape, f"route {p}{s}") for shape in shapes for p in tables.PASSES for s in ("", " scaled")]
-    if few is not None:
-        what += four_bit_tune.tasks(shapes)
-    result, deadline = Result([], [], []), machine.clock() + 60 * minutes
-    for shape, task in progress(what, "tuning", show):
-        known = None if again else _known(table, task, dtype, shape)
-        if known is not None:
-            result.outcomes.append(replace(known, measured=False))
+    result, deadline = Result(), machine.clock() + 60 * minutes
+    for task, shape in progress(what, "tuning", show):
+        asked = task, dtype, kept_for(task, shape)
+        known = [row for row in table.rows if (row.what, row.dtype, row.shape) == asked]
+        if known and not again:
+            result.outcomes.append(Outcome(known[0], shape, measured=False))
             continue
         if machine.clock() >= deadline:
             result.left.append(f"{task} at {_name(shape)}")
             continue
         try:
-            if task.startswith("route ") and passes is not None:
-                row: Any = _measure_route(task, shape, dtype, machine, table, passes)
-            elif task in four_bit_tune.TASKS and few is not None:
-                row = four_bit_tune.measure(task, shape, dtype, machine, table, few, ROUNDS)
-            else:
-                row = _measure_kernel(task, shape, dtype, machine)
+            outcome = measure(task, shape, dtype, machine, table)
         except Failed as error:
             result.failed.append(f"{task} at {_name(shape)}: {error}")
             continue
-        finally:
-            workspace.release()
-        row, discarded = row
-        table = _with(table, row)
+        table = replace(table, rows=(*(row for row in table.rows if row not in known), outcome.row))
         tables.write(table, path)
-        outcome = replace(_outcome(row), discarded=discarded)
         result.outcomes.append(outcome)
         if show:
-            for line in (describe(outcome), *(f"  discarded: {reason}" for reason in discarded)):
+            for line in (describe(outcome), *(f"  discarded: {reason}" for reason in outcome.discarded)):
                 note(line)
     return result
 
@@ -187,8 +132,8 @@ def open_table(path: Path, machine: Machine, again: bool = False) -> Table:
     Raises:
         ValueError: the file is no table, or that of another device.
     """
-    triton = environment.version("triton")
-    empty = Table(machine.name, machine.arch, environment.version("torch"), triton, _today())
+    triton, today = environment.version("triton"), datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    empty = Table(machine.name, machine.arch, environment.version("torch"), triton, today)
     if not path.is_file():
         return empty
     try:
@@ -209,186 +154,121 @@ def open_table(path: Path, machine: Machine, again: bool = False) -> Table:
     return replace(table, torch=empty.torch, date=empty.date)
 
 
-def compilations(shapes: Iterable[Shape], dtype: str, arch: str, kernels: Iterable[str]) -> int:
-    """About how many compilations a run takes: shapes share those of equal configurations."""
-    total = 0
-    for kernel in kernels:
-        tried = [candidates(kernel, arch, tables.DTYPES[dtype], shape) for shape in shapes]
-        different = {tuple(sorted(config.items())) for found in tried for config in found}
-        others = len(configs.KERNELS[kernel].forms) - 1
-        total += len(different) + 2 * others  # of the default and of the best
-    return total
-
-
 def describe(outcome: Outcome) -> str:
     """One line: what, where, from how long to how long."""
-    head = f"{outcome.what:<20} {_name(outcome.shape):<24} {outcome.dtype}"
+    row, (before, after) = outcome.row, outcome.row.times
+    head = f"{row.what:<20} {_name(outcome.shape):<24} {row.dtype}"
     gain = f"{100 * outcome.gain:5.1f}% less" if outcome.gain > 0 else "stays"
-    return f"{head}  {outcome.default_ms:9.4f} ms -> {outcome.best_ms:9.4f} ms  {gain:<11}  {outcome.best}"
+    return f"{head}  {before:9.4f} ms -> {after:9.4f} ms  {gain:<11}  {text_of(row.choice)}"
 
 
-def _measure_kernel(kernel: str, shape: Shape, dtype_name: str, machine: Machine) -> tuple[tables.Config, list[str]]:
-    dtype = tables.DTYPES[dtype_name]
-    sets = [Data(shape, dtype, machine.device, machine.arch, seed) for seed in range(_sets(shape, dtype, machine))]
-    default, *others = candidates(kernel, machine.arch, dtype, shape)
-    timed = configs.KERNELS[kernel].forms[0]
-    with tables.using(None):
-        expected, reason = _attempt(kernel, timed, sets[0], default, machine)
-        if expected is None:
-            raise Failed(f"the default configuration failed: {reason}")
-        fit, discarded = [default], []
-        for config in others:
-            reason = _compare(kernel, timed, sets[0], config, expected, dtype, machine)
-            if reason:
-                discarded.append(f"{_short(default, config)}: {reason}")
-            else:
-                fit.append(config)
-        steps = [[trial(kernel, timed, data, config).launch.run for data in sets] for config in fit]
-        times = machine.timer(steps, ROUNDS)
-        milliseconds = [statistics.median(values) for values in times]
-        gains = [timing.ratio(values, times[0]) for values in times]
-        best = 0
-        for i in sorted(range(1, len(fit)), key=lambda i: gains[i]):
-            if gains[i] >= 1 - NOISE:
-                break
-            reason = _other_forms(kernel, sets, default, fit[i], dtype, machine)
-            if not reason:
-                best = i
-                break
-            discarded.append(f"{_short(default, fit[i])}: {reason}")
-    return tables.Config(kernel, dtype_name, shape, dict(fit[best]), milliseconds[best], milliseconds[0]), discarded
+def text_of(choice: Any) -> str:
+    """A choice as it is printed."""
+    return choice if isinstance(choice, str) else " ".join(f"{name}={value}" for name, value in choice.items())
 
 
-def _other_forms(
-    kernel: str, sets: list[Data], default: dict[str, int], config: dict[str, int], dtype: torch.dtype, machine: Machine
-) -> str:
-    """Why a configuration cannot serve the other forms: it fails, errs, or is slower there; "" where it can."""
-    for form in configs.KERNELS[kernel].forms[1:]:
-        expected, _ = _attempt(kernel, form, sets[0], default, machine)
-        if expected is None:  # where the default fails too, nothing is lost
+def kept_for(what: str, shape: Shape) -> Shape:
+    """The shape that a row is kept for: launchers ask by the class of M, but for few tokens over 4 bits."""
+    return shape if what in (DEQUANTIZE, SMALL_M) else shape._replace(m=configs.m_class(shape.m))
+
+
+def measure(what: str, shape: Shape, dtype: str, machine: Machine, table: Table) -> Outcome:
+    """The best choice at a shape beside what the table has.
+
+    Raises:
+        Failed: the first configuration or one of the routes does, or everything.
+    """
+    first, *others = options(what, machine.arch, tables.DTYPES[dtype], shape)
+    attempt = Attempts(what, forms(what)[0], shape, dtype, machine, table)
+    fit, reasons = [], {}
+    for choice in (first, *others):
+        if reason := attempt.fault(choice):
+            reasons[text_of(choice) if choice == first or what in NAMED else _changes(first, choice)] = reason
+        else:
+            fit.append(choice)
+    discarded = [f"{name}: {reason}" for name, reason in reasons.items()]
+    if what.startswith("route") and attempt.expected and discarded:
+        raise Failed(f"the two routes differ: {next(iter(reasons.values()))}")
+    if not fit or (what not in (DEQUANTIZE, SMALL_M) and fit[0] != first):
+        raise Failed("; ".join(discarded))
+    times = attempt.times(fit)
+    medians, gains = [statistics.median(values) for values in times], [timing.ratio(v, times[0]) for v in times]
+    best = 0
+    for i in sorted(range(1, len(fit)), key=gains.__getitem__):
+        if gains[i] >= 1 - NOISE:
+            break
+        if reason := _in_other_forms(attempt, first, fit[i]):
+            discarded.append(f"{_changes(first, fit[i])}: {reason}")
             continue
-        reason = _compare(kernel, form, sets[0], config, expected, dtype, machine)
+        best = i
+        break
+    ms = dict(zip(fit, medians, strict=True)) if what in NAMED else {"default": medians[0], "chosen": medians[best]}
+    return Outcome(Row(what, dtype, kept_for(what, shape), fit[best], ms), shape, discarded=discarded)
+
+
+class Attempts:
+    """Choices tried on the same layers of one form. `expected`: what the first that worked gave."""
+
+    def __init__(self, what: str, form: str, shape: Shape, dtype: str, machine: Machine, table: Table) -> None:
+        self.what, self.shape, self.dtype, self.machine, self.table = what, shape, dtype, machine, table
+        of, make = tables.DTYPES[dtype], (what, form, shape, tables.DTYPES[dtype], machine.device, machine.arch)
+        count = sets(what, shape, of, machine.l2_bytes, machine.memory_bytes)
+        self.expected: dict[str, Tensor] | None = None
+        self.reason, self.sets = self._tried(lambda: [Data(*make, seed) for seed in range(count)])
+
+    def in_form(self, form: str) -> Attempts:
+        return Attempts(self.what, form, self.shape, self.dtype, self.machine, self.table)
+
+    def fault(self, choice: Any) -> str:
+        """Why a choice is not to be taken: a compiler's refusal is an answer here; "" where it can be."""
+        if self.sets is None:
+            return self.reason
+        data = self.sets[0]
+        reason, found = self._tried(lambda: data.trial(choice, self.table).results())
+        if found is None:
+            return reason
+        reason = data.wrong(found, self.expected)
+        if not reason and self.expected is None:
+            self.expected = found
+        return reason
+
+    def times(self, choices: Sequence[Any]) -> list[list[float]]:
+        """Milliseconds of each choice, by round."""
+        trials = [[data.trial(choice, self.table) for data in self.sets or ()] for choice in choices]
+        for trial in (one for of_choice in trials for one in of_choice):
+            trial.run_all()
+        return self.machine.timer([[trial.run for trial in of_choice] for of_choice in trials], ROUNDS)
+
+    def _tried(self, act: Callable[[], Any]) -> tuple[str, Any]:
+        """("", what it returns), or why it failed and None."""
+        try:
+            found = act()
+            self.machine.synchronize()
+        except Exception as error:
+            return timing.why(error, self.machine), None
+        return "", found
+
+
+def _in_other_forms(timed: Attempts, first: Any, choice: Any) -> str:
+    """Why a choice cannot serve the other forms: it fails, errs, or is slower there; "" where it can."""
+    for form in forms(timed.what)[1:]:
+        attempt = timed.in_form(form)
+        if attempt.fault(first):  # where the default fails too, nothing is lost
+            continue
+        reason = attempt.fault(choice)
         if not reason:
-            both = [[trial(kernel, form, data, c).launch.run for data in sets] for c in (default, config)]
-            slower = timing.ratio(*reversed(machine.timer(both, ROUNDS))) - 1
+            slower = timing.ratio(*reversed(attempt.times([first, choice]))) - 1
             reason = f"{100 * slower:.1f}% slower than the default" if slower > NOISE else ""
         if reason:
             return f"in the form {form!r}: {reason}"
     return ""
 
 
-def _compare(
-    kernel: str,
-    form: str,
-    data: Data,
-    config: dict[str, int],
-    expected: dict[str, Tensor],
-    dtype: torch.dtype,
-    machine: Machine,
-) -> str:
-    found, reason = _attempt(kernel, form, data, config, machine)
-    return reason if found is None else disagreement(found, expected, dtype, slack=4)
-
-
-def _attempt(
-    kernel: str, form: str, data: Data, config: dict[str, int], machine: Machine
-) -> tuple[dict[str, Tensor] | None, str]:
-    """The results of one launch, or None and why there are none: a compiler's refusal is an answer here."""
-    try:
-        found: Trial = trial(kernel, form, data, config)
-        results = found.results()
-        machine.synchronize()
-    except Exception as error:
-        return None, why(error, machine)
-    return results, ""
-
-
-def _measure_route(
-    task: str, shape: Shape, dtype_name: str, machine: Machine, table: Table, passes: Passes
-) -> tuple[tables.Route, list[str]]:
-    direction, scales = task.split()[1], task.endswith("scaled")
-    dtype = tables.DTYPES[dtype_name]
-    sets = [Data(shape, dtype, machine.device, machine.arch, seed) for seed in range(_sets(shape, dtype, machine))]
-
-    def on(route: str, one: Pass) -> Pass:
-        def step() -> dict[str, Tensor]:
-            with tables.using(table, route):
-                return one()
-
-        step.__name__ = route
-        return step
-
-    route, results = "", {}
-    try:
-        whole = [passes(data, direction == "dx", scales) for data in sets]
-        for route in tables.ROUTES:
-            results[route] = on(route, whole[0])()
-            machine.synchronize()
-    except Exception as error:
-        raise Failed(f"{route} {why(error, machine)}".lstrip()) from error
-    difference = disagreement(results["library"], results["fused"], dtype, slack=8)
-    if difference:
-        raise Failed(f"the two routes differ: {difference}")
-    times = machine.timer([[on(route, one) for one in whole] for route in tables.ROUTES], ROUNDS)
-    fused, library = (statistics.median(values) for values in times)
-    best = "library" if timing.ratio(times[1], times[0]) < 1 else "fused"
-    return tables.Route(direction, dtype_name, shape, scales, best, fused, library), []
-
-
-def _sets(shape: Shape, dtype: torch.dtype, machine: Machine) -> int:
-    """How many sets are rotated: the smallest inputs of all together take twice the L2, as far as memory goes."""
-    m, n, k, _ = shape
-    smallest, whole = m * min(n, k) * dtype.itemsize, 3 * (m * n + m * k + n * k) * dtype.itemsize
-    wanted = -(-2 * machine.l2_bytes // max(1, smallest))
-    return max(2, min(wanted, 16, machine.memory_bytes // (2 * max(1, whole))))
-
-
-Entry = tables.Config | tables.Route | tables.FourBit
-
-
-def _known(table: Table, task: str, dtype: str, shape: Shape) -> Outcome | None:
-    rows: Iterator[Any] = iter((*table.configs, *table.routes, *table.four_bit))
-    return next((_outcome(row) for row in rows if _key(row) == (task, dtype, shape)), None)
-
-
-def _key(row: Entry) -> tuple[str, str, Shape]:
-    if isinstance(row, tables.Config):
-        return row.kernel, row.dtype, row.shape
-    if isinstance(row, tables.FourBit):
-        return four_bit_tune.task_of(row.operation), row.dtype, row.shape
-    return f"route {row.direction}{' scaled' if row.scales else ''}", row.dtype, row.shape
-
-
-def _outcome(row: Entry) -> Outcome:
-    what, dtype, shape = _key(row)
-    if isinstance(row, tables.Config):
-        arch_free = " ".join(f"{name}={value}" for name, value in row.config.items())
-        return Outcome(what, shape, dtype, row.default_ms, row.ms, arch_free)
-    if isinstance(row, tables.FourBit):
-        times = row.times()
-        kinds = tuple(name for name in ("cuda", "triton") if name in times)
-        default = four_bit.unmeasured(row.operation, kinds, shape.m) if kinds else row.choice
-        return Outcome(what, shape, dtype, times.get(default, times[row.choice]), times[row.choice], row.choice)
-    return Outcome(what, shape, dtype, row.fused_ms, min(row.fused_ms, row.library_ms), row.route)
-
-
-def _with(table: Table, row: Entry) -> Table:
-    """The table with this row in the place of an older one of the same kernel, pass or operation, dtype and shape."""
-    if isinstance(row, tables.Config):
-        kept = tuple(old for old in table.configs if _key(old) != _key(row))
-        return replace(table, configs=(*kept, row))
-    if isinstance(row, tables.FourBit):
-        return replace(table, four_bit=(*(old for old in table.four_bit if _key(old) != _key(row)), row))
-    return replace(table, routes=(*(old for old in table.routes if _key(old) != _key(row)), row))
-
-
-def _short(default: dict[str, int], config: dict[str, int]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in config.items() if default.get(name) != value)
+def _changes(first: Any, choice: Any) -> str:
+    if isinstance(choice, str):
+        return choice
+    return ", ".join(f"{name}={value}" for name, value in choice.items() if first.get(name) != value)
 
 
 def _name(shape: Shape) -> str:
     return f"{shape.m}x{shape.n}x{shape.k} r={shape.r}"
-
-
-def _today() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -142,5 +143,7 @@ def test_the_small_m_kernels_use_tensor_cores(extension):
 ])  # fmt: skip
 def test_a_driver_that_is_too_old_is_named(monkeypatch, arch, driver, words):
     monkeypatch.setattr(built_extension, "build_info", lambda: {"archs": ("80", "90", "100"), "nvcc": "13.1"})
-    reason = built_extension._driver_too_old(arch, driver, 13010)
+    built = types.SimpleNamespace(versions=lambda: (driver, 13010))
+    monkeypatch.setattr(built_extension, "_load", lambda: built)
+    reason = built_extension.why_missing(arch)
     assert reason is None if words is None else words in reason

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from glora_kernels.four_bit import cuda
+from glora_kernels.four_bit.served import why_not
 from glora_kernels.quant import QuantizedWeight, quantize_weight
 from glora_kernels.runtime import extension as built_extension
 from glora_kernels.runtime.planning import planning
@@ -32,8 +33,8 @@ def small(x=None, weight=None, y=None, **given):
 
 def test_serves_small_m_says_why_not():
     weight = weight_of()
-    assert cuda.serves_small_m(x_of(), weight, 64) is None
-    assert cuda.serves_small_m(x_of(64), weight) is None
+    assert why_not("cuda", x_of(), weight, 64) is None
+    assert why_not("cuda", x_of(64), weight) is None
     nested = weight_of(double_quant=True)
     odd = replace(nested.state, nested=replace(nested.state.nested, blocksize=300))
     off = torch.empty(257, dtype=torch.uint8)[1:]
@@ -51,7 +52,7 @@ def test_serves_small_m_says_why_not():
     }
     for why, (x, w, rank) in refused.items():
         with pytest.raises(AssertionError, match=why):
-            raise AssertionError(cuda.serves_small_m(x, w, rank))
+            raise AssertionError(why_not("cuda", x, w, rank))
 
 
 @pytest.mark.parametrize(

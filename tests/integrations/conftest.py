@@ -36,13 +36,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     from glora_kernels.integrations.accelerated import layers
 
     seen: list[Any] = []
-    real = layers.adapted_linear
+    real = layers.peft_linear
 
     def counted(x: Tensor, base: Any, operands: Any) -> Tensor:
         seen.append(operands)
         return real(x, base, operands)
 
-    monkeypatch.setattr(layers, "adapted_linear", counted)
+    monkeypatch.setattr(layers, "peft_linear", counted)
     return seen
 
 

@@ -20,8 +20,7 @@ from torch.nn.utils import parametrize
 from twins import Net, assert_same, randomized, reasons, step
 
 import glora_kernels as gk
-from glora_kernels.integrations import operands
-from glora_kernels.integrations.accelerated.layers import IDLE
+from glora_kernels.integrations import bases
 
 UP = "up"
 LORA, HIRA, GLORA = (partial(kind, r=3, target_modules=[UP]) for kind in (LoraConfig, HiraConfig, GloraConfig))
@@ -82,7 +81,7 @@ def test_a_trained_base_weight(twins, x, method):
     pair = twins(METHODS[method]())
     for model in pair:
         model.base_model.model.up.base_layer.weight.requires_grad_()
-    kept(pair, x, operands.TRAINED_BASE)
+    kept(pair, x, bases.TRAINED_BASE)
     assert "base_model.model.up.base_layer.weight" in step(pair.fast, x)
     with torch.no_grad():  # as reentrant checkpointing runs it first, before it recomputes with gradients
         assert torch.equal(pair.fast(x), pair.plain(x))
@@ -105,7 +104,7 @@ def test_one_of_two_adapters_without_values(adapted, x):
     model.add_adapter("empty", LORA(), low_cpu_mem_usage=True)
     model.base_model.set_adapter(["default", "empty"])
     model.base_model.model.up.lora_A["default"].register_forward_hook(lambda *_: None)
-    assert reasons(model) == {operands.HOOKED}
+    assert reasons(model) == {bases.HOOKED}
     with pytest.raises(RuntimeError, match="x is on cpu"):
         model(x)
 
@@ -115,7 +114,7 @@ def test_a_parametrized_base(twins, x, method):
     pair = twins(METHODS[method]())
     for model in pair:
         parametrize.register_parametrization(model.base_model.model.up.base_layer, "weight", Doubled())
-    kept(pair, x, operands.PARAMETRIZED)
+    kept(pair, x, bases.PARAMETRIZED)
     for model in pair:
         parametrize.remove_parametrizations(model.base_model.model.up.base_layer, "weight")
     pair.check(x, 1)
@@ -162,7 +161,7 @@ def test_hooks_inside_a_layer_fire(twins, x, case, register):
             continue  # it has no input that could have a gradient
         handles.append(getattr(module, register)(lambda module, *_: fired.append(module)))
     if handles:
-        kept(pair, x, operands.HOOKED)
+        kept(pair, x, bases.HOOKED)
         assert len(set(fired)) == 2
         for handle in handles:
             handle.remove()
@@ -174,7 +173,7 @@ def test_a_forward_of_its_own(twins, x):
     for model in pair:
         base = model.base_model.model.up.base_layer
         base.forward = lambda x, base=base: 2 * nn.functional.linear(x, base.weight)
-    kept(pair, x, operands.HOOKED)
+    kept(pair, x, bases.HOOKED)
     net = Net()
     net.up = OwnLinear(20, 12)
     kept(twins(LORA(), net=net), x, "its base is a OwnLinear")
@@ -193,7 +192,7 @@ def test_offloaded_weights(twins, x):
     pair = twins(LORA())
     for model in pair:
         cpu_offload(model, execution_device=torch.device("cpu"))
-    assert reasons(pair.fast) == {operands.HOOKED}
+    assert reasons(pair.fast) == {bases.HOOKED}
     with torch.no_grad():
         assert torch.equal(pair.fast(x), pair.plain(x))
     assert not pair.calls
@@ -227,13 +226,13 @@ def test_meta_adapters_and_layers(adapted, x):
     model.add_adapter("empty", LORA(), low_cpu_mem_usage=True)
     gk.accelerate(model, verbose=False)
     model.set_adapter("empty")
-    assert reasons(model) == {operands.ON_META}
+    assert reasons(model) == {bases.ON_META}
     with pytest.raises(RuntimeError, match="cannot run: its weights are on the meta device, x is on cpu"):
         model(x)
     model.set_adapter("default")
     assert reasons(model) == set()
     model.to("meta")
-    assert reasons(model) == {operands.ON_META}
+    assert reasons(model) == {bases.ON_META}
     assert model(x.to("meta")).shape == (3, 5, 7)
     with pytest.raises(RuntimeError, match="x is on cpu"):
         model(x)
@@ -243,7 +242,7 @@ def test_a_tensor_parallel_base(adapted, x):
     plain = adapted(LORA())
     parallel = gk.accelerate(copy.deepcopy(plain), verbose=False)
     parallel.base_model.model.up.base_layer._hf_tp_plan = "colwise"
-    assert reasons(parallel) == {operands.TENSOR_PARALLEL}
+    assert reasons(parallel) == {bases.TENSOR_PARALLEL}
     assert_same(step(parallel, x), step(plain, x))
 
 
@@ -389,7 +388,7 @@ def test_the_table(adapted, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "layers  kind         runs on        because",
         "     2  lora.Linear  glora_kernels",
-        f"     1  lora.Linear  PEFT           {operands.HOOKED}",
+        f"     1  lora.Linear  PEFT           {bases.HOOKED}",
     ]
     with model.disable_adapter():
         assert gk.acceleration(model).accelerated == {"lora.Linear": 2}
@@ -438,13 +437,13 @@ def test_calls_on_pefts_path_are_counted(adapted, x):
         with pytest.raises(RuntimeError):
             model(x.float())
     report = gk.acceleration(model)
-    assert report.fallbacks == {(up, IDLE): 1, (down, IDLE): 1, (up, operands.MIXED_DTYPES): 2}
+    assert report.fallbacks == {(up, bases.IDLE): 1, (down, bases.IDLE): 1, (up, bases.MIXED_DTYPES): 2}
     assert report.accelerated == {"lora.Linear": 2}
     assert str(report).splitlines()[2:] == [
         "single calls of layers on glora_kernels:",
         "calls  of layers  ran on  because",
-        f"    2  2          PEFT    {IDLE}",
-        f"    2  1          PEFT    {operands.MIXED_DTYPES}",
+        f"    2  2          PEFT    {bases.IDLE}",
+        f"    2  1          PEFT    {bases.MIXED_DTYPES}",
     ]
     assert gk.acceleration(copy.deepcopy(model)).fallbacks == {}
     assert gk.acceleration(model, reset=True).fallbacks == report.fallbacks

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from twins import assert_same, reasons, step
 
 import glora_kernels as gk
-from glora_kernels.integrations import operands
+from glora_kernels.integrations import bases
 
 LORA = partial(LoraConfig, r=3, target_modules=["up"])
 
@@ -34,7 +34,7 @@ def test_a_distributed_weight_is_refused_and_fsdp2_gathers_it(adapted, x):
     base = sharded.base_model.model.up.base_layer
     distributed = torch.distributed.tensor.distribute_tensor(base.weight.data, mesh)
     base.weight = nn.Parameter(distributed, requires_grad=False)
-    assert reasons(sharded) == {operands.SHARDED}
+    assert reasons(sharded) == {bases.SHARDED}
     with pytest.raises(RuntimeError, match="DTensor"):
         sharded(x)
     whole = torch.distributed.fsdp.fully_shard(gk.accelerate(copy.deepcopy(plain), verbose=False), mesh=mesh)

@@ -13,6 +13,7 @@ from kernels.test_fused import choose_route, interpreted, plan
 
 from glora_kernels.depth.deferred import Deferred, DeferredLinear, ticket
 from glora_kernels.four_bit import kinds as four_bit
+from glora_kernels.four_bit.served import why_not
 from glora_kernels.glora import triton as triton_path
 from glora_kernels.ops import glora_linear
 from glora_kernels.quant import dequantize, quantize_weight
@@ -134,8 +135,8 @@ def test_csrc_leaves_them_to_another(monkeypatch):
     """Its product of few tokens rounds h to 16 bits; the dense workspace, or Triton's, does not."""
     codes = quantize_weight(torch.randn(64, 64).half(), "nf4")
     x = torch.zeros(4, 64, dtype=torch.float16)
-    assert four_bit.serves("cuda", x, codes, 8) is None
-    assert "torch.float32" in str(four_bit.serves("cuda", x, codes, 8, torch.float32))
+    assert why_not("cuda", x, codes, 8) is None
+    assert "torch.float32" in str(why_not("cuda", x, codes, 8, torch.float32))
     assert four_bit.small_m(x, codes, 8, factors=torch.float32, route="cuda", arch="sm_90") is None
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from glora_kernels.four_bit import small_m
-from glora_kernels.four_bit.small_m import Launches, h_before, serves_small_m, small_m_config, small_m_launch
+from glora_kernels.four_bit.served import why_not
+from glora_kernels.four_bit.small_m import Launches, h_before, small_m_config, small_m_launch
 from glora_kernels.operands import Shift, Terms
 from glora_kernels.quant import QuantizedWeight, dequantize, quantize_weight
 from glora_kernels.reference.tolerance import allowed_error, largest_error
@@ -196,11 +197,11 @@ def test_what_is_not_served_is_named():
         (wide[:, 1:129], p.weight, 0, "rows of x must begin"),
         (torch.zeros(3, 129)[:, :128], p.weight, 0, "rows of x must begin"),
     ]:
-        reason = serves_small_m(x, weight, rank)
+        reason = why_not("triton", x, weight, rank)
         assert reason is not None
         assert words in reason, reason
-    assert serves_small_m(p.x.half(), p.weight, 64) is None
-    assert serves_small_m(torch.zeros(1, 129)[:, :128], p.weight) is None, "one row has no row after it"
+    assert why_not("triton", p.x.half(), p.weight, 64) is None
+    assert why_not("triton", torch.zeros(1, 129)[:, :128], p.weight) is None, "one row has no row after it"
 
 
 def test_a_refused_call_writes_nothing():

@@ -24,9 +24,9 @@ FLAGS = ("tma", "persistent")
 def every_config(arch, dtype):
     for kernel in configs.KERNELS:
         for shape in SHAPES:
-            yield configs.choose(kernel, arch, dtype, shape)
+            yield configs.default(kernel, arch, dtype, shape)
             if kernel in ("fwd", "dx"):
-                yield configs.choose(kernel, arch, dtype, shape, torch.float32)
+                yield configs.default(kernel, arch, dtype, shape, torch.float32)
     for rows, cols in ((1, 1), (8192, 4096)):
         yield configs.large_product(arch, dtype, rows, cols, tma=False)
 
@@ -55,7 +55,7 @@ def test_blocks_can_be_launched(arch, dtype):
 def test_operand_tiles_fit_shared_memory(arch, dtype):
     for shape in SHAPES:
         for kernel in ("fwd", "dx"):
-            c = configs.choose(kernel, arch, dtype, shape)
+            c = configs.default(kernel, arch, dtype, shape)
             tiles = (c["rows"] + c["cols"]) * c["depth"] * dtype.itemsize
             assert tiles * max(1, c["num_stages"] - 1) <= SHARED_LIMIT[arch]
 
@@ -64,8 +64,8 @@ def test_descriptors_only_where_the_card_has_them():
     for arch in EVERY:
         for config in every_config(arch, torch.bfloat16):
             assert not config.get("tma") or arch in ("sm_90", "sm_100", "cpu")
-    assert configs.choose("fwd", "sm_90", torch.bfloat16, SHAPES[-1])["tma"]
-    assert not configs.choose("fwd", "sm_90", torch.bfloat16, SHAPES[-1], torch.float32)["tma"], "W wider than x"
+    assert configs.default("fwd", "sm_90", torch.bfloat16, SHAPES[-1])["tma"]
+    assert not configs.default("fwd", "sm_90", torch.bfloat16, SHAPES[-1], torch.float32)["tma"], "W wider than x"
 
 
 @pytest.mark.parametrize("rows", [1, 48, 512, 2048, 8192, 100_000])

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from glora_kernels.four_bit import kinds as four_bit
-from glora_kernels.four_bit.kinds import FEW_TOKENS, kind, small_m, unmeasured, usable
+from glora_kernels.four_bit.kinds import kind, small_m, usable
+from glora_kernels.four_bit.served import why_not
 from glora_kernels.quant import QuantizedWeight, QuantState
 from glora_kernels.runtime import tables
 from glora_kernels.runtime.configs import Shape
+from glora_kernels.runtime.cost import FEW_TOKENS
 from glora_kernels.runtime.planning import planning
-from glora_kernels.runtime.tables import FourBit, Table
+from glora_kernels.runtime.tables import DEQUANTIZE, SMALL_M, Row, Table
 
 BF16, ARCH, N, K, RANK = torch.bfloat16, "sm_90", 4096, 1024, 16
 
@@ -38,11 +40,13 @@ def few(m, route="auto", weight=None, rank=RANK, dtype=BF16, arch=ARCH):
 
 
 def measured(*rows):
-    return tables.using(Table("Card", ARCH, "2", "3", "today", four_bit=rows))
+    return tables.using(Table("Card", ARCH, "2", "3", "today", rows))
 
 
 def row(m, choice, cuda_ms, triton_ms, workspace_ms):
-    return FourBit("small_m", "bf16", Shape(m, N, K, RANK), choice, cuda_ms, triton_ms, workspace_ms)
+    times = {"cuda": cuda_ms, "triton": triton_ms, "workspace": workspace_ms}
+    ms = {name: time for name, time in times.items() if time is not None}
+    return Row(SMALL_M, "bf16", Shape(m, N, K, RANK), choice, ms)
 
 
 def test_who_is_asked(built):
@@ -54,13 +58,13 @@ def test_who_is_asked(built):
 
 def test_unmeasured(built):
     first = "cuda" if built else "triton"
-    assert kind("dequantize", "auto", ARCH, BF16, Shape(0, N, K, 0)) == first
+    assert kind(DEQUANTIZE, "auto", ARCH, BF16, Shape(0, N, K, 0)) == first
     assert few(1) == few(FEW_TOKENS) == first
     assert few(FEW_TOKENS + 1) is None
     assert few(0) is None
     assert few(1, "triton") == few(FEW_TOKENS, "triton") == "triton"
     assert few(FEW_TOKENS + 1, "triton") is None
-    assert unmeasured("dequantize", ("triton",), 10**6) == "triton", "there is no other"
+    assert kind(DEQUANTIZE, "triton", ARCH, BF16, Shape(10**6, N, K, 0)) == "triton", "there is no other"
 
 
 def test_a_call_that_is_not_served_takes_the_workspace(built):
@@ -73,7 +77,7 @@ def test_a_call_that_is_not_served_takes_the_workspace(built):
 def test_measured(built):
     rows = (
         row(1, "cuda", 0.1, 0.2, 0.3), row(8, "triton", 0.2, 0.1, 0.3), row(128, "workspace", 0.3, 0.2, 0.1),
-        FourBit("dequantize", "bf16", Shape(0, N, K, 0), "triton", 0.2, 0.1),
+        Row(DEQUANTIZE, "bf16", Shape(0, N, K, 0), "triton", {"cuda": 0.2, "triton": 0.1}),
     )  # fmt: skip
     with measured(*rows):
         assert few(1) == ("cuda" if built else "triton")
@@ -81,8 +85,8 @@ def test_measured(built):
         assert few(48) is few(40) is few(64) is None
         assert few(20) == ("cuda" if built else "triton"), "no entry is near its class, 32: as unmeasured"
         assert few(8, dtype=torch.float16) == ("cuda" if built else "triton"), "another dtype"
-        assert kind("dequantize", "auto", ARCH, BF16, Shape(0, N, K, 0)) == "triton"
-        assert few(8, "cuda") == few(1, "cuda") == kind("dequantize", "cuda", ARCH, BF16, Shape(0, N, K, 0)) == "cuda"
+        assert kind(DEQUANTIZE, "auto", ARCH, BF16, Shape(0, N, K, 0)) == "triton"
+        assert few(8, "cuda") == few(1, "cuda") == kind(DEQUANTIZE, "cuda", ARCH, BF16, Shape(0, N, K, 0)) == "cuda"
         assert few(48, "cuda") is None, "a workspace is of every kind"
 
 
@@ -93,10 +97,10 @@ def test_what_is_measured_without_the_fastest_of_the_table(monkeypatch):
         assert few(8) is None, "the workspace is the fastest of the rest"
         assert few(1) == "triton"
         assert few(64) is None
-    only_cuda = FourBit("dequantize", "bf16", Shape(0, N, K, 0), "cuda", 0.1, None)
+    only_cuda = Row(DEQUANTIZE, "bf16", Shape(0, N, K, 0), "cuda", {"cuda": 0.1})
     with measured(only_cuda):
-        assert tables.four_bit("dequantize", ARCH, BF16, Shape(0, N, K, 0)) == "cuda"
-        assert kind("dequantize", "auto", ARCH, BF16, Shape(0, N, K, 0)) == "triton"
+        assert tables.choose(DEQUANTIZE, ARCH, BF16, Shape(0, N, K, 0), among=("cuda", "triton")) == "cuda"
+        assert kind(DEQUANTIZE, "auto", ARCH, BF16, Shape(0, N, K, 0)) == "triton"
 
 
 def test_launches_are_of_the_kind_that_is_named():
@@ -114,4 +118,4 @@ def test_launches_are_of_the_kind_that_is_named():
 def test_no_kind_takes_more_tokens_than_it_serves():
     weight = codes()
     for name in ("cuda", "triton"):
-        assert four_bit.serves(name, torch.empty(FEW_TOKENS, K, dtype=BF16, device="meta"), weight, RANK) is None
+        assert why_not(name, torch.empty(FEW_TOKENS, K, dtype=BF16, device="meta"), weight, RANK) is None

@@ -15,7 +15,7 @@ from glora_kernels.dispatch.common import path_of
 from glora_kernels.ops import glora_linear
 from glora_kernels.runtime import routes
 from glora_kernels.runtime.program import launching
-from glora_kernels.runtime.routes import backend, current_backend, explain, route
+from glora_kernels.runtime.routes import backend, chosen, explain, route
 from glora_kernels.spec import GLoRAConfig
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter")
@@ -30,28 +30,28 @@ def python(code: str, **changes: str | None) -> subprocess.CompletedProcess[str]
 def test_unknown_name():
     with pytest.raises(ValueError, match=r"'auto', 'eager', 'triton', 'cuda'; got 'fast'"), backend("fast"):
         pass
-    assert current_backend() == "auto"
+    assert chosen() == "auto"
 
 
 def test_nesting_and_exceptions():
-    assert current_backend() == "auto"
+    assert chosen() == "auto"
     with backend("eager"):
         with backend("triton"):
-            assert current_backend() == "triton"
-        assert current_backend() == "eager"
+            assert chosen() == "triton"
+        assert chosen() == "eager"
         with pytest.raises(KeyError), backend("cuda"):
             raise KeyError
-        assert current_backend() == "eager"
-    assert current_backend() == "auto"
+        assert chosen() == "eager"
+    assert chosen() == "auto"
 
 
 def test_as_a_decorator():
     @backend("eager")
     def function():
-        return current_backend()
+        return chosen()
 
     assert function() == function() == "eager"
-    assert current_backend() == "auto"
+    assert chosen() == "auto"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

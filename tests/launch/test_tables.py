@@ -5,31 +5,34 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
 
 from glora_kernels.runtime import configs, environment, routes, tables
 from glora_kernels.runtime.configs import Shape
-from glora_kernels.runtime.tables import Config, FourBit, Route, Table
+from glora_kernels.runtime.tables import DEQUANTIZE, SMALL_M, Row, Table
 
 BF16, SHAPE = torch.bfloat16, Shape(8192, 4096, 4096, 16)
 CARD = "NVIDIA H100 80GB HBM3"
-DEFAULT = configs.choose("fwd", "sm_90", BF16, SHAPE)
+DEFAULT = configs.default("fwd", "sm_90", BF16, SHAPE)
 
 
 def row(shape=SHAPE, stages=2, kernel="fwd", dtype="bf16"):
-    config = configs.choose(kernel, "sm_90", tables.DTYPES[dtype], shape) | {"num_stages": stages}
-    return Config(kernel, dtype, shape, config, 0.3, 0.4)
+    config = configs.default(kernel, "sm_90", tables.DTYPES[dtype], shape) | {"num_stages": stages}
+    return Row(kernel, dtype, shape, config, {"default": 0.4, "chosen": 0.3})
 
 
-def table(*rows, routes=(), four_bit=(), arch="sm_90", device=CARD):
-    return Table(device, arch, "2.11.0", "3.6.0", "2026-01-01", rows, tuple(routes), tuple(four_bit))
+def route(what, choice, dtype="bf16", shape=SHAPE):
+    return Row(f"route {what}", dtype, shape, choice, {"fused": 0.5, "library": 0.4})
 
 
-DENSE = FourBit("dequantize", "bf16", Shape(0, 4096, 4096, 0), "cuda", 0.1, 0.2)
-FEW = FourBit("small_m", "bf16", Shape(8, 4096, 4096, 16), "workspace", None, 0.3, 0.2)
+def table(*rows, arch="sm_90", device=CARD):
+    return Table(device, arch, "2.11.0", "3.6.0", "2026-01-01", rows)
+
+
+DENSE = Row(DEQUANTIZE, "bf16", Shape(0, 4096, 4096, 0), "cuda", {"cuda": 0.1, "triton": 0.2})
+FEW = Row(SMALL_M, "bf16", Shape(8, 4096, 4096, 16), "workspace", {"triton": 0.3, "workspace": 0.2})
 
 
 @pytest.fixture
@@ -58,7 +61,9 @@ def stages(shape=SHAPE, kernel="fwd", arch="sm_90", dtype=BF16, weight_dtype=Non
 def test_without_tables_the_default(card):
     assert tables.choose("fwd", "sm_90", BF16, SHAPE) == DEFAULT
     assert tables.explain("fwd", "sm_90", BF16, SHAPE)[1] == "default"
-    assert tables.route("sm_90", BF16, SHAPE, backward=False, scales=False) is None
+    assert tables.explain("route fwd", "sm_90", BF16, SHAPE)[1] == "cost model"
+    assert tables.explain("route fwd", "sm_77", BF16, SHAPE) == ("fused", "default of an unknown card")
+    assert tables.explain(SMALL_M, "sm_90", BF16, SHAPE, among=("triton",)) == ("workspace", "default")
 
 
 def test_nothing_is_shipped_yet_but_how_it_comes_about():
@@ -96,11 +101,11 @@ def test_an_entry_serves_its_kernel_dtype_and_architecture_only(card):
     put(card[0], row(stages=2))
     assert stages() == 2
     assert tables.explain("fwd", "sm_90", BF16, SHAPE)[1].startswith("your table ")
-    assert stages(kernel="dx") == configs.choose("dx", "sm_90", BF16, SHAPE)["num_stages"] != 2
+    assert stages(kernel="dx") == configs.default("dx", "sm_90", BF16, SHAPE)["num_stages"] != 2
     assert stages(dtype=torch.float16) == DEFAULT["num_stages"]
-    assert stages(arch="sm_80") == configs.choose("fwd", "sm_80", BF16, SHAPE)["num_stages"]
+    assert stages(arch="sm_80") == configs.default("fwd", "sm_80", BF16, SHAPE)["num_stages"]
     assert stages(weight_dtype=BF16) == 2
-    mixed = configs.choose("fwd", "sm_90", BF16, SHAPE, torch.float32)
+    mixed = configs.default("fwd", "sm_90", BF16, SHAPE, torch.float32)
     assert tables.choose("fwd", "sm_90", BF16, SHAPE, torch.float32) == mixed
 
 
@@ -138,8 +143,8 @@ def test_a_table_of_another_architecture_under_this_name_is_not_used(card):
 
 def test_the_interpreter_reads_no_table(card, monkeypatch):
     monkeypatch.setattr(environment, "device_of", lambda arch: pytest.fail("asked for a GPU"))
-    assert tables.choose("fwd", "cpu", BF16, SHAPE) == configs.choose("fwd", "cpu", BF16, SHAPE)
-    assert tables.route("cpu", BF16, SHAPE, backward=True, scales=False) is None
+    assert tables.choose("fwd", "cpu", BF16, SHAPE) == configs.default("fwd", "cpu", BF16, SHAPE)
+    assert tables.choose("route dx", "cpu", BF16, SHAPE) == "fused"
 
 
 def test_files_are_read_once(card, monkeypatch):
@@ -148,7 +153,7 @@ def test_files_are_read_once(card, monkeypatch):
     monkeypatch.setattr(tables, "read", lambda path: paths.append(path) or read(path))
     for m in (8192, 8191, 4096, 100):
         stages(SHAPE._replace(m=m))
-        tables.route("sm_90", BF16, SHAPE._replace(m=m), backward=True, scales=True)
+        tables.choose("route dx scaled", "sm_90", BF16, SHAPE._replace(m=m))
     assert len(paths) == 1
     put(card[0], row(stages=5))
     assert stages() == 5, "reload reads it again"
@@ -157,10 +162,10 @@ def test_files_are_read_once(card, monkeypatch):
 
 def test_a_choice_is_remembered(card):
     stages()
-    before = tables._found.cache_info().hits
+    before = tables.explain.cache_info().hits
     for _ in range(10):
         stages()
-    assert tables._found.cache_info().hits == before + 10
+    assert tables.explain.cache_info().hits == before + 10
 
 
 def test_unknown_cards_warn_once(card):
@@ -178,8 +183,8 @@ def test_unknown_cards_warn_once(card):
 
 def test_a_table_silences_the_warning(card, monkeypatch):
     monkeypatch.setattr(environment, "device_of", lambda arch: CARD)
-    config = configs.choose("fwd", "sm_77", BF16, SHAPE)
-    put(card[0], Config("fwd", "bf16", SHAPE, config, 1.0, 1.0), arch="sm_77")
+    config = configs.default("fwd", "sm_77", BF16, SHAPE)
+    put(card[0], Row("fwd", "bf16", SHAPE, config, {"default": 1.0, "chosen": 1.0}), arch="sm_77")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         stages(arch="sm_77")
@@ -187,54 +192,56 @@ def test_a_table_silences_the_warning(card, monkeypatch):
 
 
 def test_routes(card):
-    rows = [
-        Route("fwd", "bf16", SHAPE, False, "library", 0.5, 0.4),
-        Route("dx", "bf16", SHAPE, True, "fused", 0.4, 0.5),
-    ]
-    put(card[0], routes=rows)
+    def found(what, dtype=BF16, shape=SHAPE):
+        choice, source = tables.explain(f"route {what}", "sm_90", dtype, shape)
+        return None if source == "cost model" else choice
 
-    def found(backward, scales, dtype=BF16, shape=SHAPE):
-        return tables.route("sm_90", dtype, shape, backward=backward, scales=scales)
-
-    assert found(False, False) == "library"
-    assert found(True, True) == "fused"
-    assert found(False, True) is found(True, False) is None
-    assert found(False, False, torch.float16) is None
-    assert found(False, False, shape=SHAPE._replace(k=100)) is None
+    put(card[0], route("fwd", "library"), route("dx scaled", "fused"))
+    assert found("fwd") == "library"
+    assert found("dx scaled") == "fused"
+    assert found("fwd scaled") is found("dx") is None
+    assert found("fwd", torch.float16) is None
+    assert found("fwd", shape=SHAPE._replace(k=100)) is None
     assert routes.product_route("sm_90", BF16, SHAPE, BF16, backward=False, scales=False) == "library"
     with tables.using(None):
-        assert found(False, False) is None
-    with tables.using(None, "fused"):
+        assert found("fwd") is None
+    with tables.using(None, {"route fwd": "fused"}):
         assert routes.product_route("sm_90", BF16, SHAPE, BF16, backward=False, scales=False) == "fused"
-    assert found(False, False) == "library"
+    assert found("fwd") == "library"
 
 
 def test_what_serves_4_bits(card):
-    def found(operation, kinds=("cuda", "triton"), dtype=BF16, **sizes):
-        row = {"dequantize": DENSE, "small_m": FEW}[operation]
-        return tables.four_bit(operation, "sm_90", dtype, row.shape._replace(**sizes), kinds)
+    def found(what, kinds=("cuda", "triton"), dtype=BF16, **sizes):
+        shape = {DEQUANTIZE: DENSE, SMALL_M: FEW}[what].shape._replace(**sizes)
+        choice, source = tables.explain(what, "sm_90", dtype, shape, among=kinds)
+        return None if source == "default" else choice
 
-    assert found("dequantize") is None
-    put(card[1], four_bit=[DENSE._replace(choice="triton", cuda_ms=0.3), FEW])
-    assert (found("dequantize"), found("small_m")) == ("triton", "workspace")
-    put(card[0], four_bit=[DENSE])
-    assert (found("dequantize"), found("small_m")) == ("cuda", "workspace"), "the user's first, then the shipped one"
-    assert tables.explain_four_bit("dequantize", "sm_90", BF16, DENSE.shape)[1].startswith("your table ")
-    assert tables.explain_four_bit("small_m", "sm_90", BF16, FEW.shape)[1].startswith("shipped table ")
-    assert tables.explain_four_bit("small_m", "sm_80", BF16, FEW.shape) == (None, "default")
-    assert found("dequantize", ("triton",)) == "triton", "the other is not there now"
-    assert found("dequantize", n=2048, k=8192) == "cuda"
-    assert [found("small_m", m=m) for m in (3, 4, 16, 17)] == [None, "workspace", "workspace", None]
-    assert found("small_m", r=17) is found("small_m", dtype=torch.float16) is found("dequantize", n=2047) is None
-    with tables.using(None, small_m="triton"):
-        assert (found("dequantize"), found("small_m")) == (None, "triton")
-    assert found("small_m") == "workspace"
+    assert found(DEQUANTIZE) is None
+    put(card[1], DENSE._replace(choice="triton", ms={"cuda": 0.3, "triton": 0.2}), FEW)
+    assert (found(DEQUANTIZE), found(SMALL_M)) == ("triton", "workspace")
+    put(card[0], DENSE)
+    assert (found(DEQUANTIZE), found(SMALL_M)) == ("cuda", "workspace"), "the user's first, then the shipped one"
+    kinds = ("cuda", "triton")
+    assert tables.explain(DEQUANTIZE, "sm_90", BF16, DENSE.shape, among=kinds)[1].startswith("your table ")
+    assert tables.explain(SMALL_M, "sm_90", BF16, FEW.shape, among=kinds)[1].startswith("shipped table ")
+    assert tables.explain(SMALL_M, "sm_80", BF16, FEW.shape, among=kinds) == ("cuda", "default")
+    assert found(DEQUANTIZE, ("triton",)) == "triton", "the other is not there now"
+    assert found(DEQUANTIZE, n=2048, k=8192) == "cuda"
+    assert [found(SMALL_M, m=m) for m in (3, 4, 16, 17)] == [None, "workspace", "workspace", None]
+    assert found(SMALL_M, r=17) is found(SMALL_M, dtype=torch.float16) is found(DEQUANTIZE, n=2047) is None
+    with tables.using(None, {SMALL_M: "triton"}):
+        assert (found(DEQUANTIZE), found(SMALL_M)) == (None, "triton")
+    assert found(SMALL_M) == "workspace"
 
 
-def test_tables_without_4_bit_rows_still_load():
-    values = tables.to_json(table(row(), four_bit=[DENSE]))
-    del values["four_bit"]
-    assert tables.parse(values, "old") == table(row())
+def test_a_table_in_an_older_format_is_refused_with_a_remedy(card):
+    values = tables.to_json(table())
+    del values["rows"]
+    path = card[0] / f"{environment.slug(CARD)}.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(values | {"configs": [], "routes": [], "four_bit": []}))
+    with pytest.raises(ValueError, match=r"configs is no field of it.*measure a new one.*tune --again"):
+        stages()
 
 
 def test_using_one_table(card):
@@ -250,20 +257,18 @@ def test_using_one_table(card):
 
 
 def test_a_file_holds_what_was_written(tmp_path):
-    given = table(row(), row(kernel="dy", dtype="fp16"), routes=[Route("dx", "fp32", SHAPE, True, "fused", 1.0, 2.0)])
-    given = replace(given, four_bit=(DENSE, FEW))
+    given = table(row(), row(kernel="dy", dtype="fp16"), route("dx scaled", "fused", "fp32"), DENSE, FEW)
     path = tmp_path / "new" / "card.json"
     tables.write(given, path)
     assert tables.read(path) == given
-    assert set(json.loads(path.read_text())["configs"][0]) == {
-        "kernel", "dtype", "m", "n", "k", "r", "config", "ms", "default_ms"
+    rows = json.loads(path.read_text())["rows"]
+    assert rows[0] == {
+        "what": "fwd", "dtype": "bf16", "m": 8192, "n": 4096, "k": 4096, "r": 16, "choice": row().choice,
+        "ms": {"default": 0.4, "chosen": 0.3},
     }  # fmt: skip
-    assert set(json.loads(path.read_text())["routes"][0]) == {
-        "pass", "dtype", "m", "n", "k", "r", "scales", "route", "fused_ms", "library_ms"
-    }  # fmt: skip
-    assert json.loads(path.read_text())["four_bit"][1] == {
-        "operation": "small_m", "dtype": "bf16", "m": 8, "n": 4096, "k": 4096, "r": 16, "choice": "workspace",
-        "cuda_ms": None, "triton_ms": 0.3, "workspace_ms": 0.2,
+    assert rows[4] == {
+        "what": "4-bit small_m", "dtype": "bf16", "m": 8, "n": 4096, "k": 4096, "r": 16, "choice": "workspace",
+        "ms": {"triton": 0.3, "workspace": 0.2},
     }  # fmt: skip
 
 
@@ -299,43 +304,41 @@ def change(values, place, value):
         (["arch"], KeyError, "arch is missing"),
         (["arch"], 90, "arch must be a string, got 90"),
         (["extra"], 1, "extra is no field"),
-        (["configs"], {}, "configs must be a list"),
-        (["configs", 0], [], r"configs\[0\]: must be an object"),
-        (["configs", 0, "kernel"], "finish", r"configs\[0\]: kernel must be one of 'fwd'"),
-        (["configs", 0, "dtype"], "int8", "dtype must be one of 'bf16'"),
-        (["configs", 0, "m"], 1.5, "m must be an integer >= 0, got 1.5"),
-        (["configs", 0, "r"], -1, "r must be an integer"),
-        (["configs", 0, "ms"], 0, "ms must be a time"),
-        (["configs", 0, "default_ms"], "1", "default_ms must be a time"),
-        (["configs", 0, "config"], None, "config must be an object"),
-        (["configs", 0, "config", "depth"], KeyError, "config: depth: the fields of 'fwd' are"),
-        (["configs", 0, "config", "waves"], 2, "config: waves: the fields of 'fwd' are"),
-        (["configs", 0, "config", "rows"], 96, "config: rows: a power of two, got 96"),
-        (["configs", 0, "config", "rows"], 8, "config: rows: from 16 to 512, got 8"),
-        (["configs", 0, "config", "num_warps"], 3, "config: num_warps: a power of two"),
-        (["configs", 0, "config", "num_stages"], 9, "config: num_stages: from 1 to 8"),
-        (["configs", 0, "config", "num_stages"], True, "config: num_stages: an integer"),
-        (["configs", 0, "config", "tma"], 1, "config: tma: true or false"),
-        (["configs", 0, "config", "cols"], 32, "config: parts: parts of at least 16"),
-        (["routes", 0, "pass"], "bwd", r"routes\[0\]: pass must be one of 'fwd', 'dx'"),
-        (["routes", 0, "scales"], 0, "scales must be true or false"),
-        (["routes", 0, "route"], "eager", "route must be one of 'fused', 'library'"),
-        (["routes", 0, "library_ms"], -1, "library_ms must be a time"),
-        (["four_bit"], {}, "four_bit must be a list"),
-        (["four_bit", 0, "operation"], "merge", r"four_bit\[0\]: operation must be one of 'dequantize', 'small_m'"),
-        (["four_bit", 0, "m"], 1, r"m of 'dequantize' must be from 0 to 0, got 1"),
-        (["four_bit", 1, "m"], 65, r"four_bit\[1\]: m of 'small_m' must be from 1 to 64, got 65"),
-        (["four_bit", 0, "workspace_ms"], 1.0, "workspace_ms of 'dequantize' must be null, got 1.0"),
-        (["four_bit", 0, "choice"], "workspace", "choice must be one of 'cuda', 'triton'; got 'workspace'"),
-        (["four_bit", 1, "choice"], "cuda", "choice is 'cuda', but cuda_ms is null"),
-        (["four_bit", 1, "triton_ms"], 0, "triton_ms must be a time"),
-        (["four_bit", 1, "cuda_ms"], KeyError, "cuda_ms is missing"),
-        (["four_bit", 1, "dtype"], "int8", "dtype must be one of 'bf16'"),
+        (["rows"], {}, "rows must be a list, got {}"),
+        (["rows", 0], [], r"rows\[0\] must be an object with .*, got list"),
+        (["rows", 0, "what"], "finish", r"rows\[0\]: what must be one of 'fwd'.*got 'finish'"),
+        (["rows", 0, "dtype"], "int8", "dtype must be one of 'bf16'.*got 'int8'"),
+        (["rows", 0, "m"], 1.5, "m must be an integer >= 0, got 1.5"),
+        (["rows", 0, "r"], -1, "r must be an integer"),
+        (["rows", 0, "ms", "chosen"], 0, "ms: chosen must be a time in milliseconds > 0, got 0"),
+        (["rows", 0, "ms", "default"], "1", "ms: default must be a time"),
+        (["rows", 0, "ms", "default"], KeyError, "ms: default is missing"),
+        (["rows", 0, "ms"], 1.0, "ms must be an object, got 1.0"),
+        (["rows", 0, "choice"], None, "choice must be an object or a name, got None"),
+        (["rows", 0, "choice"], "fused", "choice must be an object, got 'fused'"),
+        (["rows", 0, "choice", "depth"], KeyError, "choice: depth is missing"),
+        (["rows", 0, "choice", "waves"], 2, r"choice: waves is no field of it; those are \['rows'"),
+        (["rows", 0, "choice", "rows"], 96, "choice: rows must be a power of two from 16 to 512, got 96"),
+        (["rows", 0, "choice", "rows"], 8, "choice: rows must be a power of two from 16 to 512, got 8"),
+        (["rows", 0, "choice", "num_warps"], 3, "choice: num_warps must be a power of two from 1 to 16"),
+        (["rows", 0, "choice", "num_stages"], 9, "choice: num_stages must be an integer from 1 to 8"),
+        (["rows", 0, "choice", "num_stages"], True, "choice: num_stages must be an integer"),
+        (["rows", 0, "choice", "tma"], 1, "choice: tma must be true or false"),
+        (["rows", 0, "choice", "cols"], 32, "choice: parts must leave at least 16 of the 32 columns"),
+        (["rows", 1, "what"], "route bwd", r"rows\[1\]: what must be one of .*'route fwd'"),
+        (["rows", 1, "choice"], "eager", "choice must be one of 'fused', 'library', got 'eager'"),
+        (["rows", 1, "ms", "library"], -1, "ms: library must be a time"),
+        (["rows", 2, "m"], 1, "m must be 0 of a dequantization, got 1"),
+        (["rows", 3, "m"], 65, r"rows\[3\]: m must be from 1 to 64 of few tokens, got 65"),
+        (["rows", 2, "ms", "workspace"], 1.0, "ms: workspace is no field of it"),
+        (["rows", 2, "choice"], "workspace", "choice must be one of 'cuda', 'triton', got 'workspace'"),
+        (["rows", 3, "choice"], "cuda", "ms: cuda is missing"),
+        (["rows", 3, "ms", "triton"], 0, "ms: triton must be a time"),
     ],
 )
 def test_a_bad_file_names_itself_and_the_field(card, place, value, message):
-    routes = [Route("fwd", "bf16", SHAPE, False, "fused", 1.0, 2.0)]
-    values = tables.to_json(table(row(), routes=routes, four_bit=[DENSE, FEW]))
+    values = tables.to_json(table(row(), route("fwd", "fused"), DENSE, FEW))
+    values = json.loads(json.dumps(values))
     tables.parse(values, "whole")
     change(values, place, value)
     path = card[0] / f"{environment.slug(CARD)}.json"

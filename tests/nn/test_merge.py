@@ -166,7 +166,7 @@ def test_a_failing_merge_changes_nothing(full, randomize, monkeypatch):
     def fail(*args):
         raise MemoryError
 
-    monkeypatch.setattr("glora_kernels.nn.mergeable.effective_bias", fail)
+    monkeypatch.setattr("glora_kernels.nn.merging.values.effective_bias", fail)
     with pytest.raises(MemoryError):
         layer.merge()
     assert not layer.merged

@@ -11,6 +11,7 @@ from torch import nn
 
 import glora_kernels as gk
 from glora_kernels import GLoRAConfig, GLoRALinear, QuantizedLinear
+from glora_kernels.nn.merging import values
 from glora_kernels.nn.model import named_layers
 from glora_kernels.quant import dequantize, quantize_weight
 from glora_kernels.quant.codes import codebook
@@ -307,11 +308,14 @@ def test_a_merge_that_fails_leaves_nothing_merged(vit, kind, monkeypatch):
             last.B_up[0, 0] = before["blocks.1.attn.o_proj.B_up"][0, 0] = math.inf
         error = pytest.raises(ValueError, match=r"'blocks\.1\.attn\.o_proj'.*inf")
     else:
+        effective_bias = values.effective_bias
 
-        def fail(*args):
-            raise MemoryError
+        def fail(weight, *args):
+            if weight.shape != (16, 16):
+                raise MemoryError
+            return effective_bias(weight, *args)
 
-        monkeypatch.setattr("glora_kernels.nn.mergeable.effective_bias", fail)  # only of dense bases
+        monkeypatch.setattr("glora_kernels.nn.merging.values.effective_bias", fail)  # only of dense bases
         error = pytest.raises(MemoryError)
     with error:
         gk.merge(model, requantize=True)
@@ -330,7 +334,7 @@ def test_disabled_gives_the_merged_codes_back(vit, monkeypatch):
         assert torch.equal(model(x), base)
         with gk.disabled(model):
             assert torch.equal(model(x), base)
-        patch.setattr("glora_kernels.nn.requantize.quantize_weight", None)  # not rounded again
+        patch.setattr("glora_kernels.nn.merging.rounding.quantize_weight", None)  # not rounded again
     assert equal(tensors(model), merged)
     assert torch.equal(model(x), y)
 

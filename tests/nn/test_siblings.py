@@ -56,7 +56,7 @@ def seeds(monkeypatch):
         return found[-1]
 
     monkeypatch.setattr(siblings, "dropout_seed", drawn)
-    monkeypatch.setattr("glora_kernels.nn.linear.dropout_seed", drawn)
+    monkeypatch.setattr("glora_kernels.nn.adapted.dropout_seed", drawn)
     return found
 
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from glora_kernels.dispatch.common import quant_arguments
+from glora_kernels.dispatch.common import codes_of
 from glora_kernels.ops import glora_linear, glora_wc
 from glora_kernels.quant import QuantizedWeight, dequantize, quantize_weight
 from glora_kernels.runtime import workspace
@@ -343,14 +343,14 @@ def forward_args(p: Problem, route="eager", grad=True):
         of["wc"] = glora_wc(p.weight, c).detach().requires_grad_(grad)
     drop, supports = p.config.dropout if p.seed is not None else 0.0, (of.get(n) for n in NAMES)
     values = (p.config.scale, drop, p.seed, p.config.variant == "matmul", route)
-    return (of["x"], p.weight.packed, *supports, *values, *quant_arguments(p.weight))
+    return (of["x"], p.weight.packed, *supports, *values, *codes_of(p.weight))
 
 
 def backward_args(p: Problem, route="eager"):
     args = [t.detach() if isinstance(t, torch.Tensor) else t for t in forward_args(p, route, grad=False)]
     saved = (t if t.numel() else None for t in OPS.glora_linear(*args))
     needs = [True, *(t is not None for t in args[2:12])]
-    return (p.dy, *args[:12], *saved, *args[12:17], needs, *args[17:])
+    return (p.dy, *saved, needs, *args)
 
 
 @pytest.mark.parametrize(("a", "b", "variant", "nested"), [
@@ -366,12 +366,12 @@ def test_opcheck(a, b, variant, nested):
 def test_opcheck_wc(form):
     _, p = build(GLoRAConfig("none", "none", form, rank=3), (5,), 20, 11, True, torch.float32)
     factors = [None if t is None else t.detach().requires_grad_() for t in map(p.params.get, ("C", "C_up", "C_down"))]
-    quant = quant_arguments(p.weight)
+    quant = codes_of(p.weight)
     torch.library.opcheck(OPS.glora_wc.default, (p.weight.packed, *factors, "eager", *quant))
     tensors = [None if t is None else t.detach() for t in factors]
     needs = [t is not None for t in tensors]
     torch.library.opcheck(
-        OPS.glora_wc_backward.default, (torch.randn(11), p.weight.packed, *tensors, needs, "eager", *quant)
+        OPS.glora_wc_backward.default, (torch.randn(11), needs, p.weight.packed, *tensors, "eager", *quant)
     )
 
 
@@ -451,7 +451,7 @@ def test_flops_are_those_of_the_dense_weight(a, b, forward, backward):
     for op, args, expected in (
         (OPS.glora_linear, forward_args(p, grad=False), forward),
         (OPS.glora_linear_backward, backward_args(p), backward),
-        (OPS.glora_wc, (p.weight.packed, torch.randn(K), None, None, "eager", *quant_arguments(p.weight)), 2 * N * K),
+        (OPS.glora_wc, (p.weight.packed, torch.randn(K), None, None, "eager", *codes_of(p.weight)), 2 * N * K),
     ):
         with FlopCounterMode(display=False) as counter:
             op(*args)

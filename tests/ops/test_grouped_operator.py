@@ -193,7 +193,7 @@ def backward_arguments(group: Group, needs: list[bool] | None = None) -> list:
     ]
     _, hs = OPS.grouped_lora_linear(*forward)
     wanted = [i not in (1, 5) for i, part in enumerate(forward[:6]) for _ in part]
-    return [group.dys, *forward[:6], hs, *forward[6:], needs or wanted]
+    return [group.dys, hs, needs or wanted, *forward]
 
 
 @pytest.mark.parametrize(("name", "lead"), [("partly tied", (5,)), ("frozen x", (2, 3)), ("without", (5,))])

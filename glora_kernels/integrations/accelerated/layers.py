@@ -1,4 +1,4 @@
-"""PEFT's layers over a dense base, with a forward on our operators. State, parameters and names stay PEFT's.
+"""PEFT's layers with a forward on our operators. State, parameters and names stay PEFT's.
 
 An accelerated layer is the same object: `accelerate` changes its class to one of these, a subclass of its own, and
 `decelerate` changes it back. Every call asks anew whether the operators can take it (adapters are switched, merged
@@ -10,47 +10,28 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.glora.layer import GloraEmptyPath, GloraLinear, GloraLoraPath, GloraScalarPath, GloraVectorPath
 from peft.tuners.hira.layer import Linear as PeftHiraLinear
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from torch import Tensor, nn
 
-from glora_kernels.integrations.operands import (
-    HOOKED,
-    IN_A_TRAINED_UNIT,
-    NARROW,
-    ON_META,
-    TRAINED_BASE,
-    Frozen,
-    Operands,
-    adapted_linear,
-    before_its_own_forward,
-    frozen_base,
-    is_plain,
-    is_wider,
-    read_base,
-    refusal_of_x,
-    tensor_of,
-    total,
-    warmup_form,
-)
-from glora_kernels.nn.warmup import Form
-
-_Layer: Any = object  # in use beside a class of PEFT, whose attributes it may read
+from glora_kernels.integrations import bases
+from glora_kernels.integrations.bases import HOOKED, IDLE, ON_META, is_plain, peft_linear, tensor_of
+from glora_kernels.nn.adapted import ABSENT, Frozen, Operands
+from glora_kernels.spec import SUPPORTS
 
 VARIANT = "a variant of LoRA"
 FOREIGN = "its adapter is made of other modules than PEFT's own"
 INPUT_DROPOUT = "dropout acts on the input of its product with W"
 MIXED_BATCH = "a batch of several adapters (adapter_names)"
 ARGUMENTS = "it is called with more than x"
-IDLE = "no active adapter, merged or disabled: the base alone"
 
 
-class Accelerated(_Layer):
-    """The forward that every accelerated layer has; before PEFT's class in the order of resolution."""
+class Accelerated(bases.OverBase):
+    """The forward that every accelerated layer has."""
 
     plain: ClassVar[Any]
-    _glora_kept: dict[str, Any]
     _glora_fallbacks: dict[str, int]  # of the calls that PEFT's forward served, how many for which reason
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -58,9 +39,9 @@ class Accelerated(_Layer):
         if isinstance(call, str):
             if not torch.compiler.is_compiling():
                 self._glora_fallbacks[call] = self._glora_fallbacks.get(call, 0) + 1
-            before_its_own_forward(self.get_base_layer(), (x, *(() if call == IDLE else self.parameters())))
+            bases.before_its_own_forward(self.get_base_layer(), (x, *(() if call == IDLE else self.parameters())))
             return self.plain.forward(self, x, *args, **kwargs)
-        return adapted_linear(x, *call)
+        return peft_linear(x, *call)
 
     def call(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: Any = None) -> tuple[Frozen, Operands] | str:
         """What the operators are called with for this x, or why PEFT's forward runs instead.
@@ -69,47 +50,20 @@ class Accelerated(_Layer):
             RuntimeError: weights without numbers (on the meta device) meet an x that has some.
         """
         if args or kwargs:
-            if kwargs.get("adapter_names") is not None:
-                return MIXED_BATCH
-            if args or any(value is not None for value in kwargs.values()):
-                return ARGUMENTS
+            given = {name for name, value in kwargs.items() if value is not None}
+            if args or given:
+                return MIXED_BATCH if "adapter_names" in given else ARGUMENTS
         found = self.parts(x)
         if isinstance(found, str):
             if found != IDLE and not getattr(x, "is_meta", True) and (found == ON_META or self._is_unwritten()):
                 # On a CPU F.linear takes a meta weight without a word, and returns memory that nobody wrote.
                 raise RuntimeError(f"a {type(self).__name__} cannot run: {ON_META}, x is on {x.device}")
             return found
-        if found[1].dropout_p and IN_A_TRAINED_UNIT in self._glora_kept:
+        if found[1].dropout_p and bases.IN_A_TRAINED_UNIT in self._glora_kept:
             # With gradients PEFT's path runs, and its mask. A reentrant checkpoint must meet the same one both times:
             # first without gradients, then with them, and by then FSDP may have put the parameter itself back.
-            return TRAINED_BASE
-        return refusal_of_x(x, *found) or found
-
-    def warmup_form(self) -> Form | None:
-        """The layer as `warmup` runs it; None where PEFT's forward would run."""
-        found = self.parts()
-        return None if isinstance(found, str) else warmup_form(self, *found)
-
-    def parts(self, x: Tensor | None = None) -> tuple[Frozen, Operands] | str:
-        """The base and the sum of the active adapters, or why the operators do not take them."""
-        return IDLE if self._disable_adapters or self.merged_adapters else self.active_parts(x)
-
-    def active_parts(self, x: Tensor | None = None) -> tuple[Frozen, Operands] | str:
-        """`parts`, as if nothing were disabled or merged."""
-        adapters = []
-        for name in self.active_adapters:
-            operands = self.operands(name)
-            if isinstance(operands, str):
-                return operands
-            if operands is not None:
-                adapters.append(operands)
-        if not adapters:
-            return IDLE
-        base = frozen_base(self.base_layer, self._glora_kept, x)
-        if isinstance(base, str):
-            return base
-        operands = total(adapters)
-        return operands if isinstance(operands, str) else (base, operands)
+            return bases.TRAINED_BASE
+        return bases.refusal_of_x(x, *found) or found
 
     def _is_unwritten(self) -> bool:
         """Whether an active adapter is on the meta device, and not because accelerate fetches it for each call."""
@@ -120,32 +74,18 @@ class Accelerated(_Layer):
         tensors = [tensor for part in parts for tensor in ([part] if isinstance(part, Tensor) else part.parameters())]
         return any(tensor.is_meta for tensor in tensors)
 
-    def operands(self, name: str) -> Operands | str | None:
-        """The tensors of the adapter of this name, why they cannot be taken, or None where the layer has none."""
-        raise NotImplementedError
-
     def accelerated(self) -> None:
         """Called once the layer has this class."""
         self.__dict__.pop("forward", None)  # its former class's own, which accelerate's hooks leave behind
-        self._glora_kept, self._glora_fallbacks = read_base(self.base_layer), {}
+        self._glora_kept, self._glora_fallbacks = bases.read_base(self.base_layer), {}
 
     def decelerated(self) -> None:
         """Called before the layer gets its own class back."""
         self.__dict__.pop("forward", None)
         del self._glora_kept, self._glora_fallbacks
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        self._glora_kept = read_base(self.base_layer)
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._glora_kept = read_base(self.base_layer)
-
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has a base of its own, and was not called yet.
-        return {**vars(self), "_glora_kept": {}, "_glora_fallbacks": {}}
+        return {**super().__getstate__(), "_glora_fallbacks": {}}  # a copy was not called yet
 
 
 class Scales(dict[str, float]):
@@ -157,8 +97,7 @@ class Scales(dict[str, float]):
     def __init__(self, values: dict[str, float], tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
         super().__init__()
-        for name, value in values.items():
-            self[name] = value
+        self.update(values)
 
     def __setitem__(self, name: str, value: float) -> None:
         super().__setitem__(name, value)
@@ -194,6 +133,17 @@ def _scale_tensor(scale: float, device: torch.device) -> Tensor:
         return torch.tensor([scale], dtype=torch.float64, device=device)
 
 
+def dropout_of(dropout: nn.Module) -> float | str:
+    """p of PEFT's dropout module as it stands, 0 outside training; or why it cannot be taken."""
+    if not is_plain(dropout):
+        return HOOKED
+    if type(dropout) is nn.Identity:
+        return 0.0
+    if type(dropout) is not nn.Dropout or not 0.0 <= dropout.p < 1.0:
+        return FOREIGN
+    return dropout.p if dropout.training else 0.0
+
+
 class LoraOperands(Accelerated):
     """LoRA: B=lora, and its bias, where it has one, as E."""
 
@@ -222,10 +172,8 @@ class LoraOperands(Accelerated):
 
     def _place_scales(self) -> None:
         for name, scale in self._glora_scales.items():
-            if isinstance(self.scaling.get(name), Tensor):
-                continue  # PEFT's own, which hot swapping writes to
-            if name not in self.lora_B:
-                continue
+            if isinstance(self.scaling.get(name), Tensor) or name not in self.lora_B:
+                continue  # a tensor is PEFT's own, which hot swapping writes to
             device = self.lora_B[name].weight.device
             if scale.device != device and device.type != "meta":  # FSDP2 loads through meta, and moves nothing after
                 self._glora_scales[name] = _scale_tensor(self.scaling[name], device)
@@ -240,7 +188,7 @@ class LoraOperands(Accelerated):
         down, up, dropout = downs[name], ups[name], dropouts[name]
         if type(down) is not nn.Linear or type(up) is not nn.Linear:
             return FOREIGN
-        if not (is_plain(down) and is_plain(up) and is_plain(dropout)):
+        if not (is_plain(down) and is_plain(up)):
             return HOOKED
         p = dropout_of(dropout)
         if isinstance(p, str):
@@ -253,7 +201,9 @@ class LoraOperands(Accelerated):
         compiling = torch.compiler.is_compiling()
         scale: float | Tensor = self._glora_scales[name].reshape(()) if compiling else self.scaling[name]
         e = None if bias is None else bias * scale
-        return Operands(b_up=b_up, b_down=b_down, e=e, scale=scale, dropout_p=p)
+        if isinstance(scale, Tensor):
+            b_up, scale = b_up * scale, 1.0
+        return Operands({**ABSENT, "B_up": b_up, "B_down": b_down, "E": e}, scale, p)
 
 
 class HiraOperands(Accelerated):
@@ -262,23 +212,18 @@ class HiraOperands(Accelerated):
     def call(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: Any = None) -> tuple[Frozen, Operands] | str:
         """As of every layer. PEFT multiplies by W∘(up·down) in the dtype of the adapter, where that is a wider one."""
         found = super().call(x, args, kwargs)
-        return NARROW if not isinstance(found, str) and is_wider(x, *found) else found
+        return bases.NARROW if not isinstance(found, str) and bases.is_wider(x, *found) else found
 
     def operands(self, name: str) -> Operands | str | None:
         if name not in self.hira_A:
             return None
-        dropout = self.hira_dropout[name]
-        if not is_plain(dropout):
-            return HOOKED
-        p = dropout_of(dropout)
-        if isinstance(p, str):
-            return p
-        if p:
-            return INPUT_DROPOUT
+        p = dropout_of(self.hira_dropout[name])
+        if p != 0.0:
+            return p if isinstance(p, str) else INPUT_DROPOUT
         up, down = self.hira_B[name], self.hira_A[name]
         if up.is_meta or down.is_meta:
             return ON_META
-        return Operands(a_up=up, a_down=down)
+        return Operands({**ABSENT, "A_up": up, "A_down": down})
 
 
 class LoraLinear(LoraOperands, PeftLoraLinear):
@@ -301,33 +246,45 @@ class Glora(Accelerated, GloraLinear):
     def operands(self, name: str) -> Operands | str | None:
         if name not in self.glora_A:
             return None
-        tensors: dict[str, Tensor | None] = {}
-        for letter in "ABCDE":
-            path, low = getattr(self, f"glora_{letter}")[name], letter.lower()
+        tensors = dict(ABSENT)
+        for letter in SUPPORTS:
+            path = getattr(self, f"glora_{letter}")[name]
             if not is_plain(path):
                 return HOOKED
             kind = type(path)
             if kind is GloraLoraPath:
-                tensors[f"{low}_up"], tensors[f"{low}_down"] = path.Xd, path.Xu
+                tensors[f"{letter}_up"], tensors[f"{letter}_down"] = path.Xd, path.Xu
             elif kind is GloraVectorPath:
-                tensors[low] = path.X.view(-1)  # (N, 1) or (K, 1) as stored
+                tensors[letter] = path.X.view(-1)  # (N, 1) or (K, 1) as stored
             elif kind is GloraScalarPath:
-                tensors[low] = path.X
+                tensors[letter] = path.X
             elif kind is not GloraEmptyPath:
                 return FOREIGN
         if any(tensor is not None and tensor.is_meta for tensor in tensors.values()):
             return ON_META
-        return Operands(**tensors)  # type: ignore[arg-type]
+        return Operands(tensors)
 
 
-def dropout_of(dropout: nn.Module) -> float | str:
-    """p of PEFT's dropout module as it stands, 0 outside training."""
-    if type(dropout) is nn.Identity:
-        return 0.0
-    if type(dropout) is not nn.Dropout or not 0.0 <= dropout.p < 1.0:
-        return FOREIGN
-    return dropout.p if dropout.training else 0.0
+_KINDS: list[Any] = [LoraLinear, HiraLinear, Glora]
 
+if is_bnb_4bit_available():
+    from peft.tuners.hira.bnb import Linear4bit as PeftHiraLinear4bit
+    from peft.tuners.lora.bnb import Linear4bit as PeftLoraLinear4bit
 
-for _kind in (LoraLinear, HiraLinear, Glora):  # what is printed, and looked up by name, stays as it was
+    class LoraLinear4bit(LoraOperands, PeftLoraLinear4bit):
+        """`peft.tuners.lora.bnb.Linear4bit`."""
+
+        plain = PeftLoraLinear4bit
+
+    class HiraLinear4bit(HiraOperands, PeftHiraLinear4bit):
+        """`peft.tuners.hira.bnb.Linear4bit`."""
+
+        plain = PeftHiraLinear4bit
+
+    _KINDS += [LoraLinear4bit, HiraLinear4bit]
+
+for _kind in _KINDS:  # what is printed, and looked up by name, stays as it was
     _kind.__qualname__, _kind.__name__ = _kind.__name__, _kind.plain.__name__
+
+KINDS: dict[type, Any] = {kind.plain: kind for kind in _KINDS}
+"""PEFT's classes, each with its accelerated one."""

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from glora_kernels.integrations.operands import (
-    RANK,
-    SHARDED,
-    has_other_forward,
-    is_above_rank,
-)
+from glora_kernels.integrations.bases import IDLE, RANK, SHARDED, has_other_forward, is_above_rank
 from glora_kernels.integrations.release import need_peft
 from glora_kernels.nn.base import M
+from glora_kernels.nn.columns import aligned
 from glora_kernels.nn.model import unwrap
 from glora_kernels.nn.reads import reads
 from glora_kernels.nn.undo import all_or_none
@@ -48,22 +44,15 @@ class AccelerationReport:
         rows = [("layers", "kind", "runs on", "because")]
         rows += [(str(n), kind, ON_OURS, "") for kind, n in sorted(self.accelerated.items())]
         rows += [(str(n), kind, "PEFT", reason) for (kind, reason), n in sorted(self.kept.items())]
-        lines = _table(rows)
+        lines = aligned(rows, "><<<")
         if self.fallbacks:
-            calls: Counter[str] = Counter()
-            layers: Counter[str] = Counter()
+            calls: dict[str, list[int]] = {}
             for (_, reason), n in self.fallbacks.items():
-                calls[reason] += n
-                layers[reason] += 1
+                calls.setdefault(reason, []).append(n)
             rows = [("calls", "of layers", "ran on", "because")]
-            rows += [(str(n), str(layers[reason]), "PEFT", reason) for reason, n in sorted(calls.items())]
-            lines += ["single calls of layers on glora_kernels:", *_table(rows)]
+            rows += [(str(sum(ns)), str(len(ns)), "PEFT", reason) for reason, ns in sorted(calls.items())]
+            lines += ["single calls of layers on glora_kernels:", *aligned(rows, "><<<")]
         return "\n".join(lines)
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].rjust(widths[0]), *map(str.ljust, row[1:], widths[1:])]).rstrip() for row in rows]
 
 
 def accelerate(model: M, *, verbose: bool = True) -> M:
@@ -142,15 +131,13 @@ def decelerate(model: M) -> M:
         if _is_first_process():
             print("decelerate: no layer of this model is accelerated, and nothing was changed")
         return model
-    kinds = set(_kinds().values())
-    sharded = [layer for layer in layers if type(layer) not in kinds]
-    if sharded:
+    kinds = _kinds().values()
+    if changed := [layer for layer in layers if type(layer) not in kinds]:
         raise ValueError(
-            f"decelerate: the class of {len(sharded)} layers was changed since (fully_shard does), "
+            f"decelerate: the class of {len(changed)} layers was changed since (fully_shard does), "
             "and cannot be put back"
         )
-    wrapped = [layer for layer in layers if has_other_forward(layer)]
-    if wrapped:
+    if wrapped := [layer for layer in layers if has_other_forward(layer)]:
         raise ValueError(
             f"decelerate: the forward of {len(wrapped)} layers was replaced since, by one that may call the "
             "accelerated one (accelerate's offloading hooks do); take it off first"
@@ -180,51 +167,45 @@ def acceleration(model: nn.Module, *, reset: bool = False) -> AccelerationReport
         model: a model with PEFT layers.
         reset: whether to count single calls anew from here on.
     """
-    from glora_kernels.integrations.accelerated.layers import IDLE
-
     layers, kinds = _tuner_layers(model), _kinds()
     left = any(_refusal(layer, kinds) is None for layer in layers.values())
     read = _read(model, layers.values()) if left else {}
+    units = _sharded_units(model)
     served: Counter[str] = Counter()
     kept: Counter[tuple[str, str]] = Counter()
     fallbacks: dict[tuple[str, str], int] = {}
-    units = _sharded_units(model)
     for path, layer in layers.items():
-        kind = _kind(layer)
         if _is_accelerated(layer):
+            reason = _fallback(layer, is_gathered=f"{path}.".startswith(units))
             fallbacks |= {(path, why): n for why, n in layer._glora_fallbacks.items()}
             if reset:
                 layer._glora_fallbacks.clear()
-            parts = layer.active_parts()
-            whole = parts == SHARDED and f"{path}.".startswith(units)  # inside a forward, of which this is not one
-            reason = parts if isinstance(parts, str) and parts != IDLE and not whole else None
-            if has_other_forward(layer):
-                reason = OWN_FORWARD
-            elif not isinstance(parts, str) and is_above_rank(parts[1], layer.base_layer.weight.is_cuda):
-                reason = RANK
         elif _is_ours(layer):
             reason = None
         else:
             reason = _refusal(layer, kinds) or read.get(layer) or "accelerate() was not called since it was added"
         if reason is None:
-            served[kind] += 1
+            served[_kind(layer)] += 1
         else:
-            kept[kind, reason] += 1
+            kept[_kind(layer), reason] += 1
     return AccelerationReport(dict(served), dict(kept), fallbacks)
+
+
+def _fallback(layer: Any, is_gathered: bool) -> str | None:
+    """Why PEFT's forward serves an accelerated layer, or None; `is_gathered`: inside a forward, its weight is whole."""
+    if has_other_forward(layer):
+        return OWN_FORWARD
+    parts = layer.active_parts()
+    if isinstance(parts, str):
+        return None if parts == IDLE or (parts == SHARDED and is_gathered) else parts
+    return RANK if is_above_rank(parts[1], layer.base_layer.weight.is_cuda) else None
 
 
 def _kinds() -> dict[type, Any]:
     """PEFT's classes, each with its accelerated one; after `_tuner_layers`, which asks for the release of PEFT."""
-    from peft.import_utils import is_bnb_4bit_available
+    from glora_kernels.integrations.accelerated.layers import KINDS
 
-    from glora_kernels.integrations.accelerated import layers
-
-    kinds: list[Any] = [layers.LoraLinear, layers.HiraLinear, layers.Glora]
-    if is_bnb_4bit_available():
-        from glora_kernels.integrations.accelerated import four_bit
-
-        kinds += [four_bit.LoraLinear4bit, four_bit.HiraLinear4bit]
-    return {kind.plain: kind for kind in kinds}
+    return KINDS
 
 
 def _tuner_layers(model: nn.Module) -> dict[str, Any]:
@@ -265,7 +246,7 @@ def _read(model: nn.Module, layers: Collection[Any]) -> dict[Any, str]:
 
 
 def _is_accelerated(layer: Any) -> bool:
-    return "_glora_kept" in vars(layer)
+    return "_glora_fallbacks" in vars(layer)
 
 
 def _is_ours(layer: Any) -> bool:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glora_kernels.integrations.operands import Operands
-from glora_kernels.nn.linear import initialize
+from glora_kernels.nn.adapted import ABSENT, Operands, initialize
 from glora_kernels.spec import GLoRAConfig
 
 
@@ -24,11 +23,8 @@ class Adapter(nn.Module):
         scaling: what everything that the adapter changes is multiplied by, 1 as it was trained; not saved.
 
     Args:
-        config: which supports exist, rank, scale, dropout.
         shapes: of the parameters, by name (`GLoRAConfig.parameter_shapes`).
-        device: of the parameters.
         dtype: of the parameters, but for those in `dtypes`.
-        dtypes: of single parameters, by name.
         owners: for each shared factor that is another layer's, that layer's adapter.
     """
 
@@ -76,28 +72,18 @@ class Adapter(nn.Module):
         """As the operators take them; the errors of `tensors`."""
         config = self.config
         p = config.dropout if self.training and config.B == "lora" else 0.0
-        tensors: dict[str, Any] = {name.lower(): tensor for name, tensor in self.tensors().items()}
-        return Operands(**tensors, scale=config.scale, dropout_p=p, variant=config.variant)
+        return Operands({**ABSENT, **self.tensors()}, config.scale, p, config.variant)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        metadata: Any,
-        strict: Any,
-        missing: Any,
-        unexpected: Any,
-        errors: Any,
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *found: Any) -> None:
         # PEFT loads with strict=False: an adapter of another configuration would be loaded in part.
         given = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
         if given and given != set(self._parameters):
-            errors.append(
+            found[-1].append(
                 f"{prefix.removesuffix('.')}: the state has {_listed(given)}, and this adapter "
                 f"{_listed(self._parameters)}: it comes from another configuration"
             )
             return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(state_dict, prefix, *found)
 
     def extra_repr(self) -> str:
         shared = f", shared: {_listed(self._owners)}" if self._owners else ""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 from peft.config import PeftConfig
 
 from glora_kernels.integrations.peft.registry import peft_type
 from glora_kernels.spec import (
-    SUPPORTS,
     GLoRAConfig,
     Init,
     Matrix,
@@ -25,7 +25,7 @@ from glora_kernels.spec import (
 
 FORMAT = 1
 """The format of what is saved; a file of a higher one is refused."""
-SETTINGS: tuple[str, ...] = (*SUPPORTS, "r", "alpha", "dropout", "variant", "init")
+SETTINGS = tuple("r" if field.name == "rank" else field.name for field in fields(GLoRAConfig))
 """The fields of `GLoRAPeftConfig` that `patterns` can set for some of the layers."""
 
 _LATER = ("layers_to_transform", "layers_pattern")
@@ -59,13 +59,13 @@ class AdapterConfig(PeftConfig):
         ValueError: a value outside the accepted ones, or a file of a newer format.
     """
 
-    target_modules: list[str] | str | None = field(default=None)
-    exclude_modules: list[str] | str | None = field(default=None)
-    layers_to_transform: list[int] | int | None = field(default=None)
-    layers_pattern: list[str] | str | None = field(default=None)
-    modules_to_save: list[str] | None = field(default=None)
-    bias: str = field(default="none")
-    format: int = field(default=FORMAT)
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+    format: int = FORMAT
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # PEFT drops the fields that it does not know from a file, with a warning; the numbers would change with them.
@@ -92,10 +92,10 @@ class AdapterConfig(PeftConfig):
 
     def _check_layers(self) -> None:
         chosen, pattern = self.layers_to_transform, self.layers_pattern
-        numbers = chosen if isinstance(chosen, (list, tuple, range, set)) else [] if chosen is None else [chosen]
+        numbers = list(chosen) if isinstance(chosen, (list, tuple, range, set)) else [] if chosen is None else [chosen]
+        names = pattern if isinstance(pattern, (list, tuple)) else [] if pattern is None else [pattern]
         if any(type(number) is not int or number < 0 for number in numbers):
             raise ValueError(f"layers_to_transform must be None, an integer >= 0 or a list of them; got {chosen!r}")
-        names = pattern if isinstance(pattern, (list, tuple)) else [] if pattern is None else [pattern]
         if not all(isinstance(name, str) for name in names):
             raise TypeError(f"layers_pattern must be None, a str or a list of them; got {pattern!r}")
         if names and not numbers:
@@ -106,7 +106,7 @@ class AdapterConfig(PeftConfig):
                 "of a list of names alone; name the modules, or write the numbers into the regular expression"
             )
         if numbers and not isinstance(chosen, int):
-            self.layers_to_transform = list(numbers)
+            self.layers_to_transform = numbers
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT saves it, without what an earlier version does not know, where that is not set."""
@@ -143,27 +143,27 @@ class GLoRAPeftConfig(AdapterConfig):
         The errors of `AdapterConfig` and `GLoRAConfig`; TypeError for patterns that are no mapping.
     """
 
-    r: int = field(default=8)
-    A: Matrix = field(default="vector")
-    B: Matrix = field(default="lora")
-    C: Shift = field(default="none")
-    D: Row = field(default="none")
-    E: Row = field(default="none")
-    alpha: float | None = field(default=None)
-    dropout: float = field(default=0.0)
-    variant: Variant = field(default="hadamard")
-    init: Init = field(default="xavier")
-    patterns: dict[str, dict[str, Any]] | None = field(default=None)
+    r: int = 8
+    A: Matrix = "vector"
+    B: Matrix = "lora"
+    C: Shift = "none"
+    D: Row = "none"
+    E: Row = "none"
+    alpha: float | None = None
+    dropout: float = 0.0
+    variant: Variant = "hadamard"
+    init: Init = "xavier"
+    patterns: dict[str, dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._named("GKGLORA")
         self.patterns = _checked_patterns(self.patterns)
-        if self._config({}).is_empty and not self.patterns:
+        if self.layer_config().is_empty and not self.patterns:
             raise ValueError("A, B, C, D and E are all 'none', so nothing would be adapted; choose at least one")
         for pattern, settings in (self.patterns or {}).items():
             try:
-                self._config(settings)
+                self.layer_config(settings)
             except ValueError as error:
                 raise ValueError(f"patterns[{pattern!r}]: {error}") from error
 
@@ -181,9 +181,10 @@ class GLoRAPeftConfig(AdapterConfig):
         for pattern in patterns if paths else ():
             if not select(pattern, paths):
                 raise ValueError(f"patterns: {pattern!r} matches none of the {len(paths)} layers that are adapted")
-        return {path: self._config(patterns[chosen[path]] if path in chosen else {}) for path in paths}
+        return {path: self.layer_config(patterns[chosen[path]] if path in chosen else {}) for path in paths}
 
-    def _config(self, settings: Mapping[str, Any]) -> GLoRAConfig:
+    def layer_config(self, settings: Mapping[str, Any] = MappingProxyType({})) -> GLoRAConfig:
+        """The configuration of one layer, with the settings of the pattern that it matches."""
         values = {name: settings.get(name, getattr(self, name)) for name in SETTINGS}
         if values["B"] != "lora" and "B" in settings:  # what the others say of a low-rank B is not for these
             values |= {name: settings.get(name, default) for name, default in (("alpha", None), ("dropout", 0.0))}
@@ -217,16 +218,16 @@ class ShareLoRAPeftConfig(AdapterConfig):
         The errors of `AdapterConfig` and `ShareLoRAConfig`; ValueError for tie_siblings with dropout.
     """
 
-    r: int = field(default=64)
-    alpha: float | None = field(default=None)
-    dropout: float = field(default=0.0)
-    share: Share = field(default="A")
-    projections: list[str] | None = field(default=None)
-    tie_siblings: bool = field(default=False)
-    A: Matrix = field(default="none")
-    C: Shift = field(default="none")
-    D: Row = field(default="none")
-    E: Row = field(default="none")
+    r: int = 64
+    alpha: float | None = None
+    dropout: float = 0.0
+    share: Share = "A"
+    projections: list[str] | None = None
+    tie_siblings: bool = False
+    A: Matrix = "none"
+    C: Shift = "none"
+    D: Row = "none"
+    E: Row = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -241,7 +242,7 @@ class ShareLoRAPeftConfig(AdapterConfig):
 
     def share_config(self) -> ShareLoRAConfig:
         """The configuration without what is PEFT's."""
-        names = ("alpha", "dropout", "share", "projections", "tie_siblings", "A", "C", "D", "E")
+        names = [field.name for field in fields(ShareLoRAConfig) if field.name != "rank"]
         return ShareLoRAConfig(rank=self.r, **{name: getattr(self, name) for name in names})
 
     def layer_configs(self, paths: Collection[str]) -> dict[str, GLoRAConfig]:
@@ -253,7 +254,7 @@ def _checked_patterns(given: object) -> dict[str, dict[str, Any]] | None:
     if given is None:
         return None
     pairs = list(given.items()) if isinstance(given, Mapping) else given
-    if not isinstance(pairs, (list, tuple)) or not all(_is_pattern(pair) for pair in pairs):
+    if not isinstance(pairs, (list, tuple)) or not all(map(_is_pattern, pairs)):
         raise TypeError(f"patterns must be None or a mapping of globs to settings (a dict each), got {given!r}")
     patterns = {pattern: dict(settings) for pattern, settings in pairs}
     for pattern, settings in patterns.items():
@@ -264,7 +265,7 @@ def _checked_patterns(given: object) -> dict[str, dict[str, Any]] | None:
     return patterns
 
 
-def _is_pattern(pair: object) -> bool:
-    return (
-        isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Mapping)
-    )
+def _is_pattern(pair: Any) -> bool:
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        return False
+    return isinstance(pair[0], str) and isinstance(pair[1], Mapping)

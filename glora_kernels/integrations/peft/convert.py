@@ -23,18 +23,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glora_kernels.integrations.peft.config import FORMAT, GLoRAPeftConfig
-from glora_kernels.spec import SUPPORTS
+from glora_kernels.spec import SUPPORTS, GLoRAConfig
 
 Layers = dict[str, dict[str, Tensor]]
 """The parameters of each layer, by its path in the checkpoint and then by name."""
 
 _THEIRS = re.compile(r"(?P<path>.+)\.glora_(?P<name>[A-E]\.(?:Xd|Xu|X|zeros))")
 _OURS = re.compile(r"(?P<path>.+)\.gkglora_adapter\.(?P<name>[A-E](?:_up|_down)?)")
+_PARTS = {"Xd": "_up", "Xu": "_down", "X": ""}
+_FORMS = {"A": "config_A_B", "B": "config_A_B", "C": "config_C", "D": "config_D_E", "E": "config_D_E"}
+"""The field of PEFT's configuration with the form of each support."""
 _COMMON = (
     "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "r",
     "target_modules", "modules_to_save",
 )  # fmt: skip
-_ONLY_THEIRS = ("peft_type", "bias", "config_A_B", "config_C", "config_D_E", "init_weights")
+_N, _K = -1, -2  # sizes that are looked for
 
 
 def convert_checkpoint(source_dir: str | Path, target_dir: str | Path, *, every_layer_has_bias: bool = False) -> None:
@@ -108,27 +111,23 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    known = {*_COMMON, *_ONLY_THEIRS}
+    known = {*_COMMON, *_FORMS.values(), "peft_type", "bias", "init_weights"}
     if unknown := sorted(name for name in config if name not in known and config[name] is not None):
         raise ValueError(f"this GLoRA configuration has fields of a version of PEFT that is not known: {unknown}")
-    layers, rest = _split(tensors, _THEIRS)
-    forms = {"A": "config_A_B", "B": "config_A_B", "C": "config_C", "D": "config_D_E", "E": "config_D_E"}
-    if absent := sorted(set(forms.values()) - set(config)):
+    if absent := sorted(set(_FORMS.values()) - set(config)):
         raise ValueError(f"{CONFIG_NAME} has no {', '.join(absent)}")
-    wanted = {letter: config[field] for letter, field in forms.items()}
-    ours, bare = {}, []
+    layers, rest = _split(tensors, _THEIRS)
+    forms = {letter: config[field] for letter, field in _FORMS.items()}
+    bare = []  # layers without a bias, on which PEFT drops what ours would keep
     for path, stored in layers.items():
-        ours[path] = {key: tensor for name, tensor in stored.items() for key, tensor in _our_names(name, tensor)}
-        missing = {letter for letter in SUPPORTS if wanted[letter] != "none" and f"{letter}.zeros" in stored}
+        missing = {letter for letter in SUPPORTS if forms[letter] != "none" and f"{letter}.zeros" in stored}
         if missing - set("CDE"):
             raise ValueError(
                 f"{path}: the configuration has {sorted(missing)}, the checkpoint has zeros in their place"
             )
         if missing:
             bare.append(path)
-    # Layers without a bias, on which PEFT drops what ours would keep.
     none = dict.fromkeys("CDE", "none")
-    supports = wanted | none if len(bare) == len(layers) else wanted
     patterns: dict[str, dict[str, str]] = {}
     if len(bare) < len(layers):
         # "fc" matches the last name of "block.fc" as well, which therefore comes first.
@@ -140,13 +139,14 @@ def _from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
                 patterns[module] = {}
     made = GLoRAPeftConfig(
         **{name: config[name] for name in _COMMON if name in config},
-        **supports,
+        **(forms | none if len(bare) == len(layers) else forms),
         bias="gkglora_only" if config.get("bias") == "glora_only" else config.get("bias", "none"),
         init="kaiming",
         patterns=patterns or None,
     )
+    ours = {path: _our_tensors(stored) for path, stored in layers.items()}
     _check_shapes(made, ours)
-    return _plain(made), rest | _joined(ours, "gkglora_adapter")
+    return _plain(made), rest | _joined(ours, "gkglora_adapter.")
 
 
 def _to_peft(
@@ -176,17 +176,14 @@ def _to_peft(
             f"PEFT's GLoRA drops C on layers without a bias, and C={config.C!r} with D='none' does not show whether "
             "these have one; if all of them have, say so: every_layer_has_bias=True"
         )
-    theirs = {path: _their_tensors(config, stored) for path, stored in layers.items()}
     made = {name: value for name, value in _plain(config).items() if name in _COMMON} | {
         "peft_type": "GLORA",
         "bias": "glora_only" if config.bias == "gkglora_only" else config.bias,
-        "config_A_B": config.A,
-        "config_C": config.C,
-        "config_D_E": config.D,
+        **{field: getattr(config, letter) for letter, field in _FORMS.items()},
         "init_weights": True,
     }
-    named = {f"{path}.glora_{name}": tensor for path, stored in theirs.items() for name, tensor in stored.items()}
-    return made, rest | named
+    form = config.layer_config()
+    return made, rest | _joined({path: _their_tensors(form, ours) for path, ours in layers.items()}, "glora_")
 
 
 def _split(tensors: Mapping[str, Tensor], names: re.Pattern[str]) -> tuple[Layers, dict[str, Tensor]]:
@@ -208,49 +205,42 @@ def _split(tensors: Mapping[str, Tensor], names: re.Pattern[str]) -> tuple[Layer
 
 
 def _joined(layers: Layers, place: str) -> dict[str, Tensor]:
-    return {f"{path}.{place}.{name}": tensor for path, stored in layers.items() for name, tensor in stored.items()}
+    return {f"{path}.{place}{name}": tensor for path, stored in layers.items() for name, tensor in stored.items()}
 
 
-def _our_names(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    letter, _, part = name.partition(".")
-    if part == "zeros":
-        if bool(tensor.any()):
+def _our_tensors(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One layer's parameters under our names."""
+    ours: dict[str, Tensor] = {}
+    for name, tensor in theirs.items():
+        letter, _, kind = name.partition(".")
+        if kind == "zeros" and bool(tensor.any()):
             raise ValueError(f"glora_{name} must be zeros")
-        return []
-    if part == "X":
-        if tensor.ndim != 1 and tensor.shape[1:] != (1,):
+        if kind == "X" and tensor.ndim != 1 and tensor.shape[1:] != (1,):
             raise ValueError(f"glora_{name} must have shape (N, 1) or (N,), the checkpoint has {tuple(tensor.shape)}")
-        return [(letter, tensor.reshape(-1))]
-    return [(f"{letter}_{'up' if part == 'Xd' else 'down'}", tensor)]
+        if kind != "zeros":
+            ours[letter + _PARTS[kind]] = tensor.reshape(-1) if kind == "X" else tensor
+    return ours
 
 
-def _their_tensors(config: GLoRAPeftConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _their_tensors(config: GLoRAConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One layer's parameters under PEFT's names, and its zeros where their size is known from the others."""
-    theirs: dict[str, Tensor] = {}
-    for name, tensor in ours.items():
-        letter, _, part = name.partition("_")
-        if part:
-            theirs[f"{letter}.{'Xd' if part == 'up' else 'Xu'}"] = tensor
-        else:
-            column = letter in "ABC" and getattr(config, letter) == "vector"
-            theirs[f"{letter}.X"] = tensor[:, None] if column else tensor
+    names = {f"{letter}{ending}": f"{letter}.{kind}" for letter in SUPPORTS for kind, ending in _PARTS.items()}
+    columns = {letter for letter in "ABC" if getattr(config, letter) == "vector"}
+    theirs = {names[name]: tensor[:, None] if name in columns else tensor for name, tensor in ours.items()}
     n, k = _sizes(config, ours)
     sizes = {"A": (n, k), "B": (n, k), "C": (k, 1), "D": (n,), "E": (n,)}
     some = next(iter(ours.values()))
-    for letter in SUPPORTS:
-        size = sizes[letter]
+    for letter, size in sizes.items():
         if getattr(config, letter) == "none" and None not in size:
             theirs[f"{letter}.zeros"] = some.new_zeros(size)  # type: ignore[arg-type]
     return theirs
 
 
-def _sizes(config: GLoRAPeftConfig, ours: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
+def _sizes(config: GLoRAConfig, ours: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
     """(N, K) of a layer, each where a parameter has it."""
-    vectors = {letter for letter in SUPPORTS if getattr(config, letter) == "vector"}
-    n = [len(t) for name, t in ours.items() if name in ("A_up", "B_up") or (name in vectors and name != "C")]
-    k = [t.shape[1] for name, t in ours.items() if name in ("A_down", "B_down")]
-    k += [len(t) for name, t in ours.items() if name == "C_up" or (name in vectors and name == "C")]
-    return (n[0] if n else None), (k[0] if k else None)
+    shapes = config.parameter_shapes(_K, _N)
+    found = {size: t.shape[i] for name, t in ours.items() for i, size in enumerate(shapes.get(name, ())) if i < t.ndim}
+    return found.get(_N), found.get(_K)
 
 
 def _check_shapes(config: GLoRAPeftConfig, layers: Layers) -> None:
@@ -258,10 +248,11 @@ def _check_shapes(config: GLoRAPeftConfig, layers: Layers) -> None:
     configs = config.layer_configs([_module(path) for path in layers])
     for path, stored in layers.items():
         layer = configs[_module(path)]
-        if flat := [name for name, tensor in stored.items() if tensor.ndim != (2 if "_" in name else 1)]:
-            shape = tuple(stored[flat[0]].shape)
-            raise ValueError(f"{path}: {flat[0]} must have {2 if '_' in flat[0] else 1} dimensions, got shape {shape}")
-        n, k = _sizes(config, stored)
+        for name, tensor in stored.items():
+            if tensor.ndim != (dimensions := 2 if "_" in name else 1):
+                shape = tuple(tensor.shape)
+                raise ValueError(f"{path}: {name} must have {dimensions} dimensions, got shape {shape}")
+        n, k = _sizes(layer, stored)
         shapes = layer.parameter_shapes(k or 1, n or 1, "D" in stored)
         given = {name: tuple(tensor.shape) for name, tensor in stored.items()}
         if given != shapes:

@@ -16,7 +16,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from glora_kernels.integrations.operands import (
+from glora_kernels.integrations.bases import (
     LAYOUT,
     NESTED,
     ON_META,
@@ -24,32 +24,20 @@ from glora_kernels.integrations.operands import (
     SHARDED_ADAPTER,
     TRAINED_BASE,
     TRANSFORMED,
-    Frozen,
-    Operands,
-    adapted_linear,
+    OverBase,
     before_its_own_forward,
     frozen_base,
+    peft_linear,
     read_base,
     refusal_of_x,
     total,
-    warmup_form,
 )
 from glora_kernels.integrations.peft.adapter import Adapter
-from glora_kernels.integrations.peft.merging import (
-    Merged,
-    check_against_base,
-    check_writable,
-    finite,
-    kept_base,
-    merged,
-    put,
-    tied,
-    without_adapters,
-)
+from glora_kernels.integrations.peft.tied import check_writable, is_tied, without_adapters
+from glora_kernels.nn.adapted import Frozen, Operands
 from glora_kernels.nn.base import base_of, is_linear, unsupported
-from glora_kernels.nn.requantize import Kept
+from glora_kernels.nn.merging.values import Kept, ToMerge, check_finite, keep, merged, write
 from glora_kernels.nn.undo import finish
-from glora_kernels.nn.warmup import Form
 from glora_kernels.quant.bnb import is_linear4bit
 from glora_kernels.spec import GLoRAConfig
 
@@ -73,7 +61,7 @@ def unfit(module: nn.Module) -> str | None:
     return unsupported(module)
 
 
-class AdaptedLinear(nn.Module, BaseTunerLayer):
+class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
     """A frozen linear layer and its adapters by name, on the operators of this package.
 
     Its base is an `nn.Linear`, a transformers `Conv1D`, a bitsandbytes `Linear4bit` or a `QuantizedLinear`, with or
@@ -95,7 +83,6 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         if reason := unfit(base_layer):
             raise ValueError(f"{type(self).__name__}: this layer cannot be adapted: {reason}")
         base = base_of(base_layer)
-        assert base is not None
         self.base_layer = base_layer
         self.out_features, self.in_features = base.shape
         self._modules[self.adapter_layer_names[0]] = nn.ModuleDict()
@@ -103,15 +90,13 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self._original: Kept | None = None  # while merged: the base, in host memory
-        self._kept = read_base(base_layer)  # what `frozen_base` keeps of a Linear4bit
+        self._glora_kept = read_base(base_layer)
         self.train(base_layer.training)
 
     @property
-    def adapters(self) -> nn.ModuleDict:
-        """The adapters of this layer by name, each an `Adapter`."""
-        found = self._modules[self.adapter_layer_names[0]]
-        assert isinstance(found, nn.ModuleDict)
-        return found
+    def adapters(self) -> Any:
+        """The adapters of this layer by name: an `nn.ModuleDict` of `Adapter`."""
+        return self._modules[self.adapter_layer_names[0]]
 
     def update_layer(
         self,
@@ -123,13 +108,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """Add an adapter, one that changes nothing yet; in place of the one of this name, where there is one.
 
         Args:
-            name: of the adapter.
-            config: its supports.
             owners: the adapter of another layer for each parameter that is shared with it.
             dtypes: of single parameters, where it is not that of the base.
         """
         base = base_of(self.base_layer)
-        assert base is not None
         # A merged base may have a bias that it has not of its own.
         bias = base.bias if self._original is None else self._original.bias
         shapes = config.parameter_shapes(self.in_features, self.out_features, bias is not None)
@@ -161,39 +143,30 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def _base(self, x: Tensor) -> Tensor:
         """Of the base alone."""
-        if is_linear4bit(self.base_layer):  # bitsandbytes' own forward is not always as exact, and casts the bias
-            frozen = frozen_base(self.base_layer, self._kept, x)
-            if not isinstance(frozen, str):
-                return _called(x, frozen, Operands())
+        # The forward of bitsandbytes is not always as exact, and casts the bias.
+        if is_linear4bit(self.base_layer) and isinstance(frozen := self.frozen(x), Frozen):
+            return _called(x, frozen, Operands())
         before_its_own_forward(self.base_layer, (x,))
         return self.base_layer(x)
 
+    def operands(self, name: str) -> Operands | None:
+        return self.adapters[name].operands() if name in self.adapters else None
+
     def _adapted(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        adapters = self.adapters
-        active: list[Any] = [adapters[name] for name in names if name in adapters]
-        if not active:
+        adapters = [self.adapters[name].operands() for name in names if name in self.adapters]
+        if not adapters:
             return self._base(x)
-        frozen = frozen_base(self.base_layer, self._kept, x)
+        frozen = self.frozen(x)
         if isinstance(frozen, str):
             raise RuntimeError(f"this layer cannot be computed: {frozen}")
-        operands = [adapter.operands() for adapter in active]
-        together = total(operands)
-        if len(active) > 1 and (isinstance(together, str) or refusal_of_x(x, frozen, together) == RANK):
-            # One call does not take them all: each adds what it changes.
-            y = base = _called(x, frozen, Operands())
-            for one in operands:
-                y = y + (_called(x, frozen, one) - base)
-            return y
-        assert isinstance(together, Operands)
-        return _called(x, frozen, together)
-
-    def warmup_form(self) -> Form | None:
-        """The layer as `warmup` runs it; None where it is not one call on the operators."""
-        frozen, operands = frozen_base(self.base_layer, self._kept), [adapter.operands() for adapter in self._active()]
-        if not operands or self._disable_adapters or self.merged_adapters or isinstance(frozen, str):
-            return None
-        together = total(operands)
-        return None if isinstance(together, str) else warmup_form(self, frozen, together)
+        together = total(adapters)
+        if not isinstance(together, str) and (len(adapters) == 1 or refusal_of_x(x, frozen, together) != RANK):
+            return _called(x, frozen, together)
+        # One call does not take them all: each adds what it changes.
+        y = base = _called(x, frozen, Operands())
+        for one in adapters:
+            y = y + (_called(x, frozen, one) - base)
+        return y
 
     def _mixed(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         """Each row with an adapter of its own: the rows of one adapter together."""
@@ -235,23 +208,20 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             return
         names = [*self.merged_adapters, *names]
         check_writable(self.base_layer)
-        now, others = kept_base(self.base_layer), self._tied()
+        now, others = keep(self.base_layer), self._tied()
         original = self._original or without_adapters(self.base_layer, now, others)
-        own = self._merged(original, names)
+        own = self._merging(original, names)
         values, report = merged(own, others)
-        if not finite(values):
-            if safe_merge:
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
-                )
-            check_against_base(own, values)
+        if safe_merge and not values.is_finite:
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        check_finite(own, values)
         before = self._original, self.merged_adapters
         try:
             self._original, self.merged_adapters = original, names
             _MERGED.add(self)
-            put(self.base_layer, values)
+            write(self.base_layer, values)
         except BaseException:
-            put(self.base_layer, now)
+            write(self.base_layer, now)
             self._original, self.merged_adapters = before
             raise
         if report is not None:
@@ -265,26 +235,27 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         if self._original is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        values, _ = merged(self._merged(self._original, []), self._tied())
+        values, others = self._original, self._tied()
+        if others:
+            values, _ = merged(self._merging(values, []), others)
         finish(partial(self._restore, values))
 
     def _restore(self, values: Kept) -> None:
-        put(self.base_layer, values)
+        write(self.base_layer, values)
         self._original, self.merged_adapters = None, []
         _MERGED.discard(self)
 
-    def _merged(self, original: Kept, names: Sequence[str]) -> Merged:
-        adapters: list[Any] = [self.adapters[name] for name in names if name in self.adapters]
-        return Merged(self.base_layer, original, adapters)
+    def _merging(self, original: Kept, names: Sequence[str]) -> ToMerge:
+        adapters = [self.adapters[name] for name in names if name in self.adapters]
+        return ToMerge(self.base_layer, original, [(adapter.tensors(), adapter.config) for adapter in adapters])
 
-    def _tied(self) -> list[Merged]:
+    def _tied(self) -> list[ToMerge]:
         """The other layers that have merged into the memory of this one's base."""
-        others = [
-            other._merged(other._original, other.merged_adapters)
+        return [
+            other._merging(other._original, other.merged_adapters)
             for other in _MERGED
-            if other is not self and other._original is not None
+            if other is not self and other._original is not None and is_tied(self.base_layer, other.base_layer)
         ]
-        return tied(self.base_layer, others)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply all that an adapter changes by `scale`, 1 as it was trained; nothing where the layer has it not.
@@ -294,7 +265,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """
         _check_scale(scale)
         if adapter in self.adapters:
-            self._adapter(adapter).scaling = float(scale)
+            self.adapters[adapter].scaling = float(scale)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply what the active adapters change by `scale` once more; the errors of `set_scale`."""
@@ -316,12 +287,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             adapter.scaling = 1.0 if scale is None else adapter.scaling / scale
 
     def _active(self) -> list[Adapter]:
-        return [self._adapter(name) for name in self.active_adapters if name in self.adapters]
-
-    def _adapter(self, name: str) -> Adapter:
-        adapter = self.adapters[name]
-        assert isinstance(adapter, Adapter)
-        return adapter
+        return [self.adapters[name] for name in self.active_adapters if name in self.adapters]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own also casts, to the dtype of the base: fp32 adapters would be rounded as they are loaded.
@@ -330,20 +296,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             if not any(parameter.is_meta for parameter in adapter.parameters()):
                 adapter.to(device if device is not None else self.base_layer.weight.device)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        self._kept = read_base(self.base_layer)
-        return self
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._kept = read_base(self.base_layer)
         if self._original is not None:
             _MERGED.add(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy has a base of its own.
-        return {**vars(self), "_kept": {}}
 
 
 class GLoRAPeftLinear(AdaptedLinear):
@@ -381,4 +337,4 @@ def _called(x: Tensor, frozen: Frozen, operands: Operands) -> Tensor:
             )
         given = f"{x.dtype} on a base in {frozen.weight.dtype}"
         raise TypeError(f"this layer cannot be called with this x ({given}): {reason}")
-    return adapted_linear(x, frozen, operands)
+    return peft_linear(x, frozen, operands)

@@ -83,21 +83,24 @@ class AdaptedModel(BaseTuner):
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; with a warning where a layer without a bias gets one that its architecture drops on reload."""
-        layers = self._layers()
-        bare = [path for path, layer in layers.items() if layer.base_layer.bias is None]
+        layers, bare = self._bare()
         super().merge_adapter(*args, **kwargs)
         assert self.model is not None
         warn_of_biases("merge_adapter", added_biases(self.model, _with_bias(layers, bare)), 2)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        layers = self._layers()  # held: a layer asks those that share its weight what they have merged into it
-        bare = [path for path, layer in layers.items() if layer.base_layer.bias is None]
+        layers, bare = self._bare()  # held: a layer asks those that share its weight what they have merged into it
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         found = added_biases(model, _with_bias(layers, bare))
         keep_biases(dict(model.named_modules()), found)
         if found.lost:
             warn_of_biases("merge_and_unload", found, 3)
         return model
+
+    def _bare(self) -> tuple[dict[str, AdaptedLinear], list[str]]:
+        """The layers by path, and the paths of those whose base has no bias."""
+        layers = self._layers()
+        return layers, [path for path, layer in layers.items() if layer.base_layer.bias is None]
 
     def _layers(self) -> dict[str, AdaptedLinear]:
         return {path: layer for path, layer in self.model.named_modules() if isinstance(layer, AdaptedLinear)}
@@ -135,9 +138,9 @@ class AdaptedModel(BaseTuner):
         except BaseException:
             del self.peft_config[adapter_name]
             raise
-        for module in self.model.modules():
-            if isinstance(module, AdaptedLinear) and adapter_name in module.adapters:
-                write_weighted(module, adapters, weights, adapter_name)
+        for layer in self._layers().values():
+            if adapter_name in layer.adapters:
+                write_weighted(layer, adapters, weights, adapter_name)
 
     def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> None:
         """An error: PEFT's is for LoRA whose initialisation changes the base (PiSSA, OLoRA)."""
@@ -169,8 +172,8 @@ class AdaptedModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [module for module in self.modules() if isinstance(module, AdaptedLinear)]
-        if unknown := sorted(set(names) - {BASE}.union(*(layer.adapters for layer in layers))):
+        known = {BASE}.union(*(layer.adapters for layer in self._layers().values()))
+        if unknown := sorted(set(names) - known):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         # Beam search repeats each row for the beams, but not for an encoder, which runs before it.
         repeated = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]

@@ -49,7 +49,6 @@ class ShareLoRAPeftModel(AdaptedModel):
         members = []
         for path, module in targets.items():
             base = base_of(module.get_base_layer() if isinstance(module, AdaptedLinear) else module)
-            assert base is not None
             members.append(Member([path], base.weight.device, base.dtype, base.shape, shared))
         with _bare(model, targets):
             ties = plan_sharing(model, members, None).ties if members else []

@@ -1,9 +1,6 @@
 """A new adapter that is the weighted sum of others: ΔW = Σ_i w_i·ΔW_i, and so for the bias. Every support is linear.
 
-    as vectors and constants    Σ_i w_i·v_i
-    as lora                     [w_1·s_1·up_1, w_2·s_2·up_2, ...]·[down_1; down_2; ...]
-
-with s_i the scale of B, 1 of A and C. The ranks add up, and the scale of the new adapter is 1.
+The ranks add up, and the scale of the new adapter is 1 (`nn.adapted.weighted_sum`).
 """
 
 from __future__ import annotations
@@ -13,20 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from glora_kernels.integrations.peft.layer import AdaptedLinear
+from glora_kernels.nn.adapted import weighted_sum
 
 _MAY_DIFFER = (
-    "r",
-    "alpha",
-    "dropout",
-    "init",
-    "inference_mode",
-    "revision",
-    "base_model_name_or_path",
-    "runtime_config",
-)
+    "r", "alpha", "dropout", "init", "inference_mode", "revision", "base_model_name_or_path", "runtime_config",
+)  # fmt: skip
 
 
 def weighted_config(configs: Sequence[Any], names: Sequence[str]) -> Any:
@@ -53,16 +43,12 @@ def weighted_config(configs: Sequence[Any], names: Sequence[str]) -> Any:
 
 @torch.no_grad()
 def write_weighted(layer: AdaptedLinear, names: Sequence[str], weights: Sequence[float], name: str) -> None:
-    """The sum into the parameters that the new adapter of a layer owns."""
-    sources: list[Any] = [layer.adapters[source] for source in names]
-    adapter: Any = layer.adapters[name]
-    for own, parameter in adapter.named_parameters():
-        found = [source.tensors()[own] for source in sources]
-        if own.endswith("_down"):
-            parameter.copy_(torch.cat(found))
-            continue
-        scales = [
-            w * (source.config.scale if own == "B_up" else 1.0) for w, source in zip(weights, sources, strict=True)
-        ]
-        scaled: list[Tensor] = [tensor.to(parameter.dtype) * s for tensor, s in zip(found, scales, strict=True)]
-        parameter.copy_(torch.cat(scaled, 1) if own.endswith("_up") else torch.stack(scaled).sum(0))
+    """The sum into the parameters that the new adapter of a layer owns, computed in float64 and rounded once."""
+    sources = []
+    for source in names:
+        operands = layer.adapters[source].operands()
+        tensors = {own: None if tensor is None else tensor.double() for own, tensor in operands.tensors.items()}
+        sources.append(operands._replace(tensors=tensors))
+    summed: dict[str, Any] = weighted_sum(sources, weights)
+    for own, parameter in layer.adapters[name].named_parameters():
+        parameter.copy_(summed[own])

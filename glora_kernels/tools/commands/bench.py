@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from glora_kernels.nn import GLoRALinear
+from glora_kernels.runtime.tables import DTYPES
+from glora_kernels.tools import timing
 from glora_kernels.tools.commands import text
 
 HELP = "time one layer over the frozen F.linear here, forward and backward (a quick look, some seconds)"
@@ -18,36 +23,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens x out_features x in_features (default: 8192x4096x4096 on a GPU, 512x1024x1024 on a CPU)",
     )  # fmt: skip
     text.add_case(parser)
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    text.add_device(parser)
     parser.add_argument("--rounds", type=text.positive, default=20, help="interleaved rounds (default: 20)")
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-    from torch import Tensor, nn
-
-    from glora_kernels.nn import GLoRALinear
-    from glora_kernels.runtime.tables import DTYPES
-    from glora_kernels.tools import timing
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda was asked for, but PyTorch sees no GPU", file=sys.stderr)
-        return 2
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    m, n, k = args.layer or ((8192, 4096, 4096) if device == "cuda" else (512, 1024, 1024))
-    dtype = DTYPES[args.dtype or ("bf16" if device == "cuda" else "fp32")]
     try:
-        config = text.case(args.case, args.rank, args.dropout, args.variant)
+        device = text.device(args)
+        m, n, k = args.layer or ((8192, 4096, 4096) if device == "cuda" else (512, 1024, 1024))
+        dtype = DTYPES[args.dtype or ("bf16" if device == "cuda" else "fp32")]
         linear = nn.Linear(k, n, bias=args.bias, device=device, dtype=dtype)
-        layer = GLoRALinear.from_linear(linear, config)
+        layer = GLoRALinear.from_linear(linear, text.case(args))
         inputs = [torch.randn(m, k, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
         dy = torch.randn(m, n, device=device, dtype=dtype)
     except (ValueError, RuntimeError) as error:  # RuntimeError: sizes that do not fit the memory
-        print(f"bench: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+        return text.refused(f"bench: {str(error).splitlines()[0]}")
     with torch.no_grad():
         for parameter in layer.adapter().values():
             parameter.normal_(std=0.02)

@@ -9,64 +9,43 @@ import subprocess
 import sys
 import time
 
+import torch
+
+from glora_kernels.runtime import environment
 from glora_kernels.runtime.routes import Backend
-from glora_kernels.tools.commands.text import table
+from glora_kernels.tools import selftest
+from glora_kernels.tools.commands import text
 
 HELP = "test every kernel on this machine against the oracle (about a minute)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto",
-        help="auto: the GPU where there is one; on a CPU the Triton kernels run in Triton's interpreter",
-    )  # fmt: skip
+    text.add_device(parser)
     parser.add_argument("--quick", action="store_true", help="the path of plain PyTorch in fp32 alone (seconds)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
-    device: str = args.device
-    if device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda was asked for, but PyTorch sees no GPU", file=sys.stderr)
-        return 2
-    from glora_kernels.runtime import environment
-    from glora_kernels.tools import selftest
-
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        device = text.device(args)
+    except ValueError as error:
+        return text.refused(f"check: {error}")
     kernels = environment.has_triton() and not args.quick
     if device == "cpu" and kernels and not environment.interpreting():
         # Triton reads this when it is imported, which has happened: start again with it.
         command = [sys.executable, "-m", "glora_kernels", "check", "--device", "cpu", *["--json"] * args.json]
         return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
-
-    half = [torch.float32, torch.float16, torch.bfloat16]
-    first = [torch.float32] if args.quick else [torch.float64, *half]
-    plans: list[tuple[Backend, list[torch.dtype]]] = [("eager", first)]
-    if kernels:
-        plans.append(("triton", half))
-    elif not args.quick:
-        print("the triton package is not installed: its kernels are not checked", file=sys.stderr)
-    start, rows = time.perf_counter(), []
-    for route, dtypes in plans:
-
-        def progress(done: int, total: int, route: str = route) -> None:
-            if sys.stderr.isatty():
-                end = "\n" if done == total else ""
-                print(f"\r{route}: {done}/{total}", end=end, file=sys.stderr, flush=True)
-
-        rows += selftest.run(device, route, dtypes, progress)
+    start, rows = time.perf_counter(), _rows(device, kernels, args.quick)
     failed = [row for row in rows if not row.passed]
     if args.json:
         print(json.dumps([vars(row) | {"passed": row.passed} for row in rows], indent=1))
     else:
         columns = ["route", "dtype", "result", "kernel", "cases", "error", "allowed", "ok"]
         cells = [
-            (r.route, r.dtype, r.result, r.kernel, r.cases, f"{r.error:.1e}", f"{r.allowed:.1e}", _verdict(r.passed))
-            for r in rows
-        ]
-        print(table(columns, cells))
+            (r.route, r.dtype, r.result, r.kernel, r.cases, f"{r.error:.1e}", f"{r.allowed:.1e}",
+             "yes" if r.passed else "NO") for r in rows
+        ]  # fmt: skip
+        print(text.table(columns, cells))
         how = "in Triton's interpreter" if device == "cpu" else torch.cuda.get_device_name()
         print("error and allowed (twice plain PyTorch's at this dtype, plus a floor) are those of the worst case.")
         print(
@@ -82,5 +61,11 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _verdict(passed: bool) -> str:
-    return "yes" if passed else "NO"
+def _rows(device: str, kernels: bool, quick: bool) -> list[selftest.Row]:
+    half = [torch.float32, torch.float16, torch.bfloat16]
+    plans: list[tuple[Backend, list[torch.dtype]]] = [("eager", half[:1] if quick else [torch.float64, *half])]
+    if kernels:
+        plans.append(("triton", half))
+    elif not quick:
+        print("the triton package is not installed: its kernels are not checked", file=sys.stderr)
+    return [row for route, dtypes in plans for row in selftest.run(device, route, dtypes, sys.stderr.isatty())]

@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
 
+import torch
+
+from glora_kernels.runtime import environment, extension, routes, tables
 from glora_kernels.spec import GLoRAConfig
 from glora_kernels.tools.commands import text
+from glora_kernels.tools.commands.layer import plan
+from glora_kernels.tools.planned import How, Linear
 
 HELP = "versions, devices, tables and routes; with --layer, which kernels serve a layer, and how they are launched"
 PACKAGES = ("glora_kernels", "torch", "triton", "safetensors", "peft", "transformers", "bitsandbytes")
-DTYPES = ("bf16", "fp16", "fp32")
 QUANT_TYPES = ("nf4", "fp4")
 
 
@@ -25,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens x out_features x in_features: print the steps of this layer's forward and backward",
     )  # fmt: skip
     text.add_case(parser)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the layer and its input (default: bf16)")
+    parser.add_argument("--dtype", choices=tables.DTYPES, default="bf16", help="of the layer and x (default: bf16)")
     parser.add_argument("--four-bit", choices=QUANT_TYPES, help="with --layer: the base is held in 4 bits")
     parser.add_argument(
         "--backend", choices=("auto", "triton", "cuda"), default="auto",
@@ -39,57 +42,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.layer is not None:
         return _layer(args)
-    facts: dict[str, Any] = {"versions": _versions(), "devices": _devices(), "built": _built(), "tables": _tables()}
-    facts |= {"routes": _routes(), "layers": _layers()}
+    pairs = {"versions": _versions(), "devices": _devices(), "built": _built()}
+    rows = {"tables": _tables(), "routes": _routes(), "layers": _layers()}
     if args.json:
-        print(json.dumps(facts, indent=1))
+        devices = [{"name": name, "about": about} for name, about in pairs["devices"].items()]
+        print(json.dumps(pairs | {"devices": devices} | rows, indent=1))
         return 0
-    print(text.table(["package", "version"], list(facts["versions"].items())))
-    print(text.table(["device", "what it is"], [(d["name"], d["about"]) for d in facts["devices"]]))
-    print(text.table(["part", "state"], list(facts["built"].items())))
-    for rows in (facts["tables"], facts["routes"], facts["layers"]):
-        print(text.table(list(rows[0]), [list(row.values()) for row in rows]))
+    heads = {"versions": ("package", "version"), "devices": ("device", "what it is"), "built": ("part", "state")}
+    for name, found in pairs.items():
+        print(text.table(heads[name], list(found.items())))
+    for of in rows.values():
+        print(text.table(list(of[0]), [list(row.values()) for row in of]))
     print("products: those of the size of W in one forward and backward; a frozen linear layer has 2.")
     print("The kernels of one layer, in order and with their configurations: info --layer MxNxK --case ...")
     return 0
 
 
 def _layer(args: argparse.Namespace) -> int:
-    from glora_kernels.runtime import environment
-
     if not environment.has_triton():
-        print("info --layer plans Triton launches, and the triton package is not installed", file=sys.stderr)
-        return 2
-    import torch
-
-    from glora_kernels.runtime.tables import DTYPES as BY_NAME
-    from glora_kernels.tools.commands.layer import plan
-
+        return text.refused("info --layer plans Triton launches, and the triton package is not installed")
+    m, n, k = args.layer
+    arch = args.arch or text.this_arch()
     try:
-        config = text.case(args.case, args.rank, args.dropout, args.variant)
-        arch = args.arch or (environment.arch(torch.cuda.current_device()) if torch.cuda.is_available() else "sm_90")
+        config = text.case(args)
         if args.backend != "auto" and args.four_bit is None:
             raise ValueError(f"--backend {args.backend} chooses the kernels of a 4-bit weight: give --four-bit too")
-        plans = plan(args.layer, config, BY_NAME[args.dtype], arch, args.bias, args.four_bit, args.backend)
+        layer = Linear(config, n, k, args.bias, quant_type=args.four_bit or "")
+        route = args.backend if args.four_bit else "triton"
+        plans = plan(layer, How(m, tables.DTYPES[args.dtype], arch, route=route))
     except (ValueError, RuntimeError) as error:
-        print(f"info --layer: {error}", file=sys.stderr)
-        return 2
-    m, n, k = args.layer
+        return text.refused(f"info --layer: {error}")
     if args.json:
         head = {"m": m, "n": n, "k": k, "arch": arch, "dtype": args.dtype, "config": config.to_dict()}
-        head["four_bit"] = args.four_bit
-        print(json.dumps(head | {name: asdict(p) | {"launches": p.launches} for name, p in plans.items()}, indent=1))
+        passes = {
+            name: asdict(p) | {"steps": [step._asdict() for step in p.steps], "launches": p.launches}
+            for name, p in plans.items()
+        }
+        print(json.dumps(head | {"four_bit": args.four_bit} | passes, indent=1))
         return 0
     title = _title(config, args.bias) + (f", {args.four_bit} base" if args.four_bit else "")
     print(f"{title}: M={m} tokens, N={n}, K={k}, {args.dtype}, in training on {arch}\n")
+    columns = ["", "kernel", "file", "grid", "blocks", "warps", "stages", "how", "configuration"]
     for name, p in plans.items():
         print(f"{name}: {p.count()}; route {p.route} ({p.decided_by})")
-        columns = ["", "kernel", "file", "grid", "blocks", "warps", "stages", "how", "configuration"]
-        rows = [
-            (i, s.kernel, s.file, s.grid, s.blocks, s.warps or "", s.stages or "", s.features, s.source)
-            for i, s in enumerate(p.steps, start=1)
-        ]
-        print(text.table(columns, rows))
+        print(f"nn.GLoRALinear -> {p.through} -> the file of each kernel")
+        print(text.table(columns, [(i, *(cell or "" for cell in step)) for i, step in enumerate(p.steps, start=1)]))
     return 0
 
 
@@ -101,84 +98,56 @@ def _title(config: GLoRAConfig, bias: bool) -> str:
 
 
 def _versions() -> dict[str, str]:
-    from glora_kernels.runtime import environment
-
     return {"python": platform.python_version()} | {name: environment.version(name) for name in PACKAGES}
 
 
-def _devices() -> list[dict[str, str]]:
-    import torch
-
-    from glora_kernels.runtime import environment
-
-    found = [{"name": "cpu", "about": f"{platform.machine()}, {torch.get_num_threads()} threads"}]
-    found += [{"name": f"cuda:{i}", "about": about} for i, about in enumerate(environment.gpus())]
-    if len(found) == 1:
-        found.append({"name": "cuda", "about": "none: PyTorch sees no GPU"})
-    return found
+def _devices() -> dict[str, str]:
+    gpus = {f"cuda:{i}": about for i, about in enumerate(environment.gpus())}
+    return {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"} | (
+        gpus or {"cuda": "none: PyTorch sees no GPU"}
+    )
 
 
 def _built() -> dict[str, str]:
-    from glora_kernels.runtime import environment, extension, routes
-
-    interpreter = "on (TRITON_INTERPRET=1)" if environment.interpreting() else "off"
-    state = "compiled at the first call on a GPU" if environment.has_triton() else "unavailable: no triton package"
+    built = extension.why_missing()
+    if built is None:
+        info = extension.build_info()
+        built = f"built for sm_{', sm_'.join(info['archs'])} by nvcc {info['nvcc']}; 4-bit layers take it"
     return {
-        "Triton kernels": state,
-        "Triton interpreter": interpreter,
-        "CUDA extension": missing
-        if (missing := extension.why_missing()) is not None
-        else _extension(extension.build_info()),
-        "backend": routes.current_backend(),
+        "Triton kernels": "compiled at the first call on a GPU"
+        if environment.has_triton()
+        else "unavailable: no triton package",
+        "Triton interpreter": "on (TRITON_INTERPRET=1)" if environment.interpreting() else "off",
+        "CUDA extension": built,
+        "backend": routes.chosen(),
     }
 
 
-def _extension(info: dict[str, Any]) -> str:
-    return f"built for sm_{', sm_'.join(info['archs'])} by nvcc {info['nvcc']}; 4-bit layers take it"
-
-
 def _tables() -> list[dict[str, str]]:
-    """The tables of measured configurations that the GPUs here use; without a GPU, those that are shipped."""
-    import torch
-
-    from glora_kernels.runtime import environment, tables
-
-    rows = []
-    archs = sorted({environment.arch(i) for i in range(torch.cuda.device_count())})
-    paths = [(path.name, path) for path in sorted(tables.SHIPPED.glob("*.json"))] if not archs else []
-    for arch in archs:
-        name = f"{environment.slug(environment.device_of(arch) or arch)}.json"
-        paths += [(arch, environment.tables_directory() / name), (arch, tables.SHIPPED / name)]
-    for serves, path in paths:
-        if path.is_file():
-            rows.append({"table for": serves, "file": str(path), "entries": _entries(path)})
-    if not rows:
-        about = f"none: every card takes its defaults (`tune` would write to {environment.tables_directory()})"
-        rows.append({"table for": "-", "file": about, "entries": "0"})
-    return rows
+    """The tables of measured choices that the GPUs here use; without a GPU, those that are shipped."""
+    archs = sorted({environment.arch(i) for i in range(torch.cuda.device_count())}) or [""]
+    found = [(arch or path.name, path) for arch in archs for _, path in tables.files(arch)]
+    rows = [{"table for": serves, "file": str(path), "entries": _entries(path)} for serves, path in found]
+    about = f"none: every card takes its defaults (`tune` would write to {environment.tables_directory()})"
+    return rows or [{"table for": "-", "file": about, "entries": "0"}]
 
 
-def _entries(path: Any) -> str:
-    from glora_kernels.runtime import tables
-
+def _entries(path: Path) -> str:
     try:
         table = tables.read(path)
     except ValueError as error:
         return f"unusable: {error}"
-    counts = f"{len(table.configs)} configurations, {len(table.routes)} routes, {len(table.four_bit)} of 4-bit layers"
-    return f"{counts}; torch {table.torch}, triton {table.triton}, {table.date}"
+    kinds = [row.what.split()[0] if row.what in tables.NAMED else "kernel" for row in table.rows]
+    counts = f"{kinds.count('kernel')} configurations, {kinds.count('route')} routes, {kinds.count('4-bit')}"
+    return f"{counts} of 4-bit layers; torch {table.torch}, triton {table.triton}, {table.date}"
 
 
 def _routes() -> list[dict[str, str]]:
     """Which path "auto" takes on each device, and why; a GPU is listed where there is none, as what would be."""
-    import torch
-
-    from glora_kernels.runtime import routes
-
     rows = []
     for device in ("cpu", "cuda"):
         here = device == "cpu" or torch.cuda.is_available()
-        for dtypes in ((torch.float32, torch.float16, torch.bfloat16), (torch.float64,)):
+        for dtypes in (routes.TRITON_DTYPES, (torch.float64,)):
             route, why = routes.explain(device, dtypes[0])
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             rows.append({"device": device if here else f"{device} (none here)", "dtype": names,

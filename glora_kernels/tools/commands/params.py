@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
-from glora_kernels.spec import ShareLoRAConfig, select
+from torch import nn
+
+from glora_kernels.nn import inject, trainable_parameters
+from glora_kernels.spec import Share, ShareLoRAConfig, select
 from glora_kernels.tools.commands import text
-
-if TYPE_CHECKING:
-    from torch import nn
 
 HELP = "trainable parameters, file and optimizer bytes of LoRA and ShareLoRA on a LLaMA-style model; no weights needed"
 DESCRIPTION = """Count what LoRA and ShareLoRA train on models with LLaMA's linear layers: their skeleton is made on the
@@ -56,35 +54,25 @@ class Count:
 
 def skeleton(sizes: Sizes) -> nn.Module:
     """The linear layers of the decoder, under LLaMA's names, on the meta device. It cannot be called."""
-    from torch import nn
-
-    def linear(n: int, k: int) -> nn.Module:
-        return nn.Linear(k, n, bias=False, device="meta")
-
     h, f, kv = sizes.hidden, sizes.intermediate, sizes.kv
-    model = nn.Module()
-    model.model = nn.Module()
-    model.model.layers = nn.ModuleList()
-    for _ in range(sizes.layers):
-        layer = nn.Module()
-        layer.self_attn, layer.mlp = nn.Module(), nn.Module()
-        shapes = {"q_proj": (h, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, h)}
-        for name, shape in shapes.items():
-            layer.self_attn.add_module(name, linear(*shape))
-        for name, shape in {"gate_proj": (f, h), "up_proj": (f, h), "down_proj": (h, f)}.items():
-            layer.mlp.add_module(name, linear(*shape))
-        model.model.layers.append(layer)
-    return model
+    shapes = {
+        "self_attn": {"q_proj": (h, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, h)},
+        "mlp": {"gate_proj": (f, h), "up_proj": (f, h), "down_proj": (h, f)},
+    }
+
+    def part(name: str) -> nn.Module:
+        return nn.ModuleDict(
+            {linear: nn.Linear(k, n, bias=False, device="meta") for linear, (n, k) in shapes[name].items()}
+        )
+
+    layers = nn.ModuleList(nn.ModuleDict({name: part(name) for name in shapes}) for _ in range(sizes.layers))
+    return nn.ModuleDict({"model": nn.ModuleDict({"layers": layers})})
 
 
 def methods(rank: int, targets: Sequence[str] | None) -> dict[str, ShareLoRAConfig]:
     """The configuration of each method; Share-qkv only where some of q, k and v are adapted."""
-    found = {
-        "LoRA": ShareLoRAConfig(rank=rank, share="none"),
-        "ShareA": ShareLoRAConfig(rank=rank, share="A"),
-        "ShareB": ShareLoRAConfig(rank=rank, share="B"),
-        "ShareAB": ShareLoRAConfig(rank=rank, share="AB"),
-    }
+    shares: dict[str, Share] = {"LoRA": "none", "ShareA": "A", "ShareB": "B", "ShareAB": "AB"}
+    found = {name: ShareLoRAConfig(rank=rank, share=share) for name, share in shares.items()}
     paths = {f"model.layers.0.self_attn.{name}": name for name in QKV}
     selected = paths.keys() if targets is None else {path for pattern in targets for path in select(pattern, paths)}
     shared = tuple(name for path, name in paths.items() if path in selected)
@@ -105,8 +93,6 @@ def count(name: str, sizes: Sizes, rank: int, targets: Sequence[str] | None = No
     Raises:
         ValueError: a target that matches no layer; the message says which there are.
     """
-    from glora_kernels.nn import inject, trainable_parameters
-
     rows = []
     for method, config in methods(rank, targets).items():
         model = inject(skeleton(sizes), config, target_modules=None if targets is None else list(targets))
@@ -137,8 +123,7 @@ def run(args: argparse.Namespace) -> int:
         models = _models(args)
         rows = [row for name, sizes in models.items() for row in count(name, sizes, args.rank, args.targets)]
     except ValueError as error:
-        print(f"params: {error}", file=sys.stderr)
-        return 2
+        return text.refused(f"params: {error}")
     if args.json:
         head = {"rank": args.rank, "targets": args.targets}
         sizes_of = {name: asdict(sizes) for name, sizes in models.items()}

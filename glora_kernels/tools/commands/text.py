@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from glora_kernels.nn.columns import aligned
+from glora_kernels.runtime import environment
 from glora_kernels.spec import SUPPORTS, VARIANTS, GLoRAConfig
 
 
@@ -33,6 +38,36 @@ def architecture(text: str) -> str:
     return text
 
 
+def this_arch() -> str:
+    """The architecture of this GPU; without one, sm_90."""
+    return environment.arch(torch.cuda.current_device()) if torch.cuda.is_available() else "sm_90"
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where a command runs; on a CPU the Triton kernels run in Triton's interpreter, where they run at all."""
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one, else the CPU"
+    )
+
+
+def device(args: argparse.Namespace) -> str:
+    """That of `add_device`.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    here = torch.cuda.is_available()
+    if args.device == "cuda" and not here:
+        raise ValueError("--device cuda was asked for, but PyTorch sees no GPU")
+    return ("cuda" if here else "cpu") if args.device == "auto" else str(args.device)
+
+
+def refused(why: str) -> int:
+    """Say why a command could not be tried; its exit status."""
+    print(why, file=sys.stderr)
+    return 2
+
+
 def add_case(parser: argparse.ArgumentParser) -> None:
     """The arguments that say which adapter a layer has."""
     parser.add_argument(
@@ -44,23 +79,24 @@ def add_case(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bias", action=argparse.BooleanOptionalAction, default=False, help="the base has a bias")
 
 
-def case(text: str, rank: int, dropout: float, variant: str) -> GLoRAConfig:
+def case(args: argparse.Namespace) -> GLoRAConfig:
     """The configuration of the arguments of `add_case`.
 
     Raises:
         ValueError: a case that is none, or values that `GLoRAConfig` refuses.
     """
-    if text == "lora":
-        return GLoRAConfig.lora(rank=rank, alpha=2 * rank, dropout=dropout)
-    forms = text.removeprefix("glora:").split(",")
-    if not text.startswith("glora:") or len(forms) != len(SUPPORTS):
-        raise ValueError(f"--case must be lora or glora:A,B,C,D,E, as glora:vector,lora,none,none,none; got {text!r}")
-    return GLoRAConfig.of(forms, rank=rank, dropout=dropout, variant=variant)
+    if args.case == "lora":
+        return GLoRAConfig.lora(rank=args.rank, alpha=2 * args.rank, dropout=args.dropout)
+    forms = args.case.removeprefix("glora:").split(",")
+    if not args.case.startswith("glora:") or len(forms) != len(SUPPORTS):
+        raise ValueError(
+            f"--case must be lora or glora:A,B,C,D,E, as glora:vector,lora,none,none,none; got {args.case!r}"
+        )
+    return GLoRAConfig.of(forms, rank=args.rank, dropout=args.dropout, variant=args.variant)
 
 
 def table(head: Sequence[str], rows: Sequence[Any]) -> str:
     """Rows as columns of text under a head."""
     cells = [list(map(str, head)), *(list(map(str, row)) for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]]) + "\n"
+    rule = ["-" * max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(aligned([cells[0], rule, *cells[1:]], "<" * len(head))) + "\n"

@@ -12,20 +12,15 @@ while the relative error stays small. Norms are Frobenius norms.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from glora_kernels.dispatch.common import without_autocast
+from glora_kernels.nn.columns import aligned
 from glora_kernels.nn.frozen import describe
 from glora_kernels.quant import QuantizedWeight, QuantState, dequantize, quantize_weight
-from glora_kernels.reference import effective_bias, effective_weight
-
-if TYPE_CHECKING:
-    from glora_kernels.nn.mergeable import Mergeable
 
 _CHUNK = 1 << 18  # weights at a time that are compared in float64
 _HEADER = ("layer", "shape", "rel. error", "survived", "error of change", "codes changed", "max error")
@@ -98,74 +93,12 @@ class MergeReport:
         rows = [_HEADER, *(report._row(path) for path, report in self.layers.items())]
         count = len(self.layers)
         rows.append(self._row("the layer" if self.shape else f"overall ({count} layer{'s' if count > 1 else ''})"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-        )
+        return "\n".join(aligned(rows, "<" + 6 * ">"))
 
     def _row(self, name: str) -> tuple[str, ...]:
         shape = f"{self.shape[0]}x{self.shape[1]}" if self.shape else ""
         shares = (self.relative_error, self.survived, self.change_error, self.codes_changed)
         return (name, shape, *map(_percent, shares), f"{self.max_error:.2e}")
-
-
-class Kept(NamedTuple):
-    """What `weight`, `bias` and `quant_state` of a layer hold, or held."""
-
-    weight: Tensor
-    bias: Tensor | None
-    quant_state: QuantState | None = None
-
-
-def keep(layer: Any) -> Kept:
-    """A copy in host memory of what a linear layer holds, dense or in 4 bits."""
-    bias, state = layer.bias, getattr(layer, "quant_state", None)
-    return Kept(
-        layer.weight.detach().to("cpu", copy=True),
-        None if bias is None else bias.detach().to("cpu", copy=True),
-        None if state is None else state.copied("cpu"),
-    )
-
-
-def write(layer: Any, values: Kept) -> None:
-    """Put values into the parameters of a layer, in place; a bias comes and goes as they have one. May be done twice.
-
-    `copy_` tells autograd, so that a backward still to come on the old weight is an error and not a wrong gradient.
-    """
-    weight, bias, state = values
-    layer.weight.copy_(weight)
-    if state is not None:
-        assert layer.quant_state is not None
-        layer.quant_state = layer.quant_state.written(state)
-    if bias is None:
-        layer.bias = None
-    elif layer.bias is None:
-        layer.bias = nn.Parameter(bias.to(layer.weight.device, copy=True), requires_grad=False)
-    else:
-        layer.bias.copy_(bias)
-
-
-@torch.no_grad()
-def requantized(layer: Mergeable) -> tuple[Kept, MergeReport]:
-    """Q(W_eff) and the full bias of a layer that is not merged, and what Q has done; the layer stays as it is.
-
-    W_eff is computed in fp32 from the decoded base and quantized as bitsandbytes would quantize it: in the base's type,
-    blocks and nesting. A weight that the adapter does not change keeps its codes and its absmax.
-
-    Raises:
-        ValueError: W_eff holds NaN, inf or what is beyond the dtype that the 4-bit weight stands for.
-    """
-    weight, config = layer.base_weight(), layer.config
-    assert isinstance(weight, QuantizedWeight)
-    adapter: dict[str, Tensor] = {name: parameter.detach() for name, parameter in layer.adapter().items()}
-    dense = dequantize(weight, torch.float32)
-    with without_autocast(dense.device.type):
-        effective = effective_weight(dense, adapter, config)
-        bias = effective_bias(dense, layer.bias, adapter, config)
-    codes, report = rounded(weight, dense, effective)
-    bias_dtype = layer.base_dtype if layer.bias is None else layer.bias.dtype
-    stored = codes.packed.view(layer.weight.shape)
-    return Kept(stored, None if bias is None else bias.to(bias_dtype), codes.state), report
 
 
 def rounded(base: QuantizedWeight, dense: Tensor, effective: Tensor) -> tuple[QuantizedWeight, MergeReport]:
@@ -190,9 +123,8 @@ def rounded(base: QuantizedWeight, dense: Tensor, effective: Tensor) -> tuple[Qu
     return codes, _compared(base, codes, effective)
 
 
-def refusal(layer: Mergeable, report: MergeReport) -> str:
+def refusal(state: QuantState, report: MergeReport) -> str:
     """Why `merge` does not round to 4 bits unasked, and what to do instead."""
-    assert layer.quant_state is not None
     if report.survived is None:
         loss = "this adapter leaves the weight as it is, so that rounding would lose nothing"
     else:
@@ -201,60 +133,10 @@ def refusal(layer: Mergeable, report: MergeReport) -> str:
             f"error of {_percent(report.change_error)} of the change"
         )
     return (
-        f"the base is in 4 bits ({describe(layer.quant_state)}), and merged weights no longer lie on its grid: {loss}. "
+        f"the base is in 4 bits ({describe(state)}), and merged weights no longer lie on its grid: {loss}. "
         "to_linear(dtype) gives a dense merged layer, exact to that dtype; merge(requantize=True) rounds to 4 bits "
         "and reports what is lost"
     )
-
-
-def check_finite(merged: Kept, base: Kept) -> None:
-    """An error where rounding (an overflow of fp16), or an adapter, has left what the base has not.
-
-    Args:
-        merged: W_eff (N, K) and the full bias.
-        base: W (N, K) and b. In rows where they hold NaN or inf themselves, anything goes.
-
-    Raises:
-        ValueError: NaN or inf elsewhere.
-    """
-    rows = torch.isfinite(base.weight).all(1)
-    if base.bias is not None:
-        rows = rows & torch.isfinite(base.bias.to(rows.device))
-    for name, tensor in (("weight", merged.weight), ("bias", merged.bias)):
-        if tensor is None:
-            continue
-        broken = ~torch.isfinite(tensor) & rows.view(-1, *[1] * (tensor.ndim - 1))
-        if bool(broken.any()):
-            raise ValueError(
-                f"the merged {name} holds NaN, inf or numbers beyond {tensor.dtype} in {int(broken.sum())} places, "
-                "and the base does not"
-            )
-
-
-def remerging(layer: Mergeable) -> Callable[[], object]:
-    """What merges a merged layer again after `unmerge`; a 4-bit one with the codes that it has now, bit for bit.
-
-    Unless its adapter was changed in between: then it is merged anew, as a dense layer always is. It does nothing to a
-    layer that is merged.
-    """
-    merged = None if layer.quant_state is None else keep(layer)
-    versions = _versions(layer)
-
-    def again() -> None:
-        if layer.merged:
-            return
-        if merged is None or _versions(layer) != versions:
-            layer.merge(requantize=True)
-        else:
-            layer.write_merged(merged)
-
-    return again
-
-
-def copied_weight(layer: Mergeable) -> QuantizedWeight:
-    """The 4-bit weight of a layer as it is now, in memory of its own."""
-    assert layer.quant_state is not None
-    return QuantizedWeight(layer.weight.detach().clone(), layer.quant_state.copied("cpu").to(layer.weight.device))
 
 
 def _compared(base: QuantizedWeight, rounded: QuantizedWeight, effective: Tensor) -> MergeReport:
@@ -273,29 +155,15 @@ def _compared(base: QuantizedWeight, rounded: QuantizedWeight, effective: Tensor
         squares = [values.square().sum() for values in (merged, change, error)]
         sums += torch.stack([*squares, ((q - w) * change).sum(), changed.double()])
         largest = torch.maximum(largest, error.abs().amax())
-    weight_norm, change_norm, error_norm = sums[:3].sqrt().tolist()
+    weight, change, error = sums[:3].sqrt().tolist()
     projection, count = sums[3:].tolist()
-    return MergeReport(
-        weights=n * k,
-        weight_norm=weight_norm,
-        change_norm=change_norm,
-        error_norm=error_norm,
-        projection=projection,
-        changed=round(count),
-        max_error=largest.item(),
-        shape=(n, k),
-    )
+    return MergeReport(n * k, weight, change, error, projection, round(count), largest.item(), (n, k))
 
 
 def _levels(weight: QuantizedWeight) -> QuantizedWeight:
     """The same codes with absmax 1: it decodes to the values of the codes. FP4 has two codes for 0."""
     ones = torch.ones(weight.state.absmax.shape, dtype=torch.float32, device=weight.device)
     return QuantizedWeight(weight.packed, replace(weight.state, absmax=ones, nested=None, dtype=torch.float32))
-
-
-def _versions(layer: Mergeable) -> list[tuple[int, int]]:
-    """Changes with every change of the adapter; tensors of inference mode count none."""
-    return [(id(p), 0 if p.is_inference() else p._version) for p in layer.adapter().values()]
 
 
 def _percent(share: float | None) -> str:

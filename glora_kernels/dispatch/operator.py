@@ -1,0 +1,282 @@
+"""An operator from one description: schema, fake results, autograd, autocast, flops, and every way into it.
+
+A subclass of `Operator` names its arguments and results and writes the mathematics on a row of tensors
+(`dispatch.signature`). `register` makes of it two operators of torch.ops.glora_kernels, of one node each:
+
+    name           (arguments) → the outputs, and behind them what backward may read
+    name_backward  (dys, what forward made, needs, arguments) → the gradients of what is trained
+
+In these, an absent result is a tensor of no elements. Eager mode calls the same functions (`dispatch.prepared`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from glora_kernels.dispatch import prepared
+from glora_kernels.dispatch.common import autocast_dtype, given
+from glora_kernels.dispatch.prepared import Operation, Prepared, read_saved
+from glora_kernels.dispatch.signature import Row, Signature, Values
+from glora_kernels.dispatch.ways import is_batched, is_transformed
+from glora_kernels.runtime.workspace import private_workspace
+
+LIBRARY = torch.library.Library("glora_kernels", "DEF")
+"""Every operator of the package is defined in this one namespace: torch.ops.glora_kernels."""
+
+Shape = Sequence[int]
+
+
+class Operator(Operation):
+    """The description of an operator.
+
+    Attributes:
+        name: in torch.ops.glora_kernels.
+        signature: its arguments. Inputs with a row a token are the first of them.
+        has_inputs: whether it has such.
+        results: what forward returns, by name: its output, and what it makes beside that.
+        reads: the results that backward may read; of lists not the outputs.
+        trained: the arguments that have gradients; all tensors, where it takes lists.
+    """
+
+    signature: ClassVar[Signature]
+    has_inputs: ClassVar[bool] = True
+    results: ClassVar[Sequence[str]]
+    reads: ClassVar[Sequence[str]] = ()
+    trained: ClassVar[Sequence[str]] = ()
+
+    def prepare(self, row: Row, values: Values, wanted: Sequence[bool], registered: bool = False) -> Prepared:
+        """What a class of calls needs, of which this is one; `registered`: forward returns all that it makes."""
+        raise NotImplementedError
+
+    def composite(self, row: Row, values: Values) -> tuple[Tensor, ...]:
+        """The outputs by differentiable operations of PyTorch. Behind the row may stand the results of a forward."""
+        raise NotImplementedError
+
+    def fake(self, *structures: Any) -> Any:
+        """Empty results, of the shapes, dtypes and strides of the real ones; None where one is absent."""
+        raise NotImplementedError
+
+    def flops(self, *structures: Any) -> int:
+        """Of forward, for PyTorch's counter: 2·rows·columns·depth a product. Each tensor is its shape here."""
+        raise NotImplementedError
+
+    def backward_flops(self, dy: Any, needs: Sequence[bool], *structures: Any) -> int:
+        raise NotImplementedError
+
+    def input_shapes(self, dys: Sequence[Tensor], *structures: Any) -> list[Shape]:
+        """Those of the inputs with a row a token, which need not have been kept."""
+        return []
+
+    @property
+    def _own(self) -> int:
+        """How many arguments backward has before those of forward: dys, what forward made, the needs."""
+        return len(self.reads) + 2
+
+    @property
+    def count(self) -> int:
+        """Of the tensors that are arguments; of no use where they are lists."""
+        return len(self.signature.tensors)
+
+    def inputs_of(self, values: Values) -> int:
+        """How many places of the row, from the first, have a row a token."""
+        return int(self.has_inputs) if values.sizes is None else values.sizes[0]
+
+    def through_pytorch(self, row: Row, values: Values) -> Sequence[Tensor]:
+        """The outputs for whoever watches or transforms a call (`dispatch.ways`)."""
+        if is_transformed():
+            return self.composite(row, values)
+        return self._parted(self._forward_operator(*self.signature.join(row, values)))[0]
+
+    def _parted(self, results: Any) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The outputs and what was made beside them, of what the registered operator returns."""
+        if self.signature.has_lists:
+            return results[0], results[1]
+        y, *made = (results,) if isinstance(results, Tensor) else results
+        return [y], made
+
+    def elsewhere(
+        self, dys: Sequence[Tensor], row: Row, values: Values, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        own, made = list(row[: len(wanted)]), list[Any](row[len(wanted) :])
+        if any(map(is_batched, dys)):
+            # An input that was not kept takes no part in any wanted gradient.
+            zeros = functools.partial(torch.zeros, dtype=dys[0].dtype, device=dys[0].device)  # no batch of them
+            own = self._with_inputs(own, dys, values, zeros)
+            return gradients(lambda *tensors: self.composite((*tensors, *made), values), own, wanted, dys)
+        dy: Any = dys[0]
+        if self.signature.has_lists:
+            own = self._with_inputs(own, dys, values, lambda _: dys[0].new_empty(0))
+            dy, made = list(dys), [list(made[len(dys) :])]
+        needs = [wanted[place] for place in self._places(len(wanted))]
+        grads = self._backward_operator(dy, *made[: len(self.reads)], needs, *self.signature.join(own, values))
+        return [grad for grad, need in zip(grads, needs, strict=True) if need]
+
+    def _with_inputs(
+        self, row: list[Any], dys: Sequence[Tensor], values: Values, make: Callable[[Shape], Tensor]
+    ) -> list[Any]:
+        shapes = self.input_shapes(dys, *self.signature.read(row, values))
+        inputs = [make(shape) if x is None else x for x, shape in zip(row, shapes, strict=False)]
+        return [*inputs, *row[len(inputs) :]]
+
+    def _places(self, count: int) -> Sequence[int]:
+        """The places of the row that the registered operator has gradients of."""
+        if self.signature.has_lists:
+            return range(count)
+        return [self.signature.tensors.index(name) for name in self.trained]
+
+    def register(self) -> None:
+        """Define both operators, and all that PyTorch asks of them."""
+        kind = "Tensor[]" if self.signature.has_lists else "Tensor"
+        results = ", ".join(kind for _ in self.results)
+        made = "".join(f", {kind if self.signature.has_lists else 'Tensor?'} {name}" for name in self.reads)
+        grads = "Tensor[]" if self.signature.has_lists else ", ".join("Tensor" for _ in self.trained)
+        LIBRARY.define(f"{self.name}({self.signature.schema()}) -> ({results})")
+        arguments = f"{kind} dy{made}, bool[] needs, {self.signature.schema(optional=True)}"
+        LIBRARY.define(f"{self.name}_backward({arguments}) -> ({grads})")
+        forward, backward = self.name, f"{self.name}_backward"
+        self._forward_operator = getattr(torch.ops.glora_kernels, forward)
+        self._backward_operator = getattr(torch.ops.glora_kernels, backward)
+        for device in ("CPU", "CUDA"):
+            LIBRARY.impl(forward, self._run, device)
+            LIBRARY.impl(backward, self._run_backward, device)
+            if self.has_inputs:
+                LIBRARY.impl(forward, self._run_in_autocast, f"Autocast{device}")
+        space = "glora_kernels::"
+        torch.library.register_fake(space + forward, self._fake, lib=LIBRARY)
+        torch.library.register_fake(space + backward, self._fake_backward, lib=LIBRARY)
+        torch.library.register_autograd(
+            space + forward, self._differentiate, setup_context=self._keep, lib=LIBRARY
+        )  # fmt: skip
+        if type(self).flops is not Operator.flops:
+            register_flop_formula(self._forward_operator)(self._count)
+            register_flop_formula(self._backward_operator)(self._count_backward)
+
+    def _run(self, *arguments: Any) -> Any:
+        row, values = self.signature.split(arguments)
+        count = self.inputs_of(values)
+        row = [*(x if x.ndim == 2 or x.is_contiguous() else x.contiguous() for x in row[:count]), *row[count:]]
+
+        def make() -> Prepared:
+            return self.prepare(row, values, (False,) * len(row), registered=True)
+
+        with private_workspace():  # a graph that PyTorch captures must own all memory it writes
+            found = prepared.find(self, row, count, values, make)
+            results = found.forward(row)
+        if self.signature.has_lists:
+            return results[: found.outputs], results[found.outputs :]
+        return self._filled(results, row[0])
+
+    def _fake(self, *arguments: Any) -> Any:
+        results = self.fake(*self.signature.structures(arguments))
+        return results if self.signature.has_lists else self._filled(results, arguments[0])
+
+    def _filled(self, results: Row, like: Tensor) -> Any:
+        whole = tuple(like.new_empty(0) if t is None else t for t in results[: len(self.results)])
+        return whole if len(whole) > 1 else whole[0]
+
+    def _run_in_autocast(self, first: Any, *others: Any) -> Any:
+        x = first[0] if self.signature.has_lists else first
+        target = autocast_dtype(x)
+        if target is not None:
+            first = [each.to(target) for each in first] if self.signature.has_lists else first.to(target)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._forward_operator(first, *others)
+
+    def _of_backward(self, arguments: Sequence[Any]) -> tuple[list[Tensor], list[Any], Row, Values, Sequence[bool]]:
+        """dys, the row, the results behind it, the values and the needs of a call of backward."""
+        (dys, *made, needs), forward = arguments[: self._own], arguments[self._own :]
+        row, values = self.signature.split(forward)
+        if self.signature.has_lists:
+            return dys, row, [*[None] * len(dys), *made[0]], values, needs
+        return [dys], row, made, values, needs
+
+    def _run_backward(self, *arguments: Any) -> Any:
+        dys, row, made, values, needs = self._of_backward(arguments)
+        wanted = [False] * len(row)
+        for place, need in zip(self._places(len(row)), needs, strict=True):
+            wanted[place] = need
+        everything = (*row, *made)
+        with private_workspace():
+            row = self._with_inputs(row, dys, values, lambda _: dys[0])
+            found = self.prepare(row, values, wanted, registered=True)
+            found.has_kernels &= prepared.are_even(dys)
+            grads = iter(found.backward(dys, [everything[i] for i in found.saved]))
+        return owned([(next(grads) if need else None) for need in needs], dys[0])
+
+    def _fake_backward(self, *arguments: Any) -> Any:
+        dys, row, _, values, needs = self._of_backward(arguments)
+        shapes = self.input_shapes(dys, *self.signature.read(row, values))
+        shapes = [*shapes, *((0,) if t is None else t.shape for t in row[len(shapes) :])]
+        dtypes = [dys[0].dtype if t is None else t.dtype for t in row]
+        empty = dys[0].new_empty
+        return [
+            empty(shapes[place], dtype=dtypes[place]) if need else empty(0)
+            for place, need in zip(self._places(len(row)), needs, strict=True)
+        ]
+
+    def _keep(self, ctx: Any, inputs: Any, output: Any) -> None:
+        row, values = self.signature.split(inputs)
+        outputs, made = self._parted(output)
+        ctx.mark_non_differentiable(*made)
+        flags = ctx.needs_input_grad
+        if not self.signature.has_lists:  # of lists they are flat, while backward sees lists of gradients
+            flags, _ = self.signature.split(flags)
+        wanted = [False] * len(row)
+        for place in self._places(len(row)):
+            wanted[place] = flags[place]
+        prepared.save(ctx, self.prepare(row, values, wanted, registered=True), row, (*outputs, *made))
+
+    def _differentiate(self, ctx: Any, dy: Any, *_: Any) -> Any:
+        found: Prepared = ctx.prepared
+        dys = dy if self.signature.has_lists else [dy]
+        grads = iter(self.elsewhere(dys, found.placed(read_saved(ctx, found.reads_output)), found.values, found.wanted))
+        row = [next(grads) if want else None for want in found.wanted]
+        return tuple(self.signature.join(row, Values((None,) * len(found.values.numbers), found.values.sizes)))
+
+    def _count(self, *shapes: Any, **_: Any) -> int:
+        return self.flops(*self.signature.structures(shapes))
+
+    def _count_backward(self, *shapes: Any, **_: Any) -> int:
+        (dy, *_made, needs), forward = shapes[: self._own], shapes[self._own :]
+        return self.backward_flops(dy, needs, *self.signature.structures(forward))
+
+
+def gradients(
+    function: Callable[..., Sequence[Tensor]],
+    tensors: Row,
+    wanted: Sequence[bool],
+    dys: Sequence[Tensor],
+) -> list[Tensor]:
+    """The wanted gradients of function(*tensors) for dys that may be batched."""
+    places = [i for i, want in enumerate(wanted) if want]
+
+    def of(*leaves: Tensor) -> tuple[Tensor, ...]:
+        values = dict(zip(places, leaves, strict=True))
+        return tuple(function(*(values.get(i, tensor) for i, tensor in enumerate(tensors))))
+
+    leaves = [given(tensors[i]).detach() for i in places]
+    if torch._C._are_functorch_transforms_active():  # where no leaf can be made
+        return list(torch.func.vjp(of, *leaves)[1](tuple(dys)))
+    with torch.enable_grad():
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        return list(torch.autograd.grad(of(*leaves), leaves, tuple(dys)))
+
+
+def owned(grads: list[Tensor | None], like: Tensor) -> Any:
+    """Each gradient in memory of its own, since results of an operator may share none: ∂bias, ∂wc and ∂e may be one."""
+    found: list[Tensor] = []
+    taken = set()
+    for grad in grads:
+        own = like.new_empty(0) if grad is None else grad.contiguous()
+        storage = own.untyped_storage()
+        if storage.nbytes() != own.numel() * own.element_size() or storage.data_ptr() in taken:
+            own = own.clone()
+        found.append(own)
+        taken.add(own.untyped_storage().data_ptr())
+    return found

@@ -1,0 +1,332 @@
+"""Bases that another library's layers keep: what one is made of, or why the operators cannot take it.
+
+    y = x (W + Σᵢ (W∘Aᵢ + sᵢ·Bᵢ))ᵀ + b + Σᵢ (b∘Dᵢ + Eᵢ + W·Cᵢ)        over the active adapters i
+
+A layer of PEFT keeps its base in `base_layer`. Here is how such a base is read (`frozen_base`), the sum of several
+adapters (`total`), and the call (`peft_linear`). Whatever the operators cannot take is a string: the reason, in words
+for a summary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glora_kernels.dispatch.ways import is_plain as is_strided
+from glora_kernels.dispatch.ways import is_transformed
+from glora_kernels.nn.adapted import Frozen, Operands, adapted_linear, weighted_sum
+from glora_kernels.nn.base import computes_as, plain_class
+from glora_kernels.nn.frozen import QuantizedLinear
+from glora_kernels.nn.warmup import Form
+from glora_kernels.ops import glora_wc
+from glora_kernels.quant import QuantizedWeight
+from glora_kernels.quant.bnb import REPACKED, from_linear4bit, is_linear4bit, keep_codes, refusal
+from glora_kernels.runtime.configs import MAX_RANK
+
+IDLE = "no active adapter, merged or disabled: the base alone"
+HOOKED = "a module inside it has hooks, or a forward of its own (offloading to a CPU or disk is one)"
+NESTED = "its base is another adapter"
+PARAMETRIZED = "its base is parametrized"
+SHARDED = "the weight of its base is no plain tensor (a part of a sharded one)"
+SHARDED_ADAPTER = "a parameter of its adapter is no plain tensor (a part of a sharded one)"
+TENSOR_PARALLEL = "its base is tensor-parallel"
+ON_META = "its weights are on the meta device"
+TRAINED_BASE = "the weight of its base is trained"
+MIXED_DTYPES = "x is not in the dtype of its base"
+MISFIT = "x is of another size or device than its base"
+SUBCLASS = "x is no plain tensor"
+LAYOUT = "x is a nested or a sparse tensor"
+TRANSFORMED = "inside torch.func, forward-mode differentiation or torch.jit.trace"
+TWO_FORMS = "its active adapters have one support in two forms"
+SEVERAL_DROPOUTS = "several active adapters with dropout: each drops elements of its own"
+NARROW = "x and the adapter are wider than the dtype that its 4-bit base computes in, and autocast is off"
+RANK = f"a rank above {MAX_RANK}, which the GPU kernels do not hold"
+
+PLAIN = (nn.Parameter, Tensor)
+"""The types of a tensor that is what it looks like; a part of a sharded one has another."""
+IN_A_TRAINED_UNIT = "in_a_trained_unit"
+"""Of a base that FSDP (the first) gathers together with trained parameters: its weight then is a view, which needs
+gradients because they do."""
+_PARALLEL = ("_hf_tp_plan", "_hf_device_mesh")  # what transformers writes on a tensor-parallel module
+_Layer: Any = object  # in use beside a class of PEFT, whose attributes it may read
+
+
+class OverBase(_Layer):
+    """A layer of PEFT over a base that the operators take; before PEFT's class in the order of resolution."""
+
+    _glora_kept: dict[str, Any]  # what `frozen_base` keeps
+
+    def parts(self, x: Tensor | None = None) -> tuple[Frozen, Operands] | str:
+        """The base and the sum of the active adapters for a call with x, or why the operators do not take them."""
+        return IDLE if self._disable_adapters or self.merged_adapters else self.active_parts(x)
+
+    def active_parts(self, x: Tensor | None = None) -> tuple[Frozen, Operands] | str:
+        """`parts`, as if nothing were disabled or merged."""
+        adapters = []
+        for name in self.active_adapters:
+            operands = self.operands(name)
+            if isinstance(operands, str):
+                return operands
+            if operands is not None:
+                adapters.append(operands)
+        if not adapters:
+            return IDLE
+        base = self.frozen(x)
+        if isinstance(base, str):
+            return base
+        operands = total(adapters)
+        return operands if isinstance(operands, str) else (base, operands)
+
+    def operands(self, name: str) -> Operands | str | None:
+        """The tensors of the adapter of this name, why they cannot be taken, or None where the layer has none."""
+        raise NotImplementedError
+
+    def frozen(self, x: Tensor | None = None) -> Frozen | str:
+        """The base for a call with x, or why the operators do not take it."""
+        return frozen_base(self.base_layer, self._glora_kept, x)
+
+    def warmup_form(self) -> Form | None:
+        """The layer as `warmup` runs it; None where it is not one call on the operators."""
+        found = self.parts()
+        return None if isinstance(found, str) else _warmup_form(self, *found)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._glora_kept = read_base(self.base_layer)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._glora_kept = read_base(self.base_layer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_glora_kept": {}}  # a copy has a base of its own
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling the module is calling its class's forward and nothing else."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or ("forward" in vars(module) and has_other_forward(module))
+    )
+
+
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether the forward of a module was replaced by another than its class's, which taking hooks off puts back."""
+    forward = vars(module).get("forward")
+    own = getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
+    return forward is not None and not own
+
+
+def tensor_of(module: nn.Module, name: str) -> Any:
+    """What the module's forward reads under this name: a parameter, or what stands in its place.
+
+    That is a buffer, or the copy that a replica of `nn.DataParallel` has as a plain attribute; None where the module
+    has nothing of the name. The parameter is asked for first because `nn.Module.__getattr__` is slow.
+    """
+    found = module._parameters.get(name)
+    return getattr(module, name, None) if found is None else found
+
+
+def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) -> Frozen | str:
+    """What the base of a layer is made of, or why the operators cannot take it.
+
+    Args:
+        base: an `nn.Linear`, a transformers `Conv1D`, a bitsandbytes `Linear4bit` or a `QuantizedLinear`.
+        kept: what is known of the base from call to call: its class; the 4-bit weight of a `Linear4bit`, whose reading
+            asks the device; `IN_A_TRAINED_UNIT`.
+        x: what the layer is called with; a `Linear4bit` takes the dtype it computes in from its first one.
+    """
+    if not is_plain(base):
+        return HOOKED
+    attributes = vars(base)
+    if any(attributes.get(name) is not None for name in _PARALLEL):
+        return TENSOR_PARALLEL
+    if "base_layer" in base._modules:
+        return NESTED
+    if "parametrizations" in base._modules:
+        return PARAMETRIZED
+    kind = type(base)
+    if kept.get("kind") is not kind:
+        plain = plain_class(base)
+        computes = plain is not None and computes_as(base, plain)
+        kept |= {"kind": kind, "plain": plain, "computes": computes, "is_4bit": is_linear4bit(base)}
+    plain = kept["plain"]
+    if not kept["computes"]:
+        is_another = plain is None or plain is nn.Linear
+        return f"its base is a {kind.__name__}" if is_another else f"{kind.__name__} has a forward of its own"
+    weight = tensor_of(base, "weight")
+    if weight is not None and weight.is_meta:
+        return ON_META
+    if isinstance(base, QuantizedLinear):
+        return Frozen(base.base_weight(), base.bias, base.compute_dtype)
+    if kept["is_4bit"]:
+        return _linear4bit(base, kept, x)
+    if type(weight) not in PLAIN:
+        return SHARDED
+    if weight.requires_grad:
+        if not weight.is_leaf:
+            kept[IN_A_TRAINED_UNIT] = True
+        # Without gradients as well: reentrant checkpoints run forward so, and again with them.
+        if weight.is_leaf or torch.is_grad_enabled():
+            return TRAINED_BASE
+    return Frozen(weight if plain is nn.Linear else weight.t(), tensor_of(base, "bias"))
+
+
+def read_base(base: nn.Module) -> dict[str, Any]:
+    """What `frozen_base` keeps of a base, read now: torch.compile cannot trace the reading of a 4-bit state."""
+    kept: dict[str, Any] = {}
+    frozen_base(base, kept)
+    return kept
+
+
+def before_its_own_forward(base: nn.Module, differentiated: Iterable[Any]) -> None:
+    """What there is to do before a base is called by its own forward, in eval mode as in training.
+
+    Raises:
+        RuntimeError: bitsandbytes has repacked the base, and a gradient of one of `differentiated` would be wrong.
+    """
+    if not is_linear4bit(base):
+        return
+    keep_codes(base)
+    if not torch.is_grad_enabled() or refusal(base) != REPACKED:
+        return
+    if any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in differentiated):
+        raise RuntimeError(
+            f"no gradient can be computed through this Linear4bit: {REPACKED}. For inference call it under "
+            "torch.no_grad()"
+        )
+
+
+def total(adapters: Sequence[Operands]) -> Operands | str:
+    """The operands of the sum of several adapters on one base, or why one call cannot take it."""
+    if len(adapters) == 1:
+        return adapters[0]
+    if any(adapter.dropout_p for adapter in adapters):
+        return SEVERAL_DROPOUTS
+    if len({adapter.variant for adapter in adapters}) > 1:
+        return TWO_FORMS
+    tensors = weighted_sum(adapters, [1.0] * len(adapters))
+    if any(tensors[name] is not None and tensors[f"{name}_up"] is not None for name in "ABC"):
+        return TWO_FORMS
+    return Operands(tensors, variant=adapters[0].variant)
+
+
+def refusal_of_x(x: Tensor, base: Frozen, operands: Operands) -> str | None:
+    """Why this x keeps a layer from the operators, or None."""
+    if type(x) not in PLAIN:
+        return SUBCLASS
+    if not is_strided(x):
+        return LAYOUT
+    if not x.is_floating_point():
+        return "x is not floating point"
+    weight = base.weight
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
+        return MISFIT
+    if is_transformed():
+        return TRANSFORMED
+    if (
+        isinstance(weight, Tensor)
+        and x.dtype != weight.dtype
+        and (x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type))
+    ):
+        return MIXED_DTYPES
+    for tensor in operands.tensors.values():
+        if tensor is not None and type(tensor) not in PLAIN:
+            return SHARDED_ADAPTER
+    return RANK if is_above_rank(operands, x.is_cuda) else None
+
+
+def is_above_rank(operands: Operands, is_cuda: bool) -> bool:
+    """Whether the GPU kernels would have to hold more than `MAX_RANK` rows of factors."""
+    downs = (operands.tensors[name] for name in ("A_down", "B_down"))
+    return is_cuda and sum(len(down) for down in downs if down is not None) > MAX_RANK
+
+
+def is_wider(x: Tensor, base: Frozen, operands: Operands) -> bool:
+    """Whether x and a part of its adapter are wider than what their 4-bit base computes in, and autocast is off.
+
+    As after `prepare_model_for_kbit_training`, where a model of bfloat16 has an fp32 residual stream.
+    """
+    narrow = base.compute_dtype
+    if narrow is None or narrow.itemsize >= x.dtype.itemsize or torch.is_autocast_enabled(x.device.type):
+        return False
+    return any(part is not None and narrow.itemsize < part.dtype.itemsize for part in operands.tensors.values())
+
+
+def peft_linear(x: Tensor, base: Frozen, adapter: Operands) -> Tensor:
+    """`adapted_linear`; where x is wider than what its base computes in (`is_wider`), as PEFT's layers compute it.
+
+    Only what multiplies W is computed there then, and what is added to it in the dtype of x.
+    """
+    if not is_wider(x, base, adapter):
+        return adapted_linear(x, base, adapter)
+    of_w = {name: tensor if name[0] == "A" else None for name, tensor in adapter.tensors.items()}
+    return adapted_linear(x, base, Operands(of_w, variant=adapter.variant)) + _added(x, base, adapter)
+
+
+def _added(x: Tensor, base: Frozen, adapter: Operands) -> Tensor:
+    """s·h·B_upᵀ + σ·Bᵀ + b∘D + E + W·C in the dtype of x, of PyTorch's operations."""
+    p, dtype = adapter.tensors, x.dtype
+    y = x.new_zeros(())
+    if p["B_up"] is not None and p["B_down"] is not None:
+        h = nn.functional.linear(nn.functional.dropout(x, adapter.dropout_p), p["B_down"].to(dtype))
+        y = nn.functional.linear(h, p["B_up"].to(dtype)) * adapter.scale
+    if p["B"] is not None:
+        y = y + x.sum(-1, keepdim=True) * p["B"].to(dtype)
+    if p["D"] is not None and base.bias is not None:
+        y = y + (base.bias * p["D"]).to(dtype)
+    if p["E"] is not None:
+        y = y + p["E"].to(dtype)
+    if p["C"] is not None or p["C_up"] is not None:
+        y = y + glora_wc(base.weight, p["C"], c_up=p["C_up"], c_down=p["C_down"]).to(dtype)
+    return y
+
+
+def _warmup_form(layer: nn.Module, base: Frozen, operands: Operands) -> Form:
+    weight, (n, k) = base.weight, base.weight.shape
+    if isinstance(weight, QuantizedWeight):
+        state = weight.state
+        dtype = base.compute_dtype or state.dtype
+        layout: tuple[object, ...] = (base.compute_dtype, state.quant_type, state.blocksize, state.nested is not None)
+    else:
+        dtype, layout = weight.dtype, (weight.stride(),)
+    given = {name: t for name, t in {"bias": base.bias, **operands.tensors}.items() if t is not None}
+    parts = ((name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in given.items())
+    drops = operands.dropout_p > 0
+    key = (n, k, weight.device, dtype, *layout, *parts, operands.variant, drops)
+    text = f"{type(layer).__name__}, {k} to {n}: {', '.join(given)}"
+    return Form(layer, k, weight.device, dtype, isinstance(weight, QuantizedWeight), drops, key, text)
+
+
+def _linear4bit(base: Any, kept: dict[str, Any], x: Tensor | None) -> Frozen | str:
+    parameter = base.weight
+    state = getattr(parameter, "quant_state", None)
+    if state is None or getattr(state, "packing_format_for_cpu", False):
+        return refusal(base) or "its quant_state was lost"
+    # The same parameter can be given other memory (a move to a device and back), the same state other numbers
+    # (bitsandbytes' packing for inference on a CPU, and its undoing when a state dict is taken).
+    device = parameter.device
+    memory = None if torch.compiler.is_compiling() else (parameter.data_ptr(), state.absmax.data_ptr())
+    if (
+        kept.get("parameter") is not parameter
+        or kept.get("state") is not state
+        or kept.get("device") != device
+        or (memory is not None and kept.get("memory") != memory)
+    ):
+        try:
+            with torch.inference_mode(False):  # it outlives the call that it is first read in
+                weight = from_linear4bit(base)
+        except (TypeError, ValueError) as error:
+            return str(error)
+        kept |= {"parameter": parameter, "state": state, "device": device, "memory": memory, "weight": weight}
+    if x is not None and not base.compute_type_is_set:
+        base.set_compute_type(x)
+        base.compute_type_is_set = True
+    return Frozen(kept["weight"], base.bias, base.compute_dtype)

@@ -1,0 +1,393 @@
+"""Merging the layers of a model, at once where the kernels over depth take them; models without GLoRA layers again."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+from glora_kernels.depth import op as depth
+from glora_kernels.depth.table import Layer
+from glora_kernels.nn.adapted import SHIFTS
+from glora_kernels.nn.base import FROZEN, M
+from glora_kernels.nn.biases import added_biases, keep_biases, warn_of_biases
+from glora_kernels.nn.linear import GLoRALinear
+from glora_kernels.nn.merging.layer import UNSHARD
+from glora_kernels.nn.merging.rounding import MergeReport, refusal
+from glora_kernels.nn.merging.values import Kept, ToMerge, check_finite
+from glora_kernels.nn.model import TRAINED, all_paths, clean, layers_of, unwrap, wrapped
+from glora_kernels.nn.ranks import refuse_sharded
+from glora_kernels.nn.share import forget_tied
+from glora_kernels.nn.ties import memory, overlaps, owned
+from glora_kernels.nn.undo import all_or_none
+from glora_kernels.nn.wide import narrow, narrowed
+from glora_kernels.quant.bnb import free_codes
+from glora_kernels.runtime.planning import is_planning
+from glora_kernels.runtime.progress import progress as shown
+
+
+def merge(model: nn.Module, requantize: bool = False, *, progress: bool = False) -> MergeReport | None:
+    """Merge every GLoRA layer of the model in place, or, where one fails, none.
+
+    On a GPU in one launch (one for each weight dtype, adapter dtype and order of storage), W_eff computed in fp32 and
+    rounded once, after a copy of the bases into pinned host memory. What the kernels do not take (float64, CPUs,
+    `backend("eager")`, a product variant above rank 64) is merged layer by layer; so are 4-bit layers, which need
+    `requantize=True`:
+
+        print(gk.merge(model, requantize=True))
+
+    Args:
+        model: with GLoRA layers, also inside torch.compile or DistributedDataParallel.
+        requantize: round the merged weights of 4-bit layers to 4 bits again. Most of a small adapter is lost in that;
+            `GLoRALinear.to_linear(dtype)` gives dense merged layers instead.
+        progress: show on stderr how far along it is with the 4-bit layers.
+
+    Returns:
+        What rounding to 4 bits has done, to each layer and overall; None where no layer is in 4 bits.
+
+    Raises:
+        ValueError: the model has no GLoRA layer or is sharded, or a base weight or bias that would change belongs to
+            another module too (an embedding tied to it, say), or a merged weight or bias holds NaN or inf where the
+            base does not (an overflow of fp16, say). The message names the layer.
+        RuntimeError: a layer is merged already, or disabled, or has a 4-bit base and `requantize` is False.
+
+    Warns:
+        UserWarning: layers without a bias get one (C, E) that the architecture drops when it is loaded again; the
+            message names the flag of its configuration that keeps it, where there is one.
+    """
+    layers = layers_of(model, "merge")
+    refuse_sharded(unwrap(model), "merge", UNSHARD)
+    if path := next((path for path, layer in layers.items() if layer.merged), None):
+        raise RuntimeError(f"merge: {path!r} is merged already; call unmerge(model) first")
+    for path, layer in layers.items():
+        layer.check_intact(f"merge: {path!r}", ("weight", "bias"))
+    _refuse_four_bit("merge", layers, requantize)
+    _refuse_tied("merge", unwrap(model), layers)
+    four_bit = {path: layer for path, layer in layers.items() if layer.quant_state is not None}
+    dense = {path: layer for path, layer in layers.items() if path not in four_bit}
+    single = {path: layer for path, layer in dense.items() if depth.served(table_entry(layer)) is None}
+    biases = added_biases(unwrap(model), [path for path, layer in layers.items() if _adds_bias(layer)])
+    reports: dict[str, MergeReport] = {}
+    with all_or_none() as undo:
+        undo.callback(_unmerge_all, layers.values())
+        for path, layer in shown(list(four_bit.items()), "requantizing", progress):
+            with _named(path):
+                report = layer.merge(requantize=True)
+            if report is not None:
+                reports[path] = report
+        for path, layer in single.items():
+            with _named(path):
+                layer.merge()
+        _merge_together({path: layer for path, layer in dense.items() if path not in single})
+        warn_of_biases("merge", biases, 2)
+    return MergeReport.of_model(reports) if reports else None
+
+
+def unmerge(model: nn.Module) -> None:
+    """Restore the base of every GLoRA layer of the model, bit for bit; or, where one fails, of none.
+
+    On a GPU in one launch that reads the bases from pinned host memory; layer by layer where none could be pinned (a
+    warning of `merge`), or where weights have changed their dtype or device meanwhile.
+
+    Raises:
+        ValueError: the model has no GLoRA layer.
+        RuntimeError: a layer is not merged.
+    """
+    layers = layers_of(model, "unmerge")
+    if path := next((path for path, layer in layers.items() if not layer.merged), None):
+        raise RuntimeError(f"unmerge: {path!r} is not merged")
+    single = {
+        path: layer
+        for path, layer in layers.items()
+        if layer.quant_state is not None or depth.restorable(_copies(layer)) is None
+    }
+    with all_or_none() as undo:
+        for layer in single.values():
+            undo.callback(layer.remerging())
+        for layer in single.values():
+            layer.unmerge()
+        _unmerge_together([layer for path, layer in layers.items() if path not in single])
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, every GLoRA layer behaves as its base; merged layers are unmerged meanwhile and merged again.
+
+    A 4-bit layer gets the very codes back that it had; it is only rounded anew where its adapter was changed inside (a
+    write through `.data`, which leaves no trace, is not noticed).
+    Modules trained whole (`inject(..., train=...)`) stay as they are. Nests.
+
+    Raises:
+        ValueError: the model has no GLoRA layer.
+    """
+    layers = layers_of(model, "disabled").values()
+    merged = [layer for layer in layers if layer.merged]
+    again = [layer.remerging() for layer in merged]
+    here = object()
+
+    def leave() -> None:
+        for layer in layers:
+            layer._disabled = tuple(context for context in layer._disabled if context is not here)
+        with all_or_none() as undo:
+            undo.callback(_unmerge_all, merged)
+            for merge_again in again:
+                merge_again()
+
+    try:
+        try:
+            _unmerge_all(merged)
+            for layer in layers:
+                layer._disabled = (*layer._disabled, here)
+            yield
+        finally:
+            leave()
+    except BaseException:
+        leave()  # the first may have been interrupted
+        raise
+
+
+@overload
+def merge_and_unload(model: GLoRALinear, requantize: bool = False, *, progress: bool = False) -> nn.Module: ...
+@overload
+def merge_and_unload(model: M, requantize: bool = False, *, progress: bool = False) -> M: ...
+def merge_and_unload(model: nn.Module, requantize: bool = False, *, progress: bool = False) -> nn.Module:
+    """Merge every GLoRA layer and put the plain module that it was made from in its place: a model to deploy.
+
+    The result has `nn.Linear`, transformers' `Conv1D`, `QuantizedLinear` and bitsandbytes' `Linear4bit` modules as
+    before `inject`, of the same classes, on the same Parameters; what `inject` froze requires a gradient again, and
+    what it trained in fp32 inside a 16-bit model is rounded to 16 bits. It needs nothing of this package: save,
+    quantize, export or trace it as any other.
+
+        model = gk.merge_and_unload(model)
+        model.save_pretrained("merged")
+
+    Layer by layer, so that only one layer's base is held a second time. Whatever can be refused is refused before the
+    first is changed. A signal in between leaves each layer as it was, or merged; call it again to go on.
+
+    Where a layer without a bias gets one (C, E), a model of transformers drops it when it is loaded, unless its
+    configuration says so: the flag that does is looked for and set, and the other layers that it is for get a bias of
+    zeros. Where there is none, a warning.
+
+    Args:
+        model: with GLoRA layers, merged or not; changed in place. Also inside torch.compile.
+        requantize: as in `merge`: over 4 bits, round the merged weights to 4 bits again, with a warning that holds the
+            report. `GLoRALinear.to_linear(dtype)` gives dense layers instead.
+        progress: show how far along it is on stderr.
+
+    Returns:
+        The model; where it is itself a GLoRA layer, the plain one.
+
+    Raises:
+        ValueError: the model has no GLoRA layer, is sharded or inside DistributedDataParallel, has tied weights that
+            would change, merged or rounded values that hold NaN or inf, or a layer whose forward was replaced.
+        RuntimeError: a layer is disabled, or has a 4-bit base and `requantize` is False.
+    """
+    layers, root = layers_of(model, "merge_and_unload"), unwrap(model)
+    _check_replaceable(model, root, layers)
+    unmerged = {path: layer for path, layer in layers.items() if not layer.merged}
+    _refuse_four_bit("merge_and_unload", unmerged, requantize)
+    _refuse_tied("merge_and_unload", root, unmerged)
+    for path, layer in unmerged.items():
+        layer.check_mergeable()
+        with _named(path):
+            layer.merged_values()
+    narrow_values = narrowed(root)
+    biases = added_biases(root, (path for path, layer in layers.items() if _adds_bias(layer)))
+    reports: dict[str, MergeReport] = {}
+    plain: nn.Module = root
+    for path, layer in shown(list(layers.items()), "merging", progress):
+        if path in unmerged and (report := layer.merge(requantize)) is not None:
+            reports[path] = report
+        plain = _replaced(root, layer)
+    _thaw(root)
+    narrow(root, narrow_values)
+    keep_biases(dict(all_paths(root)), biases)
+    if biases.lost:
+        warn_of_biases("merge_and_unload", biases, 2)
+    if reports:
+        warnings.warn(f"merged weights were rounded to 4 bits:\n{MergeReport.of_model(reports)}", stacklevel=2)
+    return plain if isinstance(root, GLoRALinear) else model
+
+
+def _adds_bias(layer: GLoRALinear) -> bool:
+    """Whether the merged layer has a bias that its base has not."""
+    return layer.base_bias is None and not SHIFTS.isdisjoint(layer.adapter())
+
+
+def table_entry(layer: GLoRALinear) -> Layer:
+    """A layer as the operators over depth take it; its parameters stay part of the graph."""
+    adapter: Mapping[str, Tensor] = layer.adapter()
+    return Layer(layer.base_weight(), layer.bias, adapter, layer.config.scale, layer.config.variant == "matmul")
+
+
+def _refuse_four_bit(caller: str, layers: Mapping[str, GLoRALinear], requantize: bool) -> None:
+    """An error where layers are in 4 bits and merged weights may not be rounded to them."""
+    four_bit = {path: layer for path, layer in layers.items() if layer.quant_state is not None}
+    if not four_bit or requantize:
+        return
+    path, layer = next(iter(four_bit.items()))
+    _, report = layer.merged_values()
+    assert layer.quant_state is not None
+    assert report is not None
+    reason = refusal(layer.quant_state, report)
+    raise RuntimeError(f"{caller}: {len(four_bit)} of {len(layers)} layers are in 4 bits, the first {path!r}: {reason}")
+
+
+def _refuse_tied(caller: str, model: nn.Module, layers: Mapping[str, GLoRALinear]) -> None:
+    """An error where merging a layer would change another module's parameter."""
+    owners: dict[object, list[tuple[str, Tensor]]] = {}
+    for path, module in model.named_modules():
+        for name, tensor in owned(module):
+            owners.setdefault(memory(tensor), []).append((clean(f"{path}.{name}".lstrip(".")), tensor))
+    for path, layer in layers.items():
+        for name, mine in layer.written().items():
+            if (name == "bias" and SHIFTS.isdisjoint(layer.adapter())) or len(near := owners[memory(mine)]) < 2:
+                continue
+            if len(names := [owner for owner, other in near if overlaps(mine, other)]) > 1:
+                raise ValueError(
+                    f"{caller}: the {name} of {path!r} is shared by {names}, and merging would change all of "
+                    "them; untie it, or replace the layer by to_linear()"
+                )
+
+
+@torch.no_grad()
+def _merge_together(layers: Mapping[str, GLoRALinear]) -> None:
+    """`GLoRALinear.merge` of every layer, one launch for those of one device, dtype and order of storage; or of none.
+
+    The bases are copied to the host first, from a GPU into pinned memory (which PyTorch keeps for the next merge) and
+    waited for once.
+    """
+    groups: dict[Hashable, list[str]] = {}
+    tables = {path: table_entry(layer) for path, layer in layers.items()}
+    for path, layer in layers.items():
+        layer.check_mergeable()
+        if tables[path].adapter:
+            groups.setdefault(depth.served(tables[path]), []).append(path)
+    betas = {path: _beta_target(layer) for path, layer in layers.items()}
+    bases = {
+        path: Kept(depth.host_copy(layer.weight), None if layer.bias is None else depth.host_copy(layer.bias))
+        for path, layer in layers.items()
+    }
+    for device in {layer.weight.device for layer in layers.values() if layer.weight.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    with all_or_none() as undo:
+        undo.callback(_unmerge_all, layers.values())
+        for path, layer in layers.items():
+            layer.keep_base(bases[path])
+        for paths in groups.values():
+            depth.merge([tables[path] for path in paths], [betas[path] for path in paths])
+        for path, layer in layers.items():
+            if layer.bias is None and (beta := betas[path]) is not None:
+                layer.bias = nn.Parameter(beta, requires_grad=False)
+        if not is_planning():
+            _check_finite(layers, bases)
+
+
+def _unmerge_all(layers: Iterable[GLoRALinear]) -> None:
+    """Put back the base of every layer that is merged."""
+    for layer in layers:
+        if layer.merged:
+            layer.unmerge()
+
+
+def _check_finite(layers: Mapping[str, GLoRALinear], bases: Mapping[str, Kept]) -> None:
+    """One pass over the merged values, and a look at the base only where that finds NaN or inf."""
+    merged = [(path, t) for path, layer in layers.items() for t in (layer.weight, layer.bias) if t is not None]
+    if not merged:
+        return
+    norms = torch._foreach_norm([tensor for _, tensor in merged], math.inf)
+    broken = {path for (path, _), norm in zip(merged, norms, strict=True) if not math.isfinite(norm)}
+    for path in broken:
+        layer = layers[path]
+        with _named(path):
+            check_finite(ToMerge(layer, bases[path], ()), Kept(layer.weight, layer.bias))
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """A ValueError of a layer's says of which layer it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"merge: {path!r}: {error}") from error
+
+
+@torch.no_grad()
+def _unmerge_together(layers: Sequence[GLoRALinear]) -> None:
+    """`GLoRALinear.unmerge` of every layer, one launch for those of one device and width of numbers; or of none."""
+    groups: dict[Hashable, list[GLoRALinear]] = {}
+    for layer in layers:
+        groups.setdefault(depth.restorable(_copies(layer)), []).append(layer)
+    with all_or_none() as undo:
+        undo.callback(_merge_anew, layers)
+        for group in groups.values():
+            depth.restore([_copies(layer) for layer in group])
+            for layer in group:
+                layer.forget_base()
+
+
+def _merge_anew(layers: Sequence[GLoRALinear]) -> None:
+    _unmerge_all(layers)  # a launch may have come to its end in part
+    _merge_together({str(i): layer for i, layer in enumerate(layers)})
+
+
+def _copies(layer: GLoRALinear) -> depth.Copy:
+    """What to restore, and from where; a bias that the base has not is dropped instead."""
+    assert layer._base is not None
+    weight, bias, _ = layer._base
+    target = None if bias is None or layer.bias is None else layer.bias.detach()
+    return layer.weight.detach(), weight, target, None if target is None else bias
+
+
+def _beta_target(layer: GLoRALinear) -> Tensor | None:
+    """Where the merged bias goes: the bias itself, or new memory; None where it is that of the base."""
+    if SHIFTS.isdisjoint(layer.adapter()):
+        return None
+    if layer.bias is not None:
+        return layer.bias.detach()
+    return layer.weight.new_empty(layer.out_features)
+
+
+def _check_replaceable(model: nn.Module, root: nn.Module, layers: dict[str, GLoRALinear]) -> None:
+    refuse_sharded(root, "merge_and_unload", UNSHARD)
+    wrapper = model
+    while (inner := wrapped(wrapper)) is not None:
+        if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+            raise ValueError("merge_and_unload: the model is wrapped in DistributedDataParallel; pass model.module")
+        wrapper = inner
+    if model is not root and isinstance(root, GLoRALinear):
+        raise ValueError("merge_and_unload: a single wrapped layer cannot be replaced; pass the layer itself")
+    for path, layer in layers.items():
+        if "forward" in vars(layer):
+            raise ValueError(
+                f"merge_and_unload: the forward of {path!r} was replaced (accelerate's hooks do that), and would be "
+                "lost; take it off first"
+            )
+
+
+def _replaced(root: nn.Module, layer: GLoRALinear) -> nn.Module:
+    """Put the plain module in every place of a merged layer."""
+    plain = layer.to_plain()
+    with all_or_none() as undo:
+        for parent in root.modules():
+            for name, child in parent._modules.items():
+                if child is layer:
+                    undo.callback(parent._modules.__setitem__, name, layer)
+                    parent._modules[name] = plain
+    return plain
+
+
+def _thaw(root: nn.Module) -> None:
+    """Undo what `inject` has done to the other modules: marks, frozen parameters, hooks, codes kept from repacking."""
+    forget_tied(root)
+    free_codes(root)
+    for module in root.modules():
+        vars(module).pop(TRAINED, None)
+        for name in vars(module).pop(FROZEN, ()):
+            if (parameter := module._parameters.get(name)) is not None:
+                parameter.requires_grad_(True)

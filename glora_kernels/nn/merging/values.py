@@ -1,0 +1,191 @@
+"""Merged values: what the weight and the bias of a frozen layer are with adapters merged into them.
+
+    W_eff = W + Σᵢ (W∘Aᵢ + sᵢ·Bᵢ),   b_eff = b + Σᵢ (b∘Dᵢ + Eᵢ + W·Cᵢ)
+
+over the adapters i: the one of a GLoRALinear, or several of a layer of PEFT. Computed in fp32 (float64 for a float64
+base) from the base as it was before any merge, and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from glora_kernels.dispatch.common import wide_dtype, without_autocast
+from glora_kernels.nn.base import is_conv1d
+from glora_kernels.nn.frozen import FrozenBase, QuantizedLinear
+from glora_kernels.nn.merging.rounding import MergeReport, rounded
+from glora_kernels.nn.ties import same_place
+from glora_kernels.quant import QuantizedWeight, QuantState, dequantize
+from glora_kernels.quant.bnb import is_linear4bit
+from glora_kernels.reference import effective_bias, effective_weight
+from glora_kernels.spec import GLoRAConfig
+
+
+class Kept(NamedTuple):
+    """What `weight`, `bias` and `quant_state` of a layer hold, or held."""
+
+    weight: Tensor
+    bias: Tensor | None
+    quant_state: QuantState | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether there is neither NaN nor inf; 4-bit codes never are."""
+        tensors = (t for t in (self.weight, self.bias) if t is not None and t.is_floating_point())
+        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def writable(base: Any) -> Any:
+    """What has the weight, bias and quant_state of a layer: itself, or a layer of ours on a `Linear4bit`'s memory."""
+    return QuantizedLinear.from_linear4bit(base) if is_linear4bit(base) else base
+
+
+def keep(base: Any) -> Kept:
+    """A copy in host memory of what a linear layer holds, dense or in 4 bits."""
+    layer = writable(base)
+    bias, state = layer.bias, getattr(layer, "quant_state", None)
+    return Kept(
+        layer.weight.detach().to("cpu", copy=True),
+        None if bias is None else bias.detach().to("cpu", copy=True),
+        None if state is None else state.copied("cpu"),
+    )
+
+
+@torch.no_grad()
+def write(base: Any, values: Kept) -> None:
+    """Put values into the parameters of a layer, in place; a bias comes and goes as they have one. May be done twice.
+
+    `copy_` tells autograd, so that a backward still to come on the old weight is an error and not a wrong gradient.
+    """
+    layer = writable(base)
+    layer.weight.copy_(values.weight)
+    if values.quant_state is not None:
+        layer.quant_state = layer.quant_state.written(values.quant_state)
+    if values.bias is None:
+        base.bias = None
+    elif base.bias is None:
+        base.bias = nn.Parameter(values.bias.to(layer.weight.device, copy=True), requires_grad=False)
+    else:
+        layer.bias.copy_(values.bias)
+
+
+class ToMerge(NamedTuple):
+    """A frozen layer, its values without any adapter, and the adapters to merge: (supports by name, configuration)."""
+
+    base: Any
+    original: Kept
+    adapters: Sequence[tuple[Mapping[str, Tensor], GLoRAConfig]]
+
+    def rows(self, stored: Tensor) -> Tensor:
+        """A dense weight as stored as (N, K), or back."""
+        is_transposed = self.base._transposed if isinstance(self.base, FrozenBase) else is_conv1d(self.base)
+        return stored.t() if is_transposed else stored
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W (N, K) on the layer's device, in the dtype that merged values are computed in; over 4 bits in this one."""
+        weight, _, state = self.original
+        device = self.base.weight.device
+        if state is not None:
+            return dequantize(QuantizedWeight(weight.to(device), state.to(device)), dtype)
+        return self.rows(weight).to(device, wide_dtype(weight.dtype))
+
+
+@torch.no_grad()
+def merged(
+    own: ToMerge, others: Sequence[ToMerge] = (), *, dense: bool = False, dtype: torch.dtype | None = None
+) -> tuple[Kept, MergeReport | None]:
+    """The values of a layer with its adapters merged, on its device, as it stores them; nothing is changed by this.
+
+    A weight or a bias that belongs to other layers as well holds the sum of what the adapters of all of them change.
+    A 4-bit weight that no adapter changes keeps its codes and its absmax.
+
+    Args:
+        own: the layer; there may be no adapters.
+        others: merged layers that have their weight or their bias in the same memory.
+        dense: W_eff itself of a base in 4 bits, and not rounded to 4 bits.
+        dtype: of dense values; None: those of the base.
+
+    Returns:
+        The values, and over 4 bits what rounding to them has done.
+
+    Raises:
+        ValueError: over 4 bits, W_eff holds NaN, inf or what is beyond the dtype that the weight stands for.
+    """
+    weight, bias, state = own.original
+    layer = writable(own.base)
+    base_dtype = layer.base_dtype if isinstance(layer, FrozenBase) else weight.dtype
+    w = own.dense(wide_dtype(base_dtype) if dense else torch.float32)
+    w_eff, b_eff = _effective(own, w, others)
+    if b_eff is not None:
+        b_eff = b_eff.to(dtype or (base_dtype if bias is None else bias.dtype))
+    if state is None or dense:
+        return Kept(own.rows(w_eff.to(dtype or base_dtype)), b_eff), None
+    codes, report = rounded(QuantizedWeight(weight.to(w.device), state.to(w.device)), w, w_eff)
+    return Kept(codes.packed.view(weight.shape), b_eff, codes.state), report
+
+
+def _effective(own: ToMerge, w: Tensor, others: Sequence[ToMerge]) -> tuple[Tensor, Tensor | None]:
+    """W_eff and b_eff in the dtype of W; W and b themselves where nothing changes them."""
+    bias = own.original.bias
+    b = None if bias is None else bias.to(w.device, w.dtype)
+    weights = [own, *(other for other in others if same_place(own.base.weight, other.base.weight))]
+    biases = [own, *(other for other in others if same_bias(own.base, other.base))]
+    with without_autocast(w.device.type):
+        # Each adapter changes the base, not what others made of it.
+        w_eff = _together(w, (effective_weight(w, *adapter) for layer in weights for adapter in _adapters(layer)))
+        b_eff = _together(
+            b,
+            (
+                effective_bias(w if layer is own else layer.dense(), b, *adapter)
+                for layer in biases
+                for adapter in _adapters(layer)
+            ),
+        )
+    assert w_eff is not None
+    return w_eff, b_eff
+
+
+def _adapters(layer: ToMerge) -> Iterable[tuple[Mapping[str, Tensor], GLoRAConfig]]:
+    device = layer.base.weight.device
+    for supports, config in layer.adapters:
+        yield {name: tensor.detach().to(device) for name, tensor in supports.items()}, config
+
+
+def _together(base: Tensor | None, changed: Iterable[Tensor | None]) -> Tensor | None:
+    """base + Σᵢ (changedᵢ − base)."""
+    total = base
+    for one in changed:
+        if one is None or one is base:
+            continue
+        if total is None or total is base:
+            total = one
+        else:
+            total = total + (one if base is None else one - base)
+    return total
+
+
+def same_bias(base: Any, other: Any) -> bool:
+    return base.bias is not None and other.bias is not None and same_place(base.bias, other.bias)
+
+
+def check_finite(own: ToMerge, values: Kept) -> None:
+    """An error where rounding (fp16 overflows) or an adapter has left NaN or inf in rows where W and b have none."""
+    if values.is_finite:
+        return
+    rows = torch.isfinite(own.dense()).all(1)
+    if own.original.bias is not None:
+        rows = rows & torch.isfinite(own.original.bias.to(rows.device))
+    weight = own.rows(values.weight) if values.weight.is_floating_point() else None
+    for name, tensor in (("weight", weight), ("bias", values.bias)):
+        if tensor is None:
+            continue
+        broken = ~torch.isfinite(tensor) & rows.view(-1, *[1] * (tensor.ndim - 1))
+        if bool(broken.any()):
+            raise ValueError(
+                f"the merged {name} holds NaN, inf or numbers beyond {tensor.dtype} in {int(broken.sum())} places, "
+                "and the base does not"
+            )
