@@ -103,7 +103,6 @@ def dequantize_launch(
     b_down: Tensor | None = None,
     scale: float = 1.0,
     arch: str,
-    config: dict[str, int] | None = None,
 ) -> Launch:
     """out (N,K) = W, or W + W∘A + B, A = a (N,) or (1,), or a_up·a_down; B = b (N,) or (1,), or scale·b_up·b_down.
 
@@ -112,7 +111,7 @@ def dequantize_launch(
     """
     n, k = weight.shape
     p, r = 0 if a_up is None else a_up.shape[1], 0 if b_up is None else b_up.shape[1]
-    config = config or tables.choose("dequantize", arch, out.dtype, Shape(0, n, k, max(p, r)))
+    config = tables.choose("dequantize", arch, out.dtype, Shape(0, n, k, max(p, r)))
     if all(t is None for t in (a, a_up, b, b_up)):
         return _plain(weight, out, config)
     config = configs.fitted("dequantize", config, arch, out.dtype)

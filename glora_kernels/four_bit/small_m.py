@@ -252,7 +252,6 @@ def small_m_launch(
     h: Tensor | None = None,
     sigma: Tensor | None = None,
     arch: str,
-    config: dict[str, int] | None = None,
 ) -> Launch | Launches:
     """y = Z∘(1+a) + h·upᵀ + σ·bᵀ + bias∘(1+d) + e + wc with Z = x·Wᵀ, h = scale·x·b_downᵀ, σ = Σₖ xₖ.
 
@@ -270,7 +269,6 @@ def small_m_launch(
         h: (M, R) in x's dtype, in fp32 where a factor is, written where given (with b_down).
         sigma: (M,) fp32, written where given.
         arch: whose configuration is taken.
-        config: in the place of `small_m_config`.
 
     Raises:
         ValueError: a call that is not served, with the reason; nothing is written.
@@ -287,10 +285,9 @@ def small_m_launch(
         raise ValueError(f"the fused product of few tokens does not serve this call: {reason}")
     shape = Shape(configs.tokens(m), n, k, r)
     how = numerics(x.dtype, added.up, b_down)
-    config = config or small_m_config(arch, x.dtype, shape)
-    config = configs.fitted("small_m", config, arch, x.dtype, r, halves=halves(how))
-    if arch == "sm_100" and weight.state.nested is not None:
-        config = configs.all_registers(config, arch)
+    config = small_m_config(arch, x.dtype, shape)
+    nested = weight.state.nested is not None
+    config = configs.fitted("small_m", config, arch, x.dtype, r, halves=halves(how), nested=nested)
     before = h is not None and h_before(shape, config["cols"])
     x_rows = Matrix(x, x.stride(0) if shape.m > 1 else 0, 1)
     args = {

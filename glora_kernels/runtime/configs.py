@@ -260,7 +260,7 @@ class Beside(NamedTuple):
     """What a launch holds in registers beside what its configuration was made for.
 
     rank: the largest. halves: factors in fp32 are multiplied beside 16 bits. drops: masks are drawn. aligned: rows are
-    known to begin at multiples of 16 bytes. rows: of the configuration.
+    known to begin at multiples of 16 bytes. nested: the absmax of 4-bit codes is in 8 bits. rows: of the configuration.
     """
 
     arch: str
@@ -269,6 +269,7 @@ class Beside(NamedTuple):
     halves: bool = False
     drops: bool = False
     aligned: bool = True
+    nested: bool = False
     rows: int = 0
 
     @property
@@ -286,6 +287,11 @@ class Beside(NamedTuple):
     @property
     def newest(self) -> bool:
         return self.arch == "sm_100"
+
+    @property
+    def full(self) -> bool:
+        """Of few tokens: whether the sums leave no registers for a step of more than 64."""
+        return (self.halves and self.rows == 64) or (self.rank > 32 and self.rows == 32)
 
 
 class Most(int):
@@ -323,7 +329,11 @@ RULES: dict[str, tuple[tuple[Callable[[Beside], bool], dict[str, int]], ...]] = 
         (lambda b: (b.halves and (b.old or b.newest)) or not b.aligned, {"cols": Most(64)}),
     ),
     "dequantize": ((lambda b: b.newest, {"num_warps": 8}),),
-    "small_m": ((lambda b: (b.halves and b.rows == 64) or (b.rank > 32 and b.rows == 32), {"depth": Most(64)}),),
+    "small_m": (
+        (lambda b: b.full and b.newest and b.nested, {"depth": Most(64), **_REGISTERS}),
+        (lambda b: b.full, {"depth": Most(64)}),
+        (lambda b: b.newest and b.nested, _REGISTERS),
+    ),
     "shared_grad": (
         (lambda b: (b.drops or not b.aligned) and b.old and b.rows > 16, {"cols": 32, **_REGISTERS}),
         (lambda b: b.drops or not b.aligned, _REGISTERS),
@@ -344,9 +354,10 @@ def fitted(
     halves: bool = False,
     drops: bool = False,
     aligned: bool = True,
+    nested: bool = False,
 ) -> dict[str, int]:
     """The configuration of a kernel of `RULES` beside operands that would make it spill: see `Beside`."""
-    beside = Beside(arch, dtype, rank, halves, drops, aligned, config["rows"])
+    beside = Beside(arch, dtype, rank, halves, drops, aligned, nested, config["rows"])
     change = dict(next((change for holds, change in RULES[kernel] if holds(beside)), {}))
     if part := change.pop("part", 0):
         change["parts"] = max(1, config["cols"] // part)
@@ -364,8 +375,7 @@ def bands(arch: str, rows: int, block: int, depth: int, step: int, most: int = M
     """
     blocks = _ceil(rows, block)
     wanted = min(most, max(1, programs(arch) // max(1, blocks)), max(1, depth // step))
-    number = 1 << (wanted.bit_length() - 1)
-    width = max(1, _ceil(_ceil(depth, number), step) * step)
+    width = max(1, _ceil(_ceil(depth, 1 << (wanted.bit_length() - 1)), step) * step)
     return max(1, _ceil(depth, width)), width
 
 

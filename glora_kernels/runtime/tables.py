@@ -172,20 +172,17 @@ def nearest(rows: Iterable[Row], shape: Shape) -> Row | None:
     M, N and K may differ by a factor of `NEAR`. A rank must fill the same padded one, since the blocks that hold it
     are a part of what was measured to fit the card.
     """
-    best, best_distance = None, math.inf
-    for row in rows:
-        sizes: list[tuple[int, int]] = list(zip(row.shape[:3], shape[:3], strict=True))
-        if any(max(a, b) > NEAR * min(a, b) for a, b in sizes) or _padded(row.shape.r) != _padded(shape.r):
-            continue
-        logs = [math.log(max(1, a) / max(1, b)) for a, b in (*sizes, (row.shape.r, shape.r))]
-        distance = math.hypot(*logs)
-        if distance < best_distance:
-            best, best_distance = row, distance
-    return best
+    near = [row for row in rows if _is_near(row.shape, shape)]
+    return min(near, key=lambda row: math.dist(_logs(row.shape), _logs(shape)), default=None)
 
 
-def _padded(rank: int) -> int:
-    return configs.block_r(rank) if rank else 0
+def _is_near(one: Shape, other: Shape) -> bool:
+    ranks = [configs.block_r(rank) if rank else 0 for rank in (one.r, other.r)]
+    return ranks[0] == ranks[1] and all(max(a, b) <= NEAR * min(a, b) for a, b in zip(one[:3], other[:3], strict=True))
+
+
+def _logs(shape: Shape) -> list[float]:
+    return [math.log(max(1, size)) for size in shape]
 
 
 def sources(arch: str) -> tuple[Source, ...]:

@@ -99,7 +99,7 @@ class Data:
         config = GLoRAConfig.from_dict(FORMS[form].to_dict() | {"rank": max(1, shape.r)})
         layer = Linear(config, shape.n, shape.k, True, quant_type="nf4" if four_bits else "", nested=four_bits)
         how = How(max(1, shape.m), dtype, arch, route="auto" if four_bits else "triton", device=device)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []):
             torch.manual_seed(seed)
             self.call = planned.linear_call(layer, how)
             self._dy = torch.randn(how.m, layer.n, device=device, dtype=dtype)

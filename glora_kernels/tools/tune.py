@@ -73,7 +73,7 @@ def tasks(shapes: Sequence[Shape], kernels: Iterable[str], routes: bool, four_bi
     """
     kernels = tuple(kernels)
     if unknown := [name for name in kernels if name not in configs.TUNED]:
-        raise ValueError(f"kernels must be of {', '.join(map(repr, configs.TUNED))}; got {unknown[0]!r}")
+        raise ValueError(f"kernels must be one of {', '.join(map(repr, configs.TUNED))}; got {unknown[0]!r}")
     found = [(kernel, shape) for shape in shapes for kernel in kernels]
     found += [(name, shape) for shape in shapes if routes for name in NAMED if name.startswith("route")]
     found += [(DEQUANTIZE, Shape(0, s.n, s.k, 0)) for s in shapes if four_bit]

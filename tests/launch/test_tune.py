@@ -337,7 +337,7 @@ def test_a_table_of_another_device_is_not_touched(tmp_path):
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(ValueError, match=r"kernels must be of 'fwd'.*got 'finish'"):
+    with pytest.raises(ValueError, match=r"kernels must be one of 'fwd'.*got 'finish'"):
         run(tmp_path / "t.json", kernels=("finish",))
     with pytest.raises(ValueError, match=r"dtype must be one of 'bf16'.*got 'int8'"):
         run(tmp_path / "t.json", dtype="int8")
