@@ -6,8 +6,9 @@ forms that a call has. A field is a tensor, an optional one or a list of them, o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
+from operator import itemgetter
 from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
@@ -38,6 +39,12 @@ def parts(values: Iterable[Any], sizes: Iterable[int]) -> list[list[Any]]:
     return [list(islice(iterator, size)) for size in sizes]
 
 
+def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What takes the values at some places, of which one is a sequence too."""
+    first, end = places[0], places[-1] + 1
+    return itemgetter(slice(first, end)) if len(places) == end - first else itemgetter(*places)
+
+
 class Signature:
     """The arguments are the fields of some structures, of which either no tensor is a list or every one.
 
@@ -47,14 +54,11 @@ class Signature:
     """
 
     def __init__(self, *structures: type[Any]) -> None:
-        self._structures = structures
         self._kinds: dict[str, str] = {}
-        self._slices: list[slice] = []
         self._defaults: list[Any] = []
         for structure in structures:
-            first, hints = len(self._kinds), get_type_hints(structure)
+            hints = get_type_hints(structure)
             self._kinds |= {name: _KINDS[hints[name]] for name in structure._fields}
-            self._slices.append(slice(first, len(self._kinds)))
             known = structure._field_defaults
             # At the end alone: PyTorch takes no argument without a default behind one that has one.
             self._defaults = [*self._defaults, *known.values()] if len(known) == len(structure._fields) else []
@@ -63,10 +67,11 @@ class Signature:
         numbers = [name for name in names if name not in self.tensors]
         order = [*self.tensors, *numbers]
         self.has_lists = "Tensor[]" in self._kinds.values()
-        # Lists of places, and no `itemgetter`: torch.compile traces a call of an operator.
+        # Lists of places, and no `itemgetter`, for what torch.compile traces: a call by PyTorch's arguments.
         self._tensor_places = [names.index(name) for name in self.tensors]
         self._number_places = [names.index(name) for name in numbers]
         self._order = [order.index(name) for name in names]
+        self._readers = [(each._make, _getter([order.index(name) for name in each._fields])) for each in structures]
         self._required = len(names) - len(self._defaults)
 
     def split(self, arguments: Sequence[Any]) -> tuple[list[Any], Values]:
@@ -85,13 +90,15 @@ class Signature:
         everything = (*own, *values.numbers)
         return [everything[place] for place in self._order]
 
-    def read(self, row: Sequence[Any], values: Values) -> Iterator[Any]:
+    def read(self, row: Sequence[Any], values: Values) -> list[Any]:
         """The structures of a call."""
-        return self.structures(self.join(row, values))
+        own = row[: len(self.tensors)] if values.sizes is None else parts(row, values.sizes)
+        everything = (*own, *values.numbers)
+        return [make(fields_of(everything)) for make, fields_of in self._readers]
 
-    def structures(self, arguments: Sequence[Any]) -> Iterator[Any]:
-        arguments = self._whole(arguments)
-        return (make._make(arguments[own]) for make, own in zip(self._structures, self._slices, strict=True))
+    def structures(self, arguments: Sequence[Any]) -> list[Any]:
+        """The structures of a call, from PyTorch's arguments."""
+        return self.read(*self.split(arguments))
 
     def _whole(self, arguments: Sequence[Any]) -> Sequence[Any]:
         """PyTorch leaves out the last arguments where they have their default."""

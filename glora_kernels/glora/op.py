@@ -279,18 +279,18 @@ class _GLoRALinear(Operator):
         (_, packed), s, call, codes = self.signature.read(row, values)
         return weight_of(packed, codes), s, call
 
-    def forward(self, row: Row, values: Values) -> Made:
+    def forward(self, row: Row, values: Values) -> tuple[Tensor | None, ...]:
+        """What `Made` names."""
         weight, s, call = self.read(row, values)
-        x, path, cs = given(row[0]), path_of("glora", call.route), row[_C]
-        drops = call.route == "eager" and s.b_up is not None
-        mask = keep_of(call, math.prod(x.shape[:-1]), x.shape[-1], x.device) if drops else None
-        if mask is not None:
+        x, path, cs, mask, wc = given(row[0]), path_of("glora", call.route), row[_C], None, None
+        if call.dropout_p > 0.0 and call.route == "eager" and s.b_up is not None:
+            mask = keep_of(call, math.prod(x.shape[:-1]), x.shape[-1], x.device)
             call = call._replace(seed=mask)
-        wc = path.wc_forward(weight, *cs) if cs else None
         if cs:
+            wc = path.wc_forward(weight, *cs)
             s = s._replace(wc=wc)
         y, h, sigma, u = path.forward(flat(x), weight, s, call)
-        return Made(unflat(y, x.shape[:-1]), h, sigma, u, mask, wc)
+        return unflat(y, x.shape[:-1]), h, sigma, u, mask, wc
 
     def backward(self, dys: Sequence[Tensor], row: Row, values: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
         row, made = _as_in_forward(row, len(wanted))
