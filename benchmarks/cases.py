@@ -1,323 +1,306 @@
-"""The layers that are compared, over the same weights and with the same adapter values.
+"""What is measured, as data: entries (one implementation of one layer at one size), groups, stages.
 
-A `Problem` holds one shape, one configuration and the values: x, dy, W, b and the supports. From it come the
-contestants, each a `Contestant` with one call signature: the frozen linear layer (the floor), ours, the
-literal formula in eager PyTorch, and PEFT's layer; `benchmarks.peers` has the rest. `check` compares one with
-float64 before it is timed.
+A group is one layer shape and one M: its entries are timed in the same interleaved rounds, so that a card whose
+clock moves moves it for all of them, and every group holds the frozen layer. A stage is what one process works
+through: groups of layers, and parts by the names of their tests in bench_*.py. The order is by worth: the rows of the
+target table come first.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+LLAMA = {
+    "q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096),
+    "gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336),
+}  # fmt: skip
+"""The seven linears of a LLaMA-3-8B decoder layer: (N, K)."""
+SIBLINGS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+"""The linears of a decoder layer that read one input."""
+MLP = ("gate", "up", "down")
+VIT = ((2304, 768), (768, 768), (3072, 768), (768, 3072))
+"""ViT-B/16: qkv, proj, fc1, fc2. They have a bias."""
+VIT_TOKENS = 197
+FEW = (1, 8, 32)
+"""Tokens of a step of generation."""
 
-from glora_kernels import GLoRAConfig, GLoRALinear, reference
-from glora_kernels.quant.bnb import is_linear4bit
-from glora_kernels.reference.tolerance import allowed_error, largest_error, literal_step
-from glora_kernels.spec import SUPPORTS
+FROZEN, LORA = "frozen", "lora"
+VECTOR_LORA = "glora:vector,lora,none,none,none"
+FULL = "glora:vector,lora,vector,vector,vector"
+LORA_LORA = "glora:lora,lora,none,none,none"
+VECTORS = "glora:vector,vector,none,none,none"
+HIRA = "glora:lora,none,none,none,none"
+"""HiRA in our terms."""
+QFROZEN, QLORA = "nf4-frozen", "nf4-lora"
+QGLORA = "nf4-glora:vector,lora,vector,none,vector"
+QLORA_LORA, QVECTORS = f"nf4-{LORA_LORA}", f"nf4-{VECTORS}"
 
-STD = 0.02
-"""The spread of every adapter value: nothing is zero, as it would be in a fresh adapter."""
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+IMPLS = ("ours", "eager", "compile", "peft", "bnb", "unsloth", "lorafusion")
+GROUP_IMPLS = ("concat", "eager", "ours", "single", "grouped_mm", "peft")
+"""Of sets of siblings: one product over concatenated weights (and over all A, where there is LoRA); a loop of single
+operations; ours in one launch; ours layer by layer; torch.nn.functional.grouped_mm; PEFT layer by layer."""
+NO_LAYER = {
+    "gemlite": "GemLite multiplies integer codes with scales and zero points: it has no code book, and so no NF4"
+}
+"""Libraries that one looks for here and that have no layer to compare with."""
+PEFT_STEP = "peft step, "
+"""What the name of a model begins with in the rows of PEFT's before and after `accelerate`."""
+PASSES = ("fwd", "fwd_bwd")
+MODES = ("eager", "graph")
 
 
 @dataclass(frozen=True)
-class Shape:
-    """One layer and its input: x (M, K), W (N, K), rank R, in one dtype on one device."""
+class Entry:
+    """One implementation of one layer, or of a set of layers that read one x: built and checked once.
 
-    m: int = 1024
-    k: int = 2048
-    n: int = 2048
-    r: int = 8
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-
-    def __str__(self) -> str:
-        return f"M={self.m} K={self.k} N={self.n} R={self.r} {dtype_name(self.dtype)}"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The values of one case. `params` holds the supports by the names of the configuration.
-
-    base: the frozen layer itself where it is no nn.Linear on `weight` (a 4-bit one; `weight` is then decoded).
-    """
-
-    shape: Shape
-    config: GLoRAConfig
-    x: Tensor
-    dy: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    params: dict[str, Tensor]
-    base: nn.Module | None = None
-
-
-@dataclass
-class Contestant:
-    """One thing that is measured: a name, what it computes, and the trainable tensors by our names.
-
-    forward: x → y, or x → one y for each layer of a set.
+    case: "frozen", "lora" or "glora:<A>,<B>,<C>,<D>,<E>", with the prefix "nf4-" on a 4-bit base; of a set
+        "frozen:<set>" or "lora:<set>", with a name of SIBLINGS.
+    layer: the name of a LLaMA-3-8B linear, or None. r, p: None for frozen layers.
+    widths: N of each member of a set, their sum is `n`; of a single layer ().
+    decode: a step of generation: forward alone and without gradients, one copy of the layer after the other, since a
+        4-bit weight fits in a card's cache, and what was read from there tells nothing of the memory's bandwidth.
     """
 
     case: str
     impl: str
-    forward: Callable[[Tensor], Any]
-    params: Mapping[str, Tensor] = field(default_factory=dict)
+    m: int
+    n: int
+    k: int
+    r: int | None = None
+    p: float | None = None
+    layer: str | None = None
+    bias: bool = False
+    dtype: str = "bf16"
+    widths: tuple[int, ...] = ()
+    decode: bool = False
 
     @property
-    def name(self) -> str:
-        return self.case if self.impl == "ours" or self.case == "frozen" else f"{self.case} ({self.impl})"
+    def op(self) -> str:
+        return "group" if self.widths else "linear"
+
+    @property
+    def quantized(self) -> bool:
+        return self.case.startswith("nf4-")
+
+    @property
+    def adapter(self) -> str:
+        """The case without what it says of the base, or of which set it is."""
+        return self.case.partition(":")[0] if self.widths else self.case.removeprefix("nf4-")
+
+    @property
+    def frozen(self) -> bool:
+        return self.adapter == FROZEN
+
+    @property
+    def reference(self) -> bool:
+        """Whether the times of a group's other entries are given over this one's."""
+        return self.frozen and self.impl == "concat" if self.widths else self.case == FROZEN
+
+    @property
+    def key(self) -> str:
+        fields = (self.case, self.impl, self.layer, self.dtype, self.m, self.n, self.k, self.r, self.p, self.bias)
+        return "|".join("-" if value is None else str(value) for value in fields)
+
+    def __str__(self) -> str:
+        rank = "" if self.r is None else f" r={self.r}"
+        drop = f" p={self.p:g}" if self.p else ""
+        where = self.layer or f"{self.n}x{self.k}"
+        return f"{self.case} ({self.impl}){rank}{drop}{' bias' * self.bias}, {where}, M={self.m}, {self.dtype}"
 
 
-def case_config(case: str, rank: int, dropout: float = 0.0) -> GLoRAConfig:
-    """The configuration a case's name stands for: "frozen", "lora" (alpha = 2R) or "glora:<A>,<B>,<C>,<D>,<E>"."""
-    if case == "lora":
-        return GLoRAConfig.lora(rank=rank, alpha=2 * rank, dropout=dropout)
-    forms = ["none"] * 5 if case == "frozen" else case.removeprefix("glora:").split(",")
-    return GLoRAConfig.of(forms, rank=rank, dropout=dropout)
+@dataclass(frozen=True)
+class Group:
+    """Entries of one shape and one M, timed against each other. The first is the frozen layer."""
+
+    entries: tuple[Entry, ...]
+    passes: tuple[str, ...] = ("fwd_bwd",)
+    modes: tuple[str, ...] = MODES
+
+    @property
+    def key(self) -> str:
+        first = self.entries[0]
+        names = ";".join(sorted({f"{e.case},{e.impl},{e.r},{e.p}" for e in self.entries}))
+        return f"{first.layer or f'{first.n}x{first.k}'}|{first.m}|{'+'.join(self.passes)}|{names}"
+
+    def rows(self) -> Iterator[tuple[Entry, str, str]]:
+        """Every row there is to measure: entry, pass, mode."""
+        return ((entry, d, mode) for entry in self.entries for d in self.passes for mode in self.modes)
 
 
-def config_case(config: GLoRAConfig) -> str:
-    """The name of a configuration, as `case_config` takes it; "glora-matmul:…" for the product variant."""
-    forms = [getattr(config, name) for name in SUPPORTS]
-    if forms == ["none", "lora", "none", "none", "none"]:
-        return "lora"
-    return ("glora:" if config.variant == "hadamard" else "glora-matmul:") + ",".join(forms)
+@dataclass(frozen=True)
+class Stage:
+    """What one process measures. quick: the target table needs it. threads: of a CPU; rounds: where not the scale's."""
+
+    name: str
+    title: str
+    groups: tuple[Group, ...] = ()
+    parts: tuple[str, ...] = ()
+    quick: bool = False
+    threads: int | None = None
+    rounds: int | None = None
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return next((name for name, value in DTYPES.items() if value == dtype), str(dtype).removeprefix("torch."))
+def row_key(entry: Entry, direction: str, mode: str) -> str:
+    """What identifies a row: the entry, the pass and the mode."""
+    return f"{entry.key}|{direction}|{mode}"
 
 
-def make_problem(shape: Shape, config: GLoRAConfig, bias: bool = True, seed: int = 0) -> Problem:
-    """Random values: x and dy ~ N(0,1), W ~ N(0,1/K), b and every support ~ N(0, 0.02²)."""
-    generator = torch.Generator(shape.device).manual_seed(seed)
-    x, dy = random_inputs(shape, generator)
-    weight = _normal(shape, generator, shape.n, shape.k, std=shape.k**-0.5)
-    b = _normal(shape, generator, shape.n, std=STD) if bias else None
-    sizes = config.parameter_shapes(shape.k, shape.n, bias)
-    params = {name: _normal(shape, generator, *size, std=STD) for name, size in sizes.items()}
-    return Problem(shape, config, x, dy, weight, b, params)
+Contender = tuple[str, str, float]
+"""case, impl, p."""
 
 
-def random_inputs(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One x, which requires a gradient, and one dy, both N(0,1)."""
-    x = _normal(shape, generator, shape.m, shape.k)
-    return x.requires_grad_(), _normal(shape, generator, shape.m, shape.n)
+def by(impl: str, *listed: str, p: float = 0.0) -> tuple[Contender, ...]:
+    """One implementation of several cases."""
+    return tuple((case, impl, p) for case in listed)
 
 
-def adapter_values(shape: Shape, config: GLoRAConfig, bias: bool, seed: int = 2) -> dict[str, Tensor]:
-    """The supports of a configuration, N(0, 0.02²): the same values for the same shapes."""
-    generator = torch.Generator(shape.device).manual_seed(seed)
-    sizes = config.parameter_shapes(shape.k, shape.n, bias)
-    return {name: _normal(shape, generator, *size, std=STD) for name, size in sizes.items()}
+PEFTS = by("peft", LORA, VECTORS, LORA_LORA)
+TARGET = (*by("ours", LORA), *by("ours", LORA, p=0.1), *by("ours", VECTOR_LORA, FULL, LORA_LORA, VECTORS), *PEFTS)
+SMALL_M = (*by("ours", LORA, VECTOR_LORA), *by("peft", LORA), *by("eager", LORA))
+DROPPED = (*by("ours", VECTOR_LORA, p=0.1), *by("peft", LORA, p=0.1), *by("eager", LORA, p=0.1))
+RANKED = (*by("ours", LORA, VECTOR_LORA, LORA_LORA), *by("peft", LORA))
+BY_M = (*RANKED, *by("ours", FULL), *by("peft", LORA_LORA))
+EAGER = by("eager", LORA, VECTOR_LORA, FULL, LORA_LORA, VECTORS)
+NF4_DECODE = (*by("ours", QLORA, QGLORA), *by("bnb", QLORA), *by("peft", QLORA), *by("eager", QLORA, QGLORA))
+NF4_TRAIN = (*NF4_DECODE, *by("ours", QLORA_LORA), *by("eager", QLORA_LORA), *by("peft", QVECTORS))
+"""PEFT's GLoRA on 4 bits is there for its refusal."""
+NF4_OTHERS = (*by("unsloth", QLORA), *by("compile", QLORA, QGLORA))
 
 
-def _normal(shape: Shape, generator: torch.Generator, *size: int, std: float = 1.0) -> Tensor:
-    return torch.randn(*size, generator=generator, device=shape.device).mul_(std).to(shape.dtype)
+def group(
+    contenders: Iterable[Contender], m: int, n: int, k: int, r: int, layer: str | None = None, bias: bool | None = None,
+    dtype: str = "bf16", passes: Sequence[str] = ("fwd_bwd",), modes: Sequence[str] = MODES, nf4: bool = False,
+    decode: bool = False,
+) -> Group:  # fmt: skip
+    """Contenders of one shape behind the frozen layer, and with `nf4` the frozen layer in 4 bits.
 
-
-def frozen(problem: Problem) -> Contestant:
-    """The base alone: nn.Linear with weight and bias frozen. x requires a gradient, so 2 GEMMs."""
-    return Contestant("frozen", "eager", base_layer(problem))
-
-
-def ours(problem: Problem) -> Contestant:
-    """`GLoRALinear` over the base, with the problem's adapter values."""
-    layer = GLoRALinear.from_linear(base_layer(problem), problem.config)
-    params = {name: getattr(layer, name) for name in problem.params}
-    copy_values(params, problem.params)
-    return Contestant(config_case(problem.config), "ours", layer, params)
-
-
-def eager(problem: Problem) -> Contestant:
-    """The literal formula: W_eff and the bias built by eager PyTorch, gradients by autograd."""
-    params = {name: value.clone().requires_grad_() for name, value in problem.params.items()}
-
-    def forward(x: Tensor) -> Tensor:
-        return reference.glora_linear(x, problem.weight, problem.bias, params, problem.config)
-
-    return Contestant(config_case(problem.config), "eager", forward, params)
-
-
-def peft(problem: Problem) -> Contestant:
-    """PEFT's own layer for the configuration, taken out of a model that `get_peft_model` wrapped.
-
-    Raises:
-        ValueError: a configuration PEFT has no layer for (it ties the forms of A and B, and of D and E).
-        ImportError: peft, or its GLoRA, is not installed.
+    bias: whether the layers have one; None means where the case needs it (D stands beside a bias), with a second
+    frozen layer that has one too.
     """
-    library = importlib.import_module("peft")
-    config, case = problem.config, config_case(problem.config)
-    adapter = peft_config(library, config, case, ["linear"])
-    model = library.get_peft_model(_Wrapper(base_layer(problem)), adapter, autocast_adapter_dtype=False)
-    layer = model.base_model.model.linear
-    params = peft_parameters(layer, config)
-    for parameter in params.values():  # over a 4-bit base PEFT leaves them in fp32
-        parameter.data = parameter.data.to(problem.shape.dtype)
-    copy_values(params, problem.params)
-    return Contestant(case, "peft", layer, params)
+    first = Entry(FROZEN, "eager", m, n, k, layer=layer, bias=bool(bias), dtype=dtype, decode=decode)
+    found = [first, *(replace(first, case=QFROZEN, impl=impl) for impl in ("ours", "bnb") if nf4)]
+    for case, impl, p in contenders:
+        needs = case == FULL if bias is None else bias
+        found.append(replace(first, case=case, impl=impl, r=r, p=p, bias=needs))
+    if bias is None and any(entry.bias for entry in found):
+        found.insert(1, replace(first, bias=True))
+    return Group(tuple(found), tuple(passes), tuple(modes))
 
 
-def peft_config(library: Any, config: GLoRAConfig, case: str, modules: Sequence[str]) -> Any:
-    """PEFT's configuration for these modules; raises as `peft` does."""
-    if case == "lora":
-        alpha = config.scale * config.rank
-        return library.LoraConfig(
-            r=config.rank, lora_alpha=alpha, lora_dropout=config.dropout, target_modules=list(modules)
-        )
-    if config.A != config.B or config.D != config.E or config.variant != "hadamard":
-        raise ValueError(f"PEFT ties A to B and D to E, and has no product variant: no layer for {case}")
-    if not hasattr(library, "GloraConfig"):
-        raise ImportError(f"peft {library.__version__} has no GLoRA")
-    return library.GloraConfig(
-        r=config.rank,
-        config_A_B=config.A,
-        config_C=config.C,
-        config_D_E=config.D,
-        target_modules=list(modules),
+def llama(contenders: Iterable[Contender], *ms: int, r: int = 16, **options: Any) -> tuple[Group, ...]:
+    """The seven linears of LLaMA-3-8B at each M."""
+    listed = tuple(contenders)
+    return tuple(group(listed, m, n, k, r, name, **options) for m in ms for name, (n, k) in LLAMA.items())
+
+
+def sibling_groups(
+    divisor: int, r: int, *ms: int, dtype: str = "bf16", modes: Sequence[str] = MODES
+) -> tuple[Group, ...]:
+    """q/k/v and gate/up of LLaMA-3-8B with every size divided, at each M: every implementation of one set, behind one
+    product over the concatenated weights."""
+    found = []
+    for m in ms:
+        for name, ones in SIBLINGS.items():
+            widths, k = tuple(LLAMA[one][0] // divisor for one in ones), LLAMA[ones[0]][1] // divisor
+            first = Entry(f"{FROZEN}:{name}", "concat", m, sum(widths), k, dtype=dtype, widths=widths)
+            lora = [replace(first, case=f"{LORA}:{name}", impl=impl, r=r, p=0.0) for impl in GROUP_IMPLS]
+            found.append(Group((first, replace(first, impl="eager"), *lora), PASSES, tuple(modes)))
+    return tuple(found)
+
+
+def gpu_stages() -> list[Stage]:
+    """The battery of a card. The stages marked quick give the target table."""
+    nf4: dict[str, Any] = {"passes": PASSES, "nf4": True}
+    decode: dict[str, Any] = {"passes": ("fwd",), "nf4": True, "decode": True}
+    vit = tuple(
+        group(BY_M, 64 * VIT_TOKENS, n, k, r, bias=True, passes=PASSES if r == 16 else ("fwd_bwd",))
+        for r in (16, 8, 64)
+        for n, k in VIT
     )
+    others, compiled = by("unsloth", LORA) + by("lorafusion", LORA), by("compile", LORA, VECTOR_LORA, LORA_LORA)
+    nf4_others = llama(NF4_OTHERS, 8192, **nf4) + llama(NF4_OTHERS, *FEW, **decode)
+    return [
+        Stage("target", "LLaMA-3-8B linears, M=8192, r=16", llama(TARGET, 8192), quick=True),
+        Stage("groups", "q/k/v and gate/up in one launch, M=8192 and M=512", sibling_groups(1, 16, 8192, 512),
+              quick=True),
+        Stage("merging", "merging 32 decoder layers in one launch", parts=("merging",), quick=True),
+        Stage("small-m", "LLaMA-3-8B linears, M=2048 and M=512", llama(SMALL_M, 2048, 512), quick=True),
+        Stage("nf4", "4-bit base in training, M=8192 and M=2048", llama(NF4_TRAIN, 8192, 2048, **nf4)),
+        Stage("nf4-decode", "4-bit base, 1 to 32 tokens", llama(NF4_DECODE, *FEW, **decode)),
+        Stage("nf4-parts", "4-bit base: dequantizing alone; memory", parts=("dequantizing", "memory")),
+        Stage("peft", "a step of PEFT's models before and after accelerate", parts=("peft",)),
+        Stage("dropout", "p=0.1", llama(DROPPED, 8192)),
+        Stage("eager", "eager PyTorch", llama(EAGER, 8192)),
+        Stage("growth", "decoder layers: 1, 2, 4, 8", parts=("growth",)),
+        Stage("ranks", "r=8 and r=64", llama(RANKED, 8192, r=8) + llama(RANKED, 8192, r=64)),
+        Stage("by-m", "M from 512 to 16384", llama(BY_M, 4096, 1024, 16384, 2048, 512)),
+        Stage("others", "Unsloth and LoRAFusion, which may patch others on import", llama(others, 8192)),
+        Stage("nf4-others", "4-bit base: Unsloth, torch.compile", nf4_others),
+        Stage("vit", f"ViT-B/16 linears, M={64 * VIT_TOKENS}", vit),
+        Stage("forward", "forward alone, M=8192", llama(TARGET, 8192, passes=("fwd",))),
+        Stage("compile", "torch.compile of eager PyTorch", llama(compiled, 8192)),
+        Stage("small-adapters", "small adapters in 16 bits", parts=("small_adapters",)),
+    ]  # fmt: skip
 
 
-def unavailable() -> dict[str, str]:
-    """The peers that cannot be measured here, with the reason; empty where all can."""
-    try:
-        library = importlib.import_module("peft")
-    except ImportError as error:
-        return {"peft": str(error)}
-    if not hasattr(library, "GloraConfig"):
-        return {"peft": f"peft {library.__version__} has no GLoRA"}
-    return {}
+def _small(contenders: Iterable[Contender], m: int, n: int, k: int, r: int, **options: Any) -> Group:
+    return group(contenders, m, n, k, r, dtype="fp32", modes=("eager",), **options)
 
 
-def step(contestant: Contestant, x: Tensor, dy: Tensor) -> Any:
-    """One forward and backward, with gradients that start from None; the output."""
-    x.grad = None
-    for parameter in contestant.params.values():
-        parameter.grad = None
-    y = contestant.forward(x)
-    y.backward(dy)
-    return y
+def cpu_stages() -> list[Stage]:
+    """The same questions at sizes a CPU answers in minutes, in fp32 and without graphs."""
+    ratios = by("ours", LORA, VECTOR_LORA, FULL, LORA_LORA, VECTORS) + PEFTS
+    host = by("ours", LORA, "glora:vector,lora,none,none,vector") + by("peft", LORA, VECTORS)
+    core = (*TARGET, *by("eager", LORA, LORA_LORA))
+    sets = sibling_groups(4, 16, 512, dtype="fp32", modes=("eager",))
+    train = _small(NF4_TRAIN, 512, 1024, 1024, 16, passes=PASSES, nf4=True)
+    few = tuple(_small(NF4_DECODE, m, 1024, 1024, 16, passes=("fwd",), nf4=True, decode=True) for m in FEW)
+    return [
+        Stage("ratios", "M=1024, N=K=2048, r=8", (_small(ratios, 1024, 2048, 2048, 8, bias=True),), quick=True,
+              rounds=30),
+        Stage("products", "matrix products and saved memory", parts=("products",), quick=True),
+        Stage("small-adapters", "small adapters in 16 bits", parts=("small_adapters",)),
+        Stage("host", "host cost of one call", (_small(host, 1, 16, 16, 4, bias=True, passes=PASSES),), threads=1,
+              rounds=100),
+        Stage("groups", "layers with one input", sets),
+        Stage("merging", "merging every linear of a model", parts=("merging",)),
+        Stage("nf4", "4-bit base in training", (train,)),
+        Stage("nf4-decode", "4-bit base, 1 to 32 tokens", few),
+        Stage("nf4-parts", "4-bit base: dequantizing alone; memory", parts=("dequantizing", "memory")),
+        Stage("peft", "a step of PEFT's models before and after accelerate", parts=("peft",)),
+        Stage("target", "M=512, N=K=1024, r=8", (_small(core, 512, 1024, 1024, 8, passes=PASSES),)),
+        Stage("by-m", "M from 64 to 2048", tuple(_small(BY_M, m, 1024, 1024, 8) for m in (64, 256, 1024, 2048))),
+        Stage("ranks", "r from 4 to 64", tuple(_small(RANKED, 512, 1024, 1024, r) for r in (4, 16, 32, 64))),
+        Stage("vit", "ViT-B/16, one image", tuple(_small(RANKED, VIT_TOKENS, n, k, 8, bias=True) for n, k in VIT)),
+        Stage("growth", "small decoder layers: 1, 2, 4, 8", parts=("growth",)),
+    ]  # fmt: skip
 
 
-def gradients(contestant: Contestant, x: Tensor, dy: Any) -> tuple[Any, dict[str, Tensor]]:
-    """y, and the gradients of x and of every trainable tensor ("x" and the names of `params`).
-
-    `torch.autograd.grad` hands them over as they are: nothing is accumulated into `.grad`.
-    """
-    inputs = {"x": x, **contestant.params}
-    y = contestant.forward(x)
-    return y, dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), dy), strict=True))
-
-
-Expected = dict[str, tuple[Tensor, float]]
-"""By result ("y", "dx", "d<support>"): its float64 value, and the largest absolute error that is accepted."""
-
-
-def expectations(problem: Problem, keep: Tensor | None = None) -> Expected:
-    """The literal formula in float64, and by the project's one tolerance what may differ from it.
-
-    Everything is compared, on the device it lives on: float64 products of the largest layer take a data-centre card a
-    fraction of a second, and a sample of rows and columns would leave tiles unseen.
-
-    Args:
-        problem: the case.
-        keep: the dropout mask, where the configuration has dropout.
-    """
-    values = (problem.x, problem.weight, problem.bias, problem.params, problem.config, problem.dy)
-    exact = literal_step(*values, torch.float64, keep)
-    plain = literal_step(*values, problem.shape.dtype, keep)
-    dtype = problem.shape.dtype
-    return {name: (value, allowed_error(value, plain[name], dtype)) for name, value in exact.items()}
+def tiny_stages() -> list[Stage]:
+    """A few seconds on a CPU: what the tests run end to end."""
+    few = (*by("ours", LORA), *by("ours", LORA, p=0.1), *by("ours", VECTOR_LORA, FULL))
+    decode = tuple(_small(NF4_DECODE, m, 64, 64, 4, passes=("fwd",), nf4=True, decode=True) for m in (1, 3))
+    return [
+        Stage("target", "tiny", (_small(few, 8, 24, 16, 2),), quick=True),
+        Stage("by-m", "tiny, another M", (_small(few, 16, 24, 16, 2),)),
+        Stage("groups", "tiny sets", sibling_groups(128, 4, 8, dtype="fp32", modes=("eager",))),
+        Stage("nf4", "tiny, 4-bit", (_small(NF4_TRAIN, 8, 64, 64, 4, passes=PASSES, nf4=True), *decode)),
+        Stage("merging", "tiny: merging", parts=("merging",)),
+        Stage("nf4-parts", "tiny: dequantizing, memory", parts=("dequantizing", "memory")),
+        Stage("models", "tiny models", parts=("growth", "peft")),
+    ]
 
 
-def check(contestant: Contestant, problem: Problem, expected: Expected | None = None) -> float:
-    """Compare y, dx and every adapter gradient with float64; the largest error over the largest value.
-
-    What is accepted is the project's tolerance: twice the error of the literal formula at the same dtype, plus a
-    small floor (`glora_kernels.reference.tolerance`).
-
-    Args:
-        contestant: what is about to be timed.
-        problem: the case it was made from.
-        expected: of `expectations`, where they are known already.
-
-    Raises:
-        AssertionError: something is worse than that; the message says what and by how much.
-    """
-    if expected is None:
-        expected = expectations(problem)
-    y, found = gradients(contestant, problem.x, problem.dy)
-    results = {"y": y.detach()} | {f"d{name}": value for name, value in found.items()}
-    return compare(f"{contestant.name}, {problem.shape}", results, expected)
+def stages(scale: str) -> list[Stage]:
+    """The stages of "cuda", "cpu" or "tiny"."""
+    return {"cuda": gpu_stages, "cpu": cpu_stages, "tiny": tiny_stages}[scale]()
 
 
-def compare(what: str, results: Mapping[str, Tensor], expected: Expected) -> float:
-    """The largest error of the results over the largest value of each; raises as `check`."""
-    worst = 0.0
-    for name, value in results.items():
-        exact, limit = expected[name]
-        error = largest_error(value.reshape(exact.shape), exact)
-        size = max(float(exact.abs().max()), torch.finfo(torch.float64).tiny)
-        if not error <= limit:
-            raise AssertionError(
-                f"{what}: {name} is off by {error / size:.3g} of its largest value, "
-                f"more than {limit / size:.3g} (twice the literal formula in the same dtype and a floor)"
-            )
-        worst = max(worst, error / size)
-    return worst
-
-
-class _Wrapper(nn.Module):
-    """The smallest model with a module for PEFT to find."""
-
-    def __init__(self, linear: nn.Module) -> None:
-        super().__init__()
-        self.linear = linear
-        self.is_loaded_in_4bit = is_linear4bit(linear)  # what transformers sets, and PEFT looks at
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
-
-
-def base_layer(problem: Problem) -> nn.Module:
-    """The frozen layer: the problem's own, or an nn.Linear that shares its weight and bias."""
-    if problem.base is not None:
-        return problem.base
-    n, k = problem.weight.shape
-    linear = nn.Linear(k, n, bias=problem.bias is not None, device="meta")
-    linear.weight = nn.Parameter(problem.weight, requires_grad=False)
-    if problem.bias is not None:
-        linear.bias = nn.Parameter(problem.bias, requires_grad=False)
-    return linear
-
-
-def peft_parameters(layer: nn.Module, config: GLoRAConfig) -> dict[str, Tensor]:
-    """PEFT's parameters by our names."""
-    if config_case(config) == "lora":
-        down, up = layer.get_submodule("lora_A.default"), layer.get_submodule("lora_B.default")
-        return {"B_down": down.get_parameter("weight"), "B_up": up.get_parameter("weight")}
-    params: dict[str, Tensor] = {}
-    for name in SUPPORTS:
-        path, form = layer.get_submodule(f"glora_{name}.default"), getattr(config, name)
-        if form == "lora":
-            params |= {f"{name}_up": path.get_parameter("Xd"), f"{name}_down": path.get_parameter("Xu")}
-        elif form != "none":
-            params[name] = path.get_parameter("X")
-    return params
-
-
-@torch.no_grad()
-def copy_values(params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Write the values into parameters of the same names."""
-    if set(params) != set(values):
-        raise AssertionError(f"parameters {sorted(params)} cannot take the values of {sorted(values)}")
-    for name, parameter in params.items():
-        parameter.copy_(values[name].reshape(parameter.shape))
+def find(scale: str, name: str) -> Stage:
+    """A stage by its name."""
+    listed = {stage.name: stage for stage in stages(scale)}
+    if name not in listed:
+        raise SystemExit(f"--stages {name}: no such stage; there are {', '.join(listed)}")
+    return listed[name]

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.battery import LLAMA, DecodeEntry, Entry
+from benchmarks.cases import FROZEN, LLAMA, LORA, Entry
 
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,10 @@ def work(entry: Entry, direction: str = "fwd_bwd") -> Work:
     passes = 2 if both else 1
     products, thin, moved = passes, 0.0, 0.0
     x, y, w = m * k * size, m * n * size, float(n * k * size)
-    a, b, *vectors = _supports(entry)
+    plain = {FROZEN: ["none"] * 5, LORA: ["none", "lora", "none", "none", "none"]}
+    a, b, *vectors = plain.get(entry.adapter) or entry.adapter.removeprefix("glora:").split(",")
     if b == "lora":
-        pair = 2.0 * m * r * (n + k * entry.members)
+        pair = 2.0 * m * r * (n + k * max(1, len(entry.widths)))
         thin += pair  # h and h·B_upᵀ
         if both:
             thin += pair  # dS and dS·B_down
@@ -73,13 +74,12 @@ def work(entry: Entry, direction: str = "fwd_bwd") -> Work:
                 moved += x
     if a in ("vector", "constant") and both:
         moved += y
-    quantized = entry.case.startswith("nf4-")
     if a == "lora":
         products += 1 if both else 0
-        moved += 0 if quantized else passes * 2 * w
-    if quantized and isinstance(entry, DecodeEntry) and a != "lora":
+        moved += 0 if entry.quantized else passes * 2 * w
+    if entry.quantized and entry.decode and a != "lora":
         w = packed_bytes(n, k)
-    elif quantized:
+    elif entry.quantized:
         moved += passes * n * k * (0.5 + size)
     if any(form != "none" for form in vectors):
         moved += passes * w
@@ -101,15 +101,6 @@ def floor_ms(entry: Entry, ceilings: Ceilings, direction: str = "fwd_bwd") -> fl
 
 def seven(case: str, m: int = 8192, r: int = 16, ceilings: Ceilings = H100) -> float:
     """The summed floor of the seven LLaMA-3-8B linears over the same seven frozen."""
-    impl = "eager" if case == "frozen" else "ours"
-    above = [Entry(case, impl, m, n, k, r, 0.0, name) for name, (n, k) in LLAMA.items()]
-    below = [Entry("frozen", "eager", m, n, k, layer=name) for name, (n, k) in LLAMA.items()]
+    above = [Entry(case, "ours", m, n, k, r, 0.0, name) for name, (n, k) in LLAMA.items()]
+    below = [Entry(FROZEN, "eager", m, n, k, layer=name) for name, (n, k) in LLAMA.items()]
     return sum(floor_ms(e, ceilings) for e in above) / sum(floor_ms(e, ceilings) for e in below)
-
-
-def _supports(entry: Entry) -> list[str]:
-    if entry.frozen:
-        return ["none"] * 5
-    if entry.adapter == "lora":
-        return ["none", "lora", "none", "none", "none"]
-    return entry.adapter.removeprefix("glora:").split(",")

@@ -24,8 +24,9 @@ from dry_card import card, forms  # isort: skip  # installs the card, which come
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import Spread, interleaved, ratio, table
-from glora_kernels.tools import outputs
+from benchmarks.devices import Spread
+from benchmarks.tables import table
+from glora_kernels.tools import outputs, timing
 
 CHAIN = 8
 INNER = 5  # steps in a row: in training too a chain follows one like it
@@ -91,16 +92,14 @@ def measure(rounds: int, only: Sequence[str] = ()) -> dict[str, Any]:
     gc.collect()
     gc.disable()
     with card.unrecorded():
-        times = interleaved(calls, rounds, inner=INNER, warmup=3, label="rounds")
+        taken = timing.clock_timer([[call] * INNER for call in calls.values()], rounds)
     gc.enable()
-    rows = []
+    times, rows = dict(zip(calls, taken, strict=True)), []
     for name in calls:
-        ordered = sorted(times[name])
-        over = ratio(times, name, PEFT_FORWARD if name in (PEFT_FORWARD, *forms.DECODED) else PEFT)
+        over = Spread.ratio(times[name], times[PEFT_FORWARD if name in (PEFT_FORWARD, *forms.DECODED) else PEFT])
         row: dict[str, Any] = {"layer": name, "launches": counts[name]}
-        row |= {"us": 1e6 * Spread.of(ordered).median / CHAIN, "least_us": 1e6 * ordered[0] / CHAIN}
-        row |= {"over_peft": over.median, "over_peft_p20": over.p20, "over_peft_p80": over.p80}
-        rows.append(row)
+        row |= {"us": 1e3 * Spread.of(times[name]).median / CHAIN, "least_us": 1e3 * min(times[name]) / CHAIN}
+        rows.append(row | over.named("over_peft"))
     return {"rounds": rounds, "chain": CHAIN, "rows": rows}
 
 

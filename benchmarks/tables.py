@@ -1,0 +1,386 @@
+"""How what was measured is shown: sections of sentences and tables, all made of `results.Found`.
+
+A device's Markdown file has every section; README.md has some of them, without p20 and p80.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks import floor, results, targets
+from benchmarks.cases import FROZEN, FULL, HIRA, LORA, LORA_LORA, MLP, PEFT_STEP, VECTOR_LORA, VECTORS
+from benchmarks.devices import Spread
+from benchmarks.floor import Ceilings
+from benchmarks.results import Found, Line, Which, over_frozen, select
+from benchmarks.targets import BACKEND_NAMES, FORM_NAMES, PASS_NAMES, SETS
+
+CASE_NAMES = {
+    FROZEN: "no adapter", LORA: "LoRA", VECTOR_LORA: "GLoRA, A = vector, B = lora",
+    FULL: "GLoRA, A = vector, B = lora, C = D = E = vector", LORA_LORA: "GLoRA, A = B = lora",
+    VECTORS: "GLoRA, A = B = vector", "glora:vector,lora,vector,none,vector": "GLoRA, A = C = E = vector, B = lora",
+    HIRA: "HiRA",
+}  # fmt: skip
+IMPL_NAMES = {
+    "ours": "here", "eager": "eager PyTorch", "compile": "torch.compile", "peft": "PEFT", "bnb": "bitsandbytes",
+    "unsloth": "Unsloth", "lorafusion": "LoRAFusion", "concat": "weights concatenated",
+    "single": "here, layer by layer", "grouped_mm": "torch.nn.functional.grouped_mm",
+}  # fmt: skip
+COMMAND = "`python -m benchmarks.report --stages {}` measures this."
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as a Markdown table, aligned; None is shown as a dash."""
+    if not rows:
+        return "(nothing)"
+    lines = [[str(key) for key in rows[0]], *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def pivot(corner: str, cells: Mapping[tuple[str, str], str]) -> str:
+    """A table of cells by the names of their row and column, both in the order in which they come."""
+    columns = list(dict.fromkeys(column for _, column in cells))
+    names = dict.fromkeys(row for row, _ in cells)
+    return table([{corner: name} | {column: cells.get((name, column), "–") for column in columns} for name in names])
+
+
+def label(case: str, impl: str, dense: bool = False) -> str:
+    """A contestant for people. dense: among layers over a 4-bit base, those on a dense one are named so."""
+    adapter = case.removeprefix("nf4-")
+    kind, _, name = adapter.partition(":")
+    adapter = kind if name in SETS else adapter
+    where = ", dense base" if dense and not case.startswith("nf4-") else ""
+    return f"{CASE_NAMES.get(adapter, adapter)}{where}: {IMPL_NAMES[impl]}"
+
+
+def shown(spread: Spread, ends: bool) -> str:
+    text = f"{spread.median:.2f}"
+    return f"{text} ({spread.p20:.2f} to {spread.p80:.2f})" if ends and spread.p20 != spread.p80 else text
+
+
+def over_table(
+    lines: Sequence[Line], corner: str, ends: bool, keep: Callable[[Which], bool] = lambda which: True
+) -> str:
+    """A row a contestant, a column an M or a set, and pass: the time over the frozen layer's of the same rounds."""
+    cells: dict[tuple[str, str], str] = {}
+    mode = results.best_mode(lines)
+    for m in sorted({line["row"]["m"] for line in lines}, reverse=True):
+        for direction, name in PASS_NAMES.items():
+            for which, spread in over_frozen(select(lines, m=m, direction=direction, mode=mode)).items():
+                column = f"{SETS.get(which[0].partition(':')[2], f'M={m}')}: {name}"
+                if keep(which):
+                    cells.setdefault((label(*which[:2]), column), shown(spread, ends))
+    return pivot(corner, cells)
+
+
+def about(found: Found, stage: str) -> str:
+    """Where, when and at which commit a stage was measured."""
+    note, head = found["notes"].get(f"stage {stage}", {}), found["header"]
+    cores = note.get("cores") or head.get("details", {}).get("cores")
+    where = f"{note.get('threads', 1)} of {cores} cores" if cores else head["device"]
+    load = f", load {note['load'][0]:.1f} before and {note['load'][1]:.1f} after" if "load" in note else ""
+    more = f"; {note['with']}" if "with" in note else ""
+    date, commit = note.get("date", head["date"]), note.get("commit", head["commit"])
+    return f"{where}{load}, {note.get('rounds')} rounds{more}; {date[:10]}, commit {commit}."
+
+
+def facts(found: Found) -> str:
+    """Device, versions and commit in one or two sentences."""
+    head, rates = found["header"], found["notes"].get("ceilings")
+    named = {"torch": head["torch"], "triton": head["triton"], **(head.get("packages") or {})}
+    versions = ", ".join(f"{name} {value}" for name, value in named.items() if value)
+    driver = f", driver {head['driver']}" if head.get("driver") else ""
+    text = f"{head['device']}{driver}; {versions}; {head['date']}, commit {head['commit']}."
+    if rates:
+        text += f" Ceilings: {rates['tflops']:.3g} TFLOP/s (a large product), {rates['gbps']:.4g} GB/s (a copy)."
+    return text
+
+
+def of_targets(found: Found, ends: bool) -> list[str]:
+    if found["header"].get("scale") != "cuda":
+        return []
+    return [
+        "H100, bf16, r = 16, M = 8192 where nothing else is said; an empty cell was not measured. The last column is "
+        "our eager-mode time over that of eager PyTorch doing the same.",
+        table(targets.rows("seven linears, forward + backward, over frozen", targets.LAYERS, found)),
+        "Layers with one input, launches and merging; bf16, M = 8192; launches as the profiler counts them.",
+        table(targets.rows("LoRA, r = 16", targets.SIBLINGS, found)),
+        "A 4-bit base: NF4 in blocks of 64, double quantization; bf16, r = 16. Of a copy's bandwidth: the bytes of the "
+        "codes (dequantizing: all that is read and written) over the time; the worst of the shapes.",
+        table(targets.rows("4-bit base, r = 16", targets.QUANTIZED, found)),
+    ]
+
+
+def of_ratios(found: Found, ends: bool) -> list[str]:
+    lines = [line for line in found["rows"] if line["stage"] == "ratios"]
+    if not lines:
+        return []
+    over = {which[:2]: spread for which, spread in over_frozen(lines).items()}
+    row, rows = lines[-1]["row"], []
+    for case in dict.fromkeys(case for case, impl in over if impl == "ours"):
+        one = {"": CASE_NAMES[case]}
+        for name, impl in (("here", "ours"), ("PEFT", "peft")):
+            one[name] = shown(over[case, impl], ends) if (case, impl) in over else "–"
+        most, least = targets.CPU_MOST.get(case), targets.CPU_FASTER.get(case)
+        if ends:
+            one["target"] = "" if most is None else f"≤ {most:.2f}"
+            theirs = over.get((case, "peft"))
+            gain = "–" if theirs is None else f"{theirs.median / over[case, 'ours'].median:.2f}"
+            one["PEFT's over ours"] = gain if least is None else f"{gain} (≥ {least:.1f})"
+        rows.append(one)
+    shape = f"M={row['m']} K={row['k']} N={row['n']} R={row['r']} {row['dtype']}, forward and backward"
+    text = f"{shape}: the median over the interleaved rounds of the time over the frozen layer's in the same round"
+    return [f"{text}; {about(found, 'ratios')} {COMMAND.format('ratios')}", table(rows)]
+
+
+def of_host(found: Found, ends: bool) -> list[str]:
+    """What a call costs where there is hardly any arithmetic."""
+    lines = [line for line in found["rows"] if line["stage"] == "host"]
+    cells = {}
+    for row in (line["row"] for line in lines):
+        low, took, high = (f"{1e3 * row[name]:.1f}" for name in ("p20_ms", "median_ms", "p80_ms"))
+        cells[label(row["case"], row["impl"]), PASS_NAMES[row["pass"]]] = f"{took} µs ({low} to {high})"
+    text = f"M=1 K=16 N=16 R=4 fp32, 1 thread; {about(found, 'host')} {COMMAND.format('host')}"
+    return [text, pivot("one call", cells)] if lines else []
+
+
+def of_sets(found: Found, ends: bool) -> list[str]:
+    lines = select(found["rows"], op="group")
+    if not lines:
+        return []
+    lines = select(lines, m=max(line["row"]["m"] for line in lines))
+    row, more = lines[0]["row"], [line["detail"] for line in lines]
+    widest = max(detail["over_frozen_p80"] - detail["over_frozen_p20"] for detail in more)
+    return [
+        "LoRA on layers that read one input, over one product with their weights concatenated: "
+        f"M={row['m']} K={row['k']} {row['dtype']}, {about(found, 'groups')} On a CPU nothing is launched, so "
+        f"grouping has little to gain. The p20 and p80 of a ratio are up to {widest:.2f} apart. "
+        + COMMAND.format("groups"),
+        over_table(lines, "over one product", ends),
+    ]
+
+
+def noted(name: str, show: Callable[[Mapping[str, Any]], list[str]]) -> Callable[[Found, bool], list[str]]:
+    """The section of a part that is noted by its name: what it shows, or why there is nothing to show."""
+
+    def section(found: Found, ends: bool) -> list[str]:
+        part = found["notes"].get(name)
+        if part is None or "error" in part:
+            return [] if part is None else [part["error"]]
+        left_out = "\n".join(f"- {what}: {why}" for what, why in part.get("left_out", {}).items())
+        return [*show(part), *([left_out] if left_out else [])]
+
+    return section
+
+
+def counted(part: Mapping[str, Any]) -> list[str]:
+    return [part["shape"], table(part["rows"])]
+
+
+def merging(merge: Mapping[str, Any]) -> list[str]:
+    kernel, whole, sentences = merge["kernel"], merge["whole"], []
+    if kernel is not None:
+        took = f"{1e3 * kernel['median_s']:.3g} ms ({1e3 * kernel['p20_s']:.3g} to {1e3 * kernel['p80_s']:.3g})"
+        sentences.append(
+            f"{merge['layers']} decoder layers, {merge['linears']} linears, {merge['dtype']}, r={merge['r']}, in one "
+            f"launch: {took} for {kernel['bytes'] / 2**30:.3g} GiB read and written, {kernel['gbps']:.4g} GB/s, "
+            f"{100 * kernel['of_copy']:.0f}% of what a copy reaches; a loop of `addmm_` takes "
+            f"{1e3 * kernel['loop_s']:.3g} ms, {100 * kernel['loop_of_copy']:.0f}%."
+        )
+    each = {name: f"{1e3 * whole[f'{name}_s'] / whole['linears']:.3g} ms" for name in ("merge", "unmerge", "copy")}
+    sizes = f"{whole['linears']} with {whole['bytes'] / 2**20:.4g} MiB of weights in all, {merge['dtype']}"
+    sentences.append(
+        f"`gk.merge` takes {each['merge']} a linear ({sizes}), copying its base to host memory alone {each['copy']}; "
+        f"`gk.unmerge` {each['unmerge']}. {COMMAND.format('merging')}"
+    )
+    return [" ".join(sentences)]
+
+
+def of_quantized(found: Found, ends: bool) -> list[str]:
+    decode = [line for line in found["rows"] if line["detail"].get("decode")]
+    rest = [line for line in found["rows"] if not line["detail"].get("decode")]
+    own = [line for line in rest if line["row"]["case"].startswith("nf4-")]
+    if not own:
+        return []
+    row, training = own[0]["row"], [*own, *select(rest, case=FROZEN)]  # the frozen rows may be of another stage
+    shape = "LLaMA-3-8B's linears" if row["layer"] else f"N = K = {row['n']}"
+    over = "over the dense frozen layer"
+    return [
+        f"Over a 4-bit base (NF4 in blocks of 64, double quantization): {shape}, {row['dtype']}, {about(found, 'nf4')} "
+        "Time over the dense frozen layer's in the same round, then the forward of a few tokens and, as a share of a "
+        "copy's bandwidth, the bytes of its weight over that time. bitsandbytes: with two thin products beside it; "
+        "eager PyTorch: its dequantizing, then the dense formula. A CPU has no fused kernel: the weight is decoded in "
+        f"plain PyTorch, which is what its times are. {COMMAND.format('nf4 nf4-decode')}",
+        over_table(training, over, ends, lambda which: which[0].startswith("nf4-")),
+        decode_table(decode),
+    ]
+
+
+def decode_table(lines: list[Line]) -> str:
+    """A row a contestant, a column an M: microseconds, and the share of a copy's bandwidth behind them, of the weight's
+    bytes (of a 4-bit weight its codes). Of LLaMA-3-8B the sum over gate, up and down."""
+    sums: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for line in select(lines, mode=results.best_mode(lines)):
+        row = line["row"]
+        dense = row["n"] * row["k"] * floor.BYTES[row["dtype"]]
+        stored = floor.packed_bytes(row["n"], row["k"]) if row["case"].startswith("nf4-") else dense
+        if row["layer"] in (None, *MLP):
+            key = (label(row["case"], row["impl"], dense=True), f"M={row['m']}")
+            sums.setdefault(key, []).append((row["median_ms"], stored / line["detail"]["copy_gbps"] / 1e6))
+    cells = {}
+    for key, parts in sums.items():
+        took = sum(ms for ms, _ in parts)
+        cells[key] = f"{1e3 * took:.0f} µs, {100 * sum(least for _, least in parts) / took:.0f}%"
+    return pivot("forward of a few tokens", cells)
+
+
+def dequantizing(part: Mapping[str, Any]) -> list[str]:
+    mode = results.best_mode([{"row": row} for row in part["rows"]])
+    cells = {}
+    for row in (row for row in part["rows"] if row["mode"] == mode):
+        at = (f"{row['shape']}, {BACKEND_NAMES[row['backend']]}", FORM_NAMES[row["form"]])
+        cells[at] = f"{1e3 * row['median_ms']:.0f} µs, {100 * row['of_copy']:.0f}%"
+    text = f"Codes, absmax and adapters (factors of rank {part['r']}) read, the dense weight written: over a copy."
+    return [text, pivot("dequantizing", cells)]
+
+
+def memory(part: Mapping[str, Any]) -> list[str]:
+    names = {"base_bytes": "base", "adapter_bytes": "adapters", "workspace_bytes": "workspace"}
+    names |= {"saved_bytes": "saved for backward", "peak_bytes": "peak of a step beyond them", "all_bytes": "in all"}
+    rows = []
+    for row in part["rows"]:
+        one = {"MiB": label(row["case"], row["impl"], dense=True), "layers": row["layers"]}
+        rows.append(one | {title: f"{row[name] / 2**20:.3g}" for name, title in names.items()})
+    return [
+        f"Layers of N = K = {part['n']} in a row, M = {part['m']}, r = {part['r']}, {part['dtype']}. Saved for "
+        "backward: beyond x, y, base and adapters, but with the activations between the layers; the peak holds it, y "
+        "and the gradients too. The workspace is one buffer, however many layers there are. "
+        + COMMAND.format("nf4-parts"),
+        table(rows),
+    ]
+
+
+def is_pair(line: Line) -> bool:
+    """Whether a model's line is of PEFT before and after `accelerate`, or of the frozen model beside them."""
+    return str(line["row"]["model"]).startswith(PEFT_STEP)
+
+
+def of_peft(found: Found, ends: bool) -> list[str]:
+    pairs: dict[tuple[str, bool], list[Line]] = {}
+    for line in filter(is_pair, found["models"]):
+        pairs.setdefault((line["row"]["case"], ", dropout" in line["row"]["model"]), []).append(line)
+    if not pairs or "peft" not in found["notes"]:
+        return []
+    sizes, rows = found["notes"]["peft"], []
+    for (case, dropped), pair in pairs.items():
+        target = targets.FASTER.get((case, dropped)) if len(pair) > 1 else None
+        row = {"a step: PEFT → accelerated": CASE_NAMES[case] + ", dropout" * dropped}
+        row["ms"] = " → ".join(f"{one['row']['median_ms']:.0f}" for one in pair)
+        for name, title in (("over_frozen", "over frozen"), ("faster", "times faster")):
+            figures = [shown(_spread(one, name), ends) for one in pair if name in one["detail"]]
+            row[title] = " → ".join(figures) or "–"
+        row["target"] = "" if target is None else f"≥ {target:.1f}"
+        row["peak, MiB"] = " → ".join(_mebibytes(one["row"]["peak_bytes"]) for one in pair)
+        for name, title in (("saved", "saved for backward"), ("dense", "dense weights in it")):
+            row[f"{title}, MiB"] = " → ".join(_mebibytes(one["detail"][f"{name}_bytes"]) for one in pair)
+        rows.append(row)
+    return [
+        f"A LLaMA of {sizes['layers']} layers, hidden size {sizes['hidden']}, intermediate {sizes['intermediate']}, "
+        f"{sizes['dtype']}, with random weights; every linear of its layers adapted, in the dtype of the base, r = "
+        f"{sizes['rank']}; {sizes['batch']} sequences of {sizes['length']} tokens. A step is forward, loss, backward "
+        "and AdamW over the adapters; of the frozen model forward and backward. Every model carries the gradient "
+        "through to the output of the embeddings. LLaMA's linears have no bias, so PEFT's GLoRA makes no C, D and E "
+        "for them. The peak holds weights, adapters and moments; saved for backward is what autograd keeps beyond "
+        "weights and adapters, and a dense weight is what of it has a weight's shape. Losses and gradients before and "
+        "after were compared with float64 in the same run, without dropout: masks differ. "
+        + f"{about(found, 'peft')} {COMMAND.format('peft')}",
+        table(rows),
+    ]
+
+
+def _spread(line: Line, name: str) -> Spread:
+    return Spread(*(line["detail"][f"{name}{end}"] for end in ("", "_p20", "_p80")))
+
+
+def _mebibytes(count: int | None) -> str:
+    return "–" if count is None else f"{count / 2**20:.0f}"
+
+
+def of_models(found: Found, ends: bool) -> list[str]:
+    rows = []
+    for line in (line for line in found["models"] if not is_pair(line)):
+        row = {name: line["row"][name] for name in ("model", "case", "impl", "tokens")}
+        row |= {"median_ms": f"{line['row']['median_ms']:.4g}", "over frozen": line["detail"].get("over_frozen")}
+        row |= {"tokens/s": f"{line['row']['tokens_per_s']:.0f}", "peak MiB": _mebibytes(line["row"]["peak_bytes"])}
+        rows.append(row)
+    return ["Training steps in eager mode, every linear of every layer adapted.", table(rows)] if rows else []
+
+
+def of_rows(found: Found, ends: bool) -> list[str]:
+    """Every row for people: shape, case, time, over frozen, rate, memory; rates of the least there is to do."""
+    names = {"m": "M", "n": "N", "k": "K", "r": "r", "p": "p", "pass": "pass", "mode": "mode"}
+    rates, rows = found["notes"]["ceilings"], []
+    for line in found["rows"]:
+        row, more, entry = line["row"], line["detail"], results.entry_of(line)
+        least, seconds = floor.work(entry, row["pass"]), row["median_ms"] / 1e3
+        lowest = floor.floor_ms(entry, Ceilings(rates["tflops"], rates["gbps"]), row["pass"])
+        one = {name: row[name] for name in ("case", "impl", "layer")} | {t: row[name] for name, t in names.items()}
+        one["p"] = _number(row["p"], "g")
+        one |= {name: _number(row[name], ".4g") for name in ("median_ms", "p20_ms", "p80_ms")}
+        one |= {"over frozen": more.get("over_frozen"), "of floor": f"{100 * lowest / row['median_ms']:.0f}%"}
+        one |= {"TFLOP/s": f"{least.flops / seconds / 1e12:.3g}", "GB/s": f"{least.bytes / seconds / 1e9:.3g}"}
+        one |= {"saved bytes": row["saved_bytes"], "peak bytes": row["peak_bytes"], "launches": more.get("launches")}
+        rows.append(one | {"host µs": _number(more.get("host_us"), ".0f"), "error": _number(row["max_rel_err"], ".1e")})
+    return ["over frozen: in the same rounds, the median of their ratios.", table(rows)] if rows else []
+
+
+def _number(value: float | None, form: str) -> str | None:
+    return None if value is None else format(value, form)
+
+
+def of_missing(found: Found, ends: bool) -> list[str]:
+    missing = [f"- {impl}: {why}" for impl, why in found["unavailable"].items()]
+    return ["\n".join([*missing, *(f"- {error['what']}: {error['reason']}" for error in found["errors"])])]
+
+
+def of_tests(found: Found, ends: bool) -> list[str]:
+    note = found["notes"].get("tests")
+    return [f"`{note['command']}`: {note['result']}"] if note else []
+
+
+of_merging, of_memory = noted("merging", merging), noted("memory", memory)
+SECTIONS: dict[str, Callable[[Found, bool], list[str]]] = {
+    "Targets": of_targets,
+    "Time over the frozen layer": of_ratios,
+    "Host cost of one call": of_host,
+    "Layers with one input": of_sets,
+    "Merging": of_merging,
+    "A 4-bit base": of_quantized,
+    "Dequantizing": noted("dequantizing", dequantizing),
+    "Memory": of_memory,
+    "PEFT before and after accelerate": of_peft,
+    "Models": of_models,
+    "Matrix products and saved memory": noted("products", counted),
+    "Small adapters in 16 bits": noted("small_adapters", counted),
+    "Every row": of_rows,
+    "Unavailable": of_missing,
+    "Tests on the device": of_tests,
+}
+
+
+def markdown(found: Found, pictures: Mapping[str, str]) -> str:
+    """Everything of one device. pictures: title by file name."""
+    blocks = [f"# Measured on {found['header']['device']}", facts(found)]
+    for title, section in SECTIONS.items():
+        made = [block for block in section(found, True) if block]
+        blocks += [f"## {title}", *made] if made else []
+    return "\n\n".join([*blocks, *(f"![{title}]({name})" for name, title in pictures.items())]) + "\n"
