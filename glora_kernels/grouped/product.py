@@ -31,7 +31,7 @@ from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Launch, halves, numerics
 from glora_kernels.runtime.recording import rows
 
-_GROUP, _RANK_BLOCK = tl.constexpr(GROUP), tl.constexpr(RANK_BLOCK)
+_GROUP = tl.constexpr(GROUP)
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def _fwd_tile(
             if down is None:
                 part += tile.thin_product(
                     Matrix(low.h, low.rank, 1), up, m, n, M, N, low.rank, low.rank, 1, NUMERICS,
-                    BLOCK_M, BLOCK_N // PARTS, _RANK_BLOCK,
+                    BLOCK_M, BLOCK_N // PARTS, 16,
                 )  # fmt: skip
             else:
                 part += tile.times_factor(h, up, n, N, low.rank, NUMERICS, BLOCK_M, BLOCK_N // PARTS, BLOCK_R)
@@ -207,7 +207,7 @@ def _dx_rest(
                 path = members.pick_path(paths, t)
                 term = tile.thin_product(
                     Matrix(path.s, path.rank, 1), Matrix(path.down, 1, K), m, k, M, K, path.rank, path.rank, 1,
-                    NUMERICS, BLOCK_M, BLOCK_K // PARTS, _RANK_BLOCK,
+                    NUMERICS, BLOCK_M, BLOCK_K // PARTS, 16,
                 )  # fmt: skip
                 if masks is not None:
                     seed = tile.seed_of(members.pick(masks.seeds, t))
