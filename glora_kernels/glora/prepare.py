@@ -161,10 +161,9 @@ def prepare_launch(
     p, r = (0 if t is None else t.shape[0] for t in (a_down, b_down))
     shape = Shape(configs.m_class(m), n, k, max(p if into_p else 0, r))
     config = tables.choose("prepare", arch, x.dtype, shape)
-    if dropout.p > 0.0 and r > 32 and x.dtype.itemsize == 2:  # a mask beside that many sums: what does not spill
-        config = config | {"num_warps": 8}
     numbers = numerics(x.dtype, a_up, a_down, b_down)
-    config = configs.fitted("prepare", config, arch, x.dtype, halves=halves(numbers))
+    drops = dropout.p > 0.0
+    config = configs.fitted("prepare", config, arch, x.dtype, r, halves=halves(numbers), drops=drops)
     around = tables.choose("weight", arch, x.dtype, shape._replace(r=p))
     bands = next((t.shape[0] for t in (out.low, out.sigma) if t is not None), 0)
     row_programs = cdiv(m, config["rows"]) * bands

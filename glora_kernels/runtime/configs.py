@@ -289,9 +289,9 @@ class Beside(NamedTuple):
         return self.arch == "sm_100"
 
     @property
-    def full(self) -> bool:
-        """Of few tokens: whether the sums leave no registers for a step of more than 64."""
-        return (self.halves and self.rows == 64) or (self.rank > 32 and self.rows == 32)
+    def wide(self) -> bool:
+        """Of a read of x: whether more warps have to share its rows."""
+        return (self.rank > 16 and self.single) or not self.aligned
 
 
 class Most(int):
@@ -302,22 +302,25 @@ _REGISTERS = {"maxnreg": 255}
 """For a kernel of which ptxas would spill a few bytes to have more programs run at once."""
 
 RULES: dict[str, tuple[tuple[Callable[[Beside], bool], dict[str, int]], ...]] = {
-    "down": (  # of a group, as "dy", "x" and "dx"
-        (lambda b: b.rank > 16 and b.single and b.amd, {"num_warps": 8, "rows": 16}),
-        (lambda b: b.rank > 16 and b.single, {"num_warps": 8, "rows": 16, "depth": 64}),
-        (lambda b: b.rank > 16, {"num_warps": 8}),
-        (lambda b: b.halves and b.newest, {"num_stages": Most(2), **_REGISTERS}),
-        (lambda b: b.halves, {"num_stages": Most(2)}),
+    "prepare": (
+        (lambda b: b.drops and b.rank > 32 and not b.single, {"num_warps": 8}),
+        (lambda b: b.halves and b.newest, _REGISTERS),
     ),
-    "prepare": ((lambda b: b.halves and b.newest, _REGISTERS),),
     "added_terms": (
         (lambda b: b.halves and b.newest, _REGISTERS),
         (lambda b: b.halves and b.amd, {"cols": Most(32)}),
     ),
+    "down": (  # of a group, as "dy", "x" and "dx"
+        (lambda b: b.rank > 16, {"num_warps": 8}),
+        (lambda b: b.rank > 16 and b.single, {"rows": 16}),
+        (lambda b: b.rank > 16 and b.single and not b.amd, {"depth": 64}),
+        (lambda b: b.rank <= 16 and b.halves, {"num_stages": Most(2)}),
+        (lambda b: b.rank <= 16 and b.halves and b.newest, _REGISTERS),
+    ),
     "dy": ((lambda b: b.single, {"rows": Most(32)}),),
     "x": (
-        (lambda b: (b.rank > 16 and b.single) or not b.aligned, {"num_warps": 8}),
-        (lambda b: b.drops or b.rank > (32 if b.newest else 64), _REGISTERS),
+        (lambda b: b.wide, {"num_warps": 8}),
+        (lambda b: not b.wide and (b.drops or b.rank > (32 if b.newest else 64)), _REGISTERS),
     ),
     "dx": (
         (lambda b: b.old and not b.single, _REGISTERS),
@@ -325,22 +328,20 @@ RULES: dict[str, tuple[tuple[Callable[[Beside], bool], dict[str, int]], ...]] = 
         (lambda b: b.newest and b.drops and b.halves, {"cols": Most(64)}),
     ),
     "hadamard_grad": (  # on sm_89 wider ones beside halves would also take more memory than there is
-        (lambda b: b.single and not b.aligned, {"cols": Most(32)}),
         (lambda b: (b.halves and (b.old or b.newest)) or not b.aligned, {"cols": Most(64)}),
+        (lambda b: b.single and not b.aligned, {"cols": Most(32)}),
     ),
     "dequantize": ((lambda b: b.newest, {"num_warps": 8}),),
     "small_m": (
-        (lambda b: b.full and b.newest and b.nested, {"depth": Most(64), **_REGISTERS}),
-        (lambda b: b.full, {"depth": Most(64)}),
-        (lambda b: b.newest and b.nested, _REGISTERS),
+        (lambda b: (b.halves and b.rows == 64) or (b.rank > 32 and b.rows == 32), {"depth": Most(64)}),
+        (lambda b: b.nested and b.newest, _REGISTERS),
     ),
     "shared_grad": (
-        (lambda b: (b.drops or not b.aligned) and b.old and b.rows > 16, {"cols": 32, **_REGISTERS}),
         (lambda b: b.drops or not b.aligned, _REGISTERS),
-        (lambda b: b.halves and b.old and b.rows > 16, {"cols": 32}),
+        (lambda b: (b.drops or b.halves or not b.aligned) and b.old and b.rows > 16, {"cols": 32}),
     ),
 }
-"""By kernel: where a configuration would spill, and what is changed in it then; the first that holds. `part`: the
+"""By kernel: where a configuration would spill, and what is changed in it then, by every rule that holds. `part`: the
 columns of a part of a tile. Every change was found by compiling (`tools.aot`)."""
 
 
@@ -358,14 +359,14 @@ def fitted(
 ) -> dict[str, int]:
     """The configuration of a kernel of `RULES` beside operands that would make it spill: see `Beside`."""
     beside = Beside(arch, dtype, rank, halves, drops, aligned, nested, config["rows"])
-    change = dict(next((change for holds, change in RULES[kernel] if holds(beside)), {}))
-    if part := change.pop("part", 0):
-        change["parts"] = max(1, config["cols"] // part)
-    if not arch.startswith("sm_"):
-        change.pop("maxnreg", 0)
-    return config | {
-        name: min(value, config[name]) if isinstance(value, Most) else value for name, value in change.items()
-    }
+    for holds, change in RULES[kernel]:
+        if holds(beside):
+            for name, value in change.items():
+                if name == "part":
+                    config = config | {"parts": max(1, config["cols"] // value)}
+                elif name != "maxnreg" or arch.startswith("sm_"):
+                    config = config | {name: min(value, config[name]) if isinstance(value, Most) else value}
+    return config
 
 
 def bands(arch: str, rows: int, block: int, depth: int, step: int, most: int = MAX_BANDS) -> tuple[int, int]:
@@ -399,8 +400,7 @@ def all_registers(config: dict[str, int], arch: str) -> dict[str, int]:
 
 def row_splits(rows: int, blocks: int, block: int) -> int:
     """Into how many parts a sum over `rows` is split so that about 256 programs run, each with work to do."""
-    wanted = max(1, 256 // max(1, blocks))
-    return max(1, min(wanted, _ceil(rows, 4 * block)))
+    return max(1, min(256 // max(1, blocks), _ceil(rows, 4 * block)))
 
 
 def _interpreted(kernel: str) -> dict[str, int]:
