@@ -35,7 +35,7 @@ FACTOR, FLOOR = 2.0, {"rms": 2.0, "max": 4.0}
 PAIRS = [(a, b) for a in ("lora", "vector", "constant", "none") for b in ("lora", "vector", "constant", "none")]
 """The 16 forms of (A, B)."""
 EVERYTHING = os.environ.get("GLORA_KERNELS_TEST_ALL") == "1"
-"""Whether what else runs a part of its cases (`thinned`, tests/kernels/test_aot.py) runs all of them."""
+"""Whether what else runs a part of its cases (`thinned`, tests/tools/test_aot.py) runs all of them."""
 
 
 def thinned(step: int, cases: Iterable) -> list:

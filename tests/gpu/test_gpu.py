@@ -1,6 +1,6 @@
 """What only a card can show: real launches, graphs, races, sizes beyond 32 bits. Run with `pytest -m gpu`.
 
-The bodies of tests/kernels run on a card too (their `device` fixture); here is what the interpreter has no word for.
+The bodies of tests/glora and its like run on a card too (their `device` fixture); here is what the interpreter has no word for.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def test_a_replayed_graph_draws_a_new_mask():
 ])  # fmt: skip
 def test_the_profiler_counts_the_planned_launches(a, b, variant):
     """What a card is given is what the plan says, and no other GPU operation."""
-    from kernels.test_fused import plan
+    from glora.test_fused import plan
 
     c = GLoRAConfig(a, b, "none", "none", "none", 16, dropout=0.1 if b == "lora" else 0.0, variant=variant)
     p = problem(c, (2048,), 1024, 1024, False, torch.bfloat16, device="cuda", size=0.05)

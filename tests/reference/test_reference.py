@@ -1,4 +1,4 @@
-"""The oracle itself: against einsum of the equation, its corners, and gradcheck. (The golden file: tests/ops.)"""
+"""The oracle itself: against einsum of the equation, its corners, and gradcheck. (The golden file: tests/glora.)"""
 
 from __future__ import annotations
 

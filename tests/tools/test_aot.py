@@ -117,7 +117,7 @@ AWKWARD = """
 import sys
 sys.path.insert(0, "tests")
 import torch
-from kernels.test_fused import plan
+from glora.test_fused import plan
 from glora_kernels.runtime import routes
 from glora_kernels.tools import aot, elsewhere
 from glora_kernels.runtime.configs import SHARED_LIMIT

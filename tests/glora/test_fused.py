@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from glora.test_golden import AB, GOLDEN, RANK, golden_gradient, golden_problem
 from helpers import PAIRS, check, ours, problem, thinned
-from ops.test_golden import AB, GOLDEN, RANK, golden_gradient, golden_problem
 
 import glora_kernels
 from glora_kernels.dispatch.common import Call, Needs, Supports

@@ -101,7 +101,7 @@ def test_the_table(capsys):
 
 
 def test_the_readme_has_what_the_command_counts():
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     names = {"LLaMA-7B": "llama-7b", "LLaMA-13B": "llama-13b", "LLaMA-3-8B": "llama-3-8b"}
     for shown, name in names.items():
         found = count(name, MODELS[name], 64)

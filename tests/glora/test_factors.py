@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from glora.test_fused import choose_route, interpreted, plan
 from groups import build
 from helpers import PAIRS, check, ours, problem, thinned, truth
-from kernels.test_fused import choose_route, interpreted, plan
 
 from glora_kernels.depth.deferred import Deferred, DeferredLinear, ticket
 from glora_kernels.four_bit import kinds as four_bit
