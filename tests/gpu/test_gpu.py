@@ -1,6 +1,7 @@
 """What only a card can show: real launches, graphs, races, sizes beyond 32 bits. Run with `pytest -m gpu`.
 
-The bodies of tests/glora and its like run on a card too (their `device` fixture); here is what the interpreter has no word for.
+The bodies of the operators' tests run on a card too (their `device` fixture); here is what the interpreter has no word
+for.
 """
 
 from __future__ import annotations
