@@ -4,69 +4,22 @@ Importing the package touches no GPU and loads no kernel.
 """
 
 from glora_kernels.integrations import AccelerationReport, accelerate, acceleration, decelerate
-from glora_kernels.nn import (
-    FusedReport,
-    GLoRALinear,
-    GroupedLoRALinear,
-    MergeReport,
-    QuantizedLinear,
-    clip_grad_norm_,
-    deferred_shared_grads,
-    disabled,
-    fully_shard,
-    fuse_cross_attention,
-    fuse_siblings,
-    inject,
-    load_adapter,
-    merge,
-    merge_and_unload,
-    parameter_groups,
-    quantize,
-    save_adapter,
-    shared,
-    shift_once,
-    split_siblings,
-    trainable_parameters,
-    unmerge,
-    warmup,
-)
+from glora_kernels.nn import *  # noqa: F403 (what nn lists as public)
+from glora_kernels.nn import __all__ as _of_nn
 from glora_kernels.runtime.routes import backend
 from glora_kernels.spec import GLoRAConfig, ShareLoRAConfig
 
 __all__ = [
     "AccelerationReport",
-    "FusedReport",
     "GLoRAConfig",
-    "GLoRALinear",
-    "GroupedLoRALinear",
-    "MergeReport",
-    "QuantizedLinear",
     "ShareLoRAConfig",
     "__version__",
     "accelerate",
     "acceleration",
     "backend",
-    "clip_grad_norm_",
     "decelerate",
-    "deferred_shared_grads",
-    "disabled",
-    "fully_shard",
-    "fuse_cross_attention",
-    "fuse_siblings",
-    "inject",
-    "load_adapter",
-    "merge",
-    "merge_and_unload",
-    "parameter_groups",
-    "quantize",
-    "save_adapter",
-    "shared",
-    "shift_once",
-    "split_siblings",
-    "trainable_parameters",
-    "unmerge",
-    "warmup",
 ]
+__all__ += _of_nn
 
 __version__: str
 

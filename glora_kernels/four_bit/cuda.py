@@ -105,18 +105,11 @@ def _changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 def dequantize_launch(
-    weight: QuantizedWeight,
-    out: Tensor,
-    *,
-    a: Tensor | None = None,
-    a_up: Tensor | None = None,
-    a_down: Tensor | None = None,
-    b: Tensor | None = None,
-    b_up: Tensor | None = None,
-    b_down: Tensor | None = None,
-    scale: float = 1.0,
-    arch: str,
-) -> CudaLaunch:
+    weight: QuantizedWeight, out: Tensor, *,
+    a: Tensor | None = None, a_up: Tensor | None = None, a_down: Tensor | None = None,
+    b: Tensor | None = None, b_up: Tensor | None = None, b_down: Tensor | None = None,
+    scale: float = 1.0, arch: str,
+) -> CudaLaunch:  # fmt: skip
     """out (N,K) = W, or W + W∘A + B with A = a or a_up·a_down, B = b or scale·b_up·b_down.
 
     W alone is bit for bit `quant.dequantize`. With A or B the sum is taken in fp32 and rounded once, to 16 bits with
@@ -159,17 +152,9 @@ def dequantize_launch(
 
 
 def small_m_launch(
-    x: Tensor,
-    weight: QuantizedWeight,
-    y: Tensor,
-    added: Terms = W_ALONE,
-    *,
-    b_down: Tensor | None = None,
-    scale: float = 1.0,
-    h: Tensor | None = None,
-    sigma: Tensor | None = None,
-    arch: str,
-) -> CudaLaunch:
+    x: Tensor, weight: QuantizedWeight, y: Tensor, added: Terms = W_ALONE, *,
+    b_down: Tensor | None = None, scale: float = 1.0, h: Tensor | None = None, sigma: Tensor | None = None, arch: str,
+) -> CudaLaunch:  # fmt: skip
     """y = Z∘(1+a) + h·B_upᵀ + σ·bᵀ + bias∘(1+d) + e + wc with Z = x·Wᵀ, h = scale·x·B_downᵀ, σ = Σₖ xₖ.
 
     One launch. Sums in fp32, one rounding to nearest; the product with B_down takes it in x's dtype. Up to 4 tokens W

@@ -92,18 +92,11 @@ def _dequantize_adapted_kernel(
 
 
 def dequantize_launch(
-    weight: QuantizedWeight,
-    out: Tensor,
-    *,
-    a: Tensor | None = None,
-    a_up: Tensor | None = None,
-    a_down: Tensor | None = None,
-    b: Tensor | None = None,
-    b_up: Tensor | None = None,
-    b_down: Tensor | None = None,
-    scale: float = 1.0,
-    arch: str,
-) -> Launch:
+    weight: QuantizedWeight, out: Tensor, *,
+    a: Tensor | None = None, a_up: Tensor | None = None, a_down: Tensor | None = None,
+    b: Tensor | None = None, b_up: Tensor | None = None, b_down: Tensor | None = None,
+    scale: float = 1.0, arch: str,
+) -> Launch:  # fmt: skip
     """out (N,K) = W, or W + W∘A + B, A = a (N,) or (1,), or a_up·a_down; B = b (N,) or (1,), or scale·b_up·b_down.
 
     `out` is contiguous, in fp32, fp16 or bf16. W alone is bit for bit `quant.dequantize`; with A or B the sum is taken

@@ -242,17 +242,9 @@ def h_before(shape: Shape, cols: int) -> bool:
 
 
 def small_m_launch(
-    x: Tensor,
-    weight: QuantizedWeight,
-    y: Tensor,
-    added: Terms = W_ALONE,
-    *,
-    b_down: Tensor | None = None,
-    scale: float = 1.0,
-    h: Tensor | None = None,
-    sigma: Tensor | None = None,
-    arch: str,
-) -> Launch | Launches:
+    x: Tensor, weight: QuantizedWeight, y: Tensor, added: Terms = W_ALONE, *,
+    b_down: Tensor | None = None, scale: float = 1.0, h: Tensor | None = None, sigma: Tensor | None = None, arch: str,
+) -> Launch | Launches:  # fmt: skip
     """y = Z∘(1+a) + h·upᵀ + σ·bᵀ + bias∘(1+d) + e + wc with Z = x·Wᵀ, h = scale·x·b_downᵀ, σ = Σₖ xₖ.
 
     Accumulated in fp32 and rounded once, to nearest. One launch; two where `h_before` finds h better made first,
