@@ -18,14 +18,14 @@ Series = dict[tuple[str, str], dict[int, float]]
 TITLES = {
     "by_m": "time over the frozen layer by M", "roofline": "roofline", "saved": "bytes saved for backward",
     "growth": "growth with M, r and the number of layers",
+    "small_adapters": "the share of a small adapter that survives in 16 bits",
 }  # fmt: skip
 
 
 def draw_all(found: Found, out: Path, name: str) -> dict[str, str]:
     """Draw what the rows allow into `out`; the titles by file name."""
-    made: dict[str, Callable[[Found], Any]] = {"by_m": by_m, "roofline": roofline, "saved": saved, "growth": growth}
     titles = {}
-    for which, draw in made.items():
+    for which, draw in FIGURES.items():
         figure = draw(found)
         if figure is not None:
             figure.savefig(out / f"{name}_{which}.png", dpi=130)
@@ -139,6 +139,36 @@ def growth(found: Found) -> Any:
     axes.set_yscale("log")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
+
+
+def small_adapters(found: Found) -> Any:
+    """The share of an adapter's contribution to y that survives, by |A|: here, and through a W_eff in bf16."""
+    rows = [row for row in found["notes"].get("small_adapters", {}).get("rows", []) if row["support"][0] == "A"]
+    forms: dict[str, list[Any]] = defaultdict(list)
+    for row in rows:
+        if (row["dtype"], row["tensor"]) == ("bf16", "y"):
+            forms[row["support"]].append(row)
+    if not forms:
+        return None
+    figure = _figure(9, 3.2)
+    panels = figure.subplots(1, len(forms), sharey=True, squeeze=False)[0]
+    for axes, (form, of) in zip(panels, forms.items(), strict=True):
+        for way, style, colour in (("ours", "o-", COLOURS[0]), ("plain", "s--", COLOURS[1])):
+            label = "ours" if way == "ours" else "bf16 W_eff"
+            axes.plot(
+                [row["size"] for row in of], [row[f"{way}_share"] for row in of], style, color=colour, label=label
+            )
+        axes.set(xscale="log", xlabel="|A|", title=form.replace(" ", " = "))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("share of Δ in y, bf16")
+    panels[0].legend(frameon=False)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Found], Any]] = {
+    "by_m": by_m, "roofline": roofline, "saved": saved, "growth": growth, "small_adapters": small_adapters,
+}  # fmt: skip
+"""What is drawn, where the rows allow it."""
 
 
 def _lines(axes: Any, points: Mapping[Any, Mapping[int, float]], x: str, y: str, order: Sequence[Any]) -> None:

@@ -220,8 +220,10 @@ def test_pictures_need_all_seven(tmp_path: Path) -> None:
     assert plots.series(made.found(*rows), "m")["lora", "ours"] == {8192: pytest.approx(1.1)}
     whole = made.found(*rows)
     whole["models"][0]["detail"] = {"layers": 1}
+    shares = {"size": 1e-3, "ours_share": 1.0, "plain_share": 0.2}
+    whole["notes"]["small_adapters"] = {"rows": [{"dtype": "bf16", "support": "A vector", "tensor": "y", **shares}]}
     assert {name.partition("_")[2] for name in plots.draw_all(whole, tmp_path, "h100")} == {
-        "roofline.png", "saved.png", "growth.png"
+        "roofline.png", "saved.png", "growth.png", "small_adapters.png"
     }  # fmt: skip
 
 
