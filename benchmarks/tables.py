@@ -26,7 +26,7 @@ IMPL_NAMES = {
     "unsloth": "Unsloth", "lorafusion": "LoRAFusion", "concat": "weights concatenated",
     "single": "here, layer by layer", "grouped_mm": "torch.nn.functional.grouped_mm",
 }  # fmt: skip
-COMMAND = "`python -m benchmarks.report --stages {}` measures this."
+COMMAND = "`python -m benchmarks.report --stages {}` measures this anew."
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,5 +1,5 @@
 // What the bindings call: plain structs of pointers, sizes and strides. Checks of shapes are on the Python side
-// (glora_kernels/launch/cuda.py); every function returns the error of its launch.
+// (glora_kernels/four_bit/cuda.py); every function returns the error of its launch.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -130,6 +130,11 @@ class Operator(Operation):
             return range(count)
         return [self.signature.tensors.index(name) for name in self.trained]
 
+    def graded(self, wanted: Sequence[bool]) -> tuple[bool, ...]:
+        """Which gradients there are of those that are wanted: none of a seed, or of what decodes a 4-bit weight."""
+        known = {*self._places(len(wanted)), *range(self.count, len(wanted))}
+        return tuple([want and i in known for i, want in enumerate(wanted)])
+
     def register(self) -> None:
         """Define both operators, and all that PyTorch asks of them."""
         kind = "Tensor[]" if self.signature.has_lists else "Tensor"

@@ -245,6 +245,7 @@ class _GLoRALinear(Operator):
     trained = ("x", *Supports._fields)
 
     def prepare(self, row: Row, values: Values, wanted: Sequence[bool], registered: bool = False) -> Prepared:
+        wanted = self.graded(wanted)
         x, count, needs = given(row[0]), len(row), _needs(wanted)
         weight, s, call = self.read(row, values)
         eager, product = call.route == "eager", call.matmul and s.a_up is not None

@@ -109,6 +109,7 @@ class _Wc(Operator):
     def prepare(self, row: Row, values: Values, wanted: Sequence[bool], registered: bool = False) -> Prepared:
         saved = [i for i, tensor in enumerate(row) if tensor is not None]
         route, _ = values.numbers
+        wanted = self.graded(wanted)
         return Prepared(self, values, wanted, saved, size=len(row) + 1, has_kernels=route != "eager", keeps=registered)
 
     def _read(self, row: Row, values: Values) -> tuple[Weight, C, str]:

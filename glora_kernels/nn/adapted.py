@@ -56,6 +56,7 @@ def adapted_linear(
     adapter: tuple[Mapping[str, Tensor | None], float, float, str],
     seed: Tensor | None = None,
     linear: Callable[..., Tensor] = glora_linear,
+    beta: Tensor | None = None,
 ) -> Tensor:
     """y (..., N) of an x (..., K), in the dtype of x, under autocast in that of autocast.
 
@@ -65,6 +66,7 @@ def adapted_linear(
         adapter: the fields of `Operands`.
         seed: the key of the dropout mask; None: one is drawn, where there is dropout.
         linear: the operator, or what stands for it.
+        beta: the full bias as it is computed once for many calls, in fp32, in the place of b, C, D and E.
 
     Raises:
         The errors of `ops.glora_linear`.
@@ -76,6 +78,8 @@ def adapted_linear(
         check_floating(x)
         if compute_dtype is not None:
             x, bias, dtype = x.to(compute_dtype), None if bias is None else bias.to(compute_dtype), x.dtype
+    if beta is not None:
+        bias, p = beta, {**p, **dict.fromkeys(SHIFTS)}
     if dropout_p and seed is None:
         seed = dropout_seed(x.device)
     y = linear(

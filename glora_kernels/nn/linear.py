@@ -22,7 +22,6 @@ from glora_kernels.dispatch.common import Weight
 from glora_kernels.modes import ordinary
 from glora_kernels.nn.adapted import (
     ADAPTER_NAMES,
-    SHIFTS,
     adapted_linear,
     base_linear,
     initialize,
@@ -225,13 +224,11 @@ class GLoRALinear(Mergeable):
                     "train, call unmerge(); to run the merged weights, call eval() or use torch.no_grad()"
                 )
             return base_linear(x, base)
-        if (beta := self.kept_shift()) is not None:  # of which b, C, D and E are part
-            base, p = (weight, beta, self.compute_dtype), p | dict.fromkeys(SHIFTS)
         dropout_p, seed = self._dropout if self.training else 0.0, None
         if dropout_p and siblings is not None:
             seed = siblings.seed(self, x)
         adapter = p, self._scale, dropout_p, self._variant
-        return adapted_linear(x, base, adapter, seed, self._deferred or glora_linear)
+        return adapted_linear(x, base, adapter, seed, self._deferred or glora_linear, self.kept_shift())
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """While merged the state is that of the plain layer with these weights, marked in its metadata."""

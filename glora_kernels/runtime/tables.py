@@ -335,12 +335,37 @@ _CONFIG = {
 """Of a configuration; what else there is in one is a block."""
 
 
+def _renewed(values: object) -> object:
+    """A table of before rows were alike, as one of today: its lists were "configs", "routes" and "four_bit"."""
+    if not isinstance(values, dict) or "configs" not in values:
+        return values
+    rows = [
+        _changed(row, what=row["kernel"], choice=row["config"], ms={"default": row["default_ms"], "chosen": row["ms"]})
+        for row in values["configs"]
+    ]
+    for row in values.get("routes", []):
+        what = f"route {row['pass']}{' scaled' * row['scales']}"
+        rows.append(_changed(row, what=what, choice=row["route"], ms={name: row[f"{name}_ms"] for name in ROUTES}))
+    for row in values.get("four_bit", []):
+        times = {name: row[f"{name}_ms"] for name in NAMED[SMALL_M] if row[f"{name}_ms"] is not None}
+        rows.append(_changed(row, what=f"4-bit {row['operation']}", choice=row["choice"], ms=times))
+    return {name: values[name] for name in _HEAD if name in values} | {"rows": rows}
+
+
+def _changed(row: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+    return {name: row[name] for name in ("dtype", *Shape._fields)} | fields
+
+
 def parse(values: object, where: str) -> Table:
-    """A table of plain JSON values, every field checked.
+    """A table of plain JSON values, every field checked; also one of the older format.
 
     Raises:
         ValueError: a field that is missing, unknown or out of range; the message begins with `where` and names it.
     """
+    try:
+        values = _renewed(values)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{where}: a row of the older format is not whole: {error!r}") from error
     head = _checked(values, where, _HEAD)
     rows = [_row(row, f"{where}: rows[{i}]", head["arch"]) for i, row in enumerate(head["rows"])]
     return Table(**head | {"rows": tuple(rows)})

@@ -12,7 +12,9 @@ def sampled(expression: str) -> dict[str, int]:
     """The exit status of pytest, and the kernels asked for, of the tests that an expression selects."""
     from dry_card import gpu_tests
 
-    folders = [str(gpu_tests.TESTS / name) for name in ("gpu", "csrc", "kernels")]
+    folders = [
+        str(gpu_tests.TESTS / name) for name in ("gpu", "csrc", "glora", "grouped", "depth", "four_bit", "runtime")
+    ]
     code, kernels = gpu_tests.run([*folders, "-q", "-k", expression])
     return {"code": code, "kernels": kernels}
 

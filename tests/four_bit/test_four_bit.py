@@ -481,3 +481,15 @@ def test_through_the_kernels(dtype, stored, a, b, variant, m, n, k, rank, nested
     stored = getattr(torch, stored)
     dense, packed = build(cfg, (m,), k, n, m != 5, dtype, size=0.1, nested=nested, stored=stored)
     check(dense, ours(packed, "triton"), "triton")
+
+
+def test_what_decodes_a_weight_gets_no_gradient():
+    """As somebody leaves it who lets every floating-point tensor of a model require one."""
+    weight = quantize_weight(torch.randn(12, 64), "nf4")
+    weight = QuantizedWeight(weight.packed, replace(weight.state, absmax=weight.state.absmax.requires_grad_()))
+    x, c = torch.randn(3, 64, requires_grad=True), torch.randn(64, requires_grad=True)
+    glora_linear(x, weight, c=c).sum().backward()
+    glora_wc(weight, c).sum().backward()
+    assert torch.allclose(x.grad, dequantize(weight, torch.float32).sum(0).expand(3, 64), atol=1e-5)
+    assert torch.allclose(c.grad, 4 * dequantize(weight, torch.float32).sum(0), atol=1e-5)
+    assert weight.state.absmax.grad is None

@@ -288,3 +288,20 @@ def test_several_backwards_inside_one_shift_once(randomize):
         for x in xs:
             model(x).square().sum().backward()
     close({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, expected)
+
+
+def test_a_small_shift_beside_a_large_bias_survives_a_narrow_dtype_of_computation():
+    """β is added in fp32, over 4 bits that are computed in 16 as well: bf16 would round 1.001 to 1."""
+    linear = nn.Linear(64, 48)
+    nn.init.ones_(linear.bias)
+    model = gk.quantize(nn.Sequential(linear), compute_dtype=torch.bfloat16)
+    model = gk.inject(model, GLoRAConfig("none", "none", "none", "none", "vector"), target_modules=["0"])
+    with torch.no_grad():
+        model[0].E.copy_(torch.linspace(-1e-3, 1e-3, 48))
+    with shift_once(model):
+        beta = model[0].kept_shift()
+        assert beta.dtype == torch.float32
+        assert torch.equal(beta, 1 + model[0].E)
+        x = torch.randn(512, 64)
+        once = model(x)
+    assert torch.equal(once, model(x))

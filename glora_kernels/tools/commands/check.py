@@ -20,7 +20,7 @@ HELP = "test every kernel on this machine against the oracle (about a minute)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    text.add_device(parser)
+    text.add_device(parser, ", where the Triton kernels run in Triton's interpreter")
     parser.add_argument("--quick", action="store_true", help="the path of plain PyTorch in fp32 alone (seconds)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

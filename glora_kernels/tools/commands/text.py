@@ -43,11 +43,10 @@ def this_arch() -> str:
     return environment.arch(torch.cuda.current_device()) if torch.cuda.is_available() else "sm_90"
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Where a command runs; on a CPU the Triton kernels run in Triton's interpreter, where they run at all."""
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one, else the CPU"
-    )
+def add_device(parser: argparse.ArgumentParser, on_cpu: str = "") -> None:
+    """Where a command runs; `on_cpu`: what to say of a CPU."""
+    words = f"default: a GPU if there is one, else the CPU{on_cpu}"
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=words)
 
 
 def device(args: argparse.Namespace) -> str:
