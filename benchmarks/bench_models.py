@@ -151,6 +151,17 @@ class Llama(nn.Module):
 
 
 def make_base(dims: Dims, layers: int, device: torch.device) -> Llama:
+    """The frozen model with random weights.
+
+    Raises:
+        ValueError: a saved activation could not be told from a saved weight by its shape.
+    """
+    widths = {dims.hidden, dims.kv_heads * dims.hidden // dims.heads, dims.intermediate}
+    if dims.tokens in widths:
+        raise ValueError(
+            f"batch·length is {dims.tokens}, which must be none of the widths of the weights {sorted(widths)}: what "
+            "backward keeps is told apart by shape"
+        )
     with torch.random.fork_rng(), device:
         torch.manual_seed(0)
         model = Llama(dims, layers)
@@ -279,7 +290,8 @@ def check(one: Trained, base: Llama, ids: Tensor, dims: Dims) -> float:
 def measure_models(bench: Bench, dims: Dims, layers: int, contestants: tuple[Which, ...], prefix: str) -> None:
     """Check and time the contestants of one size, the frozen model first; a line of each goes to the store.
 
-    prefix: what the model's name in the rows begins with.
+    prefix: what the model's name in the rows begins with. Of rows that are missing also those are timed again that
+    they are compared with: the frozen model, and PEFT's before `accelerate`.
     """
     names = {which: prefix + f"{dims.name} x{layers}" + (", dropout" * bool(which.dropout)) for which in contestants}
     keys = {which: f"{names[which]}|{which.impl}|{which.case}|{which.how}" for which in contestants}
@@ -294,8 +306,10 @@ def measure_models(bench: Bench, dims: Dims, layers: int, contestants: tuple[Whi
         few = ids[:1, : min(512, dims.length)]
         found: dict[str, Trained] = {}
         facts: dict[str, dict[str, int | None]] = {}
-        for which in progress([w for w in contestants if keys[w] in missing or w.case == FROZEN], "checking"):
-            with bench.attempt(f"{names[which]}, {which}", which.impl, [keys[which]]):
+        asked = {which for which in contestants if keys[which] in missing or which.case == FROZEN}
+        asked |= {replace(which, how="peft") for which in asked if which.how == "accelerated"}
+        for which in progress([which for which in contestants if which in asked], "checking"):
+            with bench.attempt(f"{names[which]}, {which}", which.impl, [keys[which]] if keys[which] in missing else []):
                 error = check(adapt(one, which, dims), one, few, dims)
                 trained = adapt(base, which, dims)
                 trained.error = error

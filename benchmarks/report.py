@@ -11,7 +11,8 @@ that ends within nine minutes. A finished row is on the disk at once, in <slug>.
 device, source and versions goes on from there, and one that finds everything there measures nothing: delete that file
 to measure again. At the end --out (benchmarks/results unless given) has <slug>.json by the schema and
 <slug>_detail.json with everything, on a CPU cpu.json with everything, where stages that were not measured keep their
-figures; <slug>.md; and pictures. README.md is rewritten from benchmarks/results (benchmarks.readme) where --out is
+figures; <slug>.md; and pictures. Figures of another device, on a card also of another source, are put aside as
+<file>.old. README.md is rewritten from benchmarks/results (benchmarks.readme) where --out is
 that folder.
 """
 
@@ -127,7 +128,8 @@ class Report:
         store.add("note", name="tests", value={"command": "pytest -m gpu", "result": result})
 
     def write(self) -> list[Path]:
-        """The result files, from whatever there is."""
+        """The result files, from whatever there is; those of another device, on a card also of another source, are put
+        aside before."""
         store = self.store()
         if store.note("ceilings") is None:
             print("nothing measured yet; no result file", flush=True)
@@ -139,10 +141,12 @@ class Report:
                 print("\n\n".join([f"\n## {title}", *made]), flush=True)
         name = slug(self.device.name()) if self.scale == "cuda" else self.scale
         whole = self.out / (f"{name}_detail.json" if self.scale == "cuda" else f"{name}.json")
+        results.put_aside(whole, found["header"], ("device", "source") if self.scale == "cuda" else ("device",))
         if self.scale != "cuda" and whole.exists() and "notes" in (earlier := json.loads(whole.read_text())):
             found = results.merged(earlier, found)
         results.write_json(whole, found)
         if self.scale == "cuda":
+            results.put_aside(self.out / f"{name}.json", found["header"], ("device", "commit"))
             results.write_json(self.out / f"{name}.json", results.by_schema(found))
         pictures = {}
         if importlib.util.find_spec("matplotlib"):
@@ -150,7 +154,7 @@ class Report:
         else:
             print("no pictures: matplotlib is not installed", flush=True)
         results.write(self.out / f"{name}.md", tables.markdown(found, pictures))
-        return sorted(path for path in self.out.glob(f"{name}*") if path.suffix != ".jsonl")
+        return sorted(path for path in self.out.glob(f"{name}*") if path.suffix not in (".jsonl", ".old"))
 
 
 def complete(stage: Stage, store: Store) -> bool:

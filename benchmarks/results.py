@@ -91,6 +91,17 @@ def merged(old: Found, new: Found) -> Found:
     return {**head, **found}
 
 
+def put_aside(path: Path, header: Mapping[str, Any], names: Sequence[str]) -> bool:
+    """Rename a file, to "<name>.old", whose header has other values of these names; whether it was, which is said."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    old = old.get("header", old)
+    differs = [name for name in names if name in old and old[name] != header.get(name)]
+    if differs:
+        beside = path.replace(path.with_name(f"{path.name}.old"))
+        print(f"{path.name} has figures of another {', '.join(differs)}; the old is {beside.name}", flush=True)
+    return bool(differs)
+
+
 def write(path: Path, text: str) -> None:
     """Write beside the file and rename: a reader sees the old file or the new one, never half of one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")

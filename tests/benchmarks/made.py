@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ def measured(folder: Path, group: Group, stage: str = "target", device: Device |
     return found.store
 
 
+def forget(folder: Path, named: str) -> list[dict[str, Any]]:
+    """Delete the rows from the store whose keys have this in them; the rows that are left."""
+    path = folder / "tiny.stage.jsonl"
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    left = [line for line in lines if line["kind"] not in ("row", "model") or named not in line["key"]]
+    assert len(left) < len(lines)
+    path.write_text("".join(json.dumps(line) + "\n" for line in left))
+    return [line for line in left if line["kind"] in ("row", "model")]
+
+
 def row(entry: Entry, milliseconds: float = 1.0, mode: str = "graph", direction: str = "fwd_bwd") -> dict[str, Any]:
     figures = {"median_ms": milliseconds, "p20_ms": 0.9 * milliseconds, "p80_ms": 1.1 * milliseconds}
     return schema.make_row(entry, direction, mode, figures | {"peak_bytes": 10, "saved_bytes": 4, "max_rel_err": 1e-3})
@@ -67,4 +78,5 @@ def found(*rows: dict[str, Any], **notes: Any) -> results.Found:
     return {**whole, "notes": whole["notes"] | notes}
 
 
-__all__ = ["HEADER", "RATES", "STAGES", "Quiet", "Stage", "bench", "found", "measured", "report", "row", "seven"]
+__all__ = ["HEADER", "RATES", "STAGES", "Quiet", "Stage", "bench", "forget", "found", "measured", "report", "row",
+           "seven"]  # fmt: skip

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import graphlib
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from made import found, row, seven
 
-from benchmarks import cases, floor, peers, targets
+from benchmarks import cases, floor, peers, results, schema, targets
 from benchmarks.cases import FULL, LLAMA, LORA, LORA_LORA, MLP, PASSES, QGLORA, QLORA, VECTOR_LORA, VECTORS, Entry
 from benchmarks.schema import CASE, SET_CASE
 
@@ -53,6 +54,28 @@ def test_the_floors_of_sets() -> None:
         for direction in PASSES:
             ratio = floor.floor_ms(ours, floor.H100, direction) / floor.floor_ms(base, floor.H100, direction)
             assert targets.SET_FLOORS[base.case.partition(":")[2], direction] == f"{ratio:.3f}"
+
+
+def test_a_set_that_is_read_back_has_an_h_for_each_member() -> None:
+    for group in cases.sibling_groups(1, 16, 8192):
+        ours = next(entry for entry in group.entries if entry.impl == "ours")
+        m, n, k, r = ours.m, ours.n, ours.k, ours.r or 0
+        assert floor.work(ours, "fwd").thin_flops == 2 * m * r * (n + len(ours.widths) * k)
+        assert floor.work(results.entry_of({"row": row(ours), "detail": {}})) == floor.work(ours)
+
+
+@pytest.mark.parametrize("scale", ["cuda", "cpu", "tiny"])
+def test_rows_are_told_apart(scale: str) -> None:
+    """Of one key, in whichever stage, is one entry; a row's fields tell it from every other, but for the bias of a
+    frozen layer."""
+    entries: dict[str, Entry] = {}
+    keys: dict[tuple[Any, ...], Entry] = {}
+    for stage in cases.stages(scale):
+        for entry, direction, mode in (which for group in stage.groups for which in group.rows()):
+            assert entries.setdefault(cases.row_key(entry, direction, mode), entry) == entry
+            fields = row(entry, mode=mode, direction=direction)
+            first = keys.setdefault(tuple(fields[name] for name in schema.ROW_KEY), entry)
+            assert first == (replace(entry, bias=first.bias) if entry.case == cases.FROZEN else entry)
 
 
 @pytest.mark.parametrize("scale", ["cuda", "cpu", "tiny"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,9 +64,11 @@ def test_every_contestant_is_right_and_gets_its_rows(tmp_path: Path, stage: str,
         assert line["detail"]["over_frozen"] > 0
         assert keys[line["key"]][0].reference <= (line["detail"]["over_frozen"] == 1.0)
     saved = {(line["row"]["case"], line["row"]["impl"]): line["row"]["saved_bytes"] for line in store.of("row")}
-    if group is QKV:
-        h = 3 * 8 * 4 * 4  # of each member, whoever computes it; grouped_mm keeps where the groups end as well
-        assert {saved.get(("lora:qkv", impl), h) for impl in GROUP_IMPLS} == {h, h + 3 * 4 + 3 * 4}
+    if group in (QKV, GATE_UP):
+        ours = next(entry for entry in group.entries if entry.impl == "ours")
+        members = len(ours.widths)
+        h = members * 8 * 4 * 4  # of each member, whoever computes it; grouped_mm keeps where the groups end as well
+        assert {saved.get((ours.case, impl), h) for impl in GROUP_IMPLS} == {h, h + members * (4 + 4)}
     if group is TRAIN:
         assert saved[QLORA, "ours"] == 8 * 4 * 4  # h: no weight
         assert "bnb" in MISSING or saved[QLORA, "eager"] == 64 * 64 * 4 + 8 * 4 * 4  # autograd keeps the dense weight
@@ -142,6 +146,26 @@ def test_interrupted_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(made.measured(tmp_path, TARGET).lines) == count  # nothing was measured twice
     with pytest.raises(measure.OutOfTime):
         made.bench(tmp_path, minutes=-1.0).group(STAGES["by-m"], STAGES["by-m"].groups[0])
+
+
+@pytest.mark.parametrize(
+    ("group", "entry"),
+    [(TARGET, next(e for e in TARGET.entries if e.case == FULL)), (QKV, next(e for e in QKV.entries if e.r))],
+)
+def test_a_forgotten_row_is_timed_again_beside_its_frozen_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: Group, entry: Entry
+) -> None:
+    made.measured(tmp_path, group)
+    before = made.forget(tmp_path, entry.key)
+    device, timed = Quiet(), []
+    times = device.times
+    monkeypatch.setattr(device, "times", lambda calls, *given: timed.append(set(calls)) or times(calls, *given))
+    after = made.measured(tmp_path, group, device=device).of("row")
+    frozen = {one.key for one in group.entries if one.frozen}
+    assert timed == [frozen | {entry.key}] * len(group.passes)  # and nothing else
+    assert after[: len(before)] == before  # of the frozen layer the first figures stand
+    assert [line["key"] for line in after[len(before) :]] == [cases.row_key(*r) for r in group.rows() if r[0] == entry]
+    assert all(line["detail"]["over_frozen"] > 0 for line in after)
 
 
 def test_what_never_ends_is_left_out(tmp_path: Path) -> None:
@@ -321,6 +345,53 @@ def test_a_graph_is_tried_alone_and_compiled_before(monkeypatch: pytest.MonkeyPa
     assert log == ["host", "card", "capture"]
     assert (device.sets(134 << 20), device.sets(5 << 20), device.sets(1)) == (2, 20, device.most_sets)
     assert device.details()["multiprocessors"] == 132
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_events_of_a_card_give_seconds_a_step(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """A stand-in for torch.cuda whose clock is moved by what runs, in milliseconds as events have them; what is
+    captured runs at the replay."""
+    now, captured = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    class Graph:
+        def replay(self) -> None:
+            now[0] += sum(self.steps)
+
+    @contextlib.contextmanager
+    def capture(graph: Any, stream: Any) -> Iterator[None]:
+        captured.append(graph)
+        graph.steps = []
+        yield
+        captured.pop()
+
+    def takes(milliseconds: float) -> devices.Step:
+        def step() -> None:
+            if captured:
+                captured[-1].steps.append(milliseconds)
+            else:
+                now[0] += milliseconds
+
+        return step
+
+    properties, stream = SimpleNamespace(L2_cache_size=0), SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {"init": lambda: None, "current_device": lambda: 0, "get_device_properties": lambda device: properties,
+             "synchronize": lambda: None, "Stream": lambda: stream, "current_stream": lambda: stream, "Event": Event,
+             "stream": lambda given: contextlib.nullcontext(), "CUDAGraph": Graph, "graph": capture}  # fmt: skip
+    for name, value in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    calls = {"one": [takes(250.0)], "three": [takes(500.0), takes(1000.0), takes(1500.0)]}
+    times = devices.Cuda().times(calls, mode, 3)
+    assert times == {"one": [pytest.approx(0.25)] * 3, "three": [pytest.approx(1.0)] * 3}
 
 
 def test_short_steps_are_repeated_and_rounds_interleaved() -> None:

@@ -84,6 +84,65 @@ def test_models_share_the_frozen_weights_only() -> None:
     assert all(value.grad is None for value in fast.trained())
 
 
+@pytest.mark.parametrize("which", dict.fromkeys((*ALL, *bench_models.GROWING)), ids=str)
+def test_the_gradient_reaches_the_embeddings(which: Which) -> None:
+    """Of every model that is measured: else a step would leave out what the first layer hands down."""
+    one = bench_models.adapt(base(), which, DIMS)
+    seen: list[torch.Tensor] = []
+    first = next(module for module in one.model.modules() if isinstance(module, bench_models.DecoderLayer))
+    first.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    one.step(torch.randint(DIMS.vocab, (2, 8)))
+    assert seen[0].is_leaf
+    assert seen[0].grad is not None
+    assert bool((seen[0].grad[:, :-1] != 0).any(dim=-1).all())  # of every token that has a next one
+
+
+@pytest.mark.parametrize("tokens", [16, 40, 8])
+def test_shapes_that_could_not_be_told_apart_are_refused(tokens: int) -> None:
+    dims = replace(bench_models.DIMS["tiny"], batch=1, length=tokens)  # hidden, intermediate, K and V
+    with pytest.raises(ValueError, match=f"batch·length is {tokens}, .*told apart by shape"):
+        bench_models.make_base(dims, 1, torch.device("cpu"))
+
+
+def test_models_are_told_apart_in_their_rows(found: results.Found) -> None:
+    """A row has no rank, no dropout and not who adapted: its name, case and implementation say which it is."""
+    fields = tuple(schema.MODEL)[:4]
+    keys = [tuple(line["row"][field] for field in fields) for line in found["models"]]
+    assert len(keys) == len(set(keys)) == len(ALL) + 2 * len(bench_models.GROWING)
+
+
+@pytest.mark.parametrize("how", ["accelerated", "peft"])
+def test_a_forgotten_model_is_timed_beside_what_it_is_compared_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    listed = (Which(FROZEN, "eager"), *(Which(LORA, way) for way in ("peft", "accelerated")))
+    bench = made.bench(tmp_path)
+    bench_models.measure_models(bench, DIMS, 1, listed, PEFT_STEP)
+    before = made.forget(tmp_path, f"|{how}")
+    timed: list[str] = []
+    times = bench.device.times
+    monkeypatch.setattr(bench.device, "times", lambda steps, *given: timed.extend(steps) or times(steps, *given))
+    again = made.bench(tmp_path, bench.device)
+    bench_models.measure_models(again, DIMS, 1, listed, PEFT_STEP)
+    assert [key.rpartition("|")[2] for key in timed] == ["eager", "peft", "accelerated"][: 2 + (how == "accelerated")]
+    lines = again.store.of("model")
+    assert lines[:2] == before
+    assert lines[2]["detail"]["how"] == how
+    assert lines[2]["detail"]["over_frozen"] > 0
+    assert ("faster" in lines[2]["detail"]) == (how == "accelerated")
+    part = results.of_store(again.store) | {"notes": {"peft": {**vars(DIMS), "layers": 1}}}
+    for line, ms in zip(lines, (1.0, 2.0, 3.0), strict=True):
+        line["row"]["median_ms"] = ms
+    found = {line["row"]["impl"]: f"{line['row']['median_ms']:.0f}" for line in lines}
+    assert f"{found['peft']} → {found['ours']}" in tables.of_peft(part, False)[1]  # not in the order of the store
+    made.forget(tmp_path, f"|{how}")
+    monkeypatch.setattr(bench_models, "check", lambda *given: 1 / 0)
+    again = made.bench(tmp_path, bench.device)
+    bench_models.measure_models(again, DIMS, 1, listed, PEFT_STEP)
+    kinds = [line["kind"] for line in again.store.settled().values()]
+    assert kinds == ["model", "model", "error"]  # what stood there stays
+
+
 @pytest.mark.parametrize("which", [Which(VECTOR_LORA, "ours"), Which(VECTORS, "accelerated"), Which(HIRA, "peft")])
 def test_a_wrong_model_is_refused(which: Which) -> None:
     whole, ids = base(), torch.randint(DIMS.vocab, (1, 8))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from made import STAGES, Quiet
 
-from benchmarks import cases, devices, report, schema
-from benchmarks.measure import OUT_OF_TIME
+from benchmarks import cases, devices, readme, report, schema
+from benchmarks.measure import OUT_OF_TIME, Bench
 from benchmarks.store import ROOT
 
 
@@ -73,8 +73,6 @@ def test_a_card_gets_its_files(
             return "NVIDIA H100 80GB HBM3"
 
     def process(made: report.Report, one: cases.Stage, minutes: float) -> int:
-        from benchmarks.measure import Bench
-
         if one.name != "target":
             return OUT_OF_TIME
         bench = Bench(made.device, "cuda", made.store(), given_rounds=2)
@@ -116,6 +114,54 @@ def test_no_time_says_so(tmp_path: Path) -> None:
     assert not made.run()
     assert not made.store().of("row")
     assert not made.write()
+
+
+@pytest.mark.parametrize(
+    ("scale", "name", "differs"),
+    [("tiny", "tiny.json", "device"), ("cuda", "h100_detail.json", "device"), ("cuda", "h100_detail.json", "source"),
+     ("cuda", "h100.json", "commit")],
+)  # fmt: skip
+def test_figures_of_another_run_are_put_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], scale: str, name: str,
+    differs: str,
+) -> None:  # fmt: skip
+    """They are neither lost nor mixed with those of this one, and the same run goes on over its own."""
+    monkeypatch.setattr(Quiet, "name", lambda self: "NVIDIA H100 80GB HBM3")
+    device = Quiet()
+    monkeypatch.setattr(device, "kind", "cuda" if scale == "cuda" else "cpu")
+    made = report.Report(device, scale, tmp_path, None, [])
+    bench = Bench(Quiet(), scale, made.store(), given_rounds=2)
+    bench.ceilings()
+    bench.group(STAGES["target"], STAGES["target"].groups[0])
+    made.write()
+    made.write()
+    assert not list(tmp_path.glob("*.old"))
+    path = tmp_path / name
+    old = json.loads(path.read_text())
+    old.get("header", old)[differs] = "another"
+    path.write_text(json.dumps(old))
+    written = made.write()
+    assert f"{name} has figures of another {differs}; the old is {name}.old" in capsys.readouterr().out
+    assert json.loads((tmp_path / f"{name}.old").read_text()) == old
+    assert "another" not in path.read_text()
+    assert [one.suffix for one in written if one.suffix == ".old"] == []
+
+
+def test_without_figures_nothing_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the README is rewritten of the committed results alone."""
+    updates: list[bool] = []
+    monkeypatch.setattr(readme, "update", lambda: updates.append(True) or True)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    (tmp_path / "cpu.json").write_text('{"header": {"device": "another"}, "notes": {}}')
+    before = (tmp_path / "cpu.json").read_bytes()
+    command(monkeypatch, "--device", "cpu", "--minutes", "0.1", "--out", str(tmp_path))
+    assert (tmp_path / "cpu.json").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"cpu.json", "cpu.stage.jsonl"}
+    assert not updates
+    monkeypatch.setattr(report.Report, "write", lambda made: [made.path])
+    for folder, expected in ((tmp_path / "elsewhere", []), (tmp_path, [True])):
+        command(monkeypatch, "--device", "cpu", "--minutes", "0.1", "--out", str(folder))
+        assert updates == expected
 
 
 def test_the_help_and_what_is_wrong(
