@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from glora_kernels.grouped.op import MAX_MEMBERS
-from glora_kernels.nn.linear import GLoRALinear
+from glora_kernels.nn.linear import GLoRALinear, Siblings
 from glora_kernels.nn.model import layers_of, unwrap
 from glora_kernels.nn.patterns import listed, unmatched
 from glora_kernels.nn.sibling_names import cross_attention_sets, sibling_sets
-from glora_kernels.nn.siblings import SiblingGroup, install, refusal
+from glora_kernels.nn.siblings import install, refusal
 from glora_kernels.spec import depthless, select
 
 _QUOTED = re.compile("'([^']*)'")  # a path in a sentence
@@ -172,7 +172,7 @@ def _reason(layers: Mapping[str, GLoRALinear], paths: Sequence[str]) -> str | No
     return refusal(members)
 
 
-def _groups(layers: Mapping[str, GLoRALinear]) -> list[SiblingGroup]:
+def _groups(layers: Mapping[str, GLoRALinear]) -> list[Siblings]:
     return list(dict.fromkeys(layer._siblings for layer in layers.values() if layer._siblings is not None))
 
 

@@ -18,7 +18,7 @@ from glora_kernels.nn.frozen import QuantizedLinear, check_dtype
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import TRAINED, named_layers, unwrap, wrapped
 from glora_kernels.nn.patterns import listed, patterns_of, unmatched
-from glora_kernels.nn.share import Member, Sharing, forget_tied, keep_tied, plan_sharing, tie
+from glora_kernels.nn.share import Sharing, forget_tied, keep_tied, plan_sharing, tie
 from glora_kernels.nn.targets import Linear, find_targets, linears, named_by, some, targets_of, trained_modules
 from glora_kernels.nn.undo import all_or_none
 from glora_kernels.nn.wide import to_widen, widen, widened
@@ -26,8 +26,8 @@ from glora_kernels.quant.bnb import free_codes, keep_codes
 from glora_kernels.spec import GLoRAConfig, ShareLoRAConfig, assign
 
 Config = GLoRAConfig | ShareLoRAConfig
-Planned = tuple[Linear, GLoRAConfig, torch.dtype | None]
-"""A linear layer to replace, the configuration of its adapter, and the adapter's dtype (None: the layer's)."""
+Planned = tuple[Linear, GLoRAConfig, torch.dtype]
+"""A linear layer to replace, the configuration of its adapter, and the adapter's dtype."""
 
 
 @overload
@@ -108,18 +108,12 @@ def inject(
     targets, excluded = targets_of(target_modules), patterns_of("exclude_modules", exclude_modules)
     chosen = _chosen(root, configs, targets, trained, excluded)
     check_replaceable(root, list(chosen))
-    members = [
-        Member(linear.paths, linear.base.weight.device, linear.base.dtype, linear.base.shape, own)
+    sharers = {linear: own for linear, own in chosen.items() if isinstance(own, ShareLoRAConfig)}
+    sharing = plan_sharing(root, sharers, adapter_dtype)
+    plan: list[Planned] = [
+        (linear, own.layer_config() if isinstance(own, ShareLoRAConfig) else own, adapter_dtype or linear.adapter_dtype)
         for linear, own in chosen.items()
-        if isinstance(own, ShareLoRAConfig)
     ]
-    sharing = plan_sharing(root, members, adapter_dtype)
-    plan: list[Planned] = []
-    for linear, own in chosen.items():
-        layer_config = own.layer_config() if isinstance(own, ShareLoRAConfig) else own
-        plan.append(
-            (linear, layer_config, adapter_dtype or (torch.float32 if linear.base.dtype.itemsize == 2 else None))
-        )
     wide = trained.values() if adapter_dtype in (None, torch.float32) else ()
     with all_or_none() as undo:
         model = replace(model, plan, trained, sharing, undo, wide)
@@ -173,7 +167,7 @@ def replace(
         for module in root.modules()
     }
     layers = [GLoRALinear.from_linear(item.module, config, adapter_dtype=dtype) for item, config, dtype in plan]
-    tie({item.paths[0]: layer for (item, _, _), layer in zip(plan, layers, strict=True)}, sharing)
+    tie({item.path: layer for (item, _, _), layer in zip(plan, layers, strict=True)}, sharing)
     casting = to_widen(root, wide)
     values = widened(casting)
     for module, names in thawed.items():
@@ -252,7 +246,7 @@ def _trains_nothing(linear: Linear, config: Config) -> bool:
 
 def check_replaceable(root: nn.Module, chosen: list[Linear]) -> None:
     """One error for all layers in whose place another module would have no effect, or that cannot be replaced."""
-    refuse(root, {linear.paths[0]: linear.module for linear in chosen}, "replaced")
+    refuse(root, {linear.path: linear.module for linear in chosen}, "replaced")
 
 
 def check_wrapper(model: nn.Module, root: nn.Module) -> None:
@@ -275,7 +269,7 @@ def _check_trained(plan: list[Planned], trained: Mapping[str, nn.Module]) -> Non
         for name, parameter in linear.module._parameters.items():
             if (owner := owners.get(id(parameter))) is not None:
                 raise ValueError(
-                    f"the {name} of {linear.paths[0]!r} is shared with {owner!r}, which is trained (train=...), but "
+                    f"the {name} of {linear.path!r} is shared with {owner!r}, which is trained (train=...), but "
                     f"the base of a GLoRA layer is frozen; leave it out by exclude_modules=[...]"
                 )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -38,6 +39,49 @@ class FullBias(Protocol):
     """β of a layer, computed before its forward (`nn.depth.shift_once`)."""
 
     def current(self, layer: GLoRALinear) -> Tensor | None: ...
+
+
+class Siblings(Protocol):
+    """Layers that read one input, and the place of each among them (`nn.siblings.SiblingGroup`)."""
+
+    names: tuple[str, ...]
+    members: list[GLoRALinear | None]
+    fused: bool
+
+    @property
+    def tied(self) -> bool: ...
+    def output(self, layer: GLoRALinear, x: Tensor) -> Tensor | None: ...
+    def seed(self, layer: GLoRALinear, x: Tensor) -> Tensor: ...
+    def tied_to(self, place: int) -> list[int]: ...
+    def join(self, layer: GLoRALinear) -> None: ...
+    def dissolve(self) -> None: ...
+
+
+class Holders:
+    """The layers that have one shared factor: where PyTorch replaces the parameter in one, all get the new one.
+
+    They are held weakly. A copy of a model has holders of its own, which its layers join, and so has a copy of a part.
+    """
+
+    def __init__(self) -> None:
+        self._layers: weakref.WeakSet[GLoRALinear] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def join(self, layer: GLoRALinear) -> None:
+        """From now on this layer is one of them."""
+        self._layers.add(layer)
+
+    def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """The new parameter in every layer that has the old one."""
+        for layer in self._layers:
+            for name in layer._holders:
+                if layer._parameters.get(name) is old:
+                    layer._parameters[name] = new
 
 
 def _frozen(parameter: Tensor) -> nn.Parameter:
@@ -150,8 +194,8 @@ class GLoRALinear(Mergeable):
         self._disabled = ()  # the `disabled` contexts that the layer is in
         self._beta: FullBias | None = None  # inside `shift_once`
         self._deferred: DeferredLinear | None = None  # inside `deferred_shared_grads`: what to call
-        self._holders = {}  # of each shared factor: the layers that have it (`nn.share.Holders`)
-        self._siblings: Any = None  # a `nn.siblings.SiblingGroup`: layers that read one input, this one among them ...
+        self._holders: dict[str, Holders] = {}  # of each shared factor: the layers that have it
+        self._siblings: Siblings | None = None  # layers that read one input, this one among them ...
         self._place = 0  # ... and which of them it is
         # What a forward would otherwise work out each time.
         self._scale = config.scale
@@ -294,7 +338,7 @@ class GLoRALinear(Mergeable):
             f"scale={config.scale:g}": config.B == "lora",
             f"dropout={config.dropout:g}": self._dropout,
             f"variant={config.variant}": config.variant != "hadamard",
-            f"siblings={len(self._siblings.names) if fused else 0}": fused,
+            f"siblings={len(self._siblings.names) if self._siblings else 0}": fused,
             "merged": self.merged,
             "disabled": self._disabled,
         }

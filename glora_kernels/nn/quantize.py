@@ -98,18 +98,18 @@ def quantize(
             f"quantize: {path!r} shares its weight with {other!r}, which stays dense, so that nothing would be saved; "
             "leave it out of target_modules, or give it a weight of its own first"
         )
-    bases = {linear.paths[0]: _quantizable(linear) for linear in chosen}
+    bases = {linear.path: _quantizable(linear) for linear in chosen}
     made: dict[tuple[int, bool], QuantizedWeight] = {}  # layers that share one weight go on sharing it
     layers = []
     for linear in shown(chosen, "quantizing", progress):
-        base = bases[linear.paths[0]]
+        base = bases[linear.path]
         key = id(base.weight), base.transposed
         if key not in made:
             dense = base.weight.t() if base.transposed else base.weight
             try:
                 made[key] = quantize_weight(dense, quant_type, blocksize, double_quant)
             except ValueError as error:
-                raise ValueError(f"quantize: {linear.paths[0]!r}: {error}") from error
+                raise ValueError(f"quantize: {linear.path!r}: {error}") from error
         bias = None if base.bias is None else base.bias.detach().clone()
         layers.append(QuantizedLinear(made[key], bias, compute_dtype).train(linear.module.training))
     with all_or_none() as undo:
@@ -126,7 +126,7 @@ def _chosen(root: nn.Module, target_modules: Any, exclude_modules: Any) -> list[
         chosen = every
     elif targets is None and every:
         chosen = [linear for linear in chosen if not _kept_wide(root, linear)]
-        chosen = [linear for linear in chosen if linear.paths[0] not in _half_tied(root, chosen)]
+        chosen = [linear for linear in chosen if linear.path not in _half_tied(root, chosen)]
     if not chosen:
         raise ValueError("quantize: the model has no linear layer to quantize")
     return chosen
@@ -149,14 +149,14 @@ def _half_tied(root: nn.Module, chosen: list[Linear]) -> dict[str, str]:
         for parameter in module._parameters.values()
         if parameter is not None
     }
-    owned = {linear.paths[0]: id(linear.module._parameters.get("weight")) for linear in chosen}
+    owned = {linear.path: id(linear.module._parameters.get("weight")) for linear in chosen}
     return {path: others[weight] for path, weight in owned.items() if weight in others}
 
 
 def _quantizable(linear: Linear) -> Base:
     """What a layer is made of; the errors of `quantize_weight`, and of a layer in 4 bits."""
     base = base_of(linear.module)
-    what = f"quantize: {linear.paths[0]!r}" if linear.paths[0] else "quantize: the layer"
+    what = f"quantize: {linear.path!r}" if linear.path else "quantize: the layer"
     if base.quant_state is not None:
         raise ValueError(f"{what} is in 4 bits already")
     if base.dtype not in DTYPES:

@@ -127,8 +127,7 @@ class _Steps:
             del stack[-2]
         elif name in _ADDED:
             added = self._pop(2 if name == "MAP_ADD" else 1)[-1]
-            several = name.endswith(("EXTEND", "UPDATE", "MERGE"))
-            stack[-count] = ast.Tuple([ast.Starred(stack[-count]), ast.Starred(added) if several else added])
+            stack[-count] = ast.Tuple([stack[-count], added])  # which is read as whatever is in it
         elif name == "UNPACK_SEQUENCE":
             parts = stack.pop()
             known = isinstance(parts, ast.Tuple) and len(parts.elts) == count
@@ -176,13 +175,7 @@ def _made(name: str, parts: list[Any]) -> ast.expr:
             return ast.Starred(parts[0])
         case "BUILD_STRING":
             return ast.JoinedStr(parts)
-        case "BUILD_MAP":
-            return ast.Tuple(parts[1::2])
-        case "BUILD_CONST_KEY_MAP":
-            return ast.Tuple(parts[:-1])
-        case "BUILD_TUPLE" | "BUILD_LIST" | "BUILD_SET":
-            return ast.Tuple(parts)
-    return _taken(*parts)
+    return ast.Tuple(parts) if name.startswith("BUILD_") else _taken(*parts)
 
 
 _MADE = ("BINARY_", "BUILD_", "COMPARE_OP", "CONTAINS_OP", "FORMAT_", "GET_ITER", "INPLACE_", "IS_OP", "UNARY_")

@@ -1,7 +1,7 @@
 """What an expression in a module's code may be, as far as `nn.reads` follows it: a set of values.
 
 A module and a text stand for themselves (in a text `*` is what is not known); a list, an iterator or a dictionary is
-the set of the values in it; every other value is of a class here.
+whatever is in it; every other value is of a class here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -60,70 +60,50 @@ def union(several: Iterable[Values[Any]]) -> Values[Any]:
     return NOTHING.union(*several)
 
 
-def listed(*inside: Values[Any]) -> Values[Any]:
-    """A list, an iterator or a dictionary of any of these values."""
-    return Values({union(inside)})
-
-
 def texts(values: Values[Any]) -> list[str]:
     return [value for value in values if isinstance(value, str)]
 
 
-def elements(values: Values[Any]) -> Values[Any]:
-    """What iterating over the values gives."""
-    return union(value if isinstance(value, Values) else picked(value, None, []) for value in values)
+def elements(values: Values[Any], index: Any = None, names: Iterable[str] = ()) -> Values[Any]:
+    """What iterating over the values gives, or an index: an int, or what its text may be; None where it is not known.
+
+    Of a container of modules what is in it; and the values themselves, which may be those in a list.
+    """
+    return values | union(_inside(value, index, names) for value in values if isinstance(value, _CONTAINERS))
 
 
-def leaves(values: Values[Any]) -> Iterator[Any]:
-    """The values, and those in lists in the place of the lists."""
-    for value in values:
-        if isinstance(value, Values):
-            yield from leaves(value)
-        else:
-            yield value
+def _inside(module: nn.Module, index: Any, names: Iterable[str]) -> Values[Any]:
+    children = list(module._modules.values())
+    if isinstance(index, int) and -len(children) <= index < len(children):
+        return Values({children[index]} - {None})
+    return children_named(module, names)
 
 
-def picked(value: Any, index: Any, patterns: list[str]) -> Values[Any]:
-    """What a value gives for an index: a number, texts that keys may be, or neither where nothing is known of it."""
-    match value:
-        case frozenset():
-            return value
-        case Tensors():
-            return Values({value})
-        case nn.ModuleDict() if index is None and not patterns:  # its keys, where it is iterated over
-            return Values(value._modules) | children_named(value, [])
-        case nn.Module():
-            children = list(value._modules.values())
-            known = isinstance(index, int) and -len(children) <= index < len(children)
-            return Values({children[index]} - {None}) if known else children_named(value, patterns)
-    return NOTHING
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-def children_named(module: nn.Module, patterns: list[str]) -> Values[Any]:
+def children_named(module: nn.Module, patterns: Iterable[str] = ()) -> Values[Any]:
     """The modules directly inside whose names fit one of the patterns; all where there are none."""
     held = module._modules.items()
     named = {m for name, m in held if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)}
     return Values(named - {None})
 
 
-def handed_out(module: nn.Module, method: str) -> Values[Any] | None:
-    """What a method of every module, or of a container of modules, hands out; None of any other."""
+def handed_out(module: nn.Module, method: str) -> Values[Any]:
+    """What a method of every module, or of a container of modules, hands out; nothing of any other."""
     found = getattr(type(module), method, None)
     if found is None or found not in (getattr(nn.Module, method, None), getattr(nn.ModuleDict, method, None)):
-        return None
-    inside: Values[Any]
+        return NOTHING
     match method.removeprefix("named_"):
         case "children" | "values" | "items":
-            inside = Values(module.children())
+            return children_named(module)
         case "modules":
-            inside = Values(module.modules())
+            return Values(module.modules())
         case "keys":
-            inside = Values(module._modules)
+            return Values(module._modules)
         case "parameters" | "buffers" | "state_dict":
-            inside = Values(Tensors(inner) for inner in module.modules() if inner._parameters)
-        case _:
-            return None
-    return listed(listed(inside) if method == "items" or method.startswith("named_") else inside)
+            return Values(Tensors(inner) for inner in module.modules() if inner._parameters)
+    return NOTHING
 
 
 def of_object(found: Any, depth: int = 0) -> Values[Any]:
@@ -137,8 +117,7 @@ def of_object(found: Any, depth: int = 0) -> Values[Any]:
             held = found.values() if isinstance(found, dict) else found
             kinds = (nn.Module, list, tuple, set, dict)
             deep = depth > 2 or len(held) >= 10_000
-            inside = NOTHING if deep else union(of_object(one, depth + 1) for one in held if isinstance(one, kinds))
-            return listed(inside) if inside else NOTHING
+            return NOTHING if deep else union(of_object(one, depth + 1) for one in held if isinstance(one, kinds))
         case types.MethodType():
             return bound(found.__func__, found.__self__)
         case functools.partial():

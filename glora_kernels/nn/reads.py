@@ -31,11 +31,8 @@ from glora_kernels.nn.read_values import (
     children_named,
     elements,
     handed_out,
-    leaves,
-    listed,
     member,
     of_object,
-    picked,
     texts,
     union,
 )
@@ -53,8 +50,16 @@ _ASKING = frozenset({
 })  # fmt: skip
 """Functions that ask what a tensor is and take no value of it; so do all of is..., has... and ..._like."""
 
-_LISTING = frozenset({"filter", "frozenset", "iter", "list", "reversed", "set", "sorted", "tuple"})
-"""Functions that give the elements of what they are given."""
+_HANDING = frozenset({
+    "cast", "dict", "enumerate", "filter", "frozenset", "iter", "list", "next", "reversed", "set", "sorted", "tuple",
+    "zip",
+})  # fmt: skip
+"""Functions that give what they are given, or the elements of it."""
+
+_OF_LISTS = frozenset({
+    "append", "copy", "extend", "get", "index", "insert", "items", "keys", "pop", "setdefault", "update", "values",
+})  # fmt: skip
+"""Methods of lists and dictionaries, which a tensor that may be in one is not read by."""
 
 _COMPARED: Mapping[type, Any] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Is: operator.is_, ast.IsNot: operator.is_not,
@@ -135,7 +140,7 @@ class _Reader:
 
     def _apply(self, called: Values[Any], given: list[Values[Any]], named: Mapping[str, Values[Any]]) -> Values[Any]:
         """What a call of any of these values returns; what is read on the way is noted."""
-        known = any(isinstance(value, (nn.Module, Tensors)) for value in leaves(union((*given, *named.values()))))
+        known = any(isinstance(value, (nn.Module, Tensors)) for value in union((*given, *named.values())))
         result = NOTHING
         for one in called:
             if isinstance(one, Function):
@@ -173,9 +178,9 @@ class _Reader:
         for name in (*parameters[len(given) :], *(one.arg for one in args.kwonlyargs)):
             scope.names[name] = named.get(name, spread)
         if args.vararg:
-            scope.names[args.vararg.arg] = listed(spread, *given[len(parameters) :])
+            scope.names[args.vararg.arg] = spread.union(*given[len(parameters) :])
         if args.kwarg:
-            scope.names[args.kwarg.arg] = listed(*(v for name, v in named.items() if name not in parameters))
+            scope.names[args.kwarg.arg] = union(v for name, v in named.items() if name not in parameters)
 
     # Statements.
 
@@ -203,7 +208,7 @@ class _Reader:
                 for one in names:
                     self._bind(one, elements(values), scope)
             case ast.Starred(name):
-                self._bind(name, listed(values), scope)
+                self._bind(name, values, scope)
             case _:
                 self._use(values)
 
@@ -262,8 +267,8 @@ class _Reader:
                 return self._call(node, scope)
             case ast.Subscript():
                 return self._subscript(node, scope)
-            case ast.Tuple(parts) | ast.List(parts) | ast.Set(parts) | ast.Dict(_, parts):
-                return listed(self._union(parts, scope))
+            case ast.Dict(_, parts):
+                return self._union(parts, scope)
             case ast.Starred(inner):
                 return elements(self._value(inner, scope))
             case ast.UnaryOp(ast.Not()) | ast.Expr():
@@ -286,16 +291,14 @@ class _Reader:
                 for part in node.generators:
                     self._bind(part.target, elements(self._value(part.iter, inner_scope)), inner_scope)
                     self._union(part.ifs, inner_scope)
-                return listed(self._value(node.value if isinstance(node, ast.DictComp) else node.elt, inner_scope))
-            case ast.Yield(inner):
-                scope.returned |= listed(self._value(inner, scope))
-            case ast.YieldFrom(inner):
+                return self._value(node.value if isinstance(node, ast.DictComp) else node.elt, inner_scope)
+            case ast.Yield(inner) | ast.YieldFrom(inner):
                 scope.returned |= self._value(inner, scope)
             case ast.stmt() | ast.ExceptHandler() | ast.match_case():
                 self._statement(node, scope)
             case ast.BinOp() | ast.UnaryOp() | ast.Compare():
                 self._use(self._union(ast.iter_child_nodes(node), scope))
-            case ast.AST():  # `or`, `await`, ...: any of its parts
+            case ast.AST():  # `or`, `await`, a tuple, ...: any of its parts
                 return self._union(ast.iter_child_nodes(node), scope)
         return NOTHING
 
@@ -346,13 +349,13 @@ class _Reader:
             index = ast.literal_eval(node.slice)
         except ValueError:
             index = None
-        return union(picked(value, index, names) for value in values)
+        return elements(values, index, names)
 
     def _attribute(self, values: Values[Any], name: str) -> Values[Any]:
         found = NOTHING
         for value in values:
             match value:
-                case Tensors() if name == "data":
+                case Tensors() if name == "data" or name in _OF_LISTS:
                     found |= {value}
                 case Tensors() if name not in _HARMLESS and not name.startswith(("is_", "new_")):
                     self._use(Values({value}))
@@ -371,7 +374,7 @@ class _Reader:
 
     def _of_module(self, module: nn.Module, name: str) -> Values[Any]:
         if name in ("_modules", "_parameters", "_buffers"):
-            return listed(Values(module.children()) if name == "_modules" else Values({Tensors(module)}))
+            return children_named(module) if name == "_modules" else Values({Tensors(module)})
         if name in module._modules:
             return Values({module._modules[name]} - {None})
         if name in module._parameters or name in module._buffers:
@@ -400,15 +403,8 @@ class _Reader:
                 return self._super(given, scope)
             if name == "getattr" and len(given) > 1:
                 return self._getattr(given[0], texts(given[1])).union(*given[2:])
-            if name in ("enumerate", "zip"):
-                return listed(listed(elements(every)))
-            if name == "dict":
-                pairs = union(map(elements, given))
-                return listed(pairs, elements(pairs), *named.values())
-            if name in ("next", "cast"):
-                return elements(every) if name == "next" else every
-            if name in _LISTING:
-                return listed(elements(every))
+            if name in _HANDING:
+                return every if name == "cast" else elements(every)
         called = self._value(node.func, scope)
         followed = any(isinstance(value, Function) for value in called)
         asking = name in _ASKING or name.startswith(("is", "has")) or name.endswith("_like")
@@ -418,22 +414,15 @@ class _Reader:
             self._use(every)  # whoever is given a weight takes it; a module is followed
         functions = Values(value for value in every if isinstance(value, Function))
         if functions and not followed:  # what is given functions calls them with the rest
-            return listed(self._apply(functions, [], {_ANY: (every | elements(every)) - functions}))
+            return self._apply(functions, [], {_ANY: elements(every) - functions})
         return result | self._apply(called, given, named)
 
     def _handed_out(self, values: Values[Any], method: str, names: list[str]) -> Values[Any]:
         """What methods of modules, of lists and of dictionaries give, that hand out what is in these."""
         if method in ("get_submodule", "get_parameter"):
             return union(functools.reduce(self._attribute, name.split("."), values) for name in names)
-        found = NOTHING
-        for value in values:
-            if isinstance(value, nn.Module):
-                found |= handed_out(value, method) or NOTHING
-            elif isinstance(value, Values) and method in ("get", "pop"):
-                found |= value
-            elif isinstance(value, Values) and method in ("copy", "items", "values"):
-                found |= listed(Values({value}) if method == "items" else value)
-        return found
+        given = union(handed_out(value, method) for value in values if isinstance(value, nn.Module))
+        return given | values if method in _OF_LISTS else given
 
     def _super(self, given: list[Values[Any]], scope: _Scope) -> Values[Any]:
         names = scope.function.__code__.co_varnames
@@ -449,7 +438,7 @@ class _Reader:
 
     def _use(self, values: Values[Any]) -> None:
         """The values are taken by something that is not followed: tensors are read, methods may be called."""
-        for value in leaves(values):
+        for value in values:
             match value:
                 case Tensors(module):
                     function = self._stack[-1] if self._stack else None

@@ -7,8 +7,7 @@ parameter is counted, optimised, clipped and copied once, and autograd sums its 
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 
 from glora_kernels.nn.base import is_linear
 from glora_kernels.nn.columns import aligned
-from glora_kernels.nn.linear import GLoRALinear
+from glora_kernels.nn.linear import GLoRALinear, Holders
 from glora_kernels.nn.model import all_paths, clean, layers_of, trainable_parameters, unwrap
 from glora_kernels.nn.numbered import numbered
 from glora_kernels.nn.patterns import unmatched
 from glora_kernels.nn.sibling_names import readers, sibling_sets
 from glora_kernels.nn.siblings import install
+from glora_kernels.nn.targets import Linear
 from glora_kernels.spec import ShareLoRAConfig, projection_type, select
 
 DECLARED = "_tied_weights_keys"
@@ -31,21 +31,6 @@ DECLARED = "_tied_weights_keys"
 Declared by the layers, not by the model: what the model declares, `tie_weights` ties anew as it does embeddings, and
 that resizes the bias of the layer to the rows of its weight (a Conv1D has (K, N) of them).
 """
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """A linear layer that a ShareLoRAConfig is meant for: its paths, the device and dtype of its base, shape (N, K)."""
-
-    paths: Sequence[str]
-    device: torch.device
-    dtype: torch.dtype
-    shape: tuple[int, int]
-    config: ShareLoRAConfig
-
-    @property
-    def path(self) -> str:
-        return self.paths[0]
 
 
 @dataclass(frozen=True)
@@ -64,8 +49,10 @@ class Sharing:
     siblings: list[list[str]]
 
 
-def plan_sharing(root: nn.Module, members: Iterable[Member], adapter_dtype: torch.dtype | None) -> Sharing:
-    """What the configurations of the members ask to be shared; equal configurations share with each other.
+def plan_sharing(
+    root: nn.Module, members: Mapping[Linear, ShareLoRAConfig], adapter_dtype: torch.dtype | None
+) -> Sharing:
+    """What the configurations of linear layers ask to be shared; equal configurations share with each other.
 
     A factor is shared by the layers of one `projection_type`; with `tie_siblings`, B_down also by the siblings of
     a block, and so by all types that have siblings of each other where it is shared over depth as well.
@@ -81,18 +68,18 @@ def plan_sharing(root: nn.Module, members: Iterable[Member], adapter_dtype: torc
             their names differ in in_features; a factor that layers on several devices would share or, without an
             `adapter_dtype`, layers of several dtypes. The message names the modules.
     """
-    configs: dict[ShareLoRAConfig, list[Member]] = {}
-    for member in members:
-        configs.setdefault(member.config, []).append(member)
+    configs: dict[ShareLoRAConfig, list[Linear]] = {}
+    for member, config in members.items():
+        configs.setdefault(config, []).append(member)
     ties: list[Tie] = []
     tied_sets: list[list[str]] = []
     depths = numbered(root)
-    of_depth: list[tuple[str, list[Member]]] = []
+    of_depth: list[tuple[str, list[Linear]]] = []
     for config, alike in configs.items():
         sharers = _projected(root, config, alike)
-        types: dict[str, list[Member]] = {}
+        types: dict[str, list[Linear]] = {}
         for member in sharers:
-            types.setdefault(projection_type(member.path, *member.shape, depths), []).append(member)
+            types.setdefault(projection_type(member.path, *member.base.shape, depths), []).append(member)
         if config.shared_factors:
             of_depth += types.items()
         siblings = _siblings(root, sharers) if config.tie_siblings else []
@@ -133,33 +120,6 @@ def tie(layers: Mapping[str, GLoRALinear], sharing: Sharing) -> None:
             setattr(layers[other], own, shared)
     for group in sharing.siblings:
         install({path: layers[path] for path in group}, fused=False)
-
-
-class Holders:
-    """The layers that have one shared factor: where PyTorch replaces the parameter in one, all get the new one.
-
-    They are held weakly. A copy of a model has holders of its own, which its layers join, and so has a copy of a part.
-    """
-
-    def __init__(self) -> None:
-        self._layers: weakref.WeakSet[GLoRALinear] = weakref.WeakSet()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
-
-    def join(self, layer: GLoRALinear) -> None:
-        """From now on this layer is one of them."""
-        self._layers.add(layer)
-
-    def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
-        """The new parameter in every layer that has the old one."""
-        for layer in self._layers:
-            for name in layer._holders:
-                if layer._parameters.get(name) is old:
-                    layer._parameters[name] = new
 
 
 class Place(NamedTuple):
@@ -319,7 +279,7 @@ def _common_key(keys: list[str]) -> str:
     return f"{split[0][0]}.{{{', '.join(name for _, _, name in split)}}}"
 
 
-def _projected(root: nn.Module, config: ShareLoRAConfig, members: list[Member]) -> list[Member]:
+def _projected(root: nn.Module, config: ShareLoRAConfig, members: list[Linear]) -> list[Linear]:
     """The members that `config.projections` names: those that share."""
     if config.projections is None:
         return members
@@ -346,7 +306,7 @@ def _nothing_shared(types: list[str]) -> str:
     )
 
 
-def _siblings(root: nn.Module, members: list[Member]) -> list[list[Member]]:
+def _siblings(root: nn.Module, members: list[Linear]) -> list[list[Linear]]:
     """The members that read the same input, block by block."""
     _check_inputs(root, members)
     owners = {path: member for member in members for path in member.paths}
@@ -361,9 +321,9 @@ def _siblings(root: nn.Module, members: list[Member]) -> list[list[Member]]:
     return sets
 
 
-def _check_inputs(root: nn.Module, members: list[Member]) -> None:
+def _check_inputs(root: nn.Module, members: list[Linear]) -> None:
     """An error where the names of siblings belong to layers of different in_features, but for cross-attention."""
-    widths = {path: member.shape[1] for member in members for path in member.paths}
+    widths = {path: member.base.shape[1] for member in members for path in member.paths}
     for found in readers(root):
         own = {path: widths[path] for path in found.paths if path in widths}
         if len(set(own.values())) > 1 and not found.is_cross:
@@ -374,7 +334,7 @@ def _check_inputs(root: nn.Module, members: list[Member]) -> None:
             )
 
 
-def _joined(groups: list[list[Member]], siblings: list[list[Member]]) -> list[list[Member]]:
+def _joined(groups: list[list[Linear]], siblings: list[list[Linear]]) -> list[list[Linear]]:
     """The groups, those that have siblings of each other made one."""
     for brood in siblings:
         touched = [group for group in groups if any(member in brood for member in group)]
@@ -384,15 +344,16 @@ def _joined(groups: list[list[Member]], siblings: list[list[Member]]) -> list[li
     return groups
 
 
-def _tie(name: str, members: list[Member], adapter_dtype: torch.dtype | None) -> Tie:
+def _tie(name: str, members: list[Linear], adapter_dtype: torch.dtype | None) -> Tie:
     """The tie of one factor of the members; fp32 over a 16-bit base, since a gradient is summed in its dtype."""
     factors = tuple((member.path, name) for member in members)
-    check_devices(factors, {member.path: member.device for member in members})
+    check_devices(factors, {member.path: member.base.weight.device for member in members})
     first = members[0]
     for member in members:
-        if adapter_dtype is None and member.dtype != first.dtype:
+        if adapter_dtype is None and member.base.dtype != first.base.dtype:
             raise ValueError(
-                f"{first.path!r} with {first.dtype} weights and {member.path!r} with {member.dtype} weights cannot "
-                f"share one {name}: give adapter_dtype, the dtype of all adapters, or a configuration for each dtype"
+                f"{first.path!r} with {first.base.dtype} weights and {member.path!r} with {member.base.dtype} weights "
+                f"cannot share one {name}: give adapter_dtype, the dtype of all adapters, or a configuration for each "
+                "dtype"
             )
-    return Tie(factors, adapter_dtype or (torch.float32 if first.dtype.itemsize == 2 else first.dtype))
+    return Tie(factors, adapter_dtype or first.adapter_dtype)

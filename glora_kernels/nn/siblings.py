@@ -109,7 +109,7 @@ class SiblingGroup:
     @property
     def tied(self) -> bool:
         """Whether members of one block share a B_down, and so their dropout mask."""
-        return any(len(self._tied(place)) > 1 for place in range(len(self.names)))
+        return any(len(self.tied_to(place)) > 1 for place in range(len(self.names)))
 
     def output(self, layer: GLoRALinear, x: Tensor) -> Tensor | None:
         """The member's output for x, or None where it has to compute it alone.
@@ -145,7 +145,7 @@ class SiblingGroup:
         if torch.compiler.is_compiling() or layer._backward_hooks or layer._backward_pre_hooks:
             return
         place = layer._place
-        tied = self._tied(place)
+        tied = self.tied_to(place)
         if len(tied) > 1 and self._take(self._seeds, place, x) is None:
             self._seeds.leave(x, place, {i: True for i in tied if i != place})
 
@@ -155,7 +155,7 @@ class SiblingGroup:
         Raises:
             RuntimeError: one of those before it was called with another tensor.
         """
-        tied = self._tied(layer._place)
+        tied = self.tied_to(layer._place)
         if len(tied) == 1:
             return dropout_seed(x.device)
         store = self._traced_seeds if torch.compiler.is_compiling() else self._seeds
@@ -182,7 +182,7 @@ class SiblingGroup:
 
     def _another_input(self, place: int, by: int) -> str:
         but = f"but {self.names[place]!r} was called with another tensor than {self.names[by]!r}"
-        if by in self._tied(place):
+        if by in self.tied_to(place):
             return (
                 f"{self._listed()} are tied as siblings (tie_siblings=True), which read one input, {but}; "
                 "name other projections or use another configuration"
@@ -244,12 +244,12 @@ class SiblingGroup:
         """A key of the dropout mask a member, one for those that share a B_down in one block; None without a B_down."""
         seeds: dict[int, Tensor] = {}
         for place in places:
-            first = self._tied(place)[0]
+            first = self.tied_to(place)[0]
             if first not in seeds and self._down(place) is not None:
                 seeds[first] = dropout_seed(x.device)
-        return [seeds.get(self._tied(place)[0]) for place in places]
+        return [seeds.get(self.tied_to(place)[0]) for place in places]
 
-    def _tied(self, place: int) -> list[int]:
+    def tied_to(self, place: int) -> list[int]:
         """The places in one block with this one's B_down: itself and those tied to it."""
         down = self._down(place)
         return [i for i in self._blocks[place] if i == place or (down is not None and self._down(i) is down)]
@@ -314,7 +314,7 @@ def tied_sets(layers: Mapping[str, GLoRALinear]) -> list[list[str]]:
     sets: dict[tuple[int, int], list[str]] = {}
     for path, layer in layers.items():
         if (group := layer._siblings) is not None:
-            first, *others = group._tied(layer._place)
+            first, *others = group.tied_to(layer._place)
             if others:
                 sets.setdefault((id(group), first), []).append(path)
     return list(sets.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -31,13 +32,15 @@ class Linear:
     parents: list[tuple[nn.Module | None, str]] = field(default_factory=list)
 
     @property
+    def path(self) -> str:
+        return self.paths[0]
+
+    @functools.cached_property
     def base(self) -> Base:
-        base = base_of(self.module)
-        assert base is not None
-        return base
+        return base_of(self.module)
 
     @property
-    def wide_dtype(self) -> torch.dtype:
+    def adapter_dtype(self) -> torch.dtype:
         """Of an adapter unless another is asked for: the base's, but fp32 over 16 bits."""
         return torch.float32 if self.base.dtype.itemsize == 2 else self.base.dtype
 
@@ -117,7 +120,7 @@ def _targeted(
     taken = [linear for linear in named if linear.module in owners]
     if taken and (is_exact(pattern) or len(taken) == len(named)):
         raise ValueError(
-            f"target_modules: the pattern {pattern!r} names {taken[0].paths[0]!r}, which is trained whole with "
+            f"target_modules: the pattern {pattern!r} names {taken[0].path!r}, which is trained whole with "
             f"{owners[taken[0].module]!r} (train=...); name it in one of the two"
         )
     if out.issuperset(named):

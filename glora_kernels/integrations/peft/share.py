@@ -17,8 +17,8 @@ from glora_kernels.integrations.peft.adapter import Adapter
 from glora_kernels.integrations.peft.config import ShareLoRAPeftConfig
 from glora_kernels.integrations.peft.layer import AdaptedLinear, ShareLoRAPeftLinear
 from glora_kernels.integrations.peft.model import AdaptedModel
-from glora_kernels.nn.base import base_of
-from glora_kernels.nn.share import Member, plan_sharing
+from glora_kernels.nn.share import plan_sharing
+from glora_kernels.nn.targets import Linear
 
 
 class Factor(NamedTuple):
@@ -46,10 +46,10 @@ class ShareLoRAPeftModel(AdaptedModel):
 
     def _plan(self, config: ShareLoRAPeftConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
         shared = config.share_config()
-        members = []
-        for path, module in targets.items():
-            base = base_of(module.get_base_layer() if isinstance(module, AdaptedLinear) else module)
-            members.append(Member([path], base.weight.device, base.dtype, base.shape, shared))
+        members = {
+            Linear(m.get_base_layer() if isinstance(m, AdaptedLinear) else m, [path]): shared
+            for path, m in targets.items()
+        }
         with _bare(model, targets):
             ties = plan_sharing(model, members, None).ties if members else []
         factors: dict[str, dict[str, Factor]] = {}

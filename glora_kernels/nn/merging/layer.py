@@ -43,7 +43,6 @@ class Mergeable(FrozenBase):
     _base: Kept | None
     _disabled: tuple[object, ...]
     _origin: nn.Module | None
-    _holders: dict[str, Any]
 
     def adapter(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters that exist, by name; one that is computed from others, as it is now."""
