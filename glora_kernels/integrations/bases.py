@@ -20,9 +20,8 @@ from glora_kernels.dispatch.ways import is_transformed
 from glora_kernels.nn.adapted import Frozen, Operands, adapted_linear, weighted_sum
 from glora_kernels.nn.base import computes_as, plain_class
 from glora_kernels.nn.frozen import QuantizedLinear
-from glora_kernels.nn.warmup import Form
+from glora_kernels.nn.warmup import Form, form_of
 from glora_kernels.ops import glora_wc
-from glora_kernels.quant import QuantizedWeight
 from glora_kernels.quant.bnb import REPACKED, from_linear4bit, is_linear4bit, keep_codes, refusal
 from glora_kernels.runtime.configs import MAX_RANK
 
@@ -91,7 +90,12 @@ class OverBase(_Layer):
     def warmup_form(self) -> Form | None:
         """The layer as `warmup` runs it; None where it is not one call on the operators."""
         found = self.parts()
-        return None if isinstance(found, str) else _warmup_form(self, *found)
+        if isinstance(found, str):
+            return None
+        base, operands = found
+        (n, k), names = base.weight.shape, [name for name, tensor in operands.tensors.items() if tensor is not None]
+        names = names if base.bias is None else ["bias", *names]
+        return form_of(self, base, operands, f"{type(self).__name__}, {k} to {n}: {', '.join(names)}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -165,7 +169,7 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
     if weight is not None and weight.is_meta:
         return ON_META
     if isinstance(base, QuantizedLinear):
-        return Frozen(base.base_weight(), base.bias, base.compute_dtype)
+        return base.frozen()
     if kept["is_4bit"]:
         return _linear4bit(base, kept, x)
     if type(weight) not in PLAIN:
@@ -287,22 +291,6 @@ def _added(x: Tensor, base: Frozen, adapter: Operands) -> Tensor:
     if p["C"] is not None or p["C_up"] is not None:
         y = y + glora_wc(base.weight, p["C"], c_up=p["C_up"], c_down=p["C_down"]).to(dtype)
     return y
-
-
-def _warmup_form(layer: nn.Module, base: Frozen, operands: Operands) -> Form:
-    weight, (n, k) = base.weight, base.weight.shape
-    if isinstance(weight, QuantizedWeight):
-        state = weight.state
-        dtype = base.compute_dtype or state.dtype
-        layout: tuple[object, ...] = (base.compute_dtype, state.quant_type, state.blocksize, state.nested is not None)
-    else:
-        dtype, layout = weight.dtype, (weight.stride(),)
-    given = {name: t for name, t in {"bias": base.bias, **operands.tensors}.items() if t is not None}
-    parts = ((name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in given.items())
-    drops = operands.dropout_p > 0
-    key = (n, k, weight.device, dtype, *layout, *parts, operands.variant, drops)
-    text = f"{type(layer).__name__}, {k} to {n}: {', '.join(given)}"
-    return Form(layer, k, weight.device, dtype, isinstance(weight, QuantizedWeight), drops, key, text)
 
 
 def _linear4bit(base: Any, kept: dict[str, Any], x: Tensor | None) -> Frozen | str:

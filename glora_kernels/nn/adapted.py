@@ -20,6 +20,7 @@ from glora_kernels.dispatch.common import Weight
 from glora_kernels.glora.op import dropout_seed
 from glora_kernels.ops import glora_linear
 from glora_kernels.quant import QuantizedWeight
+from glora_kernels.spec import GLoRAConfig
 
 ADAPTER_NAMES: tuple[str, ...] = ("A", "A_up", "A_down", "B", "B_up", "B_down", "C", "C_up", "C_down", "D", "E")
 """Every name that a parameter of an adapter can have, in the order in which a layer registers them."""
@@ -48,6 +49,12 @@ class Operands(NamedTuple):
     scale: float = 1.0
     dropout_p: float = 0.0
     variant: str = "hadamard"
+
+    @classmethod
+    def of(cls, config: GLoRAConfig, tensors: Mapping[str, Tensor], training: bool) -> Operands:
+        """An adapter of this configuration, of those tensors that it has, in training mode or not."""
+        dropout_p = config.dropout if training and config.B == "lora" else 0.0
+        return cls({**ABSENT, **tensors}, config.scale, dropout_p, config.variant)
 
 
 def adapted_linear(

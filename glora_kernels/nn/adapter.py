@@ -19,6 +19,7 @@ from glora_kernels.nn.frozen import QuantizedLinear
 from glora_kernels.nn.inject import Planned, check_replaceable, replace
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import TRAINED, all_paths, clean, layers_of, named_layers, unwrap
+from glora_kernels.nn.patterns import some_of
 from glora_kernels.nn.ranks import mesh_of, on_first_rank, refuse_sharded, whole
 from glora_kernels.nn.share import Sharing, Tie, check_devices
 from glora_kernels.nn.siblings import tied_sets
@@ -126,18 +127,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         values = {name: _cast(where, name, value, state[name].dtype) for name, value in adapter.values().items()}
         with torch.no_grad():
             for name, tensor in state.items():
-                undo.callback(_put, tensor, host_copy(tensor))
+                undo.callback(tensor.detach().copy_, host_copy(tensor))
                 tensor.copy_(values[name])
         for name in biases:
             if (bias := layers[name].bias) is not None:
                 undo.callback(bias.requires_grad_, bias.requires_grad)
                 bias.requires_grad_(True)
     return model
-
-
-@torch.no_grad()
-def _put(tensor: Tensor, values: Tensor) -> None:
-    tensor.copy_(values)
 
 
 def _cast(where: str, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -283,9 +279,9 @@ def _check_sharing(where: str, adapter: Adapter, own: Adapter) -> None:
 def _same_names(where: str, what: str, given: Iterable[str], own: Iterable[str]) -> None:
     parts = []
     if more := sorted(set(given) - set(own)):
-        parts.append(f"{more[:4]}{' ...' if len(more) > 4 else ''}, which the model lacks")
+        parts.append(f"{some_of(more)}, which the model lacks")
     if less := sorted(set(own) - set(given)):
-        parts.append(f"not {less[:4]}{' ...' if len(less) > 4 else ''}, which the model has")
+        parts.append(f"not {some_of(less)}, which the model has")
     if parts:
         raise ValueError(f"{where} {what} {'; and '.join(parts)}")
 
@@ -346,7 +342,7 @@ def _warn_unsaved(root: nn.Module, layers: Mapping[str, GLoRALinear], adapter: A
     lost = [clean(name) for name, p in root.named_parameters() if p.requires_grad and id(p) not in saved]
     if lost:
         warnings.warn(
-            f"save_adapter: {lost[:4]}{' ...' if len(lost) > 4 else ''} require a gradient but are not "
+            f"save_adapter: {some_of(lost)} require a gradient but are not "
             "saved; name their modules in inject(..., train=[...]) to have them in the adapter",
             UserWarning,
             stacklevel=3,

@@ -52,7 +52,7 @@ def base_of(linear: nn.Module) -> Base:
     if isinstance(linear, QuantizedLinear):
         weight, state, shape = linear.weight, linear.quant_state, (linear.out_features, linear.in_features)
         return Base(weight, bias, shape, linear.base_dtype, False, state, linear.compute_dtype)
-    stored, transposed = linear._parameters["weight"], is_conv1d(linear)
+    stored, transposed = linear._parameters["weight"], conv1d_class(linear) is not None
     if stored is None:
         raise ValueError("a linear layer without a weight cannot be adapted")
     n, k = stored.shape[::-1] if transposed else stored.shape
@@ -162,10 +162,6 @@ def shell(linear: nn.Module) -> nn.Module:
 def check_config(config: object) -> None:
     if not isinstance(config, GLoRAConfig):
         raise TypeError(f"config must be a GLoRAConfig, got {type(config).__name__}")
-
-
-def is_conv1d(module: object) -> bool:
-    return conv1d_class(module) is not None
 
 
 def conv1d_class(module: object) -> type | None:

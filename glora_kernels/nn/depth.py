@@ -11,7 +11,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from glora_kernels.depth import op as depth
 from glora_kernels.depth.deferred import Deferred, DeferredLinear, ticket
-from glora_kernels.nn.adapted import SHIFTS
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.merging.models import table_entry
 from glora_kernels.nn.model import layers_of
@@ -154,7 +153,7 @@ def _state(tensor: Tensor) -> tuple[int, bool]:
 
 
 def _is_shifted(layer: GLoRALinear) -> bool:
-    return not (layer.merged or layer._disabled or SHIFTS.isdisjoint(layer.adapter()))
+    return layer.has_shift and not layer.merged and not layer._disabled
 
 
 def _shared(layers: list[GLoRALinear]) -> dict[GLoRALinear, dict[str, nn.Parameter]]:

@@ -69,8 +69,17 @@ class FrozenBase(nn.Module):
     def base_weight(self) -> Weight:
         """W (N, K): the parameter (transposed, where it is stored so), or the 4-bit weight on it."""
         if self.quant_state is not None:
-            return QuantizedWeight(self.weight, self.quant_state)
+            return self.codes()
         return self.weight.t() if self._transposed else self.weight
+
+    def codes(self) -> QuantizedWeight:
+        """The 4-bit weight of a layer that has one."""
+        assert self.quant_state is not None
+        return QuantizedWeight(self.weight, self.quant_state)
+
+    def frozen(self) -> Frozen:
+        """The base as a call takes it."""
+        return Frozen(self.base_weight(), self.bias, self.compute_dtype)
 
     @property
     def base_dtype(self) -> torch.dtype:
@@ -180,7 +189,7 @@ class QuantizedLinear(FrozenBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., N) in the dtype of x; the errors of `ops.glora_linear`."""
-        return base_linear(x, Frozen(self.base_weight(), self.bias, self.compute_dtype))
+        return base_linear(x, self.frozen())
 
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -188,7 +197,7 @@ class QuantizedLinear(FrozenBase):
         dtype = dtype or self.base_dtype
         check_dtype("dtype", dtype)
         bias = None if self.bias is None else self.bias.to(dtype, copy=True)
-        return plain_linear(dequantize(self._quantized, dtype), bias).train(self.training)
+        return plain_linear(dequantize(self.codes(), dtype), bias).train(self.training)
 
     def to_linear4bit(self) -> Any:
         """A bitsandbytes `Linear4bit` on the same memory.
@@ -196,12 +205,7 @@ class QuantizedLinear(FrozenBase):
         Raises:
             ImportError: bitsandbytes is not installed.
         """
-        return to_linear4bit(self._quantized, self.bias, self.compute_dtype).train(self.training)
-
-    @property
-    def _quantized(self) -> QuantizedWeight:
-        assert self.quant_state is not None
-        return QuantizedWeight(self.weight, self.quant_state)
+        return to_linear4bit(self.codes(), self.bias, self.compute_dtype).train(self.training)
 
     def extra_repr(self) -> str:
         assert self.quant_state is not None
@@ -222,7 +226,7 @@ def _check_codes(value: Any, state: QuantState) -> None:
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.dtype == torch.uint8:
         QuantizedWeight(value, state)
         return
-    given = f"{type(value).__name__}"
+    given = type(value).__name__
     if isinstance(value, Tensor):
         given += f" of {dtype_name(value.dtype)}, shape {tuple(value.shape)}"
     raise TypeError(

@@ -15,8 +15,8 @@ from torch import nn
 from glora_kernels.grouped.op import MAX_MEMBERS
 from glora_kernels.nn.linear import GLoRALinear, Siblings
 from glora_kernels.nn.model import layers_of, unwrap
+from glora_kernels.nn.names import sibling_sets
 from glora_kernels.nn.patterns import listed, unmatched
-from glora_kernels.nn.sibling_names import cross_attention_sets, sibling_sets
 from glora_kernels.nn.siblings import install, refusal
 from glora_kernels.spec import depthless, select
 
@@ -106,7 +106,7 @@ def fuse_cross_attention(model: nn.Module, layers: str | Iterable[str] | None = 
     adapted = layers_of(model, "fuse_cross_attention")
     if layers is None:
         stacks: dict[object, list[list[str]]] = {}
-        for paths in cross_attention_sets(unwrap(model)):
+        for paths in sibling_sets(unwrap(model), cross_attention_alone=True):
             stacks.setdefault(depthless(paths[0].rpartition(".")[0]), []).append(paths)
         blocks = list(stacks.values())
     else:

@@ -16,7 +16,7 @@ from glora_kernels.nn.base import FROZEN, M, is_linear
 from glora_kernels.nn.door import refuse, skipped_share, warn_skipped
 from glora_kernels.nn.frozen import QuantizedLinear, check_dtype
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.model import TRAINED, named_layers, unwrap, wrapped
+from glora_kernels.nn.model import TRAINED, is_in_ddp, named_layers, unwrap
 from glora_kernels.nn.patterns import listed, patterns_of, unmatched
 from glora_kernels.nn.share import Sharing, forget_tied, keep_tied, plan_sharing, tie
 from glora_kernels.nn.targets import Linear, find_targets, linears, named_by, some, targets_of, trained_modules
@@ -253,14 +253,11 @@ def check_wrapper(model: nn.Module, root: nn.Module) -> None:
     """An error where the model is wrapped in what must come after a replacement of layers."""
     if model is not root and is_linear(root):
         raise ValueError("a single wrapped linear layer cannot be replaced; inject first, then wrap it")
-    inner: nn.Module | None = model
-    while inner is not root and inner is not None:
-        if isinstance(inner, nn.parallel.DistributedDataParallel):
-            raise ValueError(
-                "the model is wrapped in DistributedDataParallel, which would not reduce the gradients of "
-                "parameters that come later; inject first, then wrap it"
-            )
-        inner = wrapped(inner)
+    if is_in_ddp(model):
+        raise ValueError(
+            "the model is wrapped in DistributedDataParallel, which would not reduce the gradients of "
+            "parameters that come later; inject first, then wrap it"
+        )
 
 
 def _check_trained(plan: list[Planned], trained: Mapping[str, nn.Module]) -> None:

@@ -21,12 +21,7 @@ from torch import Tensor, nn
 from glora_kernels.depth.deferred import DeferredLinear
 from glora_kernels.dispatch.common import Weight
 from glora_kernels.modes import ordinary
-from glora_kernels.nn.adapted import (
-    ADAPTER_NAMES,
-    adapted_linear,
-    base_linear,
-    initialize,
-)
+from glora_kernels.nn.adapted import ADAPTER_NAMES, Operands, adapted_linear, base_linear, initialize
 from glora_kernels.nn.base import FROZEN, Base, base_of, check_config, is_linear, shell, unsupported
 from glora_kernels.nn.frozen import check_dtype, describe
 from glora_kernels.nn.merging.layer import MERGED, NAMES, Mergeable
@@ -198,9 +193,7 @@ class GLoRALinear(Mergeable):
         self._siblings: Siblings | None = None  # layers that read one input, this one among them ...
         self._place = 0  # ... and which of them it is
         # What a forward would otherwise work out each time.
-        self._scale = config.scale
-        self._dropout = config.dropout if config.B == "lora" else 0.0
-        self._variant = config.variant
+        _, self._scale, self._dropout, self._variant = Operands.of(config, {}, training=True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> GLoRALinear:
         """As PyTorch's, which makes a new parameter where it cannot change one in place, as from the meta device."""

@@ -25,13 +25,28 @@ def wrapped(model: nn.Module) -> nn.Module | None:
     return next((model._modules[name] for name in _WRAPPERS if name in model._modules), None)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside all its wrappers, whose names are no part of a path (`wrapped`)."""
+def wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, what is inside its outermost wrapper, and so on to the model inside all."""
+    inner: nn.Module | None = model
+    while inner is not None:
+        yield inner
+        inner = wrapped(inner)
+
+
+def is_in_ddp(model: nn.Module) -> bool:
+    return any(isinstance(wrapper, nn.parallel.DistributedDataParallel) for wrapper in wrappers(model))
+
+
+def check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    while (inner := wrapped(model)) is not None:
-        model = inner
-    return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside all its wrappers, whose names are no part of a path (`wrapped`)."""
+    check_module(model)
+    *_, inside = wrappers(model)
+    return inside
 
 
 def clean(path: str) -> str:
@@ -53,8 +68,7 @@ def layers_of(model: nn.Module, caller: str) -> dict[str, GLoRALinear]:
 
 def trainable_parameters(model: nn.Module) -> int:
     """How many numbers of the model require a gradient; a shared parameter counts once."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 

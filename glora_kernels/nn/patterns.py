@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def patterns_of(argument: str, given: str | Iterable[str]) -> list[str]:
@@ -32,3 +32,8 @@ def listed(kind: str, paths: Iterable[str], most: int = 12) -> str:
         return f"The model has no {kind} to choose from"
     more = f", ... ({len(names)} in all)" if len(names) > most else ""
     return f"Available {kind} names: {', '.join(map(repr, names[:most]))}{more}"
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first of many names, for a message."""
+    return f"{names[:4]}{' ...' if len(names) > 4 else ''}"

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 import torch
 from torch import nn
 
-from glora_kernels.modes import has_values
-from glora_kernels.nn.base import Base, M, base_of
+from glora_kernels.nn.base import M
 from glora_kernels.nn.frozen import QuantizedLinear, check_dtype
 from glora_kernels.nn.inject import check_replaceable, check_wrapper, put, refuse_adapted
 from glora_kernels.nn.model import all_paths, unwrap
@@ -18,7 +17,7 @@ from glora_kernels.nn.targets import Linear, find_targets, targets_of
 from glora_kernels.nn.undo import all_or_none
 from glora_kernels.quant import QuantizedWeight, quantize_weight
 from glora_kernels.quant.codes import QUANT_TYPES
-from glora_kernels.quant.weight import DTYPES, check_blocksize
+from glora_kernels.quant.weight import check_blocksize
 from glora_kernels.runtime.progress import progress as shown
 
 if TYPE_CHECKING:
@@ -98,18 +97,19 @@ def quantize(
             f"quantize: {path!r} shares its weight with {other!r}, which stays dense, so that nothing would be saved; "
             "leave it out of target_modules, or give it a weight of its own first"
         )
-    bases = {linear.path: _quantizable(linear) for linear in chosen}
+    if packed := [linear for linear in chosen if linear.base.quant_state is not None]:
+        raise ValueError(f"quantize: {_named(packed[0])} is in 4 bits already")
     made: dict[tuple[int, bool], QuantizedWeight] = {}  # layers that share one weight go on sharing it
     layers = []
     for linear in shown(chosen, "quantizing", progress):
-        base = bases[linear.path]
+        base = linear.base
         key = id(base.weight), base.transposed
         if key not in made:
             dense = base.weight.t() if base.transposed else base.weight
             try:
                 made[key] = quantize_weight(dense, quant_type, blocksize, double_quant)
-            except ValueError as error:
-                raise ValueError(f"quantize: {linear.path!r}: {error}") from error
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"quantize: {_named(linear)}: {error}") from error
         bias = None if base.bias is None else base.bias.detach().clone()
         layers.append(QuantizedLinear(made[key], bias, compute_dtype).train(linear.module.training))
     with all_or_none() as undo:
@@ -153,16 +153,5 @@ def _half_tied(root: nn.Module, chosen: list[Linear]) -> dict[str, str]:
     return {path: others[weight] for path, weight in owned.items() if weight in others}
 
 
-def _quantizable(linear: Linear) -> Base:
-    """What a layer is made of; the errors of `quantize_weight`, and of a layer in 4 bits."""
-    base = base_of(linear.module)
-    what = f"quantize: {linear.path!r}" if linear.path else "quantize: the layer"
-    if base.quant_state is not None:
-        raise ValueError(f"{what} is in 4 bits already")
-    if base.dtype not in DTYPES:
-        raise TypeError(f"{what} has a weight in {base.dtype}; accepted: float32, bfloat16, float16")
-    if base.weight.is_meta:
-        raise ValueError(f"{what} is on the meta device and has no values")
-    if has_values(base.weight) and not bool(torch.isfinite(base.weight).all()):
-        raise ValueError(f"{what} holds NaN or inf, which have no 4-bit code")
-    return base
+def _named(linear: Linear) -> str:
+    return repr(linear.path) if linear.path else "the layer"

@@ -65,7 +65,6 @@ _COMPARED: Mapping[type, Any] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Is: operator.is_, ast.IsNot: operator.is_not,
     ast.Lt: operator.lt, ast.Gt: operator.gt, ast.LtE: operator.le, ast.GtE: operator.ge,
 }  # fmt: skip
-_IDENTITIES = (ast.Is, ast.IsNot, ast.In, ast.NotIn)
 _ANY = "*"
 """The name under which a call has what any of its arguments may be (*args, **kwargs)."""
 _DEPTH = 16
@@ -271,9 +270,7 @@ class _Reader:
                 return self._union(parts, scope)
             case ast.Starred(inner):
                 return elements(self._value(inner, scope))
-            case ast.UnaryOp(ast.Not()) | ast.Expr():
-                self._union(ast.iter_child_nodes(node), scope)
-            case ast.Compare(_, ops) if all(isinstance(op, _IDENTITIES) for op in ops):
+            case ast.UnaryOp(ast.Not()) | ast.Compare(ops=[ast.Is() | ast.IsNot() | ast.In() | ast.NotIn(), *_]):
                 self._union(ast.iter_child_nodes(node), scope)
             case ast.IfExp():
                 return self._union(self._branches(node, scope), scope)
@@ -328,8 +325,6 @@ class _Reader:
                 for item in node.items:
                     self._assign(item.optional_vars or ast.Name(""), item.context_expr, scope)
                 self._union(node.body, scope)
-            case ast.ClassDef():
-                pass
             case _:
                 for part in ast.iter_child_nodes(node):
                     self._ends([part], scope)  # type: ignore[list-item]

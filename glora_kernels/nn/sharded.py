@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from glora_kernels.nn.base import M
 from glora_kernels.nn.frozen import FrozenBase
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.model import all_paths, clean, layers_of, unwrap
+from glora_kernels.nn.model import all_paths, check_module, clean, layers_of, unwrap
 from glora_kernels.nn.ranks import is_part, refuse_sharded, whole
 from glora_kernels.spec import select
 
@@ -120,8 +120,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     The operations on lists of tensors by which optimizers step ("foreach", the default on a GPU, and "fused") do not
     take both kinds at once. A shared parameter is there once. A model that is not sharded has one group.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [{"params": alike} for alike in _by_kind(trained)]
 

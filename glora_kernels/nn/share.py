@@ -18,9 +18,8 @@ from glora_kernels.nn.base import is_linear
 from glora_kernels.nn.columns import aligned
 from glora_kernels.nn.linear import GLoRALinear, Holders
 from glora_kernels.nn.model import all_paths, clean, layers_of, trainable_parameters, unwrap
-from glora_kernels.nn.numbered import numbered
-from glora_kernels.nn.patterns import unmatched
-from glora_kernels.nn.sibling_names import readers, sibling_sets
+from glora_kernels.nn.names import numbered, readers, sibling_sets
+from glora_kernels.nn.patterns import some_of, unmatched
 from glora_kernels.nn.siblings import install
 from glora_kernels.nn.targets import Linear
 from glora_kernels.spec import ShareLoRAConfig, projection_type, select
@@ -316,7 +315,7 @@ def _siblings(root: nn.Module, members: list[Linear]) -> list[list[Linear]]:
         names = [member.path for member in members]
         raise ValueError(
             "tie_siblings: no two of the layers that share are siblings, projections of one block that read the same "
-            f"input (q, k and v; gate and up); they are {names[:4]}{' ...' if len(names) > 4 else ''}"
+            f"input (q, k and v; gate and up); they are {some_of(names)}"
         )
     return sets
 

@@ -10,7 +10,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,8 +56,8 @@ class Pending:
 class TracedPending:
     """The same while torch.compile traces, which sees nothing that is written in place."""
 
-    def __init__(self, x: Tensor, by: int, values: Values, are_outputs: bool) -> None:
-        self.x, self.by, self.values, self.are_outputs = x, by, values, are_outputs
+    def __init__(self, x: Tensor, by: int, values: Values, members: Members, backwards: object) -> None:
+        self.x, self.by, self.values, self.are_outputs = x, by, values, members is not None
         self.mode, self.trace = _traced_mode(x), _trace()
 
     def is_for(self, x: Tensor) -> bool:
@@ -70,27 +70,28 @@ class TracedPending:
         return self.x is not x and self.mode == _traced_mode(x) and self.trace == _trace()
 
 
-class Eager(threading.local):
-    """What waits, for each thread its own: replicas, and requests that are served at once, have inputs of their own."""
+class _Store:
+    """Where something may wait."""
 
-    pending: Pending | None = None
-
-    def leave(
-        self, x: Tensor, by: int, values: Values, members: Members = None, backwards: Backwards | None = None
-    ) -> None:
-        self.pending = Pending(x, by, values, members, backwards)
-
-
-class Traced:
-    """What waits while torch.compile traces: nothing once the graph is complete."""
-
-    def __init__(self) -> None:
-        self.pending: TracedPending | None = None
+    kind: ClassVar[Any]
+    pending: Any = None
 
     def leave(
         self, x: Tensor, by: int, values: Values, members: Members = None, backwards: Backwards | None = None
     ) -> None:
-        self.pending = TracedPending(x, by, values, are_outputs=members is not None)
+        self.pending = self.kind(x, by, values, members, backwards)
+
+
+class Eager(_Store, threading.local):
+    """For each thread its own: replicas, and requests that are served at once, have inputs of their own."""
+
+    kind = Pending
+
+
+class Traced(_Store):
+    """While torch.compile traces: nothing waits here once the graph is complete."""
+
+    kind = TracedPending
 
 
 def _mode(x: Tensor) -> tuple[object, ...]:

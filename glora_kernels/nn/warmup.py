@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from glora_kernels.glora.op import seeds_on_device
+from glora_kernels.nn.adapted import Frozen, Operands
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import named_layers, unwrap
 from glora_kernels.nn.ranks import refuse_sharded
@@ -153,20 +154,24 @@ def _is_served(form: Form, dtype: torch.dtype | None) -> bool:
 
 
 def _form(layer: GLoRALinear) -> Form:
-    weight, state = layer.weight, layer.quant_state
-    parameters = [("bias", layer.bias), *layer.adapter().items()]
-    trained = [(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in parameters if p is not None]
+    return form_of(layer, layer.frozen(), Operands.of(layer.config, layer.adapter(), True), layer.extra_repr())
+
+
+def form_of(layer: nn.Module, base: Frozen, adapter: Operands, text: str) -> Form:
+    """The form of a layer that is one call on our operators, with this base and this adapter."""
+    weight, (n, k) = base.weight, base.weight.shape
+    if isinstance(weight, Tensor):
+        dtype, layout = weight.dtype, weight.stride()
+    else:
+        state = weight.state
+        dtype = base.compute_dtype or state.dtype
+        layout = base.compute_dtype, state.dtype, state.quant_type, state.blocksize, state.nested is not None
+    tensors = {"bias": base.bias, **adapter.tensors}.items()
+    parts = [(name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in tensors if t is not None]
+    drops = adapter.dropout_p > 0
     # What the code of its kernels, and their launches, depend on.
-    key: tuple[object, ...] = (
-        tuple(weight.shape), weight.stride(), layer.base_dtype, weight.device, layer._transposed, *trained,
-        layer.config.variant, layer._dropout > 0,
-    )  # fmt: skip
-    if state is not None:
-        key += (state.shape, state.dtype, state.quant_type, state.blocksize, state.nested is not None)
-    return Form(
-        layer, layer.in_features, weight.device, layer.base_dtype, state is not None, layer._dropout > 0, key,
-        layer.extra_repr(),
-    )  # fmt: skip
+    key = (n, k, weight.device, dtype, *layout, *parts, adapter.variant, drops)
+    return Form(layer, k, weight.device, dtype, not isinstance(weight, Tensor), drops, key, text)
 
 
 def _run(unit: list[Form], tokens: int, dtype: torch.dtype | None, training: bool) -> None:

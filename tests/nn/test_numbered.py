@@ -9,7 +9,7 @@ from torch import nn
 
 import glora_kernels as gk
 from glora_kernels import ShareLoRAConfig
-from glora_kernels.nn.numbered import numbered
+from glora_kernels.nn.names import numbered
 
 
 class Block(nn.Module):

@@ -6,7 +6,7 @@ from torch import nn
 
 import glora_kernels as gk
 from glora_kernels import GLoRAConfig
-from glora_kernels.nn.sibling_names import sibling_sets
+from glora_kernels.nn.names import sibling_sets
 
 LORA = GLoRAConfig.lora(rank=3, alpha=6)
 

@@ -14,7 +14,7 @@ from glora_kernels.integrations.bases import IDLE, RANK, SHARDED, has_other_forw
 from glora_kernels.integrations.release import need_peft
 from glora_kernels.nn.base import M
 from glora_kernels.nn.columns import aligned
-from glora_kernels.nn.model import unwrap
+from glora_kernels.nn.model import check_module, unwrap
 from glora_kernels.nn.reads import reads
 from glora_kernels.nn.undo import all_or_none
 from glora_kernels.quant.bnb import free_codes, keep_codes
@@ -209,8 +209,7 @@ def _kinds() -> dict[type, Any]:
 
 
 def _tuner_layers(model: nn.Module) -> dict[str, Any]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
     need_peft("accelerate")
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glora_kernels.nn.adapted import ABSENT, Operands, initialize
+from glora_kernels.nn.adapted import Operands, initialize
 from glora_kernels.spec import GLoRAConfig
 
 
@@ -70,9 +70,7 @@ class Adapter(nn.Module):
 
     def operands(self) -> Operands:
         """As the operators take them; the errors of `tensors`."""
-        config = self.config
-        p = config.dropout if self.training and config.B == "lora" else 0.0
-        return Operands({**ABSENT, **self.tensors()}, config.scale, p, config.variant)
+        return Operands.of(self.config, self.tensors(), self.training)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *found: Any) -> None:
         # PEFT loads with strict=False: an adapter of another configuration would be loaded in part.

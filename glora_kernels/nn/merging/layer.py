@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glora_kernels.nn.adapted import ADAPTER_NAMES
+from glora_kernels.nn.adapted import ADAPTER_NAMES, SHIFTS
 from glora_kernels.nn.base import FROZEN, HOOKS
 from glora_kernels.nn.frozen import FrozenBase, QuantizedLinear, check_dtype, plain_linear
 from glora_kernels.nn.merging.rounding import MergeReport, refusal
@@ -52,6 +52,11 @@ class Mergeable(FrozenBase):
                     hook(self, ())
         found = {name: getattr(self, name) for name in ADAPTER_NAMES}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
+
+    @property
+    def has_shift(self) -> bool:
+        """Whether the adapter makes the full bias another than that of the base."""
+        return not SHIFTS.isdisjoint(self.adapter())
 
     @property
     def is_intact(self) -> bool:
@@ -250,7 +255,7 @@ class Mergeable(FrozenBase):
         if self._base is None:
             raise RuntimeError("to_plain: the layer is not merged; call merge() first")
         if self.quant_state is not None:
-            packed = QuantizedLinear(QuantizedWeight(self.weight, self.quant_state), self.bias, self.compute_dtype)
+            packed = QuantizedLinear(self.codes(), self.bias, self.compute_dtype)
             plain = packed.to_linear4bit() if is_linear4bit(self._origin) else packed
         elif self._origin is None:
             plain = plain_linear(self.weight, self.bias)

@@ -6,6 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import overload
 
 import torch
@@ -13,14 +14,13 @@ from torch import Tensor, nn
 
 from glora_kernels.depth import op as depth
 from glora_kernels.depth.table import Layer
-from glora_kernels.nn.adapted import SHIFTS
 from glora_kernels.nn.base import FROZEN, M
 from glora_kernels.nn.biases import added_biases, keep_biases, warn_of_biases
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.merging.layer import UNSHARD
 from glora_kernels.nn.merging.rounding import MergeReport, refusal
 from glora_kernels.nn.merging.values import Kept, ToMerge, check_finite
-from glora_kernels.nn.model import TRAINED, all_paths, clean, layers_of, unwrap, wrapped
+from glora_kernels.nn.model import TRAINED, all_paths, clean, is_in_ddp, layers_of, unwrap
 from glora_kernels.nn.ranks import refuse_sharded
 from glora_kernels.nn.share import forget_tied
 from glora_kernels.nn.ties import memory, overlaps, owned
@@ -75,14 +75,11 @@ def merge(model: nn.Module, requantize: bool = False, *, progress: bool = False)
     reports: dict[str, MergeReport] = {}
     with all_or_none() as undo:
         undo.callback(_unmerge_all, layers.values())
-        for path, layer in shown(list(four_bit.items()), "requantizing", progress):
+        for path, layer in chain(shown(list(four_bit.items()), "requantizing", progress), single.items()):
             with _named(path):
-                report = layer.merge(requantize=True)
+                report = layer.merge(requantize)
             if report is not None:
                 reports[path] = report
-        for path, layer in single.items():
-            with _named(path):
-                layer.merge()
         _merge_together({path: layer for path, layer in dense.items() if path not in single})
         warn_of_biases("merge", biases, 2)
     return MergeReport.of_model(reports) if reports else None
@@ -216,7 +213,7 @@ def merge_and_unload(model: nn.Module, requantize: bool = False, *, progress: bo
 
 def _adds_bias(layer: GLoRALinear) -> bool:
     """Whether the merged layer has a bias that its base has not."""
-    return layer.base_bias is None and not SHIFTS.isdisjoint(layer.adapter())
+    return layer.base_bias is None and layer.has_shift
 
 
 def table_entry(layer: GLoRALinear) -> Layer:
@@ -246,7 +243,7 @@ def _refuse_tied(caller: str, model: nn.Module, layers: Mapping[str, GLoRALinear
             owners.setdefault(memory(tensor), []).append((clean(f"{path}.{name}".lstrip(".")), tensor))
     for path, layer in layers.items():
         for name, mine in layer.written().items():
-            if (name == "bias" and SHIFTS.isdisjoint(layer.adapter())) or len(near := owners[memory(mine)]) < 2:
+            if (name == "bias" and not layer.has_shift) or len(near := owners[memory(mine)]) < 2:
                 continue
             if len(names := [owner for owner, other in near if overlaps(mine, other)]) > 1:
                 raise ValueError(
@@ -346,7 +343,7 @@ def _copies(layer: GLoRALinear) -> depth.Copy:
 
 def _beta_target(layer: GLoRALinear) -> Tensor | None:
     """Where the merged bias goes: the bias itself, or new memory; None where it is that of the base."""
-    if SHIFTS.isdisjoint(layer.adapter()):
+    if not layer.has_shift:
         return None
     if layer.bias is not None:
         return layer.bias.detach()
@@ -355,11 +352,8 @@ def _beta_target(layer: GLoRALinear) -> Tensor | None:
 
 def _check_replaceable(model: nn.Module, root: nn.Module, layers: dict[str, GLoRALinear]) -> None:
     refuse_sharded(root, "merge_and_unload", UNSHARD)
-    wrapper = model
-    while (inner := wrapped(wrapper)) is not None:
-        if isinstance(wrapper, nn.parallel.DistributedDataParallel):
-            raise ValueError("merge_and_unload: the model is wrapped in DistributedDataParallel; pass model.module")
-        wrapper = inner
+    if is_in_ddp(model):
+        raise ValueError("merge_and_unload: the model is wrapped in DistributedDataParallel; pass model.module")
     if model is not root and isinstance(root, GLoRALinear):
         raise ValueError("merge_and_unload: a single wrapped layer cannot be replaced; pass the layer itself")
     for path, layer in layers.items():

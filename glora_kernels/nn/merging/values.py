@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from glora_kernels.dispatch.common import wide_dtype, without_autocast
-from glora_kernels.nn.base import is_conv1d
+from glora_kernels.nn.base import conv1d_class
 from glora_kernels.nn.frozen import FrozenBase, QuantizedLinear
 from glora_kernels.nn.merging.rounding import MergeReport, rounded
 from glora_kernels.nn.ties import same_place
@@ -82,7 +82,9 @@ class ToMerge(NamedTuple):
 
     def rows(self, stored: Tensor) -> Tensor:
         """A dense weight as stored as (N, K), or back."""
-        is_transposed = self.base._transposed if isinstance(self.base, FrozenBase) else is_conv1d(self.base)
+        is_transposed = (
+            self.base._transposed if isinstance(self.base, FrozenBase) else conv1d_class(self.base) is not None
+        )
         return stored.t() if is_transposed else stored
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
