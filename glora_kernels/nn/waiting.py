@@ -10,7 +10,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,8 +56,8 @@ class Pending:
 class TracedPending:
     """The same while torch.compile traces, which sees nothing that is written in place."""
 
-    def __init__(self, x: Tensor, by: int, values: Values, members: Members, backwards: object) -> None:
-        self.x, self.by, self.values, self.are_outputs = x, by, values, members is not None
+    def __init__(self, x: Tensor, by: int, values: Values, are_outputs: bool) -> None:
+        self.x, self.by, self.values, self.are_outputs = x, by, values, are_outputs
         self.mode, self.trace = _traced_mode(x), _trace()
 
     def is_for(self, x: Tensor) -> bool:
@@ -70,28 +70,27 @@ class TracedPending:
         return self.x is not x and self.mode == _traced_mode(x) and self.trace == _trace()
 
 
-class _Store:
-    """Where something may wait."""
+class Eager(threading.local):
+    """What waits, for each thread its own: replicas, and requests that are served at once, have inputs of their own."""
 
-    kind: ClassVar[Any]
-    pending: Any = None
+    pending: Pending | None = None
 
     def leave(
         self, x: Tensor, by: int, values: Values, members: Members = None, backwards: Backwards | None = None
     ) -> None:
-        self.pending = self.kind(x, by, values, members, backwards)
+        self.pending = Pending(x, by, values, members, backwards)
 
 
-class Eager(_Store, threading.local):
-    """For each thread its own: replicas, and requests that are served at once, have inputs of their own."""
+class Traced:
+    """What waits while torch.compile traces: nothing once the graph is complete."""
 
-    kind = Pending
+    def __init__(self) -> None:
+        self.pending: TracedPending | None = None
 
-
-class Traced(_Store):
-    """While torch.compile traces: nothing waits here once the graph is complete."""
-
-    kind = TracedPending
+    def leave(
+        self, x: Tensor, by: int, values: Values, members: Members = None, backwards: Backwards | None = None
+    ) -> None:
+        self.pending = TracedPending(x, by, values, are_outputs=members is not None)
 
 
 def _mode(x: Tensor) -> tuple[object, ...]:

@@ -160,6 +160,7 @@ def _form(layer: GLoRALinear) -> Form:
 def form_of(layer: nn.Module, base: Frozen, adapter: Operands, text: str) -> Form:
     """The form of a layer that is one call on our operators, with this base and this adapter."""
     weight, (n, k) = base.weight, base.weight.shape
+    layout: tuple[object, ...]
     if isinstance(weight, Tensor):
         dtype, layout = weight.dtype, weight.stride()
     else:

@@ -6,7 +6,7 @@ the frozen parameters beside it, so that the layers around it see what they saw 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from glora_kernels.nn.reads import reads
+from glora_kernels.nn.ties import owned
 
 _BESIDE = "_glora_beside"
 """On a widened module: a frozen parameter of the model (in a tuple, since it is none of the module), widened names."""
@@ -45,13 +46,13 @@ def to_widen(root: nn.Module, trained: Iterable[nn.Module]) -> dict[nn.Module, n
 
 def widened(modules: Iterable[nn.Module]) -> dict[Tensor, Tensor]:
     """The values in fp32 of what is to be widened: the step that can fail."""
-    held = (tensor for module in modules for _, tensor in _owned(module))
+    held = (tensor for module in modules for _, tensor in owned(module))
     return {tensor: tensor.detach().float() for tensor in held if _is_narrow(tensor)}
 
 
 def widen(modules: Mapping[nn.Module, nn.Parameter], values: Mapping[Tensor, Tensor], undo: ExitStack) -> None:
     """Give the parameters and buffers of the modules their values in fp32, and the casts around them."""
-    names = {module: [name for name, tensor in _owned(module) if tensor in values] for module in modules}
+    names = {module: [name for name, tensor in owned(module) if tensor in values] for module in modules}
     for tensor, value in values.items():
         undo.callback(setattr, tensor, "data", tensor.data)
         tensor.data = value
@@ -71,7 +72,7 @@ def narrowed(root: nn.Module) -> dict[Tensor, Tensor]:
     values: dict[Tensor, Tensor] = {}
     for path, module in root.named_modules():
         beside, names = vars(module).get(_BESIDE, (None, ()))
-        for name, tensor in _owned(module):
+        for name, tensor in owned(module):
             if name in names:
                 values[tensor] = value = tensor.detach().to(beside.dtype)
                 if bool((torch.isfinite(value) != torch.isfinite(tensor)).any()):
@@ -85,11 +86,6 @@ def narrow(root: nn.Module, values: Mapping[Tensor, Tensor]) -> None:
         tensor.data = value
     for module in root.modules():
         _without_casts(module)
-
-
-def _owned(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    tensors = (*module._parameters.items(), *module._buffers.items())
-    return ((name, tensor) for name, tensor in tensors if tensor is not None)
 
 
 def _without_casts(module: nn.Module) -> None:

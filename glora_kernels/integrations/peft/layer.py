@@ -37,14 +37,14 @@ from glora_kernels.integrations.peft.tied import check_writable, is_tied, withou
 from glora_kernels.nn.adapted import Frozen, Operands
 from glora_kernels.nn.base import base_of, is_linear, unsupported
 from glora_kernels.nn.merging.values import Kept, ToMerge, check_finite, keep, merged, write
-from glora_kernels.nn.undo import finish
+from glora_kernels.nn.undo import all_or_none, finish
 from glora_kernels.quant.bnb import is_linear4bit
 from glora_kernels.spec import GLoRAConfig
 
 BASE = "__base__"
 """The name that stands for no adapter in a batch of several."""
 
-_MERGED: weakref.WeakSet[AdaptedLinear] = weakref.WeakSet()  # the layers that hold merged values
+_MERGED: weakref.WeakSet[AdaptedLinear] = weakref.WeakSet()  # the layers that hold merged values, or did
 
 
 def unfit(module: nn.Module) -> str | None:
@@ -215,15 +215,9 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
         if safe_merge and not values.is_finite:
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
         check_finite(own, values)
-        before = self._original, self.merged_adapters
-        try:
-            self._original, self.merged_adapters = original, names
-            _MERGED.add(self)
-            write(self.base_layer, values)
-        except BaseException:
-            write(self.base_layer, now)
-            self._original, self.merged_adapters = before
-            raise
+        with all_or_none() as undo:
+            undo.callback(self._hold, now, self._original, self.merged_adapters)
+            self._hold(values, original, names)
         if report is not None:
             warnings.warn(f"merged weights were rounded to 4 bits:\n{report}", stacklevel=2)
 
@@ -238,12 +232,13 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
         values, others = self._original, self._tied()
         if others:
             values, _ = merged(self._merging(values, []), others)
-        finish(partial(self._restore, values))
+        finish(partial(self._hold, values))
 
-    def _restore(self, values: Kept) -> None:
+    def _hold(self, values: Kept, original: Kept | None = None, names: Sequence[str] = ()) -> None:
+        """Make these the values of the base: what adapters are merged into and which they are, if any are."""
         write(self.base_layer, values)
-        self._original, self.merged_adapters = None, []
-        _MERGED.discard(self)
+        self._original, self.merged_adapters = original, list(names)
+        _MERGED.add(self)
 
     def _merging(self, original: Kept, names: Sequence[str]) -> ToMerge:
         adapters = [self.adapters[name] for name in names if name in self.adapters]

@@ -22,7 +22,7 @@ from glora_kernels.nn.merging.rounding import MergeReport, refusal
 from glora_kernels.nn.merging.values import Kept, ToMerge, check_finite, keep, merged, write
 from glora_kernels.nn.ranks import refuse_sharded
 from glora_kernels.nn.ties import overlaps
-from glora_kernels.nn.undo import finish
+from glora_kernels.nn.undo import all_or_none, finish
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.quant.bnb import is_linear4bit
 from glora_kernels.spec import GLoRAConfig
@@ -152,12 +152,10 @@ class Mergeable(FrozenBase):
     def write_merged(self, values: Kept) -> None:
         """Put merged values in the place of the base, which the host keeps; if interrupted, the base is back."""
         base = keep(self)
-        try:
+        with all_or_none() as undo:
+            undo.callback(self._restore, base)
             self.keep_base(base)
             write(self, values)
-        except BaseException:
-            self._restore(base)
-            raise
 
     def keep_base(self, base: Kept) -> None:
         """From here on the layer counts as merged, and `unmerge` restores these values: before they are overwritten."""

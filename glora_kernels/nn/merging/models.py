@@ -6,7 +6,6 @@ import contextlib
 import math
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import overload
 
 import torch
@@ -75,11 +74,14 @@ def merge(model: nn.Module, requantize: bool = False, *, progress: bool = False)
     reports: dict[str, MergeReport] = {}
     with all_or_none() as undo:
         undo.callback(_unmerge_all, layers.values())
-        for path, layer in chain(shown(list(four_bit.items()), "requantizing", progress), single.items()):
+        for path, layer in shown(list(four_bit.items()), "requantizing", progress):
             with _named(path):
-                report = layer.merge(requantize)
+                report = layer.merge(requantize=True)
             if report is not None:
                 reports[path] = report
+        for path, layer in single.items():
+            with _named(path):
+                layer.merge()
         _merge_together({path: layer for path, layer in dense.items() if path not in single})
         warn_of_biases("merge", biases, 2)
     return MergeReport.of_model(reports) if reports else None
