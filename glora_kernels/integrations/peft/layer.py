@@ -33,10 +33,19 @@ from glora_kernels.integrations.bases import (
     total,
 )
 from glora_kernels.integrations.peft.adapter import Adapter
-from glora_kernels.integrations.peft.tied import check_writable, is_tied, without_adapters
 from glora_kernels.nn.adapted import Frozen, Operands
 from glora_kernels.nn.base import base_of, is_linear, unsupported
-from glora_kernels.nn.merging.values import Kept, ToMerge, check_finite, keep, merged, write
+from glora_kernels.nn.merging.values import (
+    Kept,
+    ToMerge,
+    check_finite,
+    check_writable,
+    is_tied,
+    keep,
+    merged,
+    without_adapters,
+    write,
+)
 from glora_kernels.nn.undo import all_or_none, finish
 from glora_kernels.quant.bnb import is_linear4bit
 from glora_kernels.spec import GLoRAConfig

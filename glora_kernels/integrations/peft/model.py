@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from glora_kernels.integrations.peft.adapter import Adapter
 from glora_kernels.integrations.peft.layer import BASE, AdaptedLinear, GLoRAPeftLinear, unfit
-from glora_kernels.integrations.peft.weighted import weighted_config, write_weighted
+from glora_kernels.nn.adapted import weighted_sum
 from glora_kernels.nn.biases import added_biases, keep_biases, warn_of_biases
 from glora_kernels.nn.door import refuse, warn_skipped
 from glora_kernels.quant.bnb import keep_codes
@@ -108,7 +109,7 @@ class AdaptedModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
     ) -> None:
-        """Add an adapter whose change of every layer is the weighted sum of those of others, exactly.
+        """Add an adapter whose change of every layer is Σ_i w_i·ΔW_i of others, and so for the bias, exactly.
 
         Args:
             adapters: the names of those that are added up.
@@ -132,7 +133,7 @@ class AdaptedModel(BaseTuner):
             raise ValueError(
                 f"adapters and weights must be as many, one or more; got {len(adapters)} and {len(weights)}"
             )
-        self.peft_config[adapter_name] = weighted_config([self.peft_config[name] for name in adapters], adapters)
+        self.peft_config[adapter_name] = _weighted_config([self.peft_config[name] for name in adapters], adapters)
         try:
             self.inject_adapter(self.model, adapter_name)
         except BaseException:
@@ -140,7 +141,7 @@ class AdaptedModel(BaseTuner):
             raise
         for layer in self._layers().values():
             if adapter_name in layer.adapters:
-                write_weighted(layer, adapters, weights, adapter_name)
+                _write_weighted(layer, adapters, weights, adapter_name)
 
     def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> None:
         """An error: PEFT's is for LoRA whose initialisation changes the base (PiSSA, OLoRA)."""
@@ -200,3 +201,43 @@ def _with_bias(layers: dict[str, AdaptedLinear], paths: list[str]) -> list[str]:
 
 def _with_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return args, {**kwargs, "adapter_names": names}
+
+
+_MAY_DIFFER = (
+    "r", "alpha", "dropout", "init", "inference_mode", "revision", "base_model_name_or_path", "runtime_config",
+)  # fmt: skip
+
+
+def _weighted_config(configs: Sequence[Any], names: Sequence[str]) -> Any:
+    """The configuration of the sum.
+
+    Raises:
+        ValueError: configurations that differ in more than the rank, the scale and what is for training, or that set
+            `patterns`, `modules_to_save` or `bias`.
+    """
+    first = configs[0]
+    for config, name in zip(configs, names, strict=True):
+        for unwanted, none in (("patterns", None), ("modules_to_save", None), ("bias", "none")):
+            if (given := getattr(config, unwanted, none)) != none:
+                raise ValueError(f"add_weighted_adapter: {name!r} has {unwanted}={given!r}, which cannot be added up")
+        ours, theirs = config.to_dict(), first.to_dict()
+        different = [key for key in theirs if key not in _MAY_DIFFER and ours.get(key) != theirs[key]]
+        if type(config) is not type(first) or different:
+            what = ", ".join(f"{key} ({theirs[key]!r} and {ours.get(key)!r})" for key in different) or "their methods"
+            raise ValueError(
+                f"add_weighted_adapter: {names[0]!r} and {name!r} differ in {what}; r and alpha may differ"
+            )
+    return replace(first, r=sum(config.r for config in configs), alpha=None, inference_mode=False)
+
+
+@torch.no_grad()
+def _write_weighted(layer: AdaptedLinear, names: Sequence[str], weights: Sequence[float], name: str) -> None:
+    """The sum into the parameters that the new adapter of a layer owns, computed in float64 and rounded once."""
+    sources = []
+    for source in names:
+        operands = layer.adapters[source].operands()
+        tensors = {own: None if tensor is None else tensor.double() for own, tensor in operands.tensors.items()}
+        sources.append(operands._replace(tensors=tensors))
+    summed: dict[str, Any] = weighted_sum(sources, weights)
+    for own, parameter in layer.adapters[name].named_parameters():
+        parameter.copy_(summed[own])

@@ -3,12 +3,14 @@
     W_eff = W + Σᵢ (W∘Aᵢ + sᵢ·Bᵢ),   b_eff = b + Σᵢ (b∘Dᵢ + Eᵢ + W·Cᵢ)
 
 over the adapters i: the one of a GLoRALinear, or several of a layer of PEFT. Computed in fp32 (float64 for a float64
-base) from the base as it was before any merge, and rounded once.
+base) from the base as it was before any merge, and rounded once. A weight or a bias that belongs to several layers of
+PEFT (tied weights) holds the sum of what the adapters of all of them change, as with PEFT's own methods.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from glora_kernels.dispatch.common import wide_dtype, without_autocast
 from glora_kernels.nn.base import conv1d_class
 from glora_kernels.nn.frozen import FrozenBase, QuantizedLinear
 from glora_kernels.nn.merging.rounding import MergeReport, rounded
-from glora_kernels.nn.ties import same_place
+from glora_kernels.nn.ties import overlaps, same_place
 from glora_kernels.quant import QuantizedWeight, QuantState, dequantize
 from glora_kernels.quant.bnb import is_linear4bit
 from glora_kernels.reference import effective_bias, effective_weight
@@ -42,6 +44,23 @@ class Kept(NamedTuple):
 def writable(base: Any) -> Any:
     """What has the weight, bias and quant_state of a layer: itself, or a layer of ours on a `Linear4bit`'s memory."""
     return QuantizedLinear.from_linear4bit(base) if is_linear4bit(base) else base
+
+
+def check_writable(base: Any) -> None:
+    """from_linear4bit copies an absmax or offset in another dtype than fp32, and writing to a copy changes nothing.
+
+    Raises:
+        ValueError: a `Linear4bit` whose state is not in the memory that it is read from.
+    """
+    layer = writable(base)
+    if layer is base:
+        return
+    state, mine = base.weight.quant_state, layer.quant_state
+    assert mine is not None
+    theirs = [state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
+    ours = [mine.absmax, *([mine.nested.absmax, mine.nested.offset] if mine.nested is not None else [])]
+    if any(not isinstance(t, Tensor) or t.data_ptr() != o.data_ptr() for t, o in zip(theirs, ours, strict=True)):
+        raise ValueError("merge: the absmax or offset of this Linear4bit is not in fp32, and cannot be written to")
 
 
 def keep(base: Any) -> Kept:
@@ -172,6 +191,38 @@ def _together(base: Tensor | None, changed: Iterable[Tensor | None]) -> Tensor |
 
 def same_bias(base: Any, other: Any) -> bool:
     return base.bias is not None and other.bias is not None and same_place(base.bias, other.bias)
+
+
+def is_tied(base: Any, other: Any) -> bool:
+    """Whether the weight or the bias of two bases is one memory.
+
+    Raises:
+        ValueError: a part of it only, or in another order: what both would write is undefined.
+    """
+    if base is other:
+        return True
+    pairs = [pair for pair in product(_held(base), _held(other)) if overlaps(*pair)]
+    if not all(same_place(*pair) for pair in pairs):
+        raise ValueError(
+            "merge: the weight or bias of this layer overlaps with that of another layer, which is merged, without "
+            "being the same tensor; unmerge that first"
+        )
+    return bool(pairs)
+
+
+def _held(base: Any) -> list[Tensor]:
+    return [tensor for tensor in (base.weight, base.bias) if tensor is not None]
+
+
+def without_adapters(base: Any, now: Kept, others: Sequence[ToMerge]) -> Kept:
+    """The values of a base that is not merged itself, where other layers may have merged into its memory."""
+    weight, bias, state = now
+    for other in others:
+        if same_place(base.weight, other.base.weight):
+            weight, state = other.original.weight, other.original.quant_state
+        if same_bias(base, other.base):
+            bias = other.original.bias
+    return Kept(weight, bias, state)
 
 
 def check_finite(own: ToMerge, values: Kept) -> None:
