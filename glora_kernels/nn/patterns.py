@@ -6,11 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def patterns_of(argument: str, given: str | Iterable[str]) -> list[str]:
-    """A pattern or several, as a list.
-
-    Raises:
-        TypeError: anything else.
-    """
+    """A pattern or several, as a list; a TypeError for anything else."""
     if isinstance(given, bytes) or not isinstance(given, Iterable):
         raise TypeError(f"{argument} takes a pattern (str) or several, got {given!r}")
     patterns = [given] if isinstance(given, str) else list(given)

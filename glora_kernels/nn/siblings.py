@@ -114,8 +114,7 @@ class SiblingGroup:
     def output(self, layer: GLoRALinear, x: Tensor) -> Tensor | None:
         """The member's output for x, or None where it has to compute it alone.
 
-        Raises:
-            RuntimeError: a member before it in its block was called with another tensor.
+        An error where a member before it in its block was called with another tensor.
         """
         place = layer._place
         if self.members[place] is not layer:
@@ -152,8 +151,7 @@ class SiblingGroup:
     def seed(self, layer: GLoRALinear, x: Tensor) -> Tensor:
         """The key of the dropout mask of a member that computes alone: one for members that share a B_down.
 
-        Raises:
-            RuntimeError: one of those before it was called with another tensor.
+        An error where one of those before it was called with another tensor.
         """
         tied = self.tied_to(layer._place)
         if len(tied) == 1:

@@ -148,11 +148,7 @@ def _is_head(linear: Linear, heads: set[nn.Module]) -> bool:
 
 
 def trained_modules(root: nn.Module, patterns: list[str]) -> dict[str, nn.Module]:
-    """The modules that `train` names, each by its first path.
-
-    Raises:
-        ValueError: a pattern that matches no module with parameters, or one with a layer in 4 bits.
-    """
+    """The modules that `train` names, each by its first path; an error for one in 4 bits, or without parameters."""
     found: dict[nn.Module, str] = {}
     modules = {path: module for path, module in all_paths(root) if path}
     for pattern in patterns:

@@ -64,11 +64,7 @@ def widen(modules: Mapping[nn.Module, nn.Parameter], values: Mapping[Tensor, Ten
 
 
 def narrowed(root: nn.Module) -> dict[Tensor, Tensor]:
-    """The values of what was widened, in the dtype of what is beside it: the step that can fail.
-
-    Raises:
-        ValueError: a value is beyond that dtype.
-    """
+    """The values of what was widened, in the dtype of what is beside it; an error where one is beyond that dtype."""
     values: dict[Tensor, Tensor] = {}
     for path, module in root.named_modules():
         beside, names = vars(module).get(_BESIDE, (None, ()))

@@ -62,11 +62,7 @@ def free_codes(module: torch.nn.Module) -> None:
 
 
 def from_linear4bit(linear: Any) -> QuantizedWeight:
-    """The weight of a `Linear4bit`; the same memory.
-
-    Raises:
-        ValueError: it is not quantized, repacked, or its state does not fit.
-    """
+    """The weight of a `Linear4bit`; the same memory. An error where it is not quantized, or was repacked."""
     if reason := refusal(linear):
         raise ValueError(f"this Linear4bit cannot be taken: {reason}")
     weight = from_state(linear.weight.data, _state(linear))
@@ -126,11 +122,7 @@ def packed_bytes(packed: Tensor) -> Tensor:
 
 
 def to_params4bit(weight: QuantizedWeight) -> Any:
-    """A `Params4bit` on the same memory.
-
-    Raises:
-        ImportError: bitsandbytes is not installed.
-    """
+    """A `Params4bit` on the same memory; bitsandbytes must be installed."""
     from bitsandbytes.functional import QuantState as BnbState
     from bitsandbytes.nn import Params4bit
 
@@ -150,11 +142,7 @@ def to_params4bit(weight: QuantizedWeight) -> Any:
 
 
 def to_linear4bit(weight: QuantizedWeight, bias: Tensor | None, compute_dtype: torch.dtype | None) -> Any:
-    """A `Linear4bit` on the same memory, frozen.
-
-    Raises:
-        ImportError: bitsandbytes is not installed.
-    """
+    """A `Linear4bit` on the same memory, frozen; bitsandbytes must be installed."""
     from bitsandbytes.nn import Linear4bit
 
     n, k = weight.shape

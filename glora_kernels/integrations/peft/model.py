@@ -209,11 +209,9 @@ _MAY_DIFFER = (
 
 
 def _weighted_config(configs: Sequence[Any], names: Sequence[str]) -> Any:
-    """The configuration of the sum.
+    """The configuration of the sum; an error where they differ in more than rank, scale and what is for training.
 
-    Raises:
-        ValueError: configurations that differ in more than the rank, the scale and what is for training, or that set
-            `patterns`, `modules_to_save` or `bias`.
+    `patterns`, `modules_to_save` and `bias` cannot be added up either.
     """
     first = configs[0]
     for config, name in zip(configs, names, strict=True):

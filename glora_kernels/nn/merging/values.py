@@ -47,11 +47,7 @@ def writable(base: Any) -> Any:
 
 
 def check_writable(base: Any) -> None:
-    """from_linear4bit copies an absmax or offset in another dtype than fp32, and writing to a copy changes nothing.
-
-    Raises:
-        ValueError: a `Linear4bit` whose state is not in the memory that it is read from.
-    """
+    """An error for a `Linear4bit` of whose state a copy is read (absmax not in fp32): writing to it changes nothing."""
     layer = writable(base)
     if layer is base:
         return
@@ -194,11 +190,7 @@ def same_bias(base: Any, other: Any) -> bool:
 
 
 def is_tied(base: Any, other: Any) -> bool:
-    """Whether the weight or the bias of two bases is one memory.
-
-    Raises:
-        ValueError: a part of it only, or in another order: what both would write is undefined.
-    """
+    """Whether the weight or the bias of two bases is one memory; an error where they overlap in another way."""
     if base is other:
         return True
     pairs = [pair for pair in product(_held(base), _held(other)) if overlaps(*pair)]
