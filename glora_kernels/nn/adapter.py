@@ -13,12 +13,12 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
-from glora_kernels.nn.base import Base, M, unsupported
-from glora_kernels.nn.file import Adapter, LayerEntry, host_copy, join, read, write
+from glora_kernels.nn.base import M, unsupported
+from glora_kernels.nn.file import Adapter, LayerEntry, host_copy, read, write
 from glora_kernels.nn.frozen import QuantizedLinear
 from glora_kernels.nn.inject import Planned, check_replaceable, replace
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.model import TRAINED, all_paths, clean, layers_of, named_layers, unwrap
+from glora_kernels.nn.model import TRAINED, all_paths, clean, join, layers_of, named_layers, unwrap
 from glora_kernels.nn.patterns import some_of
 from glora_kernels.nn.ranks import mesh_of, on_first_rank, refuse_sharded, whole
 from glora_kernels.nn.share import Sharing, Tie, check_devices
@@ -63,7 +63,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state = adapter.values()
     _warn_unsaved(root, layers, adapter)
     for name, entry in adapter.layers.items():
-        for full, shape in _shapes(name, entry).items():
+        for own, shape in entry.shapes().items():
+            full = join(name, own)
             if (found := tuple(state[full].shape)) != shape:
                 raise ValueError(
                     f"save_adapter: {full!r} has shape {found} in place of {shape}, as a part of a sharded parameter "
@@ -171,8 +172,7 @@ def _inject(model: nn.Module, adapter: Adapter, where: str, undo: ExitStack) -> 
             has = f"a {type(modules[path]).__name__}" if path in modules else "no module"
             raise ValueError(f"{where} adapts a linear layer {path!r}, where the model has {has}")
         entries[path] = own = _entry_of(where, path, entry, found[path])
-        shapes = entry.config.parameter_shapes(own.in_features, own.out_features, own.bias)
-        expected |= {join(path, name): torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        expected |= {join(path, name): torch.empty(shape, device="meta") for name, shape in own.shapes().items()}
         if entry.train_bias and (bias := found[path].base.bias) is not None:
             kept[join(path, "bias")] = bias
     for path, module in trained.items():
@@ -184,15 +184,16 @@ def _inject(model: nn.Module, adapter: Adapter, where: str, undo: ExitStack) -> 
     # Modules that were trained in fp32 inside a 16-bit model are so again.
     kept_fp32 = {name for name, value in values.items() if value.dtype == torch.float32}
     widened = [m for path, m in trained.items() if not kept_fp32.isdisjoint(_trained_state({path: m}))]
-    ties = _planned_ties(new, values, {path: found[path].base for path in entries})
+    ties = _planned_ties(new, values, found)
+    shared = {*adapter.tied, *adapter.tied.values(), *kept}
     plan: list[Planned] = []
     for path, entry in entries.items():
-        base, shared = found[path].base, {*adapter.tied, *adapter.tied.values()}
-        alone = [name for name in _shapes(path, changed(entry, train_bias=False)) if name not in shared]
-        wide = [name for name in alone if _dtype(values[name], base) != base.dtype]
+        linear, dtype = found[path], found[path].base.dtype
+        alone = [name for name in entry.shapes() if join(path, name) not in shared]
+        wide = [name for name in alone if _dtype(values[join(path, name)], linear) != dtype]
         every = bool(wide) and wide == alone
-        plan.append((found[path], entry.config, torch.float32 if every else base.dtype))
-        ties += [] if every else [Tie(((path, name.rpartition(".")[2]),), torch.float32) for name in wide]
+        plan.append((linear, entry.config, torch.float32 if every else dtype))
+        ties += [] if every else [Tie(((path, name),), torch.float32) for name in wide]
     check_replaceable(root, [linear for linear, _, _ in plan])
     return replace(model, plan, trained, Sharing(ties, adapter.siblings), undo, widened)
 
@@ -209,22 +210,22 @@ def _entry_of(where: str, path: str, entry: LayerEntry, linear: Linear) -> Layer
     return changed(entry, in_features=k, out_features=n, bias=linear.base.bias is not None)
 
 
-def _planned_ties(tied: Mapping[str, str], values: Mapping[str, Tensor], bases: Mapping[str, Base]) -> list[Tie]:
-    """The ties of a file's adapters, which a plain model does not have yet; `bases` by path."""
+def _planned_ties(tied: Mapping[str, str], values: Mapping[str, Tensor], found: Mapping[str, Linear]) -> list[Tie]:
+    """The ties of a file's adapters, which a plain model does not have yet; its linear layers by path."""
     groups: dict[str, list[str]] = {}
     for name, first in tied.items():
         groups.setdefault(first, [first]).append(name)
     ties = []
     for first, names in groups.items():
         factors = tuple((path, own) for path, _, own in (name.rpartition(".") for name in names))
-        check_devices(factors, {path: base.weight.device for path, base in bases.items()})
-        ties.append(Tie(factors, _dtype(values[first], bases[factors[0][0]])))
+        check_devices(factors, found)
+        ties.append(Tie(factors, _dtype(values[first], found[factors[0][0]])))
     return ties
 
 
-def _dtype(saved: Tensor, base: Base) -> torch.dtype:
+def _dtype(saved: Tensor, linear: Linear) -> torch.dtype:
     """Of an adapter that is made for a saved one: the base's, but over 16 bits fp32 where that would round."""
-    return torch.float32 if base.dtype.itemsize == 2 and saved.dtype != base.dtype else base.dtype
+    return saved.dtype if saved.dtype == linear.base.dtype else linear.adapter_dtype
 
 
 def _check_fits(where: str, adapter: Adapter, own: Adapter, state: Mapping[str, Tensor]) -> None:
@@ -305,13 +306,6 @@ def _adapter_of(root: nn.Module, biases: Collection[str] | None = None) -> Adapt
     tied = _ties(state)
     tensors = {name: tensor for name, tensor in state.items() if name not in tied}
     return Adapter(entries, sorted(trained), tied, tensors, tied_sets(named_layers(root)))
-
-
-def _shapes(path: str, entry: LayerEntry) -> dict[str, tuple[int, ...]]:
-    shapes = entry.config.parameter_shapes(entry.in_features, entry.out_features, entry.bias)
-    if entry.train_bias:
-        shapes["bias"] = (entry.out_features,)
-    return {join(path, name): shape for name, shape in shapes.items()}
 
 
 def _trained_state(trained: Mapping[str, nn.Module]) -> dict[str, Tensor]:

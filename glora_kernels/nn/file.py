@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from glora_kernels.nn.model import join
 from glora_kernels.spec import SUPPORTS, GLoRAConfig
 
 FORMAT = "glora_kernels.adapter"
@@ -58,6 +59,11 @@ class LayerEntry:
     out_features: int
     bias: bool
     train_bias: bool
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of what is saved of the layer, by name."""
+        trained = {"bias": (self.out_features,)} if self.train_bias else {}
+        return self.config.parameter_shapes(self.in_features, self.out_features, self.bias) | trained
 
     @classmethod
     def parsed(cls, values: object, what: str) -> LayerEntry:
@@ -268,11 +274,6 @@ def _bytes(tensor: Tensor) -> bytes | ctypes.Array[ctypes.c_char]:
         raise AssertionError("only contiguous tensors in host memory are written")
     size = tensor.numel() * tensor.element_size()
     return (ctypes.c_char * size).from_address(tensor.data_ptr()) if size else b""
-
-
-def join(path: str, name: str) -> str:
-    """The full name of a parameter; the path of a model that is itself a layer is empty."""
-    return f"{path}.{name}" if path else name
 
 
 def host_copy(tensor: Tensor) -> Tensor:

@@ -54,6 +54,11 @@ def clean(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
+def join(path: str, name: str) -> str:
+    """The full name of a parameter; the path of a model that is itself a layer is empty."""
+    return f"{path}.{name}" if path else name
+
+
 def named_layers(model: nn.Module) -> dict[str, GLoRALinear]:
     """The GLoRA layers of an unwrapped model by path; one used at several paths is there by its first."""
     return {clean(path): m for path, m in model.named_modules() if isinstance(m, GLoRALinear)}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from glora_kernels.nn.base import is_linear
 from glora_kernels.nn.columns import aligned
 from glora_kernels.nn.linear import GLoRALinear, Holders
-from glora_kernels.nn.model import all_paths, clean, layers_of, trainable_parameters, unwrap
+from glora_kernels.nn.model import all_paths, clean, join, layers_of, trainable_parameters, unwrap
 from glora_kernels.nn.names import numbered, readers, sibling_sets
 from glora_kernels.nn.patterns import some_of, unmatched
 from glora_kernels.nn.siblings import install
@@ -95,11 +95,11 @@ def plan_sharing(
     return Sharing(ties, tied_sets)
 
 
-def check_devices(factors: Iterable[tuple[str, str]], devices: Mapping[str, torch.device]) -> None:
-    """An error where layers that would share a factor are on different devices; `devices` by path."""
+def check_devices(factors: Iterable[tuple[str, str]], layers: Mapping[str, Linear]) -> None:
+    """An error where layers that would share a factor are on different devices; `layers` by path."""
     (first, name), *others = factors
     for path, _ in others:
-        if (here := devices[path]) != (there := devices[first]):
+        if (here := layers[path].base.weight.device) != (there := layers[first].base.weight.device):
             raise ValueError(
                 f"{first!r} on {there} and {path!r} on {here} cannot share one {name}: a parameter has one device. Put "
                 "them on one device, or let fewer layers share (projections=..., or several configurations)"
@@ -130,7 +130,7 @@ class Place(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.path}.{self.own}".lstrip(".")
+        return join(self.path, self.own)
 
 
 def _shared_places(modules: Iterable[tuple[str, nn.Module]]) -> list[list[Place]]:
@@ -346,7 +346,7 @@ def _joined(groups: list[list[Linear]], siblings: list[list[Linear]]) -> list[li
 def _tie(name: str, members: list[Linear], adapter_dtype: torch.dtype | None) -> Tie:
     """The tie of one factor of the members; fp32 over a 16-bit base, since a gradient is summed in its dtype."""
     factors = tuple((member.path, name) for member in members)
-    check_devices(factors, {member.path: member.base.weight.device for member in members})
+    check_devices(factors, {member.path: member for member in members})
     first = members[0]
     for member in members:
         if adapter_dtype is None and member.base.dtype != first.base.dtype:

@@ -19,7 +19,7 @@ from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.merging.layer import UNSHARD
 from glora_kernels.nn.merging.rounding import MergeReport, refusal
 from glora_kernels.nn.merging.values import Kept, ToMerge, check_finite
-from glora_kernels.nn.model import TRAINED, all_paths, clean, is_in_ddp, layers_of, unwrap
+from glora_kernels.nn.model import TRAINED, all_paths, clean, is_in_ddp, join, layers_of, unwrap
 from glora_kernels.nn.ranks import refuse_sharded
 from glora_kernels.nn.share import forget_tied
 from glora_kernels.nn.ties import memory, overlaps, owned
@@ -242,7 +242,7 @@ def _refuse_tied(caller: str, model: nn.Module, layers: Mapping[str, GLoRALinear
     owners: dict[object, list[tuple[str, Tensor]]] = {}
     for path, module in model.named_modules():
         for name, tensor in owned(module):
-            owners.setdefault(memory(tensor), []).append((clean(f"{path}.{name}".lstrip(".")), tensor))
+            owners.setdefault(memory(tensor), []).append((join(clean(path), name), tensor))
     for path, layer in layers.items():
         for name, mine in layer.written().items():
             if (name == "bias" and not layer.has_shift) or len(near := owners[memory(mine)]) < 2:
