@@ -1,4 +1,4 @@
-"""Floor 4: modules, injection, merging, saving."""
+"""Modules, injection, merging, saving."""
 
 from glora_kernels.nn.adapter import load_adapter, save_adapter
 from glora_kernels.nn.depth import deferred_shared_grads, shift_once

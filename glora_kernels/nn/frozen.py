@@ -172,8 +172,7 @@ class QuantizedLinear(FrozenBase):
         if not isinstance(weight, QuantizedWeight):
             raise TypeError(f"weight must be a QuantizedWeight, got {type(weight).__name__}; see quantize()")
         self.out_features, self.in_features = weight.shape
-        if compute_dtype is not None:
-            check_dtype("compute_dtype", compute_dtype)
+        check_dtype("compute_dtype", compute_dtype)
         if bias is not None and bias.shape != (self.out_features,):
             raise ValueError(f"bias must have shape ({self.out_features},); got {tuple(bias.shape)}")
         self.hold(weight)
@@ -245,8 +244,9 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def check_dtype(argument: str, dtype: torch.dtype) -> None:
-    if dtype not in DTYPES:
+def check_dtype(argument: str, dtype: torch.dtype | None) -> None:
+    """An error for a dtype that is not served; None, where nothing was given, is."""
+    if dtype not in (None, *DTYPES):
         given = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
         raise ValueError(f"{argument} must be one of {', '.join(map(dtype_name, DTYPES))}; got {given}")
 

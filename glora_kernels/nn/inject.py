@@ -101,8 +101,7 @@ def inject(
     """
     root = unwrap(model)
     refuse_adapted("inject", root)
-    if adapter_dtype is not None:
-        check_dtype("adapter_dtype", adapter_dtype)
+    check_dtype("adapter_dtype", adapter_dtype)
     configs = _checked_configs(config)
     trained = trained_modules(root, patterns_of("train", train))
     targets, excluded = targets_of(target_modules), patterns_of("exclude_modules", exclude_modules)

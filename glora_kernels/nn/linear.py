@@ -166,8 +166,8 @@ class GLoRALinear(Mergeable):
     def _register(self, base: Base, config: GLoRAConfig, adapter_dtype: torch.dtype | None) -> None:
         check_config(config)
         weight, bias = base.weight, base.bias
-        for name, dtype in (("dtype", base.dtype), ("adapter_dtype", adapter_dtype or base.dtype)):
-            check_dtype(name, dtype)
+        check_dtype("dtype", base.dtype)
+        check_dtype("adapter_dtype", adapter_dtype)
         self.out_features, self.in_features = base.shape
         self.config = config
         shapes = config.parameter_shapes(self.in_features, self.out_features, bias is not None)

@@ -85,8 +85,7 @@ def quantize(
     if quant_type not in QUANT_TYPES:
         raise ValueError(f"quant_type must be one of {', '.join(map(repr, QUANT_TYPES))}; got {quant_type!r}")
     check_blocksize(blocksize)
-    if compute_dtype is not None:
-        check_dtype("compute_dtype", compute_dtype)
+    check_dtype("compute_dtype", compute_dtype)
     root = unwrap(module)
     refuse_adapted("quantize", root)
     chosen = _chosen(root, target_modules, exclude_modules)

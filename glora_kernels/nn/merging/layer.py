@@ -215,8 +215,7 @@ class Mergeable(FrozenBase):
         Args:
             dtype: of the weight; None means the base's, of a 4-bit base the dtype that is computed in.
         """
-        if dtype is not None:
-            check_dtype("dtype", dtype)
+        check_dtype("dtype", dtype)
         (weight, bias, _), _ = self.merged_values(dense=True, dtype=dtype)
         weight = (weight.t() if self._transposed else weight).clone(memory_format=torch.contiguous_format)
         bias = None if bias is None else bias.clone(memory_format=torch.contiguous_format)

@@ -51,10 +51,9 @@ def check_writable(base: Any) -> None:
     layer = writable(base)
     if layer is base:
         return
-    state, mine = base.weight.quant_state, layer.quant_state
-    assert mine is not None
-    theirs = [state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
-    ours = [mine.absmax, *([mine.nested.absmax, mine.nested.offset] if mine.nested is not None else [])]
+    state = base.weight.quant_state
+    theirs = [state.absmax, *([state.state2.absmax, state.state2.code, state.offset] if state.nested else [])]
+    ours = layer.quant_state.tensors()
     if any(not isinstance(t, Tensor) or t.data_ptr() != o.data_ptr() for t, o in zip(theirs, ours, strict=True)):
         raise ValueError("merge: the absmax or offset of this Linear4bit is not in fp32, and cannot be written to")
 
