@@ -19,24 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from glora_kernels.depth.table import SharedFactor, SharedProduct
-from glora_kernels.dispatch.common import (
-    Supports,
-    Weight,
-    cast,
-    factor_dtype,
-    given,
-    path_of,
-    wide_dtype,
-    without_autocast,
-)
+from glora_kernels.dispatch.common import Weight, cast, factor_dtype, given, path_of, wide_dtype, without_autocast
 from glora_kernels.dispatch.prepared import NO_GUARD, Applied, Prepared, read_saved
 from glora_kernels.dispatch.signature import Row
-from glora_kernels.dispatch.ways import is_batched, is_plain, is_transformed, is_watched
+from glora_kernels.dispatch.ways import is_batched, is_elsewhere, is_plain, is_watched
 from glora_kernels.glora import op as plain
+from glora_kernels.glora.call import Made, Supports
 from glora_kernels.glora.chunks import thin
-from glora_kernels.glora.eager import dropped
+from glora_kernels.glora.eager import dropped, keep_of
 from glora_kernels.glora.wc import glora_wc
-from glora_kernels.reference.random import keep_mask
 
 
 class _Record(NamedTuple):
@@ -128,10 +119,7 @@ def _sum(products: list[SharedProduct], transposed: bool) -> Tensor:
     wide = wide_dtype(first.left.dtype)
     total = first.left.new_zeros(first.left.shape[1], first.right.shape[1], dtype=wide)
     for left, right, scale, p, seed in products:
-        if p > 0.0:
-            rows, cols = right.shape
-            keep = keep_mask(given(seed).to(right.device), rows, cols, p)
-            right = dropped(right, keep)
+        right = dropped(right, keep_of(p, seed, right.shape[0], right.shape[1], right.device))
         total.addmm_(left.to(wide).t(), right.to(wide), alpha=scale / (1.0 - p))
     return total.t() if transposed else total
 
@@ -171,7 +159,7 @@ class DeferredLinear:
         if c is not None or c_up is not None:
             others["wc"] = glora_wc(weight, c, c_up=c_up, c_down=c_down)
         trained = {name: p for name, p in self.shared.items() if others.get(name) is p and p.requires_grad}
-        if not trained or not torch.is_grad_enabled() or not is_plain(x) or is_transformed() or is_watched(x):
+        if not trained or not torch.is_grad_enabled() or not is_plain(x) or is_elsewhere(x):
             return plain.glora_linear(x, weight, bias, **others)
         settings = plain.Settings(**{name: others.pop(name) for name in plain.Settings._fields if name in others})
         prepared, row = plain.prepared_anew(x, weight, Supports(bias=bias, **others), settings)
@@ -225,9 +213,9 @@ def _hand_over(
 ) -> None:
     """The factors of the shared parameters' gradients."""
     _, s, call = plain.GLORA.read(row, prepared.values)
-    h, flat, triton, up = plain.Made(*row[len(prepared.wanted) :]).h, _rows(dy), call.route != "eager", given(s.b_up)
+    h, flat, triton, up = Made(*row[len(prepared.wanted) :]).h, _rows(dy), call.route != "eager", given(s.b_up)
     if "b_down" in shared:
-        left = thin(flat, cast(up, factor_dtype(dy.dtype, s)).t(), dy.dtype)
+        left = thin(flat, cast(up, factor_dtype(dy.dtype, s.factors)).t(), dy.dtype)
         product = SharedProduct(left, _rows(given(row[0])), call.scale, call.dropout_p, call.seed)
         to.deferred.add(shared["b_down"], to.layer, product, False, triton)
     if "b_up" in shared:

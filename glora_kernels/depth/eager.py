@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from glora_kernels.depth.table import Layer
-from glora_kernels.dispatch.common import Needs, Supports, given, shift, wide_dtype
+from glora_kernels.dispatch.common import given, wide_dtype
 from glora_kernels.dispatch.operator import gradients
 from glora_kernels.glora import eager, wc
+from glora_kernels.glora.call import C, Needs, Supports, shift
 from glora_kernels.quant import QuantizedWeight
 
 
@@ -22,7 +23,7 @@ def beta(layer: Layer, product: Callable[..., Tensor] | None = None) -> Tensor:
     c, weight = _c(layer), layer.weight
     made = None
     if any(tensor is not None for tensor in c):
-        made = wc.glora_wc(weight, c.c, c_up=c.c_up, c_down=c.c_down) if product is None else product(weight, *c)
+        made = wc.glora_wc(weight, c.c, c_up=c.c_up, c_down=c.c_down) if product is None else product(weight, c)
     # A 4-bit W is exact in any dtype: its adapter's decides.
     exact = isinstance(weight, QuantizedWeight) and any(t.dtype == torch.float64 for t in layer.adapter.values())
     dtype = torch.float64 if exact else weight.dtype
@@ -66,5 +67,5 @@ def _shifting(layer: Layer) -> Supports:
     return Supports(bias=layer.bias, d=layer.adapter.get("D"), e=layer.adapter.get("E"))
 
 
-def _c(layer: Layer) -> wc.C:
-    return wc.C(*map(layer.adapter.get, _C))
+def _c(layer: Layer) -> C:
+    return C(*map(layer.adapter.get, _C))

@@ -21,7 +21,7 @@ from torch import Tensor
 from glora_kernels.depth import eager
 from glora_kernels.depth.table import Copy, GroupKey, Layer, group_key
 from glora_kernels.dispatch.common import Weight, cast, path_of, stored, without_autocast
-from glora_kernels.dispatch.ways import is_batched, is_transformed, is_watched, once_differentiable
+from glora_kernels.dispatch.ways import is_batched, is_elsewhere, once_differentiable
 from glora_kernels.runtime import environment, routes
 
 
@@ -116,7 +116,7 @@ def shifts(layers: Sequence[Layer]) -> list[Tensor]:
     Raises:
         RuntimeError: in backward: a parameter was overwritten since.
     """
-    if is_transformed() or any(is_watched(stored(layer.weight)) for layer in layers):
+    if any(is_elsewhere(stored(layer.weight)) for layer in layers):
         return [eager.beta(layer) for layer in layers]
     groups: dict[GroupKey | None, list[int]] = {}
     shifting = [layer.shifting() for layer in layers]

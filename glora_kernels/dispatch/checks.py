@@ -1,9 +1,44 @@
-"""What operators refuse alike: sizes, pairs of factors, and seeds that do not fit. Every name is the caller's."""
+"""What operators refuse alike: inputs, sizes, pairs of factors, seeds that do not fit. Every name is the caller's."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+from glora_kernels.dispatch.common import Weight, autocast_dtype
+from glora_kernels.dispatch.ways import is_transformed
+
+
+def check_product(x_name: str, x: Tensor, weight_name: str, weight: Weight) -> None:
+    """x (..., K) of floating point beside a frozen W (N, K), of one dtype outside autocast; codes go with any."""
+    if not x.is_floating_point():
+        raise TypeError(f"{x_name} must be a floating-point tensor, got {x.dtype}")
+    sizes = tuple(weight.shape)
+    if len(sizes) != 2 or x.ndim == 0 or x.shape[-1] != sizes[1]:
+        needed = f"; x must have {sizes[1]} features in its last dimension" if len(sizes) == 2 else ""
+        raise ValueError(
+            f"{x_name} (..., K) and {weight_name} (N, K) do not fit: {tuple(x.shape)}, {sizes}{needed} (in_features)"
+        )
+    if isinstance(weight, Tensor) and x.dtype != weight.dtype and autocast_dtype(x) is None:
+        raise TypeError(
+            f"{x_name} and {weight_name} must have one dtype outside autocast; got {x.dtype}, {weight.dtype}"
+        )
+    if weight.requires_grad and torch.is_grad_enabled() and not is_transformed():
+        raise ValueError(
+            f"{weight_name} requires a gradient, but the base of an adapted layer is frozen and gets none; "
+            f"call {weight_name}.requires_grad_(False)"
+        )
+
+
+def check_devices(first: tuple[str, torch.device], others: Iterable[tuple[str, Weight | None]]) -> None:
+    """All that is there lies beside the first."""
+    for name, tensor in others:
+        if tensor is not None and tensor.device != first[1]:
+            raise ValueError(
+                f"{name} is on {tensor.device} and {first[0]} on {first[1]}; a call is computed on one device"
+            )
 
 
 def check_vector(name: str, tensor: Tensor, size: int, constant: bool) -> None:
@@ -28,14 +63,9 @@ def check_factors(names: tuple[str, str], down: Tensor | None, up: Tensor | None
 
 
 def check_form(
-    name: str,
-    size: int,
-    constant: bool,
-    factors: tuple[int, int],
-    vector: Tensor | None,
-    up: Tensor | None,
-    down: Tensor | None,
-) -> None:
+    name: str, size: int, constant: bool, factors: tuple[int, int],
+    vector: Tensor | None, up: Tensor | None, down: Tensor | None,
+) -> None:  # fmt: skip
     """One support is a vector of `size` (or a constant), or the product of two `factors` (rows, R) and (R, cols)."""
     if vector is not None:
         if up is not None or down is not None:

@@ -12,7 +12,7 @@ In these, an absent result is a tensor of no elements. Eager mode calls the same
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from glora_kernels.dispatch import prepared
-from glora_kernels.dispatch.common import autocast_dtype, given
+from glora_kernels.dispatch.common import autocast_dtype, cast, given
 from glora_kernels.dispatch.prepared import Operation, Prepared, read_saved
 from glora_kernels.dispatch.signature import Row, Signature, Values
-from glora_kernels.dispatch.ways import is_batched, is_transformed
+from glora_kernels.dispatch.ways import is_batched, is_elsewhere, is_plain, is_transformed, rows_of
+from glora_kernels.runtime import routes
 from glora_kernels.runtime.workspace import private_workspace
 
 LIBRARY = torch.library.Library("glora_kernels", "DEF")
@@ -86,6 +87,46 @@ class Operator(Operation):
     def inputs_of(self, values: Values) -> int:
         """How many places of the row, from the first, have a row a token."""
         return int(self.has_inputs) if values.sizes is None else values.sizes[0]
+
+    def call(
+        self, row: Sequence[Any], key: Hashable, check: Callable[[Row], Values], inputs: int = 1,
+        sources: Sequence[int] = (0,),
+    ) -> Sequence[Tensor]:  # fmt: skip
+        """The outputs of a call, by the one of the `dispatch.ways` that suits it.
+
+        Args:
+            row: its tensors. The first are the inputs, which have a row a token, of any layout, also nested or sparse;
+                the operator gets them in autocast's dtype.
+            key: what else the values depend on, but for the modes that PyTorch and the package are in.
+            check: the values, or the errors, of a call with this row.
+            inputs: how many there are.
+            sources: of each output, the input that it has the rows of.
+        """
+        xs = row[:inputs]
+        for x in xs:
+            if not is_plain(x):
+                return self._by_rows(row, key, check, inputs, sources)
+        target = autocast_dtype(row[0]) if xs else None
+        if target is not None:
+            xs = [cast(x, target) if x.is_floating_point() else x for x in xs]
+            row = (*xs, *row[inputs:])
+        if is_elsewhere(row[0]):
+            return self.through_pytorch(row, check(row))
+        for x in xs:
+            if x.ndim != 2 and (x.ndim == 1 or not x.is_contiguous()):
+                return self._by_rows(row, key, check, inputs, sources)
+        wanted = prepared.wanted_of(row)
+        whole = (key, target, routes.chosen(), wanted)
+        found = prepared.find(self, row, inputs, whole, lambda: self.prepare(row, check(row), wanted))
+        return prepared.call(found, row)
+
+    def _by_rows(
+        self, row: Sequence[Any], key: Hashable, check: Callable[[Row], Values], inputs: int, sources: Sequence[int]
+    ) -> Sequence[Tensor]:
+        """`call` with the rows of every input, and its outputs in their dimensions."""
+        found = [rows_of(x) for x in row[:inputs]]
+        ys = self.call((*(rows for rows, _ in found), *row[inputs:]), key, check, inputs, sources)
+        return [found[source][1](y) for source, y in zip(sources, ys, strict=True)]
 
     def through_pytorch(self, row: Row, values: Values) -> Sequence[Tensor]:
         """The outputs for whoever watches or transforms a call (`dispatch.ways`)."""
@@ -253,10 +294,7 @@ class Operator(Operation):
 
 
 def gradients(
-    function: Callable[..., Sequence[Tensor]],
-    tensors: Row,
-    wanted: Sequence[bool],
-    dys: Sequence[Tensor],
+    function: Callable[..., Sequence[Tensor]], tensors: Row, wanted: Sequence[bool], dys: Sequence[Tensor]
 ) -> list[Tensor]:
     """The wanted gradients of function(*tensors) for dys that may be batched."""
     places = [i for i, want in enumerate(wanted) if want]
@@ -274,7 +312,7 @@ def gradients(
 
 
 def owned(grads: list[Tensor | None], like: Tensor) -> Any:
-    """Each gradient in memory of its own, since results of an operator may share none: ∂bias, ∂wc and ∂e may be one."""
+    """Each gradient in memory of its own, since results of an operator may share none, and two may be one sum."""
     found: list[Tensor] = []
     taken = set()
     for grad in grads:

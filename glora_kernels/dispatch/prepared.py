@@ -81,19 +81,10 @@ class Prepared:
     """
 
     def __init__(
-        self,
-        operation: Operation,
-        values: Values,
-        wanted: Sequence[bool],
-        saved: Sequence[int],
-        *,
-        size: int,
-        with_rows: Sequence[int] = (),
-        outputs: int = 1,
-        has_kernels: bool,
-        keeps: bool = False,
+        self, operation: Operation, values: Values, wanted: Sequence[bool], saved: Sequence[int],
+        *, size: int, with_rows: Sequence[int] = (), outputs: int = 1, has_kernels: bool, keeps: bool = False,
         guard: AbstractContextManager[object] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.operation, self.values, self.wanted, self.saved = operation, values, tuple(wanted), tuple(saved)
         self.size, self.with_rows, self.outputs, self.has_kernels = size, frozenset(with_rows), outputs, has_kernels
         self.trained = tuple(i for i, want in enumerate(wanted) if want)
@@ -209,7 +200,7 @@ def find(
         key: what else the call depends on: values, modes, what requires a gradient.
         make: raises where the call is none.
     """
-    first = given(row[0])
+    first: Any = row[0]
     m = program.rows_of(first) if with_rows and first.ndim else 1
     if (with_rows and first.ndim < 2) or not program.serves(m):
         return make()
@@ -244,16 +235,14 @@ def find(
 def read_saved(ctx: Any, with_y: bool = False) -> tuple[Any, ...]:
     """What forward saved; where a tensor of it was overwritten meanwhile, an error that says what to write instead.
 
-    with_y: backward reads the output of the layer as well, for a trained vector or constant A.
+    with_y: backward reads an output as well.
     """
     try:
         return tuple(ctx.saved_tensors)
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise
-        output = (
-            "; or its output, which a trained vector or constant A needs (an activation or dropout with inplace=True)"
-        )
+        output = "; or its output, which backward reads as well (an activation or dropout with inplace=True)"
         raise RuntimeError(
             "a tensor was overwritten in place between the forward of a layer and its backward, which needs it as it "
             "was: the layer's input (h += layer(h); write h = h + layer(h)), one of its parameters (a step of the "
@@ -264,7 +253,8 @@ def read_saved(ctx: Any, with_y: bool = False) -> tuple[Any, ...]:
 def call(prepared: Prepared, row: Row) -> Sequence[Tensor]:
     """The outputs, with a backward where something is trained."""
     if not prepared.trained:
-        return [given(y) for y in prepared.forward(row)[: prepared.outputs]]
+        outputs: Any = prepared.forward(row)[: prepared.outputs]
+        return outputs
     return prepared.apply(prepared, row, *[row[i] for i in prepared.trained])
 
 

@@ -1,11 +1,11 @@
-"""The ways into one computation, and when each is taken; and x in the layouts that are no plain matrix.
+"""The ways into one computation, and when each is taken; and x in the layouts that are no matrix.
 
     function    an `autograd.Function` around the path: plain eager mode, where a call costs 8 µs
     operator    the registered operator, one node for whoever watches: torch.compile, or a TorchDispatchMode
                 (selective checkpointing, make_fx, fake tensors, counters of operations). Inside the node a path may
                 write in its own memory; between nodes nothing is overwritten
-    composite   y by differentiable operations of PyTorch (`glora.composite`), where other derivatives are taken than
-                one backward: torch.func, forward-mode differentiation; and under torch.jit.trace
+    composite   y by differentiable operations of PyTorch, where other derivatives are taken than one backward:
+                torch.func, forward-mode differentiation; and under torch.jit.trace
 
 A backward whose gradient is batched (is_grads_batched, jacobian(vectorize=True)) differentiates the composite.
 """
@@ -24,7 +24,11 @@ from torch.autograd import forward_ad
 
 def is_transformed() -> bool:
     """Whether a call is computed by PyTorch's own operations, of which every derivative is known."""
-    return not torch.compiler.is_compiling() and (
+    return not torch.compiler.is_compiling() and _has_other_derivatives()
+
+
+def _has_other_derivatives() -> bool:
+    return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
@@ -32,8 +36,13 @@ def is_transformed() -> bool:
 
 
 def is_watched(tensor: Tensor) -> bool:
-    """Whether a call goes through the registered operator."""
+    """Whether a call goes through the registered operator, unless it is transformed."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or isinstance(tensor, FakeTensor)
+
+
+def is_elsewhere(tensor: Tensor) -> bool:
+    """Whether a call is transformed or watched."""
+    return is_watched(tensor) or _has_other_derivatives()
 
 
 def is_batched(dy: Tensor) -> bool:
@@ -51,7 +60,7 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> Any:
         raise RuntimeError(
-            "a GLoRA layer can be differentiated once by backward() and torch.autograd: the gradients have no gradient "
+            "an adapted layer is differentiated once by backward() and torch.autograd: the gradients have no gradient "
             "there (create_graph=True, hvp, hessian). For higher derivatives use torch.func (grad, jvp, hessian)"
         )
 
@@ -81,12 +90,15 @@ def is_plain(x: Tensor) -> bool:
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The rows of a nested or sparse x as an ordinary tensor (..., K), and what gives a result its nesting.
+    """The rows of x: of a nested or sparse one as an ordinary tensor, of that as a matrix or contiguous.
 
-    The result of a sparse x is dense, as that of F.linear is.
+    And what gives a result of these rows the dimensions of x; that of a sparse one is dense, as that of F.linear is.
     """
     if not x.is_nested:
-        return x.to_dense(masked_grad=False), lambda y: y
+        if x.layout != torch.strided:
+            return x.to_dense(masked_grad=False), lambda y: y
+        lead = x.shape[:-1]
+        return x.reshape(lead.numel(), x.shape[-1]), lambda y: y.view(*lead, y.shape[-1])
     if x.layout == torch.jagged:
         nesting: Any = x
         offsets, lengths, dim = nesting.offsets(), nesting.lengths(), nesting._ragged_idx

@@ -14,18 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from glora_kernels.dispatch.common import (
-    Call,
-    Supports,
-    Weight,
-    factor_dtype,
-    given,
-    shift,
-    wc_dtype,
-    wide_dtype,
-    without_autocast,
-)
-from glora_kernels.glora.eager import dropped, keep_of
+from glora_kernels.dispatch.common import Weight, factor_dtype, wide_dtype, without_autocast
+from glora_kernels.glora.call import C, Call, Supports, shift, wc_dtype
+from glora_kernels.glora.eager import c_vector, dropped, keep_of
 from glora_kernels.quant import dequantize
 
 
@@ -43,7 +34,7 @@ def glora_linear(
     """
     if x.ndim == 1:  # F.linear of a vector has a tangent of another shape than its value
         return glora_linear(x[None], weight, s, call, h, sigma)[0]
-    dtype, wide, narrow = x.dtype, wide_dtype(x.dtype), factor_dtype(x.dtype, s)
+    dtype, wide, narrow = x.dtype, wide_dtype(x.dtype), factor_dtype(x.dtype, s.factors)
     with without_autocast(x.device.type):
         w = _dense(weight, dtype)
         low = None
@@ -61,7 +52,7 @@ def glora_linear(
         if low is not None:
             y = y + low
         if s.b_up is not None and s.b_down is not None:
-            keep = keep_of(call, math.prod(x.shape[:-1]), x.shape[-1], x.device)
+            keep = keep_of(call.dropout_p, call.seed, math.prod(x.shape[:-1]), x.shape[-1], x.device)
             kept = dropped(x, None if keep is None else keep.view(x.shape))
             own = linear(kept.to(narrow), s.b_down.to(narrow)) * (call.scale / (1.0 - call.dropout_p))
             y = y + linear(_valued(own, h), s.b_up.to(narrow))
@@ -71,12 +62,11 @@ def glora_linear(
         return (y if beta is None else y + beta.to(wide)).to(dtype)
 
 
-def glora_wc(weight: Weight, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None) -> Tensor:
+def glora_wc(weight: Weight, c: C) -> Tensor:
     """W·c (N,), as `glora.eager.wc_forward`."""
-    wide = wc_dtype(weight, c, c_up)
+    wide = wc_dtype(weight, c)
     with without_autocast(weight.device.type):
-        c = given(c).to(wide) if c_up is None else (c_up.to(wide) @ given(c_down).to(wide)).squeeze(1)
-        return _dense(weight, wide) @ c
+        return _dense(weight, wide) @ c_vector(c, wide)
 
 
 def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:

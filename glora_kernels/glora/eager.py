@@ -1,6 +1,6 @@
 """The factored path in plain PyTorch: what runs on a CPU, and for any dtype. No dense weight but A=lora's.
 
-With Z = xWᵀ, h = s·x̃·B_downᵀ, σ = Σₖ xₖ and β = bias∘(1+d) + e + wc (`common.shift`):
+With Z = xWᵀ, h = s·x̃·B_downᵀ, σ = Σₖ xₖ and β = bias∘(1+d) + e + wc (`glora.call.shift`):
 
     A none, constant, vector:  y = Z∘(1+a) + h·B_upᵀ + σ·bᵀ + β
     A lora:                    y = x·W_effᵀ + (the rest as above),  W_eff = W∘(1 + A_up·A_down) in the workspace
@@ -25,19 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from glora_kernels.dispatch.common import (
-    Call,
-    Needs,
-    Supports,
-    Weight,
-    cast,
-    factor_dtype,
-    given,
-    shift,
-    wc_dtype,
-    wide_dtype,
-)
+from glora_kernels.dispatch.common import Weight, cast, factor_dtype, given, wide_dtype
 from glora_kernels.glora import recover
+from glora_kernels.glora.call import C, Call, Made, Needs, Supports, shift, wc_dtype
 from glora_kernels.glora.chunks import gathered, row_chunks, spread, thin, weight_rows, weighted_sum, wide_chunks
 from glora_kernels.quant import QuantizedWeight, dequantize
 from glora_kernels.reference.random import keep_mask, round_dithered
@@ -56,10 +46,8 @@ class Terms(NamedTuple):
     b: Tensor | None = None
 
 
-def forward(
-    x: Tensor, weight: Weight, s: Supports, call: Call
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """y (M,N), and what backward may want: h (M,·) = [P | s·x̃·B_downᵀ], σ (M,), U (N,R).
+def forward(x: Tensor, weight: Weight, s: Supports, call: Call) -> Made:
+    """y (M,N), and what backward may want.
 
     Args:
         x: (M, K) in the dtype of the computation.
@@ -68,13 +56,14 @@ def forward(
         call: scale, dropout, variant.
     """
     dtype = x.dtype
-    factor, h, u = _low_rank(x, weight, s, call)
+    keep = None if s.b_up is None else keep_of(call.dropout_p, call.seed, x.shape[0], x.shape[1], x.device)
+    factor, h, u = _low_rank(x, weight, s, call, keep)
     sigma = None if s.b is None else x.sum(-1, dtype=wide_dtype(dtype))
     terms = Terms(shift(s, dtype), h, factor, sigma, s.b)
     if s.a is not None:
         base = _product(x, cast_weight(weight, dtype), terms.beta)
-        return _scale_rows(base, 1 + s.a.to(wide_dtype(dtype)), terms), h, sigma, u
-    return with_terms(x, weight_for(weight, s, call, dtype), terms), h, sigma, u
+        return Made(_scale_rows(base, 1 + s.a.to(wide_dtype(dtype)), terms), h, sigma, u, keep)
+    return Made(with_terms(x, weight_for(weight, s, call, dtype), terms), h, sigma, u, keep)
 
 
 def with_terms(x: Tensor, weight: Tensor, terms: Terms) -> Tensor:
@@ -90,16 +79,7 @@ def _product(x: Tensor, weight: Tensor, beta: Tensor | None) -> Tensor:
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Weight,
-    s: Supports,
-    y: Tensor | None,
-    h: Tensor | None,
-    sigma: Tensor | None,
-    u: Tensor | None,
-    call: Call,
-    needs: Needs,
+    dy: Tensor, x: Tensor | None, weight: Weight, s: Supports, made: Made, call: Call, needs: Needs
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `forward`, in the order of `Needs`; None where not wanted.
 
@@ -107,7 +87,7 @@ def backward(
     B vector: dyᵀσ; A vector: Σₘ dy∘Z, from y; A lora: H = (dyᵀx)∘W, dA_up = H·A_downᵀ, dA_down = A_upᵀ·H; product
     variant: dA_up = Wᵀ(dyᵀP), dA_down = (dy·U)ᵀx. With g = Σₘ dy: ∂bias = g∘(1+d), ∂wc = g, ∂d = g∘bias, ∂e = g.
     """
-    dtype, narrow = dy.dtype, factor_dtype(dy.dtype, s)
+    dtype, narrow = dy.dtype, factor_dtype(dy.dtype, s.factors)
     da = da_up = da_down = db = db_up = db_down = None
     delta = None  # the part of dx beside dy·W_eff
 
@@ -115,19 +95,21 @@ def backward(
     if call.matmul and s.a_up is not None and s.a_down is not None:
         split = s.a_up.shape[1]
         if needs.a_up:
-            da_up = gathered(gathered(_columns(h, 0, split), dy, dtype).t(), weight, dtype).t()
-        if (needs.x or needs.a_down) and u is not None:
-            du = thin(dy, u.t(), dtype)
+            da_up = gathered(gathered(_columns(made.h, 0, split), dy, dtype).t(), weight, dtype).t()
+        if (needs.x or needs.a_down) and made.u is not None:
+            du = thin(dy, made.u.t(), dtype)
             if needs.a_down:
                 da_down = gathered(du, given(x), dtype)
             if needs.x:
                 delta = spread(du, cast(s.a_down, narrow), dtype)
     if s.b_up is not None and s.b_down is not None:
         if needs.b_up:
-            db_up = gathered(_columns(h, split, None), dy, dtype).t()  # a third of the time of dyᵀ·h in MKL
+            db_up = gathered(_columns(made.h, split, None), dy, dtype).t()  # a third of the time of dyᵀ·h in MKL
         if needs.x or needs.b_down:
             ds = scaled(thin(dy, cast(s.b_up, narrow).t(), dtype), call.scale / (1.0 - call.dropout_p))
-            keep = keep_of(call, dy.shape[0], s.b_down.shape[1], dy.device)
+            keep = made.mask
+            if keep is None:
+                keep = keep_of(call.dropout_p, call.seed, dy.shape[0], s.b_down.shape[1], dy.device)
             if needs.b_down:
                 db_down = gathered(ds, dropped(given(x), keep), dtype)
             if needs.x:
@@ -135,7 +117,7 @@ def backward(
                 delta = masked if delta is None else delta.add_(masked)
     if s.b is not None:
         if needs.b:
-            db = weighted_sum(given(sigma), dy)
+            db = weighted_sum(given(made.sigma), dy)
             db = db if s.b.numel() > 1 else db.sum().view(1)
         if needs.x:
             b = s.b.to(wide_dtype(dtype))
@@ -143,10 +125,10 @@ def backward(
             ones = tau.to(dtype)[:, None].expand(dy.shape[0], weight.shape[1])
             delta = ones.contiguous() if delta is None else delta.add_(ones)
     if needs.a:
-        da = recover.gradient(dy, given(y), given(x), weight, s, shift(s, dtype), h, sigma)
+        da = recover.gradient(dy, given(x), weight, s, made)
 
     shift_grads: tuple[Tensor | None, ...] = (None,) * 4
-    if needs.bias or needs.wc or needs.d or needs.e:
+    if needs.shift:
         shift_grads = shift_gradients(dy.sum(0, dtype=wide_dtype(dtype)), s, needs)
 
     dx = None
@@ -163,7 +145,7 @@ def _hadamard_gradients(
     dy: Tensor, x: Tensor, weight: Weight, s: Supports, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dA_up, dA_down) from H = (dyᵀx)∘W, which takes the place of W_eff, or in fp32 over 16 bits is never whole."""
-    dtype, narrow = dy.dtype, factor_dtype(dy.dtype, s)
+    dtype, narrow = dy.dtype, factor_dtype(dy.dtype, s.factors)
     up, down = cast(given(s.a_up), narrow), cast(given(s.a_down), narrow)
     if narrow == dtype:
         h = workspace_like(weight, dtype)
@@ -184,35 +166,33 @@ def _hadamard_gradients(
     return dup, ddown
 
 
-def wc_forward(weight: Weight, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None) -> Tensor:
-    """W·c (N,) in the wide dtype, with c (K,) or C_up·C_down multiplied out in that dtype."""
-    wide = wc_dtype(weight, c, c_up)
-    c = cast(given(c), wide) if c_up is None else (cast(c_up, wide) @ cast(given(c_down), wide)).squeeze(1)
+def wc_forward(weight: Weight, c: C) -> Tensor:
+    """W·c (N,) in the wide dtype, with C_up·C_down multiplied out in that dtype."""
+    wide = wc_dtype(weight, c)
+    vector = c_vector(c, wide)
     if isinstance(weight, Tensor) and weight.dtype == wide:
-        return weight @ c
+        return weight @ vector
     wc = torch.empty(weight.shape[0], dtype=wide, device=weight.device)
     for rows, part in wide_chunks(weight, wide):
-        torch.mv(part, c, out=wc[rows])
+        torch.mv(part, vector, out=wc[rows])
     return wc
 
 
-def wc_backward(
-    g: Tensor,
-    weight: Weight,
-    c: Tensor | None,
-    c_up: Tensor | None,
-    c_down: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dc = Wᵀg, dC_up = dc·C_downᵀ, dC_down = C_upᵀ·dc, in the wide dtype; None where not wanted."""
-    wide = wc_dtype(weight, c, c_up)
+def c_vector(c: C, wide: torch.dtype) -> Tensor:
+    """c (K,)."""
+    return cast(given(c.c), wide) if c.c_up is None else (cast(c.c_up, wide) @ cast(given(c.c_down), wide)).squeeze(1)
+
+
+def wc_backward(g: Tensor, weight: Weight, c: C, needs: Sequence[bool]) -> list[Tensor | None]:
+    """[dc = Wᵀg, dC_up = dc·C_downᵀ, dC_down = C_upᵀ·dc] in the wide dtype; None where not wanted."""
+    wide = wc_dtype(weight, c)
     dc = weighted_sum(cast(g, wide), weight)
     need_c, need_up, need_down = needs
-    return (
+    return [
         dc if need_c else None,
-        dc.unsqueeze(1) * cast(given(c_down), wide).t() if need_up else None,
-        cast(given(c_up), wide).t() @ dc.unsqueeze(1) if need_down else None,
-    )
+        dc.unsqueeze(1) * cast(given(c.c_down), wide).t() if need_up else None,
+        cast(given(c.c_up), wide).t() @ dc.unsqueeze(1) if need_down else None,
+    ]
 
 
 def weight_for(weight: Weight, s: Supports, call: Call, dtype: torch.dtype) -> Tensor:
@@ -244,17 +224,18 @@ def cast_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
     return workspace_like(weight, dtype).copy_(weight)
 
 
-def _low_rank(x: Tensor, weight: Weight, s: Supports, call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _low_rank(
+    x: Tensor, weight: Weight, s: Supports, call: Call, keep: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Every low-rank term as one product h·factorᵀ: the factor (N,·), h (M,·), and U of the product variant."""
-    dtype, narrow = x.dtype, factor_dtype(x.dtype, s)
+    dtype, narrow = x.dtype, factor_dtype(x.dtype, s.factors)
     h = factor = u = None
     if call.matmul and s.a_up is not None and s.a_down is not None:
         factor = u = thin(weight if narrow != dtype else cast_weight(weight, dtype), cast(s.a_up, narrow).t(), dtype)
         h = thin(x, cast(s.a_down, narrow), dtype)
     if s.b_up is not None and s.b_down is not None:
         b_up = cast(s.b_up, narrow)
-        kept = dropped(x, keep_of(call, x.shape[0], x.shape[1], x.device))
-        h_b = scaled(thin(kept, cast(s.b_down, narrow), dtype), call.scale / (1.0 - call.dropout_p))
+        h_b = scaled(thin(dropped(x, keep), cast(s.b_down, narrow), dtype), call.scale / (1.0 - call.dropout_p))
         h, factor = (h_b, b_up) if h is None else (torch.cat([h, h_b], 1), torch.cat([given(factor), b_up], 1))
     return factor, h, u
 
@@ -336,14 +317,9 @@ def shift_gradients(g: Tensor, s: Supports, needs: Needs) -> tuple[Tensor | None
     return dbias, g if needs.wc else None, dd, de
 
 
-def keep_of(call: Call, rows: int, cols: int, device: torch.device) -> Tensor | None:
-    """The mask of a call; None without dropout. `call.seed` may be the mask itself, kept by forward for backward."""
-    if call.dropout_p == 0.0:
-        return None
-    seed = given(call.seed)
-    if seed.dtype == torch.bool:
-        return seed
-    return keep_mask(seed.to(device, non_blocking=True), rows, cols, call.dropout_p)
+def keep_of(p: float, seed: Tensor | None, rows: int, cols: int, device: torch.device) -> Tensor | None:
+    """The mask that a seed stands for, on a device; None without dropout."""
+    return None if p == 0.0 else keep_mask(given(seed).to(device, non_blocking=True), rows, cols, p)
 
 
 def dropped(x: Tensor, keep: Tensor | None) -> Tensor:

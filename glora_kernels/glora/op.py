@@ -16,13 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from glora_kernels.dispatch import prepared
-from glora_kernels.dispatch.checks import check_dropout, check_form, check_seed, check_vector
+from glora_kernels.dispatch import checks, prepared
 from glora_kernels.dispatch.common import (
-    Call,
     Codes,
-    Needs,
-    Supports,
     Weight,
     autocast_dtype,
     cast,
@@ -39,10 +35,10 @@ from glora_kernels.dispatch.common import (
 from glora_kernels.dispatch.operator import Operator
 from glora_kernels.dispatch.prepared import Prepared
 from glora_kernels.dispatch.signature import Row, Signature, Values
-from glora_kernels.dispatch.ways import is_plain, is_transformed, is_watched, rows_of
+from glora_kernels.dispatch.ways import is_elsewhere
 from glora_kernels.glora import composite
-from glora_kernels.glora.eager import keep_of
-from glora_kernels.glora.wc import C, glora_wc, sizes
+from glora_kernels.glora.call import C, Call, Made, Needs, Supports
+from glora_kernels.glora.wc import glora_wc, sizes
 from glora_kernels.glora.wc import gradients as wc_gradients
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import routes
@@ -111,12 +107,17 @@ def glora_linear(
         RuntimeError: a forced `backend` that cannot serve the call. In backward: x or a parameter was
             overwritten in place meanwhile, or y while a trained vector or constant A needs it.
     """
-    s, settings = Supports(a, a_up, a_down, b, b_up, b_down, bias, wc, d, e), (scale, dropout_p, seed, variant)
-    cs = () if c is None and c_up is None and c_down is None else C(c, c_up, c_down)
-    if not is_plain(x):
-        x, nested = rows_of(x)
-        return nested(_linear(x, weight, s, cs, settings))
-    return _linear(x, weight, s, cs, settings)
+    cs = () if c is None and c_up is None and c_down is None else (c, c_up, c_down)
+    if cs and wc is None and is_elsewhere(x):  # an operator of its own there
+        wc, cs = glora_wc(weight, c, c_up=c_up, c_down=c_down), ()
+    s = Supports(a, a_up, a_down, b, b_up, b_down, bias, wc, d, e)
+
+    def check(row: Row) -> Values:
+        return checked(given(row[0]), weight, s, cs, Settings(scale, dropout_p, seed, variant))
+
+    codes = codes_of(weight)
+    row = row_of(x, stored(weight), s, seed, codes, cs)
+    return GLORA.call(row, (codes.form, scale, dropout_p, variant), check)[0]
 
 
 class Settings(NamedTuple):
@@ -128,59 +129,46 @@ class Settings(NamedTuple):
     variant: str = "hadamard"
 
 
-def _linear(
-    x: Tensor, weight: Weight, s: Supports, cs: Row, settings: tuple[float, float, Tensor | None, str]
-) -> Tensor:
-    target = autocast_dtype(x)
-    if target is not None and x.dtype != target:
-        x = x.to(target)
-    if is_transformed() or is_watched(x):
-        values = checked(x, weight, s, cs, Settings(*settings))
-        if cs:
-            s = s._replace(wc=glora_wc(weight, cs[0], c_up=cs[1], c_down=cs[2]))
-        return GLORA.through_pytorch(row_of(x, weight, s, (), settings[2]), values)[0]
-    if x.ndim == 1 or (x.ndim > 2 and not x.is_contiguous()):
-        lead = x.shape[:-1]
-        y = _linear(x.reshape(math.prod(lead), x.shape[-1]), weight, s, cs, settings)
-        return y.view(*lead, weight.shape[0])
-    scale, dropout_p, seed, variant = settings
-    row = row_of(x, weight, s, cs, seed)
-    wanted = prepared.wanted_of(row)
-    key = (codes_of(weight).form, scale, dropout_p, variant, target, routes.chosen(), wanted)
-
-    def make() -> Prepared:
-        return GLORA.prepare(row, checked(x, weight, s, cs, Settings(*settings)), wanted)
-
-    return prepared.call(prepared.find(GLORA, row, 1, key, make), row)[0]
-
-
 def prepared_anew(x: Tensor, weight: Weight, s: Supports, settings: Settings) -> tuple[Prepared, Row]:
     """A call with gradients, checked and prepared by itself, and its row."""
     x = cast(x, autocast_dtype(x) or x.dtype)
-    values, row = checked(x, weight, s, (), settings), row_of(x, weight, s, (), settings.seed)
+    values, row = checked(x, weight, s, (), settings), row_of(x, stored(weight), s, settings.seed, codes_of(weight))
     return GLORA.prepare(row, values, prepared.wanted_of(row)), row
 
 
-def row_of(x: Tensor, weight: Weight, s: Supports, cs: Row, seed: Tensor | None) -> tuple[Tensor | None, ...]:
+def row_of(
+    x: Tensor, weight: Tensor, s: Supports, seed: Tensor | None, codes: Codes, cs: Row = ()
+) -> tuple[Tensor | None, ...]:
     """The tensors of a call in the order of the operator's arguments; behind them C, which eager mode alone has."""
-    return (x, stored(weight), *s, seed, *codes_of(weight)[:4], *cs)
+    return (x, weight, *s, seed, *codes[:4], *cs)
 
 
 def checked(x: Tensor, weight: Weight, s: Supports, cs: Row, settings: Settings) -> Values:
     """The values of a call, or the errors of `glora_linear`."""
-    _check_operands(x, weight, s, cs)
-    _, dropout_p, seed, variant = settings
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}; got {variant!r}")
-    n, k = weight.shape
-    check_form("a", n, True, (k if variant == "matmul" else n, k), s.a, s.a_up, s.a_down)
-    if variant == "matmul" and s.a is not None:
+    checks.check_product("x", x, "weight", weight)
+    (n, k), tensors = weight.shape, s._asdict() | dict(zip(C._fields, cs, strict=False))
+    checks.check_devices(("x", x.device), [("weight", weight), *tensors.items()])
+    if settings.variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}; got {settings.variant!r}")
+    product = settings.variant == "matmul"
+    checks.check_form("a", n, True, (k if product else n, k), s.a, s.a_up, s.a_down)
+    if product and s.a is not None:
         raise ValueError("variant='matmul' accepts a_up and a_down, not a")
-    check_dropout(dropout_p)
-    if dropout_p and s.b_up is not None and seed is None:
-        raise ValueError(f"dropout_p={dropout_p} needs a seed: pass seed=dropout_seed(x.device)")
-    if seed is not None:
-        check_seed("seed", seed, x.device)
+    checks.check_form("b", n, True, (n, k), s.b, s.b_up, s.b_down)
+    if cs:
+        checks.check_form("c", k, False, (k, 1), *cs)
+        if s.wc is not None:
+            raise ValueError("wc is W·c: it and c, or c_up and c_down, are two forms of one term; give one of them")
+    if s.d is not None and s.bias is None:
+        raise ValueError("d scales the bias: it cannot be given where bias is None")
+    for name, constant in (("bias", False), ("wc", False), ("d", True), ("e", True)):
+        if tensors[name] is not None:
+            checks.check_vector(name, tensors[name], n, constant)
+    checks.check_dropout(settings.dropout_p)
+    if settings.dropout_p and s.b_up is not None and settings.seed is None:
+        raise ValueError(f"dropout_p={settings.dropout_p} needs a seed: pass seed=dropout_seed(x.device)")
+    if settings.seed is not None:
+        checks.check_seed("seed", settings.seed, x.device)
     route = routes.route(x.device.type, x.dtype, four_bit=isinstance(weight, QuantizedWeight))
     return values_of(weight, settings, route)
 
@@ -189,53 +177,11 @@ def values_of(weight: Weight, settings: Settings, route: str) -> Values:
     return Values((settings.scale, settings.dropout_p, settings.variant == "matmul", route, codes_of(weight).form))
 
 
-def _check_operands(x: Tensor, weight: Weight, s: Supports, cs: Row) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
-    n, k = weight.shape
-    if x.ndim == 0 or x.shape[-1] != k:
-        raise ValueError(f"x must have {k} features in its last dimension (in_features); got shape {tuple(x.shape)}")
-    if isinstance(weight, Tensor) and x.dtype != weight.dtype and autocast_dtype(x) is None:
-        raise TypeError(f"x and weight must have one dtype outside autocast; got x {x.dtype} and weight {weight.dtype}")
-    for name, tensor in (("weight", weight), *zip(Supports._fields, s, strict=True), *zip(C._fields, cs, strict=False)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(
-                f"x and {name} must be on one device; got x on {x.device} and {name} on {tensor.device}"
-            )  # fmt: skip
-    if weight.requires_grad and torch.is_grad_enabled() and not is_transformed():
-        raise ValueError(
-            "weight requires a gradient, but a GLoRA layer's base is frozen and gets none; "
-            "call weight.requires_grad_(False)"
-        )
-    check_form("b", n, True, (n, k), s.b, s.b_up, s.b_down)
-    if s.d is not None and s.bias is None:
-        raise ValueError("d scales the bias: it cannot be given where bias is None")
-    if cs:
-        check_form("c", k, False, (k, 1), *cs)
-        if s.wc is not None:
-            raise ValueError("wc is W·c: it and c, or c_up and c_down, are two forms of one term; give one of them")
-    for name, constant in (("bias", False), ("wc", False), ("d", True), ("e", True)):
-        vector = getattr(s, name)
-        if vector is not None:
-            check_vector(name, vector, n, constant)
-
-
 class _Inputs(NamedTuple):
     """x (..., K), and the weight or its packed codes."""
 
     x: Tensor
     weight: Tensor
-
-
-class Made(NamedTuple):
-    """What forward makes: y, h, σ and U; the dropout mask of the eager path, and the W·c of a call that has C."""
-
-    y: Any
-    h: Any
-    sigma: Any
-    u: Any
-    mask: Any = None
-    wc: Any = None
 
 
 class _GLoRALinear(Operator):
@@ -251,7 +197,7 @@ class _GLoRALinear(Operator):
         eager, product = call.route == "eager", call.matmul and s.a_up is not None
         # For A as a vector or constant beside y: where that does not give Z, it is computed anew (`glora.recover`).
         keeps_x = needs.a or needs.b_down or needs.a_down or (needs.a_up and not call.matmul)
-        keeps_shift = needs.a or needs.bias or needs.wc or needs.d or needs.e
+        keeps_shift = needs.a or needs.shift
         keeps = Made(
             y=needs.a,
             h=needs.b_up or (needs.a and s.b_up is not None) or (product and needs.a_up),
@@ -264,48 +210,38 @@ class _GLoRALinear(Operator):
         own = [t is not None and (keeps_shift or i not in _SHIFT) for i, t in enumerate(row)]
         builds = isinstance(weight, QuantizedWeight) or weight.dtype != x.dtype or s.a is not None
         builds = builds or (s.a_up is not None and not call.matmul)
+        saved = [i for i, keep in enumerate((keeps_x, *own[1:], *keeps)) if keep]
+        with_rows = 0, count, count + 1, count + 2  # x; y, h and σ
         return Prepared(
-            self,
-            values,
-            wanted,
-            [i for i, keep in enumerate((keeps_x, *own[1:], *keeps)) if keep],
-            size=count + len(keeps),
-            with_rows=(0, count, count + 1, count + 2),  # x; y, h and σ
-            has_kernels=not eager,
-            keeps=registered,
-            guard=workspace_lock if x.is_cuda and builds else None,
-        )
+            self, values, wanted, saved, size=count + len(keeps), with_rows=with_rows, has_kernels=not eager,
+            keeps=registered, guard=workspace_lock if x.is_cuda and builds else None,
+        )  # fmt: skip
 
     def read(self, row: Row, values: Values) -> tuple[Weight, Supports, Call]:
         (_, packed), s, call, codes = self.signature.read(row, values)
         return weight_of(packed, codes), s, call
 
-    def forward(self, row: Row, values: Values) -> tuple[Tensor | None, ...]:
-        """What `Made` names."""
+    def forward(self, row: Row, values: Values) -> Made:
         weight, s, call = self.read(row, values)
-        x, path, cs, mask, wc = given(row[0]), path_of("glora", call.route), row[_C], None, None
-        if call.dropout_p > 0.0 and call.route == "eager" and s.b_up is not None:
-            mask = keep_of(call, math.prod(x.shape[:-1]), x.shape[-1], x.device)
-            call = call._replace(seed=mask)
+        x, path, cs, wc = given(row[0]), path_of("glora", call.route), row[_C], None
         if cs:
-            wc = path.wc_forward(weight, *cs)
+            wc = path.wc_forward(weight, C(*cs))
             s = s._replace(wc=wc)
-        y, h, sigma, u = path.forward(flat(x), weight, s, call)
-        return unflat(y, x.shape[:-1]), h, sigma, u, mask, wc
+        made = path.forward(flat(x), weight, s, call)
+        return made._replace(y=unflat(made.y, x.shape[:-1]), wc=wc)
 
     def backward(self, dys: Sequence[Tensor], row: Row, values: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
         row, made = _as_in_forward(row, len(wanted))
         weight, s, call = self.read(row, values)
         path, needs = path_of("glora", call.route), _needs(wanted)
         lead, (dy, x, y) = dys[0].shape[:-1], (None if t is None else flat(t) for t in (dys[0], row[0], made.y))
-        found = path.backward(dy, x, weight, s, y, made.h, made.sigma, made.u, call, needs)
+        found = path.backward(dy, x, weight, s, made._replace(y=y), call, needs)
         grads = dict(zip((0, *_SUPPORTS), found, strict=True))
         if needs.x and len(lead) != 1:
             grads[0] = grads[0].view(*lead, weight.shape[1])
         if any(wanted[_C]):
-            grads |= zip(
-                range(_C.start, _C.stop), path.wc_backward(grads[_WC], weight, *row[_C], wanted[_C]), strict=True
-            )
+            through = path.wc_backward(grads[_WC], weight, C(*row[_C]), wanted[_C])
+            grads |= zip(range(_C.start, _C.stop), through, strict=True)
         return [_cast(grads[i], row[i]) for i, want in enumerate(wanted) if want]
 
     def elsewhere(self, dys: Sequence[Tensor], row: Row, values: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -327,7 +263,7 @@ class _GLoRALinear(Operator):
 
     def fake(self, inputs: _Inputs, s: Supports, call: Call, codes: Codes) -> Made:
         x, weight = inputs.x, weight_of(inputs.weight, codes)
-        m, n, narrow = math.prod(x.shape[:-1]), weight.shape[0], factor_dtype(x.dtype, s)
+        m, n, narrow = math.prod(x.shape[:-1]), weight.shape[0], factor_dtype(x.dtype, s.factors)
         rank = s.a_up.shape[1] if call.matmul and s.a_up is not None else 0
         width = rank + (0 if s.b_up is None else s.b_up.shape[1])
         return Made(
@@ -385,10 +321,8 @@ def _needs(wanted: Sequence[bool]) -> Needs:
 
 
 def _as_in_forward(row: Row, count: int) -> tuple[list[Any], Made]:
-    """The operands and the results from the row of backward, with the mask and the W·c that forward made."""
+    """The operands and the results from the row of backward, with the W·c that forward made."""
     own, made = [*row[:count]], Made(*row[count:])
-    if made.mask is not None:
-        own[PLACE["seed"]] = made.mask
     if made.wc is not None:
         own[_WC] = made.wc
     return own, made

@@ -21,36 +21,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from glora_kernels.dispatch.common import Supports, Weight, given, wide_dtype
+from glora_kernels.dispatch.common import Weight, given, wide_dtype
+from glora_kernels.glora.call import Made, Supports, shift
 from glora_kernels.glora.chunks import row_chunks, weight_rows
 from glora_kernels.reference.recovery import SQUARES, SUM, TINY
 
 _ROWS = 256  # of the weight at a time, where Z is computed anew
 
 
-def gradient(
-    dy: Tensor,
-    y: Tensor,
-    x: Tensor,
-    weight: Weight,
-    s: Supports,
-    beta: Tensor | None,
-    h: Tensor | None,
-    sigma: Tensor | None,
-) -> Tensor:
-    """dA in the wide dtype: (N,), or (1,) of a constant.
+def gradient(dy: Tensor, x: Tensor, weight: Weight, s: Supports, made: Made) -> Tensor:
+    """dA in the wide dtype: (N,), or (1,) of a constant; of what forward made it reads y, and h or σ where B is there.
 
     Args:
         dy: (M,N).
-        y: (M,N), as forward returned it.
         x: (M,K).
         weight: W (N,K).
-        s: a, and the forms of B.
-        beta: β (N,) or (1,), or None.
-        h: s·x̃·B_downᵀ (M,R), where B is lora.
-        sigma: Σₖ xₖ (M,), where B is a vector or constant.
+        s: a, and the forms of B and of β.
+        made: by forward.
     """
-    wide, n = wide_dtype(dy.dtype), dy.shape[1]
+    wide, n, beta = wide_dtype(dy.dtype), dy.shape[1], shift(s, dy.dtype)
     a = given(s.a).to(wide)
     up = None if s.b_up is None else s.b_up.to(wide).t()
     b = None if s.b is None else s.b.to(wide)
@@ -58,15 +47,15 @@ def gradient(
     total, abs_q, abs_p, square_q, square_p = dy.new_zeros(5, n, dtype=wide)
     alone = beta is None and up is None and b is None
     for rows in row_chunks(dy, always=True):
-        value, d = y[rows].to(wide), dy[rows].to(wide)
+        value, d = made.y[rows].to(wide), dy[rows].to(wide)
         if alone:
             total += (value * d).sum(0)
             continue
         largest = value.abs()
         if up is not None:
-            value = torch.addmm(value, given(h)[rows].to(wide), up, alpha=-1.0)
+            value = torch.addmm(value, given(made.h)[rows].to(wide), up, alpha=-1.0)
         elif b is not None:
-            value = torch.addcmul(value, given(sigma)[rows, None], b, value=-1.0)
+            value = torch.addcmul(value, given(made.sigma)[rows, None], b, value=-1.0)
         if beta is not None:
             if up is not None or b is not None:
                 largest = torch.maximum(largest, value.abs())

@@ -138,14 +138,9 @@ def _dy_kernel(
 
 
 def dy_config(
-    shape: Shape,
-    dtype: torch.dtype,
-    arch: str,
-    mixed: bool = False,
-    pairs: bool = False,
-    factors: torch.dtype | None = None,
-    aligned: bool = True,
-) -> dict[str, int]:
+    shape: Shape, dtype: torch.dtype, arch: str, mixed: bool = False, pairs: bool = False,
+    factors: torch.dtype | None = None, aligned: bool = True,
+) -> dict[str, int]:  # fmt: skip
     """The configuration of `dy_launch`: `mixed` where it is given a y that holds more than Z∘(1+a), `pairs` where S is
     of both U and up.
 

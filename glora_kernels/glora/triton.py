@@ -12,18 +12,20 @@ triton.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from glora_kernels.dispatch.common import Call, Needs, Supports, Weight, factor_dtype, given, stored, wide_dtype
+from glora_kernels.dispatch.common import Weight, factor_dtype, given, stored, wide_dtype
 from glora_kernels.four_bit import kinds as four_bit
 from glora_kernels.glora import finish as end
 from glora_kernels.glora import prepare as before
 from glora_kernels.glora import product as large
 from glora_kernels.glora import sums as reads
 from glora_kernels.glora import weight as around
+from glora_kernels.glora.call import C, Call, Made, Needs, Supports
 from glora_kernels.operands import Anew, Columns, Parts, Shift, Sum, Terms
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import cost, routes
@@ -35,9 +37,6 @@ from glora_kernels.runtime.workspace import workspace_like
 
 MAX_RANK_BESIDE_HADAMARD = 64
 """Up to here dB_down takes one more row of tiles in `_hadamard_grad_kernel`; above, a read of x of its own."""
-
-Saved = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""y (M,N), and what backward may want: h (M,·) = [P | s·x̃·B_downᵀ], σ (M,), U (N,P)."""
 
 
 class _Layer(NamedTuple):
@@ -70,11 +69,11 @@ def _layer(x: Tensor, weight: Weight, s: Supports, call: Call) -> _Layer:
     plain = {name: t.contiguous() for name, t in (("wc", s.wc), ("b_up", s.b_up)) if t is not None}
     p = s.a_up.shape[1] if call.matmul and s.a_up is not None else 0
     r = 0 if s.b_up is None else s.b_up.shape[1]
-    _check_rank(p + r)
+    check_rank(p + r)
     n, k = weight.shape
     return _Layer(
         s._replace(**plain), call, arch_of(x), Shape(m_class(rows(x)), n, k, max(p, r)), p, r,
-        s.a_up is not None and not call.matmul, factor_dtype(x.dtype, s),
+        s.a_up is not None and not call.matmul, factor_dtype(x.dtype, s.factors),
     )  # fmt: skip
 
 
@@ -87,7 +86,7 @@ def _route(x: Tensor, weight: Weight, layer: _Layer, backward: bool) -> str:
     )
 
 
-def _check_rank(rank: int) -> None:
+def check_rank(rank: int) -> None:
     if rank > MAX_RANK:
         raise RuntimeError(
             f"the Triton kernels hold a rank of up to {MAX_RANK} (of both pairs together in the product variant) in "
@@ -95,8 +94,8 @@ def _check_rank(rank: int) -> None:
         )
 
 
-def forward(x: Tensor, weight: Weight, s: Supports, call: Call) -> Saved:
-    """y (M,N), and what backward may want: h (M,·) = [P | s·x̃·B_downᵀ], σ (M,), U (N,P). See `glora.eager.forward`."""
+def forward(x: Tensor, weight: Weight, s: Supports, call: Call) -> Made:
+    """y (M,N), and what backward may want. See `glora.eager.forward`."""
     layer = _layer(x, weight, s, call)
     if isinstance(weight, QuantizedWeight):
         chosen = None
@@ -120,7 +119,7 @@ def _terms(s: Supports, u: Tensor | None = None) -> Terms:
     return Terms(a=s.a, u=u, up=s.b_up, b=s.b, shift=Shift(s.bias, s.wc, s.d, s.e))
 
 
-def _few_tokens(chosen: str, x: Tensor, weight: QuantizedWeight, layer: _Layer) -> Saved:
+def _few_tokens(chosen: str, x: Tensor, weight: QuantizedWeight, layer: _Layer) -> Made:
     """`forward` of a few tokens over a 4-bit weight, in one launch."""
     s, m = layer.s, rows(x)
     y = empty(x, m, layer.shape.n)
@@ -129,10 +128,10 @@ def _few_tokens(chosen: str, x: Tensor, weight: QuantizedWeight, layer: _Layer) 
     four_bit.small_m_launch(
         chosen, x, weight, y, _terms(s), b_down=s.b_down, scale=layer.call.scale, h=h, sigma=sigma, arch=layer.arch
     ).run()
-    return y, h, sigma, None
+    return Made(y, h, sigma)
 
 
-def _beside_the_library(x: Tensor, weight: Tensor, layer: _Layer, made: before.Prepared) -> Saved:
+def _beside_the_library(x: Tensor, weight: Tensor, layer: _Layer, made: before.Prepared) -> Made:
     """`forward` by the vendor's product: its Z is scaled and added to, or without an a it is added to the terms."""
     s, call, rank, m = layer.s, layer.call, layer.p + layer.r, rows(x)
     y = empty(x, m, layer.shape.n)
@@ -153,10 +152,10 @@ def _beside_the_library(x: Tensor, weight: Tensor, layer: _Layer, made: before.P
         ).run()  # fmt: skip
     if added and not scaled:
         LibraryProduct(x, effective.t(), y, accumulates=True).run()
-    return y, h, sigma, made.u
+    return Made(y, h, sigma, made.u)
 
 
-def _fused(x: Tensor, weight: Tensor, layer: _Layer, made: before.Prepared) -> Saved:
+def _fused(x: Tensor, weight: Tensor, layer: _Layer, made: before.Prepared) -> Made:
     """`forward` by our own product, which adds the terms to each of its tiles."""
     s, call, rank, m = layer.s, layer.call, layer.p + layer.r, rows(x)
     y = empty(x, m, layer.shape.n)
@@ -182,18 +181,17 @@ def _fused(x: Tensor, weight: Tensor, layer: _Layer, made: before.Prepared) -> S
         x, weight if made.weff is None else made.weff, y, _terms(s, made.u)._replace(low=low, sigma=sigmas),
         low_sum=low_sum, sigma_sum=sigma_sum, arch=layer.arch,
     ).run()  # fmt: skip
-    return y, h, sigma, made.u
+    return Made(y, h, sigma, made.u)
 
 
 def backward(
-    dy: Tensor, x: Tensor | None, weight: Weight, s: Supports, y: Tensor | None, h: Tensor | None,
-    sigma: Tensor | None, u: Tensor | None, call: Call, needs: Needs,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    dy: Tensor, x: Tensor | None, weight: Weight, s: Supports, made: Made, call: Call, needs: Needs
+) -> tuple[Tensor | None, ...]:
     """The gradients of `forward`, in the order of `Needs`; None where not wanted. See `glora.eager.backward`."""
     layer = _layer(dy, weight, s, call)
     library = needs.x and _route(dy, weight, layer, backward=True) == "library"
     this = _Backward(dy, x, weight, layer, needs, library)
-    read = this.read_dy(y, h, sigma, u)
+    read = this.read_dy(made)
     weff = this.lora_gradient(read.s)
     dense = this.dense_weight(weff)
     dx = empty(dy, rows(dy), layer.shape.k) if needs.x else None
@@ -253,7 +251,7 @@ class _Backward:
         if part is not None:
             self.sums.append(end.summed(part, self._gradient(name)))
 
-    def read_dy(self, y: Tensor | None, h: Tensor | None, sigma: Tensor | None, u: Tensor | None) -> _Read:
+    def read_dy(self, made: Made) -> _Read:
         """S = [dy·U | s·dy·B_up] and τ = dy·b along N; dyᵀ[P|h], Σ dy, dyᵀσ and dA's sums along M, as far as wanted."""
         (s, call, arch, shape, p, r, _, wide), needs, dy = self.layer, self.needs, self.dy
         m, n = rows(dy), shape.n
@@ -274,23 +272,23 @@ class _Backward:
             factor = end.parts(self._empty(splits, p + r, n), splits)
         if any(t is not None for t in (ds, tau, factor, columns.end)):
             terms = Terms(
-                low=given(h) if here or (needs.a and r > 0) else None, u=u, up=s.b_up,
+                low=given(made.h) if here or (needs.a and r > 0) else None, u=made.u, up=s.b_up,
                 b=s.b if needs.a or tau is not None else None,
-                sigma=given(sigma) if needs.b or (needs.a and s.b is not None) else None,
+                sigma=given(made.sigma) if needs.b or (needs.a and s.b is not None) else None,
                 shift=Shift(s.bias, s.wc, s.d, s.e) if needs.a else Shift(),
             )  # fmt: skip
             reads.dy_launch(
-                dy, terms, y=given(y) if needs.a else None, s=ds, tau=tau, factor=factor, columns=columns,
+                dy, terms, y=given(made.y) if needs.a else None, s=ds, tau=tau, factor=factor, columns=columns,
                 ranks=(p, r), band_width=width, scale=call.scale, factors=wide, config=config,
             ).run()  # fmt: skip
         if with_factor and not here:
-            factor = self._transposed_product(dy, given(h), shape._replace(k=n, r=p + r))
+            factor = self._transposed_product(dy, given(made.h), shape._replace(k=n, r=p + r))
         return _Read(ds, tau, factor, columns)
 
     def _columns(self, splits: int, mixed: bool) -> Columns:
         """Memory for the vectors (N,) that reading dy sums along M, as far as wanted."""
         needs, step = self.needs, reads.padded(self.layer.shape.n)
-        wanted = {"g": needs.bias or needs.wc or needs.d or needs.e, "sigma": needs.b, "q": needs.a, "judges": mixed}
+        wanted = {"g": needs.shift, "sigma": needs.b, "q": needs.a, "judges": mixed}
         # Of the judges there are two, one behind the other.
         memory = {
             name: self._empty(splits * (1 + (name == "judges")), step) for name, want in wanted.items() if want
@@ -449,25 +447,23 @@ class _Backward:
         return None if beside else constants
 
 
-def wc_forward(weight: Weight, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None) -> Tensor:
-    """W·c (N,), with c (K,) or C_up (K,R)·C_down (R,1)."""
-    _check_rank(0 if c_up is None else c_up.shape[1])
+def wc_forward(weight: Weight, c: C) -> Tensor:
+    """W·c (N,). See `glora.eager.wc_forward`."""
+    check_rank(0 if c.c_up is None else c.c_up.shape[1])
     wc = empty(stored(weight), weight.shape[0], dtype=wide_dtype(weight.dtype))
-    around.wc_launch(weight, c, c_up, c_down, wc, arch=arch_of(weight)).run()
+    around.wc_launch(weight, c, wc, arch=arch_of(weight)).run()
     return wc
 
 
-def wc_backward(
-    g: Tensor, weight: Weight, c: Tensor | None, c_up: Tensor | None, c_down: Tensor | None, needs: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dc = Wᵀg, or dC_up = dc·C_downᵀ and dC_down = C_upᵀ·dc; `needs` in this order."""
+def wc_backward(g: Tensor, weight: Weight, c: C, needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of `wc_forward`, as far as wanted. See `glora.eager.wc_backward`."""
     arch = arch_of(weight)
     splits = around.wc_grad_splits(weight, arch)
     part = empty(g, splits, weight.shape[1], dtype=torch.float32)
     around.wc_grad_launch(weight, g, part, arch=arch).run()
-    grads = [_like(t) if need and t is not None else None for need, t in zip(needs, (c, c_up, c_down), strict=True)]
-    around.c_grad_launch(part, c_up=c_up, c_down=c_down, dc=grads[0], dc_up=grads[1], dc_down=grads[2], arch=arch).run()
-    return grads[0], grads[1], grads[2]
+    grads = [_like(t) if need and t is not None else None for need, t in zip(needs, c, strict=True)]
+    around.c_grad_launch(part, c, C(*grads), arch=arch).run()
+    return grads
 
 
 def _like(tensor: Tensor | None) -> Tensor:

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from glora_kernels.dispatch import prepared
-from glora_kernels.dispatch.checks import check_form
+from glora_kernels.dispatch.checks import check_devices, check_form
 from glora_kernels.dispatch.common import (
     Codes,
     Weight,
@@ -25,15 +24,15 @@ from glora_kernels.dispatch.common import (
     given,
     path_of,
     stored,
-    wc_dtype,
     weight_of,
     without_autocast,
 )
 from glora_kernels.dispatch.operator import Operator
 from glora_kernels.dispatch.prepared import Prepared
 from glora_kernels.dispatch.signature import Row, Signature, Values
-from glora_kernels.dispatch.ways import is_batched, is_transformed, is_watched
+from glora_kernels.dispatch.ways import is_batched, is_watched
 from glora_kernels.glora import composite
+from glora_kernels.glora.call import C, wc_dtype
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import routes
 
@@ -56,19 +55,9 @@ def glora_wc(
         ValueError: a size or device that does not fit, or not exactly one form of C.
         RuntimeError: a forced `backend` that cannot serve the call.
     """
-    c_of = C(c, c_up, c_down)
     *codes, form = codes_of(weight)
-    row = (stored(weight), *c_of, *codes)
-
-    def values() -> Values:
-        return Values((_checked_route(weight, c_of), form))
-
-    if is_transformed() or is_watched(stored(weight)):
-        return WC.through_pytorch(row, values())[0]
-    wanted = prepared.wanted_of((None, *row[1:]))  # of the weight there is none
-    key = (form, routes.chosen(), wanted)
-    found = prepared.find(WC, row, 0, key, lambda: WC.prepare(row, values(), wanted))
-    return prepared.call(found, row)[0]
+    row = stored(weight), c, c_up, c_down, *codes
+    return WC.call(row, form, lambda row: Values((_checked_route(weight, C(*row[1:4])), form)), inputs=0)[0]
 
 
 def _checked_route(weight: Weight, c: C) -> str:
@@ -76,23 +65,12 @@ def _checked_route(weight: Weight, c: C) -> str:
     if all(form is None for form in c):
         raise ValueError("glora_wc needs c, or c_up and c_down")
     check_form("c", k, False, (k, 1), *c)
-    for name, tensor in zip(C._fields, c, strict=True):
-        if tensor is not None and tensor.device != weight.device:
-            raise ValueError(f"weight and {name} must be on one device; got {weight.device} and {tensor.device}")
-    four_bit = isinstance(weight, QuantizedWeight)
-    return routes.route(weight.device.type, wc_dtype(weight, c.c, c.c_up), four_bit=four_bit)
+    check_devices(("weight", weight.device), c._asdict().items())
+    return routes.route(weight.device.type, wc_dtype(weight, c), four_bit=isinstance(weight, QuantizedWeight))
 
 
 class _Base(NamedTuple):
     weight: Tensor
-
-
-class C(NamedTuple):
-    """c (K,), or C=lora as c_up (K,R) and c_down (R,1)."""
-
-    c: Tensor | None = None
-    c_up: Tensor | None = None
-    c_down: Tensor | None = None
 
 
 class _Route(NamedTuple):
@@ -118,21 +96,21 @@ class _Wc(Operator):
 
     def forward(self, row: Row, values: Values) -> list[Tensor | None]:
         weight, c, route = self._read(row, values)
-        return [path_of("glora", route).wc_forward(weight, *c)]
+        return [path_of("glora", route).wc_forward(weight, c)]
 
     def backward(self, dys: Sequence[Tensor], row: Row, values: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
         weight, c, route = self._read(row, values)
         needs = wanted[1:4]
-        found = zip(path_of("glora", route).wc_backward(dys[0], weight, *c, needs), c, needs, strict=True)
+        found = zip(path_of("glora", route).wc_backward(dys[0], weight, c, needs), c, needs, strict=True)
         return [cast(grad, given(tensor).dtype) for grad, tensor, need in found if need]
 
     def composite(self, row: Row, values: Values) -> tuple[Tensor]:
         weight, c, _ = self._read(row, values)
-        return (composite.glora_wc(weight, *c),)
+        return (composite.glora_wc(weight, c),)
 
     def fake(self, base: _Base, c: C, route: _Route, codes: Codes) -> tuple[Tensor]:
         weight = weight_of(base.weight, codes)
-        return (base.weight.new_empty(weight.shape[0], dtype=wc_dtype(weight, c.c, c.c_up)),)
+        return (base.weight.new_empty(weight.shape[0], dtype=wc_dtype(weight, c)),)
 
     def flops(self, base: Any, c: Any, route: _Route, codes: Any) -> int:
         return 2 * math.prod(sizes(base.weight, codes)) + (2 * math.prod(c.c_up) if c.c_up else 0)

@@ -9,23 +9,14 @@ from torch import Tensor
 from triton import cdiv
 
 from glora_kernels import tile
+from glora_kernels.dispatch.common import Weight
 from glora_kernels.four_bit.codec import _nearest, _weight_tile, weight_operands
+from glora_kernels.glora.call import C
 from glora_kernels.glora.product import GROUP
 from glora_kernels.operands import Matrix, Vector
-from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import configs, environment, tables
 from glora_kernels.runtime.configs import Shape
-from glora_kernels.runtime.launch import (
-    NO_DROPOUT,
-    Dropout,
-    Launch,
-    halves,
-    matrix,
-    numerics,
-    options,
-    pair,
-    vector,
-)
+from glora_kernels.runtime.launch import NO_DROPOUT, Dropout, Launch, halves, matrix, numerics, options, pair, vector
 from glora_kernels.runtime.recording import rows
 
 
@@ -149,7 +140,7 @@ def hadamard_grad_tiles(
 
 
 def hadamard_grad_launch(
-    dy: Tensor, x: Tensor, weight: Tensor | QuantizedWeight, a_up: Tensor, a_down: Tensor, out: HadamardGrad,
+    dy: Tensor, x: Tensor, weight: Weight, a_up: Tensor, a_down: Tensor, out: HadamardGrad,
     *, s: Tensor | None = None, dropout: Dropout = NO_DROPOUT, factors: torch.dtype | None = None, arch: str,
 ) -> Launch:  # fmt: skip
     """`out` from H = (dyᵀx)∘W and, for its db_down, S (bands,M,r); dropout is that of x in db_down.
@@ -196,21 +187,13 @@ def _wc_kernel(
     tl.store(wc + n, total, mask=n < N)
 
 
-def wc_launch(
-    weight: Tensor | QuantizedWeight,
-    c: Tensor | None,
-    c_up: Tensor | None,
-    c_down: Tensor | None,
-    wc: Tensor,
-    *,
-    arch: str,
-) -> Launch:
+def wc_launch(weight: Weight, c: C, wc: Tensor, *, arch: str) -> Launch:
     """wc (N,) = W·c, c (K,) given or C_up (K,R)·C_down (R,1)."""
     n, k = weight.shape
-    rank = 0 if c_up is None else c_up.shape[1]
+    rank = 0 if c.c_up is None else c.c_up.shape[1]
     config = tables.choose("weight", arch, weight.dtype, Shape(0, n, k, rank))
     args = {
-        **weight_operands(weight), "c": vector(c), "pair": pair(c_up, c_down), "wc": wc,
+        **weight_operands(weight), "c": vector(c.c), "pair": pair(c.c_up, c.c_down), "wc": wc,
         "N": n, "K": k, "R": rank, "UPCAST": environment.interpreting(),
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"], "BLOCK_R": configs.block_r(rank),
     }  # fmt: skip
@@ -236,14 +219,14 @@ def _wc_grad_kernel(
     tl.store(part + tl.cast(split, tl.int64) * K + k, total, mask=k < K)
 
 
-def wc_grad_splits(weight: Tensor | QuantizedWeight, arch: str) -> int:
+def wc_grad_splits(weight: Weight, arch: str) -> int:
     """How many partial sums over N `wc_grad_launch` writes."""
     n, k = weight.shape
     config = tables.choose("weight", arch, weight.dtype, Shape(0, n, k, 0))
     return configs.row_splits(n, cdiv(k, config["cols"]), config["rows"])
 
 
-def wc_grad_launch(weight: Tensor | QuantizedWeight, g: Tensor, part: Tensor, *, arch: str) -> Launch:
+def wc_grad_launch(weight: Weight, g: Tensor, part: Tensor, *, arch: str) -> Launch:
     """part (splits,K): Wᵀg by rows of W."""
     n, k = weight.shape
     config = tables.choose("weight", arch, weight.dtype, Shape(0, n, k, 0))
@@ -280,22 +263,13 @@ def _c_grad_kernel(part, pair, dc, dc_up, dc_down, K, R, splits, BLOCK_K: tl.con
         tl.store(dc_down + r, total.to(dc_down.dtype.element_ty), mask=r < R)
 
 
-def c_grad_launch(
-    part: Tensor,
-    *,
-    c_up: Tensor | None,
-    c_down: Tensor | None,
-    dc: Tensor | None,
-    dc_up: Tensor | None,
-    dc_down: Tensor | None,
-    arch: str,
-) -> Launch:
+def c_grad_launch(part: Tensor, c: C, grads: C, *, arch: str) -> Launch:
     """dc (K,) = Σ part, or dC_up (K,R) = dc·C_downᵀ and dC_down (R,1) = C_upᵀ·dc."""
     splits, k = part.shape
-    rank = 0 if c_up is None else c_up.shape[1]
+    rank = 0 if c.c_up is None else c.c_up.shape[1]
     config = tables.choose("weight", arch, part.dtype, Shape(0, 0, k, rank))
     args = {
-        "part": part, "pair": pair(c_up, c_down), "dc": dc, "dc_up": dc_up, "dc_down": dc_down,
+        "part": part, "pair": pair(c.c_up, c.c_down), **{f"d{name}": grad for name, grad in grads._asdict().items()},
         "K": k, "R": rank, "splits": splits, "BLOCK_K": config["cols"], "BLOCK_R": configs.block_r(rank),
     }  # fmt: skip
-    return Launch(_c_grad_kernel, (cdiv(k, config["cols"]) + (dc_down is not None),), args, options(config, args))
+    return Launch(_c_grad_kernel, (cdiv(k, config["cols"]) + (grads.c_down is not None),), args, options(config, args))

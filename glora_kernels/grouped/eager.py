@@ -12,9 +12,8 @@ from torch import Tensor
 
 from glora_kernels.dispatch.common import cast, wide_dtype
 from glora_kernels.glora.chunks import gathered, spread, thin
-from glora_kernels.glora.eager import Terms, cast_weight, dropped, scaled, with_terms
-from glora_kernels.grouped.group import ABSENT, Group, GroupGradients, GroupNeeds, Operands, factor_dtype
-from glora_kernels.reference.random import keep_mask
+from glora_kernels.glora.eager import Terms, cast_weight, dropped, keep_of, scaled, with_terms
+from glora_kernels.grouped.group import ABSENT, Group, Operands, Trained, add, factor_dtype
 
 
 def forward(operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor]]:
@@ -38,38 +37,36 @@ def forward(operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor
     return ys, hs
 
 
-def backward(
-    dys: list[Tensor], operands: Operands, hs: list[Tensor], group: Group, needs: GroupNeeds
-) -> GroupGradients:
+def backward(dys: list[Tensor], operands: Operands, hs: list[Tensor], group: Group, needs: Trained) -> Trained:
     """The gradients of the distinct tensors: each the sum over the members that use it.
 
     With S_t = s_t·Σ_i dy_i·up_i over the members of path t: dx = Σ_i dy_i·W_i + Σ_t mask_t∘(S_t·down_t)/(1-p),
     d_down = Σ_t S_tᵀ·x̃_t, d_up = Σ_i dy_iᵀ·h_t(i), d_bias = Σ_i Σ_m dy_i.
     """
-    grads = GroupGradients.empty(needs)
+    grads = needs.without()
     paths, path_of = group.paths(), group.path_of()
     dtype, wide, narrow = dys[0].dtype, wide_dtype(dys[0].dtype), factor_dtype(operands)
     sums: list[Tensor | None] = [None] * len(paths)
     for i, dy in enumerate(dys):
         path = path_of[i]
         if (bias_of := group.bias[i]) != ABSENT and needs.biases[bias_of]:
-            _add(grads.biases, bias_of, dy.sum(0, dtype=wide))
+            add(grads.biases, bias_of, dy.sum(0, dtype=wide))
         if path == ABSENT:
             continue
         if needs.ups[group.up[i]]:
-            _add(grads.ups, group.up[i], gathered(hs[path], dy, dtype).t().to(wide))
+            add(grads.ups, group.up[i], gathered(hs[path], dy, dtype).t().to(wide))
         if needs.xs[group.x[i]] or needs.downs[group.down[i]]:
             scale = group.scales[i] / (1.0 - group.dropout_p)
-            _add(sums, path, scaled(thin(dy, cast(operands.ups[group.up[i]], narrow).t(), dtype), scale).to(wide))
+            add(sums, path, scaled(thin(dy, cast(operands.ups[group.up[i]], narrow).t(), dtype), scale).to(wide))
     for (x_of, down_of, seed_of, _), total in zip(paths, sums, strict=True):
         if total is None:
             continue
         s, down = total.to(narrow), cast(operands.downs[down_of], narrow)
         keep = _keep(len(s), down.shape[1], operands, group, seed_of)
         if needs.downs[down_of]:
-            _add(grads.downs, down_of, gathered(s, dropped(operands.xs[x_of], keep), dtype).to(wide))
+            add(grads.downs, down_of, gathered(s, dropped(operands.xs[x_of], keep), dtype).to(wide))
         if needs.xs[x_of]:
-            _add(grads.xs, x_of, dropped(spread(s, down, dtype), keep))
+            add(grads.xs, x_of, dropped(spread(s, down, dtype), keep))
     # The small terms of dx first, as in forward.
     for i, dy in enumerate(dys):
         if needs.xs[group.x[i]]:
@@ -78,15 +75,8 @@ def backward(
 
 
 def _keep(rows: int, cols: int, operands: Operands, group: Group, seed_of: int) -> Tensor | None:
-    if seed_of == ABSENT:
-        return None
-    seed = operands.seeds[seed_of].to(operands.xs[0].device, non_blocking=True)
-    return keep_mask(seed, rows, cols, group.dropout_p)
-
-
-def _add(totals: list[Tensor | None], index: int, term: Tensor) -> None:
-    known = totals[index]
-    totals[index] = term if known is None else known + term
+    seed = None if seed_of == ABSENT else operands.seeds[seed_of]
+    return keep_of(group.dropout_p, seed, rows, cols, operands.xs[0].device)
 
 
 def _add_product(totals: list[Tensor | None], index: int, left: Tensor, right: Tensor) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from glora_kernels.dispatch import common
-from glora_kernels.dispatch.common import Supports
 
 ABSENT = -1
 """The index of an operand that a member does not have."""
@@ -68,30 +67,23 @@ class Group(NamedTuple):
 
 def factor_dtype(operands: Operands) -> torch.dtype:
     """The dtype of every h and S of a group: fp32 where x has 16 bits and a factor of any member is wider."""
-    dtype = operands.xs[0].dtype
-    found = {common.factor_dtype(dtype, Supports(b_up=factor)) for factor in (*operands.ups, *operands.downs)}
-    return max(found, key=lambda each: each.itemsize, default=dtype)
+    return common.factor_dtype(operands.xs[0].dtype, [*operands.ups, *operands.downs])
 
 
-class GroupNeeds(NamedTuple):
-    """Which gradients a backward must produce, one flag a distinct tensor."""
+class Trained(NamedTuple):
+    """Of each distinct tensor that may have a gradient, whether it is wanted; or the gradient, None where it is not."""
 
-    xs: Sequence[bool]
-    downs: Sequence[bool]
-    ups: Sequence[bool]
-    biases: Sequence[bool]
+    xs: list[Any]
+    downs: list[Any]
+    ups: list[Any]
+    biases: list[Any]
+
+    def without(self) -> Trained:
+        """None of each, for what is wanted to be added to."""
+        return Trained(*([None] * len(each) for each in self))
 
 
-class GroupGradients(NamedTuple):
-    """The gradients of `Operands`, None where not wanted."""
-
-    xs: list[Tensor | None]
-    downs: list[Tensor | None]
-    ups: list[Tensor | None]
-    biases: list[Tensor | None]
-
-    @classmethod
-    def empty(cls, needs: GroupNeeds) -> GroupGradients:
-        return cls(
-            [None] * len(needs.xs), [None] * len(needs.downs), [None] * len(needs.ups), [None] * len(needs.biases)
-        )
+def add(totals: list[Any], index: int, term: Tensor) -> None:
+    """One more member's term of a gradient."""
+    known = totals[index]
+    totals[index] = term if known is None else known + term

@@ -120,12 +120,9 @@ def addresses(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
 
 
 def lows(
-    ups: Sequence[Tensor | None],
-    hs: Sequence[Tensor | None],
-    leave_h: Sequence[bool],
-    ranks: Sequence[int],
+    ups: Sequence[Tensor | None], hs: Sequence[Tensor | None], leave_h: Sequence[bool], ranks: Sequence[int],
     scales: Sequence[float],
-) -> tuple[Low, ...] | None:
+) -> tuple[Low, ...] | None:  # fmt: skip
     up, h = addresses(ups), addresses(hs)
     if up is None or h is None:
         return None

@@ -10,22 +10,20 @@ v; gate and up; K and V of every decoder layer on one encoder state.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import NoneType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from glora_kernels.dispatch import prepared
-from glora_kernels.dispatch.checks import check_dropout, check_factors, check_seed, check_vector
-from glora_kernels.dispatch.common import Call, Supports, autocast_dtype, cast, flat, path_of, unflat
+from glora_kernels.dispatch import checks
+from glora_kernels.dispatch.common import cast, flat, given, path_of, unflat
 from glora_kernels.dispatch.operator import Operator
 from glora_kernels.dispatch.prepared import Prepared
 from glora_kernels.dispatch.signature import Row, Signature, Values, parts
-from glora_kernels.dispatch.ways import is_plain, is_transformed, is_watched, rows_of
+from glora_kernels.glora.call import Call, Supports
 from glora_kernels.glora.composite import glora_linear
-from glora_kernels.grouped.group import ABSENT, Group, GroupNeeds, Operands, factor_dtype
+from glora_kernels.grouped.group import ABSENT, Group, Operands, Trained, factor_dtype
 from glora_kernels.runtime import routes
 from glora_kernels.runtime.workspace import workspace_lock
 
@@ -73,15 +71,14 @@ def grouped_lora_linear(
         TypeError: an x that is not floating point, or whose dtype differs from its weight's outside autocast.
         RuntimeError: a forced `backend` that cannot serve the call.
     """
-    others = {"weights": weights, "downs": downs, "ups": ups, "biases": biases, "seeds": seeds}
-    members = _size(xs=xs, **others, scales=scales)
-    entries = _each("xs", xs, members)
-    nestings = _to_rows(entries)
-    for name, value in others.items():
-        entries += _each(name, value, members)
+    operands = {"xs": xs, "weights": weights, "downs": downs, "ups": ups, "biases": biases, "seeds": seeds}
+    members = _size(**operands, scales=scales)
+    entries = [entry for name, value in operands.items() for entry in _each(name, value, members)]
+    for i in range(members):
+        if entries[i] is None or entries[members + i] is None:
+            raise ValueError(f"xs[{i}] and weights[{i}] must be tensors; got None")
     s = (float(scales),) * members if isinstance(scales, (int, float)) else tuple(map(float, scales))
-    ys = call(entries, layout_of(entries, dropout_p), s, dropout_p)
-    return [y if nested is None else nested(y) for y, nested in zip(ys, nestings, strict=True)]
+    return [*call(entries, layout_of(entries, dropout_p), s, dropout_p)]
 
 
 class Layout(NamedTuple):
@@ -101,24 +98,19 @@ def layout_of(entries: Sequence[Tensor | None], dropout_p: float) -> Layout:
 
     Entries count as the same where they are one object.
     """
-    fields = len(Operands._fields)
-    members = len(entries) // fields
-    downs = entries[2 * members : 3 * members]
-    drops = [down is not None and dropout_p > 0.0 for down in downs]
-    kept = [
-        *entries[:-members],
-        *(seed if drop else None for seed, drop in zip(entries[-members:], drops, strict=True)),
-    ]
+    members = len(entries) // len(Operands._fields)
+    kept = [*entries]
+    for seed, down in zip(range(-members, 0), entries[2 * members : 3 * members], strict=True):
+        if down is None or not dropout_p > 0.0:
+            kept[seed] = None
     places, sizes, indices = [], [], []
     for first in range(0, len(kept), members):
-        found: list[Tensor] = []
+        found: list[Tensor | None] = []
         own = []
         for place, tensor in enumerate(kept[first : first + members], first):
-            if tensor is None:
-                own.append(ABSENT)
-                continue
             # By `is`: torch.compile would take an `id` for a constant.
-            index = next((i for i, known in enumerate(found) if known is tensor), len(found))
+            same = (i for i, known in enumerate(found) if known is tensor)
+            index = ABSENT if tensor is None else next(same, len(found))
             if index == len(found):
                 found.append(tensor)
                 places.append(place)
@@ -135,39 +127,14 @@ def call(
 
     entries: their tensors, field by field of `Operands`.
     """
-    row: list[Any] = [entries[place] for place in layout.places]
-    sizes, first = layout.sizes, entries[0]
-    target = None if first is None else autocast_dtype(first)
 
-    def values() -> Values:
-        _check(entries, len(scales), dropout_p)
-        p = dropout_p if sizes[-1] else 0.0
-        route = routes.route(row[0].device.type, row[0].dtype)
-        return Values((*layout.indices, scales, p, route), sizes)
+    def check(row: Row) -> Values:
+        _check(row, layout, dropout_p)
+        x, p = given(row[0]), dropout_p if layout.sizes[-1] else 0.0
+        return Values((*layout.indices, scales, p, routes.route(x.device.type, x.dtype)), layout.sizes)
 
-    if target is not None:
-        row[: sizes[0]] = [x if x.dtype == target else x.to(target) for x in row[: sizes[0]]]
-    if not row or is_transformed() or is_watched(row[0]):
-        return GROUPED.through_pytorch(row, values())
-    for i, x in enumerate(row[: sizes[0]]):
-        if x.ndim > 2 and not x.is_contiguous():
-            row[i] = x.contiguous()  # it is read as the matrix of its rows
-    wanted = prepared.wanted_of(row)
-    key = (layout, scales, dropout_p, target, routes.chosen(), wanted)
-    found = prepared.find(GROUPED, row, sizes[0], key, lambda: GROUPED.prepare(row, values(), wanted))
-    return prepared.call(found, row)
-
-
-def _to_rows(xs: list[Tensor | None]) -> list[Callable[[Tensor], Tensor] | None]:
-    """Put the rows of every nested or sparse x in its place, and return what gives the members' y the nesting."""
-    known: dict[int, tuple[Tensor, Callable[[Tensor], Tensor]]] = {}
-    found: list[Callable[[Tensor], Tensor] | None] = [None] * len(xs)
-    for i, x in enumerate(xs):
-        if x is not None and not is_plain(x):
-            if id(x) not in known:
-                known[id(x)] = rows_of(x)
-            xs[i], found[i] = known[id(x)]
-    return found
+    row = [entries[place] for place in layout.places]
+    return GROUPED.call(row, (layout, scales, dropout_p), check, layout.sizes[0], layout.indices[0])
 
 
 def _size(**operands: Any) -> int:
@@ -197,43 +164,26 @@ def _each(name: str, value: Any, members: int) -> list[Tensor | None]:
     return entries
 
 
-def _check(entries: Sequence[Tensor | None], members: int, dropout_p: float) -> None:
+def _check(row: Row, layout: Layout, dropout_p: float) -> None:
     """The errors of `grouped_lora_linear`, which name the member."""
-    check_dropout(dropout_p)
-    for i in range(members):
-        x, weight, down, up, bias, seed = entries[i::members]
-        first = entries[0]
-        if x is None or weight is None or first is None:
-            raise ValueError(f"xs[{i}] and weights[{i}] must be tensors; got None")
-        _check_input(i, x, weight, first)
+    checks.check_dropout(dropout_p)
+    distinct, first = parts(row, layout.sizes), given(row[0])
+    for i, places in enumerate(zip(*layout.indices, strict=True)):
+        own = [_at(tensors, place) for tensors, place in zip(distinct, places, strict=True)]
+        x, weight, down, up, bias, seed = own
+        names = [f"{name}[{i}]" for name in Operands._fields]
+        checks.check_product(names[0], x, names[1], weight)
+        if x.dtype != first.dtype:
+            raise TypeError(f"{names[0]} is {x.dtype} and xs[0] {first.dtype}; a group has one dtype")
         n, k = weight.shape
-        check_factors((f"downs[{i}]", f"ups[{i}]"), down, up, n, k)
+        checks.check_factors((names[2], names[3]), down, up, n, k)
         if bias is not None:
-            check_vector(f"biases[{i}]", bias, n, constant=False)
-        for name, tensor in zip(Operands._fields[:-1], (x, weight, down, up, bias), strict=True):
-            if tensor is not None and tensor.device != first.device:
-                raise ValueError(
-                    f"{name}[{i}] is on {tensor.device} and xs[0] on {first.device}; a group has one device"
-                )
+            checks.check_vector(names[4], bias, n, constant=False)
+        checks.check_devices(("xs[0]", first.device), zip(names[:-1], own[:-1], strict=True))
         if dropout_p and down is not None:
             if seed is None:
                 raise ValueError(f"dropout_p={dropout_p} needs seeds; member {i} has none: pass dropout_seed(x.device)")
-            check_seed(f"seeds[{i}]", seed, x.device)
-
-
-def _check_input(i: int, x: Tensor, weight: Tensor, first: Tensor) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"xs[{i}] must be a floating-point tensor, got {x.dtype}")
-    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"xs[{i}] (..., K) and weights[{i}] (N, K) do not fit: {tuple(x.shape)}, {tuple(weight.shape)}"
-        )
-    if autocast_dtype(first) is None and x.dtype != weight.dtype:
-        raise TypeError(f"xs[{i}] and weights[{i}] must have one dtype outside autocast; got {x.dtype}, {weight.dtype}")
-    if autocast_dtype(first) is None and x.dtype != first.dtype:
-        raise TypeError(f"xs[{i}] is {x.dtype} and xs[0] {first.dtype}; a group has one dtype")
-    if weight.requires_grad and torch.is_grad_enabled() and not is_transformed():
-        raise ValueError(f"weights[{i}] requires a gradient, but the base of a LoRA layer is frozen and gets none")
+            checks.check_seed(names[5], seed, x.device)
 
 
 class _GroupedLoRALinear(Operator):
@@ -250,18 +200,12 @@ class _GroupedLoRALinear(Operator):
         casts = group.route == "eager" and any(weight.dtype != x.dtype for weight in operands.weights)
         made = len(row) + group.size
         hs = range(made, made + len(group.paths()))
+        saved, with_rows = [*read, *range(inputs, len(row)), *hs], [*range(inputs), *hs]
         return Prepared(
-            self,
-            values,
-            wanted,
-            [*read, *range(inputs, len(row)), *hs],
-            size=hs.stop,
-            with_rows=[*range(inputs), *hs],
-            outputs=group.size,
-            has_kernels=group.route == "triton",
-            keeps=registered,
+            self, values, wanted, saved, size=hs.stop, with_rows=with_rows, outputs=group.size,
+            has_kernels=group.route == "triton", keeps=registered,
             guard=workspace_lock if x.is_cuda and casts else None,
-        )
+        )  # fmt: skip
 
     def forward(self, row: Row, values: Values) -> list[Tensor]:
         operands, group = self.signature.read(row, values)
@@ -276,10 +220,9 @@ class _GroupedLoRALinear(Operator):
         shapes = [*self.input_shapes(dys, operands, group), *(t.shape for t in operands.flat()[len(operands.xs) :])]
         hs = list(row[len(wanted) + group.size :])
         xs, weights, downs, ups, biases, seeds = _split(wanted, values)
-        path, inputs = path_of("grouped", group.route), [x if x is empty else flat(x) for x in operands.xs]
-        grads = path.backward(
-            [flat(dy) for dy in dys], operands._replace(xs=inputs), hs, group, GroupNeeds(xs, downs, ups, biases)
-        )  # fmt: skip
+        operands = operands._replace(xs=[x if x is empty else flat(x) for x in operands.xs])
+        path, needs = path_of("grouped", group.route), Trained(xs, downs, ups, biases)
+        grads = path.backward([flat(dy) for dy in dys], operands, hs, group, needs)
         none = [None] * len(weights), [None] * len(seeds)
         ordered = [*grads.xs, *none[0], *grads.downs, *grads.ups, *grads.biases, *none[1]]
         found = zip(ordered, operands.flat(), shapes, wanted, strict=True)
@@ -294,15 +237,12 @@ class _GroupedLoRALinear(Operator):
         operands, group = self.signature.read(row, values)
         hs = row[sum(values.sizes or ()) + group.size :]
 
-        def of(tensors: Row, index: int) -> Tensor | None:
-            return tensors[index] if tensors and index != ABSENT else None
-
         ys = []
         for x, w, down, up, bias, seed_of, scale, path in zip(*group[:7], group.path_of(), strict=True):
-            s = Supports(b_up=of(operands.ups, up), b_down=of(operands.downs, down), bias=of(operands.biases, bias))
-            seed = of(operands.seeds, seed_of)
+            s = Supports(b_up=_at(operands.ups, up), b_down=_at(operands.downs, down), bias=_at(operands.biases, bias))
+            seed = _at(operands.seeds, seed_of)
             call = Call(scale, 0.0 if seed is None else group.dropout_p, seed, False, group.route)
-            ys.append(glora_linear(operands.xs[x], operands.weights[w], s, call, of(hs, path)))
+            ys.append(glora_linear(operands.xs[x], operands.weights[w], s, call, _at(hs, path)))
         return tuple(ys)
 
     def fake(self, operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor]]:
@@ -321,6 +261,11 @@ class _GroupedLoRALinear(Operator):
         """Of an x by the first member that reads it."""
         first = [group.x.index(x) for x in range(len(operands.xs))]
         return [(*dys[i].shape[:-1], operands.weights[group.weight[i]].shape[1]) for i in first]
+
+
+def _at(tensors: Sequence[Any], index: int) -> Any:
+    """A member's own, or None."""
+    return tensors[index] if tensors and index != ABSENT else None
 
 
 def _split(flags: Sequence[bool], values: Values) -> list[list[bool]]:

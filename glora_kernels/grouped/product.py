@@ -147,13 +147,9 @@ def grouped_fwd_launch(
 
 
 def makes_h_inside(
-    xs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    factors: Sequence[Tensor | None],
-    rank: int,
-    dropout_p: float,
+    xs: Sequence[Tensor], weights: Sequence[Tensor], factors: Sequence[Tensor | None], rank: int, dropout_p: float,
     arch: str,
-) -> bool:
+) -> bool:  # fmt: skip
     """Whether `grouped_fwd_launch` makes h beside the product, which saves a launch and a read of x.
 
     Every column tile makes it again: rank/cols of the product's own work, taken where it is at most an eighth, or of a

@@ -51,15 +51,9 @@ def _grouped_down_kernel(
 
 
 def grouped_down_launch(
-    xs: Sequence[Tensor],
-    downs: Sequence[Tensor],
-    hs: Sequence[Tensor],
-    *,
-    scales: Sequence[float],
-    dropout_p: float = 0.0,
-    seeds: Sequence[Tensor | int] = (),
-    arch: str,
-) -> Launch:
+    xs: Sequence[Tensor], downs: Sequence[Tensor], hs: Sequence[Tensor],
+    *, scales: Sequence[float], dropout_p: float = 0.0, seeds: Sequence[Tensor | int] = (), arch: str,
+) -> Launch:  # fmt: skip
     """h_t (M,R) = s_t·drop_t(x_t)·down_tᵀ of every path."""
     rank, k_max = max(down.shape[0] for down in downs), max(x.shape[1] for x in xs)
     sizes = members.row_counts(xs)

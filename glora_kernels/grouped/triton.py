@@ -16,14 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glora_kernels.dispatch.common import Supports, factor_dtype, given
+from glora_kernels.dispatch.common import given
 from glora_kernels.glora import finish as end
 from glora_kernels.glora import sums as reads
+from glora_kernels.glora.triton import check_rank
 from glora_kernels.grouped import product
 from glora_kernels.grouped import sums as thin
-from glora_kernels.grouped.group import ABSENT, Group, GroupGradients, GroupNeeds, Operands
+from glora_kernels.grouped.group import ABSENT, Group, Operands, Trained, add, factor_dtype
 from glora_kernels.operands import NO_COLUMNS, Columns, Parts
-from glora_kernels.runtime.configs import MAX_FACTOR_RANK, MAX_RANK, Shape, m_class
+from glora_kernels.runtime.configs import MAX_FACTOR_RANK, Shape, m_class
 from glora_kernels.runtime.planning import arch_of
 from glora_kernels.runtime.recording import empty, rows, zeros
 
@@ -68,13 +69,8 @@ class _Call(NamedTuple):
 def _call(operands: Operands, group: Group) -> _Call:
     operands = _plain(operands)
     rank = max((len(down) for down in operands.downs), default=0)
-    if rank > MAX_RANK:
-        raise RuntimeError(
-            f"the Triton kernels hold a rank of up to {MAX_RANK} in registers; got {rank}: use backend('eager')"
-        )
-    # One dtype for all members: `_plain` has made it one of each kind of factor.
-    down, up = (next(iter(tensors), None) for tensors in (operands.downs, operands.ups))
-    wide = factor_dtype(operands.xs[0].dtype, Supports(b_up=up, b_down=down))
+    check_rank(rank)
+    wide = factor_dtype(operands)
     return _Call(operands, group, group.paths(), group.path_of(), rank, wide, arch_of(operands.xs[0]))
 
 
@@ -106,13 +102,11 @@ def forward(operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor
     return ys, hs
 
 
-def backward(
-    dys: list[Tensor], operands: Operands, hs: list[Tensor], group: Group, needs: GroupNeeds
-) -> GroupGradients:
+def backward(dys: list[Tensor], operands: Operands, hs: list[Tensor], group: Group, needs: Trained) -> Trained:
     """The gradients of the distinct tensors. See `grouped.eager.backward`."""
     call = _call(operands, group)
     dys = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in dys]
-    grads = GroupGradients.empty(needs)
+    grads = needs.without()
     read = _read_dy(dys, call, hs, needs)
     downs, ss = _read_x(call, read.ss, needs)
     _finish(dys, call, read, downs, needs, grads)
@@ -131,7 +125,7 @@ class _Read(NamedTuple):
     factor: Parts | None
 
 
-def _read_dy(dys: list[Tensor], call: _Call, hs: list[Tensor], needs: GroupNeeds) -> _Read:
+def _read_dy(dys: list[Tensor], call: _Call, hs: list[Tensor], needs: Trained) -> _Read:
     """S of every path, or of none; the sums along M as far as wanted."""
     group, paths, path_of, rank, dy = call.group, call.paths, call.path_of, call.rank, dys[0]
     widths = [dy.shape[1] for dy in dys]
@@ -185,7 +179,7 @@ class _Downs(NamedTuple):
     grads: dict[int, Tensor]
 
 
-def _read_x(call: _Call, ss: list[Tensor], needs: GroupNeeds) -> tuple[_Downs | None, list[Tensor]]:
+def _read_x(call: _Call, ss: list[Tensor], needs: Trained) -> tuple[_Downs | None, list[Tensor]]:
     """S_tᵀ·x̃_t of every path whose gradient of `down` is wanted; and Σ_bands S_t of every path, if dx wants it.
 
     The latter is left by the launch of the former, which reads S, or where that does not read all of it, or reads no
@@ -222,9 +216,7 @@ def _read_x(call: _Call, ss: list[Tensor], needs: GroupNeeds) -> tuple[_Downs | 
     return downs, [s[0] for s in ss] if sums is None else sums
 
 
-def _finish(
-    dys: list[Tensor], call: _Call, read: _Read, downs: _Downs | None, needs: GroupNeeds, grads: GroupGradients
-) -> None:
+def _finish(dys: list[Tensor], call: _Call, read: _Read, downs: _Downs | None, needs: Trained, grads: Trained) -> None:
     """Partial sums become d_up, d_bias and d_down, in one launch."""
     operands, group, total = call.operands, call.group, sum(dy.shape[1] for dy in dys)
     d_up = d_bias = None
@@ -243,16 +235,16 @@ def _finish(
     for dy, up, bias in zip(dys, group.up, group.bias, strict=True):
         last = first + dy.shape[1]
         if up != ABSENT and needs.ups[up]:
-            _add(grads.ups, up, given(d_up)[first:last, : operands.ups[up].shape[1]])
+            add(grads.ups, up, given(d_up)[first:last, : operands.ups[up].shape[1]])
         if bias != ABSENT and needs.biases[bias]:
-            _add(grads.biases, bias, given(d_bias)[first:last])
+            add(grads.biases, bias, given(d_bias)[first:last])
         first = last
     for t, grad in ({} if downs is None else downs.grads).items():
-        _add(grads.downs, call.paths[t][1], grad[0])
+        add(grads.downs, call.paths[t][1], grad[0])
 
 
 def _input_gradients(
-    dys: list[Tensor], call: _Call, ss: list[Tensor], needs: GroupNeeds, grads: GroupGradients
+    dys: list[Tensor], call: _Call, ss: list[Tensor], needs: Trained, grads: Trained
 ) -> None:  # fmt: skip
     """dx of every x that wants one, each the sum over the members that read it."""
     group, weights = call.group, [call.operands.weights[i] for i in call.group.weight]
@@ -303,11 +295,6 @@ def _gradient_dtype(tensors: Sequence[Tensor], indices: Sequence[int]) -> torch.
     """The dtype in which an operand's gradients leave the kernel: its own, or fp32 where several terms are added up."""
     used = [i for i in indices if i != ABSENT]
     return tensors[0].dtype if len(set(used)) == len(used) else torch.float32
-
-
-def _add(totals: list[Tensor | None], index: int, term: Tensor) -> None:
-    known = totals[index]
-    totals[index] = term if known is None else known + term
 
 
 # Matrices of different sizes side by side in one tensor, in whole lines, so that one sum adds up all of them.

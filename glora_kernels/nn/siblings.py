@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora_kernels.dispatch.common import Supports, shift
 from glora_kernels.dispatch.prepared import Backwards, note_backwards
-from glora_kernels.dispatch.ways import is_plain
+from glora_kernels.glora.call import Supports, shift
 from glora_kernels.glora.op import dropout_seed
 from glora_kernels.grouped.op import MAX_MEMBERS, Layout, layout_of
 from glora_kernels.grouped.op import call as grouped_call
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.ranks import is_part
 from glora_kernels.nn.waiting import Eager, Traced, may_recompute
-from glora_kernels.ops import glora_wc, grouped_lora_linear
+from glora_kernels.ops import glora_wc
 
 
 class SiblingGroup:
@@ -223,9 +222,6 @@ class SiblingGroup:
         flat += [_beta(member, x) for member in members]
         flat += self._drawn(places, x) if dropout_p else [None] * len(members)
         scales = tuple([member._scale for member in members])
-        if not is_plain(x):
-            _, *lists = [flat[start : start + len(members)] for start in range(0, len(flat), len(members))]
-            return grouped_lora_linear(x, *lists[:4], scales=scales, dropout_p=dropout_p, seeds=lists[4])
         return grouped_call(flat, self._layout(places, flat, dropout_p), scales, dropout_p)
 
     def _layout(self, places: Sequence[int], flat: Sequence[Tensor | None], dropout_p: float) -> Layout:

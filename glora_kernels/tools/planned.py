@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from glora_kernels.depth.table import Layer, SharedFactor, SharedProduct
-from glora_kernels.dispatch.common import Codes, Supports, given, path_of
+from glora_kernels.dispatch.common import Codes, codes_of, given, path_of, stored
 from glora_kernels.dispatch.prepared import AskedPass, Prepared
 from glora_kernels.dispatch.signature import Row, Values
 from glora_kernels.glora import op as operator
+from glora_kernels.glora.call import Supports
 from glora_kernels.grouped import op as grouped
 from glora_kernels.grouped.group import ABSENT
 from glora_kernels.quant import NestedState, QuantizedWeight, QuantState, quantize_weight
@@ -107,7 +108,9 @@ def linear_call(layer: Linear, how: How) -> LinearCall:
     x, weight = _tensor(how, how.m, layer.k), _weight(layer, how)
     p = config.dropout if config.B == "lora" else 0.0
     settings = operator.Settings(config.scale, p, _seed(how) if p else None, config.variant)
-    row = operator.row_of(x, weight, s, cs if any(c is not None for c in cs) else (), settings.seed)
+    row = operator.row_of(
+        x, stored(weight), s, settings.seed, codes_of(weight), cs if any(c is not None for c in cs) else ()
+    )
     values = operator.values_of(weight, settings, how.route)
     frozen = {"weight", "bias", "seed", *Codes._fields, *(("x",) if how.first else ())}
     names = (*operator.GLORA.signature.tensors, *_C)

@@ -82,6 +82,58 @@ def operator() -> _Scaled:
     return made
 
 
+class _Lists(NamedTuple):
+    xs: list[Tensor]
+    factors: list[Tensor]
+
+
+class _Rows(NamedTuple):
+    of: Sequence[int]
+
+
+class _Chosen(Operator):
+    """y[m] = x[m]∘factors[of[m]]: one x, whose rows belong to several factors."""
+
+    name = "chosen_for_a_test"
+    signature = Signature(_Lists, _Rows)
+    results = ("ys", "made")
+    reads = ("made",)
+
+    def prepare(self, row: Row, values: Values, wanted: Sequence[bool], registered: bool = False) -> Prepared:
+        every, size = range(len(row)), len(row) + 1
+        return Prepared(
+            self, values, wanted, every, size=size, with_rows=(0, size - 1), has_kernels=False, keeps=registered
+        )  # fmt: skip
+
+    def forward(self, row: Row, values: Values) -> list[Tensor]:
+        return [*self.composite(row, values)]
+
+    def composite(self, row: Row, values: Values) -> tuple[Tensor]:
+        ((x,), factors), (of,) = self.signature.read(row, values)
+        return ((x.view(-1, x.shape[-1]) * torch.stack(factors)[list(of)]).view(x.shape),)
+
+    def backward(self, dys: Sequence[Tensor], row: Row, values: Values, wanted: Sequence[bool]) -> list[Tensor]:
+        ((x,), factors), (of,) = self.signature.read(row, values)
+        dy, rows = dys[0].reshape(-1, x.shape[-1]), x.view(-1, x.shape[-1])
+        places = torch.tensor(of)
+        found = [(dy * torch.stack(factors)[list(of)]).view(x.shape)]
+        found += [(dy * rows)[places == i].sum(0) for i in range(len(factors))]
+        return [grad for grad, want in zip(found, wanted, strict=True) if want]
+
+    def fake(self, lists: Any, rows: Any) -> tuple[list[Tensor], list[Tensor]]:
+        return [torch.empty_like(lists.xs[0])], []
+
+    def input_shapes(self, dys: Sequence[Tensor], *structures: Any) -> list[Sequence[int]]:
+        return [dys[0].shape]
+
+
+@pytest.fixture(scope="module")
+def chosen() -> _Chosen:
+    made = _Chosen()
+    made.register()
+    return made
+
+
 def tensors() -> tuple[Tensor, Tensor]:
     return torch.randn(4, 3, requires_grad=True), torch.randn(3, requires_grad=True)
 
@@ -135,6 +187,47 @@ def test_every_way_gives_the_same(operator):
             assert torch.allclose(batch, 2.0 * dys * factor)
     gradient = torch.func.grad(lambda x: (registered(x, factor) * dy).sum())(x)
     assert torch.allclose(gradient, expected[0])
+
+
+def test_one_x_of_any_layout_and_many_factors(chosen):
+    """What `Operator.call` does for every operator: the layouts of x, autocast, whoever watches, one check a class."""
+    factors = [torch.randn(3, requires_grad=True) for _ in range(2)]
+    checked = []
+
+    def call(x: Tensor, of: tuple[int, ...]) -> Tensor:
+        def check(row: Row) -> Values:
+            checked.append(of)
+            if not row[0].is_floating_point():
+                raise TypeError("no number to multiply")
+            return Values((of,), (1, 2))
+
+        return chosen.call((x, *factors), of, check)[0]
+
+    def expected(x: Tensor, of: tuple[int, ...]) -> Tensor:
+        return (x.reshape(-1, 3) * torch.stack(factors)[list(of)]).view(x.shape)
+
+    of = (0, 1, 1, 0)
+    for x in (torch.randn(4, 3), torch.randn(2, 2, 3), torch.randn(2, 3, 2).mT, torch.randn(3, 4).t()):
+        x.requires_grad_()
+        for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+            y = function(x, of)
+            assert torch.equal(y, expected(x, of))
+            got, wanted = (torch.autograd.grad(one.square().sum(), (x, *factors)) for one in (y, expected(x, of)))
+            assert all(torch.allclose(a, b) for a, b in zip(got, wanted, strict=True))
+    assert torch.equal(call(torch.ones(3), (1,)), factors[1])
+    assert torch.equal(call(x.detach().to_sparse(), of), expected(x, of))
+    parts = [torch.randn(1, 3), torch.randn(3, 3)]
+    y = call(torch.nested.nested_tensor(parts), of)
+    assert torch.equal(torch.cat(y.unbind()), expected(torch.cat(parts), of))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(torch.randn(4, 3), of).dtype == torch.float32  # of a bf16 x and fp32 factors
+        assert torch.equal(call(x, of), expected(x.bfloat16(), of))
+    checked.clear()
+    for _ in range(2):
+        call(torch.ones(5, 3), (0,) * 5)
+    assert len(checked) == 1
+    with pytest.raises(TypeError, match="no number"):
+        call(torch.ones(4, 3, dtype=torch.int64), of)
 
 
 def test_it_is_counted(operator):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from glora_kernels import quant
+from glora_kernels.glora.call import C
 from glora_kernels.quant import QuantizedWeight, QuantState, quantize_weight
 from glora_kernels.quant.bnb import from_state
 from glora_kernels.reference.tolerance import allowed_error, largest_error
@@ -199,8 +200,8 @@ def test_wc_and_its_gradient_over_4_bits_equal_dense(n, k, dtype, device, kernel
     for w in (weight, dense(weight, dtype)):
         given, low_rank = torch.empty(2, n, device=device)
         part = torch.empty(splits, k, device=device)
-        kernels[1].wc_launch(w, c, None, None, given, arch=arch).run()
-        kernels[1].wc_launch(w, None, c_up, c_down, low_rank, arch=arch).run()
+        kernels[1].wc_launch(w, C(c), given, arch=arch).run()
+        kernels[1].wc_launch(w, C(None, c_up, c_down), low_rank, arch=arch).run()
         kernels[1].wc_grad_launch(w, g, part, arch=arch).run()
         found.append({"W·c": given, "W·C_up·C_down": low_rank, "Wᵀg": part})
     for name, value in found[0].items():

@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers import PAIRS, check, layer, ours, problem, train_only, truth
 
-from glora_kernels.dispatch.common import Supports, shift
 from glora_kernels.glora import eager as eager_path
+from glora_kernels.glora.call import Supports, shift
 from glora_kernels.glora.op import dropout_seed
 from glora_kernels.ops import glora_linear, glora_wc
 from glora_kernels.runtime import workspace

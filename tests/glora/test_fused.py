@@ -16,8 +16,8 @@ from glora.test_golden import AB, GOLDEN, RANK, golden_gradient, golden_problem
 from helpers import PAIRS, check, ours, problem, thinned
 
 import glora_kernels
-from glora_kernels.dispatch.common import Call, Needs, Supports
 from glora_kernels.glora import triton as triton_path
+from glora_kernels.glora.call import C, Call, Needs, Supports
 from glora_kernels.runtime import routes
 from glora_kernels.runtime.launch import LibraryProduct
 from glora_kernels.runtime.planning import planning
@@ -60,7 +60,7 @@ def plan(
     with planning(arch) as forward:
         results = triton_path.forward(x, w, s, call)
     with planning(arch) as backward:
-        grads = triton_path.backward(dy, x, w, s, *results, call, needs)
+        grads = triton_path.backward(dy, x, w, s, results, call, needs)
     for grad, tensor, need in zip(grads, (x, *s), needs, strict=True):
         assert (grad is not None) == need
         assert not need or (grad.shape == tensor.shape and grad.dtype == tensor.dtype)
@@ -130,7 +130,7 @@ def test_a_rank_over_the_limit_is_refused():
     with pytest.raises(RuntimeError, match=r"up to 256.*got 257"):
         plan(GLoRAConfig.lora(rank=257), 64, 512, 512, False)
     with planning("sm_90"), pytest.raises(RuntimeError, match=r"up to 256.*got 300"):
-        triton_path.wc_forward(meta(64, 64), None, meta(64, 300), meta(300, 1))
+        triton_path.wc_forward(meta(64, 64), C(None, meta(64, 300), meta(300, 1)))
 
 
 def test_a_strided_wc_is_read_as_it_is(device):

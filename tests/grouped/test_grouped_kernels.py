@@ -11,10 +11,10 @@ import pytest
 import torch
 from groups import CASES, build
 
-from glora_kernels.dispatch.common import Call, Supports
 from glora_kernels.glora import triton as single
+from glora_kernels.glora.call import Call, Supports
 from glora_kernels.grouped import triton as grouped_triton
-from glora_kernels.grouped.group import ABSENT, GroupNeeds, Operands
+from glora_kernels.grouped.group import ABSENT, Operands, Trained
 from glora_kernels.grouped.group import Group as Indices
 from glora_kernels.reference.tolerance import allowed_error, largest_error
 from glora_kernels.runtime import configs
@@ -265,7 +265,7 @@ def plan(
                     dropout, "triton")  # fmt: skip
     with planning(arch) as forward:
         ys, hs = grouped_triton.forward(operands, group)
-    needs = GroupNeeds([True], [True] * downs, [True] * count, [True] * len(operands.biases))
+    needs = Trained([True], [True] * downs, [True] * count, [True] * len(operands.biases))
     with planning(arch) as backward:
         grads = grouped_triton.backward([meta(*y.shape) for y in ys], operands, hs, group, needs)
     for part, tensors in zip(grads, (operands.xs, operands.downs, operands.ups, operands.biases), strict=True):
@@ -324,7 +324,7 @@ def test_what_is_not_wanted_is_not_launched():
     def kernels(**needs) -> list[str]:
         none = {"xs": [False], "downs": [False] * 2, "ups": [False] * 2, "biases": []}
         with planning("sm_90") as steps:
-            grouped_triton.backward(dys, operands, hs, group, GroupNeeds(**{**none, **needs}))
+            grouped_triton.backward(dys, operands, hs, group, Trained(**{**none, **needs}))
         return [step.kernel.__name__.removeprefix("_").removesuffix("_kernel") for step in steps]
 
     assert kernels() == []
@@ -342,7 +342,7 @@ def test_scales_p_and_rows_do_not_change_what_is_compiled():
         operands = Operands([meta(m, 256)], [meta(128, 256)] * 2, [meta(8, 256)] * 2, [meta(128, 8)] * 2, [],
                             [torch.tensor([2**62 + m + 1])] * 2)  # fmt: skip
         group = Indices([0, 0], [0, 1], [0, 1], [0, 1], [ABSENT] * 2, [0, 1], [scale] * 2, p, "triton")
-        needs = GroupNeeds([True], [True] * 2, [True] * 2, [])
+        needs = Trained([True], [True] * 2, [True] * 2, [])
         with planning("sm_90") as steps:
             ys, hs = grouped_triton.forward(operands, group)
             grouped_triton.backward([meta(*y.shape) for y in ys], operands, hs, group, needs)

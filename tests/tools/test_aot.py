@@ -121,7 +121,7 @@ from glora.test_fused import plan
 from glora_kernels.runtime import routes
 from glora_kernels.tools import aot, elsewhere
 from glora_kernels.runtime.configs import SHARED_LIMIT
-from glora_kernels.dispatch.common import Supports
+from glora_kernels.glora.call import Supports
 from glora_kernels.spec import GLoRAConfig
 arch, name, route = sys.argv[1:]
 routes.product_route = lambda *args, **kwargs: route
