@@ -22,7 +22,7 @@ from glora_kernels.depth import eager
 from glora_kernels.depth.table import Copy, GroupKey, Layer, group_key
 from glora_kernels.dispatch.common import Weight, cast, path_of, stored, without_autocast
 from glora_kernels.dispatch.ways import is_batched, is_elsewhere, once_differentiable
-from glora_kernels.runtime import environment, routes
+from glora_kernels.runtime import routes
 
 
 def served(layer: Layer) -> GroupKey | None:
@@ -192,8 +192,7 @@ def _on_triton(weight: Weight) -> bool:
     """Whether kernels run where a weight is. A forced backend that cannot serve it is no error: eager merges it."""
     choice, device = routes.chosen(), weight.device.type
     if choice == "triton":
-        runs = device == "cuda" or (device == "cpu" and environment.interpreting())
-        return runs and weight.dtype in routes.TRITON_DTYPES
+        return routes.can_launch(device) and weight.dtype in routes.TRITON_DTYPES
     return choice == "auto" and routes.explain(device, weight.dtype)[0] == "triton"
 
 

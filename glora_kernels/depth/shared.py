@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from triton import cdiv
@@ -13,8 +12,10 @@ from glora_kernels.depth import rows
 from glora_kernels.depth.table import PointerTable, SharedFactor, aligned, pointer_table
 from glora_kernels.operands import Matrix
 from glora_kernels.reference.random import dropout_threshold
-from glora_kernels.runtime import configs
+from glora_kernels.runtime import tables
+from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Launch, halves, numerics, options, triton_dtype
+from glora_kernels.runtime.spills import Beside, fitted
 
 
 @triton.jit
@@ -80,7 +81,7 @@ def shared_grad_tables(factors: Sequence[SharedFactor]) -> tuple[PointerTable, P
 
 
 def shared_grad_launch(
-    tables: tuple[PointerTable, PointerTable], factors: Sequence[SharedFactor], *, arch: str
+    pointers: tuple[PointerTable, PointerTable], factors: Sequence[SharedFactor], *, arch: str
 ) -> Launch:  # fmt: skip
     """out (R,C) = Σ_l scale_l·left_lᵀ·drop(right_l) of every factor."""
     parts = [part for factor in factors for part in factor.products]
@@ -90,25 +91,14 @@ def shared_grad_launch(
     ok = all(
         aligned(part.right) and part.right.stride(0) % 16 == 0 and part.right.shape[1] % 16 == 0 for part in parts
     )  # fmt: skip
-    config = shared_grad_config(arch, dtype, rank)
     drops = any(part.dropout_p > 0.0 for part in parts)
-    config = configs.fitted("shared_grad", config, arch, dtype, rank, halves=halves(how), drops=drops, aligned=ok)
+    config = tables.choose("shared_grad", arch, dtype, Shape(0, 0, width, rank))
+    config = fitted("shared_grad", config, Beside(arch, dtype, rank, halves=halves(how), drops=drops, aligned=ok))
     args = {
-        "factor_ptr": tables[0].entries, "product_ptr": tables[1].entries,
+        "factor_ptr": pointers[0].entries, "product_ptr": pointers[1].entries,
         "HAS_DROPOUT": drops, "ALIGN": 16 if ok else 1,
         "OUT": triton_dtype(factors[0].out.dtype), "NUMERICS": how,
         "BLOCK_R": config["rows"], "BLOCK_C": config["cols"], "BLOCK_M": config["depth"],
     }  # fmt: skip
     grid = (cdiv(width, config["cols"]), cdiv(rank, config["rows"]), len(factors))
     return Launch(_shared_grad_kernel, grid, args, options(config, args))
-
-
-def shared_grad_config(arch: str, dtype: torch.dtype, rank: int) -> dict[str, int]:
-    """Rows of the rank, columns, and tokens at a time; `cols` is a multiple of 8, as the dropout mask wants."""
-    if arch == "cpu":
-        return {"rows": 16, "cols": 32, "depth": 32, "num_warps": 4, "num_stages": 1}
-    tall = configs.block_r(rank, 64)
-    if dtype == torch.float32:  # products on the ordinary units hold their operands in registers
-        warps = 8 if tall > 16 and arch in configs.OLD else 4  # what does not spill
-        return {"rows": tall, "cols": 32 if tall > 16 else 64, "depth": 32, "num_warps": warps, "num_stages": 2}
-    return {"rows": tall, "cols": 64, "depth": 64, "num_warps": 4, "num_stages": 2 if arch.startswith("gfx") else 3}

@@ -6,7 +6,6 @@ The extension takes raw pointers and checks nothing. It is built without a GPU a
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +19,8 @@ from glora_kernels.four_bit.served import ALIGNMENT, is_power_of_two, why_not
 from glora_kernels.modes import outside_modes
 from glora_kernels.operands import W_ALONE, Terms
 from glora_kernels.quant import QuantizedWeight
-from glora_kernels.runtime import configs, extension
+from glora_kernels.runtime import extension, tables
+from glora_kernels.runtime.configs import GEMV_TOKENS, SCRATCH_FLOATS, Shape
 from glora_kernels.runtime.launch import vector_stride
 from glora_kernels.runtime.planning import note
 from glora_kernels.runtime.recording import Bound
@@ -28,17 +28,8 @@ from glora_kernels.runtime.workspace import is_private
 
 MAX_DEQUANTIZE_RANK = 256
 
-GEMV_TOKENS = 4
-"""Up to here the codes meet x in fp32; above, tensor cores take eight tokens at a time."""
-
-_THREADS, _WARPS = 256, 8
-_GEMV_ROWS, _GEMV_SPAN = 4, 1024  # csrc/maps.cuh: rows of W and elements of k that a warp takes at a time
-_MMA_ROWS, _MMA_SPAN = 32, 128
-_ITEM = 16  # tokens, and columns, of one item of the low-rank path
-_MAX_SLICES = 32
-_SCRATCH_FLOATS = 1 << 15
+_THREADS = 256
 _BARRIER_FLOATS = 64  # the counters, and the rest of their 256 bytes
-_EPILOGUE = 0.5  # what a set of rows costs beside its spans, in spans
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _NO_VECTOR = (0, 0, 0)
 _NO_MATRIX = (0, 0, 0, 0)
@@ -200,8 +191,7 @@ def small_m_launch(
     }  # fmt: skip
 
     def for_m(m: int) -> dict[str, Any]:
-        config = small_m_config(m, n, k, rank, has_sigma, arch)
-        own = {name: config[name] for name in ("slices", "warps_k", "x_staged", "blocks", "shared_bytes")}
+        own = small_m_config(m, n, k, rank, has_sigma, arch)
         kernel = "small_m_gemv_kernel" if m <= GEMV_TOKENS else "small_m_mma_kernel"
         sized = {"gemv": m <= GEMV_TOKENS, "sizes": (m, n, k)}
         return {"kernel": kernel, "grid": own["blocks"], "shared": own["shared_bytes"], "args": sized | own}
@@ -211,41 +201,11 @@ def small_m_launch(
     return CudaLaunch(entry="small_m", args=args, tensors=tuple(given.tensors), for_m=for_m, **own)
 
 
-@functools.cache
 def small_m_config(m: int, n: int, k: int, rank: int, has_sigma: bool, arch: str) -> dict[str, int]:
-    """The configuration of a small-M launch.
-
-    warps_k: of a block's 8 warps, how many share one set of rows and split K; the rest take other rows. Chosen so that
-    blocks of W fill the card and come out even. slices: of K, in the low-rank path. x_staged: x lies in shared memory.
-    """
-    gemv = m <= GEMV_TOKENS
-    rows_per_warp, span = (_GEMV_ROWS, _GEMV_SPAN) if gemv else (_MMA_ROWS, _MMA_SPAN)
-    padded = (m if m <= 2 else 4) if gemv else 8 * (1 << (-(-m // 8) - 1).bit_length())
-    per_sm = 2 if padded <= (2 if gemv else 16) else 1  # __launch_bounds__ of the kernels
-    columns, pitch = rank + has_sigma, -(-(rank + has_sigma) // 4) * 4
-    limit = configs.SHARED_LIMIT.get(arch, 99 * 1024)
-    resident = configs.programs(arch) * per_sm
-
-    def shared(warps_k: int) -> int:
-        rows = _WARPS // warps_k * rows_per_warp
-        partial = max(_WARPS * padded * (_GEMV_ROWS if gemv else _MMA_ROWS + 4), _WARPS * _ITEM * _ITEM)
-        up = -(-rows * (rank | 1) // 4) * 4 if rank else 0
-        return 4 * (partial + m * pitch + up)
-
-    def cost(warps_k: int) -> float:
-        sets = -(-n // (_WARPS // warps_k * rows_per_warp))
-        return -(-sets // resident) * (-(-k // span // warps_k) + _EPILOGUE)
-
-    # Eight warps on one set of rows always fit: B_up of a block's rows takes the most.
-    warps_k = min((w for w in (1, 2, 4, 8) if shared(w) <= limit), key=cost)
-    rows = _WARPS // warps_k * rows_per_warp
-    staged = gemv and shared(warps_k) + 2 * m * k + 1024 <= limit // per_sm
-    tiles = -(-m // _ITEM) * -(-columns // _ITEM)
-    slices = min(_MAX_SLICES, -(-k // (16 * _WARPS)), resident // max(1, tiles), _SCRATCH_FLOATS // max(1, m * pitch))
-    return {
-        "warps_k": warps_k, "slices": max(1, slices), "x_staged": int(staged),
-        "shared_bytes": shared(warps_k) + (2 * m * k if staged else 0), "blocks": min(resident, -(-n // rows)),
-    }  # fmt: skip
+    """The configuration of a small-M launch: `configs.csrc_small_m`, which is one of all dtypes."""
+    what = "small_m csrc sums" if has_sigma else "small_m csrc"
+    config: dict[str, int] = tables.choose(what, arch, torch.bfloat16, Shape(m, n, k, rank))
+    return config
 
 
 _SLOTS, _SLOT_WORDS = 16384, 8
@@ -268,7 +228,7 @@ def _scratch(stream: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
         with _scratch_lock:
             if key not in _scratches:
                 with outside_modes():
-                    _scratches[key] = torch.zeros(_BARRIER_FLOATS + _SCRATCH_FLOATS, dtype=torch.float32, device=device)
+                    _scratches[key] = torch.zeros(_BARRIER_FLOATS + SCRATCH_FLOATS, dtype=torch.float32, device=device)
             if index not in _slots:
                 with outside_modes():
                     counters = torch.zeros(_SLOTS, _SLOT_WORDS, dtype=torch.int32, device=device)
@@ -279,8 +239,8 @@ def _scratch(stream: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
     if capturing and not is_private() and index in _slots:
         counters, numbers = _slots[index]
         if (number := next(numbers)) < _SLOTS:
-            return counters[number], torch.empty(_SCRATCH_FLOATS, dtype=torch.float32, device=device)
-    buffer = torch.empty(_BARRIER_FLOATS + _SCRATCH_FLOATS, dtype=torch.float32, device=device)
+            return counters[number], torch.empty(SCRATCH_FLOATS, dtype=torch.float32, device=device)
+    buffer = torch.empty(_BARRIER_FLOATS + SCRATCH_FLOATS, dtype=torch.float32, device=device)
     buffer[:_SLOT_WORDS].zero_()
     return buffer, buffer[_BARRIER_FLOATS:]
 

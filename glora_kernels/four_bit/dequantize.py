@@ -22,6 +22,7 @@ from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import configs, environment, tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Launch, numerics, options, pair, vector
+from glora_kernels.runtime.spills import Beside, fitted
 
 
 @triton.jit
@@ -107,7 +108,7 @@ def dequantize_launch(
     config = tables.choose("dequantize", arch, out.dtype, Shape(0, n, k, max(p, r)))
     if all(t is None for t in (a, a_up, b, b_up)):
         return _plain(weight, out, config)
-    config = configs.fitted("dequantize", config, arch, out.dtype)
+    config = fitted("dequantize_adapted", config, Beside(arch, out.dtype))
     how = numerics(out.dtype, a_up, a_down, b_up, b_down)
     args = {
         "codes": codes(weight, reads_words(weight, k)),

@@ -16,7 +16,6 @@ The launcher of y for a few tokens over a 4-bit base: which calls it serves, its
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,10 +26,11 @@ from glora_kernels.four_bit.codec import _absmax, _decode, _nearest, codes
 from glora_kernels.four_bit.served import why_not
 from glora_kernels.operands import W_ALONE, Matrix, Terms, Vector
 from glora_kernels.quant import QuantizedWeight
-from glora_kernels.runtime import configs
+from glora_kernels.runtime import configs, tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Launch, halves, matrix, numerics, options, terms_of
 from glora_kernels.runtime.recording import rows
+from glora_kernels.runtime.spills import Beside, fitted
 
 _RUN = tl.constexpr(16)
 """Bytes of a row that share an absmax whatever the block size (32 elements): what a thread loads at once."""
@@ -182,9 +182,6 @@ def _small_h_kernel(x, b_down, h, K, R, scale, UPCAST: tl.constexpr, BLOCK_K: tl
     tl.store(h.ptr + m * h.row + r * h.col, value)
 
 
-TILE = 8192
-"""Elements of W that a program of 128 threads decodes a step: more of them, and their sums, leave no registers."""
-
 DRAM_BYTES, L2_BYTES = 3.0e6, 5.5e6
 """Bytes a microsecond, as measured on an H100; the ratio is what counts, and it is much the same on other cards."""
 
@@ -204,29 +201,6 @@ class Launches:
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.steps))
-
-
-def small_m_config(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
-    """Blocks of `_small_m_kernel`: tokens (`rows`), rows of W (`cols`), depth of the reduction.
-
-    One token is not padded, more are to a multiple of 16. The fewest programs that fill the card: each reads all of x
-    and of B_down.
-    """
-    if arch == "cpu":
-        return {"rows": configs.tokens(shape.m), "cols": 32, "depth": 64, "num_warps": 4, "num_stages": 1}
-    filled = 0.9 * configs.programs(arch)
-    cols = next((c for c in (64, 32) if cdiv(shape.n, c) >= filled), 16)
-    rows = configs.tokens(shape.m)
-    rank = configs.block_r(shape.r)
-    # The depths that do not spill; one token keeps x∘B_down in registers too.
-    single = dtype == torch.float32
-    if rows == 1:
-        depth = TILE // max(cols, 2 * rank if single else rank)
-        return {"rows": 1, "cols": cols, "depth": depth, "num_warps": 4, "num_stages": 1}
-    depth = min(256, TILE // max(cols, rows)) // (2 if rows == 32 or rank > 16 else 1)
-    if single:
-        return {"rows": rows, "cols": cols, "depth": max(32, depth // 2), "num_warps": 8, "num_stages": 1}
-    return {"rows": rows, "cols": cols, "depth": depth, "num_warps": 4, "num_stages": 1}
 
 
 def h_before(shape: Shape, cols: int) -> bool:
@@ -277,16 +251,15 @@ def small_m_launch(
         raise ValueError(f"the fused product of few tokens does not serve this call: {reason}")
     shape = Shape(configs.tokens(m), n, k, r)
     how = numerics(x.dtype, added.up, b_down)
-    config = small_m_config(arch, x.dtype, shape)
-    nested = weight.state.nested is not None
-    config = configs.fitted("small_m", config, arch, x.dtype, r, halves=halves(how), nested=nested)
+    beside = Beside(arch, x.dtype, r, halves=halves(how), nested=weight.state.nested is not None, rows=shape.m)
+    config = fitted("small_m", tables.choose("small_m", arch, x.dtype, shape), beside)
     before = h is not None and h_before(shape, config["cols"])
     x_rows = Matrix(x, x.stride(0) if shape.m > 1 else 0, 1)
     args = {
         "x": x_rows, "codes": codes(weight), "y": matrix(y), "b_down": None if before else matrix(b_down),
         "h": matrix(h), "sigma": sigma, "terms": terms_of(added),
         "M": m, "N": n, "K": k, "R": r, "scale": float(scale), "NUMERICS": how,
-        "BLOCK_M": config["rows"], "BLOCK_N": config["cols"], "BLOCK_K": config["depth"],
+        "BLOCK_M": shape.m, "BLOCK_N": config["cols"], "BLOCK_K": config["depth"],
         "BLOCK_R": configs.block_r(r),
     }  # fmt: skip
     product = Launch(_small_m_kernel, (cdiv(n, config["cols"]),), args, options(config, args))

@@ -11,10 +11,11 @@ from triton import cdiv
 from glora_kernels import tile
 from glora_kernels.operands import NO_COLUMNS, Anew, Columns, Parts, Sum
 from glora_kernels.reference import recovery
-from glora_kernels.runtime import configs, tables
+from glora_kernels.runtime import tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Launch, matrix, numerics, options, vector
 from glora_kernels.runtime.recording import rows
+from glora_kernels.runtime.spills import Beside, fitted
 
 _TINY = tl.constexpr(recovery.TINY)
 
@@ -171,13 +172,10 @@ def finish_launch(
     `columns` and `anew` hold tensors, of which the latter is only needed for da. `ranks`: (P, R). The dtype is that of
     dy, in which Z is computed anew.
     """
-    config = tables.choose("finish", arch, dtype, Shape(0, n, 0, sum(ranks)))
-    if anew is not None and anew.x.stride(0) % 16:  # rows off 16 bytes: what does not spill
-        config = config | {"tokens": min(64, config["tokens"]), "num_warps": 8}
-    elif anew is not None and anew.w.dtype != dtype and arch == "sm_100":
-        config = config | {"num_warps": 8}
-    elif arch in ("sm_86", "sm_89"):
-        config = configs.all_registers(config, arch)
+    beside = Beside(arch, dtype)
+    if anew is not None:
+        beside = beside._replace(aligned=anew.x.stride(0) % 16 == 0, cast=anew.w.dtype != dtype)
+    config = fitted("finish", tables.choose("finish", arch, dtype, Shape(0, n, 0, sum(ranks))), beside)
     across, block = cdiv(n, config["cols"]), config["rows"] * config["cols"]
     vectors = {name: vector(getattr(columns, name)) for name in ("a", "bias", "d")}
     grid = across * (columns.end is not None) + across * cdiv(sum(ranks), _RANK_STEP) * (factor is not None)

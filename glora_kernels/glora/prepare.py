@@ -28,6 +28,7 @@ from glora_kernels.runtime.launch import (
     vector,
 )
 from glora_kernels.runtime.recording import rows
+from glora_kernels.runtime.spills import Beside, fitted
 
 MAX_BANDS = 4
 """More of them take registers that the product's epilogue has not."""
@@ -162,8 +163,8 @@ def prepare_launch(
     shape = Shape(configs.m_class(m), n, k, max(p if into_p else 0, r))
     config = tables.choose("prepare", arch, x.dtype, shape)
     numbers = numerics(x.dtype, a_up, a_down, b_down)
-    drops = dropout.p > 0.0
-    config = configs.fitted("prepare", config, arch, x.dtype, r, halves=halves(numbers), drops=drops)
+    beside = Beside(arch, x.dtype, r, halves=halves(numbers), drops=dropout.p > 0.0)
+    config = fitted("prepare", config, beside)
     around = tables.choose("weight", arch, x.dtype, shape._replace(r=p))
     bands = next((t.shape[0] for t in (out.low, out.sigma) if t is not None), 0)
     row_programs = cdiv(m, config["rows"]) * bands
@@ -229,7 +230,7 @@ def added_terms_launch(
     shape = Shape(configs.m_class(m), n, k, max(p, r))
     config = tables.choose("added_terms", arch, x.dtype, shape)
     numbers = numerics(x.dtype, a_down, b_down, terms.u, terms.up)
-    config = configs.fitted("added_terms", config, arch, x.dtype, halves=halves(numbers))
+    config = fitted("added_terms", config, Beside(arch, x.dtype, halves=halves(numbers)))
     args = {
         "x": matrix(x), "a_down": matrix(a_down), "b_down": matrix(b_down), "y": matrix(y), "terms": terms_of(terms),
         "M": m, "N": n, "K": k, "P": p, "R": r, "scale": float(scale),

@@ -22,6 +22,7 @@ from glora_kernels.runtime.launch import (
     NO_DROPOUT,
     Dropout,
     Launch,
+    can_describe,
     descriptor,
     halves,
     matrix,
@@ -35,6 +36,7 @@ from glora_kernels.runtime.launch import (
 from glora_kernels.runtime.planning import programs_of
 from glora_kernels.runtime.recording import rows
 from glora_kernels.runtime.sizes import lesser
+from glora_kernels.runtime.spills import Beside, fitted
 
 GROUP = 8
 """Row tiles that share their columns in the L2 (`tile.place_of`)."""
@@ -106,22 +108,23 @@ def glora_fwd_launch(
     p, r = (0 if t is None else t.shape[1] for t in (terms.u, terms.up))
     bands = next((t.shape[0] for t in (terms.low, terms.sigma) if t is not None), 1)
     shape = configs.Shape(configs.m_class(m), n, k, max(p, r))
-    config = tables.choose("fwd", arch, x.dtype, shape, weight.dtype)
-    numbers = numerics(x.dtype, terms.u, terms.up)
-    shift = terms.shift
-    added = any(t is not None for t in (terms.a, terms.u, terms.up, terms.b, shift.wc, shift.d, shift.e))
-    config = in_parts(config, arch, numbers, added)
-    if arch == "sm_100" and p and halves(numbers):
-        config = config | {"rows": min(64, config["rows"])}  # of two pairs of factors: what does not spill
-    if p and r and (bands > 1 or halves(numbers)):
-        config = configs.beside_pairs(config, arch)
-    operands, config = _of_one(x, weight, y, config, arch)
+    numbers, shift, cols_first = numerics(x.dtype, terms.u, terms.up), terms.shift, weight.stride(1) == 1
+    config, pointers = for_operands(
+        tables.choose("fwd", arch, x.dtype, shape, weight.dtype), [x], [weight], [y], cols_first, arch
+    )  # fmt: skip
+    beside = Beside(
+        arch, x.dtype, pairs=min(p, r) > 0, banded=bands > 1, product=p > 0, halves=halves(numbers),
+        aligned=x.stride(0) % 16 == 0, pointers=pointers,
+        added=any(t is not None for t in (terms.a, terms.u, terms.up, terms.b, shift.wc, shift.d, shift.e)),
+    )  # fmt: skip
+    config = fitted("fwd", config, beside)
     args = {
-        **dict(zip(("x", "w", "y"), operands, strict=True)), "terms": terms_of(terms),
+        "x": left_operand(x, config), "w": right_operand(weight, config, cols_first), "y": out_operand(y, config),
+        "terms": terms_of(terms),
         "low_sum_ptr": low_sum, "sigma_sum_ptr": sigma_sum,
         "M": m, "N": n, "K": k, "P": p, "R": r,
         "RANK_STEP": rank_step(p, r), "BANDS": bands, "TMA": bool(config["tma"]),
-        **tile_arguments(config, weight.stride(1) == 1, numbers, "BLOCK_N", "BLOCK_K"),
+        **tile_arguments(config, cols_first, numbers, "BLOCK_N", "BLOCK_K"),
         "BLOCK_R": RANK_BLOCK, "GROUP": GROUP,
     }  # fmt: skip
     return product_launch(_glora_fwd_kernel, [y], args, config, arch)
@@ -191,79 +194,69 @@ def glora_dx_launch(
     p, r = (0 if t is None else t.shape[0] for t in (a_down, b_down))
     bands = next((t.shape[0] for t in (s, tau) if t is not None), 1)
     shape = configs.Shape(configs.m_class(m), n, k, max(p, r))
-    config = tables.choose("dx", arch, dy.dtype, shape, weight.dtype)
-    numbers = numerics(dy.dtype, a_down, b_down)
-    config = in_parts(config, arch, numbers)
-    if arch == "sm_100" and p and halves(numbers):
-        config = config | {"rows": min(64, config["rows"])}  # of two pairs of factors: what does not spill
-    if (p and r) or (a is not None and dropout.p > 0.0):
-        config = configs.narrow(config)
-    operands, config = _of_one(dy, weight.t(), dx, config, arch)
-    cast = weight.dtype != dy.dtype and b_down is not None  # of a wider W, on its way
-    if (arch in configs.OLD and cast) or (arch == "sm_89" and dropout.p > 0.0 and halves(numbers)):
-        config = config | {"cols": min(64, config["cols"])}  # what does not spill
-    elif arch == "sm_100" and a is not None:
-        config = config | {"num_warps": 8}
-    if arch in ("sm_86", "sm_89"):
-        config = configs.all_registers(config, arch)
+    numbers, cols_first = numerics(dy.dtype, a_down, b_down), weight.stride(0) == 1
+    config, pointers = for_operands(
+        tables.choose("dx", arch, dy.dtype, shape, weight.dtype), [dy], [weight.t()], [dx], cols_first, arch
+    )  # fmt: skip
+    beside = Beside(
+        arch, dy.dtype, pairs=min(p, r) > 0, product=p > 0, halves=halves(numbers), drops=dropout.p > 0.0,
+        aligned=dy.stride(0) % 16 == 0, scaled=a is not None, pointers=pointers,
+        cast=weight.dtype != dy.dtype and b_down is not None,
+    )  # fmt: skip
+    config = fitted("dx", config, beside)
     vectors, sums = totals or (None, None)
     args = {
-        **dict(zip(("dy", "w", "dx"), operands, strict=True)),
+        "dy": left_operand(dy, config), "w": right_operand(weight.t(), config, cols_first),
+        "dx": out_operand(dx, config),
         "s": matrix(s), "a_down": matrix(a_down), "b_down": matrix(b_down), "a": vector(a), "tau": sums_of(tau),
         "vectors_ptr": vectors, "totals_ptr": sums,
         "M": m, "N": n, "K": k, "P": p, "R": r,
         **dropout.arguments(b_down),
         "RANK_STEP": rank_step(p, r) if p else 1,  # alone, S has rows to read in whole
         "TOTALS": 0 if vectors is None else vectors.shape[0], "BANDS": bands, "TMA": bool(config["tma"]),
-        **tile_arguments(config, weight.stride(0) == 1, numbers, "BLOCK_K", "BLOCK_N"),
+        **tile_arguments(config, cols_first, numbers, "BLOCK_K", "BLOCK_N"),
         "BLOCK_R": RANK_BLOCK, "GROUP": GROUP,
     }  # fmt: skip
     return product_launch(_glora_dx_kernel, [dx], args, config, arch)
 
 
-def in_parts(config: dict[str, int], arch: str, numbers: Numerics, added: bool = False) -> dict[str, int]:
-    """A product's configuration beside what spills in fewer parts.
+def for_operands(
+    config: dict[str, int], lefts: Sequence[Tensor], rights: Sequence[Tensor], outs: Sequence[Tensor],
+    cols_first: bool, arch: str,
+) -> tuple[dict[str, int], bool]:  # fmt: skip
+    """A chosen configuration, or the one for pointers where TMA cannot read these operands; and whether it is that.
 
-    On sm_100 that are halves of fp32 factors; on sm_90 all that may be `added` to y but a bias.
-    """
-    small = (arch == "sm_100" and halves(numbers)) or (arch == "sm_90" and added)
-    return config | {"parts": max(1, config["cols"] // 32)} if small else config
-
-
-def _of_one(
-    left: Tensor, right: Tensor, out: Tensor, config: dict[str, int], arch: str
-) -> tuple[list[Any], dict[str, int]]:
-    """`product_operands` of one product, whose rows may begin off 16 bytes."""
-    found, config = product_operands([left], [right], [out], config, arch, right.stride(1) == 1)
-    if not config["tma"] and arch.startswith("sm_") and left.stride(0) % 16:  # what does not spill
-        cols = config["cols"] if arch in ("sm_80", "sm_90") else min(64, config["cols"])
-        config = config | {"rows": min(64, config["rows"]), "cols": cols, "num_warps": 8}
-    return [each for (each,) in found], config
-
-
-def product_operands(
-    lefts: Sequence[Tensor], rights: Sequence[Tensor], outs: Sequence[Tensor], config: dict[str, int], arch: str,
-    cols_first: bool,
-) -> tuple[list[list[Any]], dict[str, int]]:  # fmt: skip
-    """left, right (cols, depth) and out of each of several products left·rightᵀ, and the configuration that suits them.
-
-    As descriptors, all of them, where the configuration wants TMA and it can read them; else as matrices, with the
-    tile for those. `cols_first`: the rows of right are contiguous, else its columns.
+    left, right (cols, depth) and out of each of several products left·rightᵀ. `cols_first`: the rows of right are
+    contiguous, else its columns.
     """
     mixed = rights[0].dtype != lefts[0].dtype
-    if config["tma"] and not mixed and len(lefts) <= MAX_DESCRIBED:
-        tall, cols, depth = config["rows"], config["cols"], config["depth"]
-        found = [
-            [descriptor(left, tall, depth) for left in lefts],
-            [descriptor(w, cols, depth) if cols_first else descriptor(w.t(), depth, cols) for w in rights],
-            [descriptor(out, tall, cols // config["parts"]) for out in outs],
-        ]
-        if not any(None in each for each in found):
-            return found, config
-    if config["tma"]:
-        m, n = configs.m_class(max(map(rows, outs))), sum(out.shape[1] for out in outs)
-        config = configs.large_product(arch, lefts[0].dtype, m, n, mixed=mixed, tma=False)
-    return [list(map(matrix, each)) for each in (lefts, rights, outs)], config
+    read = (*lefts, *(_stored(right, cols_first) for right in rights), *outs)
+    if not config["tma"] or (not mixed and len(lefts) <= MAX_DESCRIBED and all(map(can_describe, read))):
+        return config, False
+    m, n = configs.m_class(max(map(rows, outs))), sum(out.shape[1] for out in outs)
+    return configs.large_product(arch, lefts[0].dtype, m, n, mixed=mixed, tma=False), True
+
+
+def left_operand(left: Tensor, config: dict[str, int]) -> Any:
+    """(rows, depth) as a descriptor, or as a matrix."""
+    return descriptor(left, config["rows"], config["depth"]) if config["tma"] else matrix(left)
+
+
+def right_operand(right: Tensor, config: dict[str, int], cols_first: bool) -> Any:
+    """(cols, depth); its descriptor is as it is stored."""
+    if not config["tma"]:
+        return matrix(right)
+    tall, wide = (config["cols"], config["depth"]) if cols_first else (config["depth"], config["cols"])
+    return descriptor(_stored(right, cols_first), tall, wide)
+
+
+def out_operand(out: Tensor, config: dict[str, int]) -> Any:
+    """(rows, cols), stored in parts."""
+    return descriptor(out, config["rows"], config["cols"] // config["parts"]) if config["tma"] else matrix(out)
+
+
+def _stored(right: Tensor, cols_first: bool) -> Tensor:
+    return right if cols_first else right.t()
 
 
 def tile_arguments(
@@ -287,6 +280,4 @@ def product_launch(
     programs = tiles_of(outs, config)
     if config["persistent"]:
         programs = lesser(programs, programs_of(outs[0], arch))
-    if arch == "sm_100":  # shared memory leaves few programs at once as it is
-        config = configs.all_registers(config, arch)
     return Launch(kernel, (programs,), args, options(config, args))

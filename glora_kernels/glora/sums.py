@@ -15,8 +15,19 @@ from glora_kernels.operands import NO_COLUMNS, Columns, Matrix, Parts, Terms, Ve
 from glora_kernels.reference import recovery
 from glora_kernels.runtime import configs, tables
 from glora_kernels.runtime.configs import Shape
-from glora_kernels.runtime.launch import NO_DROPOUT, Dropout, Launch, matrix, numerics, options, rank_step, terms_of
+from glora_kernels.runtime.launch import (
+    NO_DROPOUT,
+    Dropout,
+    Launch,
+    halves,
+    matrix,
+    numerics,
+    options,
+    rank_step,
+    terms_of,
+)
 from glora_kernels.runtime.recording import rows
+from glora_kernels.runtime.spills import Beside, fitted
 
 _SUM, _SQUARES = tl.constexpr(recovery.SUM), tl.constexpr(recovery.SQUARES)
 
@@ -138,27 +149,16 @@ def _dy_kernel(
 
 
 def dy_config(
-    shape: Shape, dtype: torch.dtype, arch: str, mixed: bool = False, pairs: bool = False,
-    factors: torch.dtype | None = None, aligned: bool = True,
-) -> dict[str, int]:  # fmt: skip
+    shape: Shape, dtype: torch.dtype, arch: str, mixed: bool, pairs: bool, factors: torch.dtype, aligned: bool
+) -> dict[str, int]:
     """The configuration of `dy_launch`: `mixed` where it is given a y that holds more than Z∘(1+a), `pairs` where S is
     of both U and up.
 
-    factors: the dtype they are multiplied in, that of dy where it is not given. aligned: whether every row of dy begins
-    at a multiple of 32 bytes.
+    factors: the dtype they are multiplied in. aligned: whether every row of dy begins at a multiple of 32 bytes.
     """
     config = tables.choose("dy_mixed" if mixed else "dy", arch, dtype, shape)
-    if mixed and not aligned:
-        tall, wide = 32 if arch == "sm_100" else 64, 32 if dtype == torch.float32 else 64  # what does not spill
-        config = config | {"rows": min(tall, config["rows"]), "cols": min(wide, config["cols"])}
-    elif not aligned and arch in configs.OLD:
-        config = config | {"num_warps": 8}
-    if dtype == torch.float16 and factors == torch.float32:  # halves of dy as well
-        config = config | {"rows": max(32, config["rows"] // 2), "cols": 32}
-        return configs.all_registers(config, arch) if pairs else config
-    if factors == torch.float32 and (pairs or arch == "sm_100"):  # what does not spill
-        config = config | {"rows": min(64, config["rows"])}
-    return configs.all_registers(config, arch) if torch.float32 in (dtype, factors) else config
+    wide = halves(numerics(dtype, factors))
+    return fitted("dy", config, Beside(arch, dtype, pairs=pairs, halves=wide, aligned=aligned, reads_y=mixed))
 
 
 def dy_bands(shape: Shape, config: dict[str, int], arch: str) -> tuple[int, int]:
@@ -259,21 +259,6 @@ def _x_kernel(
         tile.write(Matrix(v_part + tl.cast(split, tl.int64) * R * K, K, 1), v_acc * inv_keep, r, k, R, K)
 
 
-def x_config(
-    shape: Shape, ranks: tuple[int, int], dtype: torch.dtype, arch: str, factors: torch.dtype | None = None
-) -> dict[str, int]:
-    """The configuration of `x_launch`."""
-    config = tables.choose("x", arch, dtype, shape)
-    if dtype.itemsize == 2 and factors == torch.float32 and max(ranks) > configs.MAX_FACTOR_RANK:
-        config = config | {"rows": min(32, config["rows"])}  # halves of that many columns of S: what does not spill
-        if arch.startswith("gfx"):
-            config = config | {"cols": min(32, config["cols"])}
-    if dtype == torch.float16 and factors == torch.float32:  # halves of x as well
-        config = config | {"cols": min(64, config["cols"]), "num_stages": 2}
-        return configs.all_registers(config, arch) if min(ranks) else config
-    return configs.all_registers(config, arch) if min(ranks) or torch.float32 in (dtype, factors) else config
-
-
 def x_splits(shape: Shape, dtype: torch.dtype, arch: str) -> int:
     """How many partial sums over M `x_launch` writes."""
     config = tables.choose("x", arch, dtype, shape)
@@ -285,16 +270,18 @@ def x_launch(
     x: Tensor, s: Tensor | None,
     *, ranks: tuple[int, int], splits: int, p_part: Tensor | None = None, v_part: Tensor | None = None,
     dx: Tensor | None = None, downs: tuple[Tensor | None, Tensor | None] = (None, None), tau: Tensor | None = None,
-    dropout: Dropout = NO_DROPOUT, factors: torch.dtype | None = None, config: dict[str, int],
+    dropout: Dropout = NO_DROPOUT, factors: torch.dtype | None = None, shape: Shape, arch: str,
 ) -> Launch:  # fmt: skip
     """p_part (splits,P,K) = S[:, :P]ᵀ·x and v_part (splits,R,K) = S[:, P:]ᵀ·drop(x), S (bands,M,P+R or more).
 
     With `dx` (M,K) also dx = S[:, :P]·a_down + mask∘(S[:, P:]·b_down)/(1-p) + τ·1ᵀ of `downs`; x only gives the sizes
     then, unless a part is wanted. S is multiplied in the dtype of x, or of `factors` where that is wider.
     """
-    m, k = rows(x), x.shape[1]
-    if x.stride(0) % 16:  # rows off 16 bytes: what does not spill
-        config = config | {"cols": min(64, config["cols"]), "num_warps": 8}
+    m, k, how = rows(x), x.shape[1], numerics(x.dtype, factors)
+    beside = Beside(
+        arch, x.dtype, max(ranks), pairs=min(ranks) > 0, halves=halves(how), aligned=x.stride(0) % 16 == 0
+    )  # fmt: skip
+    config = fitted("x", tables.choose("x", arch, x.dtype, shape), beside)
     bands = s.shape[0] if s is not None else (1 if tau is None else tau.shape[0])
     args = {
         "x": matrix(x), "s": matrix(s), "tau": tau,
@@ -302,7 +289,7 @@ def x_launch(
         "p_part": p_part, "v_part": v_part,
         "M": m, "K": k, "P": ranks[0], "R": ranks[1],
         **dropout.arguments(downs[1] if v_part is None else v_part),
-        "BANDS": bands, "NUMERICS": numerics(x.dtype, factors), "P_STEP": rank_step(ranks[0], 0),
+        "BANDS": bands, "NUMERICS": how, "P_STEP": rank_step(ranks[0], 0),
         "BLOCK_M": config["rows"], "BLOCK_K": config["cols"],
         **_rank_blocks(ranks),
     }  # fmt: skip

@@ -301,8 +301,8 @@ class _Backward:
         splits = reads.x_splits(shape, left.dtype, layer.arch)
         part = self._empty(splits, rank, shape.k)
         reads.x_launch(
-            left, right[None], ranks=(0, rank), splits=splits, v_part=part, factors=right.dtype,
-            config=reads.x_config(shape, (0, rank), left.dtype, layer.arch, layer.wide),
+            left, right[None], ranks=(0, rank), splits=splits, v_part=part, factors=layer.wide, shape=shape,
+            arch=layer.arch,
         ).run()  # fmt: skip
         return end.parts(part, splits)
 
@@ -354,7 +354,7 @@ class _Backward:
         reads.x_launch(
             given(dx) if p_part is v_part is None else given(self.x), read.s, ranks=(p, r), splits=splits,
             p_part=p_part, v_part=v_part, **terms, dropout=self.dropout, factors=wide,
-            config=reads.x_config(shape, (p, r), dy.dtype, arch, wide),
+            shape=shape, arch=arch,
         ).run()  # fmt: skip
         self._sum(p_part, "a_down")
         self._sum(v_part, "b_down")

@@ -18,6 +18,7 @@ from glora_kernels.runtime import configs, environment, tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import NO_DROPOUT, Dropout, Launch, halves, matrix, numerics, options, pair, vector
 from glora_kernels.runtime.recording import rows
+from glora_kernels.runtime.spills import Beside, fitted
 
 
 @triton.jit
@@ -124,8 +125,8 @@ def hadamard_grad_config(
 ) -> dict[str, int]:
     """The configuration of `hadamard_grad_launch`: see `hadamard_grad_tiles`."""
     config = tables.choose("hadamard_grad", arch, dtype, shape._replace(m=configs.m_class(shape.m)))
-    wide = dtype.itemsize == 2 and factors == torch.float32
-    return configs.fitted("hadamard_grad", config, arch, dtype, shape.r, halves=wide, aligned=shape.k % 16 == 0)
+    wide = halves(numerics(dtype, factors))
+    return fitted("hadamard_grad", config, Beside(arch, dtype, shape.r, halves=wide, aligned=shape.k % 16 == 0))
 
 
 def hadamard_grad_tiles(

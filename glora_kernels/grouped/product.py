@@ -18,9 +18,11 @@ from glora_kernels.glora.product import (
     GROUP,
     MAX_DESCRIBED,
     RANK_BLOCK,
-    in_parts,
+    for_operands,
+    left_operand,
+    out_operand,
     product_launch,
-    product_operands,
+    right_operand,
     tile_arguments,
     tiles_of,
 )
@@ -30,6 +32,7 @@ from glora_kernels.runtime import configs, tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Launch, halves, numerics
 from glora_kernels.runtime.recording import rows
+from glora_kernels.runtime.spills import Beside, fitted
 
 _GROUP = tl.constexpr(GROUP)
 
@@ -126,15 +129,12 @@ def grouped_fwd_launch(
 ) -> Launch:  # fmt: skip
     """y_i (M,N) = x_i·W_iᵀ + h_i·up_iᵀ + bias_i; `inside`: h_i (M,R) = s_i·x_i·down_iᵀ is made, and left `leave_h`."""
     ranks = [0 if up is None else up.shape[1] for up in ups]
-    config = _fwd_config(xs, weights, max(ranks), arch)
     row_major = _row_major(weights)
-    operands, config = _operands(
-        xs, weights, ys, _beside(config) if inside else config, arch, row_major, ("x", "w", "y")
-    )  # fmt: skip
-    if inside:  # also where it became another one, for pointers
-        config = _beside(config)
+    config = _fwd_config(xs, weights, max(ranks), arch)
+    config, pointers = for_operands(config, xs, weights, ys, row_major, arch)
+    config = fitted("grouped_fwd", config, Beside(arch, xs[0].dtype, inside=inside, pointers=pointers))
     args = {
-        **operands,
+        **_operands(xs, weights, ys, row_major, config, ("x", "w", "y")),
         "lows": members.lows(ups, hs, leave_h, ranks, scales),
         "downs": members.addresses(downs) if inside else None,
         "biases": members.biases(biases),
@@ -163,15 +163,6 @@ def makes_h_inside(
     cols = 128 if arch == "cpu" else config["cols"]  # the interpreter's small tiles say nothing about a card
     share = 4 if max(map(rows, xs)) <= configs.M_CLASSES[0] else 8
     return dropout_p == 0.0 and rank > 0 and share * configs.block_r(rank) <= cols
-
-
-def _beside(config: dict[str, int]) -> dict[str, int]:
-    """A product's configuration with h beside it: its tile is finished in one part, or ptxas serializes the wgmma.
-
-    The store of a whole 256 columns then takes the shared memory of a stage.
-    """
-    stages = 3 if config["tma"] and config["cols"] == 256 else config["num_stages"]
-    return config | {"parts": 1, "num_stages": min(stages, config["num_stages"])}
 
 
 def _fwd_config(xs: Sequence[Tensor], weights: Sequence[Tensor], rank: int, arch: str) -> dict[str, int]:
@@ -279,14 +270,12 @@ def grouped_dx_launch(
     config = tables.choose("dx", arch, dys[0].dtype, shape, weights[0].dtype)
     row_major = _row_major(weights)
     how = numerics(dys[0].dtype, *paths.downs)
-    config = configs.fitted(
-        "dx", in_parts(config, arch, how), arch, dys[0].dtype, shape.r, halves=halves(how), drops=dropout_p > 0.0
-    )  # fmt: skip
-    operands, config = _operands(
-        dys, [w.t() for w in weights], dxs, config, arch, not row_major, ("dy", "w", "dx")
-    )  # fmt: skip
+    rights = [w.t() for w in weights]
+    config, pointers = for_operands(config, dys, rights, dxs, not row_major, arch)
+    beside = Beside(arch, dys[0].dtype, halves=halves(how), drops=dropout_p > 0.0, pointers=pointers)
+    config = fitted("grouped_dx", config, beside)
     args = {
-        **operands,
+        **_operands(dys, rights, dxs, not row_major, config, ("dy", "w", "dx")),
         "paths": tuple(map(Path, paths.ss, paths.downs, ranks)) if ranks else None,
         "masks": members.masks(dropout_p, paths.seeds),
         **members.row_counts(dxs), "Ns": tuple(w.shape[0] for w in weights), "Ks": tuple(dx.shape[1] for dx in dxs),
@@ -303,19 +292,20 @@ def _firsts(owners: Sequence[int], count: int) -> tuple[int, ...]:
 
 
 def _operands(
-    lefts: Sequence[Tensor], rights: Sequence[Tensor], outs: Sequence[Tensor], config: dict[str, int], arch: str,
-    cols_first: bool, names: tuple[str, str, str],
-) -> tuple[dict[str, Any], dict[str, int]]:  # fmt: skip
-    """The `product_operands` of a kernel by name: descriptors one by one, as x0 …, or matrices together, as xs."""
-    found, config = product_operands(lefts, rights, outs, config, arch, cols_first)
+    lefts: Sequence[Tensor], rights: Sequence[Tensor], outs: Sequence[Tensor], cols_first: bool,
+    config: dict[str, int], names: tuple[str, str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """The operands of a kernel by name: descriptors one by one, as x0 …, or matrices together, as xs."""
     args: dict[str, Any] = {f"{name}{i}": None for name in names for i in range(MAX_DESCRIBED)}
     args |= dict.fromkeys(f"{name}s" for name in names)
-    if config["tma"]:
-        args |= {f"{name}{i}": one for name, each in zip(names, found, strict=True) for i, one in enumerate(each)}
-    else:
-        found[2] = list(outs)  # contiguous, as the caller made them
-        args |= {f"{name}s": tuple(each) for name, each in zip(names, found, strict=True)}
-    return args, config
+    found = (
+        tuple(left_operand(left, config) for left in lefts),
+        tuple(right_operand(right, config, cols_first) for right in rights),
+        tuple(out_operand(out, config) if config["tma"] else out for out in outs),  # contiguous, as the caller made it
+    )
+    for name, each in zip(names, found, strict=True):
+        args |= {f"{name}{i}": one for i, one in enumerate(each)} if config["tma"] else {f"{name}s": each}
+    return args
 
 
 def _row_major(weights: Sequence[Tensor]) -> bool:

@@ -13,12 +13,12 @@ from torch import Tensor
 from triton import cdiv
 
 from glora_kernels import tile
-from glora_kernels.glora.sums import dy_config
 from glora_kernels.grouped import members
 from glora_kernels.operands import Matrix
 from glora_kernels.runtime import configs, environment, tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Launch, factor_depth, halves, matrix, numerics, options
+from glora_kernels.runtime.spills import Beside, fitted
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -60,7 +60,7 @@ def grouped_down_launch(
     how = numerics(xs[0].dtype, *downs)
     shape = Shape(configs.m_class(sizes["M"]), k_max, k_max, rank)
     config = tables.choose("prepare", arch, xs[0].dtype, shape)
-    config = configs.fitted("down", config, arch, xs[0].dtype, rank, halves=halves(how))
+    config = fitted("grouped_down", config, Beside(arch, xs[0].dtype, rank, halves=halves(how)))
     args = {
         "xs": tuple(map(matrix, xs)), "downs": tuple(downs), "hs": tuple(hs),
         **sizes, "Ks": tuple(x.shape[1] for x in xs), "Rs": tuple(down.shape[0] for down in downs),
@@ -169,7 +169,8 @@ def most_bands(rank: int) -> int:
 
 
 def _dy_config(shape: Shape, dtype: torch.dtype, arch: str, factors: torch.dtype | None) -> dict[str, int]:
-    return configs.fitted("dy", dy_config(shape, dtype, arch, factors=factors), arch, dtype, shape.r)
+    config = tables.choose("dy", arch, dtype, shape)
+    return fitted("grouped_dy", config, Beside(arch, dtype, shape.r, halves=halves(numerics(dtype, factors))))
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
@@ -234,7 +235,8 @@ def grouped_x_launch(
     sizes = members.row_counts(xs)
     config = tables.choose("x", arch, xs[0].dtype, shape._replace(m=configs.m_class(sizes["M"])))
     aligned = all(x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0 for x in xs)
-    config = configs.fitted("x", config, arch, xs[0].dtype, shape.r, drops=dropout_p > 0.0, aligned=aligned)
+    beside = Beside(arch, xs[0].dtype, shape.r, drops=dropout_p > 0.0, aligned=aligned)
+    config = fitted("grouped_x", config, beside)
     ranks = tuple(s.shape[2] for s in ss)
     columns = tuple(x.shape[1] for x in xs)
     rows_of = tuple(part.stride(1) for part in parts)

@@ -24,6 +24,7 @@ from glora_kernels.nn.warmup import Form, form_of
 from glora_kernels.ops import glora_wc
 from glora_kernels.quant.bnb import REPACKED, from_linear4bit, is_linear4bit, keep_codes, refusal
 from glora_kernels.runtime.configs import MAX_RANK
+from glora_kernels.runtime.planning import is_planning
 
 IDLE = "no active adapter, merged or disabled: the base alone"
 HOOKED = "a module inside it has hooks, or a forward of its own (offloading to a CPU or disk is one)"
@@ -166,7 +167,7 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
         is_another = plain is None or plain is nn.Linear
         return f"its base is a {kind.__name__}" if is_another else f"{kind.__name__} has a forward of its own"
     weight = tensor_of(base, "weight")
-    if weight is not None and weight.is_meta:
+    if weight is not None and weight.is_meta and not is_planning():  # what is only planned needs no numbers
         return ON_META
     if isinstance(base, QuantizedLinear):
         return base.frozen()

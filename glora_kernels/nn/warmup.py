@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from glora_kernels.glora.op import seeds_on_device
 from glora_kernels.nn.adapted import Frozen, Operands
+from glora_kernels.nn.frozen import QuantizedLinear
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import named_layers, unwrap
 from glora_kernels.nn.ranks import refuse_sharded
@@ -46,7 +47,8 @@ def warmup(
 ) -> list[str]:
     """Run each different GLoRA layer of the model on zeros, so that its kernels are compiled before step one.
 
-    Also the layers of an accelerated PEFT model, and of our methods of PEFT, with the adapters that are active.
+    Also the layers of an accelerated PEFT model, and of our methods of PEFT, with the adapters that are active; and
+    linear layers in 4 bits (`quantize`) that have no adapter.
 
     Layers that are fused as siblings are run together.
 
@@ -80,7 +82,7 @@ def warmup(
     """
     refuse_sharded(unwrap(model), "warmup", "call it before fully_shard")
     layers = named_layers(unwrap(model))
-    others: Any = [module for module in unwrap(model).modules() if hasattr(module, "warmup_form")]
+    others = list(_others(unwrap(model)))
     if not layers and not others:
         raise ValueError(
             "warmup: the model has no GLoRA layer; call inject(model, config) first, or accelerate(model) on a model "
@@ -88,7 +90,7 @@ def warmup(
         )
     sizes = _sizes(tokens)
     units = [list(map(_form, unit)) for unit in _units(layers.values())]
-    units += [[form] for form in (module.warmup_form() for module in others) if form is not None]
+    units += [[form] for form in others if form is not None]
     kinds: dict[object, list[list[Form]]] = {}
     for unit in units:
         for form in unit:
@@ -153,8 +155,21 @@ def _is_served(form: Form, dtype: torch.dtype | None) -> bool:
     return device != "meta" and routes.route(device, dtype or form.dtype, form.is_4bit) != "eager"
 
 
-def _form(layer: GLoRALinear) -> Form:
-    return form_of(layer, layer.frozen(), Operands.of(layer.config, layer.adapter(), True), layer.extra_repr())
+def _others(model: nn.Module) -> Iterator[Form | None]:
+    """What is no GLoRA layer; of one with a base as a module, the layer."""
+    form: Any = getattr(model, "warmup_form", None)
+    if form is not None:
+        yield form()
+    elif isinstance(model, QuantizedLinear):
+        yield _form(model)
+    else:
+        for child in model.children():
+            yield from _others(child)
+
+
+def _form(layer: GLoRALinear | QuantizedLinear) -> Form:
+    adapter = Operands.of(layer.config, layer.adapter(), True) if isinstance(layer, GLoRALinear) else Operands()
+    return form_of(layer, layer.frozen(), adapter, layer.extra_repr())
 
 
 def form_of(layer: nn.Module, base: Frozen, adapter: Operands, text: str) -> Form:

@@ -8,6 +8,7 @@ the two large products, tma, persistent and parts.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -42,6 +43,15 @@ READING = {"sm_90": 60, "sm_100": 80}
 
 READERS = 0.6
 """The share of the multiprocessors whose reading takes all that the L2 gives: an estimate."""
+
+DECODED = 8192
+"""Numbers of a 4-bit W that a program of 128 threads decodes a step: more of them, and sums, leave no registers."""
+
+GEMV_TOKENS = 4
+"""Up to here csrc's codes meet x in fp32; above, tensor cores take eight tokens at a time."""
+
+SCRATCH_FLOATS = 1 << 15
+"""What partial sums of a launch of csrc may take."""
 
 M_CLASSES = (64, 512, 2048, 4096)
 """The largest M of each class, which stands for it; the last stands for all above the one before."""
@@ -106,14 +116,16 @@ def programs(arch: str) -> int:
 def default(
     kernel: str, arch: str, dtype: torch.dtype, shape: Shape, weight_dtype: torch.dtype | None = None
 ) -> dict[str, int]:
-    """The configuration of a kernel of `KERNELS`.
+    """The configuration of a kernel of `KERNELS`, or of `CSRC`.
 
     Under autocast the weight may be wider than x (`weight_dtype`) and fills the stages in its own width.
     """
     if kernel in ("fwd", "dx"):
         mixed = weight_dtype is not None and weight_dtype.itemsize > dtype.itemsize
         return large_product(arch, dtype, shape.m, shape.n if kernel == "fwd" else shape.k, mixed)
-    return _interpreted(kernel) if arch == "cpu" else KERNELS[kernel](arch, dtype, shape)
+    if kernel in CSRC:
+        return CSRC[kernel](arch, dtype, shape)
+    return _interpreted(kernel) if arch == "cpu" else KERNELS[kernel].default(arch, dtype, shape)
 
 
 def large_product(
@@ -256,117 +268,65 @@ def dequantize(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     return {"rows": 32, "cols": 128, "depth": 32, "num_warps": 4, "num_stages": 2}
 
 
-class Beside(NamedTuple):
-    """What a launch holds in registers beside what its configuration was made for.
+def small_m(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
+    """Blocks of `_small_m_kernel`: rows of W (`cols`) and depth of the reduction, beside all of the tokens.
 
-    rank: the largest. halves: factors in fp32 are multiplied beside 16 bits. drops: masks are drawn. aligned: rows are
-    known to begin at multiples of 16 bytes. nested: the absmax of 4-bit codes is in 8 bits. rows: of the configuration.
+    The fewest programs that fill the card: each reads all of x and of B_down. The depths are those that do not spill.
     """
-
-    arch: str
-    dtype: torch.dtype
-    rank: int = 0
-    halves: bool = False
-    drops: bool = False
-    aligned: bool = True
-    nested: bool = False
-    rows: int = 0
-
-    @property
-    def single(self) -> bool:
-        return self.dtype == torch.float32
-
-    @property
-    def old(self) -> bool:
-        return self.arch in OLD
-
-    @property
-    def amd(self) -> bool:
-        return self.arch.startswith("gfx")
-
-    @property
-    def newest(self) -> bool:
-        return self.arch == "sm_100"
-
-    @property
-    def wide(self) -> bool:
-        """Of a read of x: whether more warps have to share its rows."""
-        return (self.rank > 16 and self.single) or not self.aligned
+    cols = next((c for c in (64, 32) if 10 * _ceil(shape.n, c) >= 9 * programs(arch)), 16)
+    rows, rank, warps = tokens(shape.m), block_r(shape.r), 4
+    if rows == 1:  # which keeps x∘B_down in registers too
+        depth = DECODED // max(cols, 2 * rank if dtype == torch.float32 else rank)
+    else:
+        depth = min(256, DECODED // max(cols, rows)) // (2 if rows == 32 or rank > 16 else 1)
+        if dtype == torch.float32:
+            depth, warps = max(32, depth // 2), 8
+    return {"cols": cols, "depth": depth, "num_warps": warps, "num_stages": 1}
 
 
-class Most(int):
-    """No more than this, where a rule has it in the place of a number."""
+def csrc_small_m(arch: str, dtype: torch.dtype, shape: Shape, sums: bool) -> dict[str, int]:
+    """The configuration of csrc's product of few tokens over a 4-bit weight; `sums`: it also makes σ.
+
+    warps_k: of a block's 8 warps, how many share one set of rows and split K; the rest take other rows. Chosen so that
+    blocks of W fill the card and come out even. slices: of K, in the low-rank path. x_staged: x lies in shared memory.
+    """
+    m, n, k, rank = shape
+    gemv = m <= GEMV_TOKENS
+    rows_per_warp, span = (4, 1024) if gemv else (32, 128)  # csrc/maps.cuh: of W, and elements of k, at a time
+    padded = (m if m <= 2 else 4) if gemv else 8 * (1 << (_ceil(m, 8) - 1).bit_length())
+    per_sm = 2 if padded <= (2 if gemv else 16) else 1  # __launch_bounds__ of the kernels
+    columns, pitch = rank + sums, 4 * _ceil(rank + sums, 4)
+    limit, resident = SHARED_LIMIT.get(arch, 99 * 1024), programs(arch) * per_sm
+    warps, item = 8, 16  # of a block; tokens, and columns, of one item of the low-rank path
+
+    def shared(warps_k: int) -> int:
+        partial = max(warps * padded * (4 if gemv else 36), warps * item * item)
+        up = 4 * _ceil(warps // warps_k * rows_per_warp * (rank | 1), 4) if rank else 0
+        return 4 * (partial + m * pitch + up)
+
+    def cost(warps_k: int) -> float:
+        sets = _ceil(n, warps // warps_k * rows_per_warp)
+        return _ceil(sets, resident) * (_ceil(_ceil(k, span), warps_k) + 0.5)  # what a set costs beside its spans
+
+    # Eight warps on one set of rows always fit: B_up of a block's rows takes the most.
+    warps_k = min((w for w in (1, 2, 4, 8) if shared(w) <= limit), key=cost)
+    staged = gemv and shared(warps_k) + 2 * m * k + 1024 <= limit // per_sm
+    tiles = _ceil(m, item) * _ceil(columns, item)
+    slices = min(32, _ceil(k, 16 * warps), resident // max(1, tiles), SCRATCH_FLOATS // max(1, m * pitch))
+    return {
+        "warps_k": warps_k, "slices": max(1, slices), "x_staged": int(staged),
+        "shared_bytes": shared(warps_k) + (2 * m * k if staged else 0),
+        "blocks": min(resident, _ceil(n, warps // warps_k * rows_per_warp)),
+    }  # fmt: skip
 
 
-_REGISTERS = {"maxnreg": 255}
-"""For a kernel of which ptxas would spill a few bytes to have more programs run at once."""
-
-RULES: dict[str, tuple[tuple[Callable[[Beside], bool], dict[str, int]], ...]] = {
-    "prepare": (
-        (lambda b: b.drops and b.rank > 32 and not b.single, {"num_warps": 8}),
-        (lambda b: b.halves and b.newest, _REGISTERS),
-    ),
-    "added_terms": (
-        (lambda b: b.halves and b.newest, _REGISTERS),
-        (lambda b: b.halves and b.amd, {"cols": Most(32)}),
-    ),
-    "down": (  # of a group, as "dy", "x" and "dx"
-        (lambda b: b.rank > 16, {"num_warps": 8}),
-        (lambda b: b.rank > 16 and b.single, {"rows": 16}),
-        (lambda b: b.rank > 16 and b.single and not b.amd, {"depth": 64}),
-        (lambda b: b.rank <= 16 and b.halves, {"num_stages": Most(2)}),
-        (lambda b: b.rank <= 16 and b.halves and b.newest, _REGISTERS),
-    ),
-    "dy": ((lambda b: b.single, {"rows": Most(32)}),),
-    "x": (
-        (lambda b: b.wide, {"num_warps": 8}),
-        (lambda b: not b.wide and (b.drops or b.rank > (32 if b.newest else 64)), _REGISTERS),
-    ),
-    "dx": (
-        (lambda b: b.old and not b.single, _REGISTERS),
-        (lambda b: b.amd and not b.halves, {"part": 32}),
-        (lambda b: b.newest and b.drops and b.halves, {"cols": Most(64)}),
-    ),
-    "hadamard_grad": (  # on sm_89 wider ones beside halves would also take more memory than there is
-        (lambda b: (b.halves and (b.old or b.newest)) or not b.aligned, {"cols": Most(64)}),
-        (lambda b: b.single and not b.aligned, {"cols": Most(32)}),
-    ),
-    "dequantize": ((lambda b: b.newest, {"num_warps": 8}),),
-    "small_m": (
-        (lambda b: (b.halves and b.rows == 64) or (b.rank > 32 and b.rows == 32), {"depth": Most(64)}),
-        (lambda b: b.nested and b.newest, _REGISTERS),
-    ),
-    "shared_grad": (
-        (lambda b: b.drops or not b.aligned, _REGISTERS),
-        (lambda b: (b.drops or b.halves or not b.aligned) and b.old and b.rows > 16, {"cols": 32}),
-    ),
-}
-"""By kernel: where a configuration would spill, and what is changed in it then, by every rule that holds. `part`: the
-columns of a part of a tile. Every change was found by compiling (`tools.aot`)."""
-
-
-def fitted(
-    kernel: str,
-    config: dict[str, int],
-    arch: str,
-    dtype: torch.dtype,
-    rank: int = 0,
-    *,
-    halves: bool = False,
-    drops: bool = False,
-    aligned: bool = True,
-    nested: bool = False,
-) -> dict[str, int]:
-    """The configuration of a kernel of `RULES` beside operands that would make it spill: see `Beside`."""
-    beside = Beside(arch, dtype, rank, halves, drops, aligned, nested, config["rows"])
-    for holds, change in RULES[kernel]:
-        if holds(beside):
-            for name, value in change.items():
-                if name == "part":
-                    config = config | {"parts": max(1, config["cols"] // value)}
-                elif name != "maxnreg" or arch.startswith("sm_"):
-                    config = config | {name: min(value, config[name]) if isinstance(value, Most) else value}
-    return config
+def shared_grad(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
+    """Blocks of `_shared_grad_kernel`: of the rank, columns (a multiple of 8, as the dropout mask wants), tokens."""
+    tall = block_r(shape.r, 64)
+    if dtype == torch.float32:  # products on the ordinary units hold their operands in registers
+        warps = 8 if tall > 16 and arch in OLD else 4  # what does not spill
+        return {"rows": tall, "cols": 32 if tall > 16 else 64, "depth": 32, "num_warps": warps, "num_stages": 2}
+    return {"rows": tall, "cols": 64, "depth": 64, "num_warps": 4, "num_stages": 2 if arch.startswith("gfx") else 3}
 
 
 def bands(arch: str, rows: int, block: int, depth: int, step: int, most: int = MAX_BANDS) -> tuple[int, int]:
@@ -380,24 +340,6 @@ def bands(arch: str, rows: int, block: int, depth: int, step: int, most: int = M
     return max(1, _ceil(depth, width)), width
 
 
-def narrow(config: dict[str, int]) -> dict[str, int]:
-    """A large product's tile of at most 128 columns, where what is done to a wider one would spill."""
-    return config | {"cols": 128, "parts": 2} if config["cols"] > 128 else config
-
-
-def beside_pairs(config: dict[str, int], arch: str) -> dict[str, int]:
-    """A large product's tile beside two pairs of factors, in bands or multiplied as halves: what does not spill."""
-    if arch != "sm_90":
-        return narrow(config)
-    cols = min(128, config["cols"])
-    return config | {"rows": min(64, config["rows"]), "cols": cols, "parts": max(1, cols // 32), "num_warps": 8}
-
-
-def all_registers(config: dict[str, int], arch: str) -> dict[str, int]:
-    """The configuration, with all the registers that a thread may have."""
-    return config | _REGISTERS if arch.startswith("sm_") else config
-
-
 def row_splits(rows: int, blocks: int, block: int) -> int:
     """Into how many parts a sum over `rows` is split so that about 256 programs run, each with work to do."""
     return max(1, min(256 // max(1, blocks), _ceil(rows, 4 * block)))
@@ -406,25 +348,76 @@ def row_splits(rows: int, blocks: int, block: int) -> int:
 def _interpreted(kernel: str) -> dict[str, int]:
     """Small blocks for the interpreter; the large products take descriptors there where the operands allow it."""
     config = {"rows": 32, "cols": 32, "depth": 32, "num_warps": 4, "num_stages": 1}
-    if kernel == "finish":
-        config["tokens"] = 32
-    if kernel in ("fwd", "dx"):
-        config |= {"tma": True, "persistent": True, "parts": 2}
-    return config
+    return config | _INTERPRETED.get(kernel, {})
 
 
 def _ceil(size: int, block: int) -> int:
     return -(-size // block)
 
 
-KERNELS: dict[str, Callable[[str, torch.dtype, Shape], dict[str, int]]] = {
-    "fwd": lambda arch, dtype, shape: large_product(arch, dtype, shape.m, shape.n),
-    "dx": lambda arch, dtype, shape: large_product(arch, dtype, shape.m, shape.k),
-    "prepare": into_rank, "added_terms": added_terms, "dy": dy_pass, "dy_mixed": dy_mixed_pass, "x": x_pass,
-    "hadamard_grad": hadamard_grad, "finish": finish, "weight": weight_pass, "dequantize": dequantize,
+_INTERPRETED: dict[str, dict[str, int]] = {
+    "fwd": {"tma": True, "persistent": True, "parts": 2}, "dx": {"tma": True, "persistent": True, "parts": 2},
+    "finish": {"tokens": 32}, "small_m": {"depth": 64}, "shared_grad": {"rows": 16},
 }  # fmt: skip
-"""(arch, dtype, shape) → the configuration of a kernel; "weight" serves W_eff, U and W·c, "dy_mixed" a read of dy and
-of a y that holds more than Z."""
+"""In the interpreter, what is there beside the blocks that all kernels have, or another."""
 
-TUNED = ("fwd", "dx", "prepare", "added_terms", "dy", "x", "hadamard_grad")
-"""The kernels that are measured, of which a table may have a row; the others take no time worth it."""
+Chosen = Callable[[str, torch.dtype, Shape], dict[str, int]]
+"""(arch, dtype, shape) → a configuration."""
+
+
+class Kernel(NamedTuple):
+    """Kernels that are launched by one configuration.
+
+    Attributes:
+        default: it, where nothing was measured.
+        names: of the kernels.
+        waits: for what: "products", whose instructions must come in batches; or "memory", from which it reads x, dy or
+            W once from end to end, sixteen bytes at a time where rows begin at multiples of them; "": for neither.
+        multiplies: every form that has ranks has a product; the others may only read and add.
+        tuned: whether it is measured, and a table may have rows of it; else it takes no time worth that.
+    """
+
+    default: Chosen
+    names: tuple[str, ...] = ()
+    waits: str = ""
+    multiplies: bool = False
+    tuned: bool = False
+
+
+KERNELS: dict[str, Kernel] = {
+    "fwd": Kernel(
+        lambda arch, dtype, shape: large_product(arch, dtype, shape.m, shape.n),
+        ("_glora_fwd_kernel", "_grouped_fwd_kernel"), "products", True, tuned=True,
+    ),
+    "dx": Kernel(
+        lambda arch, dtype, shape: large_product(arch, dtype, shape.m, shape.k),
+        ("_glora_dx_kernel", "_grouped_dx_kernel"), "products", True, tuned=True,
+    ),
+    "prepare": Kernel(into_rank, ("_prepare_kernel", "_grouped_down_kernel"), "memory", True, tuned=True),
+    "added_terms": Kernel(added_terms, ("_added_terms_kernel",), multiplies=True, tuned=True),
+    "dy": Kernel(dy_pass, ("_dy_kernel", "_grouped_dy_kernel"), "memory", tuned=True),
+    "dy_mixed": Kernel(dy_mixed_pass),  # the first of those, where it also reads a y that holds more than Z
+    "x": Kernel(x_pass, ("_x_kernel", "_grouped_x_kernel"), "memory", True, tuned=True),
+    "hadamard_grad": Kernel(hadamard_grad, ("_hadamard_grad_kernel",), "products", True, tuned=True),
+    "finish": Kernel(finish, ("_finish_kernel",)),
+    "weight": Kernel(weight_pass, ("_wc_kernel", "_wc_grad_kernel", "_c_grad_kernel")),  # and W_eff, U in "prepare"
+    "dequantize": Kernel(dequantize, ("_dequantize_kernel", "_dequantize_adapted_kernel")),
+    "small_m": Kernel(small_m, ("_small_m_kernel",), tuned=True),
+    "shared_grad": Kernel(shared_grad, ("_shared_grad_kernel",), multiplies=True),
+}  # fmt: skip
+"""All that `tables.choose` has a configuration of, on Triton's side."""
+
+CSRC: dict[str, Chosen] = {
+    "small_m csrc": functools.partial(csrc_small_m, sums=False),
+    "small_m csrc sums": functools.partial(csrc_small_m, sums=True),
+}
+"""The same of csrc: its kernels that have anything to choose."""
+
+TUNED = tuple(name for name, kernel in KERNELS.items() if kernel.tuned)
+
+_KEYS = {name: key for key, kernel in KERNELS.items() for name in kernel.names}
+
+
+def key_of(kernel: str) -> str:
+    """The key in `KERNELS` of a kernel's name; "" where it has nothing to choose."""
+    return _KEYS.get(kernel, "")

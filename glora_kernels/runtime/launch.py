@@ -210,23 +210,23 @@ def pair(up: Tensor | None, down: Tensor | None) -> Pair | None:
     return None if up is None or down is None else Pair(matrix(up), matrix(down))
 
 
-def descriptor(tensor: Tensor, tall: int, wide: int) -> Any | None:
-    """A descriptor of (tall, wide) blocks of a matrix whose rows are contiguous, or None where TMA cannot read it.
-
-    TMA wants a base and row stride in multiples of 16 bytes, and counts rows and columns in 32 bits.
-    """
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    count, size = rows(tensor), tensor.dtype.itemsize
-    fits = (
+def can_describe(tensor: Tensor) -> bool:
+    """Whether TMA can read a matrix: base and row stride are multiples of 16 bytes, rows contiguous, sizes 32 bits."""
+    return (
         min(tensor.shape) > 0
         and max(tensor.shape) < 2**31
         and tensor.stride(1) == 1
-        and tensor.stride(0) * size % 16 == 0
+        and tensor.stride(0) * tensor.dtype.itemsize % 16 == 0
         and tensor.stride(0) >= tensor.shape[1]
         and tensor.data_ptr() % 16 == 0
     )
-    return TensorDescriptor(tensor, [count, tensor.shape[1]], list(tensor.stride()), [tall, wide]) if fits else None
+
+
+def descriptor(tensor: Tensor, tall: int, wide: int) -> Any:
+    """A descriptor of (tall, wide) blocks of a matrix that TMA can read (`can_describe`)."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(tensor, [rows(tensor), tensor.shape[1]], list(tensor.stride()), [tall, wide])
 
 
 class Dropout(NamedTuple):

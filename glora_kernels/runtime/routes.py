@@ -10,6 +10,7 @@ import torch
 
 from glora_kernels.runtime import environment, extension, tables
 from glora_kernels.runtime.configs import Shape
+from glora_kernels.runtime.planning import is_planning
 
 Backend = Literal["auto", "eager", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -70,7 +71,7 @@ def route(device_type: str, dtype: torch.dtype, four_bit: bool = False) -> str:
         return "auto" if four_bit and path == "triton" else path
     if choice == "cuda":
         _check_extension(device_type, four_bit)
-    elif device_type != "cuda" and not (device_type == "cpu" and environment.interpreting()):
+    elif not can_launch(device_type):
         raise RuntimeError(
             f"backend('triton') needs a GPU, got tensors on {device_type!r}; on a CPU it runs in Triton's interpreter "
             "only: set TRITON_INTERPRET=1 before Python starts"
@@ -81,12 +82,24 @@ def route(device_type: str, dtype: torch.dtype, four_bit: bool = False) -> str:
     return choice
 
 
+def can_launch(device_type: str) -> bool:
+    """Whether Triton's kernels can take tensors of a device: a GPU's, a CPU's in the interpreter, planned ones."""
+    return _is_a_card(device_type) or (device_type == "cpu" and environment.interpreting())
+
+
+def _is_a_card(device_type: str) -> bool:
+    """Whether tensors are on a GPU, or are those of a call that is planned for one that need not be here."""
+    return device_type == "cuda" or (device_type == "meta" and is_planning())
+
+
 def _check_extension(device_type: str, four_bit: bool) -> None:
     if not four_bit:
         raise RuntimeError(
             "backend('cuda') was asked for, but the CUDA extension serves no layer with a dense base; "
             "use backend('triton'), 'eager' or 'auto'"
         )
+    if device_type == "meta" and is_planning():
+        return
     if (reason := extension.why_missing()) is not None:
         raise RuntimeError(f"backend('cuda'): {reason}")
     if device_type != "cuda":
@@ -97,7 +110,7 @@ def _check_extension(device_type: str, four_bit: bool) -> None:
 
 def explain(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     """What "auto" does with a layer of this device and dtype, and why."""
-    if device_type != "cuda":
+    if not _is_a_card(device_type):
         return "eager", f"no Triton code for {device_type!r} devices: the factored path in plain PyTorch"
     if dtype not in TRITON_DTYPES:
         name = str(dtype).removeprefix("torch.")
@@ -123,5 +136,6 @@ def product_route(
     which the library's route would cost one more launch a pass.
     """
     what = f"route {'dx' if backward else 'fwd'}{' scaled' * scales}"
-    route, source = tables.explain(what, arch, dtype, shape, weight_dtype)
-    return "fused" if builds and source == "cost model" else str(route)
+    asked = what, arch, dtype, shape, weight_dtype
+    route = str(tables.choose(*asked))
+    return "fused" if builds and tables.explain(*asked)[1] == "cost model" else route

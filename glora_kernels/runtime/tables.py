@@ -87,12 +87,13 @@ class Source(NamedTuple):
 
 
 class _State:
-    """What `using` sets."""
+    """What `using` and `watching` set."""
 
     table: Table | None = None
     forced: Mapping[str, Any] = {}
     only: bool = False
     version: int = 0
+    watcher: Callable[[str, Shape, Any, str], None] | None = None
 
 
 _warned: set[str] = set()
@@ -126,7 +127,8 @@ def explain(
         backward, scales = what.startswith("route dx"), what.endswith("scaled")
         predicted = cost.predict(arch, dtype, shape, backward=backward, scales=scales)
         return min(predicted, key=predicted.__getitem__), "cost model"
-    _warn_of(arch)
+    if what in configs.KERNELS:  # csrc has one code for all that it runs on
+        _warn_of(arch)
     return configs.default(what, arch, dtype, shape, weight_dtype), "default"
 
 
@@ -138,7 +140,7 @@ def choose(
     weight_dtype: torch.dtype | None = None,
     among: tuple[str, ...] | None = None,
 ) -> Any:
-    """The configuration of a kernel of `configs.KERNELS`, or one of the names of `NAMED`; shared: do not change it.
+    """The configuration of a kernel of `configs.KERNELS` or `CSRC`, or a name of `NAMED`; shared: do not change it.
 
     Args:
         what: the kernel, or a key of `NAMED`.
@@ -151,7 +153,20 @@ def choose(
     Warns:
         UserWarning: once an architecture, where there are neither tables nor configurations made for it.
     """
-    return explain(what, arch, dtype, shape, weight_dtype, among)[0]
+    choice, source = explain(what, arch, dtype, shape, weight_dtype, among)
+    if _State.watcher is not None:
+        _State.watcher(what, shape, choice, source)
+    return choice
+
+
+@contextlib.contextmanager
+def watching(tell: Callable[[str, Shape, Any, str], None]) -> Iterator[None]:
+    """Inside, `tell` gets what is chosen, at which shape, the choice, and where it comes from. Not nested."""
+    _State.watcher = tell
+    try:
+        yield
+    finally:
+        _State.watcher = None
 
 
 def _warn_of(arch: str) -> None:

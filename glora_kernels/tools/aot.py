@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from glora_kernels.operands import Matrix
-from glora_kernels.runtime import environment, tables
+from glora_kernels.runtime import configs, environment, tables
 from glora_kernels.runtime.configs import SHARED_LIMIT
 from glora_kernels.runtime.launch import Launch
 from glora_kernels.runtime.progress import progress
@@ -41,19 +41,8 @@ MATRIX_INSTRUCTION = {
 }  # fmt: skip
 
 
-_MULTIPLYING = ("_x_kernel", "_added_terms_kernel", "_grouped_down_kernel", "_grouped_x_kernel", "_shared_grad_kernel")
-"""Kernels of which every form has a product, beside the large ones; others may only read and add."""
-
-_STREAMING = ("_prepare_kernel", "_dy_kernel", "_x_kernel", "_grouped_dy_kernel", "_grouped_x_kernel")
-"""Kernels that read x, dy or W once, from end to end: sixteen bytes at a time, where rows begin at multiples of it."""
-
 _NARROW = 4
-"""Loads of one number by a thread that such a kernel may have, of vectors."""
-
-_LARGE = (
-    "_glora_fwd_kernel", "_glora_dx_kernel", "_hadamard_grad_kernel", "_grouped_fwd_kernel", "_grouped_dx_kernel",
-)  # fmt: skip
-"""Kernels that wait for the matrix unit, so that its instructions must be issued in batches."""
+"""Loads of one number by a thread that a kernel which waits for memory may have, of vectors."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +88,15 @@ class Report:
             found.append(f"{self.shared} bytes of shared memory, over the card's {SHARED_LIMIT[self.arch]}")
         if not self.error and self.multiplies and self.dtype != "fp32" and self.matrix_count == 0:
             found.append("no matrix instruction")
-        if self.kernel in _LARGE and "HGMMA" in self.matrix_instruction and self.batch < 2:
+        if self._waits_for("products") and "HGMMA" in self.matrix_instruction and self.batch < 2:
             found.append("a wait after every wgmma")
-        if self.kernel in _STREAMING and self.even and self.narrow > _NARROW:
+        if self._waits_for("memory") and self.even and self.narrow > _NARROW:
             found.append(f"{self.narrow} loads of less than 32 bits")
         return found
+
+    def _waits_for(self, what: str) -> bool:
+        key = configs.key_of(self.kernel)
+        return bool(key) and configs.KERNELS[key].waits == what
 
 
 class Form(NamedTuple):
@@ -160,7 +153,7 @@ def is_even(args: dict[str, Any]) -> bool:
 
     Not so where U = W·A_up is made, which reads A_up across its rows.
     """
-    ranks = _ranks(args)
+    ranks = _ranks(args, "P", "R", "Rs")
     return args.get("u_ptr") is None and all(rank % 16 == 0 for rank in ranks) and all(
         value.row % 16 == 0 or value.col % 16 == 0
         for arg in args.values() for value in _flat(arg) if isinstance(value, Matrix)
@@ -169,12 +162,15 @@ def is_even(args: dict[str, Any]) -> bool:
 
 def multiplies(launch: Launch) -> bool:
     """Whether a launch has matrices to multiply; some kernels do so with factors alone, which constants have not."""
-    name, ranks = launch.kernel.__name__, _ranks(launch.args)
-    return name in _LARGE or (name in _MULTIPLYING and (any(ranks) or not ranks))
+    key, args = configs.key_of(launch.kernel.__name__), launch.args
+    if not key or not configs.KERNELS[key].multiplies:
+        return False
+    ranks = _ranks(args, "R", "Rs", *(() if args.get("weff_ptr") is not None else ("P",)))  # x meets no A of W_eff
+    return configs.KERNELS[key].waits == "products" or any(ranks) or not ranks
 
 
-def _ranks(args: dict[str, Any]) -> list[int]:
-    return [value for name in ("P", "R", "Rs") for value in _flat(args.get(name))]
+def _ranks(args: dict[str, Any], *names: str) -> list[int]:
+    return [value for name in names for value in _flat(args.get(name))]
 
 
 def _flat(value: Any) -> Iterator[Any]:
@@ -186,14 +182,28 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-def run(archs: Iterable[str], dtypes: Iterable[str], jobs: int, every: int = 1, show: bool = False) -> list[Report]:
-    """All reports, `jobs` compilations at a time."""
-    tasks = [
-        (arch, dtype, every, i)
-        for arch in archs
-        for dtype in dtypes
-        for i in range(len(forms(arch, DTYPES[dtype], every)))
-    ]
+def run(
+    archs: Iterable[str],
+    dtypes: Iterable[str],
+    jobs: int,
+    every: int = 1,
+    kernels: Collection[str] = (),
+    show: bool = False,
+) -> list[Report]:
+    """The reports of these kernels, or of all; `jobs` compilations at a time.
+
+    Raises:
+        ValueError: a kernel that none of the calls asks for.
+    """
+    tasks, asked = [], set()
+    for arch in archs:
+        for dtype in dtypes:
+            for i, form in enumerate(forms(arch, DTYPES[dtype], every)):
+                asked.add(name := form.launch.kernel.__name__)
+                if not kernels or name in kernels:
+                    tasks.append((arch, dtype, every, i))
+    if unknown := [name for name in kernels if name not in asked]:
+        raise ValueError(f"no layer asks for {unknown[0]!r}; there are {', '.join(sorted(asked))}")
     with ProcessPoolExecutor(jobs) as pool:
         found = pool.map(_task, tasks)
         return [next(found) for _ in progress(tasks, "compiled", show)]
@@ -231,16 +241,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--every", type=text.positive, default=1, metavar="N", help="one form in N of each kernel (default 1)"
     )
+    parser.add_argument(
+        "--kernel", action="append", default=[], metavar="NAME",
+        help="of this kernel alone, as _dy_kernel; repeatable (default: all)",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=text.positive, default=2, help="compilations at a time (default 2)")
     parser.add_argument("--json", type=outputs.file, help="write the reports as JSON")
     parser.add_argument("--markdown", type=outputs.file, help="write the reports as a Markdown table")
     args = parser.parse_args(argv)
-    if args.markdown and args.every > 1:
-        parser.error("--markdown is the report of every form: leave out --every")
+    if args.markdown and (args.every > 1 or args.kernel):
+        parser.error("--markdown is the report of every form: leave out --every and --kernel")
     if environment.interpreting():
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
 
-    reports = run(args.arch, args.dtype, args.jobs, args.every, show=True)
+    try:
+        reports = run(args.arch, args.dtype, args.jobs, args.every, args.kernel, show=True)
+    except ValueError as error:
+        parser.error(f"--kernel: {error}")
     if args.json:
         args.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
     if args.markdown:

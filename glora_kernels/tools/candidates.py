@@ -10,6 +10,7 @@ import torch
 from glora_kernels.four_bit.kinds import usable
 from glora_kernels.runtime import configs, tables
 from glora_kernels.runtime.configs import Shape
+from glora_kernels.runtime.tables import DEQUANTIZE, SMALL_M
 from glora_kernels.tools.trials import forms
 
 MOST = 8
@@ -39,6 +40,10 @@ VARIATIONS: dict[str, tuple[dict[str, Any], ...]] = {
         {"num_stages": 4}, {"num_stages": 2}, {"depth": 32, "num_stages": 5}, {"rows": 64, "num_warps": 4},
         {"depth": 128, "num_stages": 2},
     ),
+    "small_m": (
+        {"cols": 16}, {"cols": 32}, {"cols": 64}, {"depth": 32}, {"depth": 64}, {"depth": 128}, {"num_warps": 8},
+        {"num_warps": 2},
+    ),
 }  # fmt: skip
 """What is changed in the default of each kernel of `configs.TUNED`, the likeliest gains first."""
 
@@ -46,9 +51,16 @@ VARIATIONS: dict[str, tuple[dict[str, Any], ...]] = {
 def options(what: str, arch: str, dtype: torch.dtype, shape: Shape) -> list[Any]:
     """What is tried, the first to be compared with: configurations, or those of the names that can serve here."""
     if what not in tables.NAMED:
-        return candidates(what, arch, dtype, shape._replace(m=configs.m_class(shape.m)))
+        return candidates(what, arch, dtype, kept_for(what, shape))
     kinds = (*usable("auto", arch), "workspace")
     return [name for name in tables.NAMED[what] if name in tables.ROUTES or name in kinds]
+
+
+def kept_for(what: str, shape: Shape) -> Shape:
+    """The shape that a row is kept for: launchers ask by the class of M, but for few tokens over 4 bits."""
+    if what in (DEQUANTIZE, SMALL_M):
+        return shape
+    return shape._replace(m=configs.tokens(shape.m) if what == "small_m" else configs.m_class(shape.m))
 
 
 def candidates(kernel: str, arch: str, dtype: torch.dtype, shape: Shape) -> list[dict[str, int]]:
@@ -78,13 +90,15 @@ def candidates(kernel: str, arch: str, dtype: torch.dtype, shape: Shape) -> list
 def shared_bytes(kernel: str, config: dict[str, int], dtype: torch.dtype, shape: Shape) -> int:
     """About how much shared memory a program takes, from above: the operands' stages and what is passed through it."""
     size, stages, rank = dtype.itemsize, config["num_stages"], configs.block_r(max(1, shape.r))
-    rows, cols, depth = config["rows"], config["cols"], config.get("depth", 0)
+    rows, cols, depth = config.get("rows", 0), config["cols"], config.get("depth", 0)
     if kernel in ("fwd", "dx"):
         return stages * (rows + cols) * depth * size + (rows * cols // config["parts"] * size if config["tma"] else 0)
     if kernel == "hadamard_grad":
         return stages * (rows + cols) * depth * size + rows * cols * size
     if kernel == "dy":
         return stages * (rows + rank) * cols * size + rank * rows * size
+    if kernel == "small_m":
+        return stages * (rank * size + cols) * depth + configs.tokens(shape.m) * depth * size
     if kernel == "x":
         return stages * rows * (cols * size + 4 * rank)
     return stages * (rows + rank) * (depth if kernel == "prepare" else max(depth, cols)) * size

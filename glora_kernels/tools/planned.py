@@ -8,7 +8,7 @@ random, for what measures on them (`tools.trials`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,8 @@ from glora_kernels.glora.call import Supports
 from glora_kernels.grouped import op as grouped
 from glora_kernels.grouped.group import ABSENT
 from glora_kernels.quant import NestedState, QuantizedWeight, QuantState, quantize_weight
-from glora_kernels.runtime import program
+from glora_kernels.runtime import program, routes, tables
+from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.planning import planning
 from glora_kernels.runtime.recording import Recording
 from glora_kernels.spec import GLoRAConfig
@@ -105,7 +106,7 @@ def linear_call(layer: Linear, how: How) -> LinearCall:
     adapter = {name.lower(): tensor for name, tensor in _adapter(layer, how).items()}
     cs = [adapter.pop(name, None) for name in _C]
     s = Supports(bias=_tensor(how, layer.n, dtype=how.weight) if layer.bias else None, **adapter)
-    x, weight = _tensor(how, how.m, layer.k), _weight(layer, how)
+    x, weight = _tensor(how, how.m, layer.k), weight_of(layer, how)
     p = config.dropout if config.B == "lora" else 0.0
     settings = operator.Settings(config.scale, p, _seed(how) if p else None, config.variant)
     row = operator.row_of(
@@ -129,7 +130,7 @@ def group(layers: Sequence[Linear], how: How, frozen: int = 0) -> Planned:
     """What `ops.grouped_lora_linear` launches for layers that take one x, each a LoRA; of `frozen` ones B_up alone."""
     first, count = layers[0], len(layers)
     pairs = [_adapter(layer, how) for layer in layers]
-    weights = [_weight(layer, how) for layer in layers]
+    weights = [weight_of(layer, how) for layer in layers]
     biases = [_tensor(how, layer.n, dtype=how.weight) for layer in layers if layer.bias]
     p = first.config.dropout
     row = (
@@ -149,10 +150,47 @@ def group(layers: Sequence[Linear], how: How, frozen: int = 0) -> Planned:
     return _passes(grouped.GROUPED.prepare(row, Values(numbers, sizes), wanted), row, how)
 
 
+class Decided(NamedTuple):
+    """A choice that a call was given: before which of its steps, what for, at which shape, and what decided it."""
+
+    before: int
+    what: str
+    shape: Shape
+    choice: Any
+    source: str
+
+
+class Traced(NamedTuple):
+    """What a call of a module launches: the steps, how many of them in forward, and what was chosen for them."""
+
+    steps: list[Any]
+    forward: int
+    decided: list[Decided]
+
+
+def of_module(module: Callable[[Tensor], Any], x: Tensor, arch: str, backend: routes.Backend = "auto") -> Traced:
+    """What a module, or any function of x, launches in forward and backward: by calling it, on the meta device.
+
+    Whatever it is made of (layers of GLoRA, of PEFT, in 4 bits, fused, in contexts over depth), its operators plan for
+    the card in the place of running.
+    """
+    decided: list[Decided] = []
+    steps: list[Any]
+    with (
+        planning(arch) as steps,
+        routes.backend(backend),
+        tables.watching(lambda *found: decided.append(Decided(len(steps), *found))),
+    ):
+        ys = module(x)
+        count, ys = len(steps), [ys] if isinstance(ys, Tensor) else list(ys)
+        torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+    return Traced(steps, count, decided)
+
+
 def over_depth(layer: Linear, how: How) -> list[Any]:
     """What merging, restoring, `shift_once` and `deferred_shared_grads` launch for layers of this kind."""
     rank = layer.config.rank
-    weight, bias = _weight(layer, how), _tensor(how, layer.n) if layer.bias else None
+    weight, bias = weight_of(layer, how), _tensor(how, layer.n) if layer.bias else None
     made = Layer(weight, bias, _adapter(layer, how), layer.config.scale, layer.config.variant == "matmul")
     depth = path_of("depth", "triton")
     with planning(how.arch) as steps:
@@ -194,7 +232,8 @@ def _adapter(layer: Linear, how: How) -> dict[str, Tensor]:
     return {name: _tensor(how, *shape, dtype=layer.adapter, std=0.1) for name, shape in shapes.items()}
 
 
-def _weight(layer: Linear, how: How) -> Any:
+def weight_of(layer: Linear, how: How) -> Any:
+    """W of a layer: dense, or in 4 bits."""
     (n, k), dtype = (layer.n, layer.k), how.weight or how.dtype
     if not layer.quant_type or how.device != "meta":
         shape = (k, n) if layer.transposed else (n, k)

@@ -8,6 +8,7 @@ finds its input there.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,15 +42,13 @@ def graph_timer(contenders: Sequence[Sequence[Step]], rounds: int) -> list[list[
     for steps in contenders:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiled and warm before anything is captured
-            for step in steps:
-                step()
+            _in_turn(steps)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):
             for _ in range(_repeats(steps)):
-                for step in steps:
-                    step()
+                _in_turn(steps)
         graphs.append(graph)
     torch.cuda.synchronize()
     calls = [(graph.replay, _repeats(steps) * len(steps)) for graph, steps in zip(graphs, contenders, strict=True)]
@@ -58,15 +57,7 @@ def graph_timer(contenders: Sequence[Sequence[Step]], rounds: int) -> list[list[
 
 def event_timer(contenders: Sequence[Sequence[Step]], rounds: int) -> list[list[float]]:
     """On the current GPU, step by step as a program runs them: where the card waits for the host, that counts."""
-
-    def in_turn(steps: Sequence[Step]) -> Callable[[], None]:
-        def run() -> None:
-            for step in steps:
-                step()
-
-        return run
-
-    return _event_rounds([(in_turn(steps), len(steps)) for steps in contenders], rounds)
+    return _event_rounds([(functools.partial(_in_turn, steps), len(steps)) for steps in contenders], rounds)
 
 
 def clock_timer(contenders: Sequence[Sequence[Step]], rounds: int) -> list[list[float]]:
@@ -74,11 +65,15 @@ def clock_timer(contenders: Sequence[Sequence[Step]], rounds: int) -> list[list[
     times: list[list[float]] = [[] for _ in contenders]
     for i, counts in _turns(len(contenders), rounds, warm=1):
         begin = time.perf_counter()
-        for step in contenders[i]:
-            step()
+        _in_turn(contenders[i])
         if counts:
             times[i].append(1e3 * (time.perf_counter() - begin) / len(contenders[i]))
     return times
+
+
+def _in_turn(steps: Sequence[Step]) -> None:
+    for step in steps:
+        step()
 
 
 def _event_rounds(calls: Sequence[tuple[Callable[[], Any], int]], rounds: int) -> list[list[float]]:

@@ -15,7 +15,7 @@ from glora_kernels.four_bit import kinds as four_bit
 from glora_kernels.four_bit.served import why_not
 from glora_kernels.quant import dequantize
 from glora_kernels.reference.tolerance import allowed_error, largest_error
-from glora_kernels.runtime import environment, program, tables
+from glora_kernels.runtime import configs, environment, program, tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.program import Operands
 from glora_kernels.runtime.recording import Bound, Recording
@@ -40,11 +40,12 @@ TRIED = {
     "fwd": ("lora", "full", "vectors", "product"), "dx": ("lora", "full", "vectors", "product"),
     "prepare": ("lora", "both, dropout", "product"), "added_terms": ("lora", "full", "product"),
     "dy": ("lora", "vectors", "product"), "x": ("lora", "full", "product"),
-    "hadamard_grad": ("both", "both, dropout"),
+    "hadamard_grad": ("both", "both, dropout"), "small_m": ("lora",),
 }  # fmt: skip
 """The layers that a kernel is tried in: in the first it is timed, in all it must compile, be right and no slower."""
 
 _BACKWARD = ("dx", "dy", "x", "hadamard_grad", "route dx", "route dx scaled")
+_OVER_CODES = (DEQUANTIZE, SMALL_M, "small_m")
 _ROUTES = [name for name in NAMED if name.startswith("route")]
 _RESULTS = ("y", "h", "sigma", "u", "wc", "mask")
 
@@ -56,8 +57,7 @@ def forms(what: str) -> tuple[str, ...]:
 
 def kernel_of(step: Any) -> str:
     """What `tables.choose` calls the kernel of a launch of ours; "" of any other step."""
-    name = getattr(getattr(step, "kernel", None), "__name__", "")
-    return name.removeprefix("_").removeprefix("glora_").removesuffix("_kernel")
+    return configs.key_of(getattr(getattr(step, "kernel", None), "__name__", ""))
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Data:
     def __init__(
         self, what: str, form: str, shape: Shape, dtype: torch.dtype, device: str, arch: str, seed: int = 0
     ) -> None:
-        four_bits = what in (DEQUANTIZE, SMALL_M)
+        four_bits = what in _OVER_CODES
         self.what, self.shape, self.dtype, self.arch = what, shape, dtype, arch
         config = GLoRAConfig.from_dict(FORMS[form].to_dict() | {"rank": max(1, shape.r)})
         layer = Linear(config, shape.n, shape.k, True, quant_type="nf4" if four_bits else "", nested=four_bits)
@@ -119,11 +119,13 @@ class Data:
             ValueError: the kind of kernels that is chosen does not serve the call; the message says why.
         """
         routes = dict.fromkeys(_ROUTES, "library" if self.what == "added_terms" else "fused")
-        with tables.using(table, (routes if self.what in TRIED else {}) | {self.what: choice}):
+        few = {SMALL_M: "triton"} if self.what == "small_m" else {}
+        with tables.using(table, (routes if self.what in TRIED else {}) | few | {self.what: choice}):
             if self.what == DEQUANTIZE:
                 return self._dense(choice)
-            if self.what == SMALL_M and choice != "workspace":
-                reason = why_not(choice, self.call.x, self.call.weight, self.shape.r)
+            kind = few.get(SMALL_M, choice)
+            if self.what in (SMALL_M, "small_m") and kind != "workspace":
+                reason = why_not(kind, self.call.x, self.call.weight, self.shape.r)
                 if reason:
                     raise ValueError(reason)
             return self._bound(self._backward() if self._saved else self._forward(), choice)
@@ -228,7 +230,7 @@ def sets(what: str, shape: Shape, dtype: torch.dtype, l2_bytes: int, memory_byte
     """How many sets are rotated: what is read of all together takes twice the L2, as far as memory goes."""
     m, n, k, _ = shape
     smallest, whole = m * min(n, k) * dtype.itemsize, 3 * (m * n + m * k + n * k) * dtype.itemsize
-    if what in (DEQUANTIZE, SMALL_M):
+    if what in _OVER_CODES:
         smallest, whole = int(n * k * 0.52), 4 * n * k
     wanted = -(-2 * l2_bytes // max(1, smallest))
     return max(2, min(wanted, 16, memory_bytes // (2 * max(1, whole))))

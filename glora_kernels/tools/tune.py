@@ -22,8 +22,8 @@ from glora_kernels.runtime import configs, environment, tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.progress import note, progress
 from glora_kernels.runtime.tables import DEQUANTIZE, NAMED, SMALL_M, Row, Table
-from glora_kernels.tools import timing
-from glora_kernels.tools.candidates import options
+from glora_kernels.tools import planned, timing
+from glora_kernels.tools.candidates import kept_for, options
 from glora_kernels.tools.timing import Machine
 from glora_kernels.tools.trials import Data, forms, sets
 
@@ -68,17 +68,28 @@ class Result:
 def tasks(shapes: Sequence[Shape], kernels: Iterable[str], routes: bool, four_bit: bool) -> list[Task]:
     """What is to be measured: kernels and routes at each shape; and of each N, K and R what serves a 4-bit weight.
 
+    "small_m" is one of the latter.
+
     Raises:
         ValueError: a kernel that is not tuned.
     """
     kernels = tuple(kernels)
     if unknown := [name for name in kernels if name not in configs.TUNED]:
         raise ValueError(f"kernels must be one of {', '.join(map(repr, configs.TUNED))}; got {unknown[0]!r}")
-    found = [(kernel, shape) for shape in shapes for kernel in kernels]
+    found = [(kernel, shape) for shape in shapes for kernel in kernels if kernel != "small_m"]
     found += [(name, shape) for shape in shapes if routes for name in NAMED if name.startswith("route")]
     found += [(DEQUANTIZE, Shape(0, s.n, s.k, 0)) for s in shapes if four_bit]
     found += [(SMALL_M, s._replace(m=m)) for s in shapes if four_bit for m in TOKENS]
+    if four_bit and "small_m" in kernels:
+        found += [("small_m", kept_for("small_m", s._replace(m=m))) for s in shapes for m in TOKENS]
     return list(dict.fromkeys(found))
+
+
+def tasks_of(call: Callable[[Tensor], Any], x: Tensor, arch: str, of: Sequence[Task]) -> list[Task]:
+    """What is chosen in a call, at the shapes that it is chosen at, of what stands in other tasks (`tasks`)."""
+    kinds = {what for what, _ in of}
+    decided = planned.of_module(call, x, arch).decided
+    return list(dict.fromkeys((one.what, one.shape) for one in decided if one.what in kinds))
 
 
 def run(
@@ -165,11 +176,6 @@ def describe(outcome: Outcome) -> str:
 def text_of(choice: Any) -> str:
     """A choice as it is printed."""
     return choice if isinstance(choice, str) else " ".join(f"{name}={value}" for name, value in choice.items())
-
-
-def kept_for(what: str, shape: Shape) -> Shape:
-    """The shape that a row is kept for: launchers ask by the class of M, but for few tokens over 4 bits."""
-    return shape if what in (DEQUANTIZE, SMALL_M) else shape._replace(m=configs.m_class(shape.m))
 
 
 def measure(what: str, shape: Shape, dtype: str, machine: Machine, table: Table) -> Outcome:

@@ -95,7 +95,7 @@ def test_the_low_rank_items_cover_the_product_once(emulator, m, k, rank, sigma):
     assert float((out[:, : rank + sigma] - truth).abs().max()) <= 1e-12 * k
     assert bool((out[:, rank + sigma :] == 0).all())
     assert 1 <= items.value <= 2 * 132
-    assert slices * m * pitch <= cuda._SCRATCH_FLOATS
+    assert slices * m * pitch <= cuda.SCRATCH_FLOATS
 
 
 def test_the_chunks_of_x_spread_over_the_banks():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 LAYERS = ["LoRA", "LoRA, dropout", "A=vector B=lora C=D=E=vector", "A=B=lora", "product variant", "q/k/v fused", "NF4",
-          "decode", "decode, NF4"]  # fmt: skip
+          "decode", "decode, NF4", "PEFT, accelerated"]  # fmt: skip
 ROWS = [1, 9, 33, 300, 5000]
 
 
@@ -14,6 +14,7 @@ def asked() -> dict[str, list[list[str]]]:
     import torch
     from triton import knobs
 
+    import glora_kernels as gk
     from dry_card import forms
     from glora_kernels.runtime import environment
     from glora_kernels.runtime.launch import Launch
@@ -39,11 +40,15 @@ def asked() -> dict[str, list[list[str]]]:
                 knobs.runtime.jit_cache_hook = hook
                 (forms.step if trains else forms.forward)(module, forms.tensor(m, 4096, grad=trains))
             how = planned.How(m, torch.bfloat16, arch, training=trains, route="auto")
-            steps = planned.linear(linear, how)
+            both = planned.linear(linear, how)
             if name == "q/k/v fused":
-                steps = planned.group([linear._replace(n=n) for n in (4096, 1024, 1024)], how)
+                both = planned.group([linear._replace(n=n) for n in (4096, 1024, 1024)], how)
+            steps = [*both.forward, *both.backward]
+            if name == "PEFT, accelerated":
+                layer = gk.accelerate(forms.peft(forms.linear(device="meta")), verbose=False).base_model.model.linear
+                steps = planned.of_module(layer, forms.tensor(m, 4096, device="meta", grad=True), arch).steps
             with elsewhere.on_card(arch):
-                for step in (*steps.forward, *steps.backward):
+                for step in steps:
                     if isinstance(step, Launch):
                         found.ask(step)
         answer[name] = [sorted(real), sorted(found.found)]

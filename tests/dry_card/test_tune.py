@@ -38,7 +38,8 @@ def tuned() -> dict[str, object]:
 def test_everything_is_tried(on_card):
     found = on_card(tuned)
     assert found["failed"] == found["discarded"] == []
-    assert len(found["rows"]) == 18
+    assert len(found["rows"]) == 22
+    assert found["rows"]["small_m 16"] == ["default", "chosen"]
     assert found["rows"]["fwd 2048"] == ["default", "chosen"]
     assert found["rows"]["route dx scaled 2048"] == ["fused", "library"]
     assert found["rows"]["4-bit small_m 8"] == ["triton", "workspace"]

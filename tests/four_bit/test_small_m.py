@@ -10,10 +10,11 @@ from torch import Tensor
 
 from glora_kernels.four_bit import small_m
 from glora_kernels.four_bit.served import why_not
-from glora_kernels.four_bit.small_m import Launches, h_before, small_m_config, small_m_launch
+from glora_kernels.four_bit.small_m import Launches, h_before, small_m_launch
 from glora_kernels.operands import Shift, Terms
 from glora_kernels.quant import QuantizedWeight, dequantize, quantize_weight
 from glora_kernels.reference.tolerance import allowed_error, largest_error
+from glora_kernels.runtime import configs
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Launch
 from glora_kernels.runtime.planning import arch_of
@@ -161,7 +162,7 @@ def test_where_h_is_made():
     for name, (n, k) in {"gate": (14336, 4096), "down": (4096, 14336), "q": (4096, 4096), "k": (1024, 4096)}.items():
         for r in (16, 64):
             shape = Shape(1, n, k, r)
-            where[name, r] = h_before(shape, small_m_config("sm_90", BRAIN, shape)["cols"])
+            where[name, r] = h_before(shape, configs.default("small_m", "sm_90", BRAIN, shape)["cols"])
     assert {name for (name, r), before in where.items() if before and r == 16} == {"down"}
     assert {name for (name, r), before in where.items() if before and r == 64} >= {"gate", "down", "q"}
 
@@ -171,12 +172,12 @@ def test_configurations_fill_the_card(arch):
     for m in (1, 2, 16, 17, 64):
         for n in (1024, 4096, 14336):
             for r in (0, 16, 64):
-                config = small_m_config(arch, BRAIN, Shape(m, n, 4096, r))
-                assert config["rows"] >= m
-                assert config["rows"] == 1 or config["rows"] % 16 == 0
-                assert config["cols"] * config["depth"] <= small_m.TILE
+                config = configs.default("small_m", arch, BRAIN, Shape(m, n, 4096, r))
+                assert configs.tokens(m) >= m
+                assert configs.tokens(m) == 1 or configs.tokens(m) % 16 == 0
+                assert config["cols"] * config["depth"] <= configs.DECODED
                 assert config["depth"] % 32 == 0, "whole runs of bytes under one absmax"
-                assert config["cols"] == 16 or -(-n // config["cols"]) >= 0.9 * small_m.configs.programs(arch)
+                assert config["cols"] == 16 or -(-n // config["cols"]) >= 0.9 * configs.programs(arch)
 
 
 def test_what_is_not_served_is_named():

@@ -164,6 +164,19 @@ def test_on_a_cpu_there_is_nothing_to_compile(model, launched):
     assert launched == []
 
 
+@interpreted
+def test_linear_layers_in_4_bits_without_an_adapter(launched):
+    net = gk.quantize(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64), nn.Linear(64, 32)), target_modules=["*"])
+    net = gk.inject(net, CONFIG, target_modules=["1"])
+    lines = warmup(net, [16])
+    assert [line.split(" like (")[0] for line in lines] == ["1 layer", "2 layers"]
+    warmed = set(launched)
+    launched.clear()
+    with gk.backend("triton"):
+        net(torch.randn(16, 64, requires_grad=True)).sum().backward()
+    assert warmed == set(launched) != set()
+
+
 def test_errors(model):
     with pytest.raises(ValueError, match="no GLoRA layer"):
         gk.warmup(nn.Linear(2, 2))

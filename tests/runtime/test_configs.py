@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import triton
@@ -9,7 +11,17 @@ import triton
 from glora_kernels.operands import Constant
 from glora_kernels.runtime import configs, environment
 from glora_kernels.runtime.configs import SHARED_LIMIT
-from glora_kernels.runtime.launch import Launch, descriptor, matrix, precision, sums_of, vector, vector_stride
+from glora_kernels.runtime.launch import (
+    Launch,
+    can_describe,
+    descriptor,
+    matrix,
+    precision,
+    sums_of,
+    vector,
+    vector_stride,
+)
+from glora_kernels.runtime.spills import RULES, Beside, fitted
 from glora_kernels.tools.aot import ARCHS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -121,6 +133,28 @@ def test_absent_tensors_and_constants():
     assert vector_stride(torch.zeros(8)[::2]) == 2
 
 
+def test_rules_are_of_kernels_that_there_are():
+    source = "".join(path.read_text() for path in Path(configs.__file__).parents[1].rglob("*.py"))
+    for kernel in RULES:
+        assert f"def _{kernel}_kernel(" in source or f"def _glora_{kernel}_kernel(" in source, kernel
+        assert f'fitted("{kernel}", ' in source, kernel
+
+
+def test_what_a_rule_changes():
+    config = {"rows": 128, "cols": 256, "depth": 64, "num_warps": 8, "num_stages": 4, "parts": 4, "tma": True}
+    half, brain = torch.float16, torch.bfloat16
+    assert fitted("fwd", config, Beside("sm_90", brain)) is config
+    assert fitted("fwd", config, Beside("sm_90", brain, added=True)) == config | {"parts": 8}
+    assert fitted("fwd", config, Beside("sm_100", brain)) == config | {"maxnreg": 255}
+    pairs = Beside("sm_90", brain, pairs=True, banded=True)
+    assert fitted("fwd", config, pairs) == config | {"rows": 64, "cols": 128, "parts": 4}
+    assert fitted("fwd", config, pairs._replace(pointers=True)) is config
+    small = {"rows": 32, "cols": 64, "num_warps": 4, "num_stages": 4}
+    assert fitted("dy", small, Beside("sm_90", half, halves=True))["rows"] == 32
+    assert fitted("dy", small | {"rows": 128}, Beside("sm_90", half, halves=True)) == small | {"rows": 64, "cols": 32}
+    assert fitted("x", small, Beside("gfx942", torch.float32)) == small, "a cap of registers is NVIDIA's"
+
+
 def test_an_empty_grid_launches_nothing():
     class Kernel:
         def __getitem__(self, grid):
@@ -161,6 +195,8 @@ def test_descriptors_of_what_tma_can_read():
     found = descriptor(whole, 2, 32)
     assert (found.shape, found.strides, found.block_shape) == ([6, 64], [64, 1], [2, 32])
     assert descriptor(whole[:, :40], 2, 32).shape == [6, 40]
+    assert can_describe(whole)
+    assert can_describe(whole[:, :40])
     for not_for_tma in (whole.t(), whole[:, 1:], whole[:, ::2], torch.zeros(6, 63, dtype=torch.float16),
                         torch.zeros(64, dtype=torch.float16).expand(6, 64), whole[:0]):  # fmt: skip
-        assert descriptor(not_for_tma, 2, 32) is None
+        assert not can_describe(not_for_tma)

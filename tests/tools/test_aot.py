@@ -16,6 +16,7 @@ import pytest
 from helpers import EVERYTHING
 
 import glora_kernels
+from glora_kernels.runtime import configs
 from glora_kernels.runtime.launch import Launch
 from glora_kernels.tools import aot
 
@@ -152,6 +153,27 @@ def test_awkward_sizes_compile(arch, dtype, route):
     assert "all compiled" in done.stdout
 
 
+@pytest.mark.aot
+def test_one_kernel_alone(tmp_path):
+    options = ("--arch", "sm_90", "--dtype", "fp32", "--every", "100", "--kernel", "_finish_kernel")
+    found = reports(tmp_path, *options, "--kernel", "_wc_kernel")
+    assert {r.kernel for r in found} == {"_finish_kernel", "_wc_kernel"}
+    assert not any(r.faults for r in found)
+    done = run("-m", "glora_kernels.tools.aot", *options, "--kernel", "_mistyped_kernel")
+    assert done.returncode == 2
+    assert "no layer asks for '_mistyped_kernel'; there are _" in done.stderr
+    done = run("-m", "glora_kernels.tools.aot", *options, "--markdown", str(tmp_path / "m.md"))
+    assert done.returncode == 2
+    assert "leave out --every and --kernel" in done.stderr
+
+
+def test_every_kernel_that_is_configured_exists():
+    source = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    names = [name for kernel in configs.KERNELS.values() for name in kernel.names]
+    assert len(set(names)) == len(names)
+    assert all(f"def {name}(" in source for name in names)
+
+
 def test_refused_in_the_interpreter():
     done = run("-m", "glora_kernels.tools.aot", "--arch", "sm_90", "--dtype", "fp32", interpret="1")
     assert done.returncode == 2
@@ -211,7 +233,8 @@ def test_no_matrix_instruction_is_expected_where_there_is_no_product():
 @pytest.mark.parametrize(("kernel", "args", "multiplies"), [
     ("_glora_dx_kernel", {"P": 0, "R": 0}, True), ("_x_kernel", {"P": 0, "R": 0}, False),
     ("_x_kernel", {"P": 0, "R": 8}, True), ("_grouped_x_kernel", {"Rs": (0, 4)}, True),
-    ("_shared_grad_kernel", {}, True), ("_wc_kernel", {"R": 8}, False),
+    ("_shared_grad_kernel", {}, True), ("_wc_kernel", {"R": 8}, False), ("_merge_kernel", {"R": 8}, False),
+    ("_prepare_kernel", {"P": 8, "R": 0}, True), ("_prepare_kernel", {"P": 8, "R": 0, "weff_ptr": 1}, False),
 ])  # fmt: skip
 def test_what_multiplies(kernel, args, multiplies):
     assert aot.multiplies(Launch(types.SimpleNamespace(__name__=kernel), (1,), args)) is multiplies

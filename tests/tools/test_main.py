@@ -225,6 +225,106 @@ def test_what_a_table_says_of_4_bits_is_shown(capsys, monkeypatch):
     assert (first["kernel"], first["source"]) == ("_dequantize_kernel", "given table")
 
 
+def kernels(found):
+    return {name: [step["kernel"] for step in found[name]["steps"]] for name in ("forward", "backward")}
+
+
+def test_fused_siblings_are_shown(capsys):
+    names, found = steps(capsys, "--siblings", "1024", "1024")
+    assert names["forward"] == ["_grouped_fwd_kernel"]
+    assert names["backward"] == ["_grouped_dy_kernel", "_grouped_x_kernel", "_finish_kernel", "_grouped_dx_kernel"]
+    assert found["siblings"] == [1024, 1024]
+    shape = Shape(8192, 4096, 4096, 16)
+    row = tables.Row("fwd", "bf16", shape._replace(n=6144), config := configs.default("fwd", "sm_90", torch.bfloat16,
+                     shape) | {"num_stages": 3}, {"default": 2.0, "chosen": 1.0})  # fmt: skip
+    with tables.using(tables.Table("Card", "sm_90", "2", "3", "today", (row,))):
+        _, found = steps(capsys, "--siblings", "1024", "1024")
+    first = found["forward"]["steps"][0]
+    assert (first["source"], first["stages"]) == ("given table", config["num_stages"])
+    assert "N=4096, 1024, 1024, K=4096" in out(capsys, *LAYER, "--siblings", "1024", "1024")
+    assert "grouped/triton.py" in found["backward"]["through"]
+
+
+def test_layers_that_share_factors_are_shown(capsys):
+    names, _ = steps(capsys, "--share", "A", "--case", "glora:none,lora,vector,none,vector")
+    assert names["forward"] == ["_shift_kernel", *["_prepare_kernel", "_glora_fwd_kernel"] * 2]
+    assert names["backward"][-2:] == ["_shared_grad_kernel", "_shift_grad_kernel"]
+    assert "_x_kernel" not in names["backward"], "dB_down is made over depth"
+    assert "two layers, share=AB: M=8192" in out(capsys, *LAYER, "--share", "AB")
+
+
+OWN = """
+import torch
+from torch import nn
+import glora_kernels as gk
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4096, 4096, bias=False, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        return self.linear(x)
+
+def x(dtype=torch.bfloat16):
+    return torch.empty(8, 16, 4096, dtype=dtype)
+
+def peft():
+    from peft import LoraConfig, get_peft_model
+    return gk.accelerate(get_peft_model(Model(), LoraConfig(r=16, target_modules=["linear"])), verbose=False), x()
+
+def double():
+    return Model(), x(torch.float64)
+
+def group():
+    return gk.GroupedLoRALinear(4096, (4096, 1024), gk.GLoRAConfig.lora(16), dtype=torch.bfloat16), x()
+
+def nothing():
+    return None
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_module.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_module", raising=False)
+
+
+def test_a_module_of_ones_own_is_shown(own, capsys):
+    args = ["info", "--arch", "sm_90", "--json", "--module"]
+    found = json.loads(out(capsys, *args, "own_module:peft"))
+    assert kernels(found)["forward"] == ["_prepare_kernel", "_glora_fwd_kernel"]
+    assert kernels(found)["backward"] == ["_dy_kernel", "_x_kernel", "_finish_kernel", "_glora_dx_kernel"]
+    assert found["forward"]["steps"][0]["warps"] == 8, "PEFT's adapter is in fp32"
+    assert kernels(json.loads(out(capsys, *args, "own_module:group")))["forward"] == ["_grouped_fwd_kernel"]
+    assert "own_module:group: x (8, 16, 4096), bfloat16, in training on sm_90" in out(capsys, *args[:3], *args[4:],
+                                                                                     "own_module:group")  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("own_module:nothing", "must return a module and its input on the meta device, got NoneType"),
+    ("own_module:double", "the input must be float32, float16 or bfloat16, got torch.float64"),
+    ("own_module:absent", "has no attribute 'absent'"), ("no_such_module:f", "No module named"),
+    ("own_module", "must be package.module:function"),
+])  # fmt: skip
+@pytest.mark.parametrize("command", ["info", "tune"])
+def test_a_module_that_there_is_not(own, command, name, message, capsys):
+    assert main([command, "--module", name]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tune_takes_the_shapes_that_a_module_asks_for(own, capsys):
+    text = out(capsys, "tune", "--module", "own_module:group", "--list", "--arch", "sm_90")
+    assert "on sm_90, bf16" in text
+    assert "M=512 N=5120 K=4096 R=16" in text, "the product of the group"
+    assert re.search(r"^fwd +rows=", text, re.M)
+    assert "route" not in text, "a group has one way"
+    text = out(capsys, "tune", "--module", "own_module:peft", "--list", "--arch", "sm_90", "--kernels", "x", "routes")
+    assert re.findall(r"^(route \w+) +512 +4096 +4096 +16 ", text, re.M) == ["route fwd", "route dx"]
+    assert not re.search(r"^fwd ", text, re.M)
+
+
 def test_other_cards_and_sizes(capsys):
     text = out(capsys, "info", "--layer", "48x4096x4097", "--arch", "sm_80", "--dtype", "fp16", "--dropout", "0.1")
     assert "tma" not in text
@@ -244,6 +344,9 @@ def test_other_cards_and_sizes(capsys):
         (["--dropout", "1.5"], "dropout must be a number"),
         (["--rank", "300"], "rank of up to 256"),
         (["--backend", "cuda"], "--backend cuda chooses the kernels of a 4-bit weight: give --four-bit too"),
+        (["--siblings", "64", "--share", "A"], "give one of them"),
+        (["--siblings", "64", "--case", "glora:vector,lora,none,none,none"], "no GLoRA layers to fuse"),
+        (["--share", "A", "--case", "glora:none,vector,none,none,none"], "--share shares the factors of B = lora"),
     ],
 )
 def test_a_layer_that_there_is_not(args, message, capsys):

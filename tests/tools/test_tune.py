@@ -137,6 +137,8 @@ def test_a_row_is_near_what_launchers_ask_for(m):
         row = Row(what, "bf16", tune.kept_for(what, asked._replace(m=m)), "fused", {"fused": 1.0})
         assert tables.nearest([row], asked) is row
     assert tune.kept_for(SMALL_M, asked._replace(m=8)).m == 8
+    few = Row("small_m", "bf16", tune.kept_for("small_m", asked._replace(m=8)), {}, {"default": 1.0})
+    assert tables.nearest([few], asked._replace(m=configs.tokens(5))) is few
 
 
 def test_what_counts_as_different():
@@ -534,7 +536,7 @@ def test_tuning_on_a_card(tmp_path):
     assert result.failed == []
     found = tables.read(path)
     assert (found.device, found.arch) == (card.name, card.arch)
-    assert len(found.rows) + len(result.left) == len(what) == len(configs.TUNED) + 11
+    assert len(found.rows) + len(result.left) == len(what) == len(configs.TUNED) + 14
     for row in found.rows:
         if row.what in (DEQUANTIZE, SMALL_M):
             assert "triton" in row.ms, row

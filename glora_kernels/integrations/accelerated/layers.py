@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from glora_kernels.integrations import bases
 from glora_kernels.integrations.bases import HOOKED, IDLE, ON_META, is_plain, peft_linear, tensor_of
 from glora_kernels.nn.adapted import ABSENT, Frozen, Operands
+from glora_kernels.runtime.planning import is_planning
 from glora_kernels.spec import SUPPORTS
 
 VARIANT = "a variant of LoRA"
@@ -196,7 +197,7 @@ class LoraOperands(Accelerated):
         b_down, b_up, bias = tensor_of(down, "weight"), tensor_of(up, "weight"), tensor_of(up, "bias")
         if b_down is None or b_up is None or tensor_of(down, "bias") is not None:
             return FOREIGN
-        if b_up.is_meta or b_down.is_meta:
+        if (b_up.is_meta or b_down.is_meta) and not is_planning():
             return ON_META
         compiling = torch.compiler.is_compiling()
         scale: float | Tensor = self._glora_scales[name].reshape(()) if compiling else self.scaling[name]
@@ -221,7 +222,7 @@ class HiraOperands(Accelerated):
         if p != 0.0:
             return p if isinstance(p, str) else INPUT_DROPOUT
         up, down = self.hira_B[name], self.hira_A[name]
-        if up.is_meta or down.is_meta:
+        if (up.is_meta or down.is_meta) and not is_planning():
             return ON_META
         return Operands({**ABSENT, "A_up": up, "A_down": down})
 
@@ -260,7 +261,7 @@ class Glora(Accelerated, GloraLinear):
                 tensors[letter] = path.X
             elif kind is not GloraEmptyPath:
                 return FOREIGN
-        if any(tensor is not None and tensor.is_meta for tensor in tensors.values()):
+        if any(tensor is not None and tensor.is_meta for tensor in tensors.values()) and not is_planning():
             return ON_META
         return Operands(tensors)
 

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from glora_kernels.runtime import environment, extension, routes, tables
-from glora_kernels.spec import GLoRAConfig
+from glora_kernels.spec import SHARED_FACTORS, GLoRAConfig
 from glora_kernels.tools.commands import text
-from glora_kernels.tools.commands.layer import plan
-from glora_kernels.tools.planned import How, Linear
+from glora_kernels.tools.commands.layer import Call, base, called, fused, plan, shared
 
 HELP = "versions, devices, tables and routes; with --layer, which kernels serve a layer, and how they are launched"
 PACKAGES = ("glora_kernels", "torch", "triton", "safetensors", "peft", "transformers", "bitsandbytes")
@@ -27,7 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer", type=text.sizes, metavar="MxNxK",
         help="tokens x out_features x in_features: print the steps of this layer's forward and backward",
     )  # fmt: skip
+    parser.add_argument(
+        "--module", metavar="NAME:FUNCTION",
+        help="the same of a module of your own: FUNCTION of the Python module NAME is called with the meta device as "
+        "default, and returns it and its input (a layer of PEFT after accelerate(), say)",
+    )  # fmt: skip
     text.add_case(parser)
+    parser.add_argument(
+        "--siblings", type=text.positive, nargs="+", default=[], metavar="N",
+        help="with --layer: more layers that take its x, by their out_features, fused with it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--share", choices=tuple(SHARED_FACTORS),
+        help="with --layer: two such layers, which share factors, inside shift_once and deferred_shared_grads",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=tables.DTYPES, default="bf16", help="of the layer and x (default: bf16)")
     parser.add_argument("--four-bit", choices=QUANT_TYPES, help="with --layer: the base is held in 4 bits")
     parser.add_argument(
@@ -40,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.layer is not None:
+    if args.layer is not None or args.module is not None:
         return _layer(args)
     pairs = {"versions": _versions(), "devices": _devices(), "built": _built()}
     rows = {"tables": _tables(), "routes": _routes(), "layers": _layers()}
@@ -61,33 +74,62 @@ def run(args: argparse.Namespace) -> int:
 def _layer(args: argparse.Namespace) -> int:
     if not environment.has_triton():
         return text.refused("info --layer plans Triton launches, and the triton package is not installed")
-    m, n, k = args.layer
     arch = args.arch or text.this_arch()
     try:
-        config = text.case(args)
-        if args.backend != "auto" and args.four_bit is None:
-            raise ValueError(f"--backend {args.backend} chooses the kernels of a 4-bit weight: give --four-bit too")
-        layer = Linear(config, n, k, args.bias, quant_type=args.four_bit or "")
-        route = args.backend if args.four_bit else "triton"
-        plans = plan(layer, How(m, tables.DTYPES[args.dtype], arch, route=route))
+        title, head, model, x = _own_module(args) if args.module else _asked_for(args)
+        plans = plan(model, x.requires_grad_(), arch, args.backend)
     except (ValueError, RuntimeError) as error:
-        return text.refused(f"info --layer: {error}")
+        return text.refused(f"info --{'module' if args.module else 'layer'}: {error}")
     if args.json:
-        head = {"m": m, "n": n, "k": k, "arch": arch, "dtype": args.dtype, "config": config.to_dict()}
         passes = {
             name: asdict(p) | {"steps": [step._asdict() for step in p.steps], "launches": p.launches}
             for name, p in plans.items()
         }
-        print(json.dumps(head | {"four_bit": args.four_bit} | passes, indent=1))
+        print(json.dumps(head | {"arch": arch} | passes, indent=1))
         return 0
-    title = _title(config, args.bias) + (f", {args.four_bit} base" if args.four_bit else "")
-    print(f"{title}: M={m} tokens, N={n}, K={k}, {args.dtype}, in training on {arch}\n")
+    print(f"{title}, in training on {arch}\n")
     columns = ["", "kernel", "file", "grid", "blocks", "warps", "stages", "how", "configuration"]
     for name, p in plans.items():
         print(f"{name}: {p.count()}; route {p.route} ({p.decided_by})")
-        print(f"nn.GLoRALinear -> {p.through} -> the file of each kernel")
+        print(f"{'the module' if args.module else 'nn.GLoRALinear'} -> {p.through} -> the file of each kernel")
         print(text.table(columns, [(i, *(cell or "" for cell in step)) for i, step in enumerate(p.steps, start=1)]))
     return 0
+
+
+_Asked = tuple[str, dict[str, object], Call, Tensor]
+"""What is called: in words, for JSON, itself, and its input."""
+
+
+def _own_module(args: argparse.Namespace) -> _Asked:
+    model, x = called(args.module)
+    return (
+        f"{args.module}: x {tuple(x.shape)}, {str(x.dtype).removeprefix('torch.')}",
+        {"module": args.module},
+        model,
+        x,
+    )
+
+
+def _asked_for(args: argparse.Namespace) -> _Asked:
+    config, (m, n, k), dtype = text.case(args), args.layer, tables.DTYPES[args.dtype]
+    if args.backend != "auto" and args.four_bit is None:
+        raise ValueError(f"--backend {args.backend} chooses the kernels of a 4-bit weight: give --four-bit too")
+    if args.siblings and args.share:
+        raise ValueError("--siblings are fused layers of one block, --share is over depth: give one of them")
+    sizes = [n, n] if args.share else [n, *args.siblings]
+    bases = [base(size, k, dtype, args.bias, args.four_bit) for size in sizes]
+    model = shared(bases, config, args.share) if args.share else fused(bases, config)
+    title = _title(config, args.bias) + (f", {args.four_bit} base" if args.four_bit else "")
+    title += f", two layers, share={args.share}" if args.share else ""
+    title += f": M={m} tokens, N={', '.join(map(str, sizes[: 1 if args.share else None]))}, K={k}, {args.dtype}"
+    head = {"m": m, "n": n, "k": k, "dtype": args.dtype, "config": config.to_dict(), "four_bit": args.four_bit}
+    more = {"siblings": args.siblings, "share": args.share}
+    return (
+        title,
+        head | {name: value for name, value in more.items() if value},
+        model,
+        torch.empty(m, k, dtype=dtype, device="meta"),
+    )
 
 
 def _title(config: GLoRAConfig, bias: bool) -> str:

@@ -1,25 +1,31 @@
-"""Which kernels serve one layer: its steps, planned for a card that need not be here."""
+"""Which kernels serve a layer, or several that are used together: they are called for a card that need not be here."""
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor, nn
+
 import glora_kernels
 from glora_kernels.dispatch.common import path_of
-from glora_kernels.four_bit import kinds as four_bit
 from glora_kernels.four_bit.cuda import CudaLaunch
-from glora_kernels.runtime import configs, tables
-from glora_kernels.runtime.configs import Shape
+from glora_kernels.nn import GLoRALinear, QuantizedLinear, deferred_shared_grads, fuse_siblings, inject, shift_once
+from glora_kernels.runtime import configs
 from glora_kernels.runtime.launch import Launch, LibraryProduct
-from glora_kernels.runtime.sizes import Rows, at
+from glora_kernels.runtime.routes import TRITON_DTYPES, Backend
 from glora_kernels.runtime.tables import DEQUANTIZE, SMALL_M
+from glora_kernels.spec import GLoRAConfig, Share, ShareLoRAConfig
 from glora_kernels.tools import planned
-from glora_kernels.tools.planned import How, Linear
-from glora_kernels.tools.trials import kernel_of
+from glora_kernels.tools.planned import Decided, How, Linear
+
+Call = Callable[[Tensor], Any]
+"""A module, or any function of x."""
 
 
 class Step(NamedTuple):
@@ -55,63 +61,129 @@ class Plan:
         return text + (f", {products} library product{'' if products == 1 else 's'}" if products else "")
 
 
-def plan(layer: Linear, how: How) -> dict[str, Plan]:
-    """The steps of "forward" and "backward" of a call, with what decided each."""
-    config, path = layer.config, path_of("glora", "triton")
-    pair, scales = config.variant == "matmul" and config.A == "lora", config.A in ("vector", "constant")
-    shape = Shape(how.m, layer.n, layer.k, config.rank if pair or config.B == "lora" else 0)
-    found = {}
-    for name, steps in planned.linear(layer, how)._asdict().items():
-        shown = [_step(step, shape, how) for step in steps]
-        route = "library" if any(isinstance(step, LibraryProduct) for step in steps) else "fused"
-        what = f"route {'dx' if name == 'backward' else 'fwd'}{' scaled' * scales}"
-        decided = tables.explain(what, how.arch, how.dtype, shape)[1]
-        if few := [step for step in shown if _four_bit(step.kernel) == SMALL_M]:
-            route, decided = "few tokens", few[0].source
-        found[name] = Plan(shown, _where(getattr(path, name)), route, decided)
+class Together(nn.Module):
+    """Layers that take one x."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self.layers]
+
+
+def base(n: int, k: int, dtype: torch.dtype, bias: bool, four_bit: str | None) -> nn.Module:
+    """A frozen linear layer without numbers, dense or in 4 bits."""
+    linear = nn.Linear(k, n, bias, device="meta", dtype=dtype)
+    if four_bit is None:
+        return linear
+    codes = planned.weight_of(Linear(GLoRAConfig.lora(1), n, k, quant_type=four_bit), How(1, dtype, ""))
+    return QuantizedLinear(codes, linear.bias)
+
+
+def fused(bases: Sequence[nn.Module], config: GLoRAConfig) -> nn.Module:
+    """GLoRA layers over bases, those of one x fused.
+
+    Raises:
+        ValueError: they are not of a kind that is.
+    """
+    layers = [GLoRALinear.from_linear(each, config) for each in bases]
+    if len(layers) == 1:
+        return layers[0]
+    model = Together(layers)
+    fuse_siblings(model, [[f"layers.{i}" for i in range(len(layers))]])
+    return model
+
+
+def shared(bases: Sequence[nn.Module], config: GLoRAConfig, share: Share) -> Call:
+    """Layers that share factors over depth, inside `shift_once` and `deferred_shared_grads`.
+
+    Raises:
+        ValueError: a configuration that ShareLoRA has not.
+    """
+    if config.B != "lora" or config.variant != "hadamard":
+        raise ValueError("--share shares the factors of B = lora, without --variant")
+    own = {name: getattr(config, name) for name in ("rank", "alpha", "dropout", "A", "C", "D", "E")}
+    model = inject(Together(bases), ShareLoRAConfig(share=share, **own), target_modules=["layers.*"])
+
+    def call(x: Tensor) -> Any:
+        with shift_once(model), deferred_shared_grads(model):
+            return model(x)
+
+    return call
+
+
+def called(name: str) -> tuple[nn.Module, Tensor]:
+    """A module and its input, as the function of this name ("package.module:function") makes them on the meta device.
+
+    Raises:
+        ValueError: there is no such function, or it makes something else.
+    """
+    module, _, function = name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--module must be package.module:function, got {name!r}: {error}") from error
+    with torch.device("meta"):
+        found = make()
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Tensor) and found[1].is_meta):
+        raise ValueError(f"{name} must return a module and its input on the meta device, got {type(found).__name__}")
+    if found[1].dtype not in TRITON_DTYPES:
+        raise ValueError(f"{name}: the input must be float32, float16 or bfloat16, got {found[1].dtype}")
     return found
 
 
-def _step(step: Launch | CudaLaunch | LibraryProduct, shape: Shape, how: How) -> Step:
+def plan(call: Call, x: Tensor, arch: str, backend: Backend = "auto") -> dict[str, Plan]:
+    """The steps of "forward" and "backward" of a call, with what decided each."""
+    steps, count, decided = planned.of_module(call, x, arch, backend)
+    shown = [_step(step, [one for one in decided if one.before <= i]) for i, step in enumerate(steps)]
+    parts = {"forward": range(count), "backward": range(count, len(steps))}
+    return {name: _plan(name, [shown[i] for i in part], decided, part) for name, part in parts.items()}
+
+
+def _plan(name: str, steps: list[Step], decided: Sequence[Decided], part: range) -> Plan:
+    slice_ = "grouped" if any("_grouped_" in step.kernel for step in steps) else "glora"
+    through = _where(getattr(path_of(slice_, "triton"), name))
+    if few := [step for step in steps if _four_bit(step.kernel) == SMALL_M]:
+        return Plan(steps, through, "few tokens", few[0].source)
+    routes = [one for one in decided if one.what.startswith("route") and part.start <= one.before < part.stop]
+    if not routes:
+        return Plan(steps, through, "fused", "there is no other")
+    route = "library" if any(step.file == "" for step in steps) else "fused"
+    return Plan(steps, through, route, routes[0].source)
+
+
+def _step(step: Launch | CudaLaunch | LibraryProduct, decided: Sequence[Decided]) -> Step:
+    """`decided`: what was chosen before the step, of which the last for its kernel is its own."""
     if isinstance(step, LibraryProduct):
-        return Step(str(replace(step, left=step.left.new_empty(shape.m, step.left.shape[1]))))
+        return Step(str(step))
     name = step.kernel if isinstance(step, CudaLaunch) else step.kernel.__name__
-    what, source, features = _four_bit(name), "default", []
-    if what is not None:
-        of = shape if what == SMALL_M else Shape(0, shape.n, shape.k, 0)
-        source = tables.explain(what, how.arch, how.dtype, of, among=four_bit.usable(how.route, how.arch))[1]
+    whats = [_four_bit(name)] if _four_bit(name) else [configs.key_of(name), *["dy_mixed"] * (name == "_dy_kernel")]
+    chosen = next((one for one in reversed(decided) if one.what in whats), None)
+    source = "" if chosen is None else chosen.source
     if isinstance(step, CudaLaunch):
         file = f"csrc/{name.removesuffix('_kernel').removesuffix('_adapted')}.cu"
-        return Step(name, file, str(at(step.grid, shape.m)), f"shared={step.shared}", step.block // 32, source=source)
-    args = step.args
-    if (tuned := kernel_of(step)) in configs.TUNED:
-        config, source = tables.explain(tuned, how.arch, how.dtype, _shape_of(step, shape))
-        if config.get("tma") and not args.get("TMA"):  # strides that TMA cannot read: the tile is that of pointers
-            source = "default for pointers"
-            config = configs.large_product(how.arch, how.dtype, shape.m, shape.n, tma=False)
-        features = ["tma"] * bool(args.get("TMA")) + ["persistent"] * bool(config.get("persistent"))
-    blocks = " ".join(f"{key.removeprefix('BLOCK_')}={value}" for key, value in args.items() if key[:6] == "BLOCK_")
-    grid, warps, stages = "x".join(str(at(size, shape.m)) for size in step.grid), *map(step.options.get, _COMPILER)
-    return Step(name, _where(step.kernel.fn), grid, blocks, warps or 0, stages or 0, ", ".join(features), source)
+        return Step(name, file, str(step.grid), f"shared={step.shared}", step.block // 32, source=source)
+    features = ["tma"] if any(hasattr(value, "block_shape") for value in step.args.values()) else []
+    config = chosen.choice if chosen is not None and isinstance(chosen.choice, dict) else {}
+    if config.get("tma") and not features:  # strides that TMA cannot read: the tile is that of pointers
+        source = "default for pointers"
+    elif config.get("persistent"):
+        features.append("persistent")
+    blocks = " ".join(
+        f"{key.removeprefix('BLOCK_')}={value}" for key, value in step.args.items() if key[:6] == "BLOCK_"
+    )
+    warps, stages = (step.options.get(key, 0) for key in ("num_warps", "num_stages"))
+    return Step(
+        name, _where(step.kernel.fn), "x".join(map(str, step.grid)), blocks, warps, stages, ", ".join(features),
+        source or "default",
+    )  # fmt: skip
 
 
-_COMPILER = ("num_warps", "num_stages")
-
-
-def _four_bit(kernel: str) -> str | None:
+def _four_bit(kernel: str) -> str:
     """The operation on a 4-bit weight that a kernel serves: a table says whose does."""
     name = kernel.removeprefix("_")
-    return next((what for what in (DEQUANTIZE, SMALL_M) if name.startswith(what.removeprefix("4-bit "))), None)
-
-
-def _shape_of(launch: Launch, call: Shape) -> Shape:
-    """The shape a launcher chose its configuration by; what a kernel has no use for is that of the call."""
-    args = launch.args
-    pair = 0 if args.get("weff_ptr") is not None else args.get("P", 0)
-    rank = args["R"] if kernel_of(launch) == "hadamard_grad" else max(pair, args["R"])
-    m = args["M"]
-    n = call.n if isinstance(m, Rows) else call.k  # Wᵀ·dU of the product variant reads W as its x
-    return Shape(configs.m_class(m), args.get("N", n), args.get("K", call.k), rank)
+    return next((what for what in (DEQUANTIZE, SMALL_M) if name.startswith(what.removeprefix("4-bit "))), "")
 
 
 def _where(function: Callable[..., Any]) -> str:

@@ -13,6 +13,7 @@ from glora_kernels.runtime.tables import DTYPES
 from glora_kernels.tools import outputs, timing, tune
 from glora_kernels.tools.candidates import compilations, options
 from glora_kernels.tools.commands import text
+from glora_kernels.tools.commands.layer import called
 from glora_kernels.tools.shipped import LAYERS
 from glora_kernels.tools.tune import Task, text_of
 
@@ -24,6 +25,9 @@ MODELS = {"llama-3-8b": ("LLaMA-3-8B", 8192), "vit-b-16": ("ViT-B/16", 64 * 197)
 """Of the models of --layers the name in `shipped.LAYERS`, and the tokens: of vit-b-16 64 images of 197."""
 
 
+_ANY = Shape(1, 1, 1, 1)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.add_argument("--layers", choices=sorted(MODELS), help="the shapes of a known model's layers")
@@ -31,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape", type=text.sizes, action="append", default=[], metavar="MxNxK",
         help="tokens x out_features x in_features; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--module", metavar="NAME:FUNCTION",
+        help="the shapes that a module of your own asks for, of every kind: FUNCTION of the Python module NAME is "
+        "called with the meta device as default, and returns it and its input",
     )  # fmt: skip
     parser.add_argument("--rank", type=text.positive, default=16, help="R (default: 16)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
@@ -62,12 +71,21 @@ def run(args: argparse.Namespace) -> int:
     if args.layers:
         model, tokens = MODELS[args.layers]
         found += [(args.tokens or tokens, *size) for name, size in LAYERS.items() if name.startswith(f"{model} ")]
-    if not found:
-        return text.refused("tune: say which shapes: --layers llama-3-8b, or --shape MxNxK")
-    shapes = [Shape(m, n, k, args.rank) for m, n, k in dict.fromkeys(found)]
+    if not found and not args.module:
+        return text.refused("tune: say which shapes: --layers llama-3-8b, --shape MxNxK, or --module NAME:FUNCTION")
     dense = args.four_bit != "only"
     kernels = [name for name in configs.TUNED if dense and name in args.kernels]
-    what = tune.tasks(shapes, kernels, dense and "routes" in args.kernels, args.four_bit is not None)
+    kinds = kernels, dense and "routes" in args.kernels, args.four_bit is not None
+    shapes = [Shape(m, n, k, args.rank) for m, n, k in dict.fromkeys(found)]
+    what = tune.tasks(shapes, *kinds)
+    if args.module:
+        try:
+            call, x = called(args.module)
+            args.dtype = next(name for name, dtype in DTYPES.items() if dtype == x.dtype)
+            own = tune.tasks_of(call, x.requires_grad_(), args.arch or text.this_arch(), tune.tasks([_ANY], *kinds))
+        except (ValueError, RuntimeError) as error:
+            return text.refused(f"tune --module: {error}")
+        what = list(dict.fromkeys([*what, *own]))
     if args.list:
         return _list(what, args.dtype, args.arch or text.this_arch())
     if not torch.cuda.is_available() or not environment.has_triton():
@@ -80,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         path = outputs.file(args.out or environment.tables_directory() / f"{environment.slug(card.name)}.json")
     except argparse.ArgumentTypeError as error:
         return text.refused(f"tune: {error}")
-    print(f"{card.name} ({card.arch}): {len(shapes)} shapes, table {path}", file=sys.stderr)
+    print(f"{card.name} ({card.arch}): {len({shape for _, shape in what})} shapes, table {path}", file=sys.stderr)
     try:
         result = tune.run(what, args.dtype, path, machine=card, again=args.again, minutes=args.minutes)
     except KeyboardInterrupt:
