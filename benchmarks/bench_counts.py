@@ -19,6 +19,7 @@ Entries of an adapter are N(0, size²), in the low-rank forms those of the produ
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
@@ -32,12 +33,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import measure, peers, problems
-from benchmarks.cases import Entry
+from benchmarks.cases import LLAMA, Entry
 from benchmarks.devices import progress
 from benchmarks.measure import Bench
 from benchmarks.problems import Contestant, Problem
 from glora_kernels import GLoRAConfig, backend, reference
+from glora_kernels.reference import cases as known
+from glora_kernels.reference.cases import case_of
 from glora_kernels.spec import CHOICES
+from glora_kernels.tools import planned
 
 SHAPE = Entry("frozen", "ours", m=256, n=512, k=512, r=8, bias=True, dtype="fp32")
 FORMS = {"A": ("vector", "constant", "lora"), "B": ("lora", "vector")}
@@ -83,6 +87,18 @@ class ProductCounter(TorchDispatchMode):
 
     def total(self) -> int:
         return sum(self.flops.values())
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations that run inside and make no view: on a card each is a launch or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -157,7 +173,7 @@ def products(entry: Entry = SHAPE) -> dict[str, Any]:
                 continue
             problems.check(contestant, problem)
             saved = saved_tensors(contestant, problem)
-            row: dict[str, Any] = {"case": problems.config_case(config), "impl": impl}
+            row: dict[str, Any] = {"case": case_of(config), "impl": impl}
             row |= {"gemms": gemm_equivalents(contestant, problem), "saved_bytes": bytes_of(saved, "other")}
             row |= {f"keeps_{kind}": any(tensor.kind == kind for tensor in saved) for kind in "xy"}
             row["largest"] = max((math.prod(t.shape) for t in saved if t.kind == "other"), default=0)
@@ -237,8 +253,32 @@ def small_adapters(device: str = "cpu", features: int = 512) -> dict[str, Any]:
     return {"shape": f"M=K=N={features} R=8", "backend": "eager" if device == "cpu" else "auto", "rows": rows}
 
 
+def launches(arch: str = "sm_90", m: int = 8192) -> dict[str, Any]:
+    """What the seven linears of a LLaMA-3-8B layer launch forward in training: frozen; ours, planned for a card, with
+    q/k/v and gate/up fused; PEFT's LoRA, one operation after the other, whatever the sizes."""
+    how, config = planned.How(m, torch.bfloat16, arch), known.LORA
+    linears = {name: planned.Linear(config, *size) for name, size in LLAMA.items()}
+    sets = {
+        "/".join(names): len(planned.group([linears[name] for name in names], how).forward)
+        for names in known.SIBLINGS.values()
+    }
+    sets |= {name: len(planned.linear(linears[name], how).forward) for name in ("o", "down")}
+    rows = {"frozen": len(LLAMA), "ours": sum(sets.values())}
+    problem = problems.make_problem(replace(SHAPE, bias=False), config=config)
+    with contextlib.suppress(ImportError):
+        theirs = peers.peft(problem)
+        with OperationCounter() as counter:
+            theirs.forward(problem.x)
+        rows["peft"] = len(LLAMA) * counter.count
+    return {"arch": arch, "m": m, "sets": sets, "rows": rows}
+
+
 def test_products(bench: Bench) -> None:
     bench.note("products", products)
+
+
+def test_launches(bench: Bench) -> None:
+    bench.note("launches", launches)
 
 
 def test_small_adapters(bench: Bench) -> None:

@@ -12,24 +12,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-LLAMA = {
-    "q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096),
-    "gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336),
-}  # fmt: skip
-"""The seven linears of a LLaMA-3-8B decoder layer: (N, K)."""
-SIBLINGS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
-"""The linears of a decoder layer that read one input."""
+from glora_kernels.reference import cases as known
+from glora_kernels.reference.cases import SIBLINGS
+
+LLAMA, VIT = known.LLAMA_3_8B, tuple(known.VIT_B_16.values())
 MLP = ("gate", "up", "down")
-VIT = ((2304, 768), (768, 768), (3072, 768), (768, 3072))
-"""ViT-B/16: qkv, proj, fc1, fc2. They have a bias."""
 VIT_TOKENS = 197
 FEW = (1, 8, 32)
 """Tokens of a step of generation."""
 
-FROZEN, LORA = "frozen", "lora"
+FROZEN, LORA, FULL, LORA_LORA = "frozen", *map(known.case_of, (known.LORA, known.VECTORS, known.BOTH))
 VECTOR_LORA = "glora:vector,lora,none,none,none"
-FULL = "glora:vector,lora,vector,vector,vector"
-LORA_LORA = "glora:lora,lora,none,none,none"
 VECTORS = "glora:vector,vector,none,none,none"
 HIRA = "glora:lora,none,none,none,none"
 """HiRA in our terms."""
@@ -260,7 +253,7 @@ def cpu_stages() -> list[Stage]:
     return [
         Stage("ratios", "M=1024, N=K=2048, r=8", (_small(ratios, 1024, 2048, 2048, 8, bias=True),), quick=True,
               rounds=30),
-        Stage("products", "matrix products and saved memory", parts=("products",), quick=True),
+        Stage("products", "matrix products, saved memory, launches", parts=("products", "launches"), quick=True),
         Stage("small-adapters", "small adapters in 16 bits", parts=("small_adapters",)),
         Stage("host", "host cost of one call", (_small(host, 1, 16, 16, 4, bias=True, passes=PASSES),), threads=1,
               rounds=100),

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.cases import HIRA, LORA
-from benchmarks.problems import Contestant, Problem, base_layer, config_case, copy_values
+from benchmarks.problems import Contestant, Problem, base_layer, copy_values
 from glora_kernels import GLoRAConfig, GLoRALinear, QuantizedLinear, reference
 from glora_kernels.grouped import op as grouped
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.quant.bnb import is_linear4bit
 from glora_kernels.quant.codes import codebook
+from glora_kernels.reference.cases import case_of
 from glora_kernels.spec import SUPPORTS
 
 PACKAGES = {"peft": "peft", "bnb": "bitsandbytes", "unsloth": "unsloth", "lorafusion": "lorafusion"}
@@ -62,7 +63,7 @@ def lora(base: Callable[[Tensor], Tensor], config: GLoRAConfig, x: Tensor, param
 
 def formula(config: GLoRAConfig, x: Tensor, weight: Tensor, bias: Tensor | None, params: dict[str, Tensor]) -> Tensor:
     """The layer in eager PyTorch: LoRA beside the base, all else by the literal formula."""
-    if config_case(config) == LORA:
+    if case_of(config) == LORA:
         return lora(lambda x: F.linear(x, weight, bias), config, x, params)
     return reference.glora_linear(x, weight, bias, params, config)
 
@@ -197,21 +198,21 @@ def peft_config(library: Any, config: GLoRAConfig, modules: Sequence[str], biase
     biased: whether the layers have a bias; without one PEFT makes no C, D and E, and takes no word about them.
     """
     given: dict[str, Any] = {"r": config.rank, "target_modules": list(modules)}
-    if config_case(config) == LORA:
+    if case_of(config) == LORA:
         return library.LoraConfig(lora_alpha=config.scale * config.rank, lora_dropout=config.dropout, **given)
-    if config_case(config) == HIRA and not biased:
+    if case_of(config) == HIRA and not biased:
         return library.HiraConfig(hira_dropout=0.0, **given)
     if config.A != config.B or config.D != config.E or config.variant != "hadamard":
-        raise Unavailable(f"PEFT ties A to B and D to E, and has no product variant: no {config_case(config)}")
+        raise Unavailable(f"PEFT ties A to B and D to E, and has no product variant: no {case_of(config)}")
     rest = {"config_C": config.C, "config_D_E": config.D} if biased else {}
     return library.GloraConfig(config_A_B=config.A, **given, **rest)
 
 
 def peft_parameters(layer: Any, config: GLoRAConfig) -> dict[str, Tensor]:
     """PEFT's parameters by our names."""
-    if config_case(config) == HIRA:
+    if case_of(config) == HIRA:
         return {"A_down": layer.hira_A["default"], "A_up": layer.hira_B["default"]}
-    if config_case(config) == LORA:
+    if case_of(config) == LORA:
         down, up = layer.get_submodule("lora_A.default"), layer.get_submodule("lora_B.default")
         return {"B_down": down.get_parameter("weight"), "B_up": up.get_parameter("weight")}
     params: dict[str, Tensor] = {}

@@ -22,7 +22,6 @@ from glora_kernels.glora.op import dropout_seed
 from glora_kernels.quant import QuantState
 from glora_kernels.reference.random import keep_mask
 from glora_kernels.reference.tolerance import allowed_error, largest_error, literal_step
-from glora_kernels.spec import SUPPORTS
 
 STD = 0.02
 """The spread of every adapter value: nothing is zero, as it would be in a fresh adapter."""
@@ -79,14 +78,6 @@ def case_config(case: str, rank: int, dropout: float = 0.0) -> GLoRAConfig:
         return GLoRAConfig.lora(rank=rank, alpha=2 * rank, dropout=dropout)
     forms = ["none"] * 5 if case == "frozen" else case.removeprefix("glora:").split(",")
     return GLoRAConfig.of(forms, rank=rank, dropout=dropout)
-
-
-def config_case(config: GLoRAConfig) -> str:
-    """The name of a configuration, as `case_config` takes it; "glora-matmul:…" for the product variant."""
-    forms = [getattr(config, name) for name in SUPPORTS]
-    if forms == ["none", "lora", "none", "none", "none"]:
-        return "lora"
-    return ("glora:" if config.variant == "hadamard" else "glora-matmul:") + ",".join(forms)
 
 
 def normal(generator: torch.Generator, dtype: torch.dtype, *size: int, std: float = 1.0) -> Tensor:

@@ -32,12 +32,10 @@ def cpu_text(folder: Path) -> str:
     if found is None:
         return NOTHING.format("on a CPU")
     head = [f"{tables.facts(found)} {WHERE.format('cpu')}"]
-    ratios, rest = (
-        tables.of_ratios(found, False),
-        (tables.of_sets, tables.of_merging, tables.of_quantized, tables.of_memory),
-    )
+    rest = (tables.of_sets, tables.of_launches, tables.of_merging, tables.of_quantized, tables.of_memory)
     pictures = _pictures(folder, "cpu", "by_m", "growth")
-    return blocks(*head, *ratios, *pictures, *(block for section in rest for block in section(found, False)))
+    parts = (block for section in rest for block in section(found, False))
+    return blocks(*head, *tables.of_ratios(found, False), *pictures, *parts)
 
 
 def gpu_text(folder: Path) -> str:

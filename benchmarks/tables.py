@@ -186,6 +186,16 @@ def counted(part: Mapping[str, Any]) -> list[str]:
     return [part["shape"], table(part["rows"])]
 
 
+def launches(part: Mapping[str, Any]) -> list[str]:
+    sets = ", ".join(f"{name} {count}" for name, count in part["sets"].items())
+    texts = {
+        "frozen": "frozen", "ours": f"here (planned for {part['arch']}: {sets})",
+        "peft": "in PEFT (base, A, B, scale and add of each)",
+    }  # fmt: skip
+    counts = "; ".join(f"{part['rows'][name]} {text}" for name, text in texts.items() if name in part["rows"])
+    return [f"Launches of a decoder layer's seven linears, LoRA, forward: {counts}. {COMMAND.format('products')}"]
+
+
 def merging(merge: Mapping[str, Any]) -> list[str]:
     kernel, whole, sentences = merge["kernel"], merge["whole"], []
     if kernel is not None:
@@ -358,12 +368,13 @@ def of_tests(found: Found, ends: bool) -> list[str]:
     return [f"`{note['command']}`: {note['result']}"] if note else []
 
 
-of_merging, of_memory = noted("merging", merging), noted("memory", memory)
+of_launches, of_merging, of_memory = (noted(part.__name__, part) for part in (launches, merging, memory))
 SECTIONS: dict[str, Callable[[Found, bool], list[str]]] = {
     "Targets": of_targets,
     "Time over the frozen layer": of_ratios,
     "Host cost of one call": of_host,
     "Layers with one input": of_sets,
+    "Launches": of_launches,
     "Merging": of_merging,
     "A 4-bit base": of_quantized,
     "Dequantizing": noted("dequantizing", dequantizing),

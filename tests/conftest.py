@@ -53,3 +53,20 @@ def poison():
     yield
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names and the M of the launches made; what is planned is not run."""
+    from glora_kernels.runtime.launch import Launch
+    from glora_kernels.runtime.planning import is_planning
+
+    found, run = [], Launch.run
+
+    def note(self):
+        if not is_planning():
+            found.append((self.kernel.__name__, self.args.get("M")))
+        run(self)
+
+    monkeypatch.setattr(Launch, "run", note)
+    return found

@@ -1,8 +1,14 @@
-"""One tolerance for everything: no worse than twice plain PyTorch at the same dtype, plus a small floor."""
+"""One tolerance for everything: no worse than twice plain PyTorch at the same dtype, plus a small floor.
+
+Where the layer is known (`judge`), the floor goes by the terms that an element is a sum of, and an error is looked at
+in two norms; of any other result (`allowed_error`) by the largest value, and the largest error alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +16,12 @@ from torch import Tensor
 from glora_kernels.reference.glora import glora_linear
 from glora_kernels.spec import GLoRAConfig
 
-FLOOR = 4.0
-"""The floor in units of eps(dtype) times the largest absolute value of the true result."""
+FACTOR = 2.0
+"""Of the error of plain PyTorch."""
+FLOOR, RMS_FLOOR = 4.0, 2.0
+"""The floors in units of eps(dtype): of the largest error, and of the root mean square."""
+FEW = 8
+"""The error of a tensor of fewer elements may be near zero by luck, and says little of what the arithmetic costs."""
 
 
 def literal_step(
@@ -39,45 +49,88 @@ def literal_step(
     return {name: value for name, value in found.items() if value is not None}
 
 
-def unlucky_errors(
+def literal_terms(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     params: Mapping[str, Tensor],
     config: GLoRAConfig,
     dy: Tensor,
-    dtype: torch.dtype,
     keep: Tensor | None = None,
-) -> dict[str, float]:
-    """The largest error of each gradient of the literal layer that is one number, over 16 draws of the signs of dy.
+) -> dict[str, Tensor]:
+    """Of each element of what `literal_step` gives, the root of the sum of the squares of its terms, in float64.
 
-    The error of a single number may be near zero by luck, and says little of what the arithmetic costs.
+    Every result is multilinear in the inputs, so that the sum of the squared terms is the same formula of the squared
+    inputs: with s² in place of s and (1-p)² in place of 1-p.
     """
-    found: dict[str, float] = {}
-    numbers = {f"d{name}" for name, value in params.items() if value.numel() == 1}
-    for i in range(16 if numbers else 0):
-        signs = torch.randint(0, 2, dy.shape, generator=torch.Generator().manual_seed(i)).to(dy.device) * 2 - 1
-        step = (x, weight, bias, params, config, dy * signs.to(dy.dtype))
-        exact, plain = literal_step(*step, torch.float64, keep), literal_step(*step, dtype, keep)
-        found |= {name: max(found.get(name, 0.0), largest_error(plain[name], exact[name])) for name in numbers}
+    if config.B == "lora":
+        config = replace(config, alpha=config.scale**2 * config.rank, dropout=1.0 - (1.0 - config.dropout) ** 2)
+    x, weight, dy = (tensor.detach().double().square() for tensor in (x, weight, dy))
+    b = None if bias is None else bias.detach().double().square()
+    squares = {name: value.detach().double().square() for name, value in params.items()}
+    sums = literal_step(x, weight, b, squares, config, dy, torch.float64, keep)
+    return {name: value.sqrt() for name, value in sums.items()}
+
+
+class Judged(NamedTuple):
+    """An error beside the largest that is accepted; norm: "rms" or "max"."""
+
+    norm: str
+    error: float
+    allowed: float
+
+
+def judge(
+    value: Tensor, truth: Tensor, literal: Tensor, terms: Tensor, eps: float, unlucky: Callable[[], float]
+) -> list[Judged]:
+    """A result against its float64 value, in both norms: |value - truth| ≤ 2·|literal - truth| + floor·eps·|terms|.
+
+    Args:
+        value: the result.
+        truth: its value in float64, of the same rounded inputs.
+        literal: that of plain PyTorch in the same dtype; of a result in float64 `truth` itself, and then a sum in
+            another order may be 1e-12 off.
+        terms: for each element the root of the sum of the squares of its terms (`literal_terms`); the largest error of
+            many elements goes by the largest value where that is smaller.
+        eps: machine epsilon of the dtype.
+        unlucky: the largest error of `literal` over draws of the signs of dy (`unlucky_error`); asked for a tensor of
+            fewer than FEW elements that is beyond its bound, whose own error then counts for no less.
+    """
+    if literal is truth:
+        return [Judged("max", largest_error(value, truth), allowed_error(truth, truth, torch.float64))]
+    found = []
+    for norm, of, floor in (("rms", _rms, RMS_FLOOR), ("max", _largest, FLOOR)) if value.numel() else ():
+        error, plain, size = of(value.detach().double() - truth), of(literal.double() - truth), of(terms)
+        if norm == "max" and value.numel() >= FEW:
+            size = min(size, of(truth))
+        if not error <= FACTOR * plain + floor * eps * size and value.numel() < FEW:
+            plain = max(plain, unlucky())
+        found.append(Judged(norm, float("inf") if error != error else error, FACTOR * plain + floor * eps * size))
     return found
 
 
-def allowed_error(truth: Tensor, literal: Tensor, dtype: torch.dtype, size: float = 0.0, unlucky: float = 0.0) -> float:
+def unlucky_error(dy: Tensor, error: Callable[[Tensor], float]) -> float:
+    """The largest of `error`, a function of dy, over 16 draws of the signs of dy."""
+    errors = []
+    for i in range(16):
+        signs = torch.randint(0, 2, dy.shape, generator=torch.Generator().manual_seed(i)).to(dy.device) * 2 - 1
+        errors.append(error(dy * signs.to(dy.dtype)))
+    return max(errors)
+
+
+def allowed_error(truth: Tensor, literal: Tensor, dtype: torch.dtype, size: float = 0.0) -> float:
     """The largest absolute error accepted of a result whose float64 value is `truth`.
 
     Twice the largest error of the literal layer at this dtype, plus FLOOR·eps(dtype)·max|truth|; at float64
     1e-12 of the largest value. `size` takes the place of a smaller max|truth| where the result is one sum of many
-    terms: the root of the sum of their squares. `unlucky` takes the place of a smaller error of the literal layer
-    where the result is one number (`unlucky_errors`).
+    terms: the root of the sum of their squares.
     """
     if truth.numel() == 0:
         return 0.0
-    magnitude = max(size, float(truth.abs().max()))
+    magnitude = max(size, _largest(truth))
     if dtype == torch.float64:  # the truth itself is no more exact than that
         return 1e-12 * max(1.0, magnitude)
-    floor = FLOOR * torch.finfo(dtype).eps * magnitude
-    return 2.0 * max(unlucky, largest_error(literal, truth)) + floor
+    return FACTOR * largest_error(literal, truth) + FLOOR * torch.finfo(dtype).eps * magnitude
 
 
 def largest_error(value: Tensor, truth: Tensor) -> float:
@@ -86,3 +139,11 @@ def largest_error(value: Tensor, truth: Tensor) -> float:
         return 0.0
     error = (value.detach().double() - truth.detach().double()).abs()
     return float("inf") if bool(error.isnan().any()) else float(error.max())
+
+
+def _rms(t: Tensor) -> float:
+    return float(t.square().mean().sqrt())
+
+
+def _largest(t: Tensor) -> float:
+    return float(t.abs().max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -9,13 +10,14 @@ import torch
 
 from glora_kernels.glora import op as operator
 from glora_kernels.nn import GLoRALinear
+from glora_kernels.reference.cases import AWKWARD
 from glora_kernels.reference.random import keep_mask
-from glora_kernels.reference.tolerance import allowed_error, largest_error, literal_step, unlucky_errors
+from glora_kernels.reference.tolerance import judge, largest_error, literal_step, literal_terms, unlucky_error
 from glora_kernels.runtime import routes
 from glora_kernels.runtime.progress import progress
 from glora_kernels.spec import CHOICES, GLoRAConfig
 
-SHAPES = ((37, 70, 45, 3), (64, 128, 96, 16))
+SHAPES = ((*AWKWARD[0][0], *AWKWARD[0][1:]), (64, 128, 96, 16))
 """(M, K, N, R): one that fits no block, one that fits them all."""
 
 _SERVED_BY = {
@@ -100,18 +102,22 @@ def _case(
     if config.dropout and config.B == "lora":
         torch.random.set_rng_state(before)
         keep = keep_mask(operator.dropout_seed(x.device).to(x.device), m, k, config.dropout)
-    step = (x, layer.weight, layer.bias, layer.adapter(), config, dy)
-    truth = literal_step(*step, torch.float64, keep)
-    literal = literal_step(*step, dtype, keep)
-    unlucky = {} if dtype == torch.float64 else unlucky_errors(*step, dtype, keep)
-    # A constant's gradient is one number with M·N terms; what may be asked of it goes by the size of those.
-    z, sigma = x.double() @ layer.weight.double().t(), x.double().sum(-1, keepdim=True)
-    terms = {"dA": dy.double() * z, "dB": dy.double() * sigma}
+    step = (x, layer.weight, layer.bias, layer.adapter(), config)
+    truth = literal_step(*step, dy, torch.float64, keep)
+    literal = truth if dtype == torch.float64 else literal_step(*step, dy, dtype, keep)
+    terms = literal_terms(*step, dy, keep)
     for name, value in ours.items():
         assert value is not None
-        size = float(terms[name].detach().norm()) if name in terms and value.numel() == 1 else 0.0
-        error = largest_error(value, truth[name])
-        allowed = allowed_error(truth[name], literal[name], dtype, size, unlucky.get(name, 0.0))
+
+        def of_literal(dy: torch.Tensor, name: str = name) -> float:
+            exact, plain = (literal_step(*step, dy, kind, keep)[name] for kind in (torch.float64, dtype))
+            return largest_error(plain, exact)
+
+        judged = judge(
+            value, truth[name], literal[name], terms[name], torch.finfo(dtype).eps,
+            functools.partial(unlucky_error, dy, of_literal),
+        )  # fmt: skip
+        _, error, allowed = max(judged, key=lambda one: one.error / one.allowed)
         kernel = _kernel_of(name, config) if route == "triton" else "plain PyTorch"
         label = str(dtype).removeprefix("torch.")
         row = rows.setdefault((label, name + kernel), Row(route, label, name, kernel))

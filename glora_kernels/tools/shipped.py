@@ -12,22 +12,19 @@ from typing import Any, NamedTuple
 
 import torch
 
+from glora_kernels.reference import cases
+from glora_kernels.reference.cases import BOTH, CONFIGS, CONSTANTS, DROPPING, EVERYTHING, LORA, PRODUCT
 from glora_kernels.runtime import configs
 from glora_kernels.spec import GLoRAConfig
 from glora_kernels.tools import planned
 from glora_kernels.tools.planned import How, Linear
 
-LAYERS = {
-    "LLaMA-3-8B q": (4096, 4096), "LLaMA-3-8B k": (1024, 4096), "LLaMA-3-8B gate": (14336, 4096),
-    "LLaMA-3-8B down": (4096, 14336), "ViT-B/16 qkv": (2304, 768), "ViT-B/16 proj": (768, 768),
-    "ViT-B/16 fc1": (3072, 768), "ViT-B/16 fc2": (768, 3072), "Qwen3-30B-A3B q": (4096, 2048),
-    "Qwen3-30B-A3B k": (512, 2048), "Qwen3-30B-A3B o": (2048, 4096),
-}  # fmt: skip
-"""N and K of the layers of LLaMA-3-8B, of ViT-B/16, which have a bias, and of the dense parts of Qwen3-30B-A3B."""
+LAYERS = {f"{model} {name}": size for model, of in cases.MODELS.items() for name, size in cases.distinct(of).items()}
+"""N and K of the models' layers, of layers of one size the first."""
 
 GROUPS = {
-    "LLaMA-3-8B q/k/v": (4096, (4096, 1024, 1024)), "LLaMA-3-8B gate/up": (4096, (14336, 14336)),
-    "Qwen3-30B-A3B q/k/v": (2048, (4096, 512, 512)),
+    f"{model} {'/'.join(names)}": (of[names[0]][1], tuple(of[name][0] for name in names))
+    for model, of in cases.MODELS.items() for names in cases.SIBLINGS.values() if of.keys() >= set(names)
 }  # fmt: skip
 """K, and N of each, of layers that take one x and are fused."""
 
@@ -35,11 +32,6 @@ ROWS = configs.classes(8192)
 """The numbers of tokens that stand for all others."""
 
 RANKS = (8, 16, 64)
-LORA = GLoRAConfig.lora(16, 32.0)
-DROPPING = GLoRAConfig.lora(16, 32.0, dropout=0.1)
-VECTORS = GLoRAConfig("vector", "lora", "vector", "vector", "vector", 16)
-BOTH = GLoRAConfig("lora", "lora", "none", "none", "none", 16)
-CONFIGS = {"LoRA": LORA, "LoRA, dropout": DROPPING, "A=vector B=lora C=D=E=vector": VECTORS, "A=B=lora": BOTH}
 BF16 = torch.bfloat16
 
 
@@ -78,23 +70,20 @@ def models(arch: str, dtype: torch.dtype) -> Iterator[Asked]:
 
 def others(arch: str, dtype: torch.dtype) -> Iterator[Asked]:
     """What else people ask for, at a few sizes: other forms of adapters, of weights and of calls, and whole models."""
-    constants = GLoRAConfig("constant", "constant", "lora", "constant", "constant", 16)
-    product = GLoRAConfig("lora", "lora", "none", "none", "none", 16, variant="matmul")
-    full = GLoRAConfig("vector", "lora", "lora", "vector", "vector", 16, dropout=0.1)
     q = Linear(LORA, 4096, 4096, bias=True)
     variants = {
-        "product variant": q._replace(config=product),
-        "constants": q._replace(config=constants),
+        "product variant": q._replace(config=PRODUCT),
+        "constants": q._replace(config=CONSTANTS),
         "vectors alone": q._replace(config=GLoRAConfig("vector", "vector", "none", "none", "vector")),
-        "everything, dropout": q._replace(config=full),
-        "everything, dropout, fp32": q._replace(config=full, adapter=torch.float32),
+        "everything, dropout": q._replace(config=EVERYTHING),
+        "everything, dropout, fp32": q._replace(config=EVERYTHING, adapter=torch.float32),
         "A=B=lora, dropout": q._replace(config=replace(BOTH, dropout=0.1)),
         "A=B=lora, fp32": q._replace(config=BOTH, adapter=torch.float32),
         "A=B=lora, NF4": q._replace(config=BOTH, quant_type="nf4"),
-        "everything, FP4": q._replace(config=full, quant_type="fp4", nested=True),
+        "everything, FP4": q._replace(config=EVERYTHING, quant_type="fp4", nested=True),
         "LoRA, W stored (K,N)": q._replace(transposed=True),
         "LoRA, rows off 16 bytes": Linear(DROPPING, 4097, 4095, bias=True),
-        "everything, rows off 16 bytes": Linear(full, 4097, 4095, bias=True),
+        "everything, rows off 16 bytes": Linear(EVERYTHING, 4097, 4095, bias=True),
         "A=B=lora, rows off 16 bytes": Linear(BOTH, 4097, 4095),
         "LoRA, NF4, rows off 16 bytes": Linear(LORA, 4097, 4095, quant_type="nf4"),
     }
@@ -107,7 +96,9 @@ def others(arch: str, dtype: torch.dtype) -> Iterator[Asked]:
         yield from _each("LoRA, dropout, first layer", Linear(DROPPING, 4096, 4096), 16, how._replace(first=True))
         yield from _each("LoRA, dropout, CUDA graph", Linear(DROPPING, 4096, 4096), 16, how._replace(device_seed=True))
         if dtype != torch.float32:
-            yield from _each("LoRA, W fp32", Linear(full, 4096, 4096, True), 16, how._replace(weight=torch.float32))
+            yield from _each(
+                "LoRA, W fp32", Linear(EVERYTHING, 4096, 4096, True), 16, how._replace(weight=torch.float32)
+            )
         six = [Linear(LORA, 1024, 4096, bias=True) for _ in range(6)]
         groups = {
             "six members r=16": six, "q/k r=256": [Linear(_ranked(LORA, 256), 4096, 4096)] * 2,
@@ -117,9 +108,9 @@ def others(arch: str, dtype: torch.dtype) -> Iterator[Asked]:
             both = planned.group(members, how, frozen=len(members) // 4)
             yield Asked(f"{name} M={m}", [*both.forward, *both.backward])
     for name, layer in {
-        "LoRA": q, "LoRA fp32": q._replace(adapter=torch.float32), "everything, dropout": q._replace(config=full),
-        "product variant": q._replace(config=product), "rows off 16 bytes": Linear(full, 4097, 4095, bias=True),
-        "W stored (K,N)": q._replace(config=full, transposed=True),
+        "LoRA": q, "LoRA fp32": q._replace(adapter=torch.float32), "everything, dropout": q._replace(config=EVERYTHING),
+        "product variant": q._replace(config=PRODUCT), "rows off 16 bytes": Linear(EVERYTHING, 4097, 4095, bias=True),
+        "W stored (K,N)": q._replace(config=EVERYTHING, transposed=True),
     }.items():  # fmt: skip
         for rank in (16, 64):
             ranked = layer._replace(config=_ranked(layer.config, rank))

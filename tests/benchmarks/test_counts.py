@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import glora_kernels as gk
-from benchmarks import bench_counts, peers, problems
+from benchmarks import bench_counts, peers, problems, tables
 from benchmarks.cases import Entry
 from benchmarks.problems import DTYPES, Problem
 from glora_kernels import GLoRAConfig, backend
+from glora_kernels.reference.cases import case_of
 
 CONFIGS = bench_counts.configurations(bench_counts.SHAPE.r)
-NAMES = [problems.config_case(config) for config in CONFIGS]
+NAMES = [case_of(config) for config in CONFIGS]
 SHAPE = bench_counts.SHAPE
 
 
@@ -84,6 +85,16 @@ def test_a_frozen_adapter_keeps_nothing() -> None:
         parameter.requires_grad_(False)
     saved = bench_counts.saved_tensors(layer, problem)
     assert {tensor.kind for tensor in saved} <= {"parameter"}
+
+
+def test_launches_of_a_decoder_layer() -> None:
+    """Fused, q/k/v and gate/up are one launch each; PEFT's LoRA is base, A, B, scale and add of each linear."""
+    found = bench_counts.launches()
+    assert found["sets"] == {"q/k/v": 1, "gate/up": 1, "o": 2, "down": 2}
+    assert found["rows"] == {"frozen": 7, "ours": 6, "peft": 35}
+    assert (
+        "7 frozen; 6 here (planned for sm_90: q/k/v 1, gate/up 1, o 2, down 2); 35 in PEFT" in tables.launches(found)[0]
+    )
 
 
 def test_in_place_products_are_counted() -> None:

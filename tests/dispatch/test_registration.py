@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
-from helpers import layer, ours, problem, truth
+from helpers import NAMES, close, compiled, interpreted, layer, ours, problem, truth
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,15 +24,7 @@ FORMS = [
     ("lora", "lora", "matmul", 0.25),
 ]
 forms = pytest.mark.parametrize(("a", "b", "variant", "dropout"), FORMS)
-NAMES = ("A", "A_up", "A_down", "B", "B_up", "B_down", "bias", "wc", "D", "E")
-"""Where the operators have which of a problem's tensors."""
-ROUTES = [
-    "eager",
-    pytest.param(
-        "triton",
-        marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter"),
-    ),
-]
+ROUTES = ["eager", pytest.param("triton", marks=interpreted)]
 routes = pytest.mark.parametrize("route", ROUTES)
 
 
@@ -151,16 +142,6 @@ def test_fake_results_equal_real_ones(a, b, variant, dropout, lead, dtype, route
             assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
 
 
-def compiled(compiler, dynamic=False):
-    return lambda call: torch.compile(call, backend=compiler, fullgraph=True, dynamic=dynamic)
-
-
-def close(got, expected, tolerance):
-    for name, value in expected.items():
-        assert (got[name] is None) == (value is None), name
-        assert value is None or torch.allclose(got[name], value, rtol=tolerance, atol=tolerance), name
-
-
 @pytest.mark.parametrize("trained", ["all", "adapters", "x", "none"])
 @forms
 def test_compiled(a, b, variant, dropout, trained):
@@ -178,7 +159,7 @@ def test_compiled(a, b, variant, dropout, trained):
     )
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter")
+@interpreted
 def test_compiled_with_the_triton_route():
     """The operator is opaque to the compiler: the kernels run as they do in eager mode."""
     torch._dynamo.reset()

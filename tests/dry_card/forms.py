@@ -12,15 +12,10 @@ from torch import Tensor, nn
 
 import glora_kernels as gk
 from glora_kernels import GLoRAConfig
+from glora_kernels.reference import cases
+from glora_kernels.reference.cases import LORA
 
-LORA = GLoRAConfig.lora(rank=16, alpha=32)
-CONFIGS = {
-    "LoRA": LORA,
-    "LoRA, dropout": GLoRAConfig.lora(rank=16, alpha=32, dropout=0.05),
-    "A=vector B=lora C=D=E=vector": GLoRAConfig("vector", "lora", "vector", "vector", "vector", 16),
-    "A=B=lora": GLoRAConfig("lora", "lora", "none", "none", "none", 16),
-    "product variant": GLoRAConfig("lora", "lora", "none", "none", "none", 16, variant="matmul"),
-}
+CONFIGS = cases.CONFIGS | {"product variant": cases.PRODUCT}
 
 
 def tensor(*shape: int, device: str = "cuda", grad: bool = False) -> Tensor:

@@ -2,54 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import pytest
-import torch
+from example_scripts import EXAMPLES, NO_CARD, Finished, exit_code, finished, imported, needs, start
 
-for package in ("sklearn", "matplotlib", "tqdm"):
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed", allow_module_level=True)
+needs("sklearn", "matplotlib", "tqdm")
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "finetune_digits.py"
+SCRIPT = EXAMPLES / "finetune_digits.py"
 METHODS = ["linear probe", "LoRA", "GLoRA"]
 CHANCE = 0.2  # five classes, equally many scans of each
 
 
-class Finished(NamedTuple):
-    process: subprocess.CompletedProcess[str]
-    out: Path
-    results: dict
-
-
-def start(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    """The example as a module, to look at its answers without a process each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        yield importlib.import_module(SCRIPT.stem)
+    yield from imported(SCRIPT)
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    out = tmp_path_factory.mktemp("digits") / "results"
-    process = start("--quick", "--device", "cpu", "--out", str(out))
-    assert process.returncode == 0, process.stderr
-    return Finished(process, out, json.loads((out / "results.json").read_text()))
+    return finished(SCRIPT, tmp_path_factory.mktemp("digits") / "results", "--quick")
 
 
 def test_files_are_written_and_named(quick: Finished) -> None:
@@ -100,10 +74,7 @@ def test_output_has_the_table_and_the_progress_bar(quick: Finished) -> None:
 def test_help_shows_arguments_and_defaults(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--help"])
-    with pytest.raises(SystemExit) as stopped:
-        script.main()
-    assert stopped.value.code == 0
+    assert exit_code(script, monkeypatch, "--help") == 0
     printed = capsys.readouterr().out
     for text in (
         "--model",
@@ -124,11 +95,7 @@ def test_help_shows_arguments_and_defaults(
         ("--rank", "0"),
         ("--supports", "vector,lora"),
         ("--supports", "vector,dense,none,none,none"),
-        pytest.param(
-            "--device",
-            "cuda",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
-        ),
+        NO_CARD,
     ],
 )
 def test_a_bad_argument_is_named(
@@ -140,16 +107,13 @@ def test_a_bad_argument_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--quick", "--out", str(out), argument, value])
-    with pytest.raises(SystemExit) as stopped:
-        script.main()
-    assert stopped.value.code == 2
+    assert exit_code(script, monkeypatch, "--quick", "--out", str(out), argument, value) == 2
     assert f"argument {argument}:" in capsys.readouterr().err
     assert not out.exists()
 
 
 def test_a_bad_argument_ends_the_process_with_code_2() -> None:
-    process = start("--supports", "vector,dense,none,none,none")
+    process = start(SCRIPT, "--supports", "vector,dense,none,none,none")
     assert process.returncode == 2
     assert "argument --supports: B must be one of" in process.stderr
     assert "Traceback" not in process.stderr

@@ -3,55 +3,35 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import pytest
 import torch
+from example_scripts import EXAMPLES, NO_CARD, Finished, exit_code, finished, imported, needs
 
 import glora_kernels as gk
 
-for package in ("transformers", "matplotlib", "tqdm"):
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed", allow_module_level=True)
+needs("transformers", "matplotlib", "tqdm")
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "finetune_qlora_text.py"
+SCRIPT = EXAMPLES / "finetune_qlora_text.py"
 METHODS = ["QLoRA", "QShareA", "QGLoRA"]
 WIDTH, HIDDEN, DEPTH, RANK = 128, 384, 2, 8
 # The inputs and outputs of q, k, v, o, gate, up, down.
 SHAPES = [(WIDTH, WIDTH)] * 4 + [(WIDTH, HIDDEN)] * 2 + [(HIDDEN, WIDTH)]
 
 
-class Finished(NamedTuple):
-    process: subprocess.CompletedProcess[str]
-    out: Path
-    results: dict
-
-
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    """The example as a module, to look at its parts without a process each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        yield importlib.import_module(SCRIPT.stem)
+    yield from imported(SCRIPT)
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    out = tmp_path_factory.mktemp("qlora") / "results"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, str(SCRIPT), "--smoke", "--device", "cpu", "--out", str(out)]
-    process = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300)
-    assert process.returncode == 0, process.stderr
-    return Finished(process, out, json.loads((out / "results.json").read_text()))
+    return finished(SCRIPT, tmp_path_factory.mktemp("qlora") / "results", "--smoke")
 
 
 def test_files_are_written_and_named(smoke: Finished) -> None:
@@ -191,10 +171,7 @@ def test_a_changed_code_of_the_base_is_noticed(script: ModuleType) -> None:
 def test_help_shows_arguments_and_defaults(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--help"])
-    with pytest.raises(SystemExit) as stopped:
-        script.main()
-    assert stopped.value.code == 0
+    assert exit_code(script, monkeypatch, "--help") == 0
     printed = capsys.readouterr().out
     for text in ("--rank", "--seeds", "--steps", "--device", "--out", "--smoke", "--sweep", "default: 50"):
         assert text in printed
@@ -208,11 +185,7 @@ def test_help_shows_arguments_and_defaults(
         ("--steps", "-1"),
         ("--backend", "tpu"),
         ("--out", str(SCRIPT)),
-        pytest.param(
-            "--device",
-            "cuda",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
-        ),
+        NO_CARD,
     ],
 )
 def test_a_bad_argument_is_named(
@@ -224,9 +197,6 @@ def test_a_bad_argument_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--out", str(out), argument, value])
-    with pytest.raises(SystemExit) as stopped:
-        script.main()
-    assert stopped.value.code == 2
+    assert exit_code(script, monkeypatch, "--out", str(out), argument, value) == 2
     assert f"argument {argument}:" in capsys.readouterr().err
     assert not out.exists()

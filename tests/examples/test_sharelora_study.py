@@ -4,38 +4,26 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 import math
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
+from example_scripts import EXAMPLES, NO_CARD, Finished, exit_code, finished, imported, needs
 from torch import Tensor, nn
 
 import glora_kernels as gk
 
-for package in ("transformers", "matplotlib", "tqdm"):
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed", allow_module_level=True)
+needs("transformers", "matplotlib", "tqdm")
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "sharelora_study.py"
+SCRIPT = EXAMPLES / "sharelora_study.py"
 METHODS = ["LoRA", "ShareA", "ShareB", "ShareAB", "Share-qkv"]
 WIDTH, HIDDEN, DEPTH, RANK = 96, 264, 4, 8
 # The inputs (size of B_down) and outputs (size of B_up) of q, k, v, o, gate, up, down.
 SHAPES = [(WIDTH, WIDTH)] * 4 + [(WIDTH, HIDDEN)] * 2 + [(HIDDEN, WIDTH)]
-
-
-class Finished(NamedTuple):
-    process: subprocess.CompletedProcess[str]
-    out: Path
-    results: dict
 
 
 class Bigrams(nn.Module):
@@ -55,20 +43,12 @@ class Bigrams(nn.Module):
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    """The example as a module, to look at its parts without a process each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        yield importlib.import_module(SCRIPT.stem)
+    yield from imported(SCRIPT)
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    out = tmp_path_factory.mktemp("sharelora") / "results"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, str(SCRIPT), "--quick", "--device", "cpu", "--out", str(out)]
-    process = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300)
-    assert process.returncode == 0, process.stderr
-    return Finished(process, out, json.loads((out / "results.json").read_text()))
+    return finished(SCRIPT, tmp_path_factory.mktemp("sharelora") / "results", "--quick")
 
 
 def test_files_are_written_and_named(quick: Finished) -> None:
@@ -218,10 +198,7 @@ def test_the_study_notices_a_changed_base_and_a_wrong_file(script: ModuleType, t
 def test_help_shows_arguments_and_defaults(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--help"])
-    with pytest.raises(SystemExit) as stopped:
-        script.main()
-    assert stopped.value.code == 0
+    assert exit_code(script, monkeypatch, "--help") == 0
     printed = capsys.readouterr().out
     for text in ("--rank", "--seeds", "--steps", "--device", "--out", "--quick", "--sweep", "default: 8"):
         assert text in printed
@@ -233,11 +210,7 @@ def test_help_shows_arguments_and_defaults(
         ("--rank", "0"),
         ("--rank", "97"),
         ("--pretraining-steps", "0"),
-        pytest.param(
-            "--device",
-            "cuda",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
-        ),
+        NO_CARD,
     ],
 )
 def test_a_bad_argument_is_named(
@@ -249,9 +222,6 @@ def test_a_bad_argument_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--out", str(out), argument, value])
-    with pytest.raises(SystemExit) as stopped:
-        script.main()
-    assert stopped.value.code == 2
+    assert exit_code(script, monkeypatch, "--out", str(out), argument, value) == 2
     assert f"argument {argument}:" in capsys.readouterr().err
     assert not out.exists()

@@ -6,12 +6,26 @@ The oracle is `helpers.literal` in float64 over the dequantized weight.
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import PAIRS, Problem, check, layer, ours, problem, same, train_only, truth
+from helpers import (
+    NAMES,
+    Problem,
+    check,
+    close,
+    compiled,
+    config,
+    exact,
+    interpreted,
+    layer,
+    ours,
+    problem,
+    same,
+    train_only,
+    truth,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,21 +35,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from glora_kernels.dispatch.common import codes_of
 from glora_kernels.ops import glora_linear, glora_wc
 from glora_kernels.quant import QuantizedWeight, dequantize, quantize_weight
+from glora_kernels.reference.cases import FORMS
 from glora_kernels.runtime import workspace
 from glora_kernels.runtime.routes import backend
 from glora_kernels.spec import GLoRAConfig
 
 OPS = torch.ops.glora_kernels
 ABC = ("lora", "vector", "constant", "none")
-FORMS = [(a, b, "hadamard") for a, b in PAIRS] + [("lora", b, "matmul") for b in ABC]
 forms = pytest.mark.parametrize(("a", "b", "variant"), FORMS)
 few = pytest.mark.parametrize(("a", "b", "variant"), [
     ("none", "lora", "hadamard"), ("vector", "lora", "hadamard"), ("constant", "vector", "hadamard"),
     ("lora", "constant", "hadamard"), ("lora", "lora", "matmul"),
 ])  # fmt: skip
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter")
-NAMES = ("A", "A_up", "A_down", "B", "B_up", "B_down", "bias", "wc", "D", "E")
-"""Where the operators have which of a problem's tensors."""
 
 
 def build(config, *args, quant_type="nf4", blocksize=32, nested=True, stored=None, **more) -> tuple[Problem, Problem]:
@@ -44,20 +55,6 @@ def build(config, *args, quant_type="nf4", blocksize=32, nested=True, stored=Non
     stored = stored or (torch.float32 if p.x.dtype == torch.float64 else p.x.dtype)
     codes = quantize_weight(p.weight.to(stored), quant_type, blocksize, nested)
     return replace(p, weight=dequantize(codes, p.x.dtype)), replace(p, weight=codes)
-
-
-def config(a, b, variant="hadamard", cde="vector", rank=3, dropout=0.0):
-    alpha, dropout = (5.0, dropout) if b == "lora" else (None, 0.0)
-    return GLoRAConfig(a, b, cde, cde, cde, rank, alpha, dropout, variant)
-
-
-def exact(dense: Problem, got: dict, tolerance: float = 1e-12) -> None:
-    for name, value in truth(dense)[0].items():
-        if name == "y" or name in dense.trained:
-            assert got[name] is not None, (dense.config, name)
-            assert torch.allclose(got[name], value, rtol=tolerance, atol=tolerance), (dense.config, name)
-        else:
-            assert got[name] is None, (dense.config, name)
 
 
 # Values and gradients.
@@ -387,16 +384,6 @@ def test_fake_results_equal_real_ones(a, b, variant, lead, dtype):
             pretended = op(*(mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in args))
         for r, f in zip(real, pretended, strict=True):
             assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
-
-
-def compiled(compiler):
-    return lambda call: torch.compile(call, backend=compiler, fullgraph=True)
-
-
-def close(got, expected, tolerance=1e-12):
-    for name, value in expected.items():
-        assert (got[name] is None) == (value is None), name
-        assert value is None or torch.allclose(got[name], value, rtol=tolerance, atol=tolerance), name
 
 
 @few

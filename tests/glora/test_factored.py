@@ -6,35 +6,25 @@ import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import helpers
 import pytest
 import torch
-from helpers import PAIRS, check, layer, ours, problem, train_only, truth
+from helpers import check, exact, layer, ours, problem, train_only, truth
 
 from glora_kernels.glora import eager as eager_path
 from glora_kernels.glora.call import Supports, shift
 from glora_kernels.glora.op import dropout_seed
 from glora_kernels.ops import glora_linear, glora_wc
+from glora_kernels.reference.cases import FORMS
 from glora_kernels.runtime import workspace
 from glora_kernels.spec import GLoRAConfig
 
-FORMS = [(a, b, "hadamard") for a, b in PAIRS] + [("lora", b, "matmul") for b in ("lora", "vector", "constant", "none")]
 forms = pytest.mark.parametrize(("a", "b", "variant"), FORMS)
 pytestmark = pytest.mark.usefixtures("poison")
 
 
 def config(a, b, variant="hadamard", cde="none", **more):
-    more = {"alpha": 5.0, **more} if b == "lora" else more
-    return GLoRAConfig(a, b, cde, cde, cde, variant=variant, **{"rank": 3, **more})
-
-
-def exact(p, got, tolerance=1e-12):
-    for name, value in truth(p)[0].items():
-        if name == "y" or name in p.trained:
-            assert got[name] is not None, name
-            assert got[name].shape == value.shape, name
-            assert torch.allclose(got[name], value, rtol=tolerance, atol=tolerance), name
-        else:
-            assert got[name] is None, name
+    return helpers.config(a, b, variant, cde, **more)
 
 
 @forms

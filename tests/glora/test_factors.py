@@ -9,7 +9,7 @@ import pytest
 import torch
 from glora.test_fused import choose_route, interpreted, plan
 from groups import build
-from helpers import PAIRS, check, ours, problem, thinned, truth
+from helpers import check, ours, problem, thinned, truth
 
 from glora_kernels.depth.deferred import Deferred, DeferredLinear, ticket
 from glora_kernels.four_bit import kinds as four_bit
@@ -17,13 +17,14 @@ from glora_kernels.four_bit.served import why_not
 from glora_kernels.glora import triton as triton_path
 from glora_kernels.ops import glora_linear
 from glora_kernels.quant import dequantize, quantize_weight
+from glora_kernels.reference import cases
 from glora_kernels.runtime.routes import backend
 from glora_kernels.spec import GLoRAConfig
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 SIXTEEN = [torch.float16, torch.bfloat16]
-FORMS = [(a, b, "hadamard") for a, b in PAIRS if "lora" in (a, b)] + [("lora", "lora", "matmul")]
+FORMS = [(*ab, variant) for *ab, variant in cases.FORMS if "lora" in ab and (variant == "hadamard" or ab[1] == "lora")]
 ERROR = 2e-4
 """Of the gradient of a factor, relative to its norm: a sixteenth of a rounding to 16 bits, and less than the 5e-4
 promised."""

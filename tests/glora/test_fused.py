@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from glora.test_golden import AB, GOLDEN, RANK, golden_gradient, golden_problem
-from helpers import PAIRS, check, ours, problem, thinned
+from helpers import check, ours, problem, thinned
 
 import glora_kernels
 from glora_kernels.glora import triton as triton_path
 from glora_kernels.glora.call import C, Call, Needs, Supports
+from glora_kernels.reference.cases import FORMS
 from glora_kernels.runtime import routes
 from glora_kernels.runtime.launch import LibraryProduct
 from glora_kernels.runtime.planning import planning
 from glora_kernels.spec import GLoRAConfig, all_configs
 
-FORMS = [(a, b, "hadamard") for a, b in PAIRS] + [("lora", b, "matmul") for b in ("none", "lora", "vector", "constant")]
 ROUTES = ("fused", "library")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the card's own configurations run in tests/gpu")
 

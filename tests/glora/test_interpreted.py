@@ -6,21 +6,12 @@ import itertools
 
 import pytest
 import torch
-from helpers import PAIRS, check, ours, problem, same, thinned, train_only, truth
+from helpers import check, ours, problem, same, thinned, train_only, truth
 
+from glora_kernels.reference.cases import AWKWARD, FORMS
 from glora_kernels.spec import GLoRAConfig
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [  # lead, K, N, R: an awkward size of each in turn
-    ((37,), 70, 45, 3),
-    ((1,), 70, 45, 16),
-    ((37,), 16, 129, 1),
-    ((3, 11), 40, 33, 65),
-    ((70,), 129, 16, 4),
-]
-MATMUL = [("lora", "none"), ("lora", "lora"), ("lora", "vector"), ("lora", "constant")]
-FORMS = [(a, b, "hadamard") for a, b in PAIRS] + [(a, b, "matmul") for a, b in MATMUL]
-
 pytestmark = pytest.mark.usefixtures("poison")
 
 
@@ -33,7 +24,7 @@ def config(a: str, b: str, variant: str = "hadamard", rank: int = 4, dropout: fl
 def covering():
     """Every form meets every dtype; shapes and layouts go round, so that each meets every dtype and form of A, B."""
     for i, ((a, b, variant), (j, dtype)) in enumerate(itertools.product(FORMS, enumerate(DTYPES))):
-        shape = SHAPES[(i + i // 15 + j) % len(SHAPES)]
+        shape = AWKWARD[(i + i // 15 + j) % len(AWKWARD)]
         yield a, b, variant, dtype, shape, ("contiguous", "strided")[(i // 2) % 2], (i // 3) % 4 != 0
 
 

@@ -9,35 +9,26 @@ from __future__ import annotations
 import itertools
 import threading
 
+import helpers
 import pytest
 import torch
-from helpers import PAIRS, check, layer, ours, problem, same, train_only
+from helpers import check, layer, ours, problem, same, train_only
 
 from glora_kernels import reference
 from glora_kernels.glora.op import dropout_seed, seeds_on_device
 from glora_kernels.ops import glora_linear
+from glora_kernels.reference.cases import FORMS
 from glora_kernels.runtime import environment, routes
 from glora_kernels.spec import GLoRAConfig
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-FORMS = [(a, b, "hadamard") for a, b in PAIRS] + [("lora", b, "matmul") for b in ("lora", "vector", "constant", "none")]
 forms = pytest.mark.parametrize(("a", "b", "variant"), FORMS)
 
 
-def config(a, b, variant="hadamard", rank=16, dropout=0.0):
-    return GLoRAConfig(
-        a,
-        b,
-        "vector",
-        "vector",
-        "vector",
-        rank,
-        2.0 * rank if b == "lora" else None,
-        dropout if b == "lora" else 0.0,
-        variant,
-    )
+def config(a, b, variant="hadamard", rank=16, **more):
+    return helpers.config(a, b, variant, rank=rank, alpha=2.0 * rank, **more)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 
+import helpers
 import pytest
 import torch
-from helpers import PAIRS, Problem, check, layer, ours, problem, same
+from helpers import Problem, check, layer, ours, problem, same
 
 import glora_kernels as gk
 from glora_kernels.four_bit import kinds as four_bit
@@ -19,13 +20,13 @@ from glora_kernels.ops import glora_linear
 from glora_kernels.quant import NestedState, QuantizedWeight, QuantState, dequantize, quantize_weight
 from glora_kernels.quant.bnb import from_state
 from glora_kernels.quant.codes import dynamic_map
+from glora_kernels.reference.cases import FORMS
 from glora_kernels.runtime import environment, extension, workspace
 from glora_kernels.spec import GLoRAConfig
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-FORMS = [(a, b, "hadamard") for a, b in PAIRS] + [("lora", b, "matmul") for b in ("lora", "vector", "constant", "none")]
 forms = pytest.mark.parametrize(("a", "b", "variant"), FORMS)
 few = pytest.mark.parametrize(("a", "b", "variant"), [
     ("none", "lora", "hadamard"), ("vector", "lora", "hadamard"), ("constant", "vector", "hadamard"),
@@ -40,9 +41,8 @@ def route(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def config(a, b, variant="hadamard", rank=16, dropout=0.0, cde="vector"):
-    alpha, dropout = (2.0 * rank, dropout) if b == "lora" else (None, 0.0)
-    return GLoRAConfig(a, b, cde, cde, cde, rank, alpha, dropout, variant)
+def config(a, b, variant="hadamard", rank=16, **more):
+    return helpers.config(a, b, variant, rank=rank, alpha=2.0 * rank, **more)
 
 
 def build(cfg, lead, k, n, dtype=torch.bfloat16, bias=True, quant_type="nf4", blocksize=64, nested=True,

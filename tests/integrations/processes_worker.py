@@ -17,7 +17,6 @@ import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import peft
 import pytest
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from only_ours import only_ours
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -172,17 +172,6 @@ def train(accelerator, model, optimizer, batches, forbid=True):
                 optimizer.zero_grad()
             losses.append(accelerator.reduce(loss.detach(), "mean").item())
     return losses
-
-
-@contextlib.contextmanager
-def only_ours():
-    """PEFT's own forward raises."""
-    raising = mock.Mock(side_effect=AssertionError("PEFT's forward ran"))
-    with (
-        mock.patch.object(peft.tuners.lora.Linear, "forward", raising),
-        mock.patch.object(peft.tuners.glora.layer.GloraLinear, "forward", raising),
-    ):
-        yield
 
 
 def trained(accelerator, model):

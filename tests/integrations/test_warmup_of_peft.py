@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from helpers import interpreted, warmup
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import glora_kernels as gk
 from glora_kernels.integrations.peft import GLoRAPeftConfig, ShareLoRAPeftConfig
-from glora_kernels.runtime.launch import Launch
-from glora_kernels.runtime.planning import is_planning
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter")
+pytestmark = interpreted
 CONFIGS = {
     "accelerated": LoraConfig(r=4, target_modules=["0", "1", "2"], lora_dropout=0.5),
     "gkglora": GLoRAPeftConfig(r=4, target_modules=["0", "1", "2"]),
@@ -31,24 +28,6 @@ def made(method, four_bit=False):
     return gk.accelerate(model, verbose=False) if method == "accelerated" else model
 
 
-@pytest.fixture
-def launched(monkeypatch):
-    found, run = [], Launch.run
-
-    def note(self):
-        if not is_planning():  # planned is not run
-            found.append(self.kernel.__name__)
-        run(self)
-
-    monkeypatch.setattr(Launch, "run", note)
-    return found
-
-
-def warmup(model, *args, **kwargs):
-    with gk.backend("triton"):
-        return gk.warmup(model, *args, progress=False, **kwargs)
-
-
 @pytest.mark.parametrize("method", CONFIGS)
 def test_what_it_launches_is_what_a_step_launches(method, launched):
     model = made(method)
@@ -56,7 +35,7 @@ def test_what_it_launches_is_what_a_step_launches(method, launched):
     lines = warmup(model, [16])
     assert [line.split()[0] for line in lines] == ["2", "1"]
     assert "forward and backward with 16 tokens" in lines[0]
-    warmed = set(launched)
+    warmed = {name for name, _ in launched}
     launched.clear()
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
@@ -64,7 +43,7 @@ def test_what_it_launches_is_what_a_step_launches(method, launched):
     assert all(module.training for module in model.modules())
     with gk.backend("triton"):
         model(torch.randn(16, 64, requires_grad=True)).sum().backward()
-    assert warmed == set(launched) != set()
+    assert warmed == {name for name, _ in launched} != set()
 
 
 def test_over_4_bits_and_in_evaluation(launched):

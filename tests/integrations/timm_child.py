@@ -37,6 +37,7 @@ import peft
 import timm
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from only_ours import only_ours
 from sklearn.datasets import load_digits
 from timm.layers import set_reentrant_ckpt
 from torch.nn import functional as F
@@ -157,17 +158,6 @@ def fit(model, folder, precision="64-true", epochs=EPOCHS, resume=None, accumula
     loader = pictures(torch.float64 if precision == "64-true" else torch.float32)
     trainer.fit(module, loader, ckpt_path=resume, weights_only=False if resume else None)
     return module.losses
-
-
-@contextlib.contextmanager
-def only_ours():
-    """PEFT's own forward raises."""
-    raising = mock.Mock(side_effect=AssertionError("PEFT's forward ran"))
-    with (
-        mock.patch.object(peft.tuners.lora.Linear, "forward", raising),
-        mock.patch.object(peft.tuners.glora.layer.GloraLinear, "forward", raising),
-    ):
-        yield
 
 
 def assert_alike(ours, theirs, tolerance=EXACT):

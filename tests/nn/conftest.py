@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from adapter_files import saved, trained  # noqa: F401
+from broods import brood, calls, seeds  # noqa: F401
 from small_vit import ViT
 
 from glora_kernels import GLoRAConfig

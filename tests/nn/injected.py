@@ -8,6 +8,13 @@ from glora_kernels.nn.model import named_layers
 
 CFG = GLoRAConfig(rank=2)
 OTHER = GLoRAConfig.lora(rank=3, alpha=6)
+LINEARS = {
+    f"blocks.{i}.{name}"
+    for i in range(2)
+    for name in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.0", "mlp.2")
+} | {"embed", "classifier.1"}
+BODY = LINEARS - {"classifier.1"}
+"""The linear layers of the classifier, and those that are no head."""
 
 
 def fingerprint(model):

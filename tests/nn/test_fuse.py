@@ -19,20 +19,6 @@ DROPS = GLoRAConfig("none", "lora", "vector", "none", "vector", rank=3, dropout=
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """The number of members of every grouped call."""
-    found = []
-    grouped = siblings.grouped_call
-
-    def counted(flat, layout, scales, dropout_p):
-        found.append(len(scales))
-        return grouped(flat, layout, scales, dropout_p)
-
-    monkeypatch.setattr(siblings, "grouped_call", counted)
-    return found
-
-
-@pytest.fixture
 def t5():
     """A function that builds a small T5 with gated MLPs and two layers a stack."""
 

@@ -4,21 +4,16 @@ import copy
 
 import pytest
 import torch
+from small_configs import SMALL
 from torch import nn
 
 import glora_kernels as gk
 from glora_kernels import GLoRAConfig, GLoRALinear, reference
 from glora_kernels.nn.model import named_layers
 
-CONFIGS = {
-    "default": GLoRAConfig(rank=3),
+CONFIGS = SMALL | {
     "shifted": GLoRAConfig(E="vector", rank=3),
-    "lora": GLoRAConfig.lora(rank=3, alpha=6),
     "all-lora": GLoRAConfig("lora", "lora", "lora", "vector", "vector", rank=3, alpha=6, dropout=0.5),
-    "vectors": GLoRAConfig("vector", "vector", "vector", "vector", "vector"),
-    "constants": GLoRAConfig("constant", "constant", "none", "constant", "constant"),
-    "nothing": GLoRAConfig("none", "none", "none", "none", "none"),
-    "matmul": GLoRAConfig("lora", "lora", "vector", "none", "vector", rank=3, variant="matmul"),
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 each_base = pytest.mark.parametrize("base", ["bias", "no-bias", "conv1d"])

@@ -1,12 +1,10 @@
 """4-bit layers as modules: what they compute, adapted in every way, copied, cast, compiled."""
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
+from copies import COPIES
 from packed import FULL
+from small_configs import SMALL
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,12 +12,9 @@ import glora_kernels as gk
 from glora_kernels import GLoRAConfig, GLoRALinear, QuantizedLinear, reference
 from glora_kernels.quant import QuantizedWeight, dequantize
 
-CONFIGS = {
-    "lora": GLoRAConfig.lora(rank=3, alpha=6),
+CONFIGS = {name: SMALL[name] for name in ("lora", "matmul", "nothing")} | {
     "full": FULL,
     "a-lora": GLoRAConfig("lora", "vector", "vector", "constant", "constant", rank=2),
-    "matmul": GLoRAConfig("lora", "lora", "vector", "none", "vector", rank=3, variant="matmul"),
-    "nothing": GLoRAConfig("none", "none", "none", "none", "none"),
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
@@ -120,21 +115,13 @@ def test_the_base_cannot_be_overwritten_by_chance(config):
         layer.weight.requires_grad_(True)
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("kind", ["frozen", "glora"])
 def test_copies_compute_the_same_and_share_nothing(how, kind, randomize):
     layer = quantized()
     if kind == "glora":
         layer = randomize(GLoRALinear.from_linear(layer, FULL))
-    if how == "deepcopy":
-        other = copy.deepcopy(layer)
-    elif how == "pickle":
-        other = pickle.loads(pickle.dumps(layer))
-    else:
-        buffer = io.BytesIO()
-        torch.save(layer, buffer)
-        buffer.seek(0)
-        other = torch.load(buffer, weights_only=False)
+    other = COPIES[how](layer)
     x = torch.randn(2, 40)
     expected = layer(x)
     assert torch.equal(other(x), expected)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file
+from steps import losses_of
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -288,14 +289,7 @@ def test_merging_and_disabling(config, build):
 def test_llama_trains_shared_factors(llama):
     model = gk.inject(llama(), ShareLoRAConfig(rank=2, dropout=0.1, tie_siblings=True), train=["lm_head"]).train()
     ids = torch.randint(0, 32, (2, 8))
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-2)
-    losses = []
-    for _ in range(10):
-        loss = model(ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(model, torch.optim.AdamW, 10, lambda: model(ids, labels=ids).loss)
     assert losses[-1] < 0.9 * losses[0]
     assert [row.uses for row in gk.shared(model).rows] == [6, 2, 4, 2]
 

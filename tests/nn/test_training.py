@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from steps import losses_of
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -32,14 +33,7 @@ def test_adam_reduces_the_loss_and_leaves_the_base_bit_for_bit(config, vit):
     x, labels = torch.randn(16, 4, 12), torch.arange(16) % 5
     before = frozen(model)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=2e-2)
-    losses = []
-    for _ in range(12):
-        loss = F.cross_entropy(model(x), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(model, torch.optim.Adam, 12, lambda: F.cross_entropy(model(x), labels))
     assert losses[-1] < 0.7 * losses[0]
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
     still = [name for name, p in model.named_parameters() if name in start and torch.equal(p, start[name])]
@@ -95,14 +89,7 @@ def test_checkpointing_with_dropout_gives_the_same_gradients(mode, config, vit, 
 def test_llama_trains_through_the_public_api(llama):
     model = gk.inject(llama(), CONFIGS["default"], train=["lm_head"]).train()
     ids = torch.randint(0, 32, (2, 8))
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-2)
-    losses = []
-    for _ in range(10):
-        loss = model(ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(model, torch.optim.AdamW, 10, lambda: model(ids, labels=ids).loss)
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -151,15 +138,12 @@ def test_training_goes_on_after_saving_and_loading_as_if_nothing_had_happened(vi
 def test_bf16_autocast_training_step(vit):
     model = gk.inject(vit(), CONFIGS["all-lora"], train=["classifier"])
     x, labels = torch.randn(16, 4, 12), torch.arange(16) % 5
-    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=2e-2)
-    losses = []
-    for _ in range(12):
+
+    def loss_of():
         with torch.autocast("cpu", torch.bfloat16):
-            loss = F.cross_entropy(model(x), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+            return F.cross_entropy(model(x), labels)
+
+    losses = losses_of(model, torch.optim.Adam, 12, loss_of)
     assert losses[-1] < 0.7 * losses[0]
     assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 

@@ -8,15 +8,14 @@ import sys
 
 import pytest
 import torch
+from helpers import interpreted, warmup
 from torch import nn
 
 import glora_kernels as gk
 from glora_kernels.nn.warmup import _sizes
 from glora_kernels.runtime import configs
 from glora_kernels.runtime.launch import Launch
-from glora_kernels.runtime.planning import is_planning
 
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter")
 CONFIG = gk.GLoRAConfig("vector", "lora", "none", "none", "vector", rank=4, dropout=0.5)
 
 
@@ -25,25 +24,6 @@ def model():
     """Three layers, of which the first and the last are alike."""
     net = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 24))
     return gk.inject(net, CONFIG, target_modules=["0", "1", "2"])
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The names and the M of the launches made."""
-    found, run = [], Launch.run
-
-    def note(self):
-        if not is_planning():  # planned is not run
-            found.append((self.kernel.__name__, self.args.get("M")))
-        run(self)
-
-    monkeypatch.setattr(Launch, "run", note)
-    return found
-
-
-def warmup(model, *args, **kwargs):
-    with gk.backend("triton"):
-        return gk.warmup(model, *args, progress=False, **kwargs)
 
 
 @interpreted

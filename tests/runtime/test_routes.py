@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from helpers import problem, truth
+from helpers import interpreted, problem, truth
 
 from glora_kernels.dispatch.common import path_of
 from glora_kernels.ops import glora_linear
@@ -17,8 +17,6 @@ from glora_kernels.runtime import routes
 from glora_kernels.runtime.program import launching
 from glora_kernels.runtime.routes import backend, chosen, explain, route
 from glora_kernels.spec import GLoRAConfig
-
-interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter")
 
 
 def python(code: str, **changes: str | None) -> subprocess.CompletedProcess[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import interpreted
 
 import glora_kernels as gk
 from glora_kernels.__main__ import COMMANDS, main, run
@@ -378,7 +379,7 @@ def test_tune_lists_without_a_gpu(capsys):
     assert "4-bit" not in out(capsys, "tune", "--shape", "64x32x16", "--list", "--arch", "sm_80")
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors need the interpreter")
+@interpreted
 def test_tune_says_what_it_gained(capsys, monkeypatch, tmp_path):
     card = timing.Machine("Test Card", "sm_90", "cpu", lambda contenders, rounds: [
         [1.0 / steps[0].__self__.choice["num_stages"]] * rounds for steps in contenders
