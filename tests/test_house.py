@@ -14,10 +14,10 @@ ROOT = Path(glora_kernels.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = {
     "spec": 0, "modes": 0, "operands": 0, "reference": 1, "quant": 1, "runtime": 2, "tile": 3, "dispatch": 3,
-    "four_bit": 4, "glora": 5, "grouped": 6, "depth": 6, "ops": 7, "nn": 8, "integrations": 9, "__init__": 10,
-    "tools": 10, "__main__": 10,
+    "four_bit": 4, "glora": 5, "grouped": 6, "depth": 6, "multi": 6, "ops": 7, "nn": 8, "integrations": 9,
+    "__init__": 10, "tools": 10, "__main__": 10,
 }  # fmt: skip
-SLICES = ("four_bit", "glora", "grouped", "depth")
+SLICES = ("four_bit", "glora", "grouped", "depth", "multi")
 """One folder an operator: its launchers under their kernels, its eager twin and its registration beside them."""
 PUBLIC = {
     "AccelerationReport", "FusedReport", "GLoRAConfig", "GLoRALinear", "GroupedLoRALinear", "MergeReport",

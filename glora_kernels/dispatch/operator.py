@@ -283,7 +283,9 @@ class Operator(Operation):
         dys = dy if self.signature.has_lists else [dy]
         grads = iter(self.elsewhere(dys, found.placed(read_saved(ctx, found.reads_output)), found.values, found.wanted))
         row = [next(grads) if want else None for want in found.wanted]
-        return tuple(self.signature.join(row, Values((None,) * len(found.values.numbers), found.values.sizes)))
+        # PyTorch takes an empty list of numbers for one of tensors.
+        none: tuple[Any, ...] = tuple([] if number == () else None for number in found.values.numbers)
+        return tuple(self.signature.join(row, Values(none, found.values.sizes)))
 
     def _count(self, *shapes: Any, **_: Any) -> int:
         return self.flops(*self.signature.structures(shapes))
@@ -308,7 +310,7 @@ def gradients(
         return list(torch.func.vjp(of, *leaves)[1](tuple(dys)))
     with torch.enable_grad():
         leaves = [leaf.requires_grad_() for leaf in leaves]
-        return list(torch.autograd.grad(of(*leaves), leaves, tuple(dys)))
+        return list(torch.autograd.grad(of(*leaves), leaves, tuple(dys), materialize_grads=True))
 
 
 def owned(grads: list[Tensor | None], like: Tensor) -> Any:

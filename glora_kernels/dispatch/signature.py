@@ -18,7 +18,7 @@ Row = Sequence[Tensor | None]
 
 _KINDS = {
     Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", str: "str", bool: "bool", float: "float",
-    Sequence[float]: "float[]", Sequence[int]: "int[]",
+    Sequence[float]: "float[]", Sequence[int]: "int[]", Sequence[bool]: "bool[]",
 }  # fmt: skip
 _DEFAULTS = {None: "None", (): "[]"}
 

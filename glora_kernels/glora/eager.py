@@ -57,21 +57,38 @@ def forward(x: Tensor, weight: Weight, s: Supports, call: Call) -> Made:
     """
     dtype = x.dtype
     keep = None if s.b_up is None else keep_of(call.dropout_p, call.seed, x.shape[0], x.shape[1], x.device)
-    factor, h, u = _low_rank(x, weight, s, call, keep)
-    sigma = None if s.b is None else x.sum(-1, dtype=wide_dtype(dtype))
-    terms = Terms(shift(s, dtype), h, factor, sigma, s.b)
+    terms, u = small_terms(x, weight, s, call, keep)
     if s.a is not None:
-        base = _product(x, cast_weight(weight, dtype), terms.beta)
-        return Made(_scale_rows(base, 1 + s.a.to(wide_dtype(dtype)), terms), h, sigma, u, keep)
-    return Made(with_terms(x, weight_for(weight, s, call, dtype), terms), h, sigma, u, keep)
+        y = scale_rows(_product(x, cast_weight(weight, dtype), terms.beta), 1 + s.a.to(wide_dtype(dtype)), terms)
+    else:
+        y = with_terms(x, weight_for(weight, s, call, dtype), terms)
+    return Made(y, terms.h, terms.sigma, u, keep)
+
+
+def small_terms(x: Tensor, weight: Weight, s: Supports, call: Call, keep: Tensor | None) -> tuple[Terms, Tensor | None]:
+    """All that y has beside the large product, and U of the product variant; `keep`: the dropout mask."""
+    factor, h, u = _low_rank(x, weight, s, call, keep)
+    sigma = None if s.b is None else x.sum(-1, dtype=wide_dtype(x.dtype))
+    return Terms(shift(s, x.dtype), h, factor, sigma, s.b), u
 
 
 def with_terms(x: Tensor, weight: Tensor, terms: Terms) -> Tensor:
     """x·Wᵀ and the terms, which go first, into the large product: 16 bits round their sum once."""
-    delta = _added_terms(x, len(weight), terms)
+    delta = added_terms(x, len(weight), terms)
     if delta is None:
         return _product(x, weight, terms.beta)
     return torch.addmm(delta, x, weight.t(), out=delta)
+
+
+def put_terms(out: Tensor, x: Tensor, terms: Terms) -> None:
+    """out (M,N) = the terms, of the rows of x."""
+    delta = added_terms(x, out.shape[1], terms)
+    if delta is not None:
+        out.copy_(delta)
+    elif terms.beta is None:
+        out.zero_()
+    else:
+        out.copy_(terms.beta)
 
 
 def _product(x: Tensor, weight: Tensor, beta: Tensor | None) -> Tensor:
@@ -87,9 +104,24 @@ def backward(
     B vector: dyᵀσ; A vector: Σₘ dy∘Z, from y; A lora: H = (dyᵀx)∘W, dA_up = H·A_downᵀ, dA_down = A_upᵀ·H; product
     variant: dA_up = Wᵀ(dyᵀP), dA_down = (dy·U)ᵀx. With g = Σₘ dy: ∂bias = g∘(1+d), ∂wc = g, ∂d = g∘bias, ∂e = g.
     """
+    delta, grads = small_gradients(dy, x, weight, s, made, call, needs)
+    dx = None
+    if needs.x:
+        left = dy if s.a is None else scale_dy(dy, s.a)
+        effective = weight_for(weight, s, call, dy.dtype)
+        dx = left @ effective if delta is None else torch.addmm(delta, left, effective, out=delta)
+    if not call.matmul and (needs.a_up or needs.a_down):
+        grads[1:3] = _hadamard_gradients(dy, given(x), weight, s, needs)
+    return dx, *grads
+
+
+def small_gradients(
+    dy: Tensor, x: Tensor | None, weight: Weight, s: Supports, made: Made, call: Call, needs: Needs
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The part of dx beside its product with W, and the gradients of `Supports` but for those of A=lora."""
     dtype, narrow = dy.dtype, factor_dtype(dy.dtype, s.factors)
     da = da_up = da_down = db = db_up = db_down = None
-    delta = None  # the part of dx beside dy·W_eff
+    delta = None
 
     split = 0  # the columns of h that belong to the product variant's pair
     if call.matmul and s.a_up is not None and s.a_down is not None:
@@ -130,15 +162,7 @@ def backward(
     shift_grads: tuple[Tensor | None, ...] = (None,) * 4
     if needs.shift:
         shift_grads = shift_gradients(dy.sum(0, dtype=wide_dtype(dtype)), s, needs)
-
-    dx = None
-    if needs.x:
-        left = dy if s.a is None else _scale_dy(dy, s.a)
-        effective = weight_for(weight, s, call, dtype)
-        dx = left @ effective if delta is None else torch.addmm(delta, left, effective, out=delta)
-    if not call.matmul and (needs.a_up or needs.a_down):
-        da_up, da_down = _hadamard_gradients(dy, given(x), weight, s, needs)
-    return dx, da, da_up, da_down, db, db_up, db_down, *shift_grads
+    return delta, [da, da_up, da_down, db, db_up, db_down, *shift_grads]
 
 
 def _hadamard_gradients(
@@ -185,8 +209,12 @@ def c_vector(c: C, wide: torch.dtype) -> Tensor:
 
 def wc_backward(g: Tensor, weight: Weight, c: C, needs: Sequence[bool]) -> list[Tensor | None]:
     """[dc = Wᵀg, dC_up = dc·C_downᵀ, dC_down = C_upᵀ·dc] in the wide dtype; None where not wanted."""
-    wide = wc_dtype(weight, c)
-    dc = weighted_sum(cast(g, wide), weight)
+    return c_gradients(weighted_sum(cast(g, wc_dtype(weight, c)), weight), c, needs)
+
+
+def c_gradients(dc: Tensor, c: C, needs: Sequence[bool]) -> list[Tensor | None]:
+    """[dc, dC_up, dC_down] from dc, in its dtype; None where not wanted."""
+    wide = dc.dtype
     need_c, need_up, need_down = needs
     return [
         dc if need_c else None,
@@ -240,7 +268,7 @@ def _low_rank(
     return factor, h, u
 
 
-def _added_terms(x: Tensor, n: int, terms: Terms) -> Tensor | None:
+def added_terms(x: Tensor, n: int, terms: Terms) -> Tensor | None:
     """The terms, (M,N); None where they are β as it is, or nothing."""
     dtype, wide = x.dtype, wide_dtype(x.dtype)
     beta, h, factor, sigma, _ = terms
@@ -260,7 +288,7 @@ def _added_terms(x: Tensor, n: int, terms: Terms) -> Tensor | None:
     return delta
 
 
-def _scale_rows(base: Tensor, row_scale: Tensor, terms: Terms) -> Tensor:
+def scale_rows(base: Tensor, row_scale: Tensor, terms: Terms) -> Tensor:
     """y = Z∘(1+a) + h·factorᵀ + σ·bᵀ + β from base = Z + β, in its place.
 
     Written so that y is the base bit for bit where all supports are zero: base∘(1+a) + (β - (1+a)∘β) + … in 16 bits.
@@ -292,8 +320,8 @@ def _finish_rows(out: Tensor, rows: slice, part: Tensor, terms: Terms) -> None:
         out[rows] = round_dithered(part, out.dtype, first_row=rows.start)
 
 
-def _scale_dy(dy: Tensor, a: Tensor) -> Tensor:
-    """dy∘(1+a); a 16-bit dy rounds with the dither, for the reason given in `_scale_rows`."""
+def scale_dy(dy: Tensor, a: Tensor) -> Tensor:
+    """dy∘(1+a); a 16-bit dy rounds with the dither, for the reason given in `scale_rows`."""
     dtype = dy.dtype
     scale = 1 + a.to(wide_dtype(dtype))
     if scale.dtype == dtype:

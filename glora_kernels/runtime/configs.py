@@ -329,6 +329,35 @@ def shared_grad(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     return {"rows": tall, "cols": 64, "depth": 64, "num_warps": 4, "num_stages": 2 if arch.startswith("gfx") else 3}
 
 
+def multi_rows(shape: Shape) -> int:
+    """Rows of one adapter at a time: where there are few, most adapters have one or two. More would take wgmma.
+
+    That is serialized where the dropped x is made in registers (`into_rank`).
+    """
+    return 16 if shape.m <= 512 else 32
+
+
+def multi_shrink(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
+    """Blocks of `_multi_shrink_kernel`: rows of x or dy of one adapter, columns at a time."""
+    rows = multi_rows(shape)
+    if dtype == torch.float32:
+        return {"rows": rows, "cols": 32, "num_warps": 8 if shape.r > 16 else 4, "num_stages": 2}
+    stages = 2 if arch.startswith("gfx") else 4  # few programs hide the memory's latency by what each asks ahead
+    return {"rows": rows, "cols": 64 if shape.r > 16 or rows > 16 else 128, "num_warps": 4, "num_stages": stages}
+
+
+def multi_expand(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
+    """Blocks of `_multi_expand_kernel`: rows and columns of y or dx of one adapter."""
+    cols = 64 if dtype == torch.float32 else 128
+    return {"rows": multi_rows(shape), "cols": cols, "num_warps": 4, "num_stages": 2}
+
+
+def multi_outer(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
+    """Blocks of `_multi_outer_kernel`: rows of one adapter at a time, columns of dy or x."""
+    stages = 2 if arch.startswith("gfx") or shape.m <= 512 else 3
+    return {"rows": 32, "cols": 32 if dtype == torch.float32 else 64, "num_warps": 4, "num_stages": stages}
+
+
 def bands(arch: str, rows: int, block: int, depth: int, step: int, most: int = MAX_BANDS) -> tuple[int, int]:
     """(number, width) of up to `most` bands of a reduction over `depth`, so that a few rows still make enough programs.
 
@@ -404,6 +433,9 @@ KERNELS: dict[str, Kernel] = {
     "dequantize": Kernel(dequantize, ("_dequantize_kernel", "_dequantize_adapted_kernel")),
     "small_m": Kernel(small_m, ("_small_m_kernel",), tuned=True),
     "shared_grad": Kernel(shared_grad, ("_shared_grad_kernel",), multiplies=True),
+    "multi_shrink": Kernel(multi_shrink, ("_multi_shrink_kernel",)),
+    "multi_expand": Kernel(multi_expand, ("_multi_expand_kernel",)),
+    "multi_outer": Kernel(multi_outer, ("_multi_outer_kernel",)),
 }  # fmt: skip
 """All that `tables.choose` has a configuration of, on Triton's side."""
 

@@ -71,6 +71,11 @@ def multiprocessors(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
+def stream_of(device: torch.device) -> int:
+    """The handle of the current stream of a device; 0 on the host."""
+    return int(torch._C._cuda_getCurrentRawStream(device.index or 0)) if device.type == "cuda" else 0
+
+
 def gpus() -> list[str]:
     """One line a GPU: its name, architecture and memory."""
     lines = []

@@ -207,6 +207,16 @@ RULES: dict[str, tuple[Rule, ...]] = {
         (lambda b: b.drops or not b.aligned, _REGISTERS),
         (lambda b: (b.drops or b.halves or not b.aligned) and b.old and b.rows > 16, {"cols": 32}),
     ),
+    "multi_shrink": (
+        (lambda b: b.halves, {"cols": Most(64)}),
+        (lambda b: b.drops or b.rank > 16, _REGISTERS),
+        (lambda b: not b.aligned, {"num_warps": 8}),
+    ),
+    "multi_expand": (
+        (lambda b: b.old or b.newest, _REGISTERS),
+        (lambda b: not b.aligned, {"num_warps": 8}),
+    ),
+    "multi_outer": ((lambda b: b.halves or b.drops, _REGISTERS),),
 }
 """By kernel: what is changed in a configuration, by every rule that holds, in this order. `part`: the columns of a part
 of a tile. Every change was found by compiling (`tools.aot`)."""

@@ -107,6 +107,16 @@ def others(arch: str, dtype: torch.dtype) -> Iterator[Asked]:
         for name, members in groups.items():
             both = planned.group(members, how, frozen=len(members) // 4)
             yield Asked(f"{name} M={m}", [*both.forward, *both.backward])
+        many = {
+            "eight adapters r=16": (q, [LORA] * 8), "eight adapters r=64": (q, [_ranked(LORA, 64)] * 8),
+            "many adapters, everything": (q, [EVERYTHING, CONSTANTS, DROPPING]),
+            "many adapters, rows off 16 bytes": (Linear(LORA, 4097, 4095, bias=True), [EVERYTHING, LORA]),
+        }  # fmt: skip
+        if dtype != torch.float32:
+            many["many adapters, everything, fp32"] = q._replace(adapter=torch.float32), [EVERYTHING, DROPPING]
+        for name, (base, adapters) in many.items():
+            both = planned.multi(base, adapters, how)
+            yield Asked(f"{name} M={m}", [*both.forward, *both.backward])
     for name, layer in {
         "LoRA": q, "LoRA fp32": q._replace(adapter=torch.float32), "everything, dropout": q._replace(config=EVERYTHING),
         "product variant": q._replace(config=PRODUCT), "rows off 16 bytes": Linear(EVERYTHING, 4097, 4095, bias=True),

@@ -1,0 +1,120 @@
+"""The rows of a call sorted by adapter, on the device: no launch waits for the host to know who has how many.
+
+A kernel's tiles of BLOCK_M sorted rows are numbered so that those of adapter j begin at starts[j] // BLOCK_M + j: M //
+BLOCK_M + J tiles are enough for any assignment, and of an adapter with rows none is another's. A program finds its own
+by counting (`tile_of`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from triton import cdiv
+
+from glora_kernels.runtime import environment
+from glora_kernels.runtime.launch import Launch
+from glora_kernels.runtime.planning import is_planning
+
+_BLOCK = 16
+
+
+class Plan(NamedTuple):
+    """places: for each sorted row its place among all, int32 (M,). starts: the first of each adapter's, (J+1,)."""
+
+    places: Tensor
+    starts: Tensor
+
+
+@triton.jit
+def tile_of(starts_ptr, t, J, BLOCK_M: tl.constexpr):
+    """(adapter, its first sorted row, the first of tile t, the adapter's end); an empty tile begins behind that."""
+    adapter = -1
+    for j0 in range(0, J, 64):
+        j = j0 + tl.arange(0, 64)
+        begins = tl.load(starts_ptr + j, mask=j < J, other=0) // BLOCK_M + j
+        adapter += tl.sum(((j < J) & (begins <= t)).to(tl.int32), 0)
+    start = tl.load(starts_ptr + adapter)
+    first = start + (t - start // BLOCK_M - adapter) * BLOCK_M
+    return adapter, start, first, tl.load(starts_ptr + adapter + 1)
+
+
+def tiles(m: int, count: int, block: int) -> int:
+    """How many tiles there are at most."""
+    return m // block + count
+
+
+@triton.jit(do_not_specialize=["M", "J"])
+def _multi_plan_kernel(rows_ptr, places_ptr, starts_ptr, M, J, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """places and starts of `Plan`, of rows int64 (M,) with -1 for the last adapter: a row's place is a count.
+
+    Programs of rows, and behind them programs of starts.
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(M, BLOCK)
+    is_row = tl.program_id(0) < blocks
+    j = i - blocks * BLOCK
+    key = tl.load(rows_ptr + i, mask=i < M, other=0).to(tl.int32)
+    key = tl.where(is_row, tl.where(key < 0, J - 1, key), j)
+    before = tl.zeros((BLOCK,), tl.int32)
+    for m0 in range(0, M, STEP):
+        m = m0 + tl.arange(0, STEP)
+        other = tl.load(rows_ptr + m, mask=m < M, other=J).to(tl.int32)
+        other = tl.where(other < 0, J - 1, other)[None, :]
+        ties = (other == key[:, None]) & (m[None, :] < i[:, None]) & is_row
+        before += tl.sum(((other < key[:, None]) | ties).to(tl.int32), 1)
+    tl.store(places_ptr + before, i, mask=is_row & (i < M))
+    tl.store(starts_ptr + j, before, mask=(j >= 0) & (j <= J))
+
+
+def multi_plan_launch(rows: Tensor, places: Tensor, starts: Tensor) -> Launch:
+    """The places (M,) and starts (J+1,), int32, of rows int64 (M,)."""
+    m, j = len(rows), len(starts) - 1
+    args = {"rows_ptr": rows, "places_ptr": places, "starts_ptr": starts, "M": m, "J": j, "BLOCK": _BLOCK, "STEP": 256}
+    return Launch(_multi_plan_kernel, (cdiv(m, _BLOCK) + cdiv(j + 1, _BLOCK),), args, {"num_warps": 4, "num_stages": 1})
+
+
+_plans = WeakTensorKeyDictionary()
+"""By the tensor of an assignment: all layers of a step share it."""
+
+
+def plan_of(rows: Tensor, count: int) -> Plan:
+    """The order of rows int64 (M,) of `count` adapters, of which the last takes those whose number is -1.
+
+    Kept with the tensor until that is written. Not while a CUDA graph is captured, whose replays sort anew what then
+    stands there: the assignment is data of the graph.
+
+    Raises:
+        ValueError: on the host, a number that is no adapter's. On a device it is asserted there, as an index of
+            PyTorch's own is; not under a CUDA graph.
+    """
+    if is_planning() or rows.is_inference() or (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _planned(rows, count, checks=not is_planning() and not rows.is_cuda)
+    owner = rows if rows._base is None else rows._base
+    key = rows._version, count, rows.storage_offset(), rows.shape, rows.stride(), environment.stream_of(rows.device)
+    known: tuple[object, Plan] | None = _plans.get(owner)
+    if known is None or known[0] != key:
+        known = _plans[owner] = key, _planned(rows, count, checks=True)
+    return known[1]
+
+
+def _planned(rows: Tensor, count: int, checks: bool) -> Plan:
+    if checks and len(rows):
+        _check(rows, count - 1)
+    rows = rows.contiguous()
+    plan = Plan(*(torch.empty(size, dtype=torch.int32, device=rows.device) for size in (len(rows), count + 1)))
+    multi_plan_launch(rows, *plan).run()
+    return plan
+
+
+def _check(rows: Tensor, count: int) -> None:
+    wrong = (rows < -1) | (rows >= count)
+    accepted = f"rows must be numbers of adapters, 0 to {count - 1}, or -1 for the base alone"
+    if rows.is_cuda:
+        torch._assert_async(~wrong.any(), accepted)
+    elif bool(wrong.any()):
+        raise ValueError(f"{accepted}; got {int(rows[wrong][0])}")
