@@ -27,14 +27,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> int:
-    """`main` for a shell: where nobody reads on (`| head`), it ends with 141, as other programs do."""
+    """`main` for a shell: where the reader of a pipe has gone (`| head`), the status is 141, as of other programs."""
     try:
         try:
             return main()
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail
         return 141
 
 

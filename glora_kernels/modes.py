@@ -1,8 +1,9 @@
-"""What may be kept from one call to the next: real tensors that belong to no mode.
+"""Tensors that may be kept from one call to the next: real ones that belong to no mode.
 
-A tensor that is made inside `FakeTensorMode`, a trace (`make_fx`, `torch.export`), a `torch.func` transform or
-`torch.inference_mode` belongs to that, and is of no use, or wrong, in a call outside. What is kept is therefore made
-outside all of them (`outside_modes`); inside a mode that must see every tensor, nothing is kept (`in_a_mode`).
+A tensor made inside `FakeTensorMode`, a trace (`make_fx`, `torch.export`), a `torch.func` transform or
+`torch.inference_mode` belongs to that mode, and is useless or wrong in a call outside. Tensors that are kept are
+therefore made outside all modes (`outside_modes`); inside a mode that must see every tensor, none is kept
+(`in_a_mode`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _constants: dict[tuple[str, torch.device], Tensor] = {}
 
 
 def in_a_mode() -> bool:
-    """Whether tensors are fake, traced or wrapped now; modes that only look on (counters, say) do not count."""
+    """Whether tensors are fake, traced or wrapped now; modes that only observe calls (counters, say) do not count."""
     if torch._C._are_functorch_transforms_active():
         return True
     active = torch._C._len_torch_dispatch_stack() > 0  # most calls end here
@@ -31,7 +32,7 @@ def in_a_mode() -> bool:
 
 @contextlib.contextmanager
 def outside_modes() -> Iterator[None]:
-    """Inside, tensors are real and ordinary, whatever surrounds the call."""
+    """Inside, new tensors are real and ordinary, whatever modes are active."""
     with (
         _disable_current_modes(), temporarily_clear_interpreter_stack(), torch._C.DisableTorchFunction(),
         torch.inference_mode(False), torch.no_grad(),
@@ -40,14 +41,14 @@ def outside_modes() -> Iterator[None]:
 
 
 def constant(name: str, device: torch.device, build: Callable[[], Tensor]) -> Tensor:
-    """The tensor that `build` makes on the CPU, on a device: made once, and the same object from then on.
+    """The tensor that `build` makes on the CPU, moved to a device and kept: later calls return the same object.
 
     Inside a mode it is a new tensor of that mode, with the same bits.
 
     Args:
-        name: what the values depend on.
-        device: where to.
-        build: must name the dtype and device of whatever it makes.
+        name: identifies the values.
+        device: of the result.
+        build: makes the tensor; it must give the dtype and device of everything that it makes.
     """
     if in_a_mode():
         with outside_modes():
@@ -62,7 +63,7 @@ def constant(name: str, device: torch.device, build: Callable[[], Tensor]) -> Te
 
 
 def ordinary(tensor: Tensor) -> Tensor:
-    """The same memory as a tensor that can be kept: one of inference mode can be neither written to nor saved later."""
+    """A tensor on the same memory that can be kept; one of inference mode can later be neither written nor saved."""
     if not tensor.is_inference():
         return tensor
     with torch.inference_mode(False):
@@ -71,5 +72,5 @@ def ordinary(tensor: Tensor) -> Tensor:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether there are numbers to look at: a tensor on the meta device, or a fake one, has a shape and a dtype."""
+    """Whether a tensor holds values; one on the meta device, or a fake one, has only a shape and a dtype."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))

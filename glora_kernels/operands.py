@@ -1,8 +1,8 @@
-"""The operands of kernels as structures: what belongs together travels together, and what is absent is None.
+"""The operands of kernels as NamedTuples, in which an absent operand is None.
 
-Triton takes NamedTuples as arguments, compiled and interpreted: their entries become arguments of the machine code one
-by one, and None is folded away like a constant, so that `if terms.b is not None` costs nothing. The same classes serve
-both sides: on the host an entry is a tensor or a number, in a kernel a pointer or a value.
+Triton accepts NamedTuples as kernel arguments: each entry becomes one argument of the compiled kernel, and None is a
+constant, so that `if terms.b is not None` costs nothing. Host and kernel use the same classes: on the host an entry is
+a tensor or a number, in a kernel a pointer or a value.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 
 class Matrix(NamedTuple):
-    """ptr[i·row + j·col]. Of several bands (bands, M, C), the next is M·row further."""
+    """ptr[i·row + j·col]. With several bands (bands, M, C), each is M·row after the one before."""
 
     ptr: Any
     row: Any
@@ -19,20 +19,20 @@ class Matrix(NamedTuple):
 
 
 class Vector(NamedTuple):
-    """ptr[i·step]. Of several bands (bands, M), the next is M further."""
+    """ptr[i·step]. With several bands (bands, M), each is M after the one before."""
 
     ptr: Any
     step: Any
 
 
 class Constant(NamedTuple):
-    """A vector that is one number repeated, behind ptr. A kernel knows it from a `Vector` by its length."""
+    """A vector whose entries all equal the number at ptr. A kernel tells it from a `Vector` by `len`."""
 
     ptr: Any
 
 
 class Shift(NamedTuple):
-    """β = bias∘(1+d) + e + wc, of the terms there are; `d` only beside a bias."""
+    """β = bias∘(1+d) + e + wc, where absent terms are None; `d` only with a bias."""
 
     bias: Any = None
     wc: Any = None
@@ -42,13 +42,14 @@ class Shift(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What is added to a product: y = Z∘(1+a) + P·Uᵀ + h·upᵀ + σ·bᵀ + β.
+    """The terms added to a product: y = Z∘(1+a) + P·Uᵀ + h·upᵀ + σ·bᵀ + β.
 
-    `low` holds [P | h] (M, P+R), in bands; `u` (N, P) and `up` (N, R) are what its columns are multiplied by: of these
-    two only the pointer, with rows that follow each other, so that a kernel is not compiled again for another rank.
+    `low` holds [P | h] (M, P+R), in bands; its columns are multiplied by `u` (N, P) and `up` (N, R). For these two a
+    kernel gets only the pointer of a contiguous matrix, so that another rank needs no other compilation.
 
-    A kernel asks for the presence of entries, never of `shift`: Triton 3.6 compares no tuple that holds a None. And in
-    a loop it forgets the constants of inner structures unless one of the outer structure follows them: `end`, always.
+    Two limits of Triton 3.6: a tuple that holds a None cannot be compared, so kernels test the entries and never
+    `shift` itself; and inside a loop the constants of an inner structure are lost unless the outer structure has a
+    constant after it, which `end` is.
     """
 
     a: Any = None
@@ -62,13 +63,13 @@ class Terms(NamedTuple):
 
 
 W_ALONE = Terms()
-"""Nothing is added."""
+"""No terms: the product alone."""
 
 
 class Numerics(NamedTuple):
-    """How numbers are multiplied, one constexpr: the operands of the large product, and factors with what they meet.
+    """The dtype and precision of large products, and of products with factors, as one constexpr.
 
-    Dtypes by name, as Triton writes a constexpr of this kind to JSON for whoever listens to compilations. `upcast` is
+    Dtypes are given by name, since Triton writes such a constexpr to JSON for listeners to compilations. `upcast` is
     for the interpreter, whose bfloat16 product is wrong.
     """
 
@@ -88,7 +89,7 @@ class Numerics(NamedTuple):
 
 
 def named_dtype(name: str) -> Any:
-    """Triton's dtype of a name that PyTorch's has too."""
+    """Triton's dtype of a name, which is PyTorch's name as well."""
     from triton import language
 
     return getattr(language, name)
@@ -97,7 +98,7 @@ def named_dtype(name: str) -> Any:
 class Parts(NamedTuple):
     """Partial sums of a matrix, contiguous along its rows, at ptr[0], ptr[step], ptr[2·step] … before `end`.
 
-    `end` and not their number: that would be compiled in where it is one, and looked at for multiples of 16.
+    `end` instead of their number, since Triton compiles a kernel again for the number 1 and for multiples of 16.
     """
 
     ptr: Any
@@ -116,10 +117,10 @@ class Sum(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """The sums of `_dy_kernel` along M, vectors (N,) in partial sums (as in `Parts`), and what is made of them.
+    """The sums of `_dy_kernel` along M, vectors (N,) in partial sums (as in `Parts`), and the gradients from them.
 
-    g: Σ dy, for dwc, de, dbias (with d) and dd (with bias). sigma: dyᵀσ, for db. q: Σ dy∘(Z∘(1+a)), for da (with a);
-    where y holds more than Z, `judges` are two more sums, `end` apart, by which q is judged. No `end`: no columns.
+    g: Σ dy, for dwc, de, dbias (with d) and dd (with bias). sigma: dyᵀσ, for db. q: Σ dy∘(Z∘(1+a)), for da (with a).
+    judges: where y has other terms, two more sums, `end` apart, that tell whether q is accurate. end None: no columns.
     """
 
     g: Any = None
@@ -142,8 +143,8 @@ class Columns(NamedTuple):
 NO_COLUMNS = Columns()
 
 
-class Anew(NamedTuple):
-    """What Z = x·Wᵀ is computed from again, and dy beside it: matrices."""
+class ZOperands(NamedTuple):
+    """The matrices for computing da = Σₘ dy∘Z with Z = x·Wᵀ computed again."""
 
     dy: Any
     x: Any
@@ -158,7 +159,7 @@ class Pair(NamedTuple):
 
 
 class Nested(NamedTuple):
-    """absmax quantized in its turn: `code`[absmax[b]]·`absmax`[b // block] + `offset`."""
+    """An absmax that is itself quantized: `code`[absmax[b]]·`absmax`[b // block] + `offset`."""
 
     absmax: Any
     code: Any
@@ -167,11 +168,11 @@ class Nested(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """A weight (N,K) in 4 bits: two codes a byte, the higher bits first, over the flat matrix.
+    """A weight (N,K) in 4 bits: two codes per byte, high bits first, over the flattened matrix.
 
-    Every `block` of codes has an `absmax`, of which `nested` says more where it is quantized itself. kind ("nf4" or
-    "fp4"), both block sizes, the name of the dtype that decoded numbers are rounded to and whether whole words of eight
-    codes may be read (`words`) are constants of the compiled kernel.
+    Every `block` of codes has one `absmax`; where that is quantized itself, `nested` has the rest. Constants of the
+    compiled kernel are kind ("nf4" or "fp4"), both block sizes, dtype (the name of the dtype that decoded numbers are
+    rounded to) and words (whether whole words of eight codes may be read).
     """
 
     packed: Any
@@ -184,9 +185,9 @@ class Codes(NamedTuple):
 
 
 class Low(NamedTuple):
-    """The low-rank part h·upᵀ of a member of a group: up (N,R) and h (M,R), contiguous.
+    """The low-rank term h·upᵀ of a member of a group: up (N,R) and h (M,R), contiguous.
 
-    Where the kernel makes h, s·x·downᵀ, it takes `scale`, and stores h for backward if `leaves` is not 0.
+    A kernel that computes h itself multiplies it by `scale`, and stores it for backward if `leaves` is not 0.
     """
 
     up: Any
@@ -204,7 +205,7 @@ class Bias(NamedTuple):
 
 
 class Path(NamedTuple):
-    """What a path of a group adds to dx: S·down, S (M,R) and down (R,K), contiguous."""
+    """The term S·down that a path of a group adds to dx: S (M,R) and down (R,K), contiguous."""
 
     s: Any
     down: Any
@@ -212,9 +213,9 @@ class Path(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """The dropout masks of several paths: a key each, a number or the address of one, the threshold and 1/(1-p).
+    """The dropout masks of several paths: a seed each (a number or its address), the threshold and 1/(1-p).
 
-    The threshold is a whole number in fp32: for an integer in a tuple Triton compiles another kernel at another p.
+    The threshold is a whole number in fp32, since Triton may compile a kernel again for another integer in a tuple.
     """
 
     seeds: Any

@@ -1,4 +1,4 @@
-"""The registered operators: schema, fake, CPU and GPU implementation, autograd, autocast, flops."""
+"""The public operators. Each works in eager mode, under torch.compile, torch.func and autocast."""
 
 from glora_kernels.glora.op import glora_linear
 from glora_kernels.glora.wc import glora_wc

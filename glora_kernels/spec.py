@@ -2,8 +2,8 @@
 
     y = x (W + W∘A + B)ᵀ + [ b + b∘D + E + W·C ]
 
-A configuration says which of the five supports exist and in which form; this module knows their
-shapes and nothing about tensors, devices or kernels. It imports neither torch nor triton.
+A configuration says which of the five supports exist and in which form. This module knows only their shapes, nothing
+of tensors, devices or kernels; it imports neither torch nor triton.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ C = TypeVar("C", bound="_Config")
 
 @dataclass(frozen=True)
 class _Config:
-    """What every configuration has: its values as JSON has them, and back."""
+    """Conversion of a configuration to plain JSON values and back."""
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values; `from_dict` takes it back."""
@@ -84,7 +84,7 @@ class GLoRAConfig(_Config):
         dropout: probability p in [0, 1) of dropping an element of x in the low-rank B path; the other
             supports see x itself, so it has no effect where B is not "lora" (a warning).
         variant: "hadamard" (W∘A, elementwise, A is (N,K)) or "matmul" (W·A, A is (K,K): "lora" or "none").
-        init: how ``_down`` factors start: "xavier" (GLoRA's own) or "kaiming" (as PEFT's LoRA, a=√5).
+        init: initialization of the ``_down`` factors: "xavier" (GLoRA's own) or "kaiming" (as PEFT's LoRA, a=√5).
 
     Raises:
         ValueError: a value outside the accepted ones; the message names the argument, what was given
@@ -136,9 +136,9 @@ class GLoRAConfig(_Config):
 
     @classmethod
     def of(cls, forms: Iterable[str], **others: Any) -> GLoRAConfig:
-        """A configuration from the forms of A, B, C, D and E as text: a case of a command line, one of all.
+        """The configuration with these forms of A, B, C, D and E, given as text, and the other arguments.
 
-        Of the other arguments, alpha and dropout are left out where B is not "lora".
+        alpha and dropout are ignored where B is not "lora".
         """
         supports: dict[str, Any] = dict(zip(SUPPORTS, forms, strict=True))
         low_rank = supports["B"] == "lora"
@@ -177,7 +177,7 @@ class GLoRAConfig(_Config):
         return shapes
 
     def num_parameters(self, in_features: int, out_features: int, bias: bool = True) -> int:
-        """How many numbers the adapter of one layer trains (the base is not counted)."""
+        """The number of trainable parameters of one layer's adapter (the base is not counted)."""
         return sum(map(math.prod, self.parameter_shapes(in_features, out_features, bias).values()))
 
     def to_json(self) -> str:
@@ -196,27 +196,27 @@ class GLoRAConfig(_Config):
 
 @dataclass(frozen=True)
 class ShareLoRAConfig(_Config):
-    """LoRA whose factors are shared over the depth of a model, one for each projection type (`projection_type`).
+    """LoRA whose factors are shared over the depth of a model: one factor per projection type (`projection_type`).
 
-    Layer l of type p computes ``y = x Wᵀ + b + s·(x·B_downᵀ)·B_upᵀ`` with s = alpha/rank, and `share` says which
-    factor all layers of a type have in common: its gradient is the sum over them,
-    ``dB_down = s·Σ_l B_up,lᵀ·dY_lᵀ·X_l``. The other supports of GLoRA may stand beside it; they are each layer's own.
+    Layer l of a type computes ``y = x Wᵀ + b + s·(x·B_downᵀ)·B_upᵀ`` with s = alpha/rank, and `share` says which
+    factor all layers of the type have in common. Its gradient is the sum over them,
+    ``dB_down = s·Σ_l B_up,lᵀ·dY_lᵀ·X_l``. A layer may also have other supports of GLoRA, which are its own.
 
     Args:
         rank: R of every low-rank support; an integer ≥ 1.
         alpha: s = alpha/rank; None means s = 1.
-        dropout: probability p in [0, 1) of dropping an element of x in the low-rank path. Each layer drops
-            elements of its own, but for tied siblings.
-        share: "A" (one `B_down` a type), "B" (one `B_up`), "AB" (both) or "none" (plain LoRA).
+        dropout: probability p in [0, 1) of dropping an element of x in the low-rank path. Each layer has a mask
+            of its own, except tied siblings.
+        share: "A" (one `B_down` per type), "B" (one `B_up`), "AB" (both) or "none" (plain LoRA).
         projections: patterns of the layers that share, as in `target_modules`; the others are plain LoRA. None: all.
-        tie_siblings: give the projections of one block that read the same input (q, k and v; gate and up) one
-            `B_down` and one dropout mask; where `share` has "A", one for the whole depth.
+        tie_siblings: the projections of one block that read the same input (q, k and v; gate and up) get one
+            `B_down` and one dropout mask; where `share` has "A", one `B_down` for the whole depth.
         A, C, D, E: the forms of the other supports, as in `GLoRAConfig`.
 
     Raises:
         ValueError: a value outside the accepted ones; the message names the argument, what was given
             and what is accepted.
-        TypeError: `projections` is neither None, a pattern, nor patterns.
+        TypeError: `projections` is not None, a pattern or a sequence of patterns.
 
     Source: Song et al., "ShareLoRA: Parameter Efficient and Robust Large Language Model Fine-tuning via Shared
     Low-Rank Adaptation", 2024.
@@ -254,23 +254,23 @@ class ShareLoRAConfig(_Config):
 
 
 def projection_type(path: str, out_features: int, in_features: int, numbered: Collection[str] = ()) -> str:
-    """The key of the layers that share: the module path with the numbers of its depth replaced by `#`, and (N, K).
+    """The key that layers which share have in common: the path with `#` for the numbers of its depth, and (N, K).
 
     "model.layers.7.self_attn.k_proj" of 1024 x 4096 → "model.layers.#.self_attn.k_proj (1024, 4096)". The names that
     stay keep a model's encoder, decoder and cross-attention apart.
 
     Args:
-        path: of the layer. Whole numbers in it are depths.
+        path: the layer's module path. Names in it that are numbers count as depths.
         out_features: N.
         in_features: K.
-        numbered: paths of the modules around layers in whose names other numbers are, too: with
-            "layers.encoder_layer_3" among them, "layers.encoder_layer_3.mlp.0" → "layers.encoder_layer_#.mlp.#".
+        numbered: paths of modules whose last name contains its depth: with "layers.encoder_layer_3" among them,
+            "layers.encoder_layer_3.mlp.0" → "layers.encoder_layer_#.mlp.#".
     """
     return f"{depthless(path, numbered)} ({out_features}, {in_features})".lstrip()
 
 
 def depthless(path: str, numbered: Collection[str] = ()) -> str:
-    """A path with `#` for the numbers of its depth: parts that are all digits, and those in names of `numbered`."""
+    """A path with `#` for its depths: names that are all digits, and digits in the last names of `numbered` paths."""
     names = path.split(".")
     around = [".".join(names[: i + 1]) in numbered for i in range(len(names) - 1)]
     parts = zip(names, [*around, False], strict=True)
@@ -278,22 +278,22 @@ def depthless(path: str, numbered: Collection[str] = ()) -> str:
 
 
 def all_configs(**common: Any) -> Iterator[GLoRAConfig]:
-    """All 432 support combinations of the elementwise variant; `common` goes to each (rank, ...).
+    """All 432 combinations of supports of the elementwise variant, each with the arguments `common` (rank, ...).
 
-    alpha and dropout go to those with B="lora". The last has no support at all: a layer that stays as it is.
+    alpha and dropout apply only to those with B="lora". The last has no support at all: its layer is its base.
     """
     for forms in itertools.product(*(CHOICES[name] for name in SUPPORTS)):
         yield GLoRAConfig.of(forms, **common)
 
 
 def select(pattern: str, paths: Collection[str]) -> set[str]:
-    """The module paths that a pattern names: by the first of these rules that gives any.
+    """The module paths that a pattern selects, by the first of these rules that selects any.
 
     1. The path itself: "blocks.0.attn.q_proj".
-    2. The end of paths, whole names: "q_proj", "attn.q_proj".
-    3. A glob on the path, or on its last name: "blocks.0.*", "*.attn.?_proj", "?_proj".
-    4. A regular expression that the whole path matches, as PEFT reads a string: r".*\\.(q|v)_proj". It is one by a
-       character that neither paths nor globs have (backslash, parentheses, |, ^, $, +, braces) or a dot in front.
+    2. The end of a path, in whole names: "q_proj", "attn.q_proj".
+    3. A glob on the path or its last name: "blocks.0.*", "*.attn.?_proj", "?_proj".
+    4. A regular expression for the whole path, as PEFT reads a string: r".*\\.(q|v)_proj". A pattern is one if it has a
+       character that paths and globs have not (backslash, parentheses, |, ^, $, +, braces) or begins with a dot.
     """
     if pattern in paths:
         return {pattern}
@@ -305,11 +305,11 @@ def select(pattern: str, paths: Collection[str]) -> set[str]:
 
 
 def assign(patterns: Iterable[str], paths: Collection[str]) -> dict[str, str]:
-    """Each path's pattern: the path itself where that is given, else the first in order that selects it.
+    """The pattern of each path: the path itself where it is among the patterns, else the first that selects it.
 
     Raises:
-        ValueError: a pattern other than "*" that selects paths, all of which others have. Patterns that select
-            nothing are the caller's to judge.
+        ValueError: a pattern other than "*" selects paths, but all of them have another pattern. A pattern that selects
+            nothing is no error here.
     """
     patterns = list(patterns)
     found = {path: path for path in patterns if path in paths}
@@ -327,7 +327,7 @@ def assign(patterns: Iterable[str], paths: Collection[str]) -> dict[str, str]:
 
 
 def is_exact(pattern: str) -> bool:
-    """Whether a pattern has no wildcard, so that it means one module or modules of one name."""
+    """Whether a pattern has no wildcard, so that it selects one module, or modules of one name."""
     return not any(character in pattern for character in "*?[")
 
 
@@ -356,7 +356,7 @@ def _checked_projections(given: object) -> tuple[str, ...]:
 
 
 def check_choice(argument: str, value: object, accepted: tuple[str, ...]) -> None:
-    """A ValueError where the value of an argument is none of those accepted."""
+    """Raise a ValueError if the value of an argument is not an accepted one."""
     if value not in accepted:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, accepted))}; got {value!r}")
 

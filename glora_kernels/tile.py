@@ -1,4 +1,4 @@
-"""What every kernel shares: the product, the order of tiles, random numbers by position."""
+"""Device functions that all kernels share: products, reading and writing tiles, added terms, dropout, rounding."""
 
 import triton
 import triton.language as tl
@@ -15,9 +15,9 @@ _DITHER_COL = tl.constexpr(stream.DITHER_COL)
 def dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """acc + left·right in fp32. UPCAST is for the interpreter, whose bfloat16 product is wrong.
 
-    PRECISION "halves" multiplies fp32 by 16 bits, or by fp32, on the matrix unit: an operand is the sum of two halves
-    in bfloat16, which has the range of fp32 (exact for fp16; 2⁻¹⁷ of an fp32 number is lost), and what both low halves
-    give together is left out. Beside bfloat16, whose low half is zero, these are two products, else three.
+    PRECISION "halves" multiplies an fp32 operand by an fp32 or 16-bit one on the matrix unit. Each operand is written
+    as a sum of two bfloat16 halves (exact for fp16; 2⁻¹⁷ of an fp32 number is lost), and the product of the two low
+    halves is left out. That takes three products, or two if one operand is bfloat16, whose low half is zero.
     """
     if PRECISION == "halves":
         left_high = left.to(tl.bfloat16)
@@ -36,7 +36,7 @@ def dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def dot_wide(left, right, acc, NUMERICS: tl.constexpr):
-    """acc + left·right as operands of a large product are multiplied."""
+    """acc + left·right with the precision of large products."""
     PRECISION: tl.constexpr = NUMERICS.precision
     UPCAST: tl.constexpr = NUMERICS.upcast
     return dot(left, right, acc, PRECISION, UPCAST)
@@ -44,7 +44,7 @@ def dot_wide(left, right, acc, NUMERICS: tl.constexpr):
 
 @triton.jit
 def dot_thin(left, right, acc, NUMERICS: tl.constexpr):
-    """acc + left·right as factors, and what is made with them, are multiplied."""
+    """acc + left·right with the precision of low-rank factors."""
     PRECISION: tl.constexpr = NUMERICS.factor_precision
     UPCAST: tl.constexpr = NUMERICS.upcast
     return dot(left, right, acc, PRECISION, UPCAST)
@@ -60,7 +60,7 @@ def plain_dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def place_of(pid, num_i, num_j, GROUP: tl.constexpr):
-    """The (i, j) tile of a program: columns of GROUP row tiles, so that neighbours share operands in the L2."""
+    """The (i, j) tile of a program. GROUP row tiles are walked column by column, to share operands in the L2."""
     per_group = GROUP * num_j
     first = (pid // per_group) * GROUP
     size = tl.minimum(num_i - first, GROUP)
@@ -98,7 +98,7 @@ def transposed(matrix):
 
 @triton.jit
 def columns_from(matrix, first):
-    """The matrix without its first columns; all of it where `first` is None."""
+    """The matrix without its first `first` columns; all of it if that is None."""
     if first is None:
         return matrix
     else:
@@ -113,9 +113,9 @@ def band(matrix, band, M):
 
 @triton.jit
 def read_banded(matrix, rows, cols, num_rows, num_cols, M, BANDS: tl.constexpr, TRANSPOSED: tl.constexpr = False):
-    """Σ_band matrix[band, rows, cols] of (bands, M, C) in fp32, in a fixed order: sums that several programs made.
+    """Σ_band matrix[band, rows, cols] of (bands, M, C) in fp32, in a fixed order.
 
-    TRANSPOSED: of its transpose; rows and cols, and their numbers, are then those of that.
+    TRANSPOSED: the same of the transposed matrix, whose rows, cols and sizes are then given.
     """
     if TRANSPOSED:
         matrix_row = matrix.col
@@ -128,7 +128,7 @@ def read_banded(matrix, rows, cols, num_rows, num_cols, M, BANDS: tl.constexpr, 
     if BANDS == 1:
         return tl.load(matrix.ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     else:
-        # One block of all bands: summed one by one, each would be brought into a product's layout by itself.
+        # One load of all bands: loaded one by one, each would be converted to the layout of a product on its own.
         band = tl.arange(0, 2 if BANDS == 2 else (4 if BANDS <= 4 else 8))[:, None, None]
         offsets = band * (tl.cast(M, tl.int64) * matrix.row) + offsets[None, :, :]
         return tl.sum(tl.load(matrix.ptr + offsets, mask=(band < BANDS) & mask[None, :, :], other=0.0), 0)
@@ -163,10 +163,10 @@ def thin_product(
     low, right, rows, cols, M, num_cols, R, width,
     BANDS: tl.constexpr, NUMERICS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Σ_{r < R} low[i, r]·right[j, r], (ROWS, COLS), as factors are multiplied, added in fp32; low (bands, M, R).
+    """Σ_{r < R} low[i, r]·right[j, r], (ROWS, COLS) in fp32, with the precision of factors; low (bands, M, R).
 
-    `width`: to where the rows of low can be read, R or more; beyond R they hold numbers. From zeros, for the caller to
-    add: one accumulator for this and a large product makes ptxas serialize the wgmma of that product (C7511).
+    `width` ≥ R: how far the rows of low may be read. Beyond R they meet zeros, so they must hold finite numbers. The
+    caller adds the result: sharing an accumulator with a large product makes ptxas serialize its wgmma (C7511).
     """
     acc = tl.zeros((ROWS, COLS), tl.float32)
     r = tl.arange(0, BLOCK_R)
@@ -174,7 +174,8 @@ def thin_product(
     for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
         factor = read(transposed(right), r0 + r, cols, R, num_cols).to(NUMERICS.factor_dtype)
         acc = dot_thin(left, factor, acc, NUMERICS)
-        # A step ahead: what a loop carries reaches a wgmma through shared memory, what is made beside it in registers.
+        # Loaded one step ahead: a value that the loop carries reaches a wgmma through shared memory, one made in the
+        # same step through registers.
         left = read_banded(low, rows, r0 + BLOCK_R + r, M, width, M, BANDS).to(NUMERICS.factor_dtype)
     return acc
 
@@ -184,9 +185,9 @@ def times_factor(
     left, right, cols, num_cols, R,
     NUMERICS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Σ_r left[i, r]·right[j, r] of a tile in registers, (ROWS, BLOCK_R) in the factors' dtype; from zeros too."""
+    """Σ_r left[i, r]·right[j, r], with left (ROWS, BLOCK_R) in registers, in the factors' dtype."""
     r = tl.arange(0, BLOCK_R)
-    if ROWS == 1:  # no matrix instruction takes one row
+    if ROWS == 1:  # there is no matrix instruction for one row
         factor = read(right, cols, r, num_cols, R).to(tl.float32)
         return tl.sum(factor * left.to(tl.float32), 1)[None, :]
     else:
@@ -200,9 +201,9 @@ def add_terms(
     BANDS: tl.constexpr, NUMERICS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The (ROWS, COLS) tile (m, n) of y = Z∘(1+a) + P·Uᵀ + h·upᵀ + σ·bᵀ + β, of the terms there are, from one of Z.
+    """The (ROWS, COLS) tile (m, n) of y = Z∘(1+a) + P·Uᵀ + h·upᵀ + σ·bᵀ + β from that of Z; absent terms are None.
 
-    P, h and σ in registers, of BLOCK_P and BLOCK_R columns, where the caller has them; else (None) read from
+    p_low, h_low and sigma: P, h and σ in registers, of BLOCK_P and BLOCK_R columns. Where None, they are read from
     `terms.low` (bands, M, P+R) and `terms.sigma` (bands, M), BLOCK_R columns at a time.
     """
     if terms.a is not None:
@@ -231,7 +232,7 @@ def add_terms(
 
 @triton.jit
 def left_block(left, row, i, d0, d, num_rows, depth, TMA: tl.constexpr):
-    """Rows i (from `row` on) and depths d (from d0 on) of a tensor descriptor (TMA), or of a matrix by cp.async."""
+    """The block of rows i (from `row` on) and depths d (from d0 on) of a tensor descriptor (TMA) or a matrix."""
     if TMA:
         return left.load([row, d0])
     else:
@@ -242,9 +243,9 @@ def left_block(left, row, i, d0, d, num_rows, depth, TMA: tl.constexpr):
 def right_block(
     right, col, j, d0, d, num_cols, depth, TMA: tl.constexpr, COLS_FIRST: tl.constexpr, NUMERICS: tl.constexpr
 ):  # fmt: skip
-    """Depths d (from d0 on) and columns j (from `col` on) of a matrix (cols, depth), in the dtype of products.
+    """The block of depths d (from d0 on) and columns j (from `col` on) of `right`, in the dtype of products.
 
-    With TMA, of a tensor descriptor of (cols, depth) or, not COLS_FIRST, of (depth, cols).
+    right: a matrix (cols, depth); with TMA a tensor descriptor, (cols, depth) if COLS_FIRST, else (depth, cols).
     """
     if TMA:
         if COLS_FIRST:
@@ -268,7 +269,7 @@ def product(
         d = d0 + tl.arange(0, DEPTH)
         x = left_block(left, row, i, d0, d, num_rows, depth, TMA)
         if scale is not None:
-            # Rounding x·(1+a) to nearest would give x again where a is small.
+            # With a dither, since rounding x·(1+a) to nearest would give x again where a is small.
             x = rounded(x.to(tl.float32) * (1.0 + read_vector(scale, d, depth)[None, :]), i, d, NUMERICS.dtype)
         w = right_block(right, col, j, d0, d, num_cols, depth, TMA, COLS_FIRST, NUMERICS)
         acc = dot_wide(x, w, acc, NUMERICS)
@@ -295,7 +296,7 @@ def vector_sum(part_ptr, stride_part, index, size, splits):
 
 @triton.jit
 def seed_of(seed):
-    """The key of the dropout mask: a number from the host, or behind a pointer where a graph must redraw it."""
+    """The dropout seed: a number from the host, or loaded from memory, which lets a CUDA graph redraw it."""
     if seed.dtype.is_ptr():
         return tl.load(seed)
     else:
@@ -304,7 +305,7 @@ def seed_of(seed):
 
 @triton.jit
 def column_parts(tile, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
-    """A tile as PARTS (1, 2, 4 or 8) tiles of neighbouring columns, so that what is added to it needs few registers."""
+    """A tile as PARTS (1, 2, 4 or 8) tiles of neighbouring columns; adding terms to each needs few registers."""
     if PARTS == 1:
         return (tile,)
     else:
@@ -326,9 +327,9 @@ def column_parts(tile, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constex
 
 @triton.jit
 def dropped(x, seed, rows, first_col, threshold, inv_keep, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """mask∘x/(1-p) of the (ROWS, COLS) block at (rows, first_col), first_col a multiple of 8.
+    """mask∘x·inv_keep of the (ROWS, COLS) block at (rows, first_col), first_col a multiple of 8.
 
-    The counter (col // 8, row, 0, 0) yields the 16-bit numbers of eight neighbouring columns.
+    Philox with the counter (col // 8, row, 0, 0) gives the 16-bit numbers of eight neighbouring columns.
     """
     group = first_col // 8 + tl.arange(0, COLS // 8)
     c0 = tl.broadcast_to(group[None, :], (ROWS, COLS // 8))
@@ -342,7 +343,7 @@ def dropped(x, seed, rows, first_col, threshold, inv_keep, ROWS: tl.constexpr, C
 
 @triton.jit
 def rounded(value, rows, cols, dtype: tl.constexpr):
-    """fp32 → dtype; to 16 bits with the lattice dither, which keeps the mean (see reference.random)."""
+    """fp32 → dtype; to 16 bits with the lattice dither, which keeps the mean (see `reference.random`)."""
     if dtype == tl.float32:
         return value
     else:
@@ -358,7 +359,7 @@ def rounded(value, rows, cols, dtype: tl.constexpr):
 
 @triton.jit
 def exact_dot(left, right, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + left·right: of one 16-bit dtype as they are (their products are exact in fp32), else in fp32."""
+    """acc + left·right: operands of one dtype as they are (16-bit products are exact in fp32), others in fp32."""
     if left.dtype != right.dtype:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
@@ -370,7 +371,7 @@ def factor_product(
     pair, n, k, N, K, R,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Σᵣ up[n,r]·down[r,k] of a pair in fp32, exactly; zeros at rank 0."""
+    """Σᵣ up[n,r]·down[r,k] of a pair, accumulated in fp32 (`exact_dot`); zeros at rank 0."""
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
         r = r0 + tl.arange(0, BLOCK_R)

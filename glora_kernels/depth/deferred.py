@@ -2,12 +2,12 @@
 
     dB_down = Σ_l s_l·(dy_l·B_up,l)ᵀ·x̃_l,   dB_up = Σ_l dy_lᵀ·h_l,   h = s·x̃·B_downᵀ,   x̃ = mask·x/(1-p)
 
-Inside `nn.deferred_shared_grads`, layers call `glora_linear` here: the same result and gradients as
-`ops.glora_linear`, but backward hands the two factors of a shared parameter's gradient to a `Deferred` instead of
-multiplying them. The layers read a tensor without elements, the result of a node of autograd that the shared
-parameters go into (`ticket`). Autograd calls that node when all layers have run, whatever began the pass; it has one
-launch for all of them and returns the gradients, which go their usual way: to `.grad`, hooks, other processes, or to
-the caller of `torch.autograd.grad`.
+Inside `nn.deferred_shared_grads`, layers call a `DeferredLinear`: same result and gradients as `ops.glora_linear`, but
+backward does not multiply the two factors of a shared parameter's gradient: it hands them to a `Deferred`. All these
+layers have one more input, a tensor without elements (`ticket`) that a node of autograd makes from the shared
+parameters. Autograd therefore calls the backward of that node after those of all layers, whatever began the pass; it
+computes all products in one launch and returns the gradients, which go their usual way: to `.grad`, hooks, other
+processes, or the caller of `torch.autograd.grad`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from glora_kernels.glora.wc import glora_wc
 
 
 class _Record(NamedTuple):
-    """What one backward of one layer handed over: its place among the layers and in time, the product, its route."""
+    """A product handed over by the backward of one layer. layer, turn: its place among the layers, and in time."""
 
     layer: int
     turn: int
@@ -41,12 +41,12 @@ class _Record(NamedTuple):
 
 
 class Deferred:
-    """What the layers' backwards hand over, until the pass that they are part of asks for the gradients.
+    """Collects what the layers' backwards hand over, until the backward pass asks for the gradients.
 
     Attributes:
-        bytes: of the tensors handed over, in all passes so far; those of a pass stay alive until its end: for each
+        bytes: size of the tensors handed over, in all passes so far; they stay alive until their pass ends. For each
             layer M·(K + R) numbers where `B_down` is shared (x and S = dy·B_up), M·(N + R) where `B_up` is (dy and
-            h), in the dtype of x. What several layers hand over, as q, k and v do with their x, counts once a pass.
+            h), in the dtype of x. A tensor from several layers, such as the x of q, k and v, counts once per pass.
     """
 
     def __init__(self) -> None:
@@ -61,17 +61,17 @@ class Deferred:
         self._records.setdefault((_pass(), parameter), []).append(record)
 
     def drop(self) -> None:
-        """Forget what a backward pass that failed has left."""
+        """Forget what a failed backward pass has left here."""
         self._records.clear()
 
     @torch.no_grad()
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-        """What this pass handed over, summed in fp32 in the order of the layers and rounded once: a launch a dtype."""
+        """The gradients of this pass, summed in fp32 in the order of the layers, rounded once; one launch per dtype."""
         grads: dict[nn.Parameter, Tensor] = {}
         sizes: dict[tuple[int, int], int] = {}
         launches: dict[tuple[object, ...], list[SharedFactor]] = {}
         for parameter in parameters:
-            records = sorted(self._records.pop((_pass(), parameter), ()))
+            records = sorted(self._records.pop((_pass(), parameter), ()), key=lambda each: (each.layer, each.turn))
             if not records:
                 continue
             products, transposed = [record.product for record in records], records[0].transposed
@@ -91,7 +91,7 @@ class Deferred:
 
 
 def ticket(deferred: Deferred, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """No numbers, but an input of every layer that shares one of the parameters, which are on one device."""
+    """A tensor without elements, to be an input of every layer that shares one of the parameters (of one device)."""
     with torch.inference_mode(False), torch.enable_grad():
         return _SharedGradients.apply(deferred, *parameters)
 
@@ -109,12 +109,12 @@ class _SharedGradients(torch.autograd.Function):
 
 
 def _pass() -> int:
-    """Which backward pass this is: a reentrant checkpoint has one of its own."""
+    """The id of the running backward pass; a reentrant checkpoint starts one of its own."""
     return torch._C._current_graph_task_id()
 
 
 def _sum(products: list[SharedProduct], transposed: bool) -> Tensor:
-    """Σ scale·leftᵀ·drop(right), or its transpose, in the wide dtype."""
+    """Σ scale·leftᵀ·drop(right), or its transpose, in `wide_dtype`."""
     first = products[0]
     wide = wide_dtype(first.left.dtype)
     total = first.left.new_zeros(first.left.shape[1], first.right.shape[1], dtype=wide)
@@ -125,13 +125,13 @@ def _sum(products: list[SharedProduct], transposed: bool) -> Tensor:
 
 
 class DeferredLinear:
-    """`ops.glora_linear` of one layer whose shared factors' gradients go to a `Deferred`.
+    """`ops.glora_linear` for one layer, with the gradients of its shared factors left to a `Deferred`.
 
     Args:
-        deferred: where they go.
+        deferred: collects the factors of these gradients.
         ticket: the `ticket` of the shared parameters.
         layer: the layer's place, which fixes the order of the sum.
-        shared: the shared parameters by the name of the argument, "b_down" and "b_up".
+        shared: the shared parameters by name of their argument, "b_down" and "b_up".
     """
 
     def __init__(self, deferred: Deferred, ticket: Tensor, layer: int, shared: Mapping[str, nn.Parameter]) -> None:
@@ -153,8 +153,8 @@ class DeferredLinear:
     ) -> Tensor:
         """As `ops.glora_linear`, with its errors.
 
-        It is that, gradients included, in the other `dispatch.ways`, without gradients, and where the layer has another
-        parameter by now or one that is not trained.
+        Nothing is deferred where the call is watched or transformed (`dispatch.ways`) or needs no gradient, or where
+        the layer's parameter has been replaced or is not trained.
         """
         if c is not None or c_up is not None:
             others["wc"] = glora_wc(weight, c, c_up=c_up, c_down=c_down)
@@ -162,7 +162,7 @@ class DeferredLinear:
         if not trained or not torch.is_grad_enabled() or not is_plain(x) or is_elsewhere(x):
             return plain.glora_linear(x, weight, bias, **others)
         settings = plain.Settings(**{name: others.pop(name) for name in plain.Settings._fields if name in others})
-        prepared, row = plain.prepared_anew(x, weight, Supports(bias=bias, **others), settings)
+        prepared, row = plain.prepare_uncached(x, weight, Supports(bias=bias, **others), settings)
         y: Tensor = _DeferredFunction.apply(
             prepared, row, self, trained, self.ticket, *[row[i] for i in prepared.trained]
         )
@@ -186,8 +186,8 @@ class _DeferredFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        # Under create_graph=True PyTorch must refuse a second derivative of what is returned, and whoever watches the
-        # operations or batches gradients sees no sum of what was handed over: the gradients are returned as ever.
+        # Nothing is deferred under create_graph=True, so that a second derivative is an error, nor where gradients are
+        # watched or batched, since the sum at the end of the pass would escape that.
         if torch.is_grad_enabled() or is_batched(dy) or is_watched(dy):
             _, _, *grads = Applied.backward(ctx, dy)
         else:
@@ -202,7 +202,7 @@ def _deferred_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     rest = [want and place not in shared for place, want in enumerate(prepared.wanted)]
     with without_autocast(dy.device.type), prepared.guard or NO_GUARD:
         found = iter(prepared.operation.backward([dy], row, prepared.values, rest))
-        # Of a pass that is not asked for the shared parameters (`torch.autograd.grad`, `backward(inputs=)`), no more.
+        # Hand over only if this pass wants the shared parameters (`autograd.grad` and `backward(inputs=)` may not).
         if torch._C._will_engine_execute_node(ctx.node):
             _hand_over(ctx.to, ctx.shared, prepared, row, dy)
     return [next(found) if rest[place] else None for place in prepared.trained]
@@ -211,9 +211,11 @@ def _deferred_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
 def _hand_over(
     to: DeferredLinear, shared: Mapping[str, nn.Parameter], prepared: Prepared, row: Row, dy: Tensor
 ) -> None:
-    """The factors of the shared parameters' gradients."""
+    """Hand the factors of the shared parameters' gradients to the `Deferred`."""
     _, s, call = plain.GLORA.read(row, prepared.values)
-    h, flat, triton, up = Made(*row[len(prepared.wanted) :]).h, _rows(dy), call.route != "eager", given(s.b_up)
+    h = Made(*row[len(prepared.wanted) :]).h
+    flat, up = _rows(dy), given(s.b_up)
+    triton = call.route != "eager"
     if "b_down" in shared:
         left = thin(flat, cast(up, factor_dtype(dy.dtype, s.factors)).t(), dy.dtype)
         product = SharedProduct(left, _rows(given(row[0])), call.scale, call.dropout_p, call.seed)

@@ -1,4 +1,4 @@
-"""β of one layer in plain PyTorch, and its gradients: of the layers that no kernel over depth takes.
+"""β of one layer and its gradients in plain PyTorch, for layers that the kernels over depth do not take.
 
 β = b + b∘D + E + W·C
 """
@@ -19,12 +19,12 @@ from glora_kernels.quant import QuantizedWeight
 
 
 def beta(layer: Layer, product: Callable[..., Tensor] | None = None) -> Tensor:
-    """β (N,) by differentiable operations, W·c by `ops.glora_wc`, itself one of the `dispatch.ways`, or `product`."""
+    """β (N,) by differentiable operations; W·c is computed by `product`, by default `ops.glora_wc`."""
     c, weight = _c(layer), layer.weight
     made = None
     if any(tensor is not None for tensor in c):
         made = wc.glora_wc(weight, c.c, c_up=c.c_up, c_down=c.c_down) if product is None else product(weight, c)
-    # A 4-bit W is exact in any dtype: its adapter's decides.
+    # A 4-bit W can be dequantized to any dtype, so that the adapter's dtype decides.
     exact = isinstance(weight, QuantizedWeight) and any(t.dtype == torch.float64 for t in layer.adapter.values())
     dtype = torch.float64 if exact else weight.dtype
     found = given(shift(_shifting(layer)._replace(wc=made), dtype))
@@ -49,7 +49,7 @@ def shift_gradients(layer: Layer, g: Tensor, names: Collection[str]) -> dict[str
 
 
 def batched_shift_gradients(layer: Layer, g: Tensor, names: Collection[str]) -> dict[str, Tensor]:
-    """The same for a batch of g."""
+    """`shift_gradients` for a batched g."""
 
     def forward(*tensors: Tensor) -> list[Tensor]:
         new = dict(zip(names, tensors, strict=True))

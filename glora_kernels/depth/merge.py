@@ -1,4 +1,4 @@
-"""Merging every layer of a model in one launch, and taking it back: W ← W + W∘A + s·B, and W from its copy."""
+"""Merging all layers of a model in one launch, W ← W + W∘A + s·B, and unmerging them: W ← its copy."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from glora_kernels.runtime import configs, environment
 from glora_kernels.runtime.launch import Launch, options, triton_dtype
 
 _WORDS = {2: torch.int16, 4: torch.int32}
-"""The integers in which numbers of that many bytes are copied."""
+"""By size of a number in bytes: the integer type it is copied as."""
 
 
 @triton.jit
@@ -29,9 +29,9 @@ def _merge_kernel(
 ):  # fmt: skip
     """W ← W + W∘A + s·B (or W + W·A + s·B) in place and β = b + b∘d + e + W·c, of every layer of a table.
 
-    A program owns the rows n of W that it reads and overwrites; in the product variant it reads them twice, first for
-    P = W·A_up. The sums are the literal ones, in fp32 and their order (the launch forbids fused multiply-adds), and
-    rounded once. The HAS_ flags say what any layer of the table has; a layer's own forms are in its row.
+    A program reads and overwrites its own rows of W; in the product variant it reads them twice, first for P = W·A_up.
+    The sums are computed in fp32 in the order written here (the launch forbids fused multiply-adds) and rounded once.
+    The HAS_ flags say what any layer of the table has; the forms of one layer are in its row.
     """
     row = table_ptr + tl.program_id(1).to(tl.int64) * rows.LAYER_WIDTH
     N = rows.size(row, "N", ALIGN if TRANSPOSED else 1)
@@ -106,14 +106,14 @@ def merge_launch(table: rows.LayerTable, *, arch: str) -> Launch:
         "BLOCK_N": config["rows"], "BLOCK_K": config["cols"],
         "BLOCK_R": configs.block_r(max(low_a, low_b), config["rank"]), "BLOCK_P": configs.block_r(product),
     }  # fmt: skip
-    # A fused multiply-add would round W + W∘A once where the literal sum rounds twice.
+    # A fused multiply-add would round W + W∘A once, where a product and a sum round twice.
     return Launch(_merge_kernel, rows.grid(table, config), args, options(config) | {"enable_fp_fusion": False})
 
 
 def merge_config(arch: str, key: GroupKey, terms: int, align: int) -> dict[str, int]:
-    """A tile as in `rows.pass_config`, a narrow one where there is more than one of the `terms` that take registers.
+    """The tile of `rows.pass_config`, narrow where more than one of the `terms` that need registers is present.
 
-    `rank`: the most of a rank at a time; products in fp32 hold their operands in registers.
+    `rank`: the step in which a rank is walked: smaller in fp32, where products hold their operands in registers.
     """
     config = rows.pass_config(arch, key, narrow=terms > 1 or align == 1)
     warps = 4 if terms or arch == "cpu" else 8
@@ -121,11 +121,11 @@ def merge_config(arch: str, key: GroupKey, terms: int, align: int) -> dict[str, 
 
 
 def _merge_precision(arch: str, dtype: torch.dtype) -> str:
-    """How factors in fp32 are multiplied: exactly into an fp32 weight.
+    """How fp32 factors are multiplied: exactly for an fp32 weight.
 
-    Into a 16-bit one by three TF32 products where there are such: what they lose, 2⁻²¹ of a term, is a thousandth of
-    a unit in the last place of the result. Exact ones are no matrix instructions, and from rank 64 on would take longer
-    than the memory (H100: 67 TFLOP/s, 3 TB/s).
+    For a 16-bit weight by three TF32 products, where the card has them: they lose 2⁻²¹ of a term, a thousandth of a
+    unit in the last place of the result. Exact fp32 products use no matrix instructions, and from rank 64 on would take
+    longer than reading the memory (H100: 67 TFLOP/s, 3 TB/s).
     """
     return "tf32x3" if arch.startswith("sm_") and dtype != torch.float32 else "ieee"
 
@@ -133,7 +133,7 @@ def _merge_precision(arch: str, dtype: torch.dtype) -> str:
 @triton.jit
 def _copy(row, TO: tl.constexpr, FROM: tl.constexpr, COUNT: tl.constexpr, WORD: tl.constexpr, ALIGN: tl.constexpr,
           BLOCK: tl.constexpr):  # fmt: skip
-    """Block `program_id(0)` of one copy; nothing beyond its end."""
+    """Copy block `program_id(0)` of one tensor; nothing beyond its end."""
     size = rows.number(row, COUNT, ALIGN)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     if first < size:
@@ -183,5 +183,5 @@ def restore_launch(
 
 
 def restore_config(arch: str) -> dict[str, int]:
-    """Elements a program copies: many loads in flight, for memory as far away as the host's."""
+    """`rows`: the elements that a program copies. Many loads in flight, since the copies may be in host memory."""
     return {"rows": 256 if arch == "cpu" else 4096, "num_warps": 4, "num_stages": 1}

@@ -1,12 +1,12 @@
-"""The operators over depth: what waits for no layer is done for all layers of a model in one launch.
+"""Operations over depth: work that needs no layer's output is done for all layers of a model in one launch.
 
     merge     W ← W + W∘A + s·B (or W + W·A + s·B),  b ← b + b∘D + E + W·C
     restore   W and b back from their copies
     shifts    β_l = b_l + b_l∘D_l + E_l + W_l·C_l of every layer l, with gradients
 
 One launch takes the layers of one device, weight dtype, adapter dtype, bias dtype and order of storage; a model with
-several of those takes one launch each. `layers_served` says which layers the kernels take; `shifts` has an eager path
-for the others, `nn` merges them one by one.
+several of these takes one launch for each. `served` says which layers the kernels take; of the others, `shifts` has an
+eager path, and `nn` merges them one by one.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from glora_kernels.runtime import routes
 
 
 def served(layer: Layer) -> GroupKey | None:
-    """The launch that a layer belongs to, or None where it is not on the Triton route or no kernel takes it."""
+    """The key of the launch that a layer belongs to; None if it is not on the Triton route or no kernel takes it."""
     return group_key(layer) if _on_triton(layer.weight) else None
 
 
 def merge(layers: Sequence[Layer], betas: Sequence[Tensor | None]) -> None:
     """W ← W + W∘A + s·B (W + W·A + s·B in the product variant) and beta ← b + b∘D + E + W·C, the old W: one launch.
 
-    In fp32, rounded once, in the order of `reference.effective_weight`: the same bits where A and B are vectors or
-    constants. A low-rank product is a sum over the rank in another order (in the product variant (W·A_up)·A_down),
-    whose last bits differ before the rounding; so are the terms of W·C.
+    Computed in fp32 in the order of `reference.effective_weight` and rounded once: the same bits where A and B are
+    vectors or constants. Low-rank products (in the product variant (W·A_up)·A_down) and W·C are summed in another
+    order, so that their last bits differ before the rounding.
 
     Args:
         layers: of one `served` key; their weights are overwritten.
-        betas: for each layer where the full bias goes, contiguous, in the dtype of the bias (may be the bias itself);
-            None where the bias stays.
+        betas: for each layer the memory for its full bias, contiguous, in the dtype of the bias (may be the bias
+            itself); None where the bias stays as it is.
     """
     path_of("depth", "triton").merge(layers, betas)
     _overwritten([layer.dense for layer in layers], betas)
 
 
 def restorable(copy: Copy) -> tuple[object, ...] | None:
-    """What the copies restored in one launch have in common, or None where a kernel cannot read or place this one.
+    """The key of the launch that restores a copy; None if a kernel cannot read the copy or write its target.
 
     A GPU reads host memory that is pinned; the copy must have the dtype, sizes and strides of its target.
     """
@@ -65,21 +65,21 @@ def restorable(copy: Copy) -> tuple[object, ...] | None:
 
 
 def restore(copies: Sequence[Copy]) -> None:
-    """Every weight and bias overwritten with its copy, bit for bit, in one launch, and waited for.
+    """Overwrite every weight and bias with its copy, bit for bit, in one launch, and wait for it.
 
     Args:
         copies: of one `restorable` key.
     """
     path_of("depth", "triton").restore(copies)
     _overwritten([copy[0] for copy in copies], [copy[2] for copy in copies])
-    if copies[0][0].is_cuda:  # the copies may be freed, and pinned memory knows nothing of our launch
+    if copies[0][0].is_cuda:  # the copies may be freed, and PyTorch does not know that a launch reads pinned memory
         torch.cuda.current_stream(copies[0][0].device).synchronize()
 
 
 def host_copy(tensor: Tensor) -> Tensor:
-    """A copy in host memory with the same strides; from a GPU pinned and asynchronous: synchronize before reading it.
+    """A copy in host memory with the same strides. From a GPU, pinned and asynchronous: synchronize before reading it.
 
-    Where no memory can be pinned, a warning, and ordinary memory: `restorable` then says None.
+    If no memory can be pinned, warns and uses ordinary memory, for which `restorable` is None.
     """
     tensor = tensor.detach()
     if not tensor.is_cuda:
@@ -98,23 +98,22 @@ def host_copy(tensor: Tensor) -> Tensor:
 
 
 def shifts(layers: Sequence[Layer]) -> list[Tensor]:
-    """β_l = b_l + b_l∘D_l + E_l + W_l·C_l of every layer, one launch; its gradients are one more, two with C=lora.
+    """β_l = b_l + b_l∘D_l + E_l + W_l·C_l of every layer in one launch; the gradients take one more, two with C=lora.
 
-    With g_l = ∂β_l: ∂b = g∘(1+D), ∂D = g∘b, ∂E = g (sums for constants), dc = Wᵀg is ∂C, or C=lora has
-    ∂C_up = dc·C_downᵀ and ∂C_down = C_upᵀ·dc, which waits for all of dc: the second launch.
+    With g_l = ∂β_l: ∂b = g∘(1+D), ∂D = g∘b, ∂E = g (summed for constants), dc = Wᵀg is ∂C, or C=lora has
+    ∂C_up = dc·C_downᵀ and ∂C_down = C_upᵀ·dc, which needs all of dc and so a second launch.
 
-    The gradients may be asked for several times, by parts of the layers (activation checkpointing with
-    use_reentrant=True does), so that nothing is saved by autograd; a tensor that was overwritten meanwhile is noticed
-    all the same.
+    Backward may run several times, for some of the layers each (activation checkpointing with use_reentrant=True does
+    that), so that autograd's saved tensors cannot be used; a tensor that was overwritten meanwhile is still noticed.
 
     Args:
         layers: any; the adapters' A and B are not read.
 
     Returns:
-        One β a layer, (N,): in fp32, or float64 for a float64 weight.
+        One β (N,) per layer, in fp32, or float64 for a float64 weight.
 
     Raises:
-        RuntimeError: in backward: a parameter was overwritten since.
+        RuntimeError: in backward: a parameter was overwritten since forward.
     """
     if any(is_elsewhere(stored(layer.weight)) for layer in layers):
         return [eager.beta(layer) for layer in layers]
@@ -133,14 +132,14 @@ def shifts(layers: Sequence[Layer]) -> list[Tensor]:
 
 
 class _Plan(NamedTuple):
-    """One call of `_ShiftFunction`: the layers, and (layer, name) of each tensor that it is given for its gradient."""
+    """One call of `_ShiftFunction`: its layers, and in `slots` (layer, name) of each of its tensor arguments."""
 
     key: GroupKey | None
     layers: tuple[Layer, ...]
     slots: tuple[tuple[int, str], ...]
 
     def versions(self) -> list[list[int]]:
-        """How often each tensor of each layer was overwritten, which those of inference mode do not count."""
+        """How often each tensor of each layer was overwritten; 0 for inference tensors, which do not count it."""
         tensors = [[stored(layer.weight), *map(layer.tensor, layer.names())] for layer in self.layers]
         return [[0 if tensor.is_inference() else tensor._version for tensor in own] for own in tensors]
 
@@ -151,7 +150,7 @@ class _Plan(NamedTuple):
         return found
 
     def backward(self, gs: Mapping[int, Tensor], asked: Mapping[int, list[str]]) -> Mapping[tuple[int, str], Tensor]:
-        """The asked gradients by layer and name, from the g of some layers."""
+        """The gradients named in `asked`, by layer and name, from the g of some layers."""
         batched = any(map(is_batched, gs.values()))
         if self.key is not None and not batched:
             found: Mapping[tuple[int, str], Tensor] = path_of("depth", "triton").shift_gradients(*self[:2], gs, asked)
@@ -189,7 +188,7 @@ class _ShiftFunction(torch.autograd.Function):
 
 
 def _on_triton(weight: Weight) -> bool:
-    """Whether kernels run where a weight is. A forced backend that cannot serve it is no error: eager merges it."""
+    """Whether a weight is on the Triton route. A forced backend that cannot serve it is no error: eager does it."""
     choice, device = routes.chosen(), weight.device.type
     if choice == "triton":
         return routes.can_launch(device) and weight.dtype in routes.TRITON_DTYPES
@@ -197,7 +196,7 @@ def _on_triton(weight: Weight) -> bool:
 
 
 def _overwritten(weights: Sequence[Tensor], others: Sequence[Tensor | None]) -> None:
-    """Tell autograd, so that a backward that is still to come on an old value is an error and not a wrong gradient."""
+    """Tell autograd that these changed, so that a later backward that needs an old value raises an error."""
     for tensor in (*weights, *others):
         if tensor is not None and not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)

@@ -1,8 +1,9 @@
 """Layers as rows of a table of 64-bit integers on the device: addresses (0: absent), sizes, strides, bits of fp32.
 
-Sizes are ragged: a launch has as many programs a layer as the largest needs, and those beyond a layer's own end return
-at once. A program owns what it writes: no atomics, no flags. Layers of one launch have one device, one dtype each of
-weights, adapters and biases, and one order of storage (`depth.table.group_key`); forms, ranks and sizes may differ.
+A launch has as many programs per layer as the largest layer needs; those beyond the end of a smaller layer return at
+once. Every number is written by one program: no atomics, no flags. The layers of one launch have one device, one dtype
+each for weights, adapters and biases, and one order of storage (`depth.table.group_key`); the forms of their supports,
+ranks and sizes may differ.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,9 +26,9 @@ LAYER_COLUMNS = (
     "a_up", "a_down", "b_up", "b_down", "c_up", "c_down",
     "beta", "g", "dbias", "dc", "dc_up", "dc_down", "dc_wide", "dd", "de",
 )  # fmt: skip
-"""One layer. rank_p instead of rank_a in the product variant; the stride of a vector follows it, 0 for a constant.
+"""One layer. rank_p replaces rank_a in the product variant. After each vector comes its stride, 0 for a constant.
 
-beta: where the full bias goes. g: ∂β, fp32. d…: where the gradients go; dc_wide: dc in fp32, for dC_down.
+beta: memory for the full bias. g: ∂β, fp32. d…: memory for the gradients; dc_wide: dc in fp32, for dC_down.
 """
 
 
@@ -46,7 +47,7 @@ PRODUCT_COLUMNS = (
 _TABLES = (LAYER_COLUMNS, COPY_COLUMNS, FACTOR_COLUMNS, PRODUCT_COLUMNS)
 LAYER_WIDTH, COPY_WIDTH, FACTOR_WIDTH, PRODUCT_WIDTH = (tl.constexpr(len(table)) for table in _TABLES)
 _PLACES = {name: place for table in _TABLES for place, name in enumerate(table)}
-"""Of a column in a row of its table; no two tables share a name."""
+"""The index of each column in its table; no two tables share a name."""
 
 
 @triton.constexpr_function
@@ -56,19 +57,19 @@ def _place(column):
 
 @triton.jit
 def number(row, COLUMN: tl.constexpr, ALIGN: tl.constexpr = 1):
-    """A 64-bit entry. The compiler knows nothing of what comes out of memory: ALIGN tells it a divisor."""
+    """A 64-bit entry. ALIGN tells the compiler a divisor of it, which it cannot know of a value from memory."""
     return tl.multiple_of(tl.load(row + _place(COLUMN)), ALIGN)
 
 
 @triton.jit
 def size(row, COLUMN: tl.constexpr, ALIGN: tl.constexpr = 1):
-    """A 32-bit entry."""
+    """A 32-bit entry, with ALIGN as in `number`."""
     return tl.multiple_of(tl.load(row + _place(COLUMN)).to(tl.int32), ALIGN)
 
 
 @triton.jit
 def real(row, COLUMN: tl.constexpr):
-    """The fp32 number whose bits an entry is."""
+    """The fp32 number whose bits are stored in an entry."""
     return tl.load(row + _place(COLUMN)).to(tl.int32).to(tl.float32, bitcast=True)
 
 
@@ -90,7 +91,7 @@ def weight(row, DTYPE: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constex
 
 @triton.jit
 def vector(row, COLUMN: tl.constexpr, index, size, DTYPE: tl.constexpr):
-    """A vector (or constant) in fp32 at `index`; zeros outside, and where it is absent."""
+    """A vector or constant at `index`, in fp32; zeros outside, and if it is absent."""
     address = tl.load(row + _place(COLUMN))
     offsets = index.to(tl.int64) * tl.load(row + _place(COLUMN) + 1)
     mask = (index < size) & (address != 0)
@@ -99,7 +100,7 @@ def vector(row, COLUMN: tl.constexpr, index, size, DTYPE: tl.constexpr):
 
 @triton.jit
 def put(row, COLUMN: tl.constexpr, value, index, size, DTYPE: tl.constexpr):
-    """Store a vector where its address is given."""
+    """Store a vector at the address in a column; nothing if that is 0."""
     address = tl.load(row + _place(COLUMN))
     mask = (index < size) & (address != 0)
     tl.store(address.to(tl.pointer_type(DTYPE)) + index.to(tl.int64), value.to(DTYPE), mask=mask)
@@ -107,7 +108,7 @@ def put(row, COLUMN: tl.constexpr, value, index, size, DTYPE: tl.constexpr):
 
 @triton.jit
 def put_sum(row, COLUMN: tl.constexpr, value, DTYPE: tl.constexpr):
-    """Store a gradient of a constant where its address is given."""
+    """Store the gradient of a constant at the address in a column; nothing if that is 0."""
     address = tl.load(row + _place(COLUMN))
     if address != 0:
         tl.store(address.to(tl.pointer_type(DTYPE)), value.to(DTYPE))
@@ -115,7 +116,7 @@ def put_sum(row, COLUMN: tl.constexpr, value, DTYPE: tl.constexpr):
 
 @triton.jit
 def c_values(row, k, K, ADAPTER: tl.constexpr, BLOCK_R: tl.constexpr):
-    """c[k] in fp32: given, or Σᵣ C_up[k,r]·C_down[r]; zeros where there is no C."""
+    """c[k] in fp32: the vector c, or Σᵣ C_up[k,r]·C_down[r]; zeros where there is no C."""
     c = vector(row, "c", k, K, ADAPTER)
     rank = size(row, "rank_c")
     up_ptr, down_ptr = pointer(row, "c_up", ADAPTER), pointer(row, "c_down", ADAPTER)
@@ -128,7 +129,7 @@ def c_values(row, k, K, ADAPTER: tl.constexpr, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def store_beta(row, n, N, wc, ADAPTER: tl.constexpr, BIAS: tl.constexpr, OUT: tl.constexpr):
-    """β[n] = b + b∘d + e + wc to the address that `beta` gives."""
+    """Store β[n] = b + b∘d + e + wc at the address in the column `beta`."""
     beta = vector(row, "bias", n, N, BIAS)
     beta += beta * vector(row, "d", n, N, ADAPTER)
     beta += vector(row, "e", n, N, ADAPTER)
@@ -136,7 +137,7 @@ def store_beta(row, n, N, wc, ADAPTER: tl.constexpr, BIAS: tl.constexpr, OUT: tl
 
 
 class LayerTable(NamedTuple):
-    """A pointer table of layers, and what a launcher must know of them as a whole."""
+    """A pointer table of layers, and what a launcher needs to know of all of them together."""
 
     pointers: PointerTable
     key: GroupKey
@@ -148,7 +149,7 @@ class LayerTable(NamedTuple):
         return any(name in layer.adapter for layer in self.layers for name in names)
 
     def rank(self, down: str, product: bool = False) -> int:
-        """The largest rank of a pair, by the name of its down factor; A's of the product variant, or of the others."""
+        """The largest rank of a pair, named by its down factor; of A_down only layers with the same `product` count."""
         ranks = (
             layer.adapter[down].shape[0]
             for layer in self.layers
@@ -173,7 +174,7 @@ def layer_table(
     Args:
         layers: at least one.
         key: their `group_key`. Adapters of several dtypes are copied in fp32, non-contiguous factors contiguously.
-        outputs: for each layer the column of a result (`LAYER_COLUMNS`) → where it goes, contiguous.
+        outputs: for each layer, column of a result (`LAYER_COLUMNS`) → memory for it, contiguous.
     """
     plain = tuple(layer._replace(adapter={k: _plain(t, key) for k, t in layer.adapter.items()}) for layer in layers)
     rows = [_row(layer, key) | dict(extra) for layer, extra in zip(plain, outputs, strict=True)]

@@ -24,7 +24,7 @@ def _shared_grad_kernel(
     HAS_DROPOUT: tl.constexpr, ALIGN: tl.constexpr, OUT: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Σ_l scale_l·left_lᵀ·(mask∘right_l) (R,C) of every shared factor, in fp32, in the order of the table's layers."""
+    """Σ_l scale_l·left_lᵀ·(mask∘right_l) (R,C) of every shared factor, in fp32, in the order of the table's rows."""
     factor = factor_ptr + tl.program_id(2).to(tl.int64) * rows.FACTOR_WIDTH
     R, C = rows.size(factor, "R"), rows.size(factor, "C", ALIGN)
     c0, r0 = tl.program_id(0) * BLOCK_C, tl.program_id(1) * BLOCK_R
@@ -60,7 +60,7 @@ def _shared_grad_kernel(
 
 
 def shared_grad_tables(factors: Sequence[SharedFactor]) -> tuple[PointerTable, PointerTable]:
-    """The two tables of `shared_grad_launch`: the factors, and the products of all of them."""
+    """The two tables of `shared_grad_launch`: one row per factor, and one row per product of any factor."""
     entries: list[dict[str, Any]] = []
     products: list[dict[str, Any]] = []
     for out, parts in factors:

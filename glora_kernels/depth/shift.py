@@ -17,7 +17,7 @@ def _shift_kernel(
     HAS_C: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr, ADAPTER: tl.constexpr,
     BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """β = b + b∘d + e + W·c in fp32, of every layer of a table; W is read where a layer has a C."""
+    """β = b + b∘d + e + W·c in fp32, of every layer of a table; W is read only if a layer has a C."""
     row = table_ptr + tl.program_id(1).to(tl.int64) * rows.LAYER_WIDTH
     N = rows.size(row, "N", ALIGN if TRANSPOSED else 1)
     if tl.program_id(0) * BLOCK_N >= N:
@@ -56,11 +56,11 @@ def _shift_grad_kernel(
     TRANSPOSED: tl.constexpr, ALIGN: tl.constexpr, DTYPE: tl.constexpr, ADAPTER: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of `_shift_kernel` from g = ∂β, those that have an address.
+    """The gradients of `_shift_kernel` from g = ∂β, those whose address in the table is not 0.
 
-    The first programs of a layer own columns of dc[k] = Σₙ W[n,k]·g[n], and with them dC_up[k,r] = dc[k]·C_down[r];
-    dC_down = C_upᵀ·dc needs all of dc, which they leave in fp32 (`_shift_down_kernel`). One more program has db =
-    g∘(1+d), dd = g∘b and de = g, the last two summed for constants.
+    The first programs of a layer compute columns of dc[k] = Σₙ W[n,k]·g[n] and of dC_up[k,r] = dc[k]·C_down[r]; they
+    store dc in fp32, since dC_down = C_upᵀ·dc needs all of it (`_shift_down_kernel`). One more program computes
+    db = g∘(1+d), dd = g∘b and de = g, the last two summed for constants.
     """
     row = table_ptr + tl.program_id(1).to(tl.int64) * rows.LAYER_WIDTH
     N, K = rows.size(row, "N", ALIGN if TRANSPOSED else 1), rows.size(row, "K", ALIGN)
@@ -124,7 +124,7 @@ def shift_grad_launch(table: rows.LayerTable, *, arch: str) -> Launch:
 
 @triton.jit
 def _shift_down_kernel(table_ptr, ADAPTER: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
-    """dC_down[r] = Σₖ C_up[k,r]·dc[k] of every layer that has an address for it."""
+    """dC_down[r] = Σₖ C_up[k,r]·dc[k] of every layer whose address for it is not 0."""
     row = table_ptr + tl.program_id(1).to(tl.int64) * rows.LAYER_WIDTH
     rank = rows.size(row, "rank_c")
     if (rows.number(row, "dc_down") == 0) | (tl.program_id(0) * BLOCK_R >= rank):

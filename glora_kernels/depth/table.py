@@ -1,6 +1,6 @@
 """Pointer tables: the operands of many layers for one kernel, as 64-bit integers on the device.
 
-This module knows no kernel: what the layers of one launch have in common, and what they hand over.
+This module imports no kernel. It has the layers as data, the key that groups them into launches, and the tables.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from glora_kernels.quant import QuantizedWeight
 
 Entry = Tensor | int | float | None
-"""What a table holds of a member: an address, a number, the bits of a number in fp32, or 0 for what is absent."""
+"""An entry before it becomes an integer: a tensor its address, an int itself, a float its fp32 bits, None 0."""
 
 
 class PointerTable(NamedTuple):
     """A table (members, columns) of int64 on the device. Keep it until the launch that reads it has been issued.
 
-    The addresses are those of `tensors`, which the table keeps alive: from then on the stream's order protects what
-    PyTorch frees.
+    The addresses are those of `tensors`, which the table keeps alive until then. Afterwards the order of the stream
+    makes it safe to free them.
     """
 
     entries: Tensor
@@ -31,7 +31,7 @@ class PointerTable(NamedTuple):
 
 
 MAX_PRODUCT_RANK = 64
-"""Of the product variant when merged in one launch: its W·A_up stays in registers between the two reads of W."""
+"""The largest rank of A in the product variant that the merge kernel takes, which holds W·A_up in registers."""
 
 
 class Layer(NamedTuple):
@@ -49,12 +49,12 @@ class Layer(NamedTuple):
 
     @property
     def dense(self) -> Tensor:
-        """W of a layer that a launch takes, which is not in 4 bits."""
+        """W of a layer whose weight is not in 4 bits."""
         assert isinstance(self.weight, Tensor)
         return self.weight
 
     def names(self) -> list[str]:
-        """Of the bias and the adapter's tensors."""
+        """The names of the layer's tensors other than W."""
         return [*(() if self.bias is None else ("bias",)), *self.adapter]
 
     def tensor(self, name: str) -> Tensor:
@@ -63,7 +63,7 @@ class Layer(NamedTuple):
         return found
 
     def shifting(self) -> Layer:
-        """The layer with what β is made of alone."""
+        """The layer with only the tensors that β depends on."""
         shifting = {"C", "C_up", "C_down", "D", "E"}
         return Layer(self.weight, self.bias, {name: t for name, t in self.adapter.items() if name in shifting})
 
@@ -78,7 +78,7 @@ Copy = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class GroupKey(NamedTuple):
-    """What the layers of one launch have in common; `transposed`: W is stored (K,N)."""
+    """The properties that all layers of one launch share; `transposed`: W is stored (K,N)."""
 
     device: torch.device
     dtype: torch.dtype
@@ -88,9 +88,9 @@ class GroupKey(NamedTuple):
 
 
 class SharedProduct(NamedTuple):
-    """scale·leftᵀ·drop(right), one layer's part: left (M,R), right (M,C) with contiguous rows.
+    """One layer's part of a shared factor's gradient: scale·leftᵀ·drop(right), left (M,R), right (M,C) row-major.
 
-    In one dtype, or left in fp32 over 16 bits; the same for all products of a launch.
+    Both in one dtype, or left in fp32 and right in 16 bits; the same dtypes for all products of a launch.
 
     seed: one int64 where dropout_p > 0; it must not change before the launch.
     """
@@ -103,17 +103,17 @@ class SharedProduct(NamedTuple):
 
 
 class SharedFactor(NamedTuple):
-    """One shared factor's gradient: where it goes, out (R,C) of any strides, and what it is the sum of."""
+    """The gradient of one shared factor: memory for it, out (R,C) of any strides, and the products to be summed."""
 
     out: Tensor
     products: Sequence[SharedProduct]
 
 
 def group_key(layer: Layer) -> GroupKey | None:
-    """Which launch a layer belongs to, or None where the kernels over depth do not take it.
+    """The key of the launch that a layer belongs to; None if the kernels over depth do not take the layer.
 
-    They take plain tensors of one device in fp32, fp16 and bf16, a weight with a contiguous dimension and not in 4
-    bits, and a product variant up to MAX_PRODUCT_RANK.
+    They take plain tensors of one device in fp32, fp16 or bf16, a weight that has a contiguous dimension and is not in
+    4 bits, and a product variant up to MAX_PRODUCT_RANK.
     """
     weight, bias = layer.weight, layer.bias
     if isinstance(weight, QuantizedWeight):
@@ -141,15 +141,15 @@ def group_key(layer: Layer) -> GroupKey | None:
 def pointer_table(
     rows: Sequence[Mapping[str, Entry]], columns: Sequence[str], device: torch.device
 ) -> PointerTable:  # fmt: skip
-    """One row a member, copied to the device once. A column that a row leaves out is 0.
+    """A table with one row per member, copied to the device at once. A column missing in a row is 0.
 
     Args:
-        rows: column → entry of each member. The kernel knows the strides and sizes only from here.
+        rows: for each member column → entry. The kernel has no other source of strides and sizes.
         columns: every column, in the order of the kernel's.
         device: where the kernel runs. On "meta" the table has a shape and no values: a plan.
 
     Raises:
-        KeyError: an entry for a column that there is not.
+        KeyError: an entry for an unknown column.
         RuntimeError: a CUDA graph is being captured: its replays would read addresses that are no longer there.
     """
     tensors = tuple(entry for row in rows for entry in row.values() if isinstance(entry, Tensor))

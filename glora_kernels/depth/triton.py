@@ -1,6 +1,6 @@
-"""What the kernels over depth do for the layers of one launch: tables of pointers, allocations, launches.
+"""The Triton path over depth: builds tables of pointers, allocates results and launches the kernels.
 
-Imported with the first of them (`dispatch.common.path_of`).
+Imported at the first call that needs it (`dispatch.common.path_of`).
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from glora_kernels.runtime.planning import arch_of
 
 
 def merge(layers: Sequence[Layer], betas: Sequence[Tensor | None]) -> None:
+    """See `depth.op.merge`."""
     table = layer_table(layers, key_of(layers), [{"beta": beta} for beta in betas])
     merge_launch(table, arch=arch_of(layers[0].dense)).run()
 
 
 def restore(copies: Sequence[Copy]) -> None:
+    """See `depth.op.restore`, without waiting."""
     restore_launch(restore_table(copies), copies, arch=arch_of(copies[0][0])).run()
 
 
 def shifts(key: GroupKey, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    """β of every layer: see `depth.op.shifts`."""
     weight, sizes = layers[0].dense, [len(layer.dense) for layer in layers]
     betas = weight.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
     shift_launch(layer_table(layers, key, [{"beta": beta} for beta in betas]), arch=arch_of(weight)).run()
@@ -37,7 +40,7 @@ def shifts(key: GroupKey, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
 def shift_gradients(
     key: GroupKey, layers: Sequence[Layer], gs: Mapping[int, Tensor], asked: Mapping[int, Sequence[str]]
 ) -> dict[tuple[int, str], Tensor]:
-    """The asked gradients by layer and name from the g of some layers; C=lora's down factor takes a second launch."""
+    """The gradients named in `asked`, by layer and name, from the g of some layers; C_down takes a second launch."""
     columns: list[dict[str, Tensor | None]] = []
     grads: dict[tuple[int, str], Tensor] = {}
     for i, g in gs.items():
@@ -62,12 +65,12 @@ def shift_gradients(
 
 
 def shared_gradients(factors: Sequence[SharedFactor]) -> None:
-    """Every factor's gradient, in its `out`."""
+    """Compute every factor's gradient into its `out`."""
     shared_grad_launch(shared_grad_tables(factors), factors, arch=arch_of(factors[0].out)).run()
 
 
 def key_of(layers: Sequence[Layer]) -> GroupKey:
-    """The one key of the layers of a launch.
+    """The key that all layers of a launch have.
 
     Raises:
         ValueError: there is no layer, one that no kernel takes, or several keys.

@@ -1,4 +1,4 @@
-"""What operators refuse alike: inputs, sizes, pairs of factors, seeds that do not fit. Every name is the caller's."""
+"""Checks of arguments that all operators share; their errors name the argument as the caller does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from glora_kernels.dispatch.ways import is_transformed
 
 
 def check_product(x_name: str, x: Tensor, weight_name: str, weight: Weight) -> None:
-    """x (..., K) of floating point beside a frozen W (N, K), of one dtype outside autocast; codes go with any."""
+    """x (..., K) is floating point and fits a frozen W (N, K); outside autocast a dense W must have its dtype."""
     if not x.is_floating_point():
         raise TypeError(f"{x_name} must be a floating-point tensor, got {x.dtype}")
     sizes = tuple(weight.shape)
@@ -33,7 +33,7 @@ def check_product(x_name: str, x: Tensor, weight_name: str, weight: Weight) -> N
 
 
 def check_devices(first: tuple[str, torch.device], others: Iterable[tuple[str, Weight | None]]) -> None:
-    """All that is there lies beside the first."""
+    """Every tensor that is given is on the device of the first."""
     for name, tensor in others:
         if tensor is not None and tensor.device != first[1]:
             raise ValueError(
@@ -42,14 +42,14 @@ def check_devices(first: tuple[str, torch.device], others: Iterable[tuple[str, W
 
 
 def check_vector(name: str, tensor: Tensor, size: int, constant: bool) -> None:
-    """A vector of the given size, or where `constant` allows it one number."""
+    """The tensor has shape (size,), or (1,) where `constant` allows it."""
     if tensor.shape != (size,) and not (constant and tensor.shape == (1,)):
         accepted = f"{(size,)} or (1,)" if constant else f"{(size,)}"
         raise ValueError(f"{name} must have shape {accepted}; got {tuple(tensor.shape)}")
 
 
 def check_factors(names: tuple[str, str], down: Tensor | None, up: Tensor | None, rows: int, cols: int) -> None:
-    """Factors down (R, cols) and up (rows, R), or neither; their names in that order."""
+    """Factors down (R, cols) and up (rows, R) are both given or both None; `names` in that order."""
     if down is None and up is None:
         return
     if down is None or up is None:
@@ -66,7 +66,10 @@ def check_form(
     name: str, size: int, constant: bool, factors: tuple[int, int],
     vector: Tensor | None, up: Tensor | None, down: Tensor | None,
 ) -> None:  # fmt: skip
-    """One support is a vector of `size` (or a constant), or the product of two `factors` (rows, R) and (R, cols)."""
+    """A support is a vector of `size` (or a constant) or a low-rank pair up (rows, R), down (R, cols), not both.
+
+    factors: (rows, cols) of the pair.
+    """
     if vector is not None:
         if up is not None or down is not None:
             raise ValueError(f"{name} and {name}_up, {name}_down are two forms of one support; give one of them")

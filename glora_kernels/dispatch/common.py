@@ -1,4 +1,4 @@
-"""What the operators share: the weight as an argument, paths, rows, dtypes and autocast."""
+"""Helpers that all operators share: the weight as an argument, choosing a module, reshaping, dtypes and autocast."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from glora_kernels.quant.weight import DTYPES
 from glora_kernels.runtime import environment
 
 Weight = Tensor | QuantizedWeight
-"""W (N, K) of a call: a matrix, or the 4-bit codes of one."""
+"""The weight W (N, K) of a call: a dense matrix, or 4-bit codes."""
 
 
 class Codes(NamedTuple):
-    """What operators take beside the packed codes of a 4-bit weight; the defaults beside a matrix.
+    """The metadata that operators take with the packed codes of a 4-bit weight; a dense weight has the defaults.
 
     form: N, K, type, dtype, blocksize, nested blocksize.
     """
@@ -40,7 +40,7 @@ _MATRIX = Codes()
 
 @functools.cache
 def path_of(operator: str, route: str) -> Any:
-    """The module that serves a route of an operator: its `eager`, or its `triton`, loaded with the kernels when asked.
+    """The module that computes an operator on a route: its `eager`, or its `triton`, which is imported here only.
 
     Raises:
         RuntimeError: triton is not installed, or half of it is interpreted.
@@ -51,23 +51,24 @@ def path_of(operator: str, route: str) -> Any:
 
 
 def given(tensor: Tensor | None) -> Tensor:
-    """A tensor that the call's own rules say is there: anything else is a fault of ours, and no silent None."""
+    """The tensor itself, which this call must have; None is an error of this package."""
     if tensor is None:
-        raise AssertionError("a tensor that backward needs was not saved by forward")
+        raise AssertionError("an operand that this call must have is None: an error in glora_kernels")
     return tensor
 
 
 def stored(weight: Weight) -> Tensor:
-    """The tensor that holds the weight: itself, or the packed codes."""
+    """The tensor that holds the weight: the matrix itself, or the packed codes."""
     return weight.packed if isinstance(weight, QuantizedWeight) else weight
 
 
 def codes_of(weight: Weight) -> Codes:
+    """The metadata of a weight as arguments of an operator."""
     if not isinstance(weight, QuantizedWeight):
         return _MATRIX
     state = weight.state
     found: Codes | None = vars(state).get("_codes")
-    if found is None:  # a state cannot change: worked out once
+    if found is None:  # computed once, since a state cannot change
         nested = state.nested
         form = (*state.shape, QUANT_TYPES.index(state.quant_type), DTYPES.index(state.dtype), state.blocksize)
         if nested is None:
@@ -79,7 +80,7 @@ def codes_of(weight: Weight) -> Codes:
 
 
 def weight_of(tensor: Tensor, codes: Codes) -> Weight:
-    """The weight of an operator's arguments."""
+    """The weight, from an operator's arguments; the inverse of `stored` and `codes_of`."""
     if codes.absmax is None:
         return tensor
     n, k, quant_type, dtype, blocksize, nested_blocksize = codes.form
@@ -93,12 +94,12 @@ def weight_of(tensor: Tensor, codes: Codes) -> Weight:
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """(..., C) as the matrix of its rows."""
+    """(..., C) reshaped to (M, C)."""
     return tensor if tensor.ndim == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def unflat(y: Tensor, lead: Sequence[int]) -> Tensor:
-    """(M, C) as (*lead, C): no view, since PyTorch refuses to change one in place that came out of a Function."""
+    """(M, C) as (*lead, C), not by `view`: PyTorch forbids in-place changes of a view that a Function returned."""
     return y if len(lead) == 1 else torch.ops.aten._unsafe_view(y, [*lead, y.shape[-1]])
 
 
@@ -107,14 +108,14 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums and scales are taken in: fp32 for 16-bit values."""
+    """The dtype of sums and scales: fp32 for 16-bit values, else `dtype` itself."""
     return torch.float32 if dtype.itemsize == 2 else dtype
 
 
 def factor_dtype(dtype: torch.dtype, factors: Iterable[Tensor | None]) -> torch.dtype:
-    """The dtype of thin products in a computation in `dtype`: fp32 where that has 16 bits and a factor is wider.
+    """The dtype of products with low-rank factors: fp32 where `dtype` has 16 bits and a factor is wider, else `dtype`.
 
-    fp32 adapters mean fp32 arithmetic in everything that multiplies them; the large products keep `dtype`.
+    So everything that multiplies an fp32 adapter is computed in fp32; the large products keep `dtype`.
     """
     widens = dtype.itemsize == 2 and any(t is not None and t.dtype.itemsize > 2 for t in factors)
     return torch.float32 if widens else dtype
@@ -122,7 +123,7 @@ def factor_dtype(dtype: torch.dtype, factors: Iterable[Tensor | None]) -> torch.
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype autocast wants for a matrix product of x, or None: the rule F.linear follows."""
-    if not torch._C._is_any_autocast_enabled():  # a third of the price of asking for a device
+    if not torch._C._is_any_autocast_enabled():  # a third of the time that asking about one device takes
         return None
     device_type = x.device.type
     if (
@@ -136,7 +137,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Inside an operator the dtypes are settled: a product in fp32 must stay one."""
+    """Autocast off: inside an operator the dtypes are already chosen, and an fp32 product must stay fp32."""
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

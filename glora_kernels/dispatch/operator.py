@@ -1,10 +1,10 @@
-"""An operator from one description: schema, fake results, autograd, autocast, flops, and every way into it.
+"""One description of an operator gives its schema, fake results, autograd, autocast, flops, and every way to call it.
 
-A subclass of `Operator` names its arguments and results and writes the mathematics on a row of tensors
-(`dispatch.signature`). `register` makes of it two operators of torch.ops.glora_kernels, of one node each:
+A subclass of `Operator` names its arguments and results and does the mathematics on a row of tensors
+(`dispatch.signature`). `register` defines two operators in torch.ops.glora_kernels, each one node of a graph:
 
-    name           (arguments) → the outputs, and behind them what backward may read
-    name_backward  (dys, what forward made, needs, arguments) → the gradients of what is trained
+    name           (arguments) → the outputs, then the results that backward may read
+    name_backward  (dys, the results that backward may read, needs, arguments) → the gradients
 
 In these, an absent result is a tensor of no elements. Eager mode calls the same functions (`dispatch.prepared`).
 """
@@ -38,10 +38,10 @@ class Operator(Operation):
 
     Attributes:
         name: in torch.ops.glora_kernels.
-        signature: its arguments. Inputs with a row a token are the first of them.
-        has_inputs: whether it has such.
-        results: what forward returns, by name: its output, and what it makes beside that.
-        reads: the results that backward may read; of lists not the outputs.
+        signature: its arguments. Inputs, which have one row per token, come first.
+        has_inputs: whether it has such inputs.
+        results: the names of what forward returns: the output, then results for backward.
+        reads: the results that backward may read; where results are lists, not the outputs.
         trained: the arguments that have gradients; all tensors, where it takes lists.
     """
 
@@ -52,11 +52,11 @@ class Operator(Operation):
     trained: ClassVar[Sequence[str]] = ()
 
     def prepare(self, row: Row, values: Values, wanted: Sequence[bool], registered: bool = False) -> Prepared:
-        """What a class of calls needs, of which this is one; `registered`: forward returns all that it makes."""
+        """Describe the class of calls that this one belongs to; `registered`: forward must return every result."""
         raise NotImplementedError
 
     def composite(self, row: Row, values: Values) -> tuple[Tensor, ...]:
-        """The outputs by differentiable operations of PyTorch. Behind the row may stand the results of a forward."""
+        """The outputs by differentiable operations of PyTorch. The results of a forward may follow in the row."""
         raise NotImplementedError
 
     def fake(self, *structures: Any) -> Any:
@@ -64,43 +64,44 @@ class Operator(Operation):
         raise NotImplementedError
 
     def flops(self, *structures: Any) -> int:
-        """Of forward, for PyTorch's counter: 2·rows·columns·depth a product. Each tensor is its shape here."""
+        """Floating-point operations of forward: 2·rows·columns·depth per product. Shapes stand in for tensors."""
         raise NotImplementedError
 
     def backward_flops(self, dy: Any, needs: Sequence[bool], *structures: Any) -> int:
+        """Floating-point operations of backward."""
         raise NotImplementedError
 
     def input_shapes(self, dys: Sequence[Tensor], *structures: Any) -> list[Shape]:
-        """Those of the inputs with a row a token, which need not have been kept."""
+        """The shapes of the inputs, from the other tensors: forward need not have saved the inputs."""
         return []
 
     @property
     def _own(self) -> int:
-        """How many arguments backward has before those of forward: dys, what forward made, the needs."""
+        """How many arguments of backward come before those of forward: dys, the results it reads, needs."""
         return len(self.reads) + 2
 
     @property
     def count(self) -> int:
-        """Of the tensors that are arguments; of no use where they are lists."""
+        """The number of tensor arguments (meaningless for an operator that takes lists)."""
         return len(self.signature.tensors)
 
     def inputs_of(self, values: Values) -> int:
-        """How many places of the row, from the first, have a row a token."""
+        """How many leading entries of the row are inputs, with one row per token."""
         return int(self.has_inputs) if values.sizes is None else values.sizes[0]
 
     def call(
         self, row: Sequence[Any], key: Hashable, check: Callable[[Row], Values], inputs: int = 1,
         sources: Sequence[int] = (0,),
     ) -> Sequence[Tensor]:  # fmt: skip
-        """The outputs of a call, by the one of the `dispatch.ways` that suits it.
+        """The outputs of a call, by whichever of the `dispatch.ways` applies.
 
         Args:
-            row: its tensors. The first are the inputs, which have a row a token, of any layout, also nested or sparse;
-                the operator gets them in autocast's dtype.
-            key: what else the values depend on, but for the modes that PyTorch and the package are in.
-            check: the values, or the errors, of a call with this row.
-            inputs: how many there are.
-            sources: of each output, the input that it has the rows of.
+            row: its tensors. First the inputs, with one row per token, in any layout, also nested or sparse; the
+                operator gets them in autocast's dtype.
+            key: what the values depend on besides the row and the modes of PyTorch and this package.
+            check: returns the values of a call with this row, or raises its errors.
+            inputs: how many inputs there are.
+            sources: for each output, the index of the input whose rows it has.
         """
         xs = row[:inputs]
         for x in xs:
@@ -123,19 +124,19 @@ class Operator(Operation):
     def _by_rows(
         self, row: Sequence[Any], key: Hashable, check: Callable[[Row], Values], inputs: int, sources: Sequence[int]
     ) -> Sequence[Tensor]:
-        """`call` with the rows of every input, and its outputs in their dimensions."""
+        """`call` on the inputs as matrices or contiguous tensors; the outputs get the dimensions of their inputs."""
         found = [rows_of(x) for x in row[:inputs]]
         ys = self.call((*(rows for rows, _ in found), *row[inputs:]), key, check, inputs, sources)
         return [found[source][1](y) for source, y in zip(sources, ys, strict=True)]
 
     def through_pytorch(self, row: Row, values: Values) -> Sequence[Tensor]:
-        """The outputs for whoever watches or transforms a call (`dispatch.ways`)."""
+        """The outputs where a call is watched or transformed (`dispatch.ways`)."""
         if is_transformed():
             return self.composite(row, values)
         return self._parted(self._forward_operator(*self.signature.join(row, values)))[0]
 
     def _parted(self, results: Any) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """The outputs and what was made beside them, of what the registered operator returns."""
+        """Split what the registered operator returns into (outputs, results for backward)."""
         if self.signature.has_lists:
             return results[0], results[1]
         y, *made = (results,) if isinstance(results, Tensor) else results
@@ -146,8 +147,8 @@ class Operator(Operation):
     ) -> Sequence[Tensor | None]:
         own, made = list(row[: len(wanted)]), list[Any](row[len(wanted) :])
         if any(map(is_batched, dys)):
-            # An input that was not kept takes no part in any wanted gradient.
-            zeros = functools.partial(torch.zeros, dtype=dys[0].dtype, device=dys[0].device)  # no batch of them
+            # No wanted gradient depends on an input that was not saved, so that zeros (without a batch) will do.
+            zeros = functools.partial(torch.zeros, dtype=dys[0].dtype, device=dys[0].device)
             own = self._with_inputs(own, dys, values, zeros)
             return gradients(lambda *tensors: self.composite((*tensors, *made), values), own, wanted, dys)
         dy: Any = dys[0]
@@ -166,18 +167,18 @@ class Operator(Operation):
         return [*inputs, *row[len(inputs) :]]
 
     def _places(self, count: int) -> Sequence[int]:
-        """The places of the row that the registered operator has gradients of."""
+        """The indices in the row that the registered operator returns gradients for."""
         if self.signature.has_lists:
             return range(count)
         return [self.signature.tensors.index(name) for name in self.trained]
 
     def graded(self, wanted: Sequence[bool]) -> tuple[bool, ...]:
-        """Which gradients there are of those that are wanted: none of a seed, or of what decodes a 4-bit weight."""
+        """`wanted`, without what has no gradient: a seed, and the metadata of a 4-bit weight."""
         known = {*self._places(len(wanted)), *range(self.count, len(wanted))}
         return tuple([want and i in known for i, want in enumerate(wanted)])
 
     def register(self) -> None:
-        """Define both operators, and all that PyTorch asks of them."""
+        """Define both operators, with everything that PyTorch wants to know of them."""
         kind = "Tensor[]" if self.signature.has_lists else "Tensor"
         results = ", ".join(kind for _ in self.results)
         made = "".join(f", {kind if self.signature.has_lists else 'Tensor?'} {name}" for name in self.reads)
@@ -235,7 +236,7 @@ class Operator(Operation):
             return self._forward_operator(first, *others)
 
     def _of_backward(self, arguments: Sequence[Any]) -> tuple[list[Tensor], list[Any], Row, Values, Sequence[bool]]:
-        """dys, the row, the results behind it, the values and the needs of a call of backward."""
+        """(dys, row, results of forward, values, needs) of a call of backward."""
         (dys, *made, needs), forward = arguments[: self._own], arguments[self._own :]
         row, values = self.signature.split(forward)
         if self.signature.has_lists:
@@ -271,7 +272,7 @@ class Operator(Operation):
         outputs, made = self._parted(output)
         ctx.mark_non_differentiable(*made)
         flags = ctx.needs_input_grad
-        if not self.signature.has_lists:  # of lists they are flat, while backward sees lists of gradients
+        if not self.signature.has_lists:  # with lists, the flags are a flat list already
             flags, _ = self.signature.split(flags)
         wanted = [False] * len(row)
         for place in self._places(len(row)):
@@ -283,8 +284,9 @@ class Operator(Operation):
         dys = dy if self.signature.has_lists else [dy]
         grads = iter(self.elsewhere(dys, found.placed(read_saved(ctx, found.reads_output)), found.values, found.wanted))
         row = [next(grads) if want else None for want in found.wanted]
-        # PyTorch takes an empty list of numbers for one of tensors.
-        none: tuple[Any, ...] = tuple([] if number == () else None for number in found.values.numbers)
+        # Beside lists of tensors PyTorch takes an empty list of numbers for one of these.
+        lists = self.signature.has_lists
+        none: tuple[Any, ...] = tuple([] if lists and number == () else None for number in found.values.numbers)
         return tuple(self.signature.join(row, Values(none, found.values.sizes)))
 
     def _count(self, *shapes: Any, **_: Any) -> int:
@@ -298,7 +300,7 @@ class Operator(Operation):
 def gradients(
     function: Callable[..., Sequence[Tensor]], tensors: Row, wanted: Sequence[bool], dys: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The wanted gradients of function(*tensors) for dys that may be batched."""
+    """The wanted gradients of function(*tensors), for dys that may be batched."""
     places = [i for i, want in enumerate(wanted) if want]
 
     def of(*leaves: Tensor) -> tuple[Tensor, ...]:
@@ -306,7 +308,7 @@ def gradients(
         return tuple(function(*(values.get(i, tensor) for i, tensor in enumerate(tensors))))
 
     leaves = [given(tensors[i]).detach() for i in places]
-    if torch._C._are_functorch_transforms_active():  # where no leaf can be made
+    if torch._C._are_functorch_transforms_active():  # requires_grad_ is an error there
         return list(torch.func.vjp(of, *leaves)[1](tuple(dys)))
     with torch.enable_grad():
         leaves = [leaf.requires_grad_() for leaf in leaves]
@@ -314,7 +316,7 @@ def gradients(
 
 
 def owned(grads: list[Tensor | None], like: Tensor) -> Any:
-    """Each gradient in memory of its own, since results of an operator may share none, and two may be one sum."""
+    """Each gradient in memory of its own: results of an operator may not share memory, but two may be one tensor."""
     found: list[Tensor] = []
     taken = set()
     for grad in grads:

@@ -1,11 +1,11 @@
-"""A call of an operator, prepared: what a class of calls needs is found once, and looked up by later ones.
+"""Classes of calls: what a class needs is found at its first call, and later calls look it up.
 
-What a call is checked for and which launches serve it depend on the classes, dtypes, shapes, strides and devices of its
-tensors and on a few values; these are the key. Under it lies what backward will need and read, and the programs of both
-passes (`runtime.program`). One `autograd.Function` serves every operator: its arguments are what is trained and no
-more, since each costs a microsecond a layer.
+The result of the checks and the launches depend only on the classes, dtypes, shapes, strides and devices of the tensors
+and on a few values; these are the cache key. Stored under it are what backward reads and returns, and the programs of
+both passes (`runtime.program`). One `autograd.Function` serves every operator; its arguments are only the tensors that
+are trained, since each argument costs a microsecond per layer.
 
-The tensors of a call stand in a row; in backward what forward made of them stands behind them.
+The tensors of a call stand in a row; in the row of backward, the results of forward follow them.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ NO_GUARD: AbstractContextManager[object] = contextlib.nullcontext()
 _PLAIN = {Tensor, nn.Parameter, type(None)}
 _FLAGS = b"\1" * 1024
 _KEPT = 1024
-"""How many classes are kept ..."""
+"""How many classes of calls are remembered."""
 _KEPT_BACKWARDS = 16
-"""... and of each, for how many forms of what backward reads: a transposed dy has another one with each M."""
+"""How many backward programs a class keeps. Their key has the strides of dy, which in a transposed dy follow M."""
 
 
 class Operation:
@@ -40,44 +40,45 @@ class Operation:
     name: str
 
     def forward(self, row: Row, values: Values) -> Sequence[Tensor | None]:
-        """The outputs, and behind them what backward may read."""
+        """The outputs, then the results that backward may read."""
         raise NotImplementedError
 
     def backward(
         self, dys: Sequence[Tensor], row: Row, values: Values, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        """The gradients of the wanted places, in their order, shapes and dtypes. Behind the row stand the results."""
+        """The gradients of the wanted entries, in their order, shapes and dtypes. `row` ends with forward's results."""
         raise NotImplementedError
 
     def elsewhere(
         self, dys: Sequence[Tensor], row: Row, values: Values, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        """`backward` for whoever watches or batches the gradients (`dispatch.ways`)."""
+        """`backward` where the gradients are watched or batched (`dispatch.ways`)."""
         raise NotImplementedError
 
 
 class AskedPass(NamedTuple):
-    """A pass of a call, as `runtime.program.find` takes it."""
+    """One pass of a call: the arguments of `runtime.program.find`."""
 
     name: str
     function: program.Pass
-    operands: program.Operands
+    operands: program.PassInputs
     values: tuple[Hashable, ...]
     outputs: int | None = None
 
 
 class Prepared:
-    """A class of calls.
+    """A class of calls, and what all of them share.
 
     Attributes:
-        operation, values: the operator, and the values that its paths get.
-        wanted: of the places in a row, which want a gradient; `trained`: the places.
-        saved: the places in backward's row that it reads; `size`: of that row.
-        with_rows: its places with a row a token; empty where the operator knows no tokens.
-        outputs: how many there are.
-        has_kernels: whether launches serve it.
-        keeps: whether anybody wants more than the outputs.
-        guard: held while a call builds something in the workspace and reads it.
+        operation, values: the operator, and the values of the calls.
+        wanted: for each entry of the row, whether it needs a gradient; `trained`: the indices where it does.
+        saved: indices into the row of backward (the operands, then forward's results): what is kept for backward.
+        size: the length of that row.
+        with_rows: its indices with one row per token; empty for an operator without inputs.
+        outputs: how many outputs there are.
+        has_kernels: whether it runs as recorded launches, not as plain PyTorch.
+        keeps: whether anybody reads results other than the outputs.
+        guard: a lock, held from building a weight in the shared workspace until its reader is launched.
     """
 
     def __init__(
@@ -97,12 +98,12 @@ class Prepared:
         self._backwards: dict[Hashable, Program | None] = {}
         self.apply: Callable[..., Sequence[Tensor]] = Applied.apply
 
-    def plan(self, operands: program.Operands) -> None:
-        """Find the program of forward."""
+    def plan(self, operands: program.PassInputs) -> None:
+        """Record or look up the program of forward."""
         self._forward = program.find(*self.forward_pass(operands))
 
-    def forward_pass(self, operands: program.Operands) -> AskedPass:
-        """Forward of a call."""
+    def forward_pass(self, operands: program.PassInputs) -> AskedPass:
+        """The forward pass of a call."""
         operation, count = self.operation, None if self.keeps else self.outputs
 
         def run(row: Row, values: Values, count: int | None) -> Sequence[Tensor | None]:
@@ -111,7 +112,7 @@ class Prepared:
         return AskedPass(operation.name, run, operands, (self.values, count), self.outputs)
 
     def forward(self, row: Row) -> Sequence[Tensor | None]:
-        """The outputs, of the leading dimensions of x, and what backward may read."""
+        """The outputs, with the leading dimensions of x, then the results that backward may read."""
         x = given(row[0])
         if self._forward is None:
             with without_autocast(x.device.type), self.guard or NO_GUARD:
@@ -123,10 +124,10 @@ class Prepared:
             return self._forward.run(row, m, lead)
 
     def backward(self, dys: Sequence[Tensor], saved: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """The gradients of what is trained, from the tensors at the places `saved`."""
+        """The gradients of the trained tensors, from the tensors at the indices `saved`."""
         first = dys[0]
         m = program.rows_of(first) if self.with_rows else 1
-        # What was saved may come back in another form: by hooks (offloading), or after `.data` was set.
+        # A saved tensor may come back with other strides: from hooks (offloading), or after `.data` was set.
         for i in self._whole:
             tensor = saved[i]
             if not tensor.is_contiguous() and (tensor.ndim > 2 or self.saved[i] >= len(self.wanted)):
@@ -151,7 +152,7 @@ class Prepared:
             return self.operation.backward(dys, self.placed(saved), self.values, self.wanted)
 
     def backward_pass(self, dys: Sequence[Tensor], saved: Sequence[Tensor]) -> AskedPass:
-        """Backward of a call, from the tensors at the places `saved`."""
+        """The backward pass of a call, from the tensors at the indices `saved`."""
         count = len(dys)
         rows = {*range(count)} if self.with_rows else set()
         rows |= {count + i for i, place in enumerate(self.saved) if place in self.with_rows}
@@ -161,12 +162,12 @@ class Prepared:
             return self.operation.backward(mine, self.placed(tensors[count:]), self.values, self.wanted)
 
         m = program.rows_of(dys[0]) if self.with_rows else 1
-        operands = program.Operands((*dys, *saved), frozenset(rows), m, dys[0].get_device())
+        operands = program.PassInputs((*dys, *saved), frozenset(rows), m, dys[0].get_device())
         values = (self.values, self.wanted, self.saved)
         return AskedPass(f"{self.operation.name} backward", run, operands, values)
 
     def placed(self, saved: Row) -> Row:
-        """The row of backward, of which only what was saved is there."""
+        """The row of backward, with None for everything that was not saved."""
         row: list[Tensor | None] = [None] * self.size
         for place, tensor in zip(self.saved, saved, strict=True):
             row[place] = tensor
@@ -177,26 +178,26 @@ _prepared: dict[Hashable, Prepared] = {}
 
 
 def wanted_of(row: Row) -> tuple[bool, ...]:
-    """Which tensors of a call want a gradient."""
+    """For each tensor of a call, whether it needs a gradient."""
     if not torch.is_grad_enabled():
         return (False,) * len(row)
     return tuple([t is not None and t.requires_grad for t in row])
 
 
 def are_even(tensors: Row) -> bool:
-    """Whether all have as many tokens, which a program of launches takes for granted."""
+    """Whether all have the same number of tokens, as a program of launches requires."""
     return len(tensors) < 2 or len({given(t).shape[:-1] for t in tensors}) == 1
 
 
 def find(
     operation: Operation, row: Row, with_rows: int, key: tuple[Hashable, ...], make: Callable[[], Prepared]
 ) -> Prepared:
-    """What is prepared for a class of calls; `make` checks a call of a new one, and prepares it.
+    """The class of a call. For the first call of a class, `make` checks it and describes the class.
 
     Args:
         operation: the operator.
-        row: of which the first is there.
-        with_rows: how many at its beginning have a row a token, each a matrix or contiguous.
+        row: its tensors; the first is not None.
+        with_rows: how many leading entries have one row per token; each is a matrix or contiguous.
         key: what else the call depends on: values, modes, what requires a gradient.
         make: raises where the call is none.
     """
@@ -224,7 +225,7 @@ def find(
         if not _PLAIN.issuperset([t.__class__ for t in row]):
             return found
         if found.has_kernels:
-            found.plan(program.Operands(tuple(row), frozenset(range(with_rows)), m, device))
+            found.plan(program.PassInputs(tuple(row), frozenset(range(with_rows)), m, device))
         if len(_prepared) >= _KEPT:
             _prepared.clear()
         found.apply = _apply
@@ -233,9 +234,9 @@ def find(
 
 
 def read_saved(ctx: Any, with_y: bool = False) -> tuple[Any, ...]:
-    """What forward saved; where a tensor of it was overwritten meanwhile, an error that says what to write instead.
+    """The tensors that forward saved, or an error that says what to write instead of overwriting one of them.
 
-    with_y: backward reads an output as well.
+    with_y: backward reads an output too, which the error then mentions.
     """
     try:
         return tuple(ctx.saved_tensors)
@@ -251,7 +252,7 @@ def read_saved(ctx: Any, with_y: bool = False) -> tuple[Any, ...]:
 
 
 def call(prepared: Prepared, row: Row) -> Sequence[Tensor]:
-    """The outputs, with a backward where something is trained."""
+    """The outputs of a call, with a backward where something is trained."""
     if not prepared.trained:
         outputs: Any = prepared.forward(row)[: prepared.outputs]
         return outputs
@@ -259,7 +260,7 @@ def call(prepared: Prepared, row: Row) -> Sequence[Tensor]:
 
 
 class Backwards:
-    """How often a backward ran that it is told of."""
+    """Counts the backwards it is told of (`note_backwards`)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -269,7 +270,7 @@ class Backwards:
 
 
 def note_backwards(ys: Iterable[Tensor], backwards: Backwards) -> None:
-    """Have the nodes that made some outputs, of one call, tell of every backward that reaches them."""
+    """Make the nodes of autograd that made these outputs count, in `backwards`, each backward that reaches them."""
     for node in {y.grad_fn for y in ys}:
         if isinstance(node, Applied._backward_cls):
             vars(node)["backwards"] = backwards  # a hook would cost two microseconds
@@ -278,7 +279,7 @@ def note_backwards(ys: Iterable[Tensor], backwards: Backwards) -> None:
 
 
 class Applied(torch.autograd.Function):
-    """Eager mode's way into an operator."""
+    """The autograd function of all operators in plain eager mode."""
 
     @staticmethod
     def forward(ctx: Any, prepared: Prepared, row: Row, *trained: Tensor) -> Any:
@@ -291,7 +292,7 @@ class Applied(torch.autograd.Function):
         prepared: Prepared = ctx.prepared
         if ctx.backwards is not None:
             ctx.backwards.note()
-        watched = torch.is_grad_enabled()  # as create_graph=True has it
+        watched = torch.is_grad_enabled()  # true under create_graph=True
         for dy in dys:
             watched |= is_batched(dy) or is_watched(dy)
         if watched:
@@ -299,8 +300,8 @@ class Applied(torch.autograd.Function):
         return None, None, *prepared.backward(dys, read_saved(ctx, prepared.reads_output))
 
 
-# `Applied.apply` without what it does for torch.func, which takes another way (`dispatch.ways`): two microseconds. Not
-# for what outlived its transform, which has no address, and so is in no class that is kept.
+# `Applied.apply` without its work for torch.func (2 µs): transformed calls never come here (`dispatch.ways`).
+# A tensor that outlived its transform could, but has no data pointer: its class is not kept and has the usual `apply`.
 _apply = super(torch.autograd.Function, Applied).apply
 
 
@@ -316,7 +317,7 @@ def _elsewhere(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def save(ctx: Any, prepared: Prepared, row: Row, results: Row) -> None:
-    """Keep for backward what it reads."""
+    """Save for backward the tensors it reads."""
     everything = (*row, *results)
     ctx.save_for_backward(*[everything[i] for i in prepared.saved])
     ctx.prepared, ctx.backwards = prepared, None

@@ -1,7 +1,11 @@
-"""The arguments of an operator: structures to who writes it, a flat list to PyTorch, a row of tensors in between.
+"""The arguments of an operator in three forms.
 
-From the structures, NamedTuples whose fields are annotated, follow the schemas of forward and backward and the three
-forms that a call has. A field is a tensor, an optional one or a list of them, or a number of any kind.
+    structures  NamedTuples, as an operator's author writes them. A field is a tensor, an optional tensor, a list of
+                tensors, or a number of any kind
+    arguments   the flat list of PyTorch's schema
+    row, values the tensors alone, which are cached and saved, and apart from them everything else
+
+Schemas and conversions are derived from the annotations of the NamedTuples.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Any, NamedTuple, get_type_hints
 from torch import Tensor
 
 Row = Sequence[Tensor | None]
-"""The tensors of a call in the order of its arguments, lists one after the other."""
+"""The tensors of a call in the order of its arguments; lists are concatenated."""
 
 _KINDS = {
     Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", str: "str", bool: "bool", float: "float",
@@ -24,9 +28,9 @@ _DEFAULTS = {None: "None", (): "[]"}
 
 
 class Values(NamedTuple):
-    """What of a call is no tensor.
+    """The arguments of a call that are not tensors.
 
-    numbers: in the order of the arguments. sizes: how long each of its lists of tensors is, where it takes lists.
+    numbers: in the order of the arguments. sizes: the length of each list of tensors; None where no argument is a list.
     """
 
     numbers: tuple[Any, ...]
@@ -34,23 +38,23 @@ class Values(NamedTuple):
 
 
 def parts(values: Iterable[Any], sizes: Iterable[int]) -> list[list[Any]]:
-    """The first of some values as lists of the given sizes."""
+    """Cut the leading values into lists of the given sizes."""
     iterator = iter(values)
     return [list(islice(iterator, size)) for size in sizes]
 
 
 def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """What takes the values at some places, of which one is a sequence too."""
+    """An itemgetter that returns a sequence also for a single position."""
     first, end = places[0], places[-1] + 1
     return itemgetter(slice(first, end)) if len(places) == end - first else itemgetter(*places)
 
 
 class Signature:
-    """The arguments are the fields of some structures, of which either no tensor is a list or every one.
+    """The arguments of an operator: the fields of its structures. Either every tensor argument is a list, or none.
 
     Attributes:
-        tensors: the names of those that are tensors.
-        has_lists: whether these are lists.
+        tensors: the names of the tensor arguments.
+        has_lists: whether they are lists.
     """
 
     def __init__(self, *structures: type[Any]) -> None:
@@ -60,14 +64,14 @@ class Signature:
             hints = get_type_hints(structure)
             self._kinds |= {name: _KINDS[hints[name]] for name in structure._fields}
             known = structure._field_defaults
-            # At the end alone: PyTorch takes no argument without a default behind one that has one.
+            # Only the last structures keep defaults: PyTorch allows no required argument after an optional one.
             self._defaults = [*self._defaults, *known.values()] if len(known) == len(structure._fields) else []
         names = list(self._kinds)
         self.tensors = [name for name in names if self._kinds[name].startswith("Tensor")]
         numbers = [name for name in names if name not in self.tensors]
         order = [*self.tensors, *numbers]
         self.has_lists = "Tensor[]" in self._kinds.values()
-        # Lists of places, and no `itemgetter`, for what torch.compile traces: a call by PyTorch's arguments.
+        # Lists of indices, not `itemgetter`s, since torch.compile traces a call by PyTorch's arguments.
         self._tensor_places = [names.index(name) for name in self.tensors]
         self._number_places = [names.index(name) for name in numbers]
         self._order = [order.index(name) for name in names]
@@ -75,7 +79,7 @@ class Signature:
         self._required = len(names) - len(self._defaults)
 
     def split(self, arguments: Sequence[Any]) -> tuple[list[Any], Values]:
-        """The row of a call and its values, from PyTorch's arguments."""
+        """The row and the values of a call, from PyTorch's arguments."""
         arguments = self._whole(arguments)
         tensors = [arguments[place] for place in self._tensor_places]
         numbers = [arguments[place] for place in self._number_places]
@@ -85,13 +89,13 @@ class Signature:
         return [tensor for own in tensors for tensor in own], Values(values, tuple(map(len, tensors)))
 
     def join(self, row: Sequence[Any], values: Values) -> list[Any]:
-        """PyTorch's arguments of a call, from its row (behind which more may stand) and its values."""
+        """PyTorch's arguments of a call, from its row (which may be longer) and its values."""
         own = row[: len(self.tensors)] if values.sizes is None else parts(row, values.sizes)
         everything = (*own, *values.numbers)
         return [everything[place] for place in self._order]
 
     def read(self, row: Sequence[Any], values: Values) -> list[Any]:
-        """The structures of a call."""
+        """The structures of a call, from its row (which may be longer) and its values."""
         own = row[: len(self.tensors)] if values.sizes is None else parts(row, values.sizes)
         everything = (*own, *values.numbers)
         return [make(fields_of(everything)) for make, fields_of in self._readers]
@@ -101,11 +105,11 @@ class Signature:
         return self.read(*self.split(arguments))
 
     def _whole(self, arguments: Sequence[Any]) -> Sequence[Any]:
-        """PyTorch leaves out the last arguments where they have their default."""
+        """The arguments with their defaults: PyTorch omits trailing arguments that equal theirs."""
         return (*arguments, *self._defaults[len(arguments) - self._required :])
 
     def schema(self, optional: bool = False) -> str:
-        """As PyTorch wants it declared; `optional`: in a backward, to which an input need not have been kept."""
+        """The declaration of the arguments for PyTorch; `optional`: any tensor may be absent, as in a backward."""
         kinds = [f"{kind}?" if optional and kind == "Tensor" else kind for kind in self._kinds.values()]
         defaults = [""] * self._required + [f"={_DEFAULTS[default]}" for default in self._defaults]
         declared = zip(kinds, self._kinds, defaults, strict=True)

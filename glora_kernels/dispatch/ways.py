@@ -1,11 +1,10 @@
-"""The ways into one computation, and when each is taken; and x in the layouts that are no matrix.
+"""The three ways to call an operator, and when each is taken; and inputs that are nested or sparse.
 
-    function    an `autograd.Function` around the path: plain eager mode, where a call costs 8 µs
-    operator    the registered operator, one node for whoever watches: torch.compile, or a TorchDispatchMode
-                (selective checkpointing, make_fx, fake tensors, counters of operations). Inside the node a path may
-                write in its own memory; between nodes nothing is overwritten
-    composite   y by differentiable operations of PyTorch, where other derivatives are taken than one backward:
-                torch.func, forward-mode differentiation; and under torch.jit.trace
+    function    `prepared.Applied`, an `autograd.Function`: plain eager mode, where a call costs 8 µs
+    operator    the registered operator, one node of a graph, where a call is watched: by torch.compile or by a
+                TorchDispatchMode (selective checkpointing, make_fx, fake tensors, counters of operations)
+    composite   differentiable operations of PyTorch, where a call is transformed, so that more than one backward may
+                be asked for: torch.func, forward-mode differentiation; and under torch.jit.trace
 
 A backward whose gradient is batched (is_grads_batched, jacobian(vectorize=True)) differentiates the composite.
 """
@@ -23,7 +22,7 @@ from torch.autograd import forward_ad
 
 
 def is_transformed() -> bool:
-    """Whether a call is computed by PyTorch's own operations, of which every derivative is known."""
+    """Whether a call is transformed: it runs as PyTorch's own operations, which have every derivative."""
     return not torch.compiler.is_compiling() and _has_other_derivatives()
 
 
@@ -36,7 +35,7 @@ def _has_other_derivatives() -> bool:
 
 
 def is_watched(tensor: Tensor) -> bool:
-    """Whether a call goes through the registered operator, unless it is transformed."""
+    """Whether a call is watched: it goes through the registered operator, unless it is transformed."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or isinstance(tensor, FakeTensor)
 
 
@@ -46,12 +45,12 @@ def is_elsewhere(tensor: Tensor) -> bool:
 
 
 def is_batched(dy: Tensor) -> bool:
-    """Whether a gradient stands for a batch of them, as PyTorch's own vmap or that of torch.func makes it."""
+    """Whether a gradient is a batch of gradients under PyTorch's older vmap or that of torch.func."""
     return torch._C._functorch.is_legacy_batchedtensor(dy) or torch._C._functorch.is_batchedtensor(dy)
 
 
 class _Once(torch.autograd.Function):
-    """Gradients as they are, which hang on what they were made of: a second derivative is an error, never zero."""
+    """Passes gradients through, connected to the tensors they depend on, so that a second derivative is an error."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -66,9 +65,10 @@ class _Once(torch.autograd.Function):
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """As PyTorch's decorator of a backward, whose error is not seen by torch.autograd.functional, which takes zeros.
+    """Like torch's decorator of the same name, but a second derivative is an error everywhere.
 
-    Gradients are recorded here only under create_graph=True.
+    torch.autograd.functional does not see the error of torch's and returns zeros. In a backward, grad mode is on only
+    under create_graph=True.
     """
 
     @functools.wraps(backward)
@@ -90,9 +90,9 @@ def is_plain(x: Tensor) -> bool:
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The rows of x: of a nested or sparse one as an ordinary tensor, of that as a matrix or contiguous.
+    """(the rows of x as an ordinary tensor, a function that gives a result of these rows the dimensions of x).
 
-    And what gives a result of these rows the dimensions of x; that of a sparse one is dense, as that of F.linear is.
+    An ordinary x becomes a matrix. The result of a sparse x is dense, as with F.linear.
     """
     if not x.is_nested:
         if x.layout != torch.strided:

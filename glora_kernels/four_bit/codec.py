@@ -1,7 +1,4 @@
-"""4-bit weights on the device: levels, absmax, and a tile of W out of packed codes, bit for bit `quant.codec`.
-
-Below them, what a kernel is told of such a weight.
-"""
+"""Device functions that decode a 4-bit weight to the same bits as `quant.codec`; below them, its kernel arguments."""
 
 import functools
 from typing import Any
@@ -44,14 +41,14 @@ def _decode(nibble, KIND: tl.constexpr):
 
 @triton.jit
 def _absmax(codes, spans, block, mask):
-    """The absmax of a block in fp32, `block` counted from the first after so many whole spans (`_weight_tile`)."""
+    """The absmax of a block in fp32; `block` is counted from the end of `spans` whole spans (see `_weight_tile`)."""
     if codes.nested is None:
         return tl.load(codes.absmax + spans + block, mask=mask, other=0)
     else:
         value = tl.load(codes.absmax + spans * codes.nested.block + block, mask=mask, other=0)
         code = tl.load(codes.nested.code + value.to(tl.int32), mask=mask, other=0.0)
         scale = tl.load(codes.nested.absmax + spans + block // codes.nested.block, mask=mask, other=0.0)
-        # Two roundings, as bitsandbytes takes them: no compiler may merge a product written as fma with a sum.
+        # Two roundings, as in bitsandbytes: a product written as an fma cannot be fused with the sum that follows.
         return tl.fma(code, scale, 0.0) + tl.load(codes.nested.offset)
 
 
@@ -80,13 +77,13 @@ def _weight_tile(codes, first_n, first_k, N, K, UPCAST: tl.constexpr, BLOCK_N: t
     """W[first_n + 0…BLOCK_N, first_k + 0…BLOCK_K), rounded to its dtype, in fp32; zeros outside (N, K).
 
     codes.words: K and first_k are multiples of 8 and the packed weight starts at a multiple of 4 bytes; eight
-    neighbours of a row are then read as one word, with one absmax. Without, every element reads its byte and absmax.
+    neighbours of a row are then read as one word, with one absmax. Otherwise every element reads its byte and absmax.
     """
-    # A run of codes over which the addresses of absmax, nested too, go on by whole numbers.
+    # A span: the fewest codes that take up a whole number of entries of absmax, and of nested absmax.
     SPAN: tl.constexpr = codes.block if codes.nested is None else codes.block * codes.nested.block
     first = tl.cast(first_n, tl.int64) * K + first_k
-    # From the last whole span before the tile on, positions take 32 bits while BLOCK_N·K is under 2^30. Unsigned, so
-    # that a division by a power of two is a shift.
+    # Counted from the last whole span before the tile, positions fit in 32 bits while BLOCK_N·K is under 2^30.
+    # Unsigned, so that a division by a power of two is a shift.
     spans = first // SPAN
     packed_ptr = codes.packed + spans * (SPAN // 2)
     i = tl.arange(0, BLOCK_N)[:, None]
@@ -112,7 +109,7 @@ def _weight_tile(codes, first_n, first_k, N, K, UPCAST: tl.constexpr, BLOCK_N: t
 def _unpack(word):
     """The eight codes of each little-endian word of a block (rows, words), in the order of their elements.
 
-    By joins, so that a thread holds what it unpacks: (rows, words, 8).
+    Shape (rows, words, 8). Made by joins, so that a thread holds what it unpacks.
     """
     half = tl.join(word, word >> 16)
     byte = tl.join(half, half >> 8)
@@ -122,17 +119,17 @@ def _unpack(word):
 
 @triton.jit
 def _shifts(COUNT: tl.constexpr):
-    """Where the COUNT nibbles of a byte or a little-endian word begin, in the order of their elements: high first."""
+    """The shifts that extract the COUNT nibbles of a byte or little-endian word in element order: high nibble first."""
     i = tl.arange(0, COUNT)
     return (i // 2) * 8 + 4 - (i % 2) * 4
 
 
 WORD_CODES = 8
-"""The codes of a 32-bit word."""
+"""How many codes a 32-bit word holds."""
 
 
 def codes(weight: QuantizedWeight, words: bool = False) -> Codes:
-    """A weight in 4 bits as a kernel reads it; `words`: whether it may read whole words of codes."""
+    """The `Codes` of a weight, for a kernel; `words`: whether it may read whole words of codes."""
     state, nested = weight.state, weight.state.nested
     constants = (_constant(state.quant_type), _constant(state.blocksize), _constant(weight.dtype), _constant(words))
     more = None
@@ -142,7 +139,7 @@ def codes(weight: QuantizedWeight, words: bool = False) -> Codes:
 
 
 def weight_operands(weight: Tensor | QuantizedWeight) -> dict[str, Matrix | Codes | None]:
-    """The arguments of `glora.weight._read_weight`: a dense weight, or one in 4 bits."""
+    """A dense or 4-bit weight as the arguments of `glora.weight._read_weight`."""
     if isinstance(weight, Tensor):
         return {"w": matrix(weight), "codes": None}
     return {"w": None, "codes": codes(weight, reads_words(weight, weight.shape[1]))}
@@ -150,7 +147,7 @@ def weight_operands(weight: Tensor | QuantizedWeight) -> dict[str, Matrix | Code
 
 @functools.cache
 def _constant(value: str | int | torch.dtype) -> Any:
-    """A constant of the compiled kernel within a structure of operands."""
+    """A constexpr inside a structure of operands."""
     return tl.constexpr(str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value)
 
 

@@ -1,6 +1,6 @@
-"""The launchers of the CUDA extension: every check of shapes, types and devices, the configuration, the launch.
+"""The launchers of the CUDA extension: checks of shapes, dtypes and devices, the configuration, the launch.
 
-The extension takes raw pointers and checks nothing. It is built without a GPU and need not be there
+The extension takes raw pointers and checks nothing. It can be built without a GPU and may be missing
 (`runtime.extension`); launches can be planned and printed without it.
 """
 
@@ -37,7 +37,7 @@ _NO_MATRIX = (0, 0, 0, 0)
 
 @dataclass(frozen=True)
 class CudaLaunch:
-    """One launch of the extension. `entry` is its function; a tensor in `args` stands for its address."""
+    """One launch of the extension. `entry`: the function's name. A tensor in `args` is passed as its address."""
 
     kernel: str
     entry: str
@@ -46,13 +46,13 @@ class CudaLaunch:
     args: dict[str, Any]
     tensors: tuple[Tensor, ...]
     block: int = _THREADS
-    for_m: Callable[[int], dict[str, Any]] | None = None  # the fields that follow M, and the arguments among them
+    for_m: Callable[[int], dict[str, Any]] | None = None  # M → the fields and arguments that depend on M
 
     def run(self) -> None:
-        """Launch on the current stream of the device of the tensors. Inside `planning` it is noted instead.
+        """Launch on the current stream of the tensors' device. Inside `planning` it is recorded instead.
 
         Raises:
-            RuntimeError: the extension is missing, the tensors are on no GPU, or CUDA reports an error.
+            RuntimeError: the extension is missing, the tensors are not on a GPU, or CUDA reports an error.
         """
         if note(self):
             return
@@ -75,7 +75,7 @@ class CudaLaunch:
         function(device=stream.device_index, stream=stream.cuda_stream, **args)
 
     def bound(self, call: Bound) -> CudaLaunch:
-        """A recorded launch with the tensors of a call."""
+        """This recorded launch with the tensors and the M of another call."""
         own = {} if self.for_m is None else self.for_m(call.m)
         args = {name: _changed(value, call.pointer) for name, value in self.args.items()} | own.pop("args", {})
         return replace(self, args=args, tensors=tuple(map(call.pointer, self.tensors)), **own)
@@ -89,7 +89,7 @@ def addresses(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """An argument with its tensors replaced."""
+    """An argument with `change` applied to every tensor in it."""
     if isinstance(value, tuple):
         return tuple(_changed(part, change) for part in value)
     return change(value) if isinstance(value, Tensor) else value
@@ -103,8 +103,8 @@ def dequantize_launch(
 ) -> CudaLaunch:  # fmt: skip
     """out (N,K) = W, or W + W∘A + B with A = a or a_up·a_down, B = b or scale·b_up·b_down.
 
-    W alone is bit for bit `quant.dequantize`. With A or B the sum is taken in fp32 and rounded once, to 16 bits with
-    the dither of `reference.random.round_dithered`.
+    W alone has the same bits as `quant.dequantize`. With A or B the sum is computed in fp32 and rounded once, to 16
+    bits with the dither of `reference.random.round_dithered`.
 
     Args:
         weight: (N, K) in 4 bits.
@@ -148,15 +148,15 @@ def small_m_launch(
 ) -> CudaLaunch:  # fmt: skip
     """y = Z∘(1+a) + h·B_upᵀ + σ·bᵀ + bias∘(1+d) + e + wc with Z = x·Wᵀ, h = scale·x·B_downᵀ, σ = Σₖ xₖ.
 
-    One launch. Sums in fp32, one rounding to nearest; the product with B_down takes it in x's dtype. Up to 4 tokens W
-    enters as the fp32 numbers it stands for, above them rounded to x's dtype. The same bits at every run.
+    One launch. Sums are in fp32 and rounded once, to nearest; B_down is multiplied in x's dtype. With up to 4 tokens,
+    W is decoded to fp32; with more, it is also rounded to x's dtype. Every run gives the same bits.
 
     Args:
-        x: (M, K), one that `served.why_not` has nothing against.
+        x: (M, K), for which `served.why_not` is None.
         weight: (N, K) in 4 bits.
         y: (M, N) in x's dtype, any strides, written.
-        added: a, b, d and e (N,) or (1,), in fp32, fp16 or bf16, d beside a bias; bias and wc (N,); up: B_up (N, R) of
-            any strides, beside b_down.
+        added: a, b, d and e (N,) or (1,), in fp32, fp16 or bf16, d only with a bias; bias and wc (N,); up: B_up (N, R)
+            of any strides, only with b_down.
         b_down: (R, K), any strides.
         scale: s.
         h, sigma: (M, R) in x's dtype and (M,) fp32, contiguous, written where given; h needs the factors.
@@ -202,7 +202,7 @@ def small_m_launch(
 
 
 def small_m_config(m: int, n: int, k: int, rank: int, has_sigma: bool, arch: str) -> dict[str, int]:
-    """The configuration of a small-M launch: `configs.csrc_small_m`, which is one of all dtypes."""
+    """The configuration of a small-M launch: `configs.csrc_small_m`, the same for all dtypes."""
     what = "small_m csrc sums" if has_sigma else "small_m csrc"
     config: dict[str, int] = tables.choose(what, arch, torch.bfloat16, Shape(m, n, k, rank))
     return config
@@ -215,11 +215,13 @@ _slots: dict[int, tuple[Tensor, Iterator[int]]] = {}
 
 
 def _scratch(stream: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
-    """(counters: zero, and left zero by every launch; partial sums), one buffer a (device, stream).
+    """(counters, memory for partial sums). Every launch needs counters that are zero and leaves them zero.
 
-    Launches on one stream follow each other, so they can share it. A captured launch, which may be replayed beside
-    eager ones, gets memory of its graph and counters of its own, that nothing else ever uses: so no node clears them.
-    Inside a compiled graph, which must own all memory it writes, and where no counters are left, they are cleared.
+    | the launch is | memory for sums | counters |
+    |---|---|---|
+    | eager | one buffer per (device, stream), since launches on a stream do not overlap | in that buffer |
+    | captured in a CUDA graph | allocated in the graph | a slot that is never used again, so that no node clears it |
+    | in a compiled graph, or no slot is left | allocated, as the graph must own what it writes | there, cleared |
     """
     device, index = stream.device, stream.device_index
     capturing = torch.cuda.is_current_stream_capturing()
@@ -246,7 +248,7 @@ def _scratch(stream: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
 
 
 def _codes(weight: QuantizedWeight, dtype: torch.dtype) -> tuple[Any, ...]:
-    """The arguments of `gk::Codes`, for a result in `dtype`: a weight in that dtype needs no other rounding before."""
+    """The arguments of `gk::Codes` for a result in `dtype`; a weight quantized from `dtype` is rounded only once."""
     state, nested = weight.state, weight.state.nested
     log2 = state.blocksize.bit_length() - 1
     is_fp4 = state.quant_type == "fp4"
@@ -262,7 +264,7 @@ def _codes(weight: QuantizedWeight, dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 class _Operands:
-    """The tensors of a launch, each checked, in the structures of csrc. `tensors`: all there are."""
+    """Checks the tensors of a launch and turns them into the structures of csrc. `tensors`: all tensors so far."""
 
     def __init__(self, weight: QuantizedWeight) -> None:
         self.n, self.k = weight.shape
@@ -274,7 +276,7 @@ class _Operands:
         self.tensors.append(tensor)
 
     def made(self, name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | int:
-        """A result, or 0 where it is not wanted."""
+        """Memory for a result, or 0 if it is not wanted."""
         if tensor is None:
             return 0
         if 0 in shape or tuple(tensor.shape) != shape or not tensor.is_contiguous():
@@ -285,7 +287,7 @@ class _Operands:
         return tensor
 
     def vector(self, name: str, tensor: Tensor | None, constant: bool = True) -> tuple[Any, int, int]:
-        """`gk::Vector`: (N,), or (1,) repeated."""
+        """A `gk::Vector`: (N,), or with `constant` also (1,), which is repeated."""
         if tensor is None:
             return _NO_VECTOR
         _check_type(name, tensor)
@@ -295,7 +297,7 @@ class _Operands:
         return (tensor, vector_stride(tensor), _DTYPES[tensor.dtype])
 
     def pair(self, name: str, up: Tensor | None, down: Tensor | None) -> tuple[tuple[Any, ...], tuple[Any, ...], int]:
-        """Two of `gk::Matrix`, (N,R) and (R,K), and R."""
+        """(`gk::Matrix` of up (N,R), `gk::Matrix` of down (R,K), R)."""
         if (up is None) != (down is None):
             raise ValueError(f"{name}_up and {name}_down are given together or not at all")
         if up is None or down is None:
@@ -305,7 +307,7 @@ class _Operands:
         return self._matrix(f"{name}_up", up, (self.n, rank)), self._matrix(f"{name}_down", down, (rank, self.k)), rank
 
     def term(self, name: str, vector: Tensor | None, up: Tensor | None, down: Tensor | None) -> tuple[Any, ...]:
-        """`gk::Term`."""
+        """A `gk::Term`: A or B as a vector or as a pair."""
         if vector is not None and (up is not None or down is not None):
             raise ValueError(f"{name} and its factors {name}_up, {name}_down cannot both be given")
         pair = self.pair(name, up, down)

@@ -1,4 +1,4 @@
-"""A dense weight out of 4 bits: W as it is, or with the terms of GLoRA that change it."""
+"""Dequantizes a weight: W alone, or merged with the supports A and B."""
 
 import triton
 import triton.language as tl
@@ -29,8 +29,8 @@ from glora_kernels.runtime.spills import Beside, fitted
 def _dequantize_kernel(codes, out, total, UPCAST: tl.constexpr, BLOCK_UNITS: tl.constexpr):
     """out[i] = level of nibble i · absmax of its block, rounded to the weight's dtype, i < total, over the flat weight.
 
-    A unit is what is read at once: a word of eight codes (codes.words: `total` is a multiple of 8, the packed weight
-    starts at a multiple of 4 bytes) or a byte of two. It lies in one block.
+    A unit is one read: a word of eight codes (with codes.words: `total` is a multiple of 8, the packed weight starts at
+    a multiple of 4 bytes) or a byte of two. It lies in one block.
     """
     COUNT: tl.constexpr = 8 if codes.words else 2
     unit = tl.program_id(0).to(tl.int64) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
@@ -43,7 +43,7 @@ def _dequantize_kernel(codes, out, total, UPCAST: tl.constexpr, BLOCK_UNITS: tl.
     level = _decode((packed[:, None] >> _shifts(COUNT)[None, :]) & 15, codes.kind)
     value = _nearest(_as_stored(level * absmax[:, None], codes, UPCAST), out.dtype.element_ty, UPCAST)
     element = unit[:, None] * COUNT + tl.arange(0, COUNT)[None, :]
-    if codes.words:  # a mask a row, so that the compiler sees whole vectors to store
+    if codes.words:  # one mask for the eight values of a unit, so that the compiler stores whole vectors
         tl.store(out + element, value, mask=mask[:, None])
     else:
         tl.store(out + element, value, mask=element < total)
@@ -71,7 +71,7 @@ def _dequantize_adapted_kernel(
 ):
     """out[n,k] = w + w·a + b: a[n] or Σ_p A_up[n,p]·A_down[p,k]; b[n] or scale·Σ_r B_up[n,r]·B_down[r,k].
 
-    In fp32, rounded once and so that the mean of a small adapter stays.
+    Computed in fp32 and rounded once, with the dither that keeps the mean of a small adapter.
     """
     across = tl.cdiv(K, BLOCK_K)
     first_n = (tl.program_id(0) // across) * BLOCK_N
@@ -79,7 +79,7 @@ def _dequantize_adapted_kernel(
     first_k = (tl.program_id(0) % across) * BLOCK_K
     k = first_k + tl.arange(0, BLOCK_K)
     w = _weight_tile(codes, first_n, first_k, N, K, UPCAST, BLOCK_N, BLOCK_K)
-    # As it is without A and B, so that adapters of zero change nothing: a value that is exact in 16 bits stays.
+    # Rounded as W alone would be, so that adapters of zero change nothing: the dither keeps values exact in 16 bits.
     w = _nearest(w, out.dtype.element_ty, UPCAST).to(tl.float32)
     if a is not None:
         w += w * tile.read_vector(a, n, N)[:, None]
@@ -100,8 +100,8 @@ def dequantize_launch(
 ) -> Launch:  # fmt: skip
     """out (N,K) = W, or W + W∘A + B, A = a (N,) or (1,), or a_up·a_down; B = b (N,) or (1,), or scale·b_up·b_down.
 
-    `out` is contiguous, in fp32, fp16 or bf16. W alone is bit for bit `quant.dequantize`; with A or B the sum is taken
-    in fp32 and rounded as by `reference.random.round_dithered`.
+    `out` is contiguous, in fp32, fp16 or bf16. W alone has the same bits as `quant.dequantize`; with A or B the sum is
+    computed in fp32 and rounded like `reference.random.round_dithered`.
     """
     n, k = weight.shape
     p, r = 0 if a_up is None else a_up.shape[1], 0 if b_up is None else b_up.shape[1]

@@ -1,7 +1,7 @@
-"""Which kernels serve a 4-bit weight: those of csrc or of Triton, and from how many tokens on a dense workspace.
+"""Chooses the kernels for a 4-bit weight: csrc or Triton, on the codes or, with more tokens, on a dense workspace.
 
-The two kinds have the same launchers. A measured table decides where it has an entry near the shape; without one csrc's
-are taken where the extension is there, and up to `cost.FEW_TOKENS` tokens the product that reads the codes itself.
+Both kinds have the same launchers. A measured table decides if it has an entry near the shape. Otherwise csrc is taken
+if the extension is available, and for up to `cost.FEW_TOKENS` tokens the product that reads the codes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from glora_kernels.runtime.tables import DEQUANTIZE, SMALL_M
 
 
 def usable(route: str, arch: str) -> tuple[str, ...]:
-    """Whose kernels a call may take, the one taken unmeasured first: the one that is forced, else all there are.
+    """The kinds of kernels that a call may take: the forced one, else all available, the default first.
 
     Args:
         route: of the call: "cuda" or "triton" as forced, or "auto".
@@ -35,12 +35,12 @@ def usable(route: str, arch: str) -> tuple[str, ...]:
 
 @functools.cache
 def _available(arch: str) -> bool:
-    """As `extension.available`, once an architecture: it takes longer than each call of a layer may."""
+    """`extension.available`, cached per architecture, since it is too slow for every call of a layer."""
     return extension.available(arch)
 
 
 def kind(operation: str, route: str, arch: str, dtype: torch.dtype, shape: Shape) -> str:
-    """ "cuda", "triton" or (of `tables.SMALL_M`) "workspace": what serves an operation of a call.
+    """Choose for an operation of a call: "cuda", "triton" or, for `tables.SMALL_M` only, "workspace".
 
     Args:
         operation: `tables.DEQUANTIZE` or `tables.SMALL_M`.
@@ -54,7 +54,7 @@ def kind(operation: str, route: str, arch: str, dtype: torch.dtype, shape: Shape
 
 
 def dequantize_launch(weight: QuantizedWeight, out: Tensor, *, route: str, arch: str, **terms: Any) -> Any:
-    """out (N,K) = W + W∘A + B of the route's kind: `four_bit.dequantize.dequantize_launch`, or `four_bit.cuda`'s."""
+    """out (N,K) = W + W∘A + B: the `dequantize_launch` of `four_bit.dequantize` or of `four_bit.cuda`."""
     n, k = weight.shape
     if kind(DEQUANTIZE, route, arch, out.dtype, Shape(0, n, k, 0)) == "cuda":
         return cuda.dequantize_launch(weight, out, arch=arch, **terms)
@@ -66,10 +66,10 @@ def dequantize_launch(weight: QuantizedWeight, out: Tensor, *, route: str, arch:
 def small_m(
     x: Tensor, weight: QuantizedWeight, rank: int, *, factors: torch.dtype | None = None, route: str, arch: str
 ) -> str | None:
-    """Whose `small_m_launch` serves a call, "cuda" or "triton", or None: a dense workspace is better, or all there is.
+    """Which `small_m_launch` computes this call from the codes, "cuda" or "triton". None: dequantize and use a GEMM.
 
-    Where the kind that is faster or forced does not take the call, the other is not asked. `factors`: their dtype, that
-    of x where it is not given.
+    Only the preferred or forced kind is asked; if it refuses, None. `factors`: the dtype of products with factors, by
+    default that of x.
     """
     (m, k), n = x.shape, weight.shape[0]
     if m == 0:
@@ -79,7 +79,7 @@ def small_m(
 
 
 def small_m_launch(chosen: str, x: Tensor, weight: QuantizedWeight, y: Tensor, *terms: Terms, **others: Any) -> Any:
-    """y and what belongs to it, by the kind that `small_m` has chosen: see `four_bit.small_m.small_m_launch`."""
+    """y, h and σ by the kind that `small_m` has chosen: see `four_bit.small_m.small_m_launch`."""
     if chosen == "cuda":
         return cuda.small_m_launch(x, weight, y, *terms, **others)
     from glora_kernels.four_bit import small_m as few

@@ -1,4 +1,4 @@
-"""Which calls of few tokens are served by a product that reads the codes of W: csrc's, or Triton's."""
+"""Which calls of few tokens the two products that read the codes of W can compute: that of csrc, and that of Triton."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ MAX_RANK = {
     "cuda": {torch.float16: 64, torch.bfloat16: 64},
     "triton": {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64},
 }
-"""By dtype of x: B_up of a block's rows lies in csrc's shared memory; Triton's sums over more rows of B_down spill."""
+"""By dtype of x. csrc holds B_up of a block's rows in shared memory; with larger ranks Triton would spill registers."""
 
 ALIGNMENT = 16
-"""Bytes that a thread loads at once of W and of x."""
+"""How many bytes of W or x a thread loads at once."""
 
 
 def why_not(
     kind: str, x: Tensor, weight: QuantizedWeight, rank: int = 0, factors: torch.dtype | None = None
 ) -> str | None:
-    """Why the `small_m_launch` of a kind does not serve a call, or None where it does.
+    """Why the `small_m_launch` of a kind does not serve a call; None if it does.
 
     Args:
         kind: "cuda" or "triton".
         x: (M, K), as the launch would get it.
         weight: (N, K) in 4 bits.
         rank: of the low-rank pair, 0 without one.
-        factors: the dtype that the pair is to be multiplied in, that of x where it is not given.
+        factors: the dtype of products with the pair, by default that of x.
     """
     (n, k), nested, blocksize, ranks = weight.shape, weight.state.nested, weight.state.blocksize, MAX_RANK[kind]
     if x.ndim != 2 or x.shape[1] != k:

@@ -1,17 +1,15 @@
-"""y for a few tokens over a 4-bit base: the packed weight is read once, all the rest happens in the same launch.
+"""y for a few tokens and a 4-bit weight in one launch, which reads the packed weight once.
 
 One program owns BLOCK_N rows of W and all M tokens, and walks K. A byte holds neighbours (k, k+1) of a row: instead of
-interleaving the decoded nibbles, x is read as pairs and split, Z = x_even·W_highᵀ + x_odd·W_lowᵀ. Nothing of W is
-shuffled, and one absmax serves the 16 bytes that a thread reads. The bytes of the next step are requested before
-those of this one are decoded. M = 1 adds products in registers; more tokens take the matrix unit.
+interleaving the decoded nibbles, x is read as pairs and split, Z = x_even·W_highᵀ + x_odd·W_lowᵀ. So values of W need
+no shuffles, and one absmax serves the 16 bytes that a thread reads. The bytes of the next step are requested before
+those of this one are decoded. M = 1 adds products in registers; more tokens use the matrix unit.
 
-h = s·x·B_downᵀ is needed by every program. Made inside, every program reads all of B_down from the L2:
-N/BLOCK_N·R·K·2 bytes beside the N·K·0.5625 of W (fp32 absmax, blocks of 64). On an H100 (3 TB/s, L2 5.5 TB/s), M = 1,
-R = 16, µs for W alone → W and B_down through the L2: gate (14336,4096), BLOCK_N 64: 11.0 → 11.2; down (4096,14336),
-32: 11.0 → 16.7; q (4096,4096), 32: 3.1 → 4.8; k (1024,4096), 16: 0.8 → 2.0. A launch of its own costs about 2.5 more:
-inside is right for all but down_proj and the large ranks, for which `_small_h_kernel` goes before (`four_bit.small_m`).
-
-The launcher of y for a few tokens over a 4-bit base: which calls it serves, its blocks, and where h is made.
+Every program needs h = s·x·B_downᵀ. If each computes it, each reads all of B_down from the L2: N/BLOCK_N·R·K·2 bytes in
+addition to the N·K·0.5625 of W (fp32 absmax, blocks of 64). On an H100 (3 TB/s, L2 5.5 TB/s), M = 1, R = 16, µs for W
+alone → W and B_down through the L2: gate (14336,4096), BLOCK_N 64: 11.0 → 11.2; down (4096,14336), 32: 11.0 → 16.7;
+q (4096,4096), 32: 3.1 → 4.8; k (1024,4096), 16: 0.8 → 2.0. Another launch costs about 2.5 µs: so h is computed in this
+kernel for all but down_proj and large ranks, for which `_small_h_kernel` runs first (`h_before`).
 """
 
 from dataclasses import dataclass
@@ -33,12 +31,12 @@ from glora_kernels.runtime.recording import rows
 from glora_kernels.runtime.spills import Beside, fitted
 
 _RUN = tl.constexpr(16)
-"""Bytes of a row that share an absmax whatever the block size (32 elements): what a thread loads at once."""
+"""Bytes that a thread loads at once: 32 codes, which share an absmax at any block size."""
 
 
 @triton.jit
 def _pairs(ptr, DTYPE: tl.constexpr):
-    """A pointer to DTYPE as one to words that hold two of them."""
+    """A pointer to DTYPE as a pointer to words that hold two numbers of DTYPE."""
     if tl.float32 == DTYPE:
         return ptr.to(tl.pointer_type(tl.int64))
     else:
@@ -47,7 +45,7 @@ def _pairs(ptr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _split_pair(word, DTYPE: tl.constexpr):
-    """The two numbers of a little-endian word, that at the lower address first."""
+    """The two numbers of a little-endian word, the one at the lower address first."""
     if tl.float32 == DTYPE:
         return word.to(tl.int32).to(DTYPE, bitcast=True), (word >> 32).to(tl.int32).to(DTYPE, bitcast=True)
     else:
@@ -87,22 +85,22 @@ def _small_m_kernel(
 ):
     """y[m,n] = (Σₖ x[m,k]·w[n,k])·(1+a[n]) + Σᵣ h[m,r]·B_up[n,r] + σ[m]·b[n] + β[n], w = code[nibble]·absmax in DTYPE.
 
-    With `b_down`, h[m,r] = scale·Σₖ x[m,k]·B_down[r,k], rounded to the factors' dtype, is made here, and stored by the
-    first program where there is an `h`; else it is read. So is σ made, and stored to `sigma`. K/2 bytes are a row of W.
-    BLOCK_M = 1, or a multiple of 16 with masks.
+    With `b_down`, h[m,r] = scale·Σₖ x[m,k]·B_down[r,k], rounded to the factors' dtype, is computed here, and the first
+    program stores it if `h` is not None; without, h is read. σ is computed here too, and stored in `sigma`. A row of W
+    is K/2 bytes. BLOCK_M is 1, or a multiple of 16 with masked rows.
     """
     DTYPE: tl.constexpr = NUMERICS.dtype
     UPCAST: tl.constexpr = NUMERICS.upcast
     SUMS: tl.constexpr = terms.b is not None or sigma is not None
     BLOCK_H: tl.constexpr = BLOCK_K // 2
     ONE: tl.constexpr = BLOCK_M == 1
-    HALF = tl.multiple_of(K // 2, 16)  # as `served.why_not` makes sure
+    HALF = tl.multiple_of(K // 2, 16)  # `served.why_not` checks this
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
     j = tl.arange(0, BLOCK_H)
     x_pairs = _pairs(x.ptr, DTYPE)
-    # Of one token, the sums over K are kept apart until the end: reducing in the loop would need shuffles.
+    # With one token, a thread keeps its own sums over K until the end: reducing inside the loop would need shuffles.
     z_acc = tl.zeros((BLOCK_N, BLOCK_H) if ONE else (BLOCK_M, BLOCK_N), tl.float32)
     h_acc = tl.zeros((BLOCK_R, BLOCK_K) if ONE else (BLOCK_M, BLOCK_R), tl.float32)
     sigma_acc = tl.zeros((1, BLOCK_K) if ONE else (BLOCK_M,), tl.float32)
@@ -157,7 +155,7 @@ def _small_m_kernel(
         h_tile = tile.read(h, m, r, M, R).to(NUMERICS.factor_dtype)
     row_sums = None
     if SUMS:
-        # One use of a loop's sum: Triton 3.7 asserts it in a pass.
+        # Added 0.0, so that the loop's sum has a single use: a pass of Triton 3.7 asserts that.
         row_sums = tl.sum(sigma_acc, 1) if ONE else sigma_acc + 0.0
         if sigma is not None:
             if tl.program_id(0) == 0:
@@ -170,7 +168,7 @@ def _small_m_kernel(
 
 @triton.jit
 def _small_h_kernel(x, b_down, h, K, R, scale, UPCAST: tl.constexpr, BLOCK_K: tl.constexpr):
-    """h[m,r] = scale·Σₖ x[m,k]·B_down[r,k], one program a number: latency counts here, not traffic."""
+    """h[m,r] = scale·Σₖ x[m,k]·B_down[r,k], one program per number, since latency counts here and not traffic."""
     m = (tl.program_id(0) // R).to(tl.int64)
     r = (tl.program_id(0) % R).to(tl.int64)
     acc = tl.zeros((BLOCK_K,), tl.float32)
@@ -183,10 +181,10 @@ def _small_h_kernel(x, b_down, h, K, R, scale, UPCAST: tl.constexpr, BLOCK_K: tl
 
 
 DRAM_BYTES, L2_BYTES = 3.0e6, 5.5e6
-"""Bytes a microsecond, as measured on an H100; the ratio is what counts, and it is much the same on other cards."""
+"""Bytes per microsecond, measured on an H100. Only the ratio matters, which is similar on other cards."""
 
 LAUNCH_US = 2.5
-"""What one more dependent launch costs."""
+"""The time that one more dependent launch takes."""
 
 
 @dataclass(frozen=True)
@@ -204,9 +202,9 @@ class Launches:
 
 
 def h_before(shape: Shape, cols: int) -> bool:
-    """Whether h is better made by a launch of its own than once more by every program of `cols` rows of W.
+    """Whether a launch of its own for h is faster than computing h in every program (of `cols` rows of W).
 
-    By bytes: W comes from memory, B_down for every program from the L2, and both pass between the L2 and the programs.
+    Estimated from bytes: W comes from memory, B_down from the L2 for every program, and both pass through the L2.
     """
     m, n, k, r = shape
     weight = n * k * 0.5625  # nibbles, and fp32 absmax in blocks of 64
@@ -221,11 +219,11 @@ def small_m_launch(
 ) -> Launch | Launches:  # fmt: skip
     """y = Z∘(1+a) + h·upᵀ + σ·bᵀ + bias∘(1+d) + e + wc with Z = x·Wᵀ, h = scale·x·b_downᵀ, σ = Σₖ xₖ.
 
-    Accumulated in fp32 and rounded once, to nearest. One launch; two where `h_before` finds h better made first,
-    which takes memory for it: a call without `h` makes it inside at any shape.
+    Accumulated in fp32 and rounded once, to nearest. One launch; two where `h_before` says so, and only with an `h`,
+    since the first launch needs memory for it.
 
     Args:
-        x: (M, K), one that `served.why_not` has nothing against.
+        x: (M, K), for which `served.why_not` is None.
         weight: (N, K) in 4 bits; decoded in fp32, rounded to x's dtype.
         y: (M, N), any strides, written.
         added: the terms as tensors: a, b, shift.d, shift.e (N,) or (1,); shift.bias, shift.wc (N,); up (N, R)
@@ -234,7 +232,7 @@ def small_m_launch(
         scale: of h.
         h: (M, R) in x's dtype, in fp32 where a factor is, written where given (with b_down).
         sigma: (M,) fp32, written where given.
-        arch: whose configuration is taken.
+        arch: of the card, whose configuration is taken.
 
     Raises:
         ValueError: a call that is not served, with the reason; nothing is written.

@@ -1,4 +1,4 @@
-"""A call of GLoRA as data: its tensors and numbers, what of it is wanted and made; and what follows from them alone."""
+"""The data of a `glora_linear` call: its tensors, its numbers, the results of forward and the wanted gradients."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from glora_kernels.quant import QuantizedWeight
 
 
 class Supports(NamedTuple):
-    """The tensors of one call beside x and W; an absent one is None.
+    """The tensors of one call other than x and W; an absent one is None.
 
     a (N,) or (1,): A as a vector or constant. a_up (N,R), a_down (R,K): A=lora (in the product variant a_up is
     (K,R)). b (N,) or (1,): B as a vector or constant. b_up (N,R), b_down (R,K): B=lora. bias (N,): of the base.
-    wc (N,): W·c, normally in fp32 (`glora.wc`). d (N,) or (1,), only beside a bias. e (N,) or (1,).
+    wc (N,): W·c, normally in fp32 (`glora.wc`). d (N,) or (1,), only with a bias. e (N,) or (1,).
     """
 
     a: Tensor | None = None
@@ -32,12 +32,12 @@ class Supports(NamedTuple):
 
     @property
     def factors(self) -> tuple[Tensor | None, ...]:
-        """The low-rank ones, whose dtype is that of the thin products (`common.factor_dtype`)."""
+        """The low-rank factors, from whose dtypes `common.factor_dtype` follows."""
         return self.a_up, self.a_down, self.b_up, self.b_down
 
 
 class C(NamedTuple):
-    """c (K,), or C=lora as c_up (K,R) and c_down (R,1)."""
+    """The support C: c (K,), or C=lora as c_up (K,R) and c_down (R,1)."""
 
     c: Tensor | None = None
     c_up: Tensor | None = None
@@ -45,7 +45,7 @@ class C(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The values of one call that are no tensors, and the dropout seed.
+    """The numbers of one call, and the dropout seed.
 
     scale: s on the low-rank B path. dropout_p: p of that path. seed: one int64 on the CPU or the device of x, or
     None where p = 0. matmul: A=lora is the product variant. route: "eager", "triton", or over a 4-bit weight also
@@ -60,10 +60,10 @@ class Call(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What forward makes: y (M,N), and what backward may want.
+    """The results of forward: y (M,N), and what backward may read; None where backward does not.
 
-    h (M,·) = [P | s·x̃·B_downᵀ]; sigma (M,), σ; u (N,R), U; mask: that of dropout on the eager path; wc: the W·c of a
-    call that has C. In backward None is what it does not read.
+    h (M,·) = [P | s·x̃·B_downᵀ]; sigma (M,), σ; u (N,P), U; mask: the dropout mask, on the eager path only; wc: W·c, in
+    a call that has C.
     """
 
     y: Any
@@ -91,15 +91,15 @@ class Needs(NamedTuple):
 
     @property
     def shift(self) -> bool:
-        """Whether any of what β is made of wants one."""
+        """Whether any of the terms of β needs a gradient."""
         return self.bias or self.wc or self.d or self.e
 
 
 def shift(s: Supports, dtype: torch.dtype) -> Tensor | None:
-    """β = bias∘(1+d) + e + wc of a computation in `dtype`: what is added to every row of y.
+    """β = bias∘(1+d) + e + wc, which is added to every row of y, for a computation in `dtype`.
 
-    (N,), or (1,) where it is a constant e alone; in fp32 over 16 bits, where a small e must survive its addition to
-    the bias. The bias itself where d, e and wc are absent, None where all are.
+    (N,), or (1,) where only a constant e is given. In fp32 for 16-bit dtypes, so that a small e is not lost when added
+    to the bias. Returns the bias itself where d, e and wc are None, and None where all are.
     """
     if s.d is None and s.e is None and s.wc is None:
         return s.bias
@@ -114,7 +114,7 @@ def shift(s: Supports, dtype: torch.dtype) -> Tensor | None:
 
 
 def wc_dtype(weight: Weight, c: C) -> torch.dtype:
-    """The dtype of W·c: the wide one of W; beside a 4-bit W, which is exact in any, float64 for a float64 c."""
+    """The dtype of W·c: `wide_dtype` of W's; but float64 for a 4-bit W (its codes fit any dtype) and a float64 c."""
     factor = given(c.c if c.c_up is None else c.c_up)
     if isinstance(weight, QuantizedWeight) and factor.dtype == torch.float64:
         return torch.float64

@@ -1,8 +1,8 @@
-"""Matrices a few rows at a time, and the products of a large matrix and a thin one.
+"""Products of a large matrix and a thin one, a few rows at a time.
 
-16-bit and 4-bit values are worked on in fp32 in chunks, whose temporaries stay in the cache. A thin factor of the
-dtype of the large matrix is an ordinary product. A wider one (fp32 adapters over 16 bits) takes the large matrix in
-its own dtype, chunk by chunk: nothing that multiplies it is rounded to 16 bits.
+16-bit and 4-bit values are computed on in fp32 in chunks, whose temporaries stay in the cache. A thin factor in the
+dtype of the large matrix takes one ordinary product. For a wider factor (fp32 adapters, 16-bit weight) the large matrix
+is cast to the dtype of the factor chunk by chunk, so that the factor is never rounded to 16 bits.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _CHUNK = 1 << 17  # elements
 
 
 def row_chunks(matrix: Weight, always: bool = False, size: int = _CHUNK) -> list[slice]:
-    """All rows at once, or where `always` or for 16-bit values chunks of `size` elements."""
+    """Slices of the rows: chunks of `size` elements for 16-bit values or with `always`, else all rows at once."""
     rows, cols = matrix.shape
     step = rows if matrix.dtype.itemsize > 2 and not always else max(1, size // max(1, cols))
     return [slice(i, min(i + step, rows)) for i in range(0, rows, max(1, step))]
 
 
 def weight_rows(weight: Weight, rows: slice, dtype: torch.dtype) -> Tensor:
-    """Some rows of W: of a 4-bit one in `dtype`, of a matrix as they are."""
+    """Some rows of W: those of a 4-bit weight dequantized to `dtype`, those of a matrix as they are."""
     return dequantize(weight, dtype, rows) if isinstance(weight, QuantizedWeight) else weight[rows]
 
 
 def wide_chunks(matrix: Weight, wide: torch.dtype, exact: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """A matrix as wide chunks of its rows; of 4-bit codes the values, or where given their rounding to `exact`."""
+    """(rows, the rows cast to `wide`), chunk by chunk; 4-bit codes are first rounded to `exact` where it is given."""
     chunks = row_chunks(matrix, always=True)
     if isinstance(matrix, QuantizedWeight):
         yield from ((rows, dequantize(matrix, exact or wide, rows).to(wide)) for rows in chunks)
@@ -45,7 +45,7 @@ def wide_chunks(matrix: Weight, wide: torch.dtype, exact: torch.dtype | None = N
 
 
 def thin(matrix: Weight, down: Tensor, dtype: torch.dtype) -> Tensor:
-    """matrix (M,K) · downᵀ (K,R), in the dtype of `down`; codes stand for their values in `dtype`."""
+    """matrix (M,K) · downᵀ (K,R), in the dtype of `down`; 4-bit codes are dequantized to `dtype`."""
     if isinstance(matrix, Tensor) and matrix.dtype == down.dtype:
         return linear(matrix, down)
     product = torch.empty(matrix.shape[0], down.shape[0], dtype=down.dtype, device=down.device)
@@ -55,7 +55,7 @@ def thin(matrix: Weight, down: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gathered(left: Tensor, matrix: Weight, dtype: torch.dtype) -> Tensor:
-    """leftᵀ (R,M) · matrix (M,K), in the dtype of `left`; codes stand for their values in `dtype`."""
+    """leftᵀ (R,M) · matrix (M,K), in the dtype of `left`; 4-bit codes are dequantized to `dtype`."""
     if isinstance(matrix, Tensor) and matrix.dtype == left.dtype:
         return left.t() @ matrix
     total = torch.zeros(left.shape[1], matrix.shape[1], dtype=left.dtype, device=left.device)
@@ -75,10 +75,10 @@ def spread(left: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def weighted_sum(vector: Tensor, matrix: Weight) -> Tensor:
-    """vector (M,) · matrix (M,K), in the dtype of `vector`: chunk by chunk, then over the chunks.
+    """vector (M,) · matrix (M,K), in the dtype of `vector`: one sum per chunk of rows, then the sum of these.
 
-    A BLAS adds row after row to one sum, which over thousands of rows loses a digit of fp32; not so where the columns
-    are contiguous.
+    A BLAS adds row after row to one sum, which loses a digit of fp32 over thousands of rows, unless the columns are
+    contiguous.
     """
     if isinstance(matrix, Tensor) and matrix.dtype == vector.dtype and matrix.stride(0) == 1:
         return matrix.t() @ vector

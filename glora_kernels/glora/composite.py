@@ -1,9 +1,9 @@
-"""The factored path as differentiable operations of PyTorch: nothing in place, nothing saved by hand, no dither.
+"""`glora_linear` as differentiable operations of PyTorch: nothing in place, nothing saved by hand, no dither.
 
     y = x·W_effᵀ∘(1+a) + h·B_upᵀ + P·Uᵀ + σ·bᵀ + β
 
-The terms are those of `glora.eager`, added in the wide dtype and rounded once, to nearest. It is what torch.func,
-forward-mode differentiation and torch.jit.trace see (`dispatch.ways`); the dropout mask is the one of the other paths.
+The terms are those of `glora.eager`, added in `wide_dtype` and rounded once, to nearest; the dropout mask is the same.
+torch.func, forward-mode differentiation and torch.jit.trace use this path (`dispatch.ways`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from glora_kernels.quant import dequantize
 
 
 def _valued(computed: Tensor, saved: Tensor | None) -> Tensor:
-    """A saved value with the derivatives of what it was computed by: x may not have been kept beside it."""
+    """The saved value, with the derivatives of `computed`: x, from which that came, may not have been saved."""
     return computed if saved is None else computed + (saved.view(computed.shape) - computed).detach()
 
 
@@ -30,9 +30,9 @@ def glora_linear(
 ) -> Tensor:
     """y (..., N) of an x (..., K) in the dtype of the computation; arguments as in `glora.eager.forward`.
 
-    h and sigma, where a forward saved them, take the place of what x gives.
+    Where a forward saved h and sigma, their values are used instead of those computed from x.
     """
-    if x.ndim == 1:  # F.linear of a vector has a tangent of another shape than its value
+    if x.ndim == 1:  # the tangent of F.linear of a vector has another shape than its value
         return glora_linear(x[None], weight, s, call, h, sigma)[0]
     dtype, wide, narrow = x.dtype, wide_dtype(x.dtype), factor_dtype(x.dtype, s.factors)
     with without_autocast(x.device.type):
@@ -72,7 +72,7 @@ def glora_wc(weight: Weight, c: C) -> Tensor:
 def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, Tensor):
         return weight.to(dtype)
-    # torch.jit.trace fails on a view of another dtype: to it the matrix of the codes is a constant.
+    # torch.jit.trace fails on a view of another dtype, so it sees the dequantized matrix as a constant.
     tracing = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:

@@ -1,4 +1,4 @@
-"""The factored path in plain PyTorch: what runs on a CPU, and for any dtype. No dense weight but A=lora's.
+"""`glora_linear` in plain PyTorch: for CPUs and for any dtype. It builds no dense weight except W_eff of A=lora.
 
 With Z = xWᵀ, h = s·x̃·B_downᵀ, σ = Σₖ xₖ and β = bias∘(1+d) + e + wc (`glora.call.shift`):
 
@@ -6,14 +6,14 @@ With Z = xWᵀ, h = s·x̃·B_downᵀ, σ = Σₖ xₖ and β = bias∘(1+d) + e
     A lora:                    y = x·W_effᵀ + (the rest as above),  W_eff = W∘(1 + A_up·A_down) in the workspace
     product variant:           y = Z + P·Uᵀ + (the rest),           P = x·A_downᵀ, U = W·A_up
 
-The products of a forward and backward: 2 the size of W, 3 where A is lora; all others have rank R.
+Forward and backward take 2 products of the size of W, 3 where A is lora; all others have rank R.
 
 In 16 bits a small adapter must not be rounded away. Its terms are added inside the large product, which rounds
 once; where a 16-bit value is scaled by 1+a, or a small term is added to a bias, the result is rounded with a dither
 that keeps the mean.
 
-A 4-bit weight is made dense in the same workspace, in the dtype of the computation, and again in backward; W_eff and
-H are built from a few rows of it at a time.
+A 4-bit weight is dequantized to the same workspace in the dtype of the computation, in forward and again in backward;
+W_eff and H are built a few rows at a time.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from glora_kernels.quant import QuantizedWeight, dequantize
 from glora_kernels.reference.random import keep_mask, round_dithered
 from glora_kernels.runtime.workspace import workspace_like
 
-_ROWS_OF_H = 1 << 19  # elements at a time of H in fp32 over 16 bits: products of a size that BLAS is fast at
+_ROWS_OF_H = 1 << 19  # elements of H at a time, where it is fp32 and W 16-bit: a size at which BLAS is fast
 
 
-class Terms(NamedTuple):
-    """What is added to the large product: h·factorᵀ + σ·bᵀ + β, with h (M,·) and factor (N,·)."""
+class AddedTerms(NamedTuple):
+    """The terms added to the large product: h·factorᵀ + σ·bᵀ + β, with h (M,·) and factor (N,·)."""
 
     beta: Tensor | None = None
     h: Tensor | None = None
@@ -47,12 +47,12 @@ class Terms(NamedTuple):
 
 
 def forward(x: Tensor, weight: Weight, s: Supports, call: Call) -> Made:
-    """y (M,N), and what backward may want.
+    """y (M,N), and the results that backward may read.
 
     Args:
         x: (M, K) in the dtype of the computation.
         weight: W (N, K) in that dtype, in another one under autocast, or in 4 bits.
-        s: the supports, and the vectors that β is made of.
+        s: the supports, and the bias and wc.
         call: scale, dropout, variant.
     """
     dtype = x.dtype
@@ -65,23 +65,25 @@ def forward(x: Tensor, weight: Weight, s: Supports, call: Call) -> Made:
     return Made(y, terms.h, terms.sigma, u, keep)
 
 
-def small_terms(x: Tensor, weight: Weight, s: Supports, call: Call, keep: Tensor | None) -> tuple[Terms, Tensor | None]:
+def small_terms(
+    x: Tensor, weight: Weight, s: Supports, call: Call, keep: Tensor | None
+) -> tuple[AddedTerms, Tensor | None]:
     """All that y has beside the large product, and U of the product variant; `keep`: the dropout mask."""
     factor, h, u = _low_rank(x, weight, s, call, keep)
     sigma = None if s.b is None else x.sum(-1, dtype=wide_dtype(x.dtype))
-    return Terms(shift(s, x.dtype), h, factor, sigma, s.b), u
+    return AddedTerms(shift(s, x.dtype), h, factor, sigma, s.b), u
 
 
-def with_terms(x: Tensor, weight: Tensor, terms: Terms) -> Tensor:
-    """x·Wᵀ and the terms, which go first, into the large product: 16 bits round their sum once."""
+def with_terms(x: Tensor, weight: Tensor, terms: AddedTerms) -> Tensor:
+    """x·Wᵀ plus the terms. The GEMM accumulates onto the terms, so that 16-bit results are rounded only once."""
     delta = added_terms(x, len(weight), terms)
     if delta is None:
         return _product(x, weight, terms.beta)
     return torch.addmm(delta, x, weight.t(), out=delta)
 
 
-def put_terms(out: Tensor, x: Tensor, terms: Terms) -> None:
-    """out (M,N) = the terms, of the rows of x."""
+def put_terms(out: Tensor, x: Tensor, terms: AddedTerms) -> None:
+    """Write the sum of the terms of the rows x into out (M,N)."""
     delta = added_terms(x, out.shape[1], terms)
     if delta is not None:
         out.copy_(delta)
@@ -118,10 +120,10 @@ def backward(
 def small_gradients(
     dy: Tensor, x: Tensor | None, weight: Weight, s: Supports, made: Made, call: Call, needs: Needs
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The part of dx beside its product with W, and the gradients of `Supports` but for those of A=lora."""
+    """Return the terms of dx other than dy·W, and the gradients in the order of `Supports`, None for A=lora."""
     dtype, narrow = dy.dtype, factor_dtype(dy.dtype, s.factors)
     da = da_up = da_down = db = db_up = db_down = None
-    delta = None
+    delta = None  # the terms of dx other than dy·W_eff
 
     split = 0  # the columns of h that belong to the product variant's pair
     if call.matmul and s.a_up is not None and s.a_down is not None:
@@ -168,7 +170,7 @@ def small_gradients(
 def _hadamard_gradients(
     dy: Tensor, x: Tensor, weight: Weight, s: Supports, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dA_up, dA_down) from H = (dyᵀx)∘W, which takes the place of W_eff, or in fp32 over 16 bits is never whole."""
+    """(dA_up, dA_down) from H = (dyᵀx)∘W, built in the workspace, or chunk by chunk where factors are wider than x."""
     dtype, narrow = dy.dtype, factor_dtype(dy.dtype, s.factors)
     up, down = cast(given(s.a_up), narrow), cast(given(s.a_down), narrow)
     if narrow == dtype:
@@ -191,7 +193,7 @@ def _hadamard_gradients(
 
 
 def wc_forward(weight: Weight, c: C) -> Tensor:
-    """W·c (N,) in the wide dtype, with C_up·C_down multiplied out in that dtype."""
+    """W·c (N,) in `wc_dtype`; where C is lora, c = C_up·C_down is computed in that dtype first."""
     wide = wc_dtype(weight, c)
     vector = c_vector(c, wide)
     if isinstance(weight, Tensor) and weight.dtype == wide:
@@ -203,7 +205,7 @@ def wc_forward(weight: Weight, c: C) -> Tensor:
 
 
 def c_vector(c: C, wide: torch.dtype) -> Tensor:
-    """c (K,)."""
+    """c (K,), given or C_up·C_down, in the dtype `wide`."""
     return cast(given(c.c), wide) if c.c_up is None else (cast(c.c_up, wide) @ cast(given(c.c_down), wide)).squeeze(1)
 
 
@@ -241,9 +243,9 @@ def weight_for(weight: Weight, s: Supports, call: Call, dtype: torch.dtype) -> T
 
 
 def cast_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """W in the dtype of the computation: itself, or in the workspace, made again each time.
+    """W in the dtype of the computation: W itself, or a copy in the workspace that each call makes again.
 
-    The latter is a copy under autocast, and what a 4-bit weight stands for.
+    The copy is a cast under autocast, or the dequantized weight.
     """
     if isinstance(weight, QuantizedWeight):
         return dequantize(weight, dtype, out=workspace_like(weight, dtype))
@@ -255,7 +257,7 @@ def cast_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
 def _low_rank(
     x: Tensor, weight: Weight, s: Supports, call: Call, keep: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Every low-rank term as one product h·factorᵀ: the factor (N,·), h (M,·), and U of the product variant."""
+    """All low-rank terms as one product h·factorᵀ: (factor (N,·), h (M,·), U of the product variant)."""
     dtype, narrow = x.dtype, factor_dtype(x.dtype, s.factors)
     h = factor = u = None
     if call.matmul and s.a_up is not None and s.a_down is not None:
@@ -268,8 +270,8 @@ def _low_rank(
     return factor, h, u
 
 
-def added_terms(x: Tensor, n: int, terms: Terms) -> Tensor | None:
-    """The terms, (M,N); None where they are β as it is, or nothing."""
+def added_terms(x: Tensor, n: int, terms: AddedTerms) -> Tensor | None:
+    """The sum of the terms, (M,N); None where there is only a β that the GEMM can add as its bias, or nothing."""
     dtype, wide = x.dtype, wide_dtype(x.dtype)
     beta, h, factor, sigma, _ = terms
     if h is None and sigma is None and (beta is None or beta.dtype == dtype):
@@ -283,16 +285,16 @@ def added_terms(x: Tensor, n: int, terms: Terms) -> Tensor | None:
     for rows in row_chunks(delta):
         part = delta[rows] if dtype == wide else torch.empty(delta[rows].shape, dtype=wide, device=x.device)
         part.zero_() if beta is None else part.copy_(beta.expand_as(part))
-        # Beside a bias on the 16-bit grid, rounding to nearest would lose a small E or B.
+        # Rounding to nearest would lose a small E or B that is added to a 16-bit bias.
         _finish_rows(delta, rows, part, terms)
     return delta
 
 
-def scale_rows(base: Tensor, row_scale: Tensor, terms: Terms) -> Tensor:
-    """y = Z∘(1+a) + h·factorᵀ + σ·bᵀ + β from base = Z + β, in its place.
+def scale_rows(base: Tensor, row_scale: Tensor, terms: AddedTerms) -> Tensor:
+    """y = Z∘(1+a) + h·factorᵀ + σ·bᵀ + β from base = Z + β, in place.
 
-    Written so that y is the base bit for bit where all supports are zero: base∘(1+a) + (β - (1+a)∘β) + … in 16 bits.
-    In wider ones β + (1+a)∘(base - β) + …, where nothing is rounded alike in all rows: dA is recovered from their sum.
+    If all supports are zero, y equals base bit for bit. In 16 bits y = base∘(1+a) + (β - (1+a)∘β) + …; in wider dtypes
+    y = β + (1+a)∘(base - β) + …, so that no rounding error is the same in all rows: dA is recovered from their sum.
     """
     dtype, wide, beta = base.dtype, row_scale.dtype, terms.beta
     offset = None if beta is None or dtype == wide else beta.to(wide) - row_scale * beta.to(dtype).to(wide)
@@ -309,8 +311,8 @@ def scale_rows(base: Tensor, row_scale: Tensor, terms: Terms) -> Tensor:
     return base
 
 
-def _finish_rows(out: Tensor, rows: slice, part: Tensor, terms: Terms) -> None:
-    """out[rows] = part + h·factorᵀ + σ·bᵀ, with the dither where `out` is narrower; else `part` is out[rows]."""
+def _finish_rows(out: Tensor, rows: slice, part: Tensor, terms: AddedTerms) -> None:
+    """out[rows] = part + h·factorᵀ + σ·bᵀ, rounded with the dither if `out` is narrower; else `part` is out[rows]."""
     wide = part.dtype
     if terms.h is not None and terms.factor is not None:
         torch.addmm(part, terms.h[rows].to(wide), terms.factor.to(wide).t(), out=part)
@@ -333,7 +335,7 @@ def scale_dy(dy: Tensor, a: Tensor) -> Tensor:
 
 
 def shift_gradients(g: Tensor, s: Supports, needs: Needs) -> tuple[Tensor | None, ...]:
-    """(∂bias, ∂wc, ∂d, ∂e) from g = ∂β; the last two summed where d or e is a constant. Some may be g itself."""
+    """(∂bias, ∂wc, ∂d, ∂e) from g = ∂β; ∂d and ∂e are summed where d or e is a constant. Some may be g itself."""
     dbias = dd = de = None
     if needs.bias:
         dbias = g if s.d is None else torch.addcmul(g, g, cast(s.d, g.dtype))
@@ -346,12 +348,12 @@ def shift_gradients(g: Tensor, s: Supports, needs: Needs) -> tuple[Tensor | None
 
 
 def keep_of(p: float, seed: Tensor | None, rows: int, cols: int, device: torch.device) -> Tensor | None:
-    """The mask that a seed stands for, on a device; None without dropout."""
+    """The dropout mask that a seed determines, on a device; None without dropout."""
     return None if p == 0.0 else keep_mask(given(seed).to(device, non_blocking=True), rows, cols, p)
 
 
 def dropped(x: Tensor, keep: Tensor | None) -> Tensor:
-    """mask∘x, in one pass: the 1/(1-p) goes into the factor of rank R beside it."""
+    """mask∘x, without the factor 1/(1-p), which is applied to a smaller result of rank R instead."""
     return x if keep is None else torch.where(keep, x, 0.0)
 
 

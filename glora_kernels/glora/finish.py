@@ -9,7 +9,7 @@ from torch import Tensor
 from triton import cdiv
 
 from glora_kernels import tile
-from glora_kernels.operands import NO_COLUMNS, Anew, Columns, Parts, Sum
+from glora_kernels.operands import NO_COLUMNS, Columns, Parts, Sum, ZOperands
 from glora_kernels.reference import recovery
 from glora_kernels.runtime import tables
 from glora_kernels.runtime.configs import Shape
@@ -21,7 +21,7 @@ _TINY = tl.constexpr(recovery.TINY)
 
 
 _RANK_STEP = 16
-"""Columns of dyᵀ[P|h] that one program adds up, at any rank."""
+"""How many columns of dyᵀ[P|h] one program adds up, at any rank."""
 
 
 @triton.jit
@@ -35,14 +35,14 @@ def _add_up(ptr, step, end, index, mask):
 
 @triton.jit
 def _keep(ptr, value, index, mask):
-    """Store a gradient in its dtype, where it is wanted."""
+    """Store a gradient in its dtype; nothing if `ptr` is None."""
     if ptr is not None:
         tl.store(ptr + index, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _sum_tile(item, t, BLOCK: tl.constexpr):
-    """A tile of one `Sum`."""
+    """Add up tile t of one `Sum`."""
     i = tl.cast(t, tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < item.step
     _keep(item.out, _add_up(item.ptr, item.step, item.end, i, inside), i, inside)
@@ -80,55 +80,55 @@ def _vector_gradients(columns, n, N):
 
 
 @triton.jit
-def _da_anew(
-    anew, n, M, N, K,
+def _da_from_x(
+    z_from, n, M, N, K,
     NUMERICS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Σₘ dy∘Z of the columns n, Z = x·Wᵀ computed for it."""
+    """Σₘ dy∘Z of the columns n, with Z = x·Wᵀ computed again."""
     total = tl.zeros((BLOCK_N,), tl.float32)
     for m0 in range(0, M, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            x = tile.read(anew.x, m, k, M, K)
-            w = tile.read(tile.transposed(anew.w), k, n, K, N).to(NUMERICS.dtype)
+            x = tile.read(z_from.x, m, k, M, K)
+            w = tile.read(tile.transposed(z_from.w), k, n, K, N).to(NUMERICS.dtype)
             z = tile.dot_wide(x, w, z, NUMERICS)
-        total += tl.sum(tile.read(anew.dy, m, n, M, N).to(tl.float32) * z, 0)
+        total += tl.sum(tile.read(z_from.dy, m, n, M, N).to(tl.float32) * z, 0)
     return total
 
 
 @triton.jit
 def _scale_gradient(
-    columns, anew, n, M, N, K,
+    columns, z_from, n, M, N, K,
     NUMERICS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """da of a vector or constant A: Σₘ dy∘Z = Σₘ q/(1+a), q = dy∘(Z∘(1+a)) as `_dy_kernel` found it in y.
+    """da of a vector or constant A: Σₘ dy∘Z = Σₘ q/(1+a), with q = dy∘Z∘(1+a) as `_dy_kernel` took it from y.
 
-    Where y held more than that and that is large beside it (two more sums are no longer ≤ 0), or 1+a is next to
-    nothing, or y overflowed, Z is computed anew (the rule of `glora.recover`).
+    Z is computed again from x where that is inaccurate: the other terms of y are too large (a judge sum is > 0),
+    |1+a| < TINY, or the sum is not finite (`glora.recover`).
     """
     inside = n < N
     total = _add_up(columns.q, columns.step, columns.end, n, inside)
     scale = 1.0 + tile.read_vector(columns.a, n, N)
-    # Written so that what is no number is computed anew.
+    # Every comparison is false for NaN, so that such columns are computed again.
     kept = (tl.abs(scale) >= _TINY) & (tl.abs(total) < float("inf"))
     if columns.judges is not None:
         kept &= _add_up(columns.judges, columns.step, columns.end, n, inside) <= 0.0
         kept &= _add_up(columns.judges + columns.end, columns.step, columns.end, n, inside) <= 0.0
     da = total / tl.where(kept, scale, 1.0)
     if tl.min(kept.to(tl.int32), 0) == 0:
-        da = tl.where(kept, da, _da_anew(anew, n, M, N, K, NUMERICS, BLOCK_N, BLOCK_M, BLOCK_K))
+        da = tl.where(kept, da, _da_from_x(z_from, n, M, N, K, NUMERICS, BLOCK_N, BLOCK_M, BLOCK_K))
     _keep(columns.da, da, n, inside)
 
 
 @triton.jit(do_not_specialize=["M", "P", "R"])
 def _finish_kernel(
-    factor, du, db_up, columns, anew, sums, M, N, K, P, R,
+    factor, du, db_up, columns, z_from, sums, M, N, K, P, R,
     NUMERICS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums as gradients, each by programs of its own: vectors (N,), du and db_up, and any number of `sums`."""
+    """Add up partial sums into gradients: vectors (N,), du and db_up, and any `sums`, each by programs of its own."""
     pid = tl.program_id(0)
     first = 0
     if columns.end is not None:
@@ -137,7 +137,7 @@ def _finish_kernel(
             n = pid * BLOCK_N + tl.arange(0, BLOCK_N)
             _vector_gradients(columns, n, N)
             if columns.q is not None:
-                _scale_gradient(columns, anew, n, M, N, K, NUMERICS, BLOCK_N, BLOCK_M, BLOCK_K)
+                _scale_gradient(columns, z_from, n, M, N, K, NUMERICS, BLOCK_N, BLOCK_M, BLOCK_K)
     if factor is not None:
         tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(P + R, BLOCK_C)
         if (pid >= first) & (pid < first + tiles):
@@ -151,30 +151,30 @@ def _finish_kernel(
 
 
 def parts(tensor: Tensor, count: int) -> Parts:
-    """`count` partial sums of a matrix, tensor[i]."""
+    """`count` partial sums of a matrix, tensor[i], as `Parts`."""
     step = tensor.stride(0)
     return Parts(tensor, tensor.stride(1), step, count * step)
 
 
 def summed(tensor: Tensor, out: Tensor) -> Sum:
-    """out = Σ tensor[i], both contiguous."""
+    """out = Σ tensor[i] as a `Sum`; both are contiguous."""
     size = out.numel()
     return Sum(tensor, size, len(tensor) * size, out)
 
 
 def finish_launch(
-    *, columns: Columns = NO_COLUMNS, anew: Anew | None = None, factor: Parts | None = None, du: Tensor | None = None,
-    db_up: Tensor | None = None, n: int = 0, ranks: tuple[int, int] = (0, 0), sums: Sequence[Sum] = (),
-    dtype: torch.dtype, arch: str,
+    *, columns: Columns = NO_COLUMNS, z_from: ZOperands | None = None, factor: Parts | None = None,
+    du: Tensor | None = None, db_up: Tensor | None = None, n: int = 0, ranks: tuple[int, int] = (0, 0),
+    sums: Sequence[Sum] = (), dtype: torch.dtype, arch: str,
 ) -> Launch:  # fmt: skip
-    """The gradients of `columns`; du (N,P) and db_up (N,R) from `factor`, sums (P+R,N); and the `sums`.
+    """The gradients of `columns`; du (N,P) and db_up (N,R) from `factor`, partial sums (P+R,N); and the `sums`.
 
-    `columns` and `anew` hold tensors, of which the latter is only needed for da. `ranks`: (P, R). The dtype is that of
-    dy, in which Z is computed anew.
+    `columns` and `z_from` hold tensors; `z_from` is needed for da alone. `ranks`: (P, R). `dtype`: that of dy, in which
+    Z is computed again.
     """
     beside = Beside(arch, dtype)
-    if anew is not None:
-        beside = beside._replace(aligned=anew.x.stride(0) % 16 == 0, cast=anew.w.dtype != dtype)
+    if z_from is not None:
+        beside = beside._replace(aligned=z_from.x.stride(0) % 16 == 0, cast=z_from.w.dtype != dtype)
     config = fitted("finish", tables.choose("finish", arch, dtype, Shape(0, n, 0, sum(ranks))), beside)
     across, block = cdiv(n, config["cols"]), config["rows"] * config["cols"]
     vectors = {name: vector(getattr(columns, name)) for name in ("a", "bias", "d")}
@@ -183,9 +183,9 @@ def finish_launch(
         grid = cdiv(item.step, block) + grid
     args = {
         "factor": factor, "du": du, "db_up": db_up, "columns": columns._replace(**vectors),
-        "anew": None if anew is None else Anew(*map(matrix, anew)),
+        "z_from": None if z_from is None else ZOperands(*map(matrix, z_from)),
         "sums": tuple(sums),
-        "M": 0 if anew is None else rows(anew.x), "N": n, "K": 0 if anew is None else anew.x.shape[1],
+        "M": 0 if z_from is None else rows(z_from.x), "N": n, "K": 0 if z_from is None else z_from.x.shape[1],
         "P": ranks[0], "R": ranks[1],
         "NUMERICS": numerics(dtype),
         "BLOCK_N": config["cols"], "BLOCK_C": _RANK_STEP, "BLOCK_M": config["tokens"], "BLOCK_K": config["depth"],

@@ -1,9 +1,9 @@
-"""The GLoRA linear operator: the call and its checks, and what PyTorch is told of it.
+"""The GLoRA linear operator: the public function, its checks, and its registration with PyTorch.
 
     y = Z∘(1+a) + s·(x̃·B_downᵀ)·B_upᵀ + σ·bᵀ + β,   Z = xWᵀ, σ = Σₖ xₖ, x̃ = mask·x/(1-p), β = bias∘(1+d) + e + wc
 
-with Z from W_eff = W∘(1 + A_up·A_down) where A is lora, and x·A_downᵀ·(W·A_up)ᵀ added in the product variant.
-What it computes: `glora.eager`, `glora.triton`; `glora.composite`.
+where A is lora, Z = x·W_effᵀ with W_eff = W∘(1 + A_up·A_down); the product variant adds x·A_downᵀ·(W·A_up)ᵀ instead.
+The mathematics is in `glora.eager`, `glora.triton` and `glora.composite`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def glora_linear(
     Args:
         x: (..., K); also nested, whose y is nested as it is, or sparse, whose y is dense.
         weight: W (N, K), frozen; any strides. In the dtype of x, or any where autocast settles it. Or a
-            `QuantizedWeight`: W is what the codes stand for, rounded to the dtype of x (of autocast).
+            `QuantizedWeight`: W is its dequantized value, rounded to the dtype of x (of autocast).
         bias: of the base (N,), or None.
         a: A as a vector (N,) or constant (1,).
         a_up: A=lora, (N, R); in the product variant (K, R).
@@ -84,8 +84,8 @@ def glora_linear(
         b: B as a vector (N,) or constant (1,).
         b_up: B=lora, (N, R).
         b_down: B=lora, (R, K).
-        wc: W·c (N,), the part of C, where it is at hand (`glora_wc`); in fp32 over 16 bits.
-        c: C as a vector (K,), in the place of wc: W·c is made here, in the same node of autograd.
+        wc: W·c (N,), if already computed (`glora_wc`); in fp32 for 16-bit dtypes.
+        c: C as a vector (K,), instead of wc: W·c is then computed in the same node of autograd.
         c_up: C=lora, (K, R).
         c_down: C=lora, (R, 1).
         d: D as a vector (N,) or constant (1,); needs a bias.
@@ -105,10 +105,10 @@ def glora_linear(
             that is not one int64, or a weight that requires grad.
         TypeError: an x that is not floating point, or a dtype that differs from the weight's.
         RuntimeError: a forced `backend` that cannot serve the call. In backward: x or a parameter was
-            overwritten in place meanwhile, or y while a trained vector or constant A needs it.
+            overwritten in place since forward, or y was while a trained vector or constant A needs it.
     """
     cs = () if c is None and c_up is None and c_down is None else (c, c_up, c_down)
-    if cs and wc is None and is_elsewhere(x):  # an operator of its own there
+    if cs and wc is None and is_elsewhere(x):  # the registered operator has no C: `glora_wc` is another node
         wc, cs = glora_wc(weight, c, c_up=c_up, c_down=c_down), ()
     s = Supports(a, a_up, a_down, b, b_up, b_down, bias, wc, d, e)
 
@@ -121,7 +121,7 @@ def glora_linear(
 
 
 class Settings(NamedTuple):
-    """What `glora_linear` takes beside the operands."""
+    """The arguments of `glora_linear` that are not operands."""
 
     scale: float = 1.0
     dropout_p: float = 0.0
@@ -129,8 +129,8 @@ class Settings(NamedTuple):
     variant: str = "hadamard"
 
 
-def prepared_anew(x: Tensor, weight: Weight, s: Supports, settings: Settings) -> tuple[Prepared, Row]:
-    """A call with gradients, checked and prepared by itself, and its row."""
+def prepare_uncached(x: Tensor, weight: Weight, s: Supports, settings: Settings) -> tuple[Prepared, Row]:
+    """Check and prepare a call with gradients, without the cache: (the class, the row)."""
     x = cast(x, autocast_dtype(x) or x.dtype)
     values, row = checked(x, weight, s, (), settings), row_of(x, stored(weight), s, settings.seed, codes_of(weight))
     return GLORA.prepare(row, values, prepared.wanted_of(row)), row
@@ -139,12 +139,12 @@ def prepared_anew(x: Tensor, weight: Weight, s: Supports, settings: Settings) ->
 def row_of(
     x: Tensor, weight: Tensor, s: Supports, seed: Tensor | None, codes: Codes, cs: Row = ()
 ) -> tuple[Tensor | None, ...]:
-    """The tensors of a call in the order of the operator's arguments; behind them C, which eager mode alone has."""
+    """The tensors of a call in the order of the operator's arguments; then those of C, in eager mode only."""
     return (x, weight, *s, seed, *codes[:4], *cs)
 
 
 def checked(x: Tensor, weight: Weight, s: Supports, cs: Row, settings: Settings) -> Values:
-    """The values of a call, or the errors of `glora_linear`."""
+    """Raise the errors of `glora_linear`, or return the values of the call."""
     checks.check_product("x", x, "weight", weight)
     (n, k), tensors = weight.shape, s._asdict() | dict(zip(C._fields, cs, strict=False))
     checks.check_devices(("x", x.device), [("weight", weight), *tensors.items()])
@@ -195,25 +195,27 @@ class _GLoRALinear(Operator):
         x, count, needs = given(row[0]), len(row), _needs(wanted)
         weight, s, call = self.read(row, values)
         eager, product = call.route == "eager", call.matmul and s.a_up is not None
-        # For A as a vector or constant beside y: where that does not give Z, it is computed anew (`glora.recover`).
+        # A vector or constant A gets its gradient from y. Where y gives x·Wᵀ too inaccurately, `glora.recover` computes
+        # it from x again.
         keeps_x = needs.a or needs.b_down or needs.a_down or (needs.a_up and not call.matmul)
         keeps_shift = needs.a or needs.shift
-        keeps = Made(
+        kept = Made(
             y=needs.a,
             h=needs.b_up or (needs.a and s.b_up is not None) or (product and needs.a_up),
             sigma=s.b is not None and (needs.b or needs.a),
             u=product and (needs.x or needs.a_down),
-            # It is dear to make, and a byte an element beside an x that is kept too. Kernels make it in registers.
+            # The eager path keeps its mask (a byte per element of x), since drawing it again is slow. Kernels draw it
+            # again in registers; the registered operator has no result for it.
             mask=eager and call.dropout_p > 0 and needs.b_down and not registered,
             wc=count > self.count and (needs.a or needs.wc),
         )
         own = [t is not None and (keeps_shift or i not in _SHIFT) for i, t in enumerate(row)]
         builds = isinstance(weight, QuantizedWeight) or weight.dtype != x.dtype or s.a is not None
         builds = builds or (s.a_up is not None and not call.matmul)
-        saved = [i for i, keep in enumerate((keeps_x, *own[1:], *keeps)) if keep]
-        with_rows = 0, count, count + 1, count + 2  # x; y, h and σ
+        saved = [i for i, keep in enumerate((keeps_x, *own[1:], *kept)) if keep]
+        with_rows = 0, *(count + Made._fields.index(name) for name in ("y", "h", "sigma"))  # 0: x
         return Prepared(
-            self, values, wanted, saved, size=count + len(keeps), with_rows=with_rows, has_kernels=not eager,
+            self, values, wanted, saved, size=count + len(kept), with_rows=with_rows, has_kernels=not eager,
             keeps=registered, guard=workspace_lock if x.is_cuda and builds else None,
         )  # fmt: skip
 
@@ -315,13 +317,13 @@ _C = slice(GLORA.count, GLORA.count + len(C._fields))
 
 
 def _needs(wanted: Sequence[bool]) -> Needs:
-    """What the passes are asked for: W·c where C is."""
+    """The gradients that the passes must return; ∂wc where a gradient of C is wanted."""
     needs = Needs(wanted[0], *wanted[2 : 2 + len(Supports._fields)])
     return needs._replace(wc=True) if any(wanted[_C]) else needs
 
 
 def _as_in_forward(row: Row, count: int) -> tuple[list[Any], Made]:
-    """The operands and the results from the row of backward, with the W·c that forward made."""
+    """Split the row of backward into operands, with the W·c that forward made among them, and results."""
     own, made = [*row[:count]], Made(*row[count:])
     if made.wc is not None:
         own[_WC] = made.wc
@@ -335,13 +337,13 @@ def _cast(grad: Tensor | None, tensor: Tensor | None) -> Tensor | None:
 def dropout_seed(device: torch.device) -> Tensor:
     """One int64, the key of the dropout mask of one call on `device`.
 
-    Drawn on the host, from torch's CPU generator, whatever the device: the GPU has nothing to do for it, and a kernel
-    gets it as a number. Activation checkpointing restores that generator, and so sees the same mask. Bit 62 is set,
-    so that the number has one integer type as a kernel's argument.
+    Drawn on the host from torch's CPU generator, for any device: it costs the GPU nothing, and a kernel gets it as a
+    number. Activation checkpointing restores that generator, so recomputation drops the same elements. Bit 62 is set,
+    so that Triton gives every seed the same integer type.
 
-    On the device while a CUDA graph is captured or torch.compile traces: a number drawn on the host would be a
-    constant there, and every replay would drop the same elements. A key behind a pointer is another compiled kernel,
-    and a capture is no time to compile: see `seeds_on_device`.
+    While a CUDA graph is captured or torch.compile traces, it is drawn on the device: a number drawn on the host would
+    be a constant in the graph, and every replay would drop the same elements. A kernel that reads its seed from memory
+    is compiled separately, which must happen before a capture: see `seeds_on_device`.
     """
     if torch.compiler.is_compiling() or (device.type == "cuda" and (_Seeds.on_device or _capturing())):
         return torch.randint(*_SEEDS, (1,), dtype=torch.int64, device=device)
@@ -357,7 +359,7 @@ class _Seeds:
 
 @contextlib.contextmanager
 def seeds_on_device() -> Iterator[None]:
-    """Inside, `dropout_seed` draws on the device, as under capture: to compile for a CUDA graph before capturing it."""
+    """Inside, `dropout_seed` draws on the device, so that the kernels of a CUDA graph are compiled before capture."""
     before, _Seeds.on_device = _Seeds.on_device, True
     try:
         yield
@@ -366,5 +368,5 @@ def seeds_on_device() -> Iterator[None]:
 
 
 def _capturing() -> bool:
-    # A fake tensor of a GPU may be met where there is none, and the question itself is an error there.
+    # A fake CUDA tensor may come without a GPU, where asking about capture is an error.
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -1,6 +1,6 @@
-"""Before y: x into the rank (h, σ), and what is made of W (U, W_eff); and y's terms beside the library's product.
+"""Before the large product of forward: P, h and σ from x, U or W_eff from W. On the library route, the terms of y.
 
-h and σ may be partial sums over bands of K, which the product's kernel adds.
+h and σ may be partial sums over bands of K, which `_glora_fwd_kernel` adds.
 """
 
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from glora_kernels.runtime.recording import rows
 from glora_kernels.runtime.spills import Beside, fitted
 
 MAX_BANDS = 4
-"""More of them take registers that the product's epilogue has not."""
+"""With more bands the epilogue of the large product would spill registers."""
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _into_rank(
 
 @triton.jit
 def _write_low(low, p_acc, h_acc, a_down, b_down, m, M, P, R, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr):
-    """low[m] = [P | h], of what there is."""
+    """low[m] = [P | h], each if its factor is given."""
     if a_down is not None:
         tile.write(low, p_acc, m, tl.arange(0, BLOCK_P), M, P)
     if b_down is not None:
@@ -78,10 +78,10 @@ def _prepare_kernel(
     NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_WN: tl.constexpr, BLOCK_WK: tl.constexpr,
 ):  # fmt: skip
-    """What y needs before its product, in one launch: the first programs read x, the others W.
+    """Everything that y needs before its large product, in one launch: the first programs read x, the others W.
 
-    Of x, band by band of K: low[band] = [x·A_downᵀ | s·drop(x)·B_downᵀ] (M, P+R) and σ[band] = Σₖ x. Of W: U = W·A_up
-    (N, P) in the product variant, or W_eff = W∘(1 + A) with A = A_up·A_down or a vector.
+    From x, for each band of K: low[band] = [x·A_downᵀ | s·drop(x)·B_downᵀ] (M, P+R) and σ[band] = Σₖ x. From W:
+    U = W·A_up (N, P) in the product variant, or W_eff = W∘(1 + A) with A = A_up·A_down or a vector.
     """
     pid = tl.program_id(0)
     if low is not None or sigma_ptr is not None:
@@ -89,16 +89,16 @@ def _prepare_kernel(
             row_blocks = tl.cdiv(M, BLOCK_M)
             band = pid // row_blocks
             m = (pid % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-            # In whole blocks, so that x is read 16 bytes at a time.
+            # A band is a multiple of BLOCK_K, so that x is read 16 bytes at a time.
             width = tl.cdiv(K, (row_programs // row_blocks) * BLOCK_K) * BLOCK_K
             first = band * width
-            into_p = None if u_ptr is None else a_down
+            p_down = None if u_ptr is None else a_down
             p_acc, h_acc, total = _into_rank(
-                x, into_p, b_down, seed, m, M, first, tl.minimum(first + width, K),
+                x, p_down, b_down, seed, m, M, first, tl.minimum(first + width, K),
                 P, R, scale, threshold, inv_keep, sigma_ptr is not None, NUMERICS, BLOCK_M, BLOCK_K, BLOCK_P, BLOCK_R,
             )  # fmt: skip
             if low is not None:
-                _write_low(tile.band(low, band, M), p_acc, h_acc, into_p, b_down, m, M, P, R, BLOCK_P, BLOCK_R)
+                _write_low(tile.band(low, band, M), p_acc, h_acc, p_down, b_down, m, M, P, R, BLOCK_P, BLOCK_R)
             if sigma_ptr is not None:
                 tl.store(sigma_ptr + tl.cast(band, tl.int64) * M + m, total, mask=m < M)
     if u_ptr is not None or weff_ptr is not None:
@@ -130,10 +130,10 @@ def _prepare_kernel(
                 tile.write(Matrix(weff_ptr, K, 1), tile.rounded(block, n, k, weff_ptr.dtype.element_ty), n, k, N, K)
 
 
-class Prepared(NamedTuple):
-    """What `prepare_launch` fills: low = [P | h] (bands,M,P+R), σ (bands,M), U (N,P), W_eff (N,K), contiguous.
+class BeforeProduct(NamedTuple):
+    """Where `prepare_launch` writes; None: not wanted. low = [P | h] (bands,M,P+R), σ (bands,M), U (N,P), W_eff (N,K).
 
-    The rows of `low` may be longer than P+R.
+    All contiguous, but the rows of `low` may be longer than P+R.
     """
 
     low: Tensor | None = None
@@ -143,13 +143,13 @@ class Prepared(NamedTuple):
 
 
 def prepare_bands(shape: Shape, dtype: torch.dtype, arch: str) -> int:
-    """The number of bands of K over which h and σ are partial sums: few, as the product's tiles all read them."""
+    """The number of bands of K, over which h and σ are partial sums. Few, since each tile of y reads all of them."""
     config = tables.choose("prepare", arch, dtype, shape)
     return min(MAX_BANDS, configs.bands(arch, shape.m, config["rows"], shape.k, config["depth"])[0])
 
 
 def prepare_launch(
-    x: Tensor, weight: Tensor, out: Prepared,
+    x: Tensor, weight: Tensor, out: BeforeProduct,
     *, a_up: Tensor | None = None, a_down: Tensor | None = None, b_down: Tensor | None = None, a: Tensor | None = None,
     scale: float = 1.0, dropout: Dropout = NO_DROPOUT, arch: str,
 ) -> Launch:  # fmt: skip
@@ -158,9 +158,9 @@ def prepare_launch(
     W_eff is W∘(1 + a_up·a_down), or W∘(1+a) where `a` is given; then a_up and a_down take no part in `low`.
     """
     m, (n, k) = rows(x), weight.shape  # x is read only for low and σ
-    into_p = a_down is not None and out.u is not None
+    a_into_low = a_down is not None and out.u is not None
     p, r = (0 if t is None else t.shape[0] for t in (a_down, b_down))
-    shape = Shape(configs.m_class(m), n, k, max(p if into_p else 0, r))
+    shape = Shape(configs.m_class(m), n, k, max(p if a_into_low else 0, r))
     config = tables.choose("prepare", arch, x.dtype, shape)
     numbers = numerics(x.dtype, a_up, a_down, b_down)
     beside = Beside(arch, x.dtype, r, halves=halves(numbers), drops=dropout.p > 0.0)
@@ -174,12 +174,12 @@ def prepare_launch(
     args = {
         "x": matrix(x), "w": matrix(weight), "a_up": matrix(a_up), "a_down": matrix(a_down), "b_down": matrix(b_down),
         "a": vector(a), "low": matrix(out.low), "sigma_ptr": out.sigma, "u_ptr": out.u, "weff_ptr": out.weff,
-        # P is also the rank of A where W_eff is built: a call has P columns of `low` or W_eff, never both.
+        # P is the rank of A, also where W_eff is built and `low` has no columns of A.
         "M": m, "N": n, "K": k, "P": p, "R": r, "row_programs": row_programs, "scale": float(scale),
         **dropout.arguments(b_down),
         "NUMERICS": numbers,
         "BLOCK_M": config["rows"], "BLOCK_K": factor_depth(config, numbers),
-        "BLOCK_P": configs.block_r(p) if into_p else 16,
+        "BLOCK_P": configs.block_r(p) if a_into_low else 16,
         "BLOCK_R": configs.block_r(r), "BLOCK_A": configs.block_r(p, 64),
         "BLOCK_WN": around["rows"], "BLOCK_WK": around["cols"],
     }  # fmt: skip
@@ -192,9 +192,9 @@ def _added_terms_kernel(
     READ_Z: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y = [Z∘(1+a)] + P·Uᵀ + h·B_upᵀ + σ·b + β beside a product of the vendor's library, and [P | h] and σ.
+    """y = [Z∘(1+a)] + P·Uᵀ + h·B_upᵀ + σ·b + β where the vendor's GEMM computes Z; writes [P | h] and σ too.
 
-    With READ_Z the product is in y already and stays, scaled; without, y is written for the product to be added to.
+    With READ_Z, y holds Z already, which is scaled; without, y receives only the terms, and the GEMM adds Z to them.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     p_acc, h_acc, sigma = _into_rank(
@@ -215,7 +215,7 @@ def _added_terms_kernel(
         acc = tile.add_terms(
             acc, terms, p_low, h_low, sigma, m, n, M, N, P, R, 1, NUMERICS, BLOCK_M, BLOCK_N, BLOCK_P, BLOCK_R
         )  # fmt: skip
-        # What was rounded before, or is rounded before the product is added: to nearest would lose a small adapter.
+        # Z was rounded before, or y is rounded before Z is added: rounding to nearest would lose a small adapter.
         tile.write(y, tile.rounded(acc, m, n, y.ptr.dtype.element_ty), m, n, M, N)
 
 

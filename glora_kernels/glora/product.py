@@ -1,9 +1,9 @@
-"""The two large products: the output y, and the gradient of the input, each with its adapter terms fused.
+"""The two large products: y in forward and dx in backward, each with its adapter terms fused.
 
-Both are persistent: a grid of as many programs as the card runs at once walks the tiles, or of one program a tile.
-Operands come as tensor descriptors (TMA, `TMA`) or as matrices (cp.async). The low-rank term is one more step of the
-reduction, taken after the product is scaled; it is added, and the result stored, in PARTS of the tile's columns.
-W is (columns of the result, depth) in both, its descriptor COLS_FIRST or the other way round.
+The grid is persistent (as many programs as the card runs at once, which walk the tiles), or one program per tile.
+Operands are tensor descriptors (with `TMA`) or matrices (cp.async). The low-rank term is added after the product is
+scaled; it is added and the result stored in PARTS, pieces of the tile's columns. In both kernels W is (columns of the
+result, depth); COLS_FIRST says that its descriptor has the columns first, else the depth.
 """
 
 from collections.abc import Sequence
@@ -39,13 +39,13 @@ from glora_kernels.runtime.sizes import lesser
 from glora_kernels.runtime.spills import Beside, fitted
 
 GROUP = 8
-"""Row tiles that share their columns in the L2 (`tile.place_of`)."""
+"""Row tiles that are computed together, so that they share columns of W in the L2 (`tile.place_of`)."""
 
 MAX_DESCRIBED = 4
-"""So many products of one launch may come as tensor descriptors: each has its own copy of the loop in the kernel."""
+"""The most products of one launch with tensor descriptors: the kernel has a copy of its loop for each."""
 
 RANK_BLOCK = 16
-"""Columns of the low-rank term at a time, at any rank: more of them spill beside the product's accumulator."""
+"""The step in which kernels walk a rank of any size: a wider one would spill registers, which hold a tile of y too."""
 
 
 @triton.jit(do_not_specialize=["M", "P", "R"])
@@ -57,10 +57,10 @@ def _glora_fwd_kernel(
 ):  # fmt: skip
     """y[m,n] = (Σₖ x[m,k]·W[n,k])·(1+a[n]) + Σₚ P[m,p]·U[n,p] + Σᵣ h[m,r]·B_up[n,r] + σ[m]·b[n] + β[n].
 
-    [P | h] (BANDS, M, P+R) and σ (BANDS, M) are summed over their bands; with BANDS > 1 the sums, which backward
-    needs, are written by the programs of the first columns, packed. P and R are multiples of RANK_STEP.
+    [P | h] (BANDS, M, P+R) and σ (BANDS, M) are summed over their bands; with BANDS > 1 the programs of the first
+    columns write the sums, contiguous, for backward. P and R are multiples of RANK_STEP.
     """
-    # Told, so that factors are read 16 bytes at a time.
+    # Tells the compiler their divisor, so that factors are read 16 bytes at a time.
     P = P // RANK_STEP * RANK_STEP
     R = R // RANK_STEP * RANK_STEP
     num_i = tl.cdiv(M, BLOCK_M)
@@ -139,9 +139,9 @@ def _glora_dx_kernel(
 ):  # fmt: skip
     """dx[m,k] = Σₙ dy[m,n]·(1+a[n])·W[n,k] + Σₚ S[m,p]·A_down[p,k] + mask∘(Σᵣ S[m,P+r]·B_down[r,k])/(1-p) + τ[m].
 
-    S (BANDS, M, P+R) and τ (BANDS, M) are summed over their bands; rows of S may be longer, with zeros. The first P
-    columns of S belong to the product variant, whose input is never dropped. The last program also sums TOTALS vectors
-    (N,) that the launch before left: the gradients of constants, which would otherwise take a launch of their own.
+    S (BANDS, M, P+R) and τ (BANDS, M) are summed over their bands; rows of S may be padded with zeros. The first P
+    columns of S belong to the product variant, which has no dropout. The last program also sums TOTALS vectors (N,)
+    that the launch before wrote: the gradients of constants, which would otherwise take a launch of their own.
     """
     P = P // RANK_STEP * RANK_STEP
     R = R // RANK_STEP * RANK_STEP
@@ -188,7 +188,7 @@ def glora_dx_launch(
 ) -> Launch:  # fmt: skip
     """dx (M,K) = (dy∘(1+a))·W + S[:, :P]·a_down + mask∘(S[:, P:]·b_down)/(1-p) + τ·1ᵀ, S (bands,M,P+R), τ (bands,M).
 
-    `totals`: vectors (I,N), which the launch before must have left, and (I,) to receive their sums over N.
+    `totals`: vectors (I,N), which the launch before must have written, and memory (I,) for their sums over N.
     """
     m, (n, k) = rows(dy), weight.shape
     p, r = (0 if t is None else t.shape[0] for t in (a_down, b_down))
@@ -212,7 +212,7 @@ def glora_dx_launch(
         "vectors_ptr": vectors, "totals_ptr": sums,
         "M": m, "N": n, "K": k, "P": p, "R": r,
         **dropout.arguments(b_down),
-        "RANK_STEP": rank_step(p, r) if p else 1,  # alone, S has rows to read in whole
+        "RANK_STEP": rank_step(p, r) if p else 1,  # with P = 0 the padded rows of S are read whole
         "TOTALS": 0 if vectors is None else vectors.shape[0], "BANDS": bands, "TMA": bool(config["tma"]),
         **tile_arguments(config, cols_first, numbers, "BLOCK_K", "BLOCK_N"),
         "BLOCK_R": RANK_BLOCK, "GROUP": GROUP,
@@ -224,10 +224,10 @@ def for_operands(
     config: dict[str, int], lefts: Sequence[Tensor], rights: Sequence[Tensor], outs: Sequence[Tensor],
     cols_first: bool, arch: str,
 ) -> tuple[dict[str, int], bool]:  # fmt: skip
-    """A chosen configuration, or the one for pointers where TMA cannot read these operands; and whether it is that.
+    """(the configuration, or another one for pointers where TMA cannot read these operands; whether it is the latter).
 
-    left, right (cols, depth) and out of each of several products left·rightᵀ. `cols_first`: the rows of right are
-    contiguous, else its columns.
+    For one or several products out = left·rightᵀ, right (cols, depth). `cols_first`: the rows of right are contiguous,
+    else its columns.
     """
     mixed = rights[0].dtype != lefts[0].dtype
     read = (*lefts, *(_stored(right, cols_first) for right in rights), *outs)
@@ -238,12 +238,12 @@ def for_operands(
 
 
 def left_operand(left: Tensor, config: dict[str, int]) -> Any:
-    """(rows, depth) as a descriptor, or as a matrix."""
+    """The left operand (rows, depth), as a descriptor or a matrix."""
     return descriptor(left, config["rows"], config["depth"]) if config["tma"] else matrix(left)
 
 
 def right_operand(right: Tensor, config: dict[str, int], cols_first: bool) -> Any:
-    """(cols, depth); its descriptor is as it is stored."""
+    """The right operand (cols, depth), as a matrix, or a descriptor with its contiguous dimension last."""
     if not config["tma"]:
         return matrix(right)
     tall, wide = (config["cols"], config["depth"]) if cols_first else (config["depth"], config["cols"])
@@ -251,7 +251,7 @@ def right_operand(right: Tensor, config: dict[str, int], cols_first: bool) -> An
 
 
 def out_operand(out: Tensor, config: dict[str, int]) -> Any:
-    """(rows, cols), stored in parts."""
+    """The result (rows, cols), as a matrix, or a descriptor for one part of a tile."""
     return descriptor(out, config["rows"], config["cols"] // config["parts"]) if config["tma"] else matrix(out)
 
 
@@ -262,7 +262,7 @@ def _stored(right: Tensor, cols_first: bool) -> Tensor:
 def tile_arguments(
     config: dict[str, int], cols_first: bool, numbers: Numerics, cols: str, depth: str
 ) -> dict[str, Any]:  # fmt: skip
-    """What the kernel of a large product is compiled for: its tile, whose columns and depth have these names."""
+    """The constants of a large product's kernel; `cols` and `depth` are its names for these sides of the tile."""
     return {
         "COLS_FIRST": cols_first, "PARTS": config["parts"], "NUMERICS": numbers,
         "BLOCK_M": config["rows"], cols: config["cols"], depth: config["depth"],
@@ -276,7 +276,7 @@ def tiles_of(outs: Sequence[Tensor], config: dict[str, int]) -> int:
 def product_launch(
     kernel: Any, outs: Sequence[Tensor], args: dict[str, Any], config: dict[str, int], arch: str
 ) -> Launch:  # fmt: skip
-    """One program a tile of the results, or where persistent one a multiprocessor of the card that they are on."""
+    """The launch of a large product: one program per tile, or as many as the card runs at once if persistent."""
     programs = tiles_of(outs, config)
     if config["persistent"]:
         programs = lesser(programs, programs_of(outs[0], arch))

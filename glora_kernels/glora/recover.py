@@ -2,17 +2,17 @@
 
     dA = Σₘ q / (1+a),   q = dy∘(y - h·B_upᵀ - σ·bᵀ - β) = dy∘Z∘(1+a)
 
-y is there anyway; the price is its roundings in the place of Z's. Forward rounds three sums: Z∘(1+a) + β∘(1+a), that
-plus what makes it Z∘(1+a) + β, and y. With p = |dy|·(the largest of the three), the rounding of each reaches dA[n] as
-at most u·Σₘ p / |1+a|, where rounding Z itself leaves u·Σₘ |q| / |1+a|. So Z is computed anew in the rows n of the
-weight where, over all of x,
+y is saved anyway, so Z∘(1+a) = y - (the other terms) costs no GEMM, but precision. Forward rounds three values:
+(Z+β)∘(1+a), Z∘(1+a) + β, and y. With p = |dy|·(the largest of the three), each rounding changes dA[n] by at most
+u·Σₘ p / |1+a|; rounding Z itself would change it by at most u·Σₘ |q| / |1+a|. Where the first is too much larger, that
+is, for rows n of the weight with
 
     Σₘ p > 1.5·Σₘ |q|,  or  Σₘ p² > 2·Σₘ q²,  or  |1+a| < 2⁻¹⁰,
 
-(`reference.recovery`), and in the others the error of dA that comes from a rounding of y is no more than 1.5 times
-what the same rounding of Z would leave, in the worst case and in the root mean square: |error of dA[n]| ≤
-1.5·c·u·Σₘ |dy∘Z|, beside the accumulation of the sums, with u the unit roundoff of y's dtype and c the roundings that
-y went through: 2 on the eager path, 3 in 16 bits, where the dither errs by up to 2u.
+(`reference.recovery`), Z is computed again from x. For the other rows, the error from a rounding of y is at most 1.5
+times what the same rounding of Z would cause, in the worst case and in the root mean square: |error of dA[n]| ≤
+1.5·c·u·Σₘ |dy∘Z|, plus the error of accumulating the sums, with u the unit roundoff of y's dtype and c the roundings
+that y went through: 2 on the eager path, 3 in 16 bits, where the dither errs by up to 2u.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from glora_kernels.glora.call import Made, Supports, shift
 from glora_kernels.glora.chunks import row_chunks, weight_rows
 from glora_kernels.reference.recovery import SQUARES, SUM, TINY
 
-_ROWS = 256  # of the weight at a time, where Z is computed anew
+_ROWS = 256  # of the weight at a time, where Z is computed again
 
 
 def gradient(dy: Tensor, x: Tensor, weight: Weight, s: Supports, made: Made) -> Tensor:
-    """dA in the wide dtype: (N,), or (1,) of a constant; of what forward made it reads y, and h or σ where B is there.
+    """dA in `wide_dtype`: (N,), or (1,) for a constant a.
 
     Args:
         dy: (M,N).
         x: (M,K).
         weight: W (N,K).
-        s: a, and the forms of B and of β.
-        made: by forward.
+        s: a, and the tensors of B and of β.
+        made: the results of forward: y, and h or σ where there is a B.
     """
     wide, n, beta = wide_dtype(dy.dtype), dy.shape[1], shift(s, dy.dtype)
     a = given(s.a).to(wide)
@@ -70,7 +70,7 @@ def gradient(dy: Tensor, x: Tensor, weight: Weight, s: Supports, made: Made) -> 
         abs_p += largest.sum(0)
         square_q += value.square_().sum(0)
         square_p += largest.square_().sum(0)
-    # Written so that what is no number (y overflowed) is computed anew.
+    # Every comparison is false for NaN (y overflowed), so that such rows are computed again.
     kept = total.isfinite() & (abs_p <= SUM * abs_q) & (square_p <= SQUARES * square_q) & ((1 + a).abs() >= TINY)
     total = total / (1 + a)
     for first in range(0, n, _ROWS):

@@ -1,7 +1,7 @@
-"""After y: one read of dy and one of x, for everything else that backward sums.
+"""The sums of backward other than the large products, from one read of dy and one read of x.
 
-What several programs contribute to goes to partial sums: over `bands` (number, width) of N, which whoever reads S or τ
-adds, and over `splits` of the rows, which `finish_launch` adds. How many there are the caller is told, who allocates.
+They are written as partial sums: over `bands` (number, width) of N, which the readers of S and τ add, and over `splits`
+of the rows, which `finish_launch` adds. The caller asks how many there are, and allocates them.
 """
 
 import torch
@@ -37,7 +37,7 @@ _LINE = tl.constexpr(16)
 
 @triton.jit
 def _padded(size):
-    """Numbers in a row of S, or in one of τ: whole lines, for loads of 16 bytes at any rank and any M."""
+    """The length of a row of S or τ in memory: a multiple of 16 numbers, so that loads of 16 bytes are possible."""
     return tl.cdiv(size, _LINE) * _LINE
 
 
@@ -51,7 +51,7 @@ def _without_terms(
     y, h, terms, sigma, m, n, M, N, R,
     NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(y - h·upᵀ - σ·bᵀ - β, the largest of |y| and what is left before β): what is Z∘(1+a) of a tile of y."""
+    """Z∘(1+a) of a tile of y: (y - h·upᵀ - σ·bᵀ - β, the largest magnitude of y and of y without its B terms)."""
     largest = tl.abs(y)
     if terms.up is not None:
         y -= tile.thin_product(h, Matrix(terms.up, R, 1), m, n, M, N, R, R, 1, NUMERICS, BLOCK_M, BLOCK_N, 16)
@@ -69,14 +69,14 @@ def _dy_kernel(
     NUMERICS: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One read of dy for all that is made from it: S and τ along N, the gradients' sums along M.
+    """Everything that is computed from dy, in one read of it: S and τ, sums along N, and gradients, sums along M.
 
     Over a band of N: s[band,m] = [Σₙ dy·U | scale·Σₙ dy·up] (P+R) and tau[band,m] = Σₙ dy·b[n]. Over the rows of
-    program i: factor[i,c,n] = Σₘ [P|h][m,c]·dy[m,n], and of `Columns` g, sigma and q as far as present. q: Σₘ q with
-    q = dy∘(y - h·upᵀ - σ·b - β), and where y holds more than Z the judges Σₘ(p - 1.5|q|) and Σₘ(p² - 2q²), with
-    p = |dy|·(the largest of what q was found through). `band_width` is a multiple of BLOCK_N, P and R of RANK_STEP.
+    program i: factor[i,c,n] = Σₘ [P|h][m,c]·dy[m,n], and those of g, sigma and q in `Columns` that are not None. There
+    q = dy∘(y - h·upᵀ - σ·b - β); if y has more terms than Z∘(1+a), also the judges Σₘ(p - 1.5|q|) and Σₘ(p² - 2q²),
+    p = |dy|·(the largest value on the way to q). `band_width` is a multiple of BLOCK_N, P and R of RANK_STEP.
     """
-    # The columns of a large S by programs of their own, beside each other in time to share dy in the L2.
+    # Blocks of S's columns have programs of their own, neighbours in time, so that they share dy in the L2.
     across = tl.maximum(tl.maximum(tl.cdiv(P, BLOCK_P), tl.cdiv(R, BLOCK_R)), 1)
     i = tl.program_id(0) // across
     rank_block = tl.program_id(0) % across
@@ -85,10 +85,10 @@ def _dy_kernel(
     p = rank_block * BLOCK_P + tl.arange(0, BLOCK_P)
     r = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_H)
-    # What they are, written so that the compiler sees of what they are multiples.
+    # No change: tells the compiler that they are multiples of RANK_STEP.
     P = P // RANK_STEP * RANK_STEP
     R = R // RANK_STEP * RANK_STEP
-    # Sᵀ and not S: 16 rows of the rank keep the product on mma.sync, which takes what dy was loaded for elsewhere.
+    # Sᵀ and not S: with 16 rows (of the rank) the product stays on mma.sync, which takes dy as it is in registers.
     u_acc = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
     up_acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
     tau_acc = tl.zeros((BLOCK_M,), tl.float32)
@@ -100,7 +100,7 @@ def _dy_kernel(
     sigma = None
     if terms.sigma is not None:
         sigma = tile.read_vector(terms.sigma, m, M)
-    # Told, so that dy is read 16 bytes at a time.
+    # Tells the compiler the divisor, so that dy is read 16 bytes at a time.
     first = tl.multiple_of(band * band_width, 16)
     for n0 in range(first, tl.minimum(first + band_width, N), BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
@@ -142,7 +142,7 @@ def _dy_kernel(
         if terms.u is not None:
             tile.write(Matrix(s, 1, width), u_acc, p, m, P, M)
             s += P
-        if terms.up is not None:  # and zeros to the end of the row
+        if terms.up is not None:  # up_acc is zero beyond R: zeros fill the padding of the row
             tile.write(Matrix(s, 1, width), up_acc * scale, r, m, width - P, M)
     if tau is not None:
         tl.store(tau + tl.cast(band, tl.int64) * _padded(M) + m, tau_acc, mask=(m < M) & (rank_block == 0))
@@ -151,10 +151,10 @@ def _dy_kernel(
 def dy_config(
     shape: Shape, dtype: torch.dtype, arch: str, mixed: bool, pairs: bool, factors: torch.dtype, aligned: bool
 ) -> dict[str, int]:
-    """The configuration of `dy_launch`: `mixed` where it is given a y that holds more than Z∘(1+a), `pairs` where S is
-    of both U and up.
+    """The configuration of `dy_launch`.
 
-    factors: the dtype they are multiplied in. aligned: whether every row of dy begins at a multiple of 32 bytes.
+    mixed: it reads y, which has more terms than Z∘(1+a). pairs: S has columns of both U and up. factors: the dtype of
+    products with factors. aligned: the row stride of dy is a multiple of 16 numbers.
     """
     config = tables.choose("dy_mixed" if mixed else "dy", arch, dtype, shape)
     wide = halves(numerics(dtype, factors))
@@ -164,7 +164,7 @@ def dy_config(
 def dy_bands(shape: Shape, config: dict[str, int], arch: str) -> tuple[int, int]:
     """(number, width) of the bands of N over which S and τ are partial sums.
 
-    Few, as every block of columns of x reads all of them; one where S is as large as x.
+    Few, since each block of columns of x reads all of them; one where S is large.
     """
     most = 4 if shape.r <= configs.MAX_FACTOR_RANK else 1
     return configs.bands(arch, shape.m, config["rows"], shape.n, config["cols"], most)
@@ -178,9 +178,9 @@ def dy_launch(
 ) -> Launch:  # fmt: skip
     """S (bands,M,padded) = [dy·U | scale·dy·up], τ (bands,padded) = dy·b, and sums over the rows of each program.
 
-    factor (P+R,N): Σₘ [P|h]·dy. columns: of g, sigma and q with its judges those that are wanted, each
-    vectors (N,); q takes y, and of it what the terms u, up, b and the shift hold. `given` has h as `low` (M,P+R).
-    Factors and h are multiplied in the dtype of dy, or of `factors` where that is wider.
+    factor (P+R,N): Σₘ [P|h]·dy. columns: vectors (N,), those of g, sigma, q and judges that are wanted; q needs y, and
+    `given` then has the terms of y. Its `low` is [P | h] (M,P+R). Products with factors are in the dtype of dy, or
+    of `factors` where that is wider.
     """
     m, n = rows(dy), dy.shape[1]
     p, r = ranks
@@ -205,15 +205,15 @@ def _x_kernel(
     BANDS: tl.constexpr, NUMERICS: tl.constexpr, P_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One read of x for the gradients that multiply it, by splits of the rows; x dropped for columns of S from P on.
+    """The gradients that are products with x, in one read of it, over splits of the rows.
 
     p_part[split] = S[:, :P]ᵀ·x (P,K), v_part[split] = S[:, P:]ᵀ·drop(x)/(1-p) (R,K). With `dx` also
-    dx[m,k] = Σₚ S·a_down + mask∘(Σᵣ S·b_down)/(1-p) + τ[m], for the vendor's product to be added to.
+    dx[m,k] = Σₚ S·a_down + mask∘(Σᵣ S·b_down)/(1-p) + τ[m], to which the vendor's GEMM is added later.
     """
-    P = P // P_STEP * P_STEP  # what it is: for the compiler, a multiple of P_STEP
+    P = P // P_STEP * P_STEP  # no change: tells the compiler that it is a multiple of P_STEP
     split = tl.program_id(1)
     across = tl.cdiv(K, BLOCK_K)
-    rank_block = tl.program_id(0) // across  # the columns of a large S by programs of their own
+    rank_block = tl.program_id(0) // across  # blocks of S's columns have programs of their own
     k0 = tl.program_id(0) % across * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
     p = rank_block * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -231,7 +231,7 @@ def _x_kernel(
         if v_part is not None:
             if seed is not None:
                 block = tile.dropped(block, tile.seed_of(seed), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K)
-            # Whole rows of S, whose length is known to be a multiple of 16 where R is not.
+            # Padded rows of S are read whole: the compiler knows that their length is a multiple of 16, but not of R.
             s_block = tile.read_banded(tile.columns_from(s, P), r, m, s.row - P, M, M, BANDS, True).to(
                 NUMERICS.factor_dtype
             )
@@ -274,8 +274,8 @@ def x_launch(
 ) -> Launch:  # fmt: skip
     """p_part (splits,P,K) = S[:, :P]ᵀ·x and v_part (splits,R,K) = S[:, P:]ᵀ·drop(x), S (bands,M,P+R or more).
 
-    With `dx` (M,K) also dx = S[:, :P]·a_down + mask∘(S[:, P:]·b_down)/(1-p) + τ·1ᵀ of `downs`; x only gives the sizes
-    then, unless a part is wanted. S is multiplied in the dtype of x, or of `factors` where that is wider.
+    With `dx` (M,K) also dx = S[:, :P]·a_down + mask∘(S[:, P:]·b_down)/(1-p) + τ·1ᵀ, downs = (a_down, b_down); if no
+    part is wanted, x only gives the sizes. Products are in the dtype of x, or of `factors` where that is wider.
     """
     m, k, how = rows(x), x.shape[1], numerics(x.dtype, factors)
     beside = Beside(

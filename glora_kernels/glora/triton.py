@@ -1,13 +1,13 @@
-"""The path of the Triton kernels: allocates results and partial sums, and launches. Same signatures as `glora.eager`.
+"""The Triton path: allocates results and partial sums, and launches kernels. Same signatures as `glora.eager`.
 
-Forward: `_prepare_kernel` where there is anything low-rank, then `_glora_fwd_kernel`. Backward: `_dy_kernel`,
-`_x_kernel` (or `_hadamard_grad_kernel` where A is lora, which leaves W_eff), `_finish_kernel`, `_glora_dx_kernel`.
-A 4-bit weight is made dense in the workspace first, in forward and again in backward: W, or W_eff where A is lora. For
-a few tokens one kernel reads its codes instead and makes y with all its terms (`four_bit.kinds`).
-On the "library" route (`runtime.routes.product_route`) the vendor's product takes the place of the two large kernels.
+Forward: `_prepare_kernel` for low-rank terms, σ or W_eff, then `_glora_fwd_kernel`. Backward: `_dy_kernel`,
+`_x_kernel` (where A is lora `_hadamard_grad_kernel`, which also writes W_eff), `_finish_kernel`, `_glora_dx_kernel`.
+A 4-bit weight is dequantized to the workspace first, in forward and again in backward: W, or W_eff where A is lora. For
+a few tokens one kernel reads its codes instead and computes y with all its terms (`four_bit.kinds`).
+On the "library" route (`runtime.routes.product_route`) the vendor's GEMM replaces the two large kernels.
 
-Imported at the first call that takes it (`dispatch.common.path_of`): importing the package touches no GPU and needs no
-triton.
+This module is imported at the first call that needs it (`dispatch.common.path_of`), so that importing the package
+touches no GPU and needs no triton.
 """
 
 from __future__ import annotations
@@ -20,13 +20,21 @@ from torch import Tensor
 
 from glora_kernels.dispatch.common import Weight, factor_dtype, given, stored, wide_dtype
 from glora_kernels.four_bit import kinds as four_bit
-from glora_kernels.glora import finish as end
-from glora_kernels.glora import prepare as before
-from glora_kernels.glora import product as large
-from glora_kernels.glora import sums as reads
-from glora_kernels.glora import weight as around
 from glora_kernels.glora.call import C, Call, Made, Needs, Supports
-from glora_kernels.operands import Anew, Columns, Parts, Shift, Sum, Terms
+from glora_kernels.glora.finish import finish_launch, parts, summed, totals_launch
+from glora_kernels.glora.prepare import BeforeProduct, added_terms_launch, prepare_bands, prepare_launch
+from glora_kernels.glora.product import glora_dx_launch, glora_fwd_launch
+from glora_kernels.glora.sums import dy_bands, dy_config, dy_launch, padded, x_launch, x_splits
+from glora_kernels.glora.weight import (
+    HadamardGrad,
+    c_grad_launch,
+    hadamard_grad_launch,
+    hadamard_grad_tiles,
+    wc_grad_launch,
+    wc_grad_splits,
+    wc_launch,
+)
+from glora_kernels.operands import Columns, Parts, Shift, Sum, Terms, ZOperands
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import cost, routes
 from glora_kernels.runtime.configs import MAX_FACTOR_RANK, MAX_RANK, TOTALS_BESIDE_DX, Shape, m_class
@@ -35,15 +43,16 @@ from glora_kernels.runtime.planning import arch_of
 from glora_kernels.runtime.recording import empty, rows
 from glora_kernels.runtime.workspace import workspace_like
 
-MAX_RANK_BESIDE_HADAMARD = 64
-"""Up to here dB_down takes one more row of tiles in `_hadamard_grad_kernel`; above, a read of x of its own."""
+MAX_RANK_IN_HADAMARD_GRAD = 64
+"""Up to this rank of B, dB_down is one more row of tiles in `_hadamard_grad_kernel`; above it, `_x_kernel` runs."""
 
 
 class _Layer(NamedTuple):
-    """A call as both passes see it.
+    """A call, and what both passes need of it.
 
-    p, r: the columns of h of the product variant's pair, and of B=lora. shape: with the larger of them. builds: A=lora,
-    whose W_eff = W∘(1+A) takes the place of W. wide: the dtype of h, S, U and what the factors are multiplied in.
+    p: the rank of A in the product variant, else 0. r: the rank of B=lora, else 0. shape: the sizes that configurations
+    are chosen by, with rank max(p, r). builds: A is lora, elementwise: W_eff = W∘(1+A) replaces W. wide: the dtype of
+    h, S, U and of products with factors.
     """
 
     s: Supports
@@ -56,7 +65,7 @@ class _Layer(NamedTuple):
     wide: torch.dtype
 
     def dense(self, weight: QuantizedWeight, dtype: torch.dtype, adapted: bool = False) -> Tensor:
-        """A 4-bit weight in the workspace: W, or `adapted` W∘(1+A)."""
+        """A 4-bit weight, dequantized to the workspace: W, or W∘(1+A) if `adapted`."""
         dense, s = workspace_like(weight, dtype), self.s
         terms = {"a": s.a, "a_up": s.a_up, "a_down": s.a_down} if adapted else {}
         four_bit.dequantize_launch(weight, dense, route=self.call.route, arch=self.arch, **terms).run()
@@ -64,8 +73,8 @@ class _Layer(NamedTuple):
 
 
 def _layer(x: Tensor, weight: Weight, s: Supports, call: Call) -> _Layer:
-    """The call of a pass that reads x, or dy in its place."""
-    # The kernels read W·c and B_up without strides, as they are made; what anybody else passes is copied.
+    """The layer of a pass; x: x in forward, dy in backward."""
+    # The kernels assume that W·c and B_up are contiguous, as the layers make them; others are copied.
     plain = {name: t.contiguous() for name, t in (("wc", s.wc), ("b_up", s.b_up)) if t is not None}
     p = s.a_up.shape[1] if call.matmul and s.a_up is not None else 0
     r = 0 if s.b_up is None else s.b_up.shape[1]
@@ -78,7 +87,7 @@ def _layer(x: Tensor, weight: Weight, s: Supports, call: Call) -> _Layer:
 
 
 def _route(x: Tensor, weight: Weight, layer: _Layer, backward: bool) -> str:
-    """Whose large product a pass takes: "fused", our own, or "library"."""
+    """Which large product a pass takes: "fused", the kernel of this package, or "library", the vendor's GEMM."""
     stored = x.dtype if isinstance(weight, QuantizedWeight) else weight.dtype
     scales = layer.s.a is not None
     return routes.product_route(
@@ -95,7 +104,7 @@ def check_rank(rank: int) -> None:
 
 
 def forward(x: Tensor, weight: Weight, s: Supports, call: Call) -> Made:
-    """y (M,N), and what backward may want. See `glora.eager.forward`."""
+    """y (M,N), and the results that backward may read. See `glora.eager.forward`."""
     layer = _layer(x, weight, s, call)
     if isinstance(weight, QuantizedWeight):
         chosen = None
@@ -108,14 +117,14 @@ def forward(x: Tensor, weight: Weight, s: Supports, call: Call) -> Made:
             layer = layer._replace(s=layer.s._replace(a_up=None, a_down=None), builds=False)
     u = empty(x, layer.shape.n, layer.p, dtype=layer.wide) if layer.p else None
     weff = workspace_like(weight, x.dtype) if layer.builds else None
-    made = before.Prepared(u=u, weff=weff)
+    made = BeforeProduct(u=u, weff=weff)
     if _route(x, weight, layer, backward=False) == "library":
-        return _beside_the_library(x, weight, layer, made)
+        return _on_library_route(x, weight, layer, made)
     return _fused(x, weight, layer, made)
 
 
 def _terms(s: Supports, u: Tensor | None = None) -> Terms:
-    """What is added to Z; h and σ are still to come."""
+    """The terms added to Z, without h and σ."""
     return Terms(a=s.a, u=u, up=s.b_up, b=s.b, shift=Shift(s.bias, s.wc, s.d, s.e))
 
 
@@ -131,14 +140,14 @@ def _few_tokens(chosen: str, x: Tensor, weight: QuantizedWeight, layer: _Layer) 
     return Made(y, h, sigma)
 
 
-def _beside_the_library(x: Tensor, weight: Tensor, layer: _Layer, made: before.Prepared) -> Made:
-    """`forward` by the vendor's product: its Z is scaled and added to, or without an a it is added to the terms."""
+def _on_library_route(x: Tensor, weight: Tensor, layer: _Layer, made: BeforeProduct) -> Made:
+    """`forward` with the vendor's GEMM: Z is scaled and the terms added; without an `a`, Z is added to the terms."""
     s, call, rank, m = layer.s, layer.call, layer.p + layer.r, rows(x)
     y = empty(x, m, layer.shape.n)
     h = empty(x, m, rank, dtype=layer.wide) if rank else None
     sigma = empty(x, m, dtype=torch.float32) if s.b is not None else None
     if made.u is not None or made.weff is not None:
-        before.prepare_launch(x, weight, made, a_up=s.a_up, a_down=s.a_down, arch=layer.arch).run()
+        prepare_launch(x, weight, made, a_up=s.a_up, a_down=s.a_down, arch=layer.arch).run()
     effective = weight if made.weff is None else made.weff
     scaled = s.a is not None
     added = scaled or any(t is not None for t in (h, sigma, s.bias, s.wc, s.e))
@@ -146,7 +155,7 @@ def _beside_the_library(x: Tensor, weight: Tensor, layer: _Layer, made: before.P
         LibraryProduct(x, effective.t(), y, accumulates=False).run()
     if added:
         terms = _terms(s, made.u)._replace(low=None if h is None else h[None], sigma=sigma)
-        before.added_terms_launch(
+        added_terms_launch(
             x, y, terms, read_z=scaled, a_down=s.a_down if layer.p else None, b_down=s.b_down, scale=call.scale,
             dropout=Dropout(call.dropout_p, call.seed), arch=layer.arch,
         ).run()  # fmt: skip
@@ -155,20 +164,20 @@ def _beside_the_library(x: Tensor, weight: Tensor, layer: _Layer, made: before.P
     return Made(y, h, sigma, made.u)
 
 
-def _fused(x: Tensor, weight: Tensor, layer: _Layer, made: before.Prepared) -> Made:
-    """`forward` by our own product, which adds the terms to each of its tiles."""
+def _fused(x: Tensor, weight: Tensor, layer: _Layer, made: BeforeProduct) -> Made:
+    """`forward` with `_glora_fwd_kernel`, which adds the terms to each of its tiles."""
     s, call, rank, m = layer.s, layer.call, layer.p + layer.r, rows(x)
     y = empty(x, m, layer.shape.n)
-    bands = before.prepare_bands(layer.shape, x.dtype, layer.arch)
+    bands = prepare_bands(layer.shape, x.dtype, layer.arch)
     low = sigmas = None
-    if rank:  # rows of 16 numbers where only we read them: one compilation serves any rank
-        width = rank if bands == 1 else reads.padded(rank)
+    if rank:  # partial sums have rows padded to 16 numbers, so that one compilation serves any rank
+        width = rank if bands == 1 else padded(rank)
         low = empty(x, bands, m, width, dtype=layer.wide if bands == 1 else torch.float32)[:, :, :rank]
     if s.b is not None:
         sigmas = empty(x, bands, m, dtype=torch.float32)
     made = made._replace(low=low, sigma=sigmas)
     if any(t is not None for t in (low, sigmas, made.weff)):
-        before.prepare_launch(
+        prepare_launch(
             x, weight, made, a_up=s.a_up, a_down=s.a_down, b_down=s.b_down, scale=call.scale,
             dropout=Dropout(call.dropout_p, call.seed), arch=layer.arch,
         ).run()  # fmt: skip
@@ -177,7 +186,7 @@ def _fused(x: Tensor, weight: Tensor, layer: _Layer, made: before.Prepared) -> M
     if bands > 1:
         h = low_sum = None if low is None else empty(x, m, rank, dtype=layer.wide)
         sigma = sigma_sum = None if sigmas is None else empty(sigmas, m)
-    large.glora_fwd_launch(
+    glora_fwd_launch(
         x, weight if made.weff is None else made.weff, y, _terms(s, made.u)._replace(low=low, sigma=sigmas),
         low_sum=low_sum, sigma_sum=sigma_sum, arch=layer.arch,
     ).run()  # fmt: skip
@@ -196,7 +205,7 @@ def backward(
     dense = this.dense_weight(weff)
     dx = empty(dy, rows(dy), layer.shape.k) if needs.x else None
     adds = this.read_x(read, dx)
-    if dx is not None and not library:  # whose tiles would read all bands, each again
+    if dx is not None and not library:  # each tile of `_glora_dx_kernel` would read all bands again
         read = this.in_one_band(read)
     du, constants = this.finish(read, dense)  # before dx, whose launch sums the gradients of constants on the way
     if du is not None:
@@ -204,12 +213,12 @@ def backward(
     if dx is not None:
         constants = this.input_gradient(dx, adds, read, *this.weight_of_dx(dense, weff), constants)
     if constants is not None:
-        end.totals_launch(*constants).run()
+        totals_launch(*constants).run()
     return dx, *(this.grads.get(name) for name in Supports._fields)
 
 
 class _Read(NamedTuple):
-    """What reading dy gave: S (bands,M,padded) and τ (bands,padded); sums along M in parts: dyᵀ[P|h], and vectors."""
+    """Results of reading dy: S (bands,M,padded), τ (bands,padded); partial sums along M: dyᵀ[P|h] and `Columns`."""
 
     s: Tensor | None
     tau: Tensor | None
@@ -218,15 +227,15 @@ class _Read(NamedTuple):
 
 
 Constants = tuple[Tensor, Tensor]
-"""The gradients of constants as vectors (I,N), and the totals (I,) that they are still to be summed to."""
+"""The gradients of constants, not yet summed over N: vectors (I,N), and memory (I,) for their sums."""
 
 
 class _Backward:
-    """The steps of a backward: what they share, and what they have found of the gradients.
+    """One backward. Its methods are the steps, in the order in which `backward` calls them.
 
-    library: the vendor's product takes dx. adapts_weight: dx is a product with W∘(1+A), by A = lora or because that
-    costs less than to scale dy, which would pass through registers on its way into our product. grads: by the names of
-    `Supports`. sums: partial sums that are gradients once `finish` has added them up.
+    library: the vendor's GEMM computes dx. adapts_weight: dx = dy·W_eff with W_eff = W∘(1+A) built first: always where
+    A is lora, and for a vector A where that costs less than scaling dy inside the kernel. grads: finished gradients, by
+    the names of `Supports`. sums: partial sums that `finish` has still to add up.
     """
 
     def __init__(
@@ -249,27 +258,27 @@ class _Backward:
 
     def _sum(self, part: Tensor | None, name: str) -> None:
         if part is not None:
-            self.sums.append(end.summed(part, self._gradient(name)))
+            self.sums.append(summed(part, self._gradient(name)))
 
     def read_dy(self, made: Made) -> _Read:
-        """S = [dy·U | s·dy·B_up] and τ = dy·b along N; dyᵀ[P|h], Σ dy, dyᵀσ and dA's sums along M, as far as wanted."""
+        """Sums along N: S = [dy·U | s·dy·B_up], τ = dy·b; along M: dyᵀ[P|h], Σ dy, dyᵀσ, those of dA. As needed."""
         (s, call, arch, shape, p, r, _, wide), needs, dy = self.layer, self.needs, self.dy
         m, n = rows(dy), shape.n
         want_s = p + r > 0 and (needs.x or needs.b_down or (p > 0 and needs.a_down))
         with_factor = needs.b_up or (p > 0 and needs.a_up)
         here = with_factor and p + r <= MAX_FACTOR_RANK
         mixed = needs.a and (r > 0 or any(t is not None for t in (s.b, s.bias, s.wc, s.e)))
-        config = reads.dy_config(shape, dy.dtype, arch, mixed, min(p, r) > 0, wide, dy.stride(0) % 16 == 0)
-        bands, width = reads.dy_bands(shape, config, arch)
+        config = dy_config(shape, dy.dtype, arch, mixed, min(p, r) > 0, wide, dy.stride(0) % 16 == 0)
+        bands, width = dy_bands(shape, config, arch)
         splits = -(-m // config["rows"])
         ds = tau = factor = None
         if want_s:
-            ds = self._empty(bands, m, reads.padded(p + r), dtype=wide if bands == 1 else torch.float32)
+            ds = self._empty(bands, m, padded(p + r), dtype=wide if bands == 1 else torch.float32)
         if s.b is not None and needs.x:
-            tau = self._empty(bands, reads.padded(m))
+            tau = self._empty(bands, padded(m))
         columns = self._columns(splits, mixed)
         if here:
-            factor = end.parts(self._empty(splits, p + r, n), splits)
+            factor = parts(self._empty(splits, p + r, n), splits)
         if any(t is not None for t in (ds, tau, factor, columns.end)):
             terms = Terms(
                 low=given(made.h) if here or (needs.a and r > 0) else None, u=made.u, up=s.b_up,
@@ -277,7 +286,7 @@ class _Backward:
                 sigma=given(made.sigma) if needs.b or (needs.a and s.b is not None) else None,
                 shift=Shift(s.bias, s.wc, s.d, s.e) if needs.a else Shift(),
             )  # fmt: skip
-            reads.dy_launch(
+            dy_launch(
                 dy, terms, y=given(made.y) if needs.a else None, s=ds, tau=tau, factor=factor, columns=columns,
                 ranks=(p, r), band_width=width, scale=call.scale, factors=wide, config=config,
             ).run()  # fmt: skip
@@ -286,45 +295,46 @@ class _Backward:
         return _Read(ds, tau, factor, columns)
 
     def _columns(self, splits: int, mixed: bool) -> Columns:
-        """Memory for the vectors (N,) that reading dy sums along M, as far as wanted."""
-        needs, step = self.needs, reads.padded(self.layer.shape.n)
+        """Memory for the vectors (N,) that reading dy sums along M, those that are needed."""
+        needs, step = self.needs, padded(self.layer.shape.n)
         wanted = {"g": needs.shift, "sigma": needs.b, "q": needs.a, "judges": mixed}
-        # Of the judges there are two, one behind the other.
+        # `judges` are two vectors, one after the other.
         memory = {
             name: self._empty(splits * (1 + (name == "judges")), step) for name, want in wanted.items() if want
         }  # fmt: skip
         return Columns(**memory, step=step, end=splits * step) if memory else Columns()
 
     def _transposed_product(self, left: Tensor, right: Tensor, shape: Shape) -> Parts:
-        """rightᵀ·left (R,K) in partial sums over the rows of both."""
+        """Partial sums of rightᵀ·left (R,K), over splits of the rows."""
         layer, rank = self.layer, shape.r
-        splits = reads.x_splits(shape, left.dtype, layer.arch)
+        splits = x_splits(shape, left.dtype, layer.arch)
         part = self._empty(splits, rank, shape.k)
-        reads.x_launch(
+        x_launch(
             left, right[None], ranks=(0, rank), splits=splits, v_part=part, factors=layer.wide, shape=shape,
             arch=layer.arch,
         ).run()  # fmt: skip
-        return end.parts(part, splits)
+        return parts(part, splits)
 
     def lora_gradient(self, s: Tensor | None) -> Tensor | None:
-        """dA of lora, of H = (dyᵀx)∘W; and on the way dB_down = Sᵀx̃, and W_eff for dx, which is returned."""
+        """dA of lora from H = (dyᵀx)∘W; the same launch gives dB_down = Sᵀx̃, and W_eff for dx, which is returned."""
         layer, needs, dy, weight = self.layer, self.needs, self.dy, self.weight
         if not (layer.builds and (needs.a_up or needs.a_down)):
             return None
         a_up, a_down = given(layer.s.a_up), given(layer.s.a_down)
         n, k, rank = layer.shape.n, layer.shape.k, a_up.shape[1]
-        n_tiles, k_tiles = around.hadamard_grad_tiles(
+        n_tiles, k_tiles = hadamard_grad_tiles(
             layer.shape._replace(r=rank), dy.dtype, layer.arch, layer.wide
         )  # fmt: skip
-        out = around.HadamardGrad(
+        out = HadamardGrad(
             dup=self._empty(k_tiles, n, rank) if needs.a_up else None,
             ddown=self._empty(n_tiles, rank, k) if needs.a_down else None,
-            db_down=self._gradient("b_down") if needs.b_down and layer.r <= MAX_RANK_BESIDE_HADAMARD else None,
+            db_down=self._gradient("b_down") if needs.b_down and layer.r <= MAX_RANK_IN_HADAMARD_GRAD else None,
             weff=workspace_like(weight, dy.dtype) if needs.x else None,
         )
-        # Rows that begin within a word of codes would spill; W_eff then takes the place of W, tile by tile.
+        # Where rows begin inside a word of codes, decoding here would spill registers: W is dequantized first. W_eff is
+        # then written over it, tile by tile.
         read = layer.dense(weight, dy.dtype) if isinstance(weight, QuantizedWeight) and k % 8 else weight
-        around.hadamard_grad_launch(
+        hadamard_grad_launch(
             dy, given(self.x), read, a_up, a_down, out, s=None if s is None else s[..., : layer.r],
             dropout=Dropout(layer.call.dropout_p, layer.call.seed), factors=layer.wide, arch=layer.arch,
         ).run()  # fmt: skip
@@ -333,7 +343,7 @@ class _Backward:
         return out.weff
 
     def dense_weight(self, weff: Tensor | None) -> Tensor | None:
-        """W itself, in the workspace where it has 4 bits; None where nobody reads it."""
+        """W, dequantized to the workspace if it has 4 bits; None if no later step reads it."""
         needs, weight = self.needs, self.weight
         if not isinstance(weight, QuantizedWeight):
             return weight
@@ -342,16 +352,19 @@ class _Backward:
         return self.layer.dense(weight, self.dy.dtype) if is_read else None
 
     def read_x(self, read: _Read, dx: Tensor | None) -> bool:
-        """dA_down = Sᵀx of the product variant and dB_down = Sᵀx̃; True where dx got what the library's is added to."""
+        """dA_down = Sᵀx of the product variant and dB_down = Sᵀx̃, from one read of x.
+
+        On the library route the same launch writes the low-rank terms and τ to dx, for the GEMM to add to; True if so.
+        """
         (_, _, arch, shape, p, r, _, wide), needs, dy = self.layer, self.needs, self.dy
-        splits = reads.x_splits(shape, dy.dtype, arch)
+        splits = x_splits(shape, dy.dtype, arch)
         p_part = self._empty(splits, p, shape.k) if p and needs.a_down else None
         v_part = self._empty(splits, r, shape.k) if needs.b_down and "b_down" not in self.grads else None
         adds = self.library and (read.s is not None or read.tau is not None)
         if p_part is None and v_part is None and not adds:
             return False
         terms: dict[str, Any] = {"dx": dx, "tau": read.tau, "downs": self._downs()} if adds else {}
-        reads.x_launch(
+        x_launch(
             given(dx) if p_part is v_part is None else given(self.x), read.s, ranks=(p, r), splits=splits,
             p_part=p_part, v_part=v_part, **terms, dropout=self.dropout, factors=wide,
             shape=shape, arch=arch,
@@ -364,11 +377,11 @@ class _Backward:
         return self.layer.s.a_down if self.layer.p else None, self.layer.s.b_down
 
     def in_one_band(self, read: _Read) -> _Read:
-        """S and τ in one band each, which `finish` adds up."""
+        """S and τ with one band each: memory that `finish` fills with the sum of the bands."""
         layer, m = self.layer, rows(self.dy)
         return read._replace(
-            s=self._one_band(read.s, (m, reads.padded(layer.p + layer.r)), layer.wide),
-            tau=self._one_band(read.tau, (reads.padded(m),), torch.float32),
+            s=self._one_band(read.s, (m, padded(layer.p + layer.r)), layer.wide),
+            tau=self._one_band(read.tau, (padded(m),), torch.float32),
         )
 
     def _one_band(self, bands: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
@@ -379,7 +392,7 @@ class _Backward:
         return total
 
     def finish(self, read: _Read, dense: Tensor | None) -> tuple[Tensor | None, Constants | None]:
-        """Partial sums become gradients; what is left are du = dyᵀP (N,P) of the product variant, and constants."""
+        """Add up partial sums. Returns what is left to do: du = dyᵀP (N,P) of the product variant, and constants."""
         (s, _, arch, shape, p, r, _, wide), needs, dy = self.layer, self.needs, self.dy
         wanted = [
             name for name in ("a", "b", "b_up", "bias", "wc", "d", "e")
@@ -390,7 +403,7 @@ class _Backward:
         totals = None
         if constants:
             vectors = self._empty(len(constants), shape.n)
-            # In one dtype: that of a layer's adapters. Any other is cast where gradients are returned.
+            # All in the dtype of the first; gradients of other dtypes are cast when they are returned.
             totals = vectors, self._empty(len(constants), dtype=getattr(s, constants[0]).dtype)
             outputs |= dict(zip(constants, vectors, strict=True))
             self.grads |= {name: totals[1][i : i + 1] for i, name in enumerate(constants)}
@@ -401,9 +414,10 @@ class _Backward:
                 **{f"d{name}": output for name, output in outputs.items()}, a=s.a if needs.a else None,
                 bias=s.bias if needs.d else None, d=s.d if needs.bias else None,
             )  # fmt: skip
-            end.finish_launch(
-                columns=columns, anew=Anew(dy, given(self.x), given(dense)) if needs.a else None, factor=read.factor,
-                du=du, db_up=db_up, n=shape.n, ranks=(p, r), sums=self.sums, dtype=dy.dtype, arch=arch,
+            finish_launch(
+                columns=columns, z_from=ZOperands(dy, given(self.x), given(dense)) if needs.a else None,
+                factor=read.factor, du=du, db_up=db_up, n=shape.n, ranks=(p, r), sums=self.sums, dtype=dy.dtype,
+                arch=arch,
             ).run()  # fmt: skip
         return du, totals
 
@@ -411,61 +425,61 @@ class _Backward:
         """dA_up (K,P) = Wᵀ·du of the product variant."""
         n, k = dense.shape
         part = self._transposed_product(dense, du, Shape(n, k, k, du.shape[1]))
-        end.finish_launch(
+        finish_launch(
             factor=part, db_up=self._gradient("a_up"), n=k, ranks=(0, du.shape[1]), dtype=du.dtype, arch=self.layer.arch
         ).run()
 
     def weight_of_dx(self, dense: Tensor | None, weff: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What dy is multiplied by for dx, W or W_eff, and the vector that scales dy before."""
+        """(W or W_eff, by which dy is multiplied for dx; the vector a that scales dy first, or None)."""
         layer, s, weight = self.layer, self.layer.s, self.weight
         if weff is not None:
             return weff, None
         if not self.adapts_weight:
             return given(dense), s.a
-        if isinstance(weight, QuantizedWeight):  # in the place of W, which nobody reads any more
+        if isinstance(weight, QuantizedWeight):  # overwrites W in the workspace, which is not read any more
             return layer.dense(weight, self.dy.dtype, adapted=True), None
         weff = workspace_like(weight, self.dy.dtype)
-        before.prepare_launch(
-            self.dy, weight, before.Prepared(weff=weff), a_up=s.a_up, a_down=s.a_down, a=s.a, arch=layer.arch
+        prepare_launch(
+            self.dy, weight, BeforeProduct(weff=weff), a_up=s.a_up, a_down=s.a_down, a=s.a, arch=layer.arch
         ).run()
         return weff, None
 
     def input_gradient(
         self, dx: Tensor, adds: bool, read: _Read, weight: Tensor, scale: Tensor | None, constants: Constants | None
     ) -> Constants | None:
-        """dx = (dy∘(1+scale))·W + S·downs + τ·1ᵀ; and what is left of the constants, whose sums it may take along."""
+        """dx = (dy∘(1+scale))·W + S·downs + τ·1ᵀ. Its launch may sum the constants too; returns those left to sum."""
         layer, (a_down, b_down) = self.layer, self._downs()
         if self.library:
             LibraryProduct(self.dy, weight, dx, accumulates=adds).run()
             return constants
-        beside = rows(self.dy) > 0 and layer.arch in TOTALS_BESIDE_DX
-        large.glora_dx_launch(
+        with_totals = rows(self.dy) > 0 and layer.arch in TOTALS_BESIDE_DX
+        glora_dx_launch(
             self.dy, weight, dx, s=None if read.s is None else read.s[..., : layer.p + layer.r], a_down=a_down,
-            b_down=b_down, a=scale, tau=read.tau, totals=constants if beside else None, dropout=self.dropout,
+            b_down=b_down, a=scale, tau=read.tau, totals=constants if with_totals else None, dropout=self.dropout,
             arch=layer.arch,
         ).run()  # fmt: skip
-        return None if beside else constants
+        return None if with_totals else constants
 
 
 def wc_forward(weight: Weight, c: C) -> Tensor:
     """W·c (N,). See `glora.eager.wc_forward`."""
     check_rank(0 if c.c_up is None else c.c_up.shape[1])
     wc = empty(stored(weight), weight.shape[0], dtype=wide_dtype(weight.dtype))
-    around.wc_launch(weight, c, wc, arch=arch_of(weight)).run()
+    wc_launch(weight, c, wc, arch=arch_of(weight)).run()
     return wc
 
 
 def wc_backward(g: Tensor, weight: Weight, c: C, needs: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of `wc_forward`, as far as wanted. See `glora.eager.wc_backward`."""
+    """The gradients of `wc_forward`; None where not wanted. See `glora.eager.wc_backward`."""
     arch = arch_of(weight)
-    splits = around.wc_grad_splits(weight, arch)
+    splits = wc_grad_splits(weight, arch)
     part = empty(g, splits, weight.shape[1], dtype=torch.float32)
-    around.wc_grad_launch(weight, g, part, arch=arch).run()
+    wc_grad_launch(weight, g, part, arch=arch).run()
     grads = [_like(t) if need and t is not None else None for need, t in zip(needs, c, strict=True)]
-    around.c_grad_launch(part, c, C(*grads), arch=arch).run()
+    c_grad_launch(part, c, C(*grads), arch=arch).run()
     return grads
 
 
 def _like(tensor: Tensor | None) -> Tensor:
-    """Memory for a gradient."""
+    """Memory for the gradient of a tensor."""
     return empty(given(tensor), *given(tensor).shape)

@@ -1,10 +1,10 @@
-"""W·c, the part of a GLoRA layer that C is, and its gradients.
+"""W·c, the term of support C in β, and its gradients.
 
     wc = W·c,   c = C_up·C_down where C is lora
     dc = Wᵀg,  dC_up = dc·C_downᵀ,  dC_down = C_upᵀ·dc,   g = ∂wc
 
-C multiplies the base W, never the adapted one. W·c does not depend on x, and yet is computed anew at each forward: a
-changed parameter leaves no trace that would tell when an old one is stale.
+C multiplies the base W, never the adapted one. W·c does not depend on x, yet every forward computes it again, because
+there is no reliable sign that a parameter has changed since.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ WC.register()
 
 
 def gradients(g: Tensor, weight: Weight, c: C, wanted: Sequence[bool], route: str) -> Sequence[Tensor | None]:
-    """The wanted ones of (dc, dC_up, dC_down) from g = ∂wc, in the dtypes of their tensors, by any `dispatch.ways`."""
+    """The wanted ones of (dc, dC_up, dC_down) from g = ∂wc, in their tensors' dtypes; g may be watched or batched."""
     *codes, form = codes_of(weight)
     run = WC.elsewhere if is_batched(g) or is_watched(g) else WC.backward
     with without_autocast(g.device.type):

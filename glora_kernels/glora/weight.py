@@ -1,4 +1,4 @@
-"""What reads the weight, dense or in 4 bits, beside the large products: the gradient of A = lora, and W·c in β."""
+"""The other kernels that read the weight, dense or in 4 bits: the gradient of A = lora, and W·c with its gradients."""
 
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ def _weight_as(
     w, codes, first_n, first_k, N, K,
     NUMERICS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """`_read_weight`, where it decodes rounded to what the dense weight would be: both then give the same numbers."""
+    """`_read_weight`, with decoded values rounded like a dequantized weight, so that both give the same numbers."""
     block = _read_weight(w, codes, first_n, first_k, N, K, NUMERICS.upcast, BLOCK_N, BLOCK_K)
     if w is None:
         return _nearest(block, NUMERICS.dtype, NUMERICS.upcast).to(tl.float32)
@@ -56,8 +56,8 @@ def _hadamard_grad_kernel(
 ):  # fmt: skip
     """H = (Σₘ dy[m,n]·x[m,k])·W[n,k] in registers; dup[k-tile,n,r] = Σₖ H·A_down, ddown[n-tile,r,k] = Σₙ A_up·H.
 
-    The programs hold each tile of W and of x anyway: with `weff` they leave W_eff for dx behind, and with `db_down`
-    one more row of tiles, S in the place of dy, gives dB_down[r,k] = Σₘ S[m,r]·drop(x)[m,k].
+    Since the programs read every tile of W and x anyway, they can also write W_eff for dx (`weff`); with `db_down`, one
+    more row of tiles, where S replaces dy, gives dB_down[r,k] = Σₘ S[m,r]·drop(x)[m,k].
     """
     num_n = tl.cdiv(N, BLOCK_N)
     num_k = tl.cdiv(K, BLOCK_K)
@@ -99,7 +99,7 @@ def _hadamard_grad_kernel(
                 value = tile.dot_thin(up, h, tl.zeros((BLOCK_R, BLOCK_K), tl.float32), NUMERICS)
                 tile.write(Matrix(part, K, 1), value, r, k, R, K)
         if weff is not None:
-            # Read anew: kept in registers until here, it would make them spill.
+            # Read again: kept in registers until here, it would make them spill.
             w_tile = _weight_as(w, codes, i * BLOCK_N, j * BLOCK_K, N, K, NUMERICS, BLOCK_N, BLOCK_K)
             PRECISION: tl.constexpr = NUMERICS.factor_precision
             w_tile += w_tile * tile.factor_product(
@@ -109,7 +109,7 @@ def _hadamard_grad_kernel(
 
 
 class HadamardGrad(NamedTuple):
-    """What `hadamard_grad_launch` fills, as far as given: dup (k-tiles,N,R), ddown (n-tiles,R,K), weff (N,K), db_down.
+    """Where `hadamard_grad_launch` writes; None: not wanted. dup (k-tiles,N,R), ddown (n-tiles,R,K), weff (N,K).
 
     dup = H·A_downᵀ and ddown = A_upᵀ·H are partial sums; weff = W∘(1 + A_up·A_down); db_down (r,K) = Σ Sᵀ·drop(x).
     """
@@ -123,7 +123,7 @@ class HadamardGrad(NamedTuple):
 def hadamard_grad_config(
     shape: Shape, dtype: torch.dtype, arch: str, factors: torch.dtype | None = None
 ) -> dict[str, int]:
-    """The configuration of `hadamard_grad_launch`: see `hadamard_grad_tiles`."""
+    """The configuration of `hadamard_grad_launch`; arguments as in `hadamard_grad_tiles`."""
     config = tables.choose("hadamard_grad", arch, dtype, shape._replace(m=configs.m_class(shape.m)))
     wide = halves(numerics(dtype, factors))
     return fitted("hadamard_grad", config, Beside(arch, dtype, shape.r, halves=wide, aligned=shape.k % 16 == 0))
@@ -134,7 +134,7 @@ def hadamard_grad_tiles(
 ) -> tuple[int, int]:
     """How many partial sums `hadamard_grad_launch` writes: (n-tiles for ddown, k-tiles for dup).
 
-    `factors`: the dtype they are multiplied in, that of x where it is not given.
+    `factors`: the dtype of products with factors; by default that of x.
     """
     config = hadamard_grad_config(shape, dtype, arch, factors)
     return cdiv(shape.n, config["rows"]), cdiv(shape.k, config["cols"])
@@ -144,16 +144,16 @@ def hadamard_grad_launch(
     dy: Tensor, x: Tensor, weight: Weight, a_up: Tensor, a_down: Tensor, out: HadamardGrad,
     *, s: Tensor | None = None, dropout: Dropout = NO_DROPOUT, factors: torch.dtype | None = None, arch: str,
 ) -> Launch:  # fmt: skip
-    """`out` from H = (dyᵀx)∘W and, for its db_down, S (bands,M,r); dropout is that of x in db_down.
+    """Fill `out` from H = (dyᵀx)∘W; its db_down from S (bands,M,r) and x with `dropout`.
 
-    H, S and the factors are multiplied in the dtype of x, or of `factors` where that is wider.
+    Products with H, S and factors are in the dtype of x, or of `factors` where that is wider.
     """
     m, n, k = rows(dy), dy.shape[1], x.shape[1]
     rank = a_up.shape[1]
     b_rank = 0 if out.db_down is None else out.db_down.shape[0]
     how = numerics(x.dtype, factors)
     config = hadamard_grad_config(Shape(m, n, k, rank), x.dtype, arch, factors)
-    step = 16 if halves(how) else 64  # of the rank: what does not spill
+    step = 16 if halves(how) else 64  # of the rank: wider ones would spill
     args = {
         "dy": matrix(dy), "x": matrix(x), **weight_operands(weight), "pair": pair(a_up, a_down),
         **out._asdict(), "s": None if out.db_down is None else matrix(s),
@@ -172,7 +172,7 @@ def _wc_kernel(
     w, codes, c, pair, wc, N, K, R,
     UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """wc[n] = Σₖ W[n,k]·c[k], c given or c[k] = Σᵣ C_up[k,r]·C_down[r] of a pair."""
+    """wc[n] = Σₖ W[n,k]·c[k]; where c is None, c[k] = Σᵣ C_up[k,r]·C_down[r] of the pair."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_N,), tl.float32)
@@ -189,7 +189,7 @@ def _wc_kernel(
 
 
 def wc_launch(weight: Weight, c: C, wc: Tensor, *, arch: str) -> Launch:
-    """wc (N,) = W·c, c (K,) given or C_up (K,R)·C_down (R,1)."""
+    """wc (N,) = W·c, with c (K,) or C_up (K,R)·C_down (R,1)."""
     n, k = weight.shape
     rank = 0 if c.c_up is None else c.c_up.shape[1]
     config = tables.choose("weight", arch, weight.dtype, Shape(0, n, k, rank))
@@ -228,7 +228,7 @@ def wc_grad_splits(weight: Weight, arch: str) -> int:
 
 
 def wc_grad_launch(weight: Weight, g: Tensor, part: Tensor, *, arch: str) -> Launch:
-    """part (splits,K): Wᵀg by rows of W."""
+    """part (splits,K): partial sums of Wᵀg over splits of the rows of W."""
     n, k = weight.shape
     config = tables.choose("weight", arch, weight.dtype, Shape(0, n, k, 0))
     splits = part.shape[0]
@@ -242,7 +242,7 @@ def wc_grad_launch(weight: Weight, g: Tensor, part: Tensor, *, arch: str) -> Lau
 
 @triton.jit
 def _c_grad_kernel(part, pair, dc, dc_up, dc_down, K, R, splits, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
-    """dc[k] = Σ_split part, dC_up[k,r] = dc[k]·C_down[r] and, by the last program alone, dC_down[r] = Σₖ C_up·dc."""
+    """dc[k] = Σ_split part, dC_up[k,r] = dc[k]·C_down[r]; the last program alone computes dC_down[r] = Σₖ C_up·dc."""
     i = tl.program_id(0)
     blocks = tl.cdiv(K, BLOCK_K)
     r = tl.arange(0, BLOCK_R)

@@ -1,4 +1,4 @@
-"""A group of LoRA layers in plain PyTorch: what is shared is computed once, and what is summed is summed once.
+"""A group of LoRA layers in plain PyTorch: each distinct h is computed once; a shared tensor gets one summed gradient.
 
 With h_t = s_t·x̃_t·down_tᵀ for each distinct path t = (x, down, seed, s) and t(i) the path of member i:
 
@@ -12,28 +12,28 @@ from torch import Tensor
 
 from glora_kernels.dispatch.common import cast, wide_dtype
 from glora_kernels.glora.chunks import gathered, spread, thin
-from glora_kernels.glora.eager import Terms, cast_weight, dropped, keep_of, scaled, with_terms
+from glora_kernels.glora.eager import AddedTerms, cast_weight, dropped, keep_of, scaled, with_terms
 from glora_kernels.grouped.group import ABSENT, Group, Operands, Trained, add, factor_dtype
 
 
 def forward(operands: Operands, group: Group) -> tuple[list[Tensor], list[Tensor]]:
     """(y_i (M,N) of every member, h_t (M,R) of every path)."""
     hs, narrow = [], factor_dtype(operands)
-    for x_of, down_of, seed_of, scale in group.paths():
-        x, down = operands.xs[x_of], operands.downs[down_of]
-        keep = _keep(len(x), down.shape[1], operands, group, seed_of)
+    for path in group.paths():
+        x, down = operands.xs[path.x], operands.downs[path.down]
+        keep = _keep(len(x), down.shape[1], operands, group, path.seed)
         h = thin(dropped(x, keep), cast(down, narrow), x.dtype)
-        hs.append(scaled(h, scale / (1.0 - group.dropout_p)))
+        hs.append(scaled(h, path.scale / (1.0 - group.dropout_p)))
     ys = []
-    for i, path in enumerate(group.path_of()):
+    for i, t in enumerate(group.path_of()):
         x, weight = operands.xs[group.x[i]], operands.weights[group.weight[i]]
         bias = None if group.bias[i] == ABSENT else operands.biases[group.bias[i]]
         if bias is not None and bias.dtype != x.dtype:
             bias = cast(bias, wide_dtype(x.dtype))
         low = up = None
-        if path != ABSENT:
-            low, up = hs[path], cast(operands.ups[group.up[i]], narrow)
-        ys.append(with_terms(x, cast_weight(weight, x.dtype), Terms(bias, low, up)))
+        if t != ABSENT:
+            low, up = hs[t], cast(operands.ups[group.up[i]], narrow)
+        ys.append(with_terms(x, cast_weight(weight, x.dtype), AddedTerms(bias, low, up)))
     return ys, hs
 
 
@@ -48,26 +48,26 @@ def backward(dys: list[Tensor], operands: Operands, hs: list[Tensor], group: Gro
     dtype, wide, narrow = dys[0].dtype, wide_dtype(dys[0].dtype), factor_dtype(operands)
     sums: list[Tensor | None] = [None] * len(paths)
     for i, dy in enumerate(dys):
-        path = path_of[i]
+        t = path_of[i]
         if (bias_of := group.bias[i]) != ABSENT and needs.biases[bias_of]:
             add(grads.biases, bias_of, dy.sum(0, dtype=wide))
-        if path == ABSENT:
+        if t == ABSENT:
             continue
         if needs.ups[group.up[i]]:
-            add(grads.ups, group.up[i], gathered(hs[path], dy, dtype).t().to(wide))
+            add(grads.ups, group.up[i], gathered(hs[t], dy, dtype).t().to(wide))
         if needs.xs[group.x[i]] or needs.downs[group.down[i]]:
             scale = group.scales[i] / (1.0 - group.dropout_p)
-            add(sums, path, scaled(thin(dy, cast(operands.ups[group.up[i]], narrow).t(), dtype), scale).to(wide))
-    for (x_of, down_of, seed_of, _), total in zip(paths, sums, strict=True):
+            add(sums, t, scaled(thin(dy, cast(operands.ups[group.up[i]], narrow).t(), dtype), scale).to(wide))
+    for path, total in zip(paths, sums, strict=True):
         if total is None:
             continue
-        s, down = total.to(narrow), cast(operands.downs[down_of], narrow)
-        keep = _keep(len(s), down.shape[1], operands, group, seed_of)
-        if needs.downs[down_of]:
-            add(grads.downs, down_of, gathered(s, dropped(operands.xs[x_of], keep), dtype).to(wide))
-        if needs.xs[x_of]:
-            add(grads.xs, x_of, dropped(spread(s, down, dtype), keep))
-    # The small terms of dx first, as in forward.
+        s, down = total.to(narrow), cast(operands.downs[path.down], narrow)
+        keep = _keep(len(s), down.shape[1], operands, group, path.seed)
+        if needs.downs[path.down]:
+            add(grads.downs, path.down, gathered(s, dropped(operands.xs[path.x], keep), dtype).to(wide))
+        if needs.xs[path.x]:
+            add(grads.xs, path.x, dropped(spread(s, down, dtype), keep))
+    # The small terms of dx come first, and the large product accumulates onto them, as in forward.
     for i, dy in enumerate(dys):
         if needs.xs[group.x[i]]:
             _add_product(grads.xs, group.x[i], dy, cast_weight(operands.weights[group.weight[i]], dtype))

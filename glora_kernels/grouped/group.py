@@ -1,4 +1,4 @@
-"""A group of LoRA layers as data: the distinct tensors of a call, and which of them each member uses."""
+"""The data of a grouped call: its distinct tensors, and which of them each member uses."""
 
 from __future__ import annotations
 
@@ -31,8 +31,17 @@ class Operands(NamedTuple):
         return [tensor for tensors in self for tensor in tensors]
 
 
+class LowRankInput(NamedTuple):
+    """A path: one h = s·x̃·downᵀ, however many members use it. x, down, seed: indices in `Operands`; scale: s."""
+
+    x: int
+    down: int
+    seed: int
+    scale: float
+
+
 class Group(NamedTuple):
-    """Which of the distinct tensors each member uses, by index, and the numbers of the call.
+    """The indices of the distinct tensors that each member uses, and the numbers of the call.
 
     scales: s of each member. route: "eager" or "triton".
     """
@@ -51,27 +60,27 @@ class Group(NamedTuple):
     def size(self) -> int:
         return len(self.weight)
 
-    def keys(self) -> list[tuple[int, int, int, float]]:
-        """(x, down, seed, s) of each member: all that its h depends on."""
-        return list(zip(self.x, self.down, self.seed, self.scales, strict=True))
+    def low_rank_inputs(self) -> list[LowRankInput]:
+        """The low-rank input of each member; its `down` is ABSENT where the member has no low-rank pair."""
+        return [LowRankInput(*each) for each in zip(self.x, self.down, self.seed, self.scales, strict=True)]
 
-    def paths(self) -> list[tuple[int, int, int, float]]:
-        """The distinct keys with a low-rank pair: one h = s·x̃·downᵀ each, however many members use it."""
-        return list(dict.fromkeys(key for key in self.keys() if key[1] != ABSENT))
+    def paths(self) -> list[LowRankInput]:
+        """The distinct low-rank inputs of the group."""
+        return list(dict.fromkeys(path for path in self.low_rank_inputs() if path.down != ABSENT))
 
     def path_of(self) -> list[int]:
         """The index in `paths` of each member, or ABSENT."""
         index = {path: i for i, path in enumerate(self.paths())}
-        return [index.get(key, ABSENT) for key in self.keys()]
+        return [index.get(path, ABSENT) for path in self.low_rank_inputs()]
 
 
 def factor_dtype(operands: Operands) -> torch.dtype:
-    """The dtype of every h and S of a group: fp32 where x has 16 bits and a factor of any member is wider."""
+    """The dtype of every h and S of a group: fp32 where x has 16 bits and any member's factor is wider."""
     return common.factor_dtype(operands.xs[0].dtype, [*operands.ups, *operands.downs])
 
 
 class Trained(NamedTuple):
-    """Of each distinct tensor that may have a gradient, whether it is wanted; or the gradient, None where it is not."""
+    """An entry for each distinct trainable tensor: whether its gradient is wanted, or the gradient (None: unwanted)."""
 
     xs: list[Any]
     downs: list[Any]
@@ -79,11 +88,11 @@ class Trained(NamedTuple):
     biases: list[Any]
 
     def without(self) -> Trained:
-        """None of each, for what is wanted to be added to."""
+        """The same lists filled with None, to which gradients are then added."""
         return Trained(*([None] * len(each) for each in self))
 
 
 def add(totals: list[Any], index: int, term: Tensor) -> None:
-    """One more member's term of a gradient."""
+    """Add one member's term to the gradient at `index`."""
     known = totals[index]
     totals[index] = term if known is None else known + term

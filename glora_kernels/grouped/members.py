@@ -1,8 +1,8 @@
-"""The members of a group as operands: tuples, one entry a member, of which a program selects its own.
+"""The operands of a group's kernels: tuples with one entry per member, from which a program picks its own.
 
-The device's side picks entry g; the host's makes the tuples. An absent operand is None in its list; where any member
-has it, the others get an address that is never read, with size or rank 0. A path is a low-rank input h = s·x̃·downᵀ
-that one or more members use.
+First the device functions that pick entry g, then the host functions that make the tuples. Where some members have an
+operand and others do not, the others get an address that is never read, with size or rank 0. A path is a low-rank input
+h = s·x̃·downᵀ that one or more members use.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from glora_kernels.runtime.recording import rows
 
 @triton.jit
 def pick(values, g):
-    """values[g], with g known at run time only."""
+    """values[g], where g is known at run time only."""
     value = values[0]
     for i in tl.static_range(1, len(values)):
         value = tl.where(g == i, values[i], value)
@@ -31,7 +31,7 @@ def pick(values, g):
 
 @triton.jit
 def pick_field(entries, g, FIELD: tl.constexpr):
-    """A field of entries[g]. One by one: Triton makes no structure but of a class that is written in the code."""
+    """A field of entries[g]. Field by field, since Triton can build a structure only of a class named in the code."""
     value = getattr(entries[0], FIELD)
     for i in tl.static_range(1, len(entries)):
         value = tl.where(g == i, getattr(entries[i], FIELD), value)
@@ -40,7 +40,7 @@ def pick_field(entries, g, FIELD: tl.constexpr):
 
 @triton.jit
 def rows_of(M, Ms, g):
-    """The rows of member g: M, where not every member has its own."""
+    """The number of rows of member g: M, where all members have the same."""
     if Ms is None:
         return M
     else:
@@ -49,13 +49,13 @@ def rows_of(M, Ms, g):
 
 @triton.jit
 def pick_rows(matrices, g):
-    """matrices[g], of matrices whose columns are neighbours."""
+    """matrices[g], where all have contiguous rows."""
     return Matrix(pick_field(matrices, g, "ptr"), pick_field(matrices, g, "row"), 1)
 
 
 @triton.jit
 def pick_weight(weights, g, COLS_FIRST: tl.constexpr):
-    """weights[g] (cols, depth), of weights whose rows are all contiguous (COLS_FIRST), or all of whose columns are."""
+    """weights[g] (cols, depth), where the rows of all are contiguous (COLS_FIRST), or the columns of all."""
     if COLS_FIRST:
         return pick_rows(weights, g)
     else:
@@ -87,7 +87,7 @@ def tiles(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def member_of(tile, M, Ms, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """(g, the first tile of member g) of a tile among all members' tiles."""
+    """(the member g that a tile belongs to, the first tile of g), tiles being numbered over all members."""
     g = tile * 0
     start = tile * 0
     first = tile * 0
@@ -100,19 +100,19 @@ def member_of(tile, M, Ms, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 def group_shape(xs: Sequence[Tensor], weights: Sequence[Tensor], rank: int) -> Shape:
-    """The sizes a configuration is chosen by: the class of the most rows, all columns together, the longest depth."""
+    """The sizes a configuration is chosen by: the class of the most rows, the sum of the columns, the largest depth."""
     m = configs.m_class(max(map(rows, xs)))
     return Shape(m, sum(w.shape[0] for w in weights), max(w.shape[1] for w in weights), rank)
 
 
 def row_counts(tensors: Sequence[Tensor]) -> dict[str, Any]:
-    """M, the most rows of a member, and Ms: those of each, where they differ."""
+    """M, the most rows of a member; Ms, the rows of each, or None where they are equal."""
     each = tuple(map(rows, tensors))
     return {"M": max(each), "Ms": each if len(set(each)) > 1 else None}
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
-    """A tensor for every member, of whichever has one where it has none itself; None where no member has."""
+    """A tensor for every member; one without gets that of another as a stand-in. None where no member has one."""
     stand_in = next((tensor for tensor in tensors if tensor is not None), None)
     if stand_in is None:
         return None
@@ -137,6 +137,6 @@ def biases(tensors: Sequence[Tensor | None]) -> tuple[Bias, ...] | None:
 
 
 def masks(p: float, seeds: Sequence[Tensor | int]) -> Masks | None:
-    """The masks of a kernel that drops, with one key a path; None where it does not."""
+    """The dropout masks of a kernel, one seed per path; None without dropout."""
     each = [Dropout(p, seed).key() for seed in seeds] if p > 0.0 else []
     return Masks(tuple(each), float(dropout_threshold(p)), 1.0 / (1.0 - p)) if each else None

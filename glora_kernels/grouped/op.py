@@ -1,10 +1,10 @@
-"""The grouped operator: several LoRA linear layers as one call, any operand shared.
+"""The grouped operator: several LoRA linear layers in one call; any operand may be shared.
 
     y_i = x_i·W_iᵀ + s_i·(x̃_i·down_iᵀ)·up_iᵀ + bias_i,   x̃ = mask·x/(1-p)
 
 On a GPU the forward of a group is one launch (two with dropout, a large rank, or fp32 factors over 16 bits) and its
-backward is four, as of one layer. It takes the place of `ops.glora_linear` where projections read one input: q, k and
-v; gate and up; K and V of every decoder layer on one encoder state.
+backward is four, as for a single layer. Use it instead of `ops.glora_linear` where projections read one input: q, k
+and v; gate and up; K and V of every decoder layer on one encoder state.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from glora_kernels.runtime import routes
 from glora_kernels.runtime.workspace import workspace_lock
 
 MAX_MEMBERS = 64
-"""The most members of one call: their addresses are arguments of one kernel."""
+"""The most members of one call, since the addresses of all members are arguments of one kernel."""
 
 Many = Sequence[Tensor | None] | Tensor | None
-"""One operand of a group: one tensor for all members, or one (or None) each."""
+"""One operand of a group: one tensor for all members, or a sequence with a tensor or None for each."""
 
 
 def grouped_lora_linear(
@@ -82,10 +82,10 @@ def grouped_lora_linear(
 
 
 class Layout(NamedTuple):
-    """Which of the members' tensors are the same, of the six fields of `Operands` in their order.
+    """Which members share tensors, for the six fields of `Operands` in their order.
 
-    places: of the distinct ones among all entries, member by member. sizes: how many each field has. indices: which
-    of them each member has.
+    places: the indices of the distinct tensors in the list of all entries. sizes: how many distinct ones each field
+    has. indices: for each field, which of its distinct tensors each member has.
     """
 
     places: tuple[int, ...]
@@ -94,9 +94,9 @@ class Layout(NamedTuple):
 
 
 def layout_of(entries: Sequence[Tensor | None], dropout_p: float) -> Layout:
-    """The layout of the members' tensors, field by field; of a seed only where something is dropped.
+    """The layout of the members' tensors, listed field by field. Seeds without dropout are ignored.
 
-    Entries count as the same where they are one object.
+    Entries are the same only if they are one object.
     """
     members = len(entries) // len(Operands._fields)
     kept = [*entries]
@@ -123,9 +123,9 @@ def layout_of(entries: Sequence[Tensor | None], dropout_p: float) -> Layout:
 def call(
     entries: Sequence[Tensor | None], layout: Layout, scales: tuple[float, ...], dropout_p: float
 ) -> Sequence[Tensor]:
-    """`grouped_lora_linear` of members whose layout is known, as a group of layers knows its own; its errors.
+    """`grouped_lora_linear`, errors included, where the layout is already known, as it is to a group of layers.
 
-    entries: their tensors, field by field of `Operands`.
+    entries: the members' tensors, field by field of `Operands`.
     """
 
     def check(row: Row) -> Values:
@@ -138,7 +138,7 @@ def call(
 
 
 def _size(**operands: Any) -> int:
-    """The number of members, which every operand that is a sequence must have as entries."""
+    """The number of members: the length of every operand that is a sequence."""
     counts = {}
     for name, value in operands.items():
         if isinstance(value, (int, float) if name == "scales" else (Tensor, NoneType)):
@@ -165,7 +165,7 @@ def _each(name: str, value: Any, members: int) -> list[Tensor | None]:
 
 
 def _check(row: Row, layout: Layout, dropout_p: float) -> None:
-    """The errors of `grouped_lora_linear`, which name the member."""
+    """Raise the errors of `grouped_lora_linear`, which name the member."""
     checks.check_dropout(dropout_p)
     distinct, first = parts(row, layout.sizes), given(row[0])
     for i, places in enumerate(zip(*layout.indices, strict=True)):
@@ -214,7 +214,7 @@ class _GroupedLoRALinear(Operator):
         return [*(unflat(y, lead) for y, lead in zip(ys, leads, strict=True)), *hs]
 
     def backward(self, dys: Sequence[Tensor], row: Row, values: Values, wanted: Sequence[bool]) -> list[Tensor | None]:
-        """Of an x that was not kept nothing is read: in its place is an empty one of its dtype."""
+        """An x that was not saved is not read either: an empty tensor of its dtype stands in for it."""
         empty = dys[0].new_empty(0)
         operands, group = self.signature.read([empty if t is None else t for t in row[: len(wanted)]], values)
         shapes = [*self.input_shapes(dys, operands, group), *(t.shape for t in operands.flat()[len(operands.xs) :])]
@@ -233,7 +233,7 @@ class _GroupedLoRALinear(Operator):
         ]
 
     def composite(self, row: Row, values: Values) -> tuple[Tensor, ...]:
-        """Each member a layer of its own."""
+        """Each member as a `glora_linear` of its own."""
         operands, group = self.signature.read(row, values)
         hs = row[sum(values.sizes or ()) + group.size :]
 
@@ -258,13 +258,13 @@ class _GroupedLoRALinear(Operator):
         return ys, hs
 
     def input_shapes(self, dys: Sequence[Tensor], operands: Operands, group: Group) -> list[Sequence[int]]:
-        """Of an x by the first member that reads it."""
+        """The shape of each x, from the dy and the weight of the first member that reads it."""
         first = [group.x.index(x) for x in range(len(operands.xs))]
         return [(*dys[i].shape[:-1], operands.weights[group.weight[i]].shape[1]) for i in first]
 
 
 def _at(tensors: Sequence[Any], index: int) -> Any:
-    """A member's own, or None."""
+    """tensors[index], or None where the member has no such operand."""
     return tensors[index] if tensors and index != ABSENT else None
 
 

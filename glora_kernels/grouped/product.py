@@ -1,9 +1,9 @@
 """The two large products of a group of LoRA layers, each in one launch.
 
-By pointers, a program selects its member's entries (`members.pick`), for any number of members; through descriptors
-(TMA), which cannot be selected at run time nor stand in a tuple, each of up to four members has its own copy of the
-loop, and the tuples of pointers are None. A weight is (columns of the result, depth) in both products, its rows
-contiguous (COLS_FIRST) or its columns.
+With pointers, a program picks the entries of its member (`members.pick`), for any number of members. Tensor descriptors
+(TMA) cannot be picked at run time or put in a tuple: each of up to four members then has its own copy of the loop, and
+the tuples of pointers are None. In both products a weight is (columns of the result, depth), with contiguous rows
+(COLS_FIRST) or columns.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def _fwd_tile(
     TMA: tl.constexpr, COLS_FIRST: tl.constexpr, PARTS: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one member's y (M,N) = x·Wᵀ + h·upᵀ + bias; with `down`, h = s·x·downᵀ is made beside it."""
+    """One tile of one member's y (M,N) = x·Wᵀ + h·upᵀ + bias; with `down`, h = s·x·downᵀ in the same loop."""
     i, j = tile.place_of(t, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), _GROUP)
     m = i * BLOCK_M + tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -90,10 +90,10 @@ def _grouped_fwd_kernel(
     COLS_FIRST: tl.constexpr, PARTS: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y_i = x_i·W_iᵀ + h_i·up_iᵀ + bias_i of every member; h_i = s_i·x_i·down_iᵀ made inside, or given (downs None).
+    """y_i = x_i·W_iᵀ + h_i·up_iᵀ + bias_i of every member; h_i = s_i·x_i·down_iᵀ, or read where `downs` is None.
 
-    Where some members have a bias or a low-rank pair, those that have none get one of size or rank 0, whose address
-    is never read.
+    Where some members have a bias or a low-rank pair, the others have one of size or rank 0, whose address is never
+    read.
     """
     for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         if xs is None:
@@ -127,7 +127,7 @@ def grouped_fwd_launch(
     *, downs: Sequence[Tensor | None], ups: Sequence[Tensor | None], biases: Sequence[Tensor | None],
     hs: Sequence[Tensor | None], leave_h: Sequence[bool], scales: Sequence[float], inside: bool, arch: str,
 ) -> Launch:  # fmt: skip
-    """y_i (M,N) = x_i·W_iᵀ + h_i·up_iᵀ + bias_i; `inside`: h_i (M,R) = s_i·x_i·down_iᵀ is made, and left `leave_h`."""
+    """y_i (M,N) = x_i·W_iᵀ + h_i·up_iᵀ + bias_i; `inside`: h_i (M,R) = s_i·x_i·down_iᵀ too, stored where `leave_h`."""
     ranks = [0 if up is None else up.shape[1] for up in ups]
     row_major = _row_major(weights)
     config = _fwd_config(xs, weights, max(ranks), arch)
@@ -150,12 +150,11 @@ def makes_h_inside(
     xs: Sequence[Tensor], weights: Sequence[Tensor], factors: Sequence[Tensor | None], rank: int, dropout_p: float,
     arch: str,
 ) -> bool:  # fmt: skip
-    """Whether `grouped_fwd_launch` makes h beside the product, which saves a launch and a read of x.
+    """Whether `grouped_fwd_launch` computes h as well, which saves a launch and a read of x.
 
-    Every column tile makes it again: rank/cols of the product's own work, taken where it is at most an eighth, or of a
-    few rows, whose product waits for W and not for the matrix unit, a quarter. A mask
-    would have to be drawn again with it, so never with dropout; nor with fp32 factors beside 16 bits, whose halves
-    have no place in the registers of the product's loop.
+    Every column tile computes h again, which is rank/cols of the product's own work: accepted up to an eighth, or with
+    few rows, where the product waits for W and not for the matrix unit, up to a quarter. Never with dropout, since each
+    tile would draw the mask again; nor with fp32 factors and a 16-bit x, whose halves would spill registers.
     """
     if halves(numerics(xs[0].dtype, *factors)):
         return False
@@ -170,7 +169,7 @@ def _fwd_config(xs: Sequence[Tensor], weights: Sequence[Tensor], rank: int, arch
 
 
 class Paths(NamedTuple):
-    """The paths of a backward: S (M,R), down (R,K) and the key of the mask of each."""
+    """The paths of a backward: for each S (M,R), down (R,K) and the dropout seed."""
 
     ss: Sequence[Tensor]
     downs: Sequence[Tensor]
@@ -212,8 +211,8 @@ def _grouped_dx_kernel(
 ):  # fmt: skip
     """dx_o (M,K) = Σ_i dy_i·W_i over the members that read x_o, + Σ_t mask_t∘(S_t·down_t)/(1-p) over its paths.
 
-    Members and paths stand in the order of their x: those of dx_o are FIRST_MEMBERS[o] to FIRST_MEMBERS[o+1], and
-    likewise of paths. Ms and Ks are those of the dx_o.
+    Members and paths are sorted by their x: the members of dx_o are FIRST_MEMBERS[o] to FIRST_MEMBERS[o+1], its paths
+    likewise. Ms and Ks are the sizes of the dx_o.
     """
     for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         if dys is None:
@@ -287,7 +286,7 @@ def grouped_dx_launch(
 
 
 def _firsts(owners: Sequence[int], count: int) -> tuple[int, ...]:
-    """Where the entries of each owner begin in a list in their order, and where the last one's end."""
+    """For each owner, the index of its first entry in a list sorted by owner; then the length of the list."""
     return tuple(sum(owner < o for owner in owners) for o in range(count + 1))
 
 
@@ -295,7 +294,7 @@ def _operands(
     lefts: Sequence[Tensor], rights: Sequence[Tensor], outs: Sequence[Tensor], cols_first: bool,
     config: dict[str, int], names: tuple[str, str, str],
 ) -> dict[str, Any]:  # fmt: skip
-    """The operands of a kernel by name: descriptors one by one, as x0 …, or matrices together, as xs."""
+    """The operands of a kernel by name: descriptors one by one (x0 …), or matrices as one tuple (xs)."""
     args: dict[str, Any] = {f"{name}{i}": None for name in names for i in range(MAX_DESCRIBED)}
     args |= dict.fromkeys(f"{name}s" for name in names)
     found = (

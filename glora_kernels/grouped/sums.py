@@ -1,7 +1,7 @@
-"""The thin products before and after the large ones of a group of LoRA layers, each in one launch.
+"""The low-rank products of a group of LoRA layers, before and after the large ones, each in one launch.
 
-The grid's last axis goes over the members, or over the paths (the distinct low-rank inputs) of the group; a program
-selects its own entries of the tuples of operands. The launchers allocate nothing.
+The grid covers the members or the paths (the distinct low-rank inputs) of the group; a program picks its own entries of
+the tuples of operands. The launchers allocate nothing.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def _grouped_down_kernel(
     NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """h_t (M,R) = s_t·drop_t(x_t)·down_tᵀ of every path t, each with its own mask."""
-    # Neighbouring programs take the paths of one block of rows: they read it from the L2.
+    # Neighbouring programs take all paths of one block of rows, so that they read it from the L2.
     t = tl.program_id(0) % len(xs)
     m = tl.program_id(0) // len(xs) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
@@ -80,11 +80,11 @@ def _grouped_dy_kernel(
 ):  # fmt: skip
     """One read of every dy_i: over a band of N, S_i[first band + band] (M,R) = s_i·dy_i·up_i, and sums along M.
 
-    parts_i (splits,·,N), columns of one tensor, are over the rows of a program Σ dy_i (WITH_G), then dy_iᵀh_i where
-    there are `hs`, of one block of the rank. A program beyond the rows of its member stores zeros there, where a longer
-    member has some. `band_width` is a multiple of BLOCK_N.
+    parts_i (splits,·,N), columns of one tensor, holds sums over the rows of a program: Σ dy_i (WITH_G), then dy_iᵀh_i
+    with `hs`, for one block of the rank. A program beyond the rows of its member stores zeros there, since other
+    members may have more rows. `band_width` is a multiple of BLOCK_N.
     """
-    # The columns of a large S by programs of their own, beside each other in time to share dy in the L2.
+    # Blocks of S's columns have programs of their own, neighbours in time, so that they share dy in the L2.
     i = tl.program_id(0) // RANK_BLOCKS
     rank_block = tl.program_id(0) % RANK_BLOCKS
     band = tl.program_id(1)
@@ -95,7 +95,7 @@ def _grouped_dy_kernel(
     dy = members.pick_rows(dys, g)
     m = i * BLOCK_M + tl.arange(0, BLOCK_M)
     r = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
-    # Sᵀ and not S: 16 rows of the rank keep the product on mma.sync, which takes what dy was loaded for elsewhere.
+    # Sᵀ and not S: with 16 rows (of the rank) the product stays on mma.sync, which takes dy as it is in registers.
     s_acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
     if parts is not None:
         part = members.pick(parts, g) + tl.cast(i, tl.int64) * part_split
@@ -127,7 +127,7 @@ def grouped_dy_launch(
 ) -> Launch:  # fmt: skip
     """S_i (·,M,R) = s_i·dy_i·up_i from its first band on, and part_i (splits,·,N): Σ dy_i (`with_g`), then dy_iᵀh_i.
 
-    The latter where `hs` are there. The parts are columns of one tensor, and `shape` is the largest of the members.
+    dy_iᵀh_i only with `hs`. The parts are columns of one tensor, and `shape` is the largest of the members.
     """
     sizes = members.row_counts(dys)
     config = _dy_config(shape._replace(m=configs.m_class(sizes["M"])), dys[0].dtype, arch, factors)
@@ -152,8 +152,8 @@ def grouped_dy_sizes(
 ) -> tuple[int, int, int]:
     """(splits of M, bands of N, width of a band): the leading sizes of what `grouped_dy_launch` fills.
 
-    The members' programs run beside each other, so that each needs fewer bands than alone. Where up to `sharing`
-    members add to one S, their bands together are no more than `most_bands`, as long as that can be.
+    The members' programs run at the same time, so that each member needs fewer bands than alone. Where up to `sharing`
+    members write to one S, they get at most `most_bands` bands together if possible, but each at least one.
     """
     shape = shape._replace(m=configs.m_class(m := shape.m))
     config = _dy_config(shape, dtype, arch, factors)
@@ -164,7 +164,7 @@ def grouped_dy_sizes(
 
 
 def most_bands(rank: int) -> int:
-    """How many bands of S a kernel of a group reads: `_grouped_x_kernel` has shared memory for so many, in fp32."""
+    """The most bands of S that `_grouped_x_kernel` can read: so many fit in its shared memory, in fp32."""
     return max(1, min(configs.MAX_BANDS, 192 // configs.block_r(rank, configs.RANK_BLOCK)))
 
 
@@ -181,8 +181,8 @@ def _grouped_x_kernel(
 ):  # fmt: skip
     """part_t (splits,R,K) = S_tᵀ·drop_t(x_t) of every path, over the rows of each split; S_t (BANDS,M,R).
 
-    The rows of a part lie `part_row` apart, or without it K_t. The programs of the first columns leave Σ_bands S_t in
-    `sums_t` (M,R), where there are such: for dx, which would otherwise add them up for every tile.
+    The rows of a part are `part_row` apart, K_t if that is None. With `sums`, the programs of the first columns store
+    Σ_bands S_t in `sums_t` (M,R), for dx, each tile of which would otherwise sum them again.
     """
     t = tl.program_id(2)
     k0 = tl.program_id(0) // RANK_BLOCKS * BLOCK_K
@@ -206,7 +206,7 @@ def _grouped_x_kernel(
                 seed = tile.seed_of(members.pick(masks.seeds, t))
                 x_tile = tile.dropped(x_tile, seed, m, k0, tl.cast(masks.threshold, tl.int32), 1.0, BLOCK_M, BLOCK_K)
             acc = tile.dot_thin(s_tile, x_tile, acc, NUMERICS)
-            # A step ahead, as in `tile.thin_product`.
+            # Loaded one step ahead, as in `tile.thin_product`.
             s_tile = tile.read_banded(s, r, m + BLOCK_M, R, last, rows, BANDS, TRANSPOSED=True).to(
                 NUMERICS.factor_dtype
             )
@@ -215,7 +215,7 @@ def _grouped_x_kernel(
         part = members.pick(parts, t) + tl.cast(tl.program_id(1), tl.int64) * part_split
         tile.write(Matrix(part, K if part_row is None else part_row, 1), acc, r, k, R, K)
         if sums is not None:
-            if k0 == 0:  # by itself: a branch within the loop above would serialize its wgmma
+            if k0 == 0:  # a loop of its own, since a branch inside the loop above would serialize its wgmma
                 for m0 in range(first, last, BLOCK_M):
                     m = m0 + tl.arange(0, BLOCK_M)
                     total = tile.read_banded(s, r, m, R, last, rows, BANDS, TRANSPOSED=True)
@@ -229,8 +229,8 @@ def grouped_x_launch(
 ) -> Launch:  # fmt: skip
     """part_t (splits,R,K) = S_tᵀ·drop_t(x_t) over the rows of each split, S (bands,M,R); `shape` is the largest.
 
-    Σ_bands S_t goes to `sums` (M,R), where they are given. S is multiplied in the dtype of x, or of the `factors` where
-    that is wider.
+    Σ_bands S_t goes to `sums` (M,R) if given. Products with S are in the dtype of x, or of `factors` where that is
+    wider.
     """
     sizes = members.row_counts(xs)
     config = tables.choose("x", arch, xs[0].dtype, shape._replace(m=configs.m_class(sizes["M"])))
@@ -254,7 +254,7 @@ def grouped_x_launch(
 
 @triton.jit(do_not_specialize=["M", "bands"])
 def _grouped_bands_kernel(ss, sums, M, Ms, Rs, bands, BLOCK: tl.constexpr):
-    """sums_t (M,R) = Σ_bands S_t of every path: where nobody reads x, or more bands than are read at a time."""
+    """sums_t (M,R) = Σ_bands S_t of every path, where `_grouped_x_kernel` cannot do it."""
     t = tl.program_id(1)
     size = tl.cast(members.rows_of(M, Ms, t), tl.int64) * members.pick(Rs, t)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -278,6 +278,6 @@ def grouped_bands_launch(ss: Sequence[Tensor], sums: Sequence[Tensor]) -> Launch
 
 
 def _rank_blocks(rank: int) -> dict[str, int]:
-    """The columns of S that one program makes, or multiplies x by, and how many programs share them."""
+    """BLOCK_R: the columns of S that one program computes or reads; RANK_BLOCKS: how many such blocks there are."""
     block = configs.block_r(rank, configs.RANK_BLOCK)
     return {"RANK_BLOCKS": max(1, cdiv(rank, block)), "BLOCK_R": block}

@@ -1,10 +1,9 @@
-"""Bases that another library's layers keep: what one is made of, or why the operators cannot take it.
+"""The operators called from a layer of PEFT, which keeps its base as a module (`base_layer`).
 
     y = x (W + Σᵢ (W∘Aᵢ + sᵢ·Bᵢ))ᵀ + b + Σᵢ (b∘Dᵢ + Eᵢ + W·Cᵢ)        over the active adapters i
 
-A layer of PEFT keeps its base in `base_layer`. Here is how such a base is read (`frozen_base`), the sum of several
-adapters (`total`), and the call (`peft_linear`). Whatever the operators cannot take is a string: the reason, in words
-for a summary.
+`frozen_base` reads the base, `total` sums several adapters, `peft_linear` makes the call. Where the operators cannot
+take something, functions return a string: the reason, for a summary.
 """
 
 from __future__ import annotations
@@ -46,25 +45,25 @@ NARROW = "x and the adapter are wider than the dtype that its 4-bit base compute
 RANK = f"a rank above {MAX_RANK}, which the GPU kernels do not hold"
 
 PLAIN = (nn.Parameter, Tensor)
-"""The types of a tensor that is what it looks like; a part of a sharded one has another."""
+"""The types of ordinary tensors; a part of a sharded one has another type."""
 IN_A_TRAINED_UNIT = "in_a_trained_unit"
-"""Of a base that FSDP (the first) gathers together with trained parameters: its weight then is a view, which needs
-gradients because they do."""
-_PARALLEL = ("_hf_tp_plan", "_hf_device_mesh")  # what transformers writes on a tensor-parallel module
-_Layer: Any = object  # in use beside a class of PEFT, whose attributes it may read
+"""Key: FSDP1 has flattened the base together with trained parameters, so its weight is a view that requires a gradient
+only because they do."""
+_PARALLEL = ("_hf_tp_plan", "_hf_device_mesh")  # attributes that transformers sets on a tensor-parallel module
+_Layer: Any = object  # typed Any, because subclasses also derive from a class of PEFT and use its attributes
 
 
 class OverBase(_Layer):
-    """A layer of PEFT over a base that the operators take; before PEFT's class in the order of resolution."""
+    """A mixin for layers of PEFT whose base our operators take; it comes before PEFT's class in the MRO."""
 
-    _glora_kept: dict[str, Any]  # what `frozen_base` keeps
+    _glora_kept: dict[str, Any]  # the cache of `frozen_base`
 
     def parts(self, x: Tensor | None = None) -> tuple[Frozen, Operands] | str:
-        """The base and the sum of the active adapters for a call with x, or why the operators do not take them."""
+        """The base and the sum of the active adapters for a call with x, or the reason why there is no such call."""
         return IDLE if self._disable_adapters or self.merged_adapters else self.active_parts(x)
 
     def active_parts(self, x: Tensor | None = None) -> tuple[Frozen, Operands] | str:
-        """`parts`, as if nothing were disabled or merged."""
+        """`parts` as if no adapter were disabled or merged."""
         adapters = []
         for name in self.active_adapters:
             operands = self.operands(name)
@@ -81,15 +80,15 @@ class OverBase(_Layer):
         return operands if isinstance(operands, str) else (base, operands)
 
     def operands(self, name: str) -> Operands | str | None:
-        """The tensors of the adapter of this name, why they cannot be taken, or None where the layer has none."""
+        """The adapter of this name, or the reason why the operators do not take it; None if the layer has none."""
         raise NotImplementedError
 
     def frozen(self, x: Tensor | None = None) -> Frozen | str:
-        """The base for a call with x, or why the operators do not take it."""
+        """The base for a call with x, or the reason why the operators do not take it."""
         return frozen_base(self.base_layer, self._glora_kept, x)
 
     def warmup_form(self) -> Form | None:
-        """The layer as `warmup` runs it; None where it is not one call on the operators."""
+        """The layer in the form that `warmup` takes; None where it is not one call of the operators."""
         found = self.parts()
         if isinstance(found, str):
             return None
@@ -112,7 +111,7 @@ class OverBase(_Layer):
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module is calling its class's forward and nothing else."""
+    """Whether calling the module only runs the forward of its class: no hooks, no replaced forward."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -123,30 +122,30 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def has_other_forward(module: nn.Module) -> bool:
-    """Whether the forward of a module was replaced by another than its class's, which taking hooks off puts back."""
+    """Whether the module's forward was replaced. Its class's own, put back when hooks are removed, does not count."""
     forward = vars(module).get("forward")
     own = getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
     return forward is not None and not own
 
 
 def tensor_of(module: nn.Module, name: str) -> Any:
-    """What the module's forward reads under this name: a parameter, or what stands in its place.
+    """The parameter of this name, or another attribute in its place; None where the module has none.
 
-    That is a buffer, or the copy that a replica of `nn.DataParallel` has as a plain attribute; None where the module
-    has nothing of the name. The parameter is asked for first because `nn.Module.__getattr__` is slow.
+    In its place may be a buffer, or in a replica of `nn.DataParallel` a plain attribute. The parameter is looked up
+    first because `nn.Module.__getattr__` is slow.
     """
     found = module._parameters.get(name)
     return getattr(module, name, None) if found is None else found
 
 
 def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) -> Frozen | str:
-    """What the base of a layer is made of, or why the operators cannot take it.
+    """The weight and bias of a layer's base, or the reason why the operators cannot take it.
 
     Args:
         base: an `nn.Linear`, a transformers `Conv1D`, a bitsandbytes `Linear4bit` or a `QuantizedLinear`.
-        kept: what is known of the base from call to call: its class; the 4-bit weight of a `Linear4bit`, whose reading
-            asks the device; `IN_A_TRAINED_UNIT`.
-        x: what the layer is called with; a `Linear4bit` takes the dtype it computes in from its first one.
+        kept: a cache of the caller for this base: its class; the 4-bit weight of a `Linear4bit`, since reading that
+            synchronizes with the device; `IN_A_TRAINED_UNIT`.
+        x: the input of the layer; a `Linear4bit` sets its compute dtype from its first one.
     """
     if not is_plain(base):
         return HOOKED
@@ -167,7 +166,7 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
         is_another = plain is None or plain is nn.Linear
         return f"its base is a {kind.__name__}" if is_another else f"{kind.__name__} has a forward of its own"
     weight = tensor_of(base, "weight")
-    if weight is not None and weight.is_meta and not is_planning():  # what is only planned needs no numbers
+    if weight is not None and weight.is_meta and not is_planning():  # planning needs no values
         return ON_META
     if isinstance(base, QuantizedLinear):
         return base.frozen()
@@ -178,24 +177,25 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
     if weight.requires_grad:
         if not weight.is_leaf:
             kept[IN_A_TRAINED_UNIT] = True
-        # Without gradients as well: reentrant checkpoints run forward so, and again with them.
+        # A trained leaf also without gradients: reentrant checkpoints run forward without them, and again with them.
         if weight.is_leaf or torch.is_grad_enabled():
             return TRAINED_BASE
     return Frozen(weight if plain is nn.Linear else weight.t(), tensor_of(base, "bias"))
 
 
 def read_base(base: nn.Module) -> dict[str, Any]:
-    """What `frozen_base` keeps of a base, read now: torch.compile cannot trace the reading of a 4-bit state."""
+    """A filled cache for `frozen_base`; made in advance because torch.compile cannot trace reading a 4-bit state."""
     kept: dict[str, Any] = {}
     frozen_base(base, kept)
     return kept
 
 
 def before_its_own_forward(base: nn.Module, differentiated: Iterable[Any]) -> None:
-    """What there is to do before a base is called by its own forward, in eval mode as in training.
+    """Prepare a call of the base's own forward: keep bitsandbytes from repacking it.
 
     Raises:
-        RuntimeError: bitsandbytes has repacked the base, and a gradient of one of `differentiated` would be wrong.
+        RuntimeError: bitsandbytes has repacked the base already, and one of `differentiated` requires a gradient,
+            which would be wrong.
     """
     if not is_linear4bit(base):
         return
@@ -210,7 +210,7 @@ def before_its_own_forward(base: nn.Module, differentiated: Iterable[Any]) -> No
 
 
 def total(adapters: Sequence[Operands]) -> Operands | str:
-    """The operands of the sum of several adapters on one base, or why one call cannot take it."""
+    """The operands of the sum of several adapters on one base, or the reason why one call cannot compute it."""
     if len(adapters) == 1:
         return adapters[0]
     if any(adapter.dropout_p for adapter in adapters):
@@ -224,7 +224,7 @@ def total(adapters: Sequence[Operands]) -> Operands | str:
 
 
 def refusal_of_x(x: Tensor, base: Frozen, operands: Operands) -> str | None:
-    """Why this x keeps a layer from the operators, or None."""
+    """The reason why the operators cannot take this x with this base and these operands, or None."""
     if type(x) not in PLAIN:
         return SUBCLASS
     if not is_strided(x):
@@ -249,15 +249,15 @@ def refusal_of_x(x: Tensor, base: Frozen, operands: Operands) -> str | None:
 
 
 def is_above_rank(operands: Operands, is_cuda: bool) -> bool:
-    """Whether the GPU kernels would have to hold more than `MAX_RANK` rows of factors."""
+    """Whether the ranks of A and B add up to more than `MAX_RANK`, the most that the GPU kernels take."""
     downs = (operands.tensors[name] for name in ("A_down", "B_down"))
     return is_cuda and sum(len(down) for down in downs if down is not None) > MAX_RANK
 
 
 def is_wider(x: Tensor, base: Frozen, operands: Operands) -> bool:
-    """Whether x and a part of its adapter are wider than what their 4-bit base computes in, and autocast is off.
+    """Whether x and a part of the adapter are wider than the compute dtype of a 4-bit base, with autocast off.
 
-    As after `prepare_model_for_kbit_training`, where a model of bfloat16 has an fp32 residual stream.
+    This is so after `prepare_model_for_kbit_training`, which gives a bfloat16 model an fp32 residual stream.
     """
     narrow = base.compute_dtype
     if narrow is None or narrow.itemsize >= x.dtype.itemsize or torch.is_autocast_enabled(x.device.type):
@@ -266,9 +266,9 @@ def is_wider(x: Tensor, base: Frozen, operands: Operands) -> bool:
 
 
 def peft_linear(x: Tensor, base: Frozen, adapter: Operands) -> Tensor:
-    """`adapted_linear`; where x is wider than what its base computes in (`is_wider`), as PEFT's layers compute it.
+    """`adapted_linear`; where x and the adapter are wider than the base's compute dtype (`is_wider`), as PEFT does.
 
-    Only what multiplies W is computed there then, and what is added to it in the dtype of x.
+    Then only the product with W + W∘A is in the compute dtype, and the terms added to it are in the dtype of x.
     """
     if not is_wider(x, base, adapter):
         return adapted_linear(x, base, adapter)
@@ -277,7 +277,7 @@ def peft_linear(x: Tensor, base: Frozen, adapter: Operands) -> Tensor:
 
 
 def _added(x: Tensor, base: Frozen, adapter: Operands) -> Tensor:
-    """s·h·B_upᵀ + σ·Bᵀ + b∘D + E + W·C in the dtype of x, of PyTorch's operations."""
+    """s·h·B_upᵀ + σ·Bᵀ + b∘D + E + W·C in the dtype of x, by PyTorch's operators."""
     p, dtype = adapter.tensors, x.dtype
     y = x.new_zeros(())
     if p["B_up"] is not None and p["B_down"] is not None:
@@ -299,8 +299,8 @@ def _linear4bit(base: Any, kept: dict[str, Any], x: Tensor | None) -> Frozen | s
     state = getattr(parameter, "quant_state", None)
     if state is None or getattr(state, "packing_format_for_cpu", False):
         return refusal(base) or "its quant_state was lost"
-    # The same parameter can be given other memory (a move to a device and back), the same state other numbers
-    # (bitsandbytes' packing for inference on a CPU, and its undoing when a state dict is taken).
+    # The memory is compared too: a parameter may get other memory (a move to a device and back), and a state other
+    # numbers (bitsandbytes' packing for inference on a CPU, undone when a state dict is taken).
     device = parameter.device
     memory = None if torch.compiler.is_compiling() else (parameter.data_ptr(), state.absmax.data_ptr())
     if (
@@ -310,7 +310,7 @@ def _linear4bit(base: Any, kept: dict[str, Any], x: Tensor | None) -> Frozen | s
         or (memory is not None and kept.get("memory") != memory)
     ):
         try:
-            with torch.inference_mode(False):  # it outlives the call that it is first read in
+            with torch.inference_mode(False):  # it is kept for later calls
                 weight = from_linear4bit(base)
         except (TypeError, ValueError) as error:
             return str(error)

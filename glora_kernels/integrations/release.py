@@ -1,4 +1,4 @@
-"""Which releases of PEFT the integrations are made for."""
+"""The releases of PEFT that the integrations support."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 PEFT, NEWEST = "0.20", "0.21"
-"""The lowest release, which is the first with GLoRA and HiRA, and the newest that was tested."""
+"""The oldest release supported, the first with GLoRA and HiRA, and the newest that was tested."""
 
 
 def need_peft(who: str) -> None:
-    """An ImportError where PEFT is missing or older than `PEFT`, a warning where it is newer than `NEWEST`.
+    """Raise an ImportError where PEFT is missing or older than `PEFT`; warn where it is newer than `NEWEST`.
 
-    `who` is what needs it. A newer release may have layers that compute something else under the same names.
+    The layers of a newer release may compute something else under the same names. who: the caller, for the message.
     """
     try:
         found = version("peft")

@@ -72,7 +72,7 @@ def forward(x: Tensor, weight: Weight, rows: Tensor, adapters: Sequence[Adapter]
         dense = eager.cast_weight(weight, dtype)
         for part, found in zip(shared, terms, strict=True):
             # What A does not scale comes after it.
-            eager.put_terms(y[part.at], x[part.at], found if part.s.a is None else eager.Terms(found.beta))
+            eager.put_terms(y[part.at], x[part.at], found if part.s.a is None else eager.AddedTerms(found.beta))
         for part, products in _by_rank(shared, lambda part: _times(x, part, given(part.s.a_down)), dense.t()):
             y[part.at] += _over_ranks(products, given(part.s.a_up).t())
         together = slice(shared[-1].at.stop)
@@ -165,7 +165,9 @@ def _sorted(rows: Tensor, adapters: Sequence[Adapter], supports: Sequence[Suppor
     return order, parts
 
 
-def terms_of(x: Tensor, weight: Weight, s: Supports, call: Call, y: Tensor | None = None) -> tuple[eager.Terms, Made]:
+def terms_of(
+    x: Tensor, weight: Weight, s: Supports, call: Call, y: Tensor | None = None
+) -> tuple[eager.AddedTerms, Made]:
     """What one adapter adds to its rows x: as it is added to the product, and as backward reads it beside y."""
     keep = None if s.b_up is None else eager.keep_of(call.dropout_p, call.seed, len(x), x.shape[1], x.device)
     terms, u = eager.small_terms(x, weight, s, call, keep)

@@ -19,6 +19,7 @@ from glora_kernels.dispatch.common import Codes, Weight, cast, codes_of, flat, g
 from glora_kernels.dispatch.operator import Operator
 from glora_kernels.dispatch.prepared import Prepared
 from glora_kernels.dispatch.signature import Row, Signature, Values, parts
+from glora_kernels.dispatch.ways import rows_of
 from glora_kernels.glora import composite
 from glora_kernels.glora.call import C, Needs, Supports
 from glora_kernels.glora.op import Settings, checked
@@ -115,7 +116,7 @@ def values_of(weight: Weight, numbers: tuple[Any, ...], lengths: tuple[int, ...]
 
 def _index(rows: Tensor | Sequence[int], x: Tensor, count: int) -> Tensor:
     """The adapter of each row of x, (M,)."""
-    lead = tuple(x.shape[:-1])
+    lead = tuple((rows_of(x)[0] if x.is_nested else x).shape[:-1])
     if isinstance(rows, Tensor):
         if rows.dtype.is_floating_point or rows.dtype.is_complex or rows.dtype == torch.bool:
             raise TypeError(f"rows must be numbers of adapters, a tensor of integers; got {rows.dtype}")

@@ -193,7 +193,7 @@ def _passed(
 ) -> Sequence[Tensor | None]:
     """The results of a pass, by its program where it has one."""
     first = given(tensors[0])
-    operands = program.Operands(tensors, frozenset(with_rows), len(first), first.get_device())
+    operands = program.PassInputs(tensors, frozenset(with_rows), len(first), first.get_device())
     found = program.find(name, function, operands, values)
     return function(tensors, *values) if found is None else found.run(tensors, len(first))
 

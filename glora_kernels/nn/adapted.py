@@ -1,9 +1,9 @@
-"""One adapted call: what a frozen base and its adapter are made of, and the output y of an x.
+"""One call of an adapted layer: the frozen base and the adapter as a call takes them, and the function that computes y.
 
     y = x (W + W∘A + s·B)ᵀ + b + b∘D + E + W·C
 
-`GLoRALinear` and the layers of PEFT collect a `Frozen` and `Operands`, each in its own way; the call is one function.
-The parameters of an adapter have the names and shapes of `GLoRAConfig.parameter_shapes`.
+`GLoRALinear` and our layers for PEFT each collect the fields of a `Frozen` and of `Operands`; both call
+`adapted_linear`. The parameters of an adapter have the names and shapes of `GLoRAConfig.parameter_shapes`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ ADAPTER_NAMES: tuple[str, ...] = ("A", "A_up", "A_down", "B", "B_up", "B_down", 
 ABSENT: Mapping[str, Tensor | None] = dict.fromkeys(ADAPTER_NAMES)
 
 SHIFTS = frozenset(name for name in ADAPTER_NAMES if name[0] in "CDE")
-"""Those that make the full bias of a layer another than its base's."""
+"""The names of the parameters that change the full bias β = b + b∘D + E + W·C."""
 
 
 class Frozen(NamedTuple):
-    """A base of shape (N, K). `compute_dtype`: what x is cast to over 4 bits, and y back from; None: x decides."""
+    """A frozen base: weight W (N, K), dense or 4-bit, and bias (N,) or None.
+
+    compute_dtype: with a 4-bit weight, x is cast to it and y back to the dtype of x. None: x keeps its dtype.
+    """
 
     weight: Weight
     bias: Tensor | None
@@ -40,9 +43,10 @@ class Frozen(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """An adapter in a call. tensors: by parameter name, None where it has none (`ABSENT` with its own in their places).
+    """The adapter in one call.
 
-    scale: s. dropout_p: of the low-rank B path; already 0 outside training.
+    tensors: every name of `ADAPTER_NAMES` is a key; None where the adapter has no such parameter. scale: s.
+    dropout_p: dropout on x in the low-rank B path; the caller passes 0 in eval mode.
     """
 
     tensors: Mapping[str, Tensor | None] = ABSENT
@@ -52,7 +56,7 @@ class Operands(NamedTuple):
 
     @classmethod
     def of(cls, config: GLoRAConfig, tensors: Mapping[str, Tensor], training: bool) -> Operands:
-        """An adapter of this configuration, of those tensors that it has, in training mode or not."""
+        """The operands of an adapter with this configuration; `tensors` holds only the parameters that it has."""
         dropout_p = config.dropout if training and config.B == "lora" else 0.0
         return cls({**ABSENT, **tensors}, config.scale, dropout_p, config.variant)
 
@@ -69,46 +73,47 @@ def adapted_linear(
 
     Args:
         x: the input.
-        base: the fields of a `Frozen`.
-        adapter: the fields of `Operands`.
-        seed: the key of the dropout mask; None: one is drawn, where there is dropout.
-        linear: the operator, or what stands for it.
-        beta: the full bias as it is computed once for many calls, in fp32, in the place of b, C, D and E.
+        base: a `Frozen`, or a plain tuple of its fields, which costs less host time.
+        adapter: `Operands`, or a plain tuple of its fields.
+        seed: of the dropout mask; None: one is drawn if there is dropout.
+        linear: `glora_linear`, or a callable with its signature (`DeferredLinear`, inside deferred_shared_grads).
+        beta: the full bias in fp32, computed beforehand (`shift_once`); it replaces b, C, D and E.
 
     Raises:
         The errors of `ops.glora_linear`.
     """
     weight, bias, compute_dtype = base
-    p, scale, dropout_p, variant = adapter
-    dtype = None
+    tensors, scale, dropout_p, variant = adapter
+    back_to = None
     if isinstance(weight, QuantizedWeight):
         check_floating(x)
         if compute_dtype is not None:
-            x, bias, dtype = x.to(compute_dtype), None if bias is None else bias.to(compute_dtype), x.dtype
+            back_to, x = x.dtype, x.to(compute_dtype)
+            bias = None if bias is None else bias.to(compute_dtype)
     if beta is not None:
-        bias, p = beta, {**p, **dict.fromkeys(SHIFTS)}
+        bias, tensors = beta, {**tensors, **dict.fromkeys(SHIFTS)}
     if dropout_p and seed is None:
         seed = dropout_seed(x.device)
     y = linear(
         x, weight, bias,
-        a=p["A"], a_up=p["A_up"], a_down=p["A_down"],
-        b=p["B"], b_up=p["B_up"], b_down=p["B_down"], scale=scale, dropout_p=dropout_p, seed=seed,
-        c=p["C"], c_up=p["C_up"], c_down=p["C_down"],
-        d=p["D"], e=p["E"], variant=variant,
+        a=tensors["A"], a_up=tensors["A_up"], a_down=tensors["A_down"],
+        b=tensors["B"], b_up=tensors["B_up"], b_down=tensors["B_down"], scale=scale, dropout_p=dropout_p, seed=seed,
+        c=tensors["C"], c_up=tensors["C_up"], c_down=tensors["C_down"],
+        d=tensors["D"], e=tensors["E"], variant=variant,
     )  # fmt: skip
-    return y if dtype is None else y.to(dtype)
+    return y if back_to is None else y.to(back_to)
 
 
 def base_linear(x: Tensor, base: tuple[Weight, Tensor | None, torch.dtype | None]) -> Tensor:
-    """y of the base alone, where it is dense by PyTorch's own operator."""
+    """y of the base alone; a dense base uses PyTorch's `F.linear`."""
     weight, bias, _ = base
     return F.linear(x, weight, bias) if isinstance(weight, Tensor) else adapted_linear(x, base, Operands())
 
 
 def check_floating(x: Tensor) -> None:
-    """An error for an x that a cast to the dtype of computation would hide.
+    """Raise a TypeError for an integer x, which the cast to the compute dtype would hide.
 
-    Some models cast x to the dtype of the next layer's weight, which over a 4-bit base is that of its codes.
+    Some models cast x to the dtype of the next layer's weight; the weight of a 4-bit layer is uint8 codes.
     """
     if not x.is_floating_point():
         hint = "; a model that casts x to the dtype of a layer's weight (T5's wo) must keep that layer dense"
@@ -116,10 +121,10 @@ def check_floating(x: Tensor) -> None:
 
 
 def weighted_sum(adapters: Sequence[Operands], weights: Iterable[float]) -> dict[str, Tensor | None]:
-    """The tensors of Σ_i w_i·(W∘A_i + s_i·B_i) and Σ_i w_i·(b∘D_i + E_i + W·C_i), to be called with s = 1.
+    """The tensors of one adapter, with scale 1, equal to Σ_i w_i·(W∘A_i + s_i·B_i) and Σ_i w_i·(b∘D_i + E_i + W·C_i).
 
-    Vectors and constants are added; factors are put side by side: [w_1·s_1·up_1, w_2·s_2·up_2, ...]·[down_1; down_2;
-    ...], with s_i the scale of B, 1 of A and C. The ranks add up.
+    Vectors and constants are added. Factors are concatenated along the rank: [w_1·s_1·up_1, w_2·s_2·up_2, ...] and
+    [down_1; down_2; ...], where s_i is the scale for B and 1 for A and C. The ranks add up.
     """
     parts: dict[str, list[Tensor]] = {name: [] for name in ABSENT}
     for adapter, weight in zip(adapters, weights, strict=True):

@@ -1,4 +1,4 @@
-"""Saving and loading the adapters of a model: its state against a file's, checked before it is changed."""
+"""Saving and loading the adapters of a model; a file is checked against the model before the model is changed."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from glora_kernels.nn.targets import Linear, linears, refuse_4bit
 from glora_kernels.nn.undo import all_or_none
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""The dtypes that values are cast between; any other must be the model's own."""
+"""The dtypes that loading casts between; a tensor of any other dtype must have it in the model too."""
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapters and the modules trained whole (`inject(..., train=...)`) to one safetensors file.
 
-    The file appears complete or not at all: it is written beside its place, flushed to disk, and renamed. A
-    shared factor is stored once, with the names it has. A bias of the base that was made trainable is saved too.
+    The file appears complete or not at all: a temporary file is written, flushed to disk, and renamed. A shared
+    factor is stored once, with all its names. A bias of the base that was made trainable is saved too.
     Works while merged.
 
-    Of a sharded model (FSDP2) every rank must call this: the parts are gathered, one parameter at a time, the mesh's
-    first rank writes the same file as of a model in one piece, the others wait. A model that every rank has in full
-    (DistributedDataParallel) is written by whoever calls: let one rank do it.
+    With a sharded model (FSDP2) every rank must call this: the parameters are gathered one at a time, the first rank
+    of the mesh writes the same file as for an unsharded model, the others wait. With a model that every rank has in
+    full (DistributedDataParallel) every caller writes: let one rank call.
 
     Args:
-        model: a model with GLoRA layers, also inside torch.compile, DistributedDataParallel, AveragedModel and their
-            like: the file has the names of the model inside.
+        model: a model with GLoRA layers. It may be wrapped (torch.compile, DistributedDataParallel, AveragedModel,
+            ...); the file has the names of the model inside.
         path: the file; an existing one is replaced.
 
     Raises:
@@ -86,12 +86,12 @@ def load_adapter(model: nn.Linear | QuantizedLinear, path: str | os.PathLike[str
 @overload
 def load_adapter(model: M, path: str | os.PathLike[str]) -> M: ...
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Load what `save_adapter` wrote. A plain model is injected first, exactly as the saved one was.
+    """Load a file of `save_adapter`. A plain model is injected first, exactly as the saved one was.
 
     An injected model must have the file's layers with the file's configurations (dropout may differ), the
-    same modules trained whole, and share the factors that the file's model shared. Values are cast to the dtype
-    of the model's parameters. In a plain model that is the base's, but fp32 over a 16-bit base unless they were saved
-    in its very dtype: loading rounds nothing. Where it fails, at whatever point, the model is as before.
+    same modules trained whole, and share the factors that the file's model shared. Values are cast to the dtype of the
+    model's parameters. A plain model gets parameters in the dtype of the base; over a 16-bit base fp32, unless the
+    values were saved in the base's dtype, so that loading rounds nothing. After an error the model is as before.
 
     Args:
         model: the plain or injected model; changed in place.
@@ -102,9 +102,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, altered, no adapter or of a newer format, or it does not fit the
-            model (a value beyond the model's dtype does not); the message names the first differences. Or the model
-            is sharded already.
+        ValueError: the file is damaged, altered, no adapter or of a newer format; or it does not fit the model (also
+            where a value overflows the model's dtype), and the message names the first differences; or the model is
+            sharded already.
         RuntimeError: a layer of the model is merged.
     """
     refuse_sharded(unwrap(model), "load_adapter", "load the adapter before fully_shard")
@@ -138,7 +138,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
 
 def _cast(where: str, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values of a file in the dtype that the model has them in; none may become infinite."""
+    """The values of a file cast to the dtype of the model; an error where one overflows to infinity."""
     cast = values.to(dtype)
     if values.is_floating_point() and (cast.isinf() & ~values.isinf()).any():
         raise ValueError(
@@ -157,14 +157,14 @@ def _target(path: str | os.PathLike[str]) -> Path:
 
 
 def _inject(model: nn.Module, adapter: Adapter, where: str, undo: ExitStack) -> nn.Module:
-    """Give a plain model the file's layers, once everything about the two was found to fit."""
+    """Give a plain model the file's layers, after checking that file and model fit."""
     root = unwrap(model)
     modules = dict(all_paths(root))
     found = {path: linear for linear in linears(root) for path in linear.paths}
     if absent := sorted(set(adapter.train) - set(modules)):
         raise ValueError(f"{where} trains the module {absent[0]!r}, which the model does not have")
     trained = {path: modules[path] for path in adapter.train}
-    kept = _trained_state(trained)  # what the model has and shares already
+    kept = _trained_state(trained)  # tensors that the model has already, with their sharing
     expected: dict[str, Tensor] = {}
     entries: dict[str, LayerEntry] = {}
     for path, entry in adapter.layers.items():
@@ -181,7 +181,7 @@ def _inject(model: nn.Module, adapter: Adapter, where: str, undo: ExitStack) -> 
     fitting = Adapter(entries, adapter.train, new | _ties(kept), {}, adapter.siblings)
     _check_fits(where, adapter, fitting, expected | kept)
     values = adapter.values()
-    # Modules that were trained in fp32 inside a 16-bit model are so again.
+    # Modules that were trained in fp32 inside a 16-bit model become fp32 again.
     kept_fp32 = {name for name, value in values.items() if value.dtype == torch.float32}
     widened = [m for path, m in trained.items() if not kept_fp32.isdisjoint(_trained_state({path: m}))]
     ties = _planned_ties(new, values, found)
@@ -199,7 +199,7 @@ def _inject(model: nn.Module, adapter: Adapter, where: str, undo: ExitStack) -> 
 
 
 def _entry_of(where: str, path: str, entry: LayerEntry, linear: Linear) -> LayerEntry:
-    """The file's entry for a linear layer, with what the layer has; an error where it cannot be replaced."""
+    """The file's entry with the sizes and bias of the model's layer; an error where that cannot be replaced."""
     if path != (first := linear.paths[0]):
         raise ValueError(f"{where} adapts {path!r}, which in the model is one module with {first!r}")
     if reason := unsupported(linear.module):
@@ -211,7 +211,7 @@ def _entry_of(where: str, path: str, entry: LayerEntry, linear: Linear) -> Layer
 
 
 def _planned_ties(tied: Mapping[str, str], values: Mapping[str, Tensor], found: Mapping[str, Linear]) -> list[Tie]:
-    """The ties of a file's adapters, which a plain model does not have yet; its linear layers by path."""
+    """The ties that a plain model needs for a file's shared factors. found: its linear layers by path."""
     groups: dict[str, list[str]] = {}
     for name, first in tied.items():
         groups.setdefault(first, [first]).append(name)
@@ -224,12 +224,12 @@ def _planned_ties(tied: Mapping[str, str], values: Mapping[str, Tensor], found: 
 
 
 def _dtype(saved: Tensor, linear: Linear) -> torch.dtype:
-    """Of an adapter that is made for a saved one: the base's, but over 16 bits fp32 where that would round."""
+    """The dtype of a new parameter for a saved value: the base's; over a 16-bit base fp32, where that would round."""
     return saved.dtype if saved.dtype == linear.base.dtype else linear.adapter_dtype
 
 
 def _check_fits(where: str, adapter: Adapter, own: Adapter, state: Mapping[str, Tensor]) -> None:
-    """An error where a file's adapter differs from the model's own, whose tensors by all their names are `state`."""
+    """Raise a ValueError where a file's adapter differs from the model's. state: the model's tensors by every name."""
     _same_names(where, "adapts the layers", adapter.layers, own.layers)
     for path, entry in own.layers.items():
         _check_entry(where, path, adapter.layers[path], entry)
@@ -247,7 +247,7 @@ def _check_fits(where: str, adapter: Adapter, own: Adapter, state: Mapping[str, 
 
 
 def _check_entry(where: str, path: str, given: LayerEntry, own: LayerEntry) -> None:
-    """The file's entry for a layer against the model's: everything but dropout and train_bias."""
+    """Raise a ValueError where the entries of file and model differ in anything but dropout and train_bias."""
     sizes = ("in_features", "out_features", "bias")
     have, want = (of.config.to_dict() | {name: getattr(of, name) for name in sizes} for of in (given, own))
     if differing := [key for key in have if key != "dropout" and have[key] != want[key]]:
@@ -259,7 +259,7 @@ def _check_entry(where: str, path: str, given: LayerEntry, own: LayerEntry) -> N
 
 
 def _check_sharing(where: str, adapter: Adapter, own: Adapter) -> None:
-    """An error where the file shares factors, or dropout masks of siblings, that the model does not, or the reverse."""
+    """Raise a ValueError where file and model do not share the same factors and the same siblings' dropout masks."""
     given, mine = (
         {f"shares {name!r} with {first!r}" for name, first in of.tied.items()}
         | {f"ties {sorted(group)} as siblings, with one dropout mask" for group in of.siblings}
@@ -288,7 +288,7 @@ def _same_names(where: str, what: str, given: Iterable[str], own: Iterable[str])
 
 
 def _adapter_of(root: nn.Module, biases: Collection[str] | None = None) -> Adapter:
-    """What a file of the model has to hold, no copies; `biases`: the layers with a trained bias, None: as it is."""
+    """The adapter of a model, without copies. biases: layers whose bias counts as trained; None: ask requires_grad."""
     entries: dict[str, LayerEntry] = {}
     trained = {clean(path): module for path, module in root.named_modules() if vars(module).get(TRAINED)}
     state: dict[str, Tensor] = {}
@@ -320,7 +320,7 @@ def _trained_state(trained: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Every name whose tensor has another name that comes before it in sorted order → the first of them."""
+    """Map each further name of a tensor to the first of its names in sorted order."""
     first: dict[int, str] = {}
     tied = {}
     for name in sorted(state):

@@ -1,4 +1,4 @@
-"""What a GLoRA layer can stand in for: which modules are linear layers, what makes one unfit, what it is made of."""
+"""The layers that a GLoRA layer can replace: which modules are linear layers, their parts, reasons to refuse one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from glora_kernels.quant.bnb import is_linear4bit, linear4bit_class, refusal
 from glora_kernels.spec import GLoRAConfig
 
 M = TypeVar("M", bound=nn.Module)
-"""A user's own class, which what changes a model in place returns."""
+"""The class of a model: a function that changes a model in place returns the same class."""
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 HOOKS = (
@@ -25,15 +25,15 @@ HOOKS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
-"""Where a module keeps its hooks on calls, and what it knows about them."""
+"""The attributes in which a module keeps its hooks on calls and their flags."""
 
 
 FROZEN = "_glora_frozen"
-"""The attribute that holds the names of those parameters of a module that adapting a model has frozen."""
+"""A module's attribute with the names of its parameters that required a gradient before the model was adapted."""
 
 
 class Base(NamedTuple):
-    """What a linear layer is made of: `weight` as stored, of shape (N, K), (K, N) where transposed, or packed."""
+    """The parts of a linear layer. weight: as stored: (N, K), (K, N) where transposed, or packed. shape: (N, K)."""
 
     weight: Tensor
     bias: nn.Parameter | None
@@ -45,7 +45,7 @@ class Base(NamedTuple):
 
 
 def base_of(linear: nn.Module) -> Base:
-    """The parts of a linear layer that `unsupported` has nothing against."""
+    """The parts of a linear layer for which `unsupported` returns None."""
     bias = linear._parameters.get("bias")
     if is_linear4bit(linear):
         linear = QuantizedLinear.from_linear4bit(linear)
@@ -60,12 +60,12 @@ def base_of(linear: nn.Module) -> Base:
 
 
 def is_linear(module: object) -> bool:
-    """Whether the module is an `nn.Linear`, a transformers `Conv1D`, derived from one, or a `QuantizedLinear`."""
+    """Whether the module is a `Linear4bit`, `QuantizedLinear`, `nn.Linear`, transformers `Conv1D` or a subclass."""
     return plain_class(module) is not None
 
 
 def plain_class(module: object) -> Any:
-    """The class whose mathematics a linear layer has: `Linear4bit`, `QuantizedLinear`, `Conv1D` or `nn.Linear`."""
+    """The base class of a linear layer: `Linear4bit`, `QuantizedLinear`, `nn.Linear` or `Conv1D`; None for others."""
     if is_linear4bit(module):
         return linear4bit_class(module)
     if isinstance(module, (nn.Linear, QuantizedLinear)):
@@ -74,13 +74,13 @@ def plain_class(module: object) -> Any:
 
 
 def computes_as(linear: nn.Module, plain: Any) -> bool:
-    """Whether the class of a layer has the forward of its `plain_class`, or writes that of `nn.Linear` anew."""
+    """Whether the class of a layer inherits the forward of its `plain_class`, or reimplements that of `nn.Linear`."""
     kind: Any = type(linear)
-    return kind.forward is plain.forward or (plain is nn.Linear and is_linear_anew(linear))
+    return kind.forward is plain.forward or (plain is nn.Linear and _reimplements_linear(linear))
 
 
 def unsupported(linear: nn.Module) -> str | None:
-    """Why a linear layer cannot be replaced by a GLoRALinear, or None where it can."""
+    """The reason why a linear layer cannot be replaced by a GLoRALinear; None where it can."""
     plain, is_quantized = plain_class(linear), isinstance(linear, QuantizedLinear)
     four_bits = is_quantized or is_linear4bit(linear)
     if isinstance(linear, nn.modules.lazy.LazyModuleMixin):
@@ -110,14 +110,14 @@ def unsupported(linear: nn.Module) -> str | None:
 
 
 _PROBE = (3, 5)
-"""N and K of the layer on which a forward is tried."""
+"""N and K of the small layer that `_reimplements_linear` tries a forward on."""
 
 
-def is_linear_anew(linear: nn.Module) -> bool:
-    """Whether a class derived from `nn.Linear` writes the same mathematics anew, as transformers' `FalconLinear` does.
+def _reimplements_linear(linear: nn.Module) -> bool:
+    """Whether a subclass of `nn.Linear` has a forward of its own that computes the same (transformers' `FalconLinear`).
 
-    Its forward is tried on a layer of few and random weights, in training and in eval mode: y and the gradients must be
-    those of `nn.Linear`. Public attributes of its own, which the forward may read, make it another layer.
+    The forward is tried on a small random weight, in training and in eval mode: y and the gradients must equal those of
+    `nn.Linear`. A layer with further public attributes is refused, since the forward may read them.
     """
     if not isinstance(linear, nn.Linear) or any(name[0] != "_" and name not in _OWN for name in vars(linear)):
         return False
@@ -128,7 +128,7 @@ def is_linear_anew(linear: nn.Module) -> bool:
         weight, rows = drawn[:n].requires_grad_(), drawn[n : n + 4]
         bias = None if linear._parameters.get("bias") is None else drawn[-1, :n].detach().requires_grad_()
         probe.__dict__ |= {"weight": weight, "bias": bias, "_parameters": {}}
-        for x in (rows[0], rows, rows.view(2, 2, k), 1e6 * rows):  # large ones, that some clamp
+        for x in (rows[0], rows, rows.view(2, 2, k), 1e6 * rows):  # large values too: some forwards clamp
             for probe.training in (True, False):
                 leaves = [tensor for tensor in (x.detach().requires_grad_(), weight, bias) if tensor is not None]
                 expected = nn.functional.linear(leaves[0], weight, bias)
@@ -152,7 +152,7 @@ _OWN = vars(nn.Linear(1, 1, device="meta"))
 
 
 def shell(linear: nn.Module) -> nn.Module:
-    """The module without its tensors: of its class, with its attributes."""
+    """A copy of the module without its tensors: same class, same other attributes."""
     made = copy.copy(linear)
     kept = {name: value for name, value in vars(linear).items() if not isinstance(value, (Tensor, QuantState))}
     made.__dict__ = kept | {"_parameters": dict.fromkeys(linear._parameters)}
@@ -165,7 +165,7 @@ def check_config(config: object) -> None:
 
 
 def conv1d_class(module: object) -> type | None:
-    """The Conv1D of transformers in the module's ancestry, by name: importing transformers takes seconds."""
+    """The Conv1D of transformers that the module derives from, found by name: importing transformers takes seconds."""
     for kind in type(module).__mro__:
         if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
             return kind

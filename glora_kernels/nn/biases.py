@@ -1,7 +1,7 @@
-"""Biases that merging adds to layers without one: which flag of a model's configuration keeps them when it is loaded.
+"""Biases that merging adds to layers without one, and the configuration flags that keep them when the model is loaded.
 
-An architecture of transformers is built from its configuration, and drops a bias that it has no place for. Which flag
-gives it one is found by trying: a fresh model on the meta device for each boolean with "bias" in its name.
+A transformers model is built from its configuration, and drops biases that this does not ask for. The flag that does
+is found by trying: for each boolean flag with "bias" in its name a model is built on the meta device.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from glora_kernels.spec import GLoRAConfig
 
 @dataclass
 class AddedBiases:
-    """What becomes of biases that a model has not of its own.
+    """New biases that a model would drop when it is loaded again, and the flags that keep them.
 
     Attributes:
-        paths: of the layers that get one and whose model drops it.
-        flags: what has to be set in the configurations, to which value: (module with a configuration, flag, value).
-        lost: those of the paths that no flag has a bias for.
-        gained: every bias of the model that the flags add, by its name, and its shape.
+        paths: the layers that get such a bias.
+        flags: what to set: (module with the configuration, flag, value).
+        lost: the paths for which no flag was found.
+        gained: name → shape of every bias that the flags add to the model, also to other layers.
     """
 
     paths: list[str]
@@ -36,7 +36,10 @@ class AddedBiases:
 
 
 def added_biases(root: nn.Module, paths: Iterable[str]) -> AddedBiases:
-    """Look up what keeps new biases of the layers at `paths`."""
+    """Find the flags that keep new biases of the layers at `paths`.
+
+    Greedy: each flag is flipped in turn, and stays so if the model gains a wanted bias and loses none.
+    """
     found = AddedBiases(list(paths))
     if not found.paths:
         return found
@@ -46,7 +49,7 @@ def added_biases(root: nn.Module, paths: Iterable[str]) -> AddedBiases:
         if built is None:
             continue
         for name in built.keys() & wanted.keys():
-            del wanted[name]  # a flag was set since the model was built
+            del wanted[name]  # the configuration has changed since the model was built
         for flag, value in _flags(module.config):
             if not any(name.startswith(prefix) for name in wanted):
                 break
@@ -65,25 +68,25 @@ def added_biases(root: nn.Module, paths: Iterable[str]) -> AddedBiases:
 
 
 def warn_of_biases(caller: str, found: AddedBiases, stacklevel: int) -> None:
-    """Say which layers get a bias that is dropped when the model is loaded again, and what to do."""
+    """Warn of layers that get a bias which is dropped when the model is loaded again, and say what to do."""
     if not found.paths:
         return
     parts = [
-        f"{caller}: layers without a bias have one now (C and E): {len(found.paths)} of them, {found.paths[0]!r} "
-        "first; a model that is built as this one was has no place for it, and drops or refuses it when it is loaded"
+        f"{caller}: layers without a bias have one now, from C and E ({len(found.paths)} of them, {found.paths[0]!r} "
+        "first); a new model built from this configuration has no place for it, and drops it or refuses the checkpoint"
     ]
     if found.flags:
         settings = ", ".join(f"config.{flag} = {value}" for _, flag, value in found.flags)
         parts.append(f"set {settings} before you save it (merge_and_unload does)")
     if found.lost:
         none = "no flag of a configuration keeps" if found.flags else "no flag of a configuration was found that keeps"
-        parts.append(f"{none} that of {found.lost[:4]}: train with C='none' and E='none' to deploy it elsewhere")
+        parts.append(f"{none} the bias of {found.lost[:4]}: train with C='none' and E='none' to deploy it elsewhere")
     warnings.warn("; ".join(parts), stacklevel=stacklevel + 1)
 
 
 @torch.no_grad()
 def keep_biases(modules: Mapping[str, nn.Module], found: AddedBiases) -> None:
-    """Set the flags, and give the other layers that they are for a bias of zeros: the model is what it is built as."""
+    """Set the flags, and add biases of zeros to the other layers they affect: the model then fits its configuration."""
     for name, shape in found.gained.items():
         path, _, own = name.rpartition(".")
         module = modules.get(path)
@@ -97,13 +100,13 @@ def keep_biases(modules: Mapping[str, nn.Module], found: AddedBiases) -> None:
 
 
 def _architectures(root: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(prefix of its names, module) of the outermost modules that are built from a configuration."""
+    """The outermost modules that are built from a configuration, as (prefix of their parameters' names, module)."""
     inside: tuple[str, ...] = ()
     for path, module in root.named_modules():
         prefix, config = f"{path}." if path else "", getattr(module, "config", None)
         if isinstance(config, GLoRAConfig):
             continue
-        if not prefix.startswith(inside or "\n") and hasattr(config, "to_dict"):
+        if not prefix.startswith(inside) and hasattr(config, "to_dict"):
             inside = (*inside, prefix)
             yield prefix, module
             if not prefix:
@@ -115,14 +118,14 @@ def _biases(module: nn.Module, prefix: str, config: Any) -> dict[str, torch.Size
     try:
         with torch.device("meta"):
             fresh = type(module)(config)
-    except Exception:  # somebody's constructor: whatever it raises, nothing is known about it
+    except Exception:  # a foreign constructor may raise anything
         return None
     names = fresh.named_parameters(remove_duplicate=False)
     return {prefix + name: parameter.shape for name, parameter in names if name.rpartition(".")[2] == "bias"}
 
 
 def _flags(config: Any, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """The booleans of a configuration, and of those within it, that have "bias" in their name."""
+    """The booleans with "bias" in their name, of a configuration and of the configurations nested in it."""
     for name, value in vars(config).items():
         if isinstance(value, bool) and "bias" in name:
             yield prefix + name, value

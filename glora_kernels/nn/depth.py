@@ -1,4 +1,4 @@
-"""Contexts in which work of all layers is done at once: β before a forward, shared gradients after its backward."""
+"""Contexts that batch work over all layers: β before a forward, gradients of shared factors at the end of backward."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ def shift_once(model: nn.Module) -> Iterator[None]:
             loss.backward()
             optimizer.step()
 
-    Without it each layer computes W·C and adds its terms anew at each forward. Enter it once a step. Gradients reach
-    the parameters as ever, in one launch (two where a C is lora). Several forwards and backwards may follow one another
-    inside; each backward has its own launch.
+    Without it each layer computes β at each forward. Enter the context once a step. The parameters get their gradients
+    as usual, in one launch (two where a C is lora). Several forwards and backwards may follow one another inside; each
+    backward has its own launch.
 
-    A layer of which a weight, bias or parameter of C, D and E changes inside (an optimizer's step, a state that is
-    loaded, `requires_grad_`) computes its terms anew from then on, as it does under torch.compile. What writes through
-    `.data` is not noticed: leave the context first.
+    If the weight, the bias, C, D or E of a layer changes inside (an optimizer's step, load_state_dict,
+    `requires_grad_`), this layer computes β at each forward from then on, as it does under torch.compile. Writes
+    through `.data` are not noticed: leave the context first.
 
-    A forward that activation checkpointing computes again, of either kind, must find the context open: call backward
-    inside it. A reentrant checkpoint asks for its layers' gradients by itself: one launch each.
+    With activation checkpointing of either kind call backward inside the context, because it runs the forward again.
+    Each segment of a reentrant checkpoint has its own launch in backward.
 
-    Layers without C, D and E, and merged or disabled ones, take no part; copies and pickles made inside do not carry
-    β. Nests. What the kernels do not take (float64, CPUs, `backend("eager")`) is computed layer by layer.
+    Layers without C, D and E, and merged or disabled ones, are left out; copies and pickles made inside do not carry
+    β. The context may be nested. Where the kernels do not apply (float64, CPUs, `backend("eager")`), β is computed
+    layer by layer.
 
     Raises:
         ValueError: the model has no GLoRA layer.
-        RuntimeError: a CUDA graph is being captured. In backward: a tensor that β was made of was overwritten.
+        RuntimeError: a CUDA graph is being captured; or, in backward, a tensor that β depends on was overwritten.
     """
     layers = [layer for layer in layers_of(model, "shift_once").values() if _is_shifted(layer)]
     before = [layer._beta for layer in layers]
@@ -75,19 +76,19 @@ def deferred_shared_grads(model: nn.Module) -> Iterator[Deferred]:
 
     dB_down = Σ_l s·(dy_l·B_up,l)ᵀ·x̃_l (dB_up = s·Σ_l dy_lᵀ·(x̃_l·B_down,lᵀ)) is then one product in fp32 over all
     layers that hold the factor, summed in their order and rounded once. Without the context autograd accumulates the
-    layers' gradients one by one, in the dtype of the parameter, and keeps nothing.
+    layers' gradients one by one, in the dtype of the parameter, and holds no tensors until the end of backward.
 
-    The forward belongs inside; backward may follow there or later, once or several times, and optimizers, clipping,
-    hooks and `torch.autograd.grad` find what they find without the context, in DistributedDataParallel too. Each
-    backward has its own launch, and each segment of a reentrant checkpoint. What activation checkpointing computes
-    again after the context has been left is accumulated by autograd.
+    Run the forward inside. Backward may run inside or later, once or several times; optimizers, clipping, hooks and
+    `torch.autograd.grad` see the same gradients as without the context, in DistributedDataParallel too. Each backward
+    has its own launch, and so has each segment of a reentrant checkpoint. Where activation checkpointing runs a forward
+    again after the context was left, autograd accumulates its gradients.
 
-    It costs memory: what backward would have freed layer by layer lives until its end: M·(K + R)·itemsize bytes a
-    layer where B_down is shared (x_l and S_l = dy_l·B_up,l), M·(N + R)·itemsize where B_up is (dy_l and h_l); an x that
-    several layers read counts once. `deferred.bytes` is the sum over all backwards so far.
+    The price is memory that backward would otherwise free layer by layer: M·(K + R)·itemsize bytes a layer where
+    B_down is shared (x_l and S_l = dy_l·B_up,l), M·(N + R)·itemsize where B_up is (dy_l and h_l); an x that several
+    layers read counts once. `deferred.bytes` is the sum over all backwards so far.
 
-    Layers that torch.compile traces, that run under a dispatch mode or a transform of torch.func, or that are fused
-    with siblings, keep autograd's own accumulation; so does a backward with create_graph=True.
+    Autograd also accumulates where torch.compile traces a layer, under a dispatch mode or a transform of torch.func,
+    in layers fused with siblings, and in a backward with create_graph=True.
 
     Raises:
         ValueError: the model has no GLoRA layer.
@@ -115,19 +116,19 @@ def deferred_shared_grads(model: nn.Module) -> Iterator[Deferred]:
 
 
 class KeptShift:
-    """β = b + b∘D + E + W·C of a layer, and what it was made of.
+    """β = b + b∘D + E + W·C of a layer, and the tensors it was computed from.
 
-    PyTorch counts what is overwritten, but for writes through `.data` and tensors of inference mode. An optimizer may
-    write past the counter: its step sets `stale`.
+    Overwritten tensors are noticed by PyTorch's version counter, which misses writes through `.data` and does not exist
+    for inference tensors. An optimizer may bypass it too, so every optimizer step sets `stale`.
     """
 
     def __init__(self, layer: GLoRALinear, beta: Tensor) -> None:
         self.beta, self.stale = beta, False
-        # Detached, a tensor keeps its memory although the parameter is given another: no new one can have its place.
+        # The detached tensor keeps the memory alive, so that no new parameter can be allocated at the same address.
         self._terms = [(tensor, tensor.detach(), *_state(tensor)) for tensor in _terms(layer)]
 
     def current(self, layer: GLoRALinear) -> Tensor | None:
-        """β where it is that of the layer's parameters as they are now, and part of the graph if that is wanted."""
+        """β, or None where the layer's parameters have changed since, or need a gradient that β does not carry."""
         if self.stale or (self.beta.is_inference() and not torch.is_inference_mode_enabled()):
             return None
         terms = _terms(layer)
@@ -143,7 +144,7 @@ class KeptShift:
 
 
 def _terms(layer: GLoRALinear) -> list[Tensor]:
-    """The tensors that a layer's β is made of."""
+    """The tensors that a layer's β depends on."""
     tensors = (getattr(layer, name) for name in ("weight", "bias", "C", "C_up", "C_down", "D", "E"))
     return [tensor for tensor in tensors if tensor is not None]
 
@@ -157,7 +158,7 @@ def _is_shifted(layer: GLoRALinear) -> bool:
 
 
 def _shared(layers: list[GLoRALinear]) -> dict[GLoRALinear, dict[str, nn.Parameter]]:
-    """The layers with a trained factor that another layer has too, and their shared factors by argument."""
+    """The layers whose trained B_up or B_down another layer has too, with these factors by argument (b_up, b_down)."""
     owners: dict[nn.Parameter, list[tuple[GLoRALinear, str]]] = {}
     for layer in layers:
         for name, parameter in layer.adapter().items():

@@ -1,7 +1,8 @@
-"""The door to a model: what must not be replaced, said at once, and what a replacement leaves out.
+"""Checks before layers are replaced, made by `inject`, `quantize`, `accelerate` and our PEFT methods.
 
-`inject`, `quantize`, `accelerate` and our PEFT methods ask here, since a layer may be fit by itself and still be of no
-use: a module around it reads its weight without calling it (`nn.reads`), or wraps it alone.
+One error names all layers that must not be replaced: those unfit by themselves, and those whose replacement would have
+no effect, because other code reads their weight without calling them (`nn.reads`) or torch.compile wraps them alone.
+A warning says where most of the model is in no linear layer.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from glora_kernels.nn.base import is_linear, unsupported
 from glora_kernels.nn.reads import reads
 
 _MOST = 12
-"""How many paths an error names for one reason, at most."""
+"""The most paths that an error names for one reason."""
 _SKIPPED = 0.5
-"""The share of a model's weights that may be left out without a warning."""
+"""The largest share of a model's weights outside linear layers that goes without a warning."""
 _EXPERTS = 0.1
-"""The same of experts."""
+"""The same limit for experts in one tensor."""
 
 
 def refusals(
     root: nn.Module, modules: Iterable[nn.Module], unfit: Callable[[nn.Module], str | None] = unsupported
 ) -> dict[nn.Module, str]:
-    """Why some of these modules of `root` cannot be replaced by ones that are called in their place.
+    """The reasons why some of these modules cannot be replaced, by module.
 
     Args:
         root: the whole model, whose code may read the weights.
-        modules: those to replace.
-        unfit: what is to be said against a module by itself.
+        modules: the modules to replace.
+        unfit: the reason against a module by itself, or None.
     """
     read = reads(root)
     wrapped = {
@@ -52,10 +53,10 @@ def refusals(
 def refuse(
     root: nn.Module, modules: Mapping[str, nn.Module], what: str, unfit: Callable[[nn.Module], str | None] = unsupported
 ) -> None:
-    """One error for all of these modules (by path) that `refusals` names; `what` is "replaced", say.
+    """Raise one error for all of these modules (by path) that `refusals` names. what: a participle, such as "replaced".
 
     Raises:
-        ValueError: it has the reasons, the paths of each, and what to exclude.
+        ValueError: with the reasons, the paths for each, and what to exclude.
     """
     found = refusals(root, modules.values(), unfit)
     groups: dict[str, list[str]] = {}
@@ -79,19 +80,19 @@ def refuse(
 
 
 def _names(refused: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """The shortest list of patterns for the paths: last names, where they are those of no other layer."""
+    """Patterns that match the refused paths alone: last names, or whole paths where another layer has the same name."""
     kept = {path.rpartition(".")[2] for path in modules.keys() - set(refused)}
     names = (path if (name := path.rpartition(".")[2]) in kept or name.isdecimal() else name for path in refused)
     return sorted(set(names))
 
 
 def warn_skipped(caller: str, root: nn.Module, left: Iterable[nn.Module]) -> None:
-    """One warning where whoever asked for every linear layer gets much less than the model: experts, convolutions.
+    """Warn where "every linear layer" is much less than the model, because of experts or convolutions.
 
     Args:
-        caller: whose call it is.
+        caller: the public function, for the message.
         root: the model.
-        left: modules that are adapted, or were to be left out (the head, what is trained whole).
+        left: modules that do not count: adapted ones, and those left out on purpose (the head, modules trained whole).
     """
     share, parts = _skipped(root, left)
     if sum(parts.values()) > _SKIPPED or parts.get(_STACKED, 0) > _EXPERTS:
@@ -104,18 +105,18 @@ def warn_skipped(caller: str, root: nn.Module, left: Iterable[nn.Module]) -> Non
 
 
 def skipped_share(root: nn.Module) -> str:
-    """What of a model is in no linear layer, in words: "81% of its weights are in ..."."""
+    """The share of a model that is in no linear layer, as text: "81% of the model's weights are in no linear ..."."""
     return _skipped(root, ())[0]
 
 
 def _skipped(root: nn.Module, left: Iterable[nn.Module]) -> tuple[str, dict[str, float]]:
-    """In words and by kind, the share of the weights in no linear layer: matrices and more, but for embeddings."""
+    """The share of the weights in no linear layer, as text and by kind; vectors and embeddings do not count."""
     inside = {id(inner) for module in left for inner in module.modules()}
     sizes: dict[str, int] = {}
     total = 0
     for module in root.modules():
         features = getattr(module, "in_features", None), getattr(module, "out_features", None)
-        if isinstance(features[0], int) and isinstance(features[1], int):  # 4-bit codes have another size
+        if isinstance(features[0], int) and isinstance(features[1], int):  # not numel(): 4-bit codes are packed
             total += features[0] * features[1]
             continue
         for parameter in module._parameters.values():

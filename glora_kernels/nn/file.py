@@ -1,10 +1,10 @@
 """The adapter file: one safetensors file, written atomically and read whole with its digest checked.
 
 Metadata (strings): "format", "format_version", "library_version", "config" (JSON: layers, train, tied and, where
-there are any, siblings) and "sha256" over the others and every tensor's name, dtype, shape and bytes: no byte changes
-unnoticed. A tensor that several names share is stored under the first; "tied" maps the others to it. "siblings" lists
-the sets of layers with one B_down and one dropout mask. A library that knows versions up to 1 would give them masks of
-their own; a file that has siblings is of version 2, any other of version 1.
+there are any, siblings) and "sha256" over the other entries and every tensor's name, dtype, shape and bytes. A tensor
+with several names is stored under the first; "tied" maps the others to it. "siblings" lists the sets of layers with one
+B_down and one dropout mask. A file with siblings has version 2, because a library that reads only version 1 would give
+each layer its own mask; any other file has version 1.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from glora_kernels.spec import SUPPORTS, GLoRAConfig
 FORMAT = "glora_kernels.adapter"
 
 Schema = Mapping[str, tuple[type, ...]]
-"""The keys of a JSON object and the types of their values, as json.loads makes them: a bool is no int."""
+"""The keys of a JSON object and the exact types of their values after json.loads: a bool does not count as an int."""
 
 VERSIONS: Mapping[str, Schema] = {
     "1": {"layers": (dict,), "train": (list,), "tied": (dict,)},
     "2": {"layers": (dict,), "train": (list,), "tied": (dict,), "siblings": (list,)},
 }
-"""What "config" holds in each version of the format."""
+"""The schema of "config" in each version of the format."""
 
 ENTRY: Schema = {
     "config": (dict,), "in_features": (int,), "out_features": (int,), "bias": (bool,), "train_bias": (bool,),
@@ -52,7 +52,7 @@ TENSOR: Schema = {"dtype": (str,), "shape": (list,), "data_offsets": (list,)}
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One adapted layer: configuration, sizes, whether its base has a bias and whether that is trained."""
+    """One adapted layer: configuration, sizes, whether the base has a bias, and whether the bias is trained."""
 
     config: GLoRAConfig
     in_features: int
@@ -61,7 +61,7 @@ class LayerEntry:
     train_bias: bool
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of what is saved of the layer, by name."""
+        """The shapes of the layer's saved tensors, by name."""
         trained = {"bias": (self.out_features,)} if self.train_bias else {}
         return self.config.parameter_shapes(self.in_features, self.out_features, self.bias) | trained
 
@@ -81,7 +81,7 @@ class LayerEntry:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter file holds: layers by path, the paths of modules trained whole, ties, tensors, siblings."""
+    """The contents of an adapter file: layers by path, paths of modules trained whole, ties, tensors, siblings."""
 
     layers: dict[str, LayerEntry]
     train: list[str]
@@ -91,11 +91,11 @@ class Adapter:
 
     @classmethod
     def parsed(cls, text: str, schema: Schema, tensors: dict[str, Tensor]) -> Adapter:
-        """What "config" says, every value of it checked.
+        """Parse and check "config".
 
         Raises:
-            ValueError: it is no JSON, lacks or adds a key, has a value of another type, or ties or siblings refer to
-                what the file does not have.
+            ValueError: it is no JSON, a key is missing or unknown, a value has another type, or ties or siblings refer
+                to tensors or layers that the file does not have.
         """
         found = _fields(_json(text), schema, "the configuration")
         layers = {path: LayerEntry.parsed(entry, f"layer {path!r}") for path, entry in found["layers"].items()}
@@ -112,7 +112,7 @@ class Adapter:
         return adapter
 
     def check(self) -> None:
-        """Raises ValueError where ties or siblings refer to what the file does not have."""
+        """Raise a ValueError where ties or siblings refer to tensors or layers that the file does not have."""
         for name, first in self.tied.items():
             if name in self.tensors or first not in self.tensors or name < first:
                 raise ValueError(f"{name!r} cannot be tied to {first!r}")
@@ -130,7 +130,7 @@ class Adapter:
 
 
 def write(adapter: Adapter, target: Path) -> None:
-    """Write beside the target, flush to disk, rename: a reader sees the old file or the new one."""
+    """Write a temporary file in the target's directory, flush it to disk, rename it: readers see the old or the new."""
     layers = {path: asdict(entry) for path, entry in adapter.layers.items()}
     config: dict[str, object] = {"layers": layers, "train": adapter.train, "tied": adapter.tied}
     if adapter.siblings:
@@ -161,7 +161,7 @@ def write(adapter: Adapter, target: Path) -> None:
 
 
 def read(path: Path) -> Adapter:
-    """The contents of a file, all checked.
+    """Read a file and check everything in it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -202,7 +202,7 @@ def read(path: Path) -> Adapter:
 
 
 def _metadata(header: bytes) -> dict[str, str]:
-    """The metadata of a safetensors header, once every entry has the form it must have."""
+    """The metadata of a safetensors header, after checking the form of every entry."""
     entries = _typed(_json(header), (dict,), "its header")
     about = _typed(entries.pop("__metadata__", {}), (dict,), "its metadata")
     _strings(about.values(), "metadata", distinct=False)
@@ -216,7 +216,7 @@ def _metadata(header: bytes) -> dict[str, str]:
 
 
 def _json(text: str | bytes) -> Any:
-    """The value of a JSON text that says nothing twice and has no NaN, which JSON does not know."""
+    """Parse JSON; repeated keys and NaN, which Python's parser accepts, are errors."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -241,7 +241,7 @@ def _typed(value: Any, types: tuple[type, ...], what: str) -> Any:
 
 
 def _fields(value: object, schema: Schema, what: str) -> dict[str, Any]:
-    """A JSON object with the keys of a schema, all of them and no others."""
+    """Check that a value is a JSON object with exactly the keys and types of a schema, and return it."""
     found: dict[str, Any] = _typed(value, (dict,), what)
     if found.keys() != schema.keys():
         raise ValueError(f"{what} must have the keys {sorted(schema)}, got {sorted(found)}")
@@ -258,7 +258,7 @@ def _strings(values: Iterable[object], what: str, distinct: bool = True) -> list
 
 
 def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the metadata, every tensor's name, dtype and shape, then all bytes by sorted name."""
+    """SHA-256 over the metadata, then every tensor's name, dtype and shape, then the bytes in the order of names."""
     about = {key: value for key, value in header.items() if key != "sha256"}
     names = sorted(tensors)
     layout = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
@@ -277,7 +277,7 @@ def _bytes(tensor: Tensor) -> bytes | ctypes.Array[ctypes.c_char]:
 
 
 def host_copy(tensor: Tensor) -> Tensor:
-    """A contiguous copy in host memory that shares nothing."""
+    """A contiguous copy in host memory, also of a tensor that is there already."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 

@@ -1,9 +1,9 @@
-"""The frozen base of a layer, dense or in 4 bits: its weight, its state dict, its moves between devices.
+"""The frozen base of a layer, dense or 4-bit: its weight, its state dict, its moves between devices.
 
-A 4-bit base has the packed codes as its attribute `weight`, uint8 (P, 1), and everything beside them as the attribute
-`quant_state`. They are plain tensors, neither parameters nor buffers: nothing may average, cast, decay, prune, shard or
-broadcast codes, and what does so asks a module for its parameters and buffers. The module itself moves them between
-devices, saves and loads them.
+A 4-bit base holds the packed codes as its attribute `weight`, uint8 (P, 1), and their metadata (absmax, ...) as
+`quant_state`. These are plain tensors, neither parameters nor buffers, because codes must not be averaged, cast,
+decayed, pruned, sharded or broadcast, and code that does so goes through a module's parameters and buffers. The module
+itself moves them between devices, saves and loads them.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from glora_kernels.quant.bnb import from_linear4bit, packed_bytes, to_linear4bit
 from glora_kernels.quant.checkpoint import NAMES, state_from_tensors, state_tensors
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""The dtypes of a base and of an adapter."""
+"""The dtypes that a base and an adapter may have."""
 
-_BESIDE = SimpleNamespace(
+_METADATA_NAMES = SimpleNamespace(
     **dict.fromkeys(name for name in NAMES if "." not in name),
     quant_state=SimpleNamespace(**{name.partition(".")[2]: None for name in NAMES if "." in name}),
 )
-"""An attribute for each of `NAMES`."""
+"""An object with an attribute for each of `NAMES`, dotted ones nested; see `_fqn_modifiers`."""
 
 
 class FrozenBase(nn.Module):
-    """A module with a frozen weight (N, K), dense or in 4 bits, and a bias (N,) or none.
+    """A module with a frozen weight (N, K), dense or 4-bit, and a bias (N,) or none.
 
     Attributes:
-        quant_state: what stands beside the packed codes, or None where the weight is dense.
-        compute_dtype: what x is cast to, and y back from; None means that x stays as it is.
+        quant_state: the metadata of the packed codes; None where the weight is dense.
+        compute_dtype: the dtype that x is cast to; y is cast back. None: x stays as it is.
     """
 
     in_features: int
@@ -48,12 +48,12 @@ class FrozenBase(nn.Module):
     quant_state: QuantState | None
     compute_dtype: torch.dtype | None
     _transposed: bool
-    _entries = SimpleNamespace(weight=_BESIDE)
+    _entries = SimpleNamespace(weight=_METADATA_NAMES)
 
     def hold(self, weight: QuantizedWeight) -> None:
-        """Make codes and what stands beside them the base; the same memory, and the same tensors where they can be.
+        """Make this 4-bit weight the base, on the same memory and where possible with the same tensor objects.
 
-        Tied layers have one tensor then, as they have one state: what copies an object once (pickle) keeps both tied.
+        Tied layers then hold one tensor object and one state object, so that pickle and deepcopy keep them tied.
         """
         packed = weight.packed
         if packed.shape != (packed.numel(), 1) or type(packed) is not Tensor or packed.requires_grad:
@@ -67,23 +67,23 @@ class FrozenBase(nn.Module):
         super().__setattr__(name, value)
 
     def base_weight(self) -> Weight:
-        """W (N, K): the parameter (transposed, where it is stored so), or the 4-bit weight on it."""
+        """W (N, K): the parameter, transposed if it is stored as (K, N), or the 4-bit weight."""
         if self.quant_state is not None:
             return self.codes()
         return self.weight.t() if self._transposed else self.weight
 
     def codes(self) -> QuantizedWeight:
-        """The 4-bit weight of a layer that has one."""
+        """The 4-bit weight; the base must be 4-bit."""
         assert self.quant_state is not None
         return QuantizedWeight(self.weight, self.quant_state)
 
     def frozen(self) -> Frozen:
-        """The base as a call takes it."""
+        """The base in the form that `adapted_linear` takes."""
         return Frozen(self.base_weight(), self.bias, self.compute_dtype)
 
     @property
     def base_dtype(self) -> torch.dtype:
-        """What the layer computes in without autocast: the weight's dtype, over 4 bits `compute_dtype` if there is."""
+        """The dtype computed in without autocast: that of W, for a 4-bit base `compute_dtype` if it is set."""
         if self.quant_state is not None:
             return self.compute_dtype or self.quant_state.dtype
         return self.weight.dtype
@@ -94,12 +94,12 @@ class FrozenBase(nn.Module):
         return self
 
     def change_codes(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Put what `change` makes of them in the place of the codes and what stands beside them; dense: nothing."""
+        """Replace the codes and every tensor of their metadata by `change(tensor)`; a dense base is left alone."""
         if self.quant_state is not None:
             self.hold(QuantizedWeight(change(self.weight), self.quant_state.map(change)))
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        """For `torch.distributed.checkpoint`, which looks each key of a state up by `getattr`: where it goes on."""
+        """For `torch.distributed.checkpoint`, which resolves keys by `getattr`: look up "weight.*" in `_entries`."""
         return {} if self.quant_state is None else {"weight": "_entries"}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -132,7 +132,7 @@ class FrozenBase(nn.Module):
         unexpected[:] = [key for key in unexpected if key not in known]
 
     def _load_codes(self, mine: QuantState, given: Tensor, parts: dict[str, Tensor], assign: bool) -> None:
-        """Take the codes of a state dict, in place unless they are to be assigned; an error changes nothing."""
+        """Load the codes of a state dict, in place unless `assign`; an error changes nothing."""
         if self.weight.is_meta and not assign:
             warnings.warn(
                 "a 4-bit layer on the meta device has no memory to load into; use to_empty(device=...) first, or "
@@ -156,13 +156,13 @@ class FrozenBase(nn.Module):
 class QuantizedLinear(FrozenBase):
     """y = xWᵀ + b with W in 4 bits: a frozen linear layer, made by `quantize` or from a bitsandbytes `Linear4bit`.
 
-    Shapes: x (..., K), y (..., N). W is dequantized into a reused workspace at each call and never kept; at small M
-    on a GPU the product reads the codes themselves. Its state dict is that of a `Linear4bit`.
+    Shapes: x (..., K), y (..., N). Each call dequantizes W into a reused workspace; at small M on a GPU a kernel reads
+    the codes directly. The state dict is that of a `Linear4bit`.
 
     Args:
-        weight: the codes and what stands beside them.
+        weight: the codes and their metadata.
         bias: (N,), or None.
-        compute_dtype: what x is cast to, and y back from; None means that x decides.
+        compute_dtype: the dtype that x is cast to; y is cast back. None: x stays as it is.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class QuantizedLinear(FrozenBase):
 
     @classmethod
     def from_linear4bit(cls, linear: nn.Module) -> QuantizedLinear:
-        """On the memory of a bitsandbytes `Linear4bit`; the errors of `GLoRALinear.from_linear`."""
+        """A layer on the memory of a bitsandbytes `Linear4bit`; a ValueError where its weight cannot be taken."""
         layer = cls(from_linear4bit(linear), linear.bias, getattr(linear, "compute_dtype", None))  # type: ignore[arg-type]
         return layer.train(linear.training)
 
@@ -192,7 +192,7 @@ class QuantizedLinear(FrozenBase):
 
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """The dense layer that this one stands for, frozen; None: in `base_dtype`."""
+        """A frozen `nn.Linear` with the dequantized weight. dtype None: `base_dtype`."""
         dtype = dtype or self.base_dtype
         check_dtype("dtype", dtype)
         bias = None if self.bias is None else self.bias.to(dtype, copy=True)
@@ -215,13 +215,13 @@ class QuantizedLinear(FrozenBase):
 
 
 def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """What a change of `Module._apply` makes of a tensor whose dtype stays: where it is moved to."""
+    """Apply the function of `Module._apply` to a tensor, but keep its dtype and shape: only the device may change."""
     moved = fn(tensor)
     return moved if (moved.dtype, moved.shape) == (tensor.dtype, tensor.shape) else tensor.to(moved.device)
 
 
 def _check_codes(value: Any, state: QuantState) -> None:
-    """An error where anything but codes is assigned to the weight of a 4-bit layer."""
+    """Raise an error where something other than codes is assigned to the weight of a 4-bit layer."""
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.dtype == torch.uint8:
         QuantizedWeight(value, state)
         return
@@ -245,7 +245,7 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def check_dtype(argument: str, dtype: torch.dtype | None) -> None:
-    """An error for a dtype that is not served; None, where nothing was given, is."""
+    """Raise a ValueError for a dtype that is not supported; None is accepted."""
     if dtype not in (None, *DTYPES):
         given = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
         raise ValueError(f"{argument} must be one of {', '.join(map(dtype_name, DTYPES))}; got {given}")

@@ -1,6 +1,6 @@
-"""Fusing the siblings of a model: q, k and v, gate and up, K and V of cross-attention as one launch each.
+"""Fusing siblings, layers that read the same input, into one launch: q, k and v; gate and up; K and V across a decoder.
 
-Names, parameters and checkpoints stay as they are; `nn.siblings` says how the layers compute then.
+Names, parameters and checkpoints stay as they are; `nn.siblings` describes how fused layers compute.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _QUOTED = re.compile("'([^']*)'")  # a path in a sentence
 
 @dataclass(frozen=True, repr=False)
 class FusedReport:
-    """What is fused in a model: the paths of every group, and what was left out and why; print it for a summary.
+    """The fused groups of a model (paths), and the sets left out with the reason; print it for a summary.
 
-    The summary has one line for the groups of all blocks that are alike, and one for what was left out of them.
+    The summary has one line for all groups that differ only by the block, and likewise for the sets left out.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -51,26 +51,26 @@ class FusedReport:
 def fuse_siblings(model: nn.Module, groups: Iterable[Iterable[str]] | None = None) -> FusedReport:
     """Compute GLoRA layers that read the same input (q, k and v; gate and up) in one launch, in place.
 
-    From now on the first of such layers that is called computes the outputs of all, and the backward of all is one;
-    outputs and gradients stay what they were, but for the rounding of sums, and so do module names, checkpoints and
-    the order in which dropout masks are drawn. Layers with A = none and B = lora or none are served, with any C, D and
-    E; where only some of a set are adapted, those are fused. Fused layers are left as they are.
+    From now on the layer of a group that is called first computes the outputs of all, and one backward serves all.
+    Outputs and gradients differ only by the rounding of sums; module names, checkpoints and the order in which dropout
+    masks are drawn stay the same. Layers need A = none and B = lora or none; C, D and E are free. Where only some of a
+    set are adapted, those are fused. Layers that are fused already are left as they are.
 
-    The layers of a group must be called with the same tensor object; another is an error when they are called, not a
-    wrong result. What else holds for them: `nn.siblings.SiblingGroup`.
+    The layers of a group must be called with the same tensor object; a call with another raises an error. All rules:
+    `nn.siblings.SiblingGroup`.
 
     Args:
         model: a model with GLoRA layers, also inside torch.compile or DistributedDataParallel.
-        groups: for models with other names: which layers are siblings, several patterns a group ("c_q", or a path with
-            wildcards), in the order of their calls. The layers of one parent that they match become one group. None:
-            those that `sibling_sets` finds.
+        groups: for models with other names: for each group several patterns ("c_q", or a path with wildcards), in the
+            order in which the layers are called. The matching layers of one parent become one group. None: the sets
+            that `sibling_sets` finds.
 
     Returns:
-        Every group of the model, and what was left out and why.
+        Every fused group of the model, and the sets left out with the reason.
 
     Raises:
         ValueError: no GLoRA layer, a pattern that matches none, a layer in two groups, or nothing to fuse (the
-            message says why). Nothing has changed then.
+            message says why). The model is unchanged.
         TypeError: `groups` holds something else than patterns.
     """
     layers = layers_of(model, "fuse_siblings")
@@ -81,26 +81,26 @@ def fuse_siblings(model: nn.Module, groups: Iterable[Iterable[str]] | None = Non
 def fuse_cross_attention(model: nn.Module, layers: str | Iterable[str] | None = None) -> FusedReport:
     """Compute K and V of every decoder layer on one encoder state in one launch, in place.
 
-    All outputs are computed when the first decoder layer is called and wait for the layers behind it: M·ΣN numbers,
-    for L layers 2·L·M·N, of which training keeps most in any case. Inside activation checkpoints, and under
-    torch.compile, each decoder layer computes its own k and v in one launch. Fused pairs of k and v become part of the
-    larger group; a stack with more layers than one launch takes becomes several groups.
+    The call of the first decoder layer computes all outputs and keeps them for the later layers: M·ΣN numbers, for L
+    layers 2·L·M·N, most of which training keeps in any case. Inside activation checkpoints, and under torch.compile,
+    each decoder layer computes its own k and v in one launch. Fused pairs of k and v become part of the larger group; a
+    stack with more layers than one launch takes becomes several groups.
 
-    In training with dropout the masks of all these layers are drawn when the first is called, before those of the
-    layers in between: another order than without the fusion, so that from one seed the masks are others.
+    In training with dropout the masks of all these layers are drawn at the first call, before those of the layers in
+    between. This changes the order of drawing: with the same seed the masks differ from those without fusion.
 
     Args:
         model: a model with GLoRA layers, also inside torch.compile or DistributedDataParallel.
         layers: for models with other names: patterns of the layers that read the one encoder state. None: the k and v
-            projections of cross-attention, one group for each stack of layers. Blocks that do not read one state are
-            no error when they are called (a block may be skipped), but each computes the outputs of all.
+            projections of cross-attention, one group for each stack of layers. Blocks that read different states are
+            no error (a block may be skipped), but then each block computes the outputs of all.
 
     Returns:
-        Every group of the model, and what was left out and why.
+        Every fused group of the model, and the sets left out with the reason.
 
     Raises:
-        ValueError: no GLoRA layer, a pattern that matches none, or nothing to fuse (the message says why). Nothing
-            has changed then.
+        ValueError: no GLoRA layer, a pattern that matches none, or nothing to fuse (the message says why). The model
+            is unchanged.
         TypeError: `layers` holds something else than patterns.
     """
     adapted = layers_of(model, "fuse_cross_attention")
@@ -134,7 +134,7 @@ def split_siblings(model: nn.Module) -> None:
 
 
 def _fuse(caller: str, layers: Mapping[str, GLoRALinear], sets: Sequence[Sequence[str]]) -> FusedReport:
-    """Install a group for every set that can be one; groups that lie within a new one become part of it."""
+    """Make a group of every set where that is possible; it absorbs existing groups whose members all lie in the set."""
     plan: list[list[str]] = []
     left_out: list[tuple[tuple[str, ...], str]] = []
     for paths in sets:
@@ -161,7 +161,7 @@ def _is_fused(layers: Mapping[str, GLoRALinear], paths: Sequence[str]) -> bool:
 
 
 def _reason(layers: Mapping[str, GLoRALinear], paths: Sequence[str]) -> str | None:
-    """Why the layers cannot become one group, or None."""
+    """The reason why the layers cannot become one group, or None."""
     members = {path: layers[path] for path in paths}
     if len(members) == 1:
         return f"only {paths[0]!r} is adapted"
@@ -177,7 +177,7 @@ def _groups(layers: Mapping[str, GLoRALinear]) -> list[Siblings]:
 
 
 def _matched(layers: Mapping[str, GLoRALinear], groups: Iterable[Iterable[str]]) -> list[list[str]]:
-    """The sets of paths that the patterns of each group match, one set a parent."""
+    """The paths that the patterns of each group match, as one set for each parent."""
     sets = []
     owner: dict[str, int] = {}
     for i, group in enumerate(groups):
@@ -213,7 +213,7 @@ def _by_parent(paths: Iterable[str]) -> list[list[str]]:
 
 
 def _chunks(layers: Mapping[str, GLoRALinear], stack: Iterable[Sequence[str]]) -> list[list[str]]:
-    """The adapted layers of a stack's blocks, block after block, in lists that one launch takes."""
+    """The adapted layers of a stack, split between blocks into lists that are small enough for one launch."""
     chunks: list[list[str]] = []
     for block in stack:
         adapted = [path for path in block if path in layers]
@@ -224,7 +224,7 @@ def _chunks(layers: Mapping[str, GLoRALinear], stack: Iterable[Sequence[str]]) -
 
 
 def _type(paths: Sequence[str]) -> str:
-    """The members of a group for display: "model.layers.#.self_attn: q_proj, k_proj, v_proj"."""
+    """A group without its block number, for display: "model.layers.#.self_attn: q_proj, k_proj, v_proj"."""
     parents = list(dict.fromkeys(path.rpartition(".")[0] for path in paths))
     names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
     over = f" of {_counted(len(parents), 'layer')}" if len(parents) > 1 else ""

@@ -1,4 +1,4 @@
-"""Several GLoRA layers on one input as one module and one launch, for models that can be written that way."""
+"""Several GLoRA layers on one input as one module and one launch, for models that call it with x once."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from glora_kernels.spec import GLoRAConfig
 
 
 class GroupedLoRALinear(nn.Module):
-    """y_i = x (W_i + s·B_i)ᵀ + b_i + b_i∘D_i + E_i + W_i·C_i of several layers on one x; a fresh one equals its bases.
+    """y_i = x (W_i + s·B_i)ᵀ + b_i + b_i∘D_i + E_i + W_i·C_i of several layers on one x; when new, it equals its bases.
 
     Shapes: x (..., K), y_i (..., N_i). The parameters are those of `members`, an `nn.ModuleList` of GLoRALinear:
-    "members.0.weight", "members.0.B_down", ... `merge`, `disabled`, `save_adapter` and all other functions for models
-    see them. How they compute together: `nn.siblings.SiblingGroup`.
+    "members.0.weight", "members.0.B_down", ... so that `merge`, `disabled`, `save_adapter` and all other functions for
+    models find them. How they compute together: `nn.siblings.SiblingGroup`.
 
     Args:
         in_features: K.
@@ -34,7 +34,7 @@ class GroupedLoRALinear(nn.Module):
 
     Raises:
         TypeError: `config` is not a GLoRAConfig, or `out_features` no sequence.
-        ValueError: fewer than two layers, a size below 1, a dtype or form of A or B that is not served, or `tied`
+        ValueError: fewer than two layers, a size below 1, a dtype or form of A or B that is not supported, or `tied`
             without B = lora.
     """
 
@@ -70,7 +70,7 @@ class GroupedLoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         tied: bool = False,
     ) -> GroupedLoRALinear:
-        """Layers on the parameters of `linears` (the same objects, no copy), which are frozen by this.
+        """Layers on the parameters of `linears`: the same objects, no copy; this freezes them.
 
         Args:
             linears: two or more `nn.Linear`, or `Conv1D` of transformers, that read one x; with or without a bias.
@@ -80,8 +80,8 @@ class GroupedLoRALinear(nn.Module):
 
         Raises:
             TypeError: one of them is no linear layer, or `config` is not a GLoRAConfig.
-            ValueError: linear layers that cannot be replaced, or that cannot be one group, and why. Nothing has
-                changed then.
+            ValueError: linear layers that cannot be replaced, or that cannot be one group; the message says why.
+                Nothing has changed then.
         """
         _check_tied(config, tied)
         grouped = cls.__new__(cls)

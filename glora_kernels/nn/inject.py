@@ -1,6 +1,6 @@
-"""Injection: which linear layers of a model become GLoRA layers, of which configuration, and the replacement.
+"""Injection: choosing the linear layers to adapt and their configurations, and replacing them by GLoRA layers.
 
-Everything is worked out and checked before the model is touched (`_chosen`), then done (`replace`).
+Everything is decided and checked (`_chosen`, `check_replaceable`) before the model is changed (`replace`).
 """
 
 from __future__ import annotations
@@ -65,39 +65,39 @@ def inject(
     ("blocks.0.*", "*.attn.?_proj"), or a regular expression that matches whole paths (r".*\.(q|v)_proj"); the first of
     these that finds a module is what it means.
 
-    The layers that get one ShareLoRAConfig, or equal ones, share factors by projection type; `shared(model)` shows
-    which. A shared factor is one parameter with several names: copies and optimizers treat it as one, a
-    `state_dict` has all names, and Hugging Face's `save_pretrained` and Trainer store the first. From here on
-    `load_state_dict` refuses a state with different values for them. An average kept by hand over
-    `state_dict().values()` would decay it once for each name: average over `parameters()`, or use `AveragedModel`.
+    Layers with equal ShareLoRAConfigs share factors by projection type; `shared(model)` shows which. A shared factor is
+    one parameter with several names: copies and optimizers treat it as one, a `state_dict` has all names, and Hugging
+    Face's `save_pretrained` and Trainer store the first. From here on `load_state_dict` refuses a state whose values
+    under these names differ. A hand-written moving average over `state_dict().values()` would decay the factor once for
+    each name: average over `parameters()`, or use `AveragedModel`.
 
     Args:
         model: any module; changed in place. Wrap it in DistributedDataParallel after this, not before.
         config: one configuration for every target, a GLoRAConfig or a ShareLoRAConfig, or a mapping
-            pattern → configuration in which a path wins, then the first match; None leaves a layer alone, and a layer
-            that nothing matches is no target.
+            pattern → configuration: an exact path wins, then the first match. A layer whose configuration is None, or
+            that no pattern matches, is not adapted.
         target_modules: patterns of linear layers. None or "all-linear" means every linear layer but the head: what
             `get_output_embeddings()` or timm's `get_classifier()` returns, else those named lm_head, head, classifier,
             score or embed_out or directly inside a module of these names, and an "fc" of the model itself.
-        train: patterns of modules that are trained whole and saved with the adapter. Linear layers in them
-            are no targets.
-        adapter_dtype: of the adapters. None means each weight's own, and fp32 over a 16-bit base, as PEFT has it: a
-            step of an optimizer on 16-bit numbers rounds most of it away. Modules in `train` follow: they are fp32 in a
-            16-bit model and cast what goes in and comes out (but for those that share parameters with a module
-            outside, as a tied head does).
+        train: patterns of modules that are trained whole and saved with the adapter. Linear layers in them are not
+            adapted.
+        adapter_dtype: of the adapters. None means the dtype of the weight, but fp32 over a 16-bit base, as in PEFT:
+            16-bit numbers round away most of an optimizer's step. Modules in `train` then become fp32 too and cast
+            their inputs and outputs, except those that share parameters with a module outside (a tied head).
 
     Returns:
         The model; where the model is itself a linear layer, the GLoRALinear in its place.
 
     Raises:
-        ValueError: a pattern that matches nothing or that others take everything from, a model that has GLoRA layers
-            already, layers that cannot be replaced or whose weight a module around them reads without calling them
-            (all of them in one error), layers on several devices or of several dtypes that were to share a factor,
-            and anything else that would not do what was asked. Nothing has changed then.
+        ValueError: a pattern that matches nothing, or only layers that other arguments take out; a model that has GLoRA
+            layers already; layers that cannot be replaced, or whose weight is read by code that does not call them
+            (one error names them all); a factor to be shared over several devices or dtypes; and any other argument
+            that would have no effect. The model is unchanged.
         TypeError: an argument of the wrong kind.
 
     Warns:
-        UserWarning: of every linear layer, where much of the model is in none: experts in one tensor, convolutions.
+        UserWarning: target_modules is None and much of the model is in no linear layer: experts in one tensor,
+            convolutions.
     """
     root = unwrap(model)
     refuse_adapted("inject", root)
@@ -123,7 +123,7 @@ def inject(
 
 
 def refuse_adapted(caller: str, root: nn.Module) -> None:
-    """An error where the model has layers with adapters already, ours or PEFT's."""
+    """Raise a ValueError where the model has adapters already, ours or PEFT's."""
     if layers := named_layers(root):
         raise ValueError(
             f"{caller}: the model has GLoRA layers already ({next(iter(layers))!r}, ...), and a model gets them once: "
@@ -151,10 +151,9 @@ def replace(
     undo: ExitStack,
     wide: Iterable[nn.Module] = (),
 ) -> nn.Module:
-    """Put GLoRA layers in the places of the plan's linear layers, tie, freeze, mark and unfreeze `trained`.
+    """Replace the plan's linear layers by GLoRA layers, tie shared factors, freeze all else, mark and train `trained`.
 
-    `undo` is given what undoes each change, before it is made. Of the modules trained whole, those in `wide` become
-    fp32.
+    Each change is preceded by a callback in `undo` that reverts it. The modules of `trained` in `wide` become fp32.
     """
     root = unwrap(model)
     check_wrapper(model, root)
@@ -175,7 +174,7 @@ def replace(
     for parameter in root.parameters():
         parameter.requires_grad_(False)
     undo.callback(free_codes, root)
-    keep_codes(root)  # of the layers that stay as they are: through repacked ones no gradient comes back
+    keep_codes(root)  # of Linear4bit layers that stay: repacked codes pass no gradient back
     for module in trained.values():
         undo.callback(vars(module).pop, TRAINED, None)
         setattr(module, TRAINED, True)
@@ -191,7 +190,7 @@ def replace(
 
 
 def put(linear: Linear, layer: nn.Module, undo: ExitStack) -> None:
-    """Put a layer in every place of a linear layer, which `undo` puts back."""
+    """Put a layer in every place of a linear layer; `undo` gets callbacks that put the linear layer back."""
     for parent, name in linear.parents:
         if parent is not None:
             undo.callback(parent._modules.__setitem__, name, linear.module)
@@ -212,7 +211,7 @@ def _chosen(
         raise ValueError(nothing)
     for pattern, config in configs.items():
         named = named_by(pattern, every)
-        # A layer that is no candidate anyway may be excluded once more.
+        # A pattern whose configuration is None may name layers that are not adapted anyway.
         if not named or (config is not None and set(candidates).isdisjoint(named)):
             others = "; it matches only the head, layers inside train modules, or layers not in target_modules"
             what = f"matches no linear layer to adapt{others if named else ''}"
@@ -244,12 +243,12 @@ def _trains_nothing(linear: Linear, config: Config) -> bool:
 
 
 def check_replaceable(root: nn.Module, chosen: list[Linear]) -> None:
-    """One error for all layers in whose place another module would have no effect, or that cannot be replaced."""
+    """Raise one ValueError for all layers that cannot be replaced, or whose replacement would have no effect."""
     refuse(root, {linear.path: linear.module for linear in chosen}, "replaced")
 
 
 def check_wrapper(model: nn.Module, root: nn.Module) -> None:
-    """An error where the model is wrapped in what must come after a replacement of layers."""
+    """Raise a ValueError where the model is in a wrapper that must be applied after layers are replaced."""
     if model is not root and is_linear(root):
         raise ValueError("a single wrapped linear layer cannot be replaced; inject first, then wrap it")
     if is_in_ddp(model):

@@ -3,7 +3,7 @@
     y = x (W + W∘A + s·B)ᵀ + [ b + b∘D + E + W·C ]
 
 The layer owns parameters and state (merged, disabled); the mathematics is in `ops`. The base keeps the names
-`weight` and `bias`, so base checkpoints load; beside them are A, A_up, A_down, ... E.
+`weight` and `bias`, so base checkpoints load; the adapter's parameters are A, A_up, A_down, ... E.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FullBias(Protocol):
 
 
 class Siblings(Protocol):
-    """Layers that read one input, and the place of each among them (`nn.siblings.SiblingGroup`)."""
+    """The part of `nn.siblings.SiblingGroup`, layers that read one input, that a layer uses."""
 
     names: tuple[str, ...]
     members: list[GLoRALinear | None]
@@ -53,9 +53,9 @@ class Siblings(Protocol):
 
 
 class Holders:
-    """The layers that have one shared factor: where PyTorch replaces the parameter in one, all get the new one.
+    """The layers with one shared factor: where PyTorch replaces the parameter in one of them, all get the new one.
 
-    They are held weakly. A copy of a model has holders of its own, which its layers join, and so has a copy of a part.
+    References to the layers are weak. A copy of a model, or of a part, gets a `Holders` of its own for its layers.
     """
 
     def __init__(self) -> None:
@@ -68,11 +68,11 @@ class Holders:
         self.__init__()  # type: ignore[misc]
 
     def join(self, layer: GLoRALinear) -> None:
-        """From now on this layer is one of them."""
+        """Add a layer that has the factor."""
         self._layers.add(layer)
 
     def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
-        """The new parameter in every layer that has the old one."""
+        """Put the new parameter into every layer that has the old one."""
         for layer in self._layers:
             for name in layer._holders:
                 if layer._parameters.get(name) is old:
@@ -80,18 +80,21 @@ class Holders:
 
 
 def _frozen(parameter: Tensor) -> nn.Parameter:
-    """The parameter itself, frozen; for one of inference mode, over which nothing is trained, another on its memory."""
+    """Freeze the parameter and return it.
+
+    One made in inference mode cannot be saved for backward: for that, return a new Parameter on the same memory.
+    """
     if parameter.is_inference():
         return nn.Parameter(ordinary(parameter.detach()), requires_grad=False)
     return parameter.requires_grad_(False)  # type: ignore[return-value]
 
 
 class GLoRALinear(Mergeable):
-    """y = x (W + W∘A + s·B)ᵀ + b + b∘D + E + W·C with W and b frozen; a fresh layer equals its base.
+    """y = x (W + W∘A + s·B)ᵀ + b + b∘D + E + W·C with W and b frozen; a new layer equals its base.
 
-    Shapes: x (..., K), y (..., N), weight (N, K), or (K, N) as stored where the base was a `Conv1D`, or the packed
-    codes of a 4-bit base (P, 1); bias (N,). The adapter's parameters are those of `GLoRAConfig.parameter_shapes`;
-    without a bias there is no D.
+    Shapes: x (..., K), y (..., N), bias (N,). weight is (N, K); (K, N) if the base was a `Conv1D`; the packed codes
+    (P, 1) of a 4-bit base. The adapter's parameters are those of `GLoRAConfig.parameter_shapes`; without a bias there
+    is no D.
 
     Args:
         in_features: K.
@@ -104,7 +107,7 @@ class GLoRALinear(Mergeable):
 
     Raises:
         TypeError: `config` is not a GLoRAConfig.
-        ValueError: a size below 1 or a dtype that is not served.
+        ValueError: a size below 1 or a dtype that is not supported.
     """
 
     config: GLoRAConfig
@@ -134,18 +137,18 @@ class GLoRALinear(Mergeable):
     def from_linear(
         cls, linear: nn.Module, config: GLoRAConfig, *, adapter_dtype: torch.dtype | None = None
     ) -> GLoRALinear:
-        """A layer on the parameters of `linear` (the same objects, no copy), which are frozen by this.
+        """A layer on the parameters of `linear`: the same objects, no copy; this freezes them.
 
         Args:
-            linear: an `nn.Linear`; a `Conv1D` of transformers, whose weight stays as stored, (K, N); or one in 4
-                bits: a `QuantizedLinear` (`quantize`) or a bitsandbytes `Linear4bit`, whose codes stay where they are.
+            linear: an `nn.Linear`; a `Conv1D` of transformers, whose weight stays as stored, (K, N); or a 4-bit layer:
+                a `QuantizedLinear` (`quantize`) or a bitsandbytes `Linear4bit`, whose codes stay where they are.
             config: which supports exist, rank, scale, dropout.
-            adapter_dtype: of the adapter; None means the weight's, over 4 bits the dtype that is computed in.
+            adapter_dtype: of the adapter; None means the weight's, for a 4-bit base the dtype it computes in.
 
         Raises:
             TypeError: `linear` is no linear layer, or `config` is not a GLoRAConfig.
             ValueError: a linear layer that cannot be replaced (hooks, its own forward, a `Linear4bit` that is not
-                quantized yet, ...), and why.
+                quantized yet, ...); the message says why.
         """
         if not is_linear(linear):
             raise TypeError(
@@ -184,26 +187,26 @@ class GLoRALinear(Mergeable):
         for name in ADAPTER_NAMES:
             self.register_parameter(name, made.get(name))
         self._transposed = base.transposed
-        vars(self)["_origin"] = None  # the module that it was made from, without its tensors; no module of this one
+        vars(self)["_origin"] = None  # the module it was made from, without tensors; not registered as a submodule
         self._base = None  # while merged: W and b, in host memory
         self._disabled = ()  # the `disabled` contexts that the layer is in
         self._beta: FullBias | None = None  # inside `shift_once`
-        self._deferred: DeferredLinear | None = None  # inside `deferred_shared_grads`: what to call
-        self._holders: dict[str, Holders] = {}  # of each shared factor: the layers that have it
+        self._deferred: DeferredLinear | None = None  # inside `deferred_shared_grads`: called instead of glora_linear
+        self._holders: dict[str, Holders] = {}  # by name of a shared factor: all layers that have it
         self._siblings: Siblings | None = None  # layers that read one input, this one among them ...
         self._place = 0  # ... and which of them it is
-        # What a forward would otherwise work out each time.
+        # Kept here, since computing them in each forward costs host time.
         _, self._scale, self._dropout, self._variant = Operands.of(config, {}, training=True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> GLoRALinear:
-        """As PyTorch's, which makes a new parameter where it cannot change one in place, as from the meta device."""
+        """PyTorch's `_apply`, after which factors stay shared where it had to make a new parameter (from meta, say)."""
         with self._staying_shared():
             super()._apply(fn, recurse)
         return self
 
     @contextlib.contextmanager
     def _staying_shared(self) -> Iterator[None]:
-        """A factor that is given a new parameter inside is given it in all layers that share it."""
+        """Where a shared factor of this layer is replaced inside, replace it in all layers that share it."""
         before = {name: self._parameters.get(name) for name in self._holders}
         yield
         for name, old in before.items():
@@ -215,7 +218,7 @@ class GLoRALinear(Mergeable):
         """Initialise the base as `nn.Linear` does, and the adapter. Overwrites a pretrained base.
 
         Raises:
-            RuntimeError: the base is in 4 bits, which no random numbers are written to.
+            RuntimeError: the base is in 4 bits, and cannot be initialised.
         """
         if self.quant_state is not None:
             raise RuntimeError("reset_parameters: the base is in 4 bits; reset_adapter() leaves it as it is")
@@ -231,29 +234,30 @@ class GLoRALinear(Mergeable):
         initialize(self.adapter(), self.config.init)
 
     def kept_shift(self) -> Tensor | None:
-        """β as `shift_once` has computed it, or None: outside of it, or where what β is made of has changed since."""
+        """β as `shift_once` computed it; None outside of that context, or where something β depends on has changed."""
         kept = self._beta
         return None if kept is None or torch.compiler.is_compiling() else kept.current(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output y, (..., N), of an x (..., K); the errors of `ops.glora_linear`, and one of its own.
+        """The output y (..., N) of x (..., K).
 
         Raises:
             RuntimeError: the layer is merged, in training mode, and gradients are enabled; or it is grouped with
-                siblings (`fuse_siblings`), and one of them was called with another tensor.
+                siblings (`fuse_siblings`), and one of them was called with another tensor. Other errors are those of
+                `ops.glora_linear`.
         """
         siblings = self._siblings
         if siblings is not None and (y := siblings.output(self, x)) is not None:
             return y
-        # One dictionary look-up a parameter: attribute access on a module costs ten times as much.
-        p: dict[str, Any] = self._parameters
+        # Looked up in the dictionary: attribute access on a module costs ten times as much.
+        tensors: dict[str, Any] = self._parameters
         if not self.is_intact:  # pruned, normalised, parametrized; data parallel replicas
-            p = {name: getattr(self, name) for name in NAMES}
+            tensors = {name: getattr(self, name) for name in NAMES}
         if (state := self.quant_state) is not None:
             weight: Weight = QuantizedWeight(self.weight, state)
         else:
-            weight = p["weight"].t() if self._transposed else p["weight"]
-        base = weight, p["bias"], self.compute_dtype
+            weight = tensors["weight"].t() if self._transposed else tensors["weight"]
+        base = weight, tensors["bias"], self.compute_dtype  # a plain tuple, cheaper than a `Frozen`
         if self._disabled or self._base is not None:
             if not self._disabled and self.training and torch.is_grad_enabled():
                 raise RuntimeError(
@@ -264,11 +268,11 @@ class GLoRALinear(Mergeable):
         dropout_p, seed = self._dropout if self.training else 0.0, None
         if dropout_p and siblings is not None:
             seed = siblings.seed(self, x)
-        adapter = p, self._scale, dropout_p, self._variant
+        adapter = tensors, self._scale, dropout_p, self._variant
         return adapted_linear(x, base, adapter, seed, self._deferred or glora_linear, self.kept_shift())
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """While merged the state is that of the plain layer with these weights, marked in its metadata."""
+        """While merged, save the state of a plain layer with the merged weights, and mark it in the metadata."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.merged:
             return
@@ -281,7 +285,7 @@ class GLoRALinear(Mergeable):
         given = {name for name in NAMES if prefix + name in state_dict}
         *_, errors = found
         where = prefix.removesuffix(".") or "the layer"
-        # Loaded into a merged layer, a base would be lost at unmerge and an adapter would have no effect.
+        # In a merged layer a loaded base would be lost at unmerge, and a loaded adapter would have no effect.
         if self.merged and given:
             errors.append(f"{where} is merged; call unmerge() before loading")
             return
@@ -301,13 +305,13 @@ class GLoRALinear(Mergeable):
             super()._load_from_state_dict(state_dict, prefix, metadata, *found)
 
     def _changes_something(self) -> bool:
-        """Whether a parameter of the layer's own that starts at zero is not zero any more."""
-        # A shared one may stand in the state under another layer's name alone.
+        """Whether an unshared parameter that was initialised to zero is not zero any more."""
+        # Shared ones do not count: the state may hold them under another layer's name alone.
         own = ((name, p) for name, p in self.adapter().items() if name not in self._holders)
         return any(bool(p.any()) for name, p in own if not name.endswith("_down") and not p.is_meta)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: one made inside a context (`disabled(model)`, say) would otherwise never leave it."""
+        """For copies and pickles: a copy made inside a context (`disabled(model)`, say) is outside of it."""
         return self.__dict__ | {"_disabled": (), "_beta": None, "_deferred": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

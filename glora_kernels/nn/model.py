@@ -1,4 +1,4 @@
-"""Whole models: what is inside their wrappers, the paths of their modules, the GLoRA layers among them."""
+"""Whole models: unwrapping them, the paths of their modules, their GLoRA layers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.optim.swa_utils import AveragedModel
 from glora_kernels.nn.linear import GLoRALinear
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
-"""The names under which wrappers hold the module they wrap; they are no part of a module's path."""
+"""The attributes in which wrappers hold the wrapped module; `clean` removes them from paths."""
 
 TRAINED = "_glora_trained"
-"""The attribute that marks a module trained whole: it travels with the module through copies and pickles."""
+"""The attribute that marks a module trained whole; copies and pickles keep it."""
 
 
 def wrapped(model: nn.Module) -> nn.Module | None:
-    """What torch.compile, PyTorch's data parallelism or AveragedModel, Lightning's Fabric or DeepSpeed has wrapped."""
+    """The module inside a wrapper of torch.compile, data parallelism, AveragedModel, Fabric or DeepSpeed, or None."""
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)):
         return model.module
     if any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__):
@@ -26,7 +26,7 @@ def wrapped(model: nn.Module) -> nn.Module | None:
 
 
 def wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """The model, what is inside its outermost wrapper, and so on to the model inside all."""
+    """The model, the module inside its wrapper, and so on down to the innermost, which is no wrapper."""
     inner: nn.Module | None = model
     while inner is not None:
         yield inner
@@ -43,7 +43,7 @@ def check_module(model: object) -> None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside all its wrappers, whose names are no part of a path (`wrapped`)."""
+    """The model inside all its wrappers."""
     check_module(model)
     *_, inside = wrappers(model)
     return inside
@@ -55,12 +55,12 @@ def clean(path: str) -> str:
 
 
 def join(path: str, name: str) -> str:
-    """The full name of a parameter; the path of a model that is itself a layer is empty."""
+    """The full name of a parameter; `path` is empty where the model is itself a layer."""
     return f"{path}.{name}" if path else name
 
 
 def named_layers(model: nn.Module) -> dict[str, GLoRALinear]:
-    """The GLoRA layers of an unwrapped model by path; one used at several paths is there by its first."""
+    """The GLoRA layers of an unwrapped model by path; one with several paths appears under the first."""
     return {clean(path): m for path, m in model.named_modules() if isinstance(m, GLoRALinear)}
 
 
@@ -72,12 +72,12 @@ def layers_of(model: nn.Module, caller: str) -> dict[str, GLoRALinear]:
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """How many numbers of the model require a gradient; a shared parameter counts once."""
+    """The number of parameter elements that require a gradient; a shared parameter counts once."""
     check_module(model)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def all_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every (path, module) of an unwrapped model, the same module once a path."""
+    """Every (path, module) of an unwrapped model; a module with several paths comes once for each."""
     for path, module in model.named_modules(remove_duplicate=False):
         yield clean(path), module

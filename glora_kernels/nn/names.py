@@ -1,8 +1,8 @@
-"""What the names of a model's modules say: which are numbered by depth, and which layers are siblings.
+"""Conclusions from the names of a model's modules: which are numbered by depth, and which layers are siblings.
 
-`encoder_layer_7` is numbered by its place in the depth, `fc2` and `attn2` are not. A part of a path that is all digits
-is such a number by itself (`spec.projection_type`); here are the names with a number inside. Siblings are the layers
-that read one input: q, k and v; gate and up.
+The number in `encoder_layer_7` is a depth, those in `fc2` and `attn2` are not. A part of a path that is all digits is
+always a depth (`spec.projection_type` handles it); this module decides about names that contain a number. Siblings are
+layers that read one input: q, k and v; gate and up.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def numbered(root: nn.Module) -> frozenset[str]:
-    """The paths of the modules whose names differ from those of others beside them by their depth alone.
+    """The paths of the modules whose names contain their depth.
 
     These are modules of one class and one parent, with names that differ by numbers only, where the parent is
 
     - a container (`nn.Sequential`, `nn.ModuleList`, `nn.ModuleDict`): `layers.encoder_layer_0`, `blocks.block3a`; or
     - outside of any numbered module, and there are three or more, or two counted from 0: `h_0`, `h_1` of a model.
 
-    Inside a block numbers tell roles apart (`attn1` and `attn2`, self- and cross-attention), and so do those in the
-    name of a linear layer itself (`fc1`, `fc2`; `wi_0`, `wi_1`), which has no layers in it.
+    Other numbers tell roles apart: those inside a block (`attn1` and `attn2`, self- and cross-attention), and those of
+    modules without children, such as linear layers (`fc1`, `fc2`; `wi_0`, `wi_1`).
     """
     modules = dict(all_paths(root))
     families: dict[tuple[str, str, type], list[str]] = {}
@@ -48,7 +48,7 @@ def numbered(root: nn.Module) -> frozenset[str]:
 
 
 def _inside(path: str, found: Collection[str]) -> bool:
-    """Whether a path is, or leads through, a module with a number for its depth."""
+    """Whether a path is, or leads through, a module numbered by depth."""
     parts = path.split(".")
     return any(part.isdecimal() or ".".join(parts[: i + 1]) in found for i, part in enumerate(parts))
 
@@ -62,17 +62,17 @@ ATTENTION: tuple[tuple[str, str, str], ...] = (
     ("to_q", "to_k", "to_v"),
     ("wq", "wk", "wv"),
 )
-"""Last names of the projections that attention starts with, queries first."""
+"""Last names of the input projections of attention: query, key, value."""
 
 GATED: tuple[tuple[str, str], ...] = (("gate_proj", "up_proj"), ("wi_0", "wi_1"), ("w1", "w3"), ("fc1_g", "fc1_x"))
-"""Last names of the two projections that a gated MLP multiplies with each other."""
+"""Last names of the two projections whose outputs a gated MLP multiplies."""
 
 _CROSS = re.compile("cross_?att|encoder_attn|encdec|enc_dec|encoder_decoder_att|^attn2$", re.IGNORECASE)
 _SELF = re.compile("self_?att", re.IGNORECASE)
 
 
 class Readers(NamedTuple):
-    """Layers of one parent that by their names read one input: paths, sizes (N, K), and whether in cross-attention."""
+    """Layers of one parent whose names say that they read one input: paths, sizes (N, K), and what they belong to."""
 
     paths: list[str]
     sizes: list[tuple[int, int]]
@@ -83,9 +83,8 @@ class Readers(NamedTuple):
 def readers(root: nn.Module) -> Iterator[Readers]:
     """The linear and GLoRA layers of an unwrapped model that have the names of siblings (`ATTENTION`, `GATED`).
 
-    In cross-attention k and v are siblings and q is not: it reads the decoder's state. Cross-attention is what its
-    parent (`is_cross_attention`, its class's name) or its path (EncDecAttention, encoder_attn, crossattention, ...)
-    says.
+    In cross-attention k and v are siblings and q is not: it reads the decoder's state. Cross-attention is recognised
+    by the parent (its `is_cross_attention` or class name) or the path (EncDecAttention, encoder_attn, ...).
     """
     paths = {module: clean(path) for path, module in root.named_modules()}
     for module, path in paths.items():
@@ -98,10 +97,10 @@ def readers(root: nn.Module) -> Iterator[Readers]:
 
 
 def sibling_sets(root: nn.Module, cross_attention_alone: bool = False) -> list[list[str]]:
-    """The `readers` of an unwrapped model with equal in_features, of a gated MLP of equal sizes: full paths by set.
+    """The sets of `readers` with equal in_features, in a gated MLP also equal out_features, as lists of full paths.
 
     Args:
-        cross_attention_alone: only those that are k and v of cross-attention, which read the encoder's state.
+        cross_attention_alone: only k and v of cross-attention, which read the encoder's state.
     """
     sets: list[list[str]] = []
     for paths, sizes, is_cross, are_gated in readers(root):

@@ -1,4 +1,4 @@
-"""Patterns of module paths as arguments, and what is said where one matches nothing (`spec.select` has the rules)."""
+"""Arguments that are patterns of module paths, and errors where one matches nothing; `spec.select` has the rules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def patterns_of(argument: str, given: str | Iterable[str]) -> list[str]:
-    """A pattern or several, as a list; a TypeError for anything else."""
+    """The argument, one pattern or several, as a list; a TypeError for anything else."""
     if isinstance(given, bytes) or not isinstance(given, Iterable):
         raise TypeError(f"{argument} takes a pattern (str) or several, got {given!r}")
     patterns = [given] if isinstance(given, str) else list(given)
@@ -17,12 +17,12 @@ def patterns_of(argument: str, given: str | Iterable[str]) -> list[str]:
 
 
 def unmatched(argument: str, pattern: str, what: str, kind: str, paths: Iterable[str]) -> ValueError:
-    """The error of a pattern that "matches no linear layer", say (`what`), with the names of the `kind` there are."""
+    """The error for a pattern. what: "matches no linear layer", say. kind, paths: the modules to choose from."""
     return ValueError(f"{argument}: the pattern {pattern!r} {what}. {listed(kind, paths)}")
 
 
 def listed(kind: str, paths: Iterable[str], most: int = 12) -> str:
-    """A sentence for error messages: the last names of paths, which there are to choose from."""
+    """A sentence for error messages that lists the last names of these paths as choices."""
     names = sorted({path.rpartition(".")[2] for path in paths})
     if not names:
         return f"The model has no {kind} to choose from"
@@ -31,5 +31,5 @@ def listed(kind: str, paths: Iterable[str], most: int = 12) -> str:
 
 
 def some_of(names: Sequence[str]) -> str:
-    """The first of many names, for a message."""
+    """The first four names, for a message."""
     return f"{names[:4]}{' ...' if len(names) > 4 else ''}"

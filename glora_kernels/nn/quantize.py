@@ -1,4 +1,4 @@
-"""Quantizing linear layers, alone or all of a model's."""
+"""Quantizing a linear layer, or the linear layers of a model, to 4 bits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 QuantType = Literal["nf4", "fp4"]
-"""`QUANT_TYPES`, for type checkers."""
+"""The values of `QUANT_TYPES`, for type checkers."""
 
 
 class _Options(TypedDict, total=False):
@@ -51,35 +51,34 @@ def quantize(
     exclude_modules: str | Iterable[str] = (),
     progress: bool = False,
 ) -> nn.Module:
-    """The 4-bit layer of a linear layer; or every linear layer of a model but the head, replaced in place.
+    """Return a 4-bit layer made from a linear layer; or replace every linear layer of a model but the head, in place.
 
-    The codes are those of bitsandbytes (`Linear4bit`), which is not needed. Inject afterwards; a model whose
-    `Linear4bit` layers bitsandbytes has quantized is injected as it is.
+    The codes are those of bitsandbytes (`Linear4bit`), which need not be installed. Call `inject` afterwards; a model
+    whose `Linear4bit` layers bitsandbytes has quantized can be injected directly.
 
         model = gk.quantize(model, "nf4", double_quant=True)
         model = gk.inject(model, gk.GLoRAConfig(A="vector", B="lora", C="vector"))
 
     Args:
         module: an `nn.Linear` or a transformers `Conv1D`, which stays as it is; or any other module, whose layers are
-            replaced in place. On the device where it is.
+            replaced in place. The result is on the same device.
         quant_type: "nf4" or "fp4".
-        blocksize: how many weights of the flat matrix have one absmax: 32, 64, ... 4096.
-        double_quant: absmax in 8 bits itself: 4.13 bits a weight at blocksize 64, instead of 4.5.
-        compute_dtype: what the layers cast x to, and y back from; None means that x decides.
-        target_modules: of a model, which layers, as in `inject`; None or "all-linear" means every linear layer but the
-            head, those that a transformers model keeps in fp32 (`_keep_in_fp32_modules`: T5's wo), and those that share
-            their weight with a module that stays dense (an embedding).
-        exclude_modules: of those, the ones to leave out, as in `inject`.
-        progress: show how far along it is on stderr.
+        blocksize: the number of consecutive weights of the flat matrix that share one absmax: 32, 64, ... 4096.
+        double_quant: store absmax in 8 bits: 4.13 bits a weight at blocksize 64, instead of 4.5.
+        compute_dtype: the dtype that the layers cast x to; y is cast back. None: x stays as it is.
+        target_modules: the layers of a model to quantize, as in `inject`. None or "all-linear" means every linear layer
+            except the head, those that a transformers model keeps in fp32 (`_keep_in_fp32_modules`: T5's wo), and
+            those that share their weight with a module that stays dense (an embedding).
+        exclude_modules: layers among these to leave out, as in `inject`.
+        progress: show the progress on stderr.
 
     Returns:
         A `QuantizedLinear`, or the model.
 
     Raises:
-        ValueError: an unknown type or block size; a pattern that matches nothing, GLoRA or PEFT layers in the model, a
-            layer that cannot be replaced or whose weight a module around it reads, is in 4 bits already, is on the
-            meta device, holds NaN or inf, or shares its weight with a module that stays dense. Nothing has changed
-            then.
+        ValueError: an unknown type or block size; a pattern that matches nothing; GLoRA or PEFT layers in the model; a
+            layer that cannot be replaced, is in 4 bits already, or whose weight is read by other code, is on the meta
+            device, holds NaN or inf, or is shared with a module that stays dense. The model is unchanged.
         TypeError: a weight in float64, or an argument of the wrong kind.
     """
     if quant_type not in QUANT_TYPES:
@@ -98,7 +97,7 @@ def quantize(
         )
     if packed := [linear for linear in chosen if linear.base.quant_state is not None]:
         raise ValueError(f"quantize: {_named(packed[0])} is in 4 bits already")
-    made: dict[tuple[int, bool], QuantizedWeight] = {}  # layers that share one weight go on sharing it
+    made: dict[tuple[int, bool], QuantizedWeight] = {}  # layers with one weight share its codes
     layers = []
     for linear in shown(chosen, "quantizing", progress):
         base = linear.base
@@ -118,7 +117,7 @@ def quantize(
 
 
 def _chosen(root: nn.Module, target_modules: Any, exclude_modules: Any) -> list[Linear]:
-    """The linear layers of a model to quantize, or the model where it is one itself."""
+    """The linear layers of a model to quantize; the model where it is one itself."""
     targets = targets_of(target_modules)
     every, chosen = find_targets(root, targets, {}, patterns_of("exclude_modules", exclude_modules))
     if every and every[0].module is root:
@@ -132,14 +131,14 @@ def _chosen(root: nn.Module, target_modules: Any, exclude_modules: Any) -> list[
 
 
 def _kept_wide(root: nn.Module, linear: Linear) -> bool:
-    """Whether a transformers model says that a layer is to stay in fp32: T5 casts x to the dtype of its `wo`."""
+    """Whether a transformers model asks to keep a layer in fp32, as T5 does: it casts x to the dtype of `wo`."""
     lists = (getattr(root, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
     names = {name for found in lists if found for name in found}
     return any(part in names for path in linear.paths for part in path.split("."))
 
 
 def _half_tied(root: nn.Module, chosen: list[Linear]) -> dict[str, str]:
-    """The layers that share their weight with a module that is not among them: path → the other's path."""
+    """The chosen layers that share their weight with a module that is not chosen: path → the other's path."""
     modules = {id(linear.module) for linear in chosen}
     others = {
         id(parameter): path

@@ -1,4 +1,4 @@
-"""What the processes that hold the parts of one sharded model do together: put it in order, let one of them act.
+"""Work on a sharded model that its ranks do together: gather parameters, let the first rank act for all.
 
 A parameter sharded by FSDP2 is a DTensor, whose `full_tensor()` gathers it on every rank; all ranks must call the
 functions here that communicate, in the same order.
@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # importing it takes a second, and only sharded models need it
+if TYPE_CHECKING:  # the import takes a second, and only sharded models need it
     from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 
 
 def is_part(tensor: Tensor) -> bool:
-    """Whether a tensor is one rank's part of a tensor: a DTensor."""
-    # A tensor without the attribute is slow to ask for it.
+    """Whether a tensor is a DTensor, of which each rank holds a part."""
+    # The class is compared first because a failing hasattr on a Tensor is slow.
     return tensor.__class__ not in _WHOLE and hasattr(tensor, "full_tensor")
 
 
@@ -29,19 +29,19 @@ _WHOLE = (Tensor, nn.Parameter)
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether parameters of the module are sharded, also while FSDP has them gathered for a forward."""
+    """Whether parameters of the module are sharded; also True while FSDP has gathered them for a forward."""
     managed = any(vars(inner).get("_is_fsdp_managed_module") for inner in module.modules())
     return managed or any(is_part(parameter) for parameter in module.parameters())
 
 
 def refuse_sharded(module: nn.Module, caller: str, instead: str) -> None:
-    """An error where a sharded model cannot be served; `instead` says what to do."""
+    """Raise a ValueError where the model is sharded. instead: what to do, for the message."""
     if is_sharded(module):
         raise ValueError(f"{caller}: the model is sharded, each rank holds a part of its parameters; {instead}")
 
 
 def mesh_of(root: nn.Module) -> DeviceMesh | None:
-    """The mesh over which the model is sharded, None where it is not; what a forward left gathered is given back."""
+    """The mesh over which the model is sharded, or None; parameters that a forward left gathered are sharded again."""
     if not is_sharded(root):
         return None
     from torch.distributed.fsdp import FSDPModule
@@ -53,16 +53,19 @@ def mesh_of(root: nn.Module) -> DeviceMesh | None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor, or what a sharded one is a part of; every rank must call this."""
+    """The tensor itself, or the full tensor gathered from all ranks; every rank must call this."""
     return tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def on_first_rank(mesh: DeviceMesh | None, caller: str, act: Callable[[], T]) -> T | None:
-    """What `act` returns on the first rank of the mesh, None on the others, which wait; without a mesh, just `act`.
+    """Call `act` on the first rank of the mesh while the others wait; without a mesh, call it.
+
+    Returns:
+        The result of `act` on the first rank, None on the others.
 
     Raises:
-        Exception: on the first rank, what `act` raised.
-        RuntimeError: on the others, where `act` failed.
+        Exception: on the first rank, the exception of `act`.
+        RuntimeError: on the others, if `act` failed.
     """
     if mesh is None:
         return act()

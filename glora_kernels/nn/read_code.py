@@ -1,4 +1,4 @@
-"""The syntax tree of a function: from its source, or, where there is none, as far as its byte code shows it."""
+"""The syntax tree of a function: parsed from its source, or where there is none, rebuilt roughly from byte code."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ _SILENT = frozenset({
     "CACHE", "CALL_INTRINSIC_1", "COPY_FREE_VARS", "END_FOR", "EXTENDED_ARG", "GEN_START", "LIST_TO_TUPLE",
     "MAKE_CELL", "NOP", "PRECALL", "PUSH_NULL", "RESUME", "RETURN_GENERATOR", "TO_BOOL",
 })  # fmt: skip
-"""Operations that change nothing here."""
+"""Operations that do not matter here."""
 _LOADS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL", "LOAD_CLOSURE", "LOAD_CLASSDEREF")
 _LEAVING = ("RETURN_VALUE", "RETURN_CONST", "RAISE", "RERAISE", "JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_ABSOLUTE")
 _ADDED = ("LIST_APPEND", "SET_ADD", "MAP_ADD", "LIST_EXTEND", "SET_UPDATE", "DICT_UPDATE", "DICT_MERGE")
 
 
 class _Steps:
-    """Byte code as statements: what stands on the stack at each step, and where it goes.
+    """Turns byte code into statements by following the expressions on the stack.
 
-    A loop is gone through once, and where branches meet, a value is that of the one or the other.
+    A loop is passed through once; where branches meet, a value is `a or b` of the two.
     """
 
     def __init__(self) -> None:
@@ -60,15 +60,15 @@ class _Steps:
         self.words: tuple[str, ...] = ()  # the names of the last arguments of the next call
 
     def statements(self, code: types.CodeType) -> Iterator[ast.stmt]:
-        meeting: dict[int, list[Any]] = {}  # what the stack holds where jumps to an offset come from
-        ends: dict[int, int] = {}  # of loops, by their start
+        meeting: dict[int, list[Any]] = {}  # the target of a jump → the stack there
+        ends: dict[int, int] = {}  # the start of a loop → its end
         reached = True
         for step in dis.get_instructions(code):
             if step.offset in meeting:
                 other = meeting.pop(step.offset)
                 self.stack = _either(self.stack, other) if reached else other
             elif not reached:
-                self.stack = []  # a handler of exceptions
+                self.stack = []  # the start of an exception handler
             name, given, stack = step.opname, step.argval, self.stack
             reached = not name.startswith(_LEAVING)
             if step.opcode in dis.hasjrel or step.opcode in dis.hasjabs:
@@ -76,7 +76,7 @@ class _Steps:
                     yield ast.Expr(stack.pop())
                 if name == "FOR_ITER":
                     ends[step.offset] = given
-                loop = given if name == "FOR_ITER" else ends.get(given)  # of a jump back to its start
+                loop = given if name == "FOR_ITER" else ends.get(given)  # for a jump back: the end of the loop
                 if (target := given if loop is None else loop) > step.offset:
                     popped = loop is not None and sys.version_info < (3, 13)  # later, POP_TOP follows the loop
                     ahead = stack[:-1] if popped else stack[:]
@@ -89,18 +89,18 @@ class _Steps:
                 self.words = code.co_consts[step.arg or 0]
             elif name in ("RETURN_VALUE", "RETURN_CONST"):
                 end = [_constant(given)] if name == "RETURN_CONST" else self._pop(min(1, len(stack)))
-                # As values yielded, and no return: what follows may be reached all the same.
+                # A yield, not a return: the statements that follow may still be reached.
                 yield from (ast.Expr(ast.YieldFrom(one)) for one in end)
             elif name not in _SILENT:
                 before = list(stack)
                 try:
                     yield from self._step(step)
-                except LookupError:  # not followed: it takes whatever there is
+                except LookupError:  # an unknown operation: it may use anything on the stack
                     self.stack, self.words = [], ()
                     yield from (ast.Expr(_taken(one)) for one in before)
 
     def _step(self, step: dis.Instruction) -> list[ast.stmt]:
-        """The statements of an operation, LookupError of one that is not followed; the stack is changed."""
+        """Apply an operation to the stack and return its statements; a LookupError for an unknown one."""
         stack, name, given, count = self.stack, step.opname, step.argval, step.arg or 0
         if name.startswith(_LOADS):
             stack.extend(ast.Name(one) for one in (given if isinstance(given, tuple) else (given,)))
@@ -119,15 +119,15 @@ class _Steps:
             stack.append(ast.Call(stack.pop(), rest, words))
         elif name.startswith("CALL") and "INTRINSIC" not in name:
             self._call(name, count)
-        elif name == "MAKE_FUNCTION":
-            made = stack.pop() if isinstance(stack[-1], ast.FunctionDef) else stack.pop(-2)  # 3.10: its name is above
+        elif name == "MAKE_FUNCTION":  # Python 3.10 has its name above it
+            made = stack.pop() if isinstance(stack[-1], ast.FunctionDef) else stack.pop(-2)
             self._pop(count.bit_count())
             stack.append(made)
         elif name == "SET_FUNCTION_ATTRIBUTE":
             del stack[-2]
         elif name in _ADDED:
             added = self._pop(2 if name == "MAP_ADD" else 1)[-1]
-            stack[-count] = ast.Tuple([stack[-count], added])  # which is read as whatever is in it
+            stack[-count] = ast.Tuple([stack[-count], added])  # a tuple stands for any of its elements
         elif name == "UNPACK_SEQUENCE":
             parts = stack.pop()
             known = isinstance(parts, ast.Tuple) and len(parts.elts) == count
@@ -149,7 +149,7 @@ class _Steps:
         if "KW" in name:
             self.words = tuple(one.value for one in stack.pop().elts)
         if not count and stack and isinstance(stack[-1], ast.Starred):
-            count = 1  # what a comprehension is over stands where a method has its module
+            count = 1  # a comprehension's iterable is where a method has its object
         given, plain = self._pop(count), count - len(self.words)
         words = [ast.keyword(*pair) for pair in zip(self.words, given[plain:], strict=True)]
         self.words = ()
@@ -165,7 +165,7 @@ class _Steps:
 
 
 def _made(name: str, parts: list[Any]) -> ast.expr:
-    """The one value that an operation makes of those it takes."""
+    """The result of an operation on these values."""
     match name:
         case "BINARY_SUBSCR":
             return ast.Subscript(*parts)
@@ -179,16 +179,16 @@ def _made(name: str, parts: list[Any]) -> ast.expr:
 
 
 _MADE = ("BINARY_", "BUILD_", "COMPARE_OP", "CONTAINS_OP", "FORMAT_", "GET_ITER", "INPLACE_", "IS_OP", "UNARY_")
-"""How operations that take some values and make one of them begin."""
+"""Prefixes of operations that take values from the stack and push one result."""
 
 
 def _taken(*values: Any) -> ast.expr:
-    """The values as arguments of something unknown, which takes them."""
+    """A call of an unknown function with these values."""
     return ast.Call(ast.Constant(None), list(values), [])
 
 
 def _either(one: list[Any], other: list[Any]) -> list[Any]:
-    """What the stack holds where two ways meet."""
+    """The stack where two branches meet."""
     return [a if a is b else ast.BoolOp(ast.Or(), [a, b]) for a, b in zip(one, other, strict=False)]
 
 

@@ -1,7 +1,7 @@
-"""What an expression in a module's code may be, as far as `nn.reads` follows it: a set of values.
+"""The values that an expression in a module's code may have, as `nn.reads` evaluates it: a set.
 
-A module and a text stand for themselves (in a text `*` is what is not known); a list, an iterator or a dictionary is
-whatever is in it; every other value is of a class here.
+Modules and strings stand for themselves (`*` in a string is an unknown part); a list, iterator or dictionary is
+represented by its elements; every other value by a class of this module.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ NOTHING: Values[Any] = frozenset()
 
 @dataclass(frozen=True)
 class Tensors:
-    """Parameters or buffers that a module itself has."""
+    """Any parameter or buffer that belongs to the module directly."""
 
     module: nn.Module
 
 
 @dataclass(frozen=True)
 class Function:
-    """A function, the first of its arguments (of a method the module, of a partial what it holds), and words.
+    """A function with bound arguments: `given` (the module of a method, those of a partial) and `named`.
 
-    One inside of the code that is read has a syntax tree (`node`) and the scope `outer` around it.
+    A function defined inside the code that is read also has its syntax tree (`node`) and the scope around it (`outer`).
     """
 
     function: types.FunctionType
@@ -45,7 +45,7 @@ class Function:
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """A class, a Python module, a `super()`, an object that holds modules; equal by identity, whatever it says."""
+    """A class, Python module, `super()` or object that holds modules; compared by identity, not by its own `==`."""
 
     item: Any
 
@@ -65,9 +65,9 @@ def texts(values: Values[Any]) -> list[str]:
 
 
 def elements(values: Values[Any], index: Any = None, names: Iterable[str] = ()) -> Values[Any]:
-    """What iterating over the values gives, or an index: an int, or what its text may be; None where it is not known.
+    """The values from iterating over these, or from an index: an int (None: unknown), or one of `names`.
 
-    Of a container of modules what is in it; and the values themselves, which may be those in a list.
+    These are the modules in containers; and the values themselves, since they may stand for the elements of a list.
     """
     return values | union(_inside(value, index, names) for value in values if isinstance(value, _CONTAINERS))
 
@@ -83,14 +83,14 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 def children_named(module: nn.Module, patterns: Iterable[str] = ()) -> Values[Any]:
-    """The modules directly inside whose names fit one of the patterns; all where there are none."""
+    """The child modules whose names match one of the patterns; all children where there are no patterns."""
     held = module._modules.items()
     named = {m for name, m in held if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)}
     return Values(named - {None})
 
 
 def handed_out(module: nn.Module, method: str) -> Values[Any]:
-    """What a method of every module, or of a container of modules, hands out; nothing of any other."""
+    """The values from a standard method of `nn.Module` or `nn.ModuleDict`; nothing for an overridden or other one."""
     found = getattr(type(module), method, None)
     if found is None or found not in (getattr(nn.Module, method, None), getattr(nn.ModuleDict, method, None)):
         return NOTHING
@@ -107,7 +107,7 @@ def handed_out(module: nn.Module, method: str) -> Values[Any]:
 
 
 def of_object(found: Any, depth: int = 0) -> Values[Any]:
-    """What a Python object that code names is."""
+    """The values that represent a Python object to which code refers."""
     if isinstance(found, (types.FunctionType, functools.partial)):
         found = inspect.unwrap(found)
     match found:
@@ -131,7 +131,10 @@ def of_object(found: Any, depth: int = 0) -> Values[Any]:
 
 
 def bound(function: Any, *given: Any, **named: Any) -> Values[Any]:
-    """A function with its first arguments; nothing of what every module has, nor where it is as good as a call."""
+    """A function with its first arguments bound.
+
+    Nothing for methods that every nn.Module has, and for the forward of a linear layer, which is as good as calling it.
+    """
     if given and isinstance(given[0], nn.Module):
         is_call = is_linear(given[0]) and function is type(given[0]).forward
         if is_call or function in vars(nn.Module).values():
@@ -143,7 +146,7 @@ def bound(function: Any, *given: Any, **named: Any) -> Values[Any]:
 
 
 def member(found: Any, holder: Any) -> Values[Any]:
-    """What an attribute of a class is to an instance: a method bound to it."""
+    """The value of a class attribute looked up on an instance: a method is bound to it."""
     if isinstance(found, classmethod):
         found = found.__func__
     return of_object(found) if isinstance(found, staticmethod) or not callable(found) else bound(found, holder)

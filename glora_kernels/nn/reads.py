@@ -1,10 +1,9 @@
-"""Which modules have their weights read by the code of a module around them, which an adapter in their place misses.
+"""Finding modules whose weights are read by a parent's code without a call, so that an adapter would have no effect.
 
-A module that is replaced takes part in what its parents compute where they call it. A parent that reads `weight`
-(`F.linear(x, self.q_proj.weight)`, a fused path) gets the base alone. What a parent does is read from its code
-(`nn.read_code`): its `forward` and whatever that reaches through methods, properties, `super()`, local names and
-functions that are given the module, evaluated over the modules it really has. Asking a weight for its dtype, device or
-shape is no read.
+A parent that reads a weight itself (`F.linear(x, self.q_proj.weight)`, a fused path) bypasses the layer that replaced
+the module, and gets the base alone. This is found by static analysis of the parents' code (`nn.read_code`): `forward`
+and whatever it reaches through methods, properties, `super()`, local names and functions that are given the module,
+evaluated with the modules that are really there. Asking a weight for its dtype, device or shape does not count.
 """
 
 from __future__ import annotations
@@ -42,37 +41,37 @@ _HARMLESS = frozenset({
     "itemsize", "layout", "names", "nbytes", "ndim", "ndimension", "nelement", "numel", "quant_state", "requires_grad",
     "shape", "size", "stride", "type",
 })  # fmt: skip
-"""What a tensor is asked for that has nothing of its values; so is all that begins with `is_` or `new_`."""
+"""Tensor attributes that reveal no values, so that reading them is harmless. Names in `is_` or `new_` count as well."""
 
 _ASKING = frozenset({
     "bool", "callable", "finfo", "id", "len", "numel", "print", "register_hook", "repr", "size", "str", "to", "type",
     "type_as",
 })  # fmt: skip
-"""Functions that ask what a tensor is and take no value of it; so do all of is..., has... and ..._like."""
+"""Functions that use no values of a tensor argument; those named is..., has... and ..._like count as well."""
 
 _HANDING = frozenset({
     "cast", "dict", "enumerate", "filter", "frozenset", "iter", "list", "next", "reversed", "set", "sorted", "tuple",
     "zip",
 })  # fmt: skip
-"""Functions that give what they are given, or the elements of it."""
+"""Functions that return their arguments, or elements of these."""
 
 _OF_LISTS = frozenset({
     "append", "copy", "extend", "get", "index", "insert", "items", "keys", "pop", "setdefault", "update", "values",
 })  # fmt: skip
-"""Methods of lists and dictionaries, which a tensor that may be in one is not read by."""
+"""Methods of lists and dictionaries; calling one does not read the tensors in it."""
 
 _COMPARED: Mapping[type, Any] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Is: operator.is_, ast.IsNot: operator.is_not,
     ast.Lt: operator.lt, ast.Gt: operator.gt, ast.LtE: operator.le, ast.GtE: operator.ge,
 }  # fmt: skip
 _ANY = "*"
-"""The name under which a call has what any of its arguments may be (*args, **kwargs)."""
+"""The key, among a call's keyword arguments, for values that any argument may have (from *args, **kwargs)."""
 _DEPTH = 16
-"""How far calls are followed."""
+"""The depth to which calls are followed."""
 
 
 class Read(NamedTuple):
-    """Where a weight is read: the function that does, and its file."""
+    """Where a weight is read: the name of the function, and its file."""
 
     reader: str
     place: str
@@ -82,9 +81,9 @@ class Read(NamedTuple):
 
 
 def reads(root: nn.Module, passed: Collection[nn.Module] = ()) -> dict[nn.Module, Read]:
-    """The modules inside `root` whose parameters the code of a module around them reads, and where it does.
+    """The modules inside `root` whose parameters are read by the code of a module around them, and where.
 
-    The code of the modules in `passed` is not read.
+    passed: modules whose own code is not analysed.
     """
     found: dict[nn.Module, Read] = {}
     for module in root.modules():
@@ -95,7 +94,7 @@ def reads(root: nn.Module, passed: Collection[nn.Module] = ()) -> dict[nn.Module
 
 
 class _Scope:
-    """The names of one function as it is read, and what each may be; `outer` is the scope around a local one."""
+    """The names in a function and the values each may have; `outer` is the scope around a local function."""
 
     def __init__(self, function: types.FunctionType, outer: _Scope | None = None) -> None:
         self.function, self.outer = function, outer
@@ -117,11 +116,11 @@ class _Scope:
 
 
 class _Ended(Exception):
-    """The function surely ends in the statements that were read."""
+    """Raised after a statement that certainly ends the function."""
 
 
 class _Reader:
-    """Reads the code of one module; `found` has the modules whose tensors it takes."""
+    """Analyses the code of one module; `found` collects the modules whose tensors it reads."""
 
     def __init__(self) -> None:
         self.found: dict[nn.Module, Read] = {}
@@ -138,7 +137,11 @@ class _Reader:
     # Functions.
 
     def _apply(self, called: Values[Any], given: list[Values[Any]], named: Mapping[str, Values[Any]]) -> Values[Any]:
-        """What a call of any of these values returns; what is read on the way is noted."""
+        """The values that a call of any of these may return; reads on the way are noted.
+
+        Always followed: local functions and those with bound arguments. Other functions: if an argument is a module or
+        tensor, or they have a closure. Functions of torch are not followed, except `forward`.
+        """
         known = any(isinstance(value, (nn.Module, Tensors)) for value in union((*given, *named.values())))
         result = NOTHING
         for one in called:
@@ -154,7 +157,7 @@ class _Reader:
     def _body(
         self, node: Any, scope: _Scope, given: list[Values[Any]], named: Mapping[str, Values[Any]]
     ) -> Values[Any]:
-        """What the body of a function returns, in a new scope, for arguments that may be these."""
+        """The values that the body of a function may return, in a new scope, for these arguments."""
         key = (node, tuple(given), frozenset(named.items()))
         if key not in self._done and len(self._stack) < _DEPTH:
             self._done[key] = NOTHING
@@ -184,7 +187,7 @@ class _Reader:
     # Statements.
 
     def _ends(self, nodes: Iterable[ast.stmt], scope: _Scope) -> bool:
-        """Read statements; whether the function surely ends in them."""
+        """Analyse statements; return whether they certainly end the function."""
         try:
             self._union(nodes, scope)
         except _Ended:
@@ -201,7 +204,7 @@ class _Reader:
 
     def _bind(self, target: ast.expr, values: Values[Any], scope: _Scope) -> None:
         match target:
-            case ast.Name(name):  # in a branch or a loop: it may be what it was, too
+            case ast.Name(name):  # keep the old values: a branch may not be taken
                 scope.names[name] = scope.names.get(name, NOTHING) | values
             case ast.Tuple(names) | ast.List(names):
                 for one in names:
@@ -218,7 +221,7 @@ class _Reader:
         return [node.body, node.orelse] if decided is None else [node.body if decided else node.orelse]
 
     def _decided(self, node: ast.expr, scope: _Scope) -> bool | None:
-        """What a test comes to, where it asks for plain settings of modules (not `training`); else None."""
+        """The result of a test that depends only on plain settings of modules (not `training`); else None."""
         match node:
             case ast.BoolOp(op, values):
                 parts = [self._decided(value, scope) for value in values]
@@ -237,7 +240,7 @@ class _Reader:
             return None
 
     def _setting(self, node: ast.expr, scope: _Scope) -> Any:
-        """A number, text or None that an expression is, from the attributes of a module and its `config`."""
+        """The number, string or None that an attribute of a module or of its `config` has; else an error."""
         if isinstance(node, ast.Constant):
             return node.value
         if not isinstance(node, ast.Attribute) or node.attr == "training":
@@ -252,7 +255,7 @@ class _Reader:
     # Expressions.
 
     def _value(self, node: Any, scope: _Scope) -> Values[Any]:
-        """What an expression may be, nothing of a statement. Who takes a tensor's values calls `_use`."""
+        """The values that an expression may have; none for a statement. Code that reads tensors leads to `_use`."""
         match node:
             case ast.Name(name):
                 return scope.look_up(name)
@@ -295,7 +298,7 @@ class _Reader:
                 self._statement(node, scope)
             case ast.BinOp() | ast.UnaryOp() | ast.Compare():
                 self._use(self._union(ast.iter_child_nodes(node), scope))
-            case ast.AST():  # `or`, `await`, a tuple, ...: any of its parts
+            case ast.AST():  # `or`, `await`, a tuple, ...: any of the parts
                 return self._union(ast.iter_child_nodes(node), scope)
         return NOTHING
 
@@ -406,14 +409,14 @@ class _Reader:
         if asking and not followed:
             return NOTHING
         if not called or not all(isinstance(value, Function) and value.node for value in called):
-            self._use(every)  # whoever is given a weight takes it; a module is followed
+            self._use(every)  # an unknown function may read a weight it is given
         functions = Values(value for value in every if isinstance(value, Function))
-        if functions and not followed:  # what is given functions calls them with the rest
+        if functions and not followed:  # an unknown function may call functions it is given, with the other arguments
             return self._apply(functions, [], {_ANY: elements(every) - functions})
         return result | self._apply(called, given, named)
 
     def _handed_out(self, values: Values[Any], method: str, names: list[str]) -> Values[Any]:
-        """What methods of modules, of lists and of dictionaries give, that hand out what is in these."""
+        """The values from methods of modules, lists and dictionaries that return their contents."""
         if method in ("get_submodule", "get_parameter"):
             return union(functools.reduce(self._attribute, name.split("."), values) for name in names)
         given = union(handed_out(value, method) for value in values if isinstance(value, nn.Module))
@@ -432,7 +435,7 @@ class _Reader:
         return union(children_named(value, names) for value in values if isinstance(value, nn.Module))
 
     def _use(self, values: Values[Any]) -> None:
-        """The values are taken by something that is not followed: tensors are read, methods may be called."""
+        """Values reach code that is not followed: note tensors as read, and follow functions with bound arguments."""
         for value in values:
             match value:
                 case Tensors(module):

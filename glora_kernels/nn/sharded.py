@@ -1,13 +1,12 @@
 """FSDP2 for models with shared factors: sharding, the parameters as an optimizer takes them, clipping.
 
-FSDP2 shards the parameters group by group (a block of the model is one) and refuses a parameter that several groups
-have, which a factor shared over depth is. Such a factor stays whole on every rank instead, and its gradient is
-averaged over the ranks here:
+FSDP2 shards parameters in groups (usually one for each block) and refuses a parameter that belongs to several groups,
+as a factor shared over depth does. Such a factor stays whole on every rank, and a hook averages its gradient:
 
     .grad ← .grad + 1/P · Σ_p g_p        (P ranks)
 
-of what autograd is about to add to it, g: that of a backward, of a segment of a reentrant checkpoint, of all backwards
-since the last average where FSDP's gradient sync was off. What is in `.grad` already is not averaged and rounded anew.
+where g is what autograd is about to add: from a backward or a segment of a reentrant checkpoint, and from earlier ones
+while FSDP's gradient sync was off. What `.grad` already holds was averaged before, and is not averaged again.
 """
 
 from __future__ import annotations
@@ -45,12 +44,12 @@ def fully_shard(
 ) -> M:
     """Shard a model with GLoRA layers by `torch.distributed.fsdp.fully_shard`, shared factors included.
 
-    Every block becomes an FSDP group, then the model with what is left. A parameter that several groups have (a
-    factor shared over depth, say) is no part of any: it is whole on every rank, starts with the values of the mesh's
-    first rank, and its gradient is averaged over the mesh in backward. The codes of a 4-bit base are no parameters:
-    every rank keeps all of its own, which must be those of the others, on the mesh's device. Gradient accumulation
-    (`model.set_requires_gradient_sync(False)`), both kinds of activation checkpointing and 2-D (hybrid) meshes
-    work as for any FSDP model. Inject and load before this call, make the optimizer after it.
+    Every block becomes an FSDP group, and the model a group of all other parameters. A parameter that several groups
+    have (a factor shared over depth, say) belongs to none: it is whole on every rank, gets the values of the mesh's
+    first rank, and its gradient is averaged over the mesh in backward. The codes of a 4-bit base are not parameters:
+    every rank keeps all of them on the mesh's device, and they must be equal on all ranks. Gradient accumulation
+    (`model.set_requires_gradient_sync(False)`), both kinds of activation checkpointing and 2-D (hybrid) meshes work as
+    for any FSDP model. Inject and load before this call, make the optimizer after it.
 
         model = gk.inject(build(), gk.ShareLoRAConfig(rank=64, share="A"))     # on every rank
         gk.fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
@@ -63,20 +62,20 @@ def fully_shard(
         gk.save_adapter(model, "adapter.safetensors")                          # on every rank; the first one writes
 
     Each rank's loss is the mean over its own samples. `torch.distributed.checkpoint`, with `get_model_state_dict`
-    and `get_optimizer_state_dict`, saves and resumes a run. Dropout masks differ from rank to rank only where the
-    seeds do: `torch.manual_seed(seed + rank)` before training. `set_gradient_divide_factor` does not reach the
-    factors that are whole.
+    and `get_optimizer_state_dict`, saves and resumes a run. For dropout masks that differ between ranks, seed the
+    ranks differently: `torch.manual_seed(seed + rank)` before training. `set_gradient_divide_factor` has no effect on
+    the factors that are whole.
 
     Args:
         model: the model, not wrapped, its parameters in memory on every rank; changed in place.
         blocks: modules of the model, or patterns of their paths. None means the elements of the outermost
-            `nn.ModuleList`s with GLoRA layers in them; an empty list, no group but the model's own.
-        mesh: of the ranks, 1-D, or 2-D to replicate over the first dimension and shard over the second. None means all
+            `nn.ModuleList`s with GLoRA layers in them; an empty list, that the model is the only group.
+        mesh: the ranks: 1-D, or 2-D to replicate over the first dimension and shard over the second. None means all
             ranks, on the accelerator if there is one.
-        reshard_after_forward: see `torch.distributed.fsdp.fully_shard`; likewise the others.
-        mp_policy: dtypes of what is gathered and reduced. A shared factor keeps its dtype (adapters in fp32 over
-            16-bit weights are served); its gradient is averaged in `reduce_dtype`.
-        offload_policy: where the parts of the parameters are kept. A shared factor stays on the device.
+        reshard_after_forward: this and the other arguments are those of `torch.distributed.fsdp.fully_shard`.
+        mp_policy: the dtypes to gather and reduce in. A shared factor keeps its dtype (fp32 over 16-bit weights, say);
+            its gradient is averaged in `reduce_dtype`.
+        offload_policy: where the shards are kept. A shared factor stays on the device.
 
     Returns:
         The model.
@@ -84,8 +83,8 @@ def fully_shard(
     Raises:
         TypeError: `model` or a block is of the wrong kind.
         ValueError: a model that is wrapped, sharded already, without a GLoRA layer, or has a shared parameter on the
-            meta device; blocks that are not in the model or do not say which; trained parameters of several dtypes in
-            one group.
+            meta device; blocks that are not in the model, that are lists, or (with None) are not found; trained
+            parameters of several dtypes in one group.
         RuntimeError: a layer is merged.
     """
     from torch.distributed.fsdp import fully_shard as shard
@@ -115,10 +114,10 @@ def fully_shard(
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """The parameters to train as an optimizer takes them, the sharded ones and the whole ones in groups of their own.
+    """The trained parameters as parameter groups for an optimizer: one of sharded parameters, one of whole ones.
 
-    The operations on lists of tensors by which optimizers step ("foreach", the default on a GPU, and "fused") do not
-    take both kinds at once. A shared parameter is there once. A model that is not sharded has one group.
+    The list operations that optimizers use ("foreach", the default on a GPU, and "fused") cannot mix the two kinds. A
+    shared parameter appears once. A model that is not sharded has one group.
     """
     check_module(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -158,9 +157,9 @@ def clip_grad_norm_(
 
 
 class _Average:
-    """Averages what autograd adds to the gradient of parameters over the ranks of a mesh, in `dtype`.
+    """Averages what autograd adds to the gradients of parameters over the ranks of a mesh, in `dtype`.
 
-    While not `on`, it is kept for the next average and not added, as FSDP does with the gradients of what it shards.
+    While `on` is False, gradients are held back and added to the next average, as FSDP does for sharded parameters.
     """
 
     def __init__(self, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
@@ -169,11 +168,11 @@ class _Average:
         self._kept: dict[nn.Parameter, Tensor] = {}
 
     def watch(self, parameter: nn.Parameter) -> None:
-        """Average the gradients of a parameter from now on, also where it is trained only later; once is enough."""
+        """Average the gradients of a parameter from now on, also if it is trained only later; may be called again."""
         if parameter in self._watched:
             return
         trained = parameter.requires_grad
-        parameter.requires_grad_(parameter.is_floating_point())  # what cannot be trained takes no hook
+        parameter.requires_grad_(parameter.is_floating_point())  # hooks need requires_grad
         if parameter.requires_grad:
             parameter.register_hook(partial(self._mean, parameter))
         parameter.requires_grad_(trained)
@@ -193,7 +192,7 @@ class _Average:
 
 
 def _replicate(model: Any, common: list[nn.Parameter], mesh: DeviceMesh, reduce_dtype: torch.dtype | None) -> None:
-    """Move the parameters that FSDP leaves alone to the mesh's device, make them alike, and average their gradients."""
+    """Move the parameters that FSDP ignores to the mesh's device, broadcast their values, average their gradients."""
     average = _Average(mesh, reduce_dtype)
     for parameter in common:
         parameter.data = parameter.data.to(mesh.device_type)
@@ -213,7 +212,7 @@ def _replicate(model: Any, common: list[nn.Parameter], mesh: DeviceMesh, reduce_
     native = model.set_requires_gradient_sync
 
     def set_requires_gradient_sync(requires_gradient_sync: bool, *, recurse: bool = True) -> None:
-        """FSDP's own switch, which then also holds for the gradients averaged here."""
+        """FSDP's switch, extended to the gradients averaged here."""
         native(requires_gradient_sync, recurse=recurse)
         if recurse:
             average.on = requires_gradient_sync
@@ -222,7 +221,7 @@ def _replicate(model: Any, common: list[nn.Parameter], mesh: DeviceMesh, reduce_
 
 
 def _every_rank() -> DeviceMesh:
-    """All ranks in one dimension, as torch's own default: on the accelerator, or on the CPU where there is none."""
+    """A 1-D mesh of all ranks, as torch's default: on the accelerator, or on the CPU where there is none."""
     from torch.distributed.device_mesh import init_device_mesh
 
     if not dist.is_initialized():
@@ -232,7 +231,7 @@ def _every_rank() -> DeviceMesh:
 
 
 def _own_blocks(model: nn.Module) -> list[nn.Module]:
-    """The elements of the outermost ModuleLists that have GLoRA layers; of a list of lists, the inner elements."""
+    """The elements of the outermost ModuleLists that have GLoRA layers; for a list of lists, the inner elements."""
     found: dict[nn.Module, None] = {}
 
     def search(module: nn.Module, inside: bool = False) -> None:
@@ -253,7 +252,7 @@ def _own_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _named_blocks(model: nn.Module, blocks: str | nn.Module | Iterable[str | nn.Module]) -> list[nn.Module]:
-    """The modules that are given or that patterns match; what is inside another comes before it, as FSDP demands."""
+    """The given modules and those that patterns match; inner modules come before outer ones, as FSDP demands."""
     paths = [(path, module) for path, module in all_paths(model) if path]
     found: dict[nn.Module, int] = {}
     for item in [blocks] if isinstance(blocks, (str, nn.Module)) else blocks:
@@ -281,7 +280,7 @@ def _adapted(module: nn.Module) -> bool:
 
 
 def _groups(model: nn.Module, blocks: list[nn.Module]) -> list[set[nn.Parameter]]:
-    """The parameters of each block that are in no block inside it, and those of the model in none."""
+    """The parameters of each group: those of a block in no inner block, and those of the model in no block."""
     groups: dict[nn.Module, set[nn.Parameter]] = {module: set() for module in (*blocks, model)}
 
     def walk(module: nn.Module, group: nn.Module) -> None:
@@ -295,7 +294,7 @@ def _groups(model: nn.Module, blocks: list[nn.Module]) -> list[set[nn.Parameter]
 
 
 def _common(model: nn.Module, groups: list[set[nn.Parameter]]) -> list[nn.Parameter]:
-    """The parameters that several groups have, on all ranks in one order."""
+    """The parameters that several groups have, in the same order on all ranks."""
     counts = Counter(parameter for parameters in groups for parameter in parameters)
     common = [parameter for parameter in model.parameters() if counts[parameter] > 1]
     for parameter in common:
@@ -308,7 +307,7 @@ def _common(model: nn.Module, groups: list[set[nn.Parameter]]) -> list[nn.Parame
 
 
 def _check_dtypes(model: nn.Module, group: set[nn.Parameter]) -> None:
-    """FSDP reduces the gradients of a group in one dtype, and would say so at the first forward only."""
+    """Raise a ValueError where trained parameters of a group differ in dtype; FSDP would only at the first forward."""
     trained = [parameter for parameter in model.parameters() if parameter in group and parameter.requires_grad]
     different = {parameter.dtype: parameter for parameter in reversed(trained)}
     if len(different) > 1:
@@ -324,11 +323,11 @@ def _name(model: nn.Module, wanted: nn.Parameter) -> str:
 
 
 def _is_uneven(tensor: Any) -> bool:
-    """Whether ranks may hold parts of different sizes, or none, of a tensor."""
+    """Whether the ranks' parts of a tensor may differ in size or be empty."""
     return is_part(tensor) and tensor.shape[0] % tensor.device_mesh.size() != 0
 
 
 def _by_kind(parameters: list[Any]) -> list[list[Any]]:
-    """The sharded parameters, then the whole ones; a kind that is not there is left out."""
+    """The sharded parameters and the whole ones, as two lists; an empty list is left out."""
     kinds = [[p for p in parameters if is_part(p)], [p for p in parameters if not is_part(p)]]
     return [kind for kind in kinds if kind]

@@ -1,7 +1,7 @@
-"""Sharing: which factors of a model's layers are one parameter, how they become it, and what keeps them it.
+"""Sharing: which factors of a model's layers are one parameter, making them one, and keeping them one.
 
-A shared factor is the same `nn.Parameter` object in every layer that has it. PyTorch knows that case: such a
-parameter is counted, optimised, clipped and copied once, and autograd sums its gradient over the layers.
+A shared factor is the same `nn.Parameter` object in every layer that has it. PyTorch supports this: such a parameter
+is counted, optimised, clipped and copied once, and autograd sums its gradient over the layers.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from glora_kernels.nn.targets import Linear
 from glora_kernels.spec import ShareLoRAConfig, projection_type, select
 
 DECLARED = "_tied_weights_keys"
-"""Where transformers looks, in every module of a model to save, for the names of it that a checkpoint is to omit.
+"""The attribute in which each module tells transformers' save_pretrained which of its names a checkpoint omits.
 
-Declared by the layers, not by the model: what the model declares, `tie_weights` ties anew as it does embeddings, and
-that resizes the bias of the layer to the rows of its weight (a Conv1D has (K, N) of them).
+The layers declare it, not the model: `tie_weights` would tie the names declared by the model as it ties embeddings, and
+resize the layer's bias to the rows of its weight, which for a Conv1D, stored as (K, N), is wrong.
 """
 
 
 @dataclass(frozen=True)
 class Tie:
-    """One parameter of one or several layers: (path, parameter name) of each, and the dtype it has."""
+    """One parameter of one or several layers: (path, parameter name) in each, and its dtype."""
 
     factors: tuple[tuple[str, str], ...]
     dtype: torch.dtype
@@ -42,7 +42,7 @@ class Tie:
 
 @dataclass(frozen=True)
 class Sharing:
-    """What the layers of a model have in common: the ties, and the sets of siblings with one dropout mask."""
+    """The sharing between the layers of a model: the ties, and the sets of siblings with one dropout mask."""
 
     ties: list[Tie]
     siblings: list[list[str]]
@@ -51,21 +51,21 @@ class Sharing:
 def plan_sharing(
     root: nn.Module, members: Mapping[Linear, ShareLoRAConfig], adapter_dtype: torch.dtype | None
 ) -> Sharing:
-    """What the configurations of linear layers ask to be shared; equal configurations share with each other.
+    """The sharing that the configurations of linear layers ask for; layers with equal configurations share.
 
-    A factor is shared by the layers of one `projection_type`; with `tie_siblings`, B_down also by the siblings of
-    a block, and so by all types that have siblings of each other where it is shared over depth as well.
+    A factor is shared by the layers of one `projection_type`. With `tie_siblings`, the siblings of a block share B_down
+    as well; if it is shared over depth too, then all types that are siblings of each other share one.
 
-    Where some layers of a configuration share B_down (or B_up), every layer of that configuration has it in one
-    precision, without an `adapter_dtype` fp32 over a 16-bit base: layers that share and their siblings that do not,
-    by `projections` or as the only one of a type, can then be computed in one call.
+    Where some layers of a configuration share B_down (or B_up), it has one dtype in all layers of the configuration:
+    `adapter_dtype`, or fp32 over a 16-bit base. So layers that share can be computed in one call with siblings that do
+    not share (because of `projections`, or as the only layer of a type).
 
-    Warns where configurations are to share over depth, and none of them finds two layers of one type.
+    Warns where configurations share over depth, but none of them has two layers of one type.
 
     Raises:
-        ValueError: a projections pattern that matches no member; tie_siblings without siblings, or where layers with
-            their names differ in in_features; a factor that layers on several devices would share or, without an
-            `adapter_dtype`, layers of several dtypes. The message names the modules.
+        ValueError: a projections pattern that matches no member; tie_siblings without siblings, or with siblings by
+            name that differ in in_features; a factor to be shared by layers on several devices or, without an
+            `adapter_dtype`, of several dtypes. The message names the modules.
     """
     configs: dict[ShareLoRAConfig, list[Linear]] = {}
     for member, config in members.items():
@@ -96,7 +96,7 @@ def plan_sharing(
 
 
 def check_devices(factors: Iterable[tuple[str, str]], layers: Mapping[str, Linear]) -> None:
-    """An error where layers that would share a factor are on different devices; `layers` by path."""
+    """Raise a ValueError where layers that would share a factor are on different devices. layers: by path."""
     (first, name), *others = factors
     for path, _ in others:
         if (here := layers[path].base.weight.device) != (there := layers[first].base.weight.device):
@@ -107,7 +107,7 @@ def check_devices(factors: Iterable[tuple[str, str]], layers: Mapping[str, Linea
 
 
 def tie(layers: Mapping[str, GLoRALinear], sharing: Sharing) -> None:
-    """Make the factors of each tie one parameter, that of its first layer, and give siblings one dropout mask."""
+    """Make the factors of each tie one parameter, that of the first layer, and give siblings one dropout mask."""
     for item in sharing.ties:
         path, name = item.factors[0]
         shared = getattr(layers[path], name)
@@ -122,7 +122,7 @@ def tie(layers: Mapping[str, GLoRALinear], sharing: Sharing) -> None:
 
 
 class Place(NamedTuple):
-    """Where a model has an adapter parameter: the path of a layer, the layer, the parameter's own name in it."""
+    """Where an adapter parameter occurs: the path of a layer, the layer, the parameter's name in the layer."""
 
     path: str
     layer: GLoRALinear
@@ -134,7 +134,7 @@ class Place(NamedTuple):
 
 
 def _shared_places(modules: Iterable[tuple[str, nn.Module]]) -> list[list[Place]]:
-    """The places of every adapter parameter that has several in these modules (by path)."""
+    """The places of every adapter parameter that occurs in several places of these modules (path, module)."""
     places: dict[nn.Parameter, list[Place]] = {}
     for path, layer in modules:
         if isinstance(layer, GLoRALinear):
@@ -144,15 +144,15 @@ def _shared_places(modules: Iterable[tuple[str, nn.Module]]) -> list[list[Place]
 
 
 def _tied_places(module: nn.Module) -> list[list[Place]]:
-    """`_shared_places` with all the names that a `state_dict` has."""
+    """`_shared_places` under every name that a `state_dict` has."""
     return _shared_places(module.named_modules(remove_duplicate=False))
 
 
 def keep_tied(root: nn.Module) -> None:
-    """From now on a shared factor stays one, and `load_state_dict` refuses values that differ under its names.
+    """Keep shared factors shared when PyTorch replaces parameters, and make `load_state_dict` refuse differing values.
 
-    In every module that has a name or two of one, since a part of a model may be loaded or moved alone. All names but
-    the first are declared to transformers, whose checkpoints hold a shared tensor once.
+    The check is put on every module that contains several names of one factor, because a part of a model may be loaded
+    alone. All names but the first are declared to transformers, whose checkpoints hold a shared tensor once.
     """
     for first, *others in _tied_places(root):
         holders = Holders()
@@ -167,7 +167,7 @@ def keep_tied(root: nn.Module) -> None:
 
 
 def forget_tied(root: nn.Module) -> None:
-    """Take off what `keep_tied` has put on the modules of a model whose GLoRA layers are gone."""
+    """Remove the checks of `keep_tied` from a model whose GLoRA layers are gone."""
     for module in root.modules():
         for key, hook in list(module._load_state_dict_pre_hooks.items()):
             if getattr(hook, "hook", hook) is _load_tied:
@@ -175,12 +175,12 @@ def forget_tied(root: nn.Module) -> None:
 
 
 def _load_tied(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Before a state is loaded: its values under the names of a shared factor must agree, or the last would win.
+    """Hook before load_state_dict: the values under the names of a shared factor must agree, or the last would win.
 
-    A name that the state lacks is missing, as that of any tied parameter is, and has the value of the others.
+    A name missing in the state gets the value of the others, but strict loading reports it, as for any tied parameter.
     """
     for places in _tied_places(module):
-        # Activation checkpointing's wrappers leave their own part out of the keys.
+        # Activation checkpointing's wrappers remove their own name from the keys.
         names = [(prefix + clean(place.name), prefix + place.name) for place in places]
         keys = [without if without in state_dict else name for without, name in names]
         given = [key for key in keys if isinstance(state_dict.get(key), Tensor)]
@@ -202,7 +202,7 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class SharedFactor:
-    """One shared parameter: what it is in its layers, its type's key, its shape, its size counted once."""
+    """One shared parameter: its name in the layers, its type's key, its shape, its size counted once, the layers."""
 
     factor: str
     key: str
@@ -212,7 +212,7 @@ class SharedFactor:
 
     @property
     def uses(self) -> int:
-        """How many GLoRA layers have it: of siblings, each projection is one."""
+        """The number of GLoRA layers that have it; each sibling counts."""
         return len(self.paths)
 
 
@@ -220,8 +220,8 @@ class SharedFactor:
 class SharedFactors:
     """Every shared factor of a model, and what the model trains; printed as a table.
 
-    The table has one line for the parameters that are alike, as those of tied siblings in every block are: their
-    `count`, the `uses` of each, and the numbers in all of them (`parameters`).
+    The table has one line for parameters that are alike, such as those of tied siblings in every block: their `count`,
+    the `uses` of each, and the numbers in all of them (`parameters`).
     """
 
     rows: tuple[SharedFactor, ...]
@@ -229,7 +229,7 @@ class SharedFactors:
 
     @property
     def unshared(self) -> int:
-        """How many numbers would be trained if every layer had factors of its own."""
+        """The number of elements that would be trained if every layer had factors of its own."""
         return self.trainable + sum((row.uses - 1) * row.parameters for row in self.rows)
 
     def __repr__(self) -> str:
@@ -246,14 +246,14 @@ class SharedFactors:
 
 
 def shared(model: nn.Module) -> SharedFactors:
-    """Which layers of a model share which factor: one row for each parameter that several layers have.
+    """List which layers of a model share which factor: one row for each parameter that several layers have.
 
     Args:
         model: a model with GLoRA layers, also inside torch.compile or DistributedDataParallel.
 
     Returns:
-        The rows, in the order of the model, with `factor` ("B_down", "B_up"), `key` (the `projection_type`; of
-        tied siblings, all of theirs), `shape`, `uses`, `parameters` counted once, and `paths`; print it for a table.
+        The rows, in the order of the model, with `factor` ("B_down", "B_up"), `key` (the `projection_type`; for tied
+        siblings all of them), `shape`, `uses`, `parameters` counted once, and `paths`; print it for a table.
 
     Raises:
         ValueError: the model has no GLoRA layer.
@@ -270,7 +270,7 @@ def shared(model: nn.Module) -> SharedFactors:
 
 
 def _common_key(keys: list[str]) -> str:
-    """The key of one type; "parent.{q (8, 8), k (4, 8)}" for several of one parent."""
+    """The keys joined for display: "parent.{q (8, 8), k (4, 8)}" for several types of one parent."""
     different = list(dict.fromkeys(keys))
     split = [key.rpartition(".") for key in different]
     if len(different) == 1 or len({parent for parent, _, _ in split}) > 1:
@@ -279,7 +279,7 @@ def _common_key(keys: list[str]) -> str:
 
 
 def _projected(root: nn.Module, config: ShareLoRAConfig, members: list[Linear]) -> list[Linear]:
-    """The members that `config.projections` names: those that share."""
+    """The members that share: those that `config.projections` names."""
     if config.projections is None:
         return members
     adapted = {path for member in members for path in member.paths}
@@ -321,7 +321,7 @@ def _siblings(root: nn.Module, members: list[Linear]) -> list[list[Linear]]:
 
 
 def _check_inputs(root: nn.Module, members: list[Linear]) -> None:
-    """An error where the names of siblings belong to layers of different in_features, but for cross-attention."""
+    """Raise a ValueError where siblings by name differ in in_features, except in cross-attention."""
     widths = {path: member.base.shape[1] for member in members for path in member.paths}
     for found in readers(root):
         own = {path: widths[path] for path in found.paths if path in widths}
@@ -334,7 +334,7 @@ def _check_inputs(root: nn.Module, members: list[Linear]) -> None:
 
 
 def _joined(groups: list[list[Linear]], siblings: list[list[Linear]]) -> list[list[Linear]]:
-    """The groups, those that have siblings of each other made one."""
+    """The groups, with those joined into one whose members are siblings of each other."""
     for brood in siblings:
         touched = [group for group in groups if any(member in brood for member in group)]
         place = groups.index(touched[0])
@@ -344,7 +344,7 @@ def _joined(groups: list[list[Linear]], siblings: list[list[Linear]]) -> list[li
 
 
 def _tie(name: str, members: list[Linear], adapter_dtype: torch.dtype | None) -> Tie:
-    """The tie of one factor of the members; fp32 over a 16-bit base, since a gradient is summed in its dtype."""
+    """The tie of one factor of the members; fp32 over a 16-bit base, since autograd sums its gradient in its dtype."""
     factors = tuple((member.path, name) for member in members)
     check_devices(factors, {member.path: member for member in members})
     first = members[0]

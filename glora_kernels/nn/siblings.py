@@ -1,10 +1,10 @@
-"""Siblings: layers that read one input (q, k and v; gate and up), computed in one call when the first is called.
+"""Siblings: layers that read one input (q, k and v; gate and up), all computed when the first of them is called.
 
     y_i = x (W_i + s_i·B_i)ᵀ + β_i of every member i at once,   β_i = b_i∘(1+D_i) + E_i + W_i·C_i
 
 The layers stay where they are: names, parameters and checkpoints do not change. Each refers to its `SiblingGroup`, a
-plain object. The member that is called first computes the outputs of all; the others' wait until their calls come with
-the same tensor object. Grouping a whole model: `nn.fuse`.
+plain object. The member called first computes the outputs of all members; the other outputs wait for calls with the
+same tensor object. Grouping a whole model: `nn.fuse`.
 """
 
 from __future__ import annotations
@@ -27,47 +27,41 @@ from glora_kernels.ops import glora_wc
 
 
 class SiblingGroup:
-    """Layers that read one input, and what one's call has left for the others. Made by `install`.
+    """Layers that read one input, and the outputs that wait for their calls. Made by `install`.
 
-    Rules of a call of one member with x, while torch.compile does not trace:
+    A call of one member with x (under torch.compile see `waiting.Traced`; a block is the members of one parent module):
 
-    - Where an output for x waits, it is handed out, once. "For x" means the same tensor object, not overwritten since,
-      the same gradient and autocast mode, the same region of activation checkpointing, parameters that have not been
-      changed in place, and no backward of the group since. What writes to x or to a parameter unseen by PyTorch's
-      counter of versions between two members' calls is not noticed: through `.data`, or in inference mode.
-    - Where none waits, the outputs of all members are computed in one call of `ops.grouped_lora_linear`.
-    - Where one waits for another tensor, and a member of the same block (one parent module) that comes before this one
-      was called with it, the layers do not read one input: an error. In all other cases (a block that is skipped, a
-      call of one member on its own, a tensor that is gone, another mode) what waits is dropped. x is held weakly.
-    - A member that is merged, disabled, in another mode of training, a copy alone, a replica of DataParallel, that has
-      backward hooks, or parameters elsewhere than x (offloaded, sharded), makes every member compute alone.
+    | case                                                        | what happens                                       |
+    | an output for x waits                                       | it is returned, once                               |
+    | no output for this member waits                             | one call of `ops.grouped_lora_linear` computes all |
+    | an earlier member of the block was called with another      | RuntimeError: the layers do not read one input     |
+    |   tensor, which still exists, in the same mode              |                                                    |
+    | an output waits, otherwise (a skipped block, another mode)  | it is dropped, and the outputs are computed        |
+    | a member is merged, disabled, a lone copy, a replica, has   | every member computes its own output               |
+    |   backward hooks, another training mode, or parameters      |                                                    |
+    |   elsewhere than x (offloaded, sharded)                     |                                                    |
 
-    The outputs are results of one node of autograd: one backward serves all of them, and a second one of another
-    member's output alone is an error, as it is for the outputs of `chunk`. An output that no call comes for is kept
-    until the group computes anew.
+    An output is for x if x is the same tensor object (held weakly), not overwritten since, the gradient and autocast
+    modes and the region of activation checkpointing are the same, no parameter was changed in place, and no backward of
+    the group has run since. Writes through `.data` or in inference mode are not noticed.
+
+    All outputs come from one autograd node: one backward serves them all, and a second backward of another member's
+    output alone is an error, as for the outputs of `chunk`. An output that is never fetched is kept until the next
+    computation.
 
     Members that share one B_down within a block have one dropout mask, also when they compute alone; all others draw
-    their own, in the order of the members. That they read one input is checked in training without dropout too, but
-    for layers with backward hooks, whose inputs are aliases, and under torch.compile.
+    their own, in the order of the members. In training without dropout, members with one B_down are still checked to
+    read one input, except under torch.compile and for layers with backward hooks, whose inputs are aliases.
 
-    Members of several parents (K and V of every decoder layer): all outputs are computed when the first layer is
-    called and wait for the layers behind it, M·ΣN_i numbers in all. Where a recomputation may follow (inside an
-    activation checkpoint; in training mode without gradients), and under torch.compile, a block computes its own
-    members only: the outputs of one checkpoint's region are not to be used in another.
-
-    Under torch.compile the same holds while a graph is traced, with fullgraph too, but that x or a parameter is
-    overwritten in place between two members' calls in one graph cannot be seen: the second gets the output for what
-    was there before. What one graph leaves is no output for another (after a graph break, or in a later call): the
-    member computes anew. So layers that do not read one input are an error with fullgraph=True alone; the graph breaks
-    between them otherwise.
-
-    A graph that contains a `torch.utils.checkpoint.checkpoint` around members breaks there; with fullgraph=True set
-    `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True`.
+    A group may span several blocks (K and V of every decoder layer): the first call computes all outputs, M·ΣN_i
+    numbers, which wait for the later blocks. Where a recomputation may follow (inside an activation checkpoint; in
+    training mode without gradients), and under torch.compile, each block computes only its own members, because the
+    outputs of one checkpoint region must not be used in another.
 
     Attributes:
         names: the members' paths.
         members: the layers, in the order of the names; None where a copy of one layer came without the others.
-        fused: whether the members are computed in one call, or only share the dropout mask.
+        fused: True: the members are computed in one call; False: they only share the dropout mask.
     """
 
     def __init__(self, members: Mapping[str, GLoRALinear], fused: bool = True) -> None:
@@ -79,14 +73,14 @@ class SiblingGroup:
     def _prepare(self) -> None:
         parents = [name.rpartition(".")[0] for name in self.names]
         blocks = {parent: [i for i, own in enumerate(parents) if own == parent] for parent in parents}
-        self._blocks = [blocks[parent] for parent in parents]  # of each member: the places of its block
+        self._blocks = [blocks[parent] for parent in parents]  # for each member: the places of its block's members
         self._outputs, self._seeds = Eager(), Eager()
         self._traced_outputs, self._traced_seeds = Traced(), Traced()
         self._backwards = Backwards()
-        self._known_layout: tuple[object, Layout] | None = None  # of the last call, and of which objects
+        self._known_layout: tuple[object, Layout] | None = None  # of the last call: (what it depends on, the layout)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: without the members, which join the copy when they are copied, and what waits."""
+        """For copies and pickles: leave out waiting outputs, and members, which join the copy when they are copied."""
         return {"names": self.names, "fused": self.fused}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -95,7 +89,7 @@ class SiblingGroup:
         self._prepare()
 
     def join(self, layer: GLoRALinear) -> None:
-        """Take in a copied layer, where this is the copy of its group."""
+        """Take in a copied layer, if this group is the copy of its group."""
         if self.members[layer._place] is None:
             self.members[layer._place] = layer
 
@@ -111,9 +105,9 @@ class SiblingGroup:
         return any(len(self.tied_to(place)) > 1 for place in range(len(self.names)))
 
     def output(self, layer: GLoRALinear, x: Tensor) -> Tensor | None:
-        """The member's output for x, or None where it has to compute it alone.
+        """The member's output for x; None where it must compute alone.
 
-        An error where a member before it in its block was called with another tensor.
+        Raises a RuntimeError where an earlier member of its block was called with another tensor.
         """
         place = layer._place
         if self.members[place] is not layer:
@@ -129,15 +123,15 @@ class SiblingGroup:
         if not places:
             return None
         store.pending = None
-        others = dict(zip(places, self._compute(places, x), strict=True))
+        outputs = dict(zip(places, self._compute(places, x), strict=True))
         if not traced:
-            note_backwards(others.values(), self._backwards)
-        y = others.pop(place)
-        store.leave(x, place, others, self.members, self._backwards)
+            note_backwards(outputs.values(), self._backwards)
+        y = outputs.pop(place)
+        store.leave(x, place, outputs, self.members, self._backwards)
         return y
 
     def _check_input(self, layer: GLoRALinear, x: Tensor) -> None:
-        """See that tied members that draw no mask read one input; where they draw one, `seed` does."""
+        """Check that tied members without dropout read one input; with dropout, `seed` checks it."""
         if not layer.training or layer._dropout or layer._disabled or not torch.is_grad_enabled():
             return
         if torch.compiler.is_compiling() or layer._backward_hooks or layer._backward_pre_hooks:
@@ -145,12 +139,12 @@ class SiblingGroup:
         place = layer._place
         tied = self.tied_to(place)
         if len(tied) > 1 and self._take(self._seeds, place, x) is None:
-            self._seeds.leave(x, place, {i: True for i in tied if i != place})
+            self._seeds.leave(x, place, {i: True for i in tied if i != place})  # no seeds: only the input is compared
 
     def seed(self, layer: GLoRALinear, x: Tensor) -> Tensor:
-        """The key of the dropout mask of a member that computes alone: one for members that share a B_down.
+        """The dropout seed of a member that computes alone; members of a block that share a B_down get the same one.
 
-        An error where one of those before it was called with another tensor.
+        Raises a RuntimeError where an earlier one of these was called with another tensor.
         """
         tied = self.tied_to(layer._place)
         if len(tied) == 1:
@@ -163,7 +157,7 @@ class SiblingGroup:
         return seed
 
     def _take(self, store: Eager | Traced, place: int, x: Tensor) -> Any:
-        """What waits for the member's call with x, or None; what waits but is not for this call is dropped."""
+        """The value that waits for the member's call with x, or None; a value for another input or mode is dropped."""
         pending = store.pending
         if pending is None or place not in pending.values:
             return None
@@ -173,8 +167,8 @@ class SiblingGroup:
                 store.pending = None
             return value
         store.pending = None
-        if place > pending.by and place in self._blocks[pending.by] and pending.is_for_another(x):
-            raise RuntimeError(self._another_input(place, pending.by))
+        if place > pending.computed_by and place in self._blocks[pending.computed_by] and pending.is_for_another(x):
+            raise RuntimeError(self._another_input(place, pending.computed_by))
         return None
 
     def _another_input(self, place: int, by: int) -> str:
@@ -190,7 +184,7 @@ class SiblingGroup:
         )
 
     def _computed_with(self, layer: GLoRALinear, x: Tensor) -> Sequence[int]:
-        """The places of the members that are computed when `layer` is called; none where it computes alone."""
+        """The places of the members to compute when `layer` is called; empty where it computes alone."""
         block = self._blocks[layer._place]
         if len(block) < len(self.names) and not may_recompute(layer):
             everyone = range(len(self.names))
@@ -225,17 +219,17 @@ class SiblingGroup:
         return grouped_call(flat, self._layout(places, flat, dropout_p), scales, dropout_p)
 
     def _layout(self, places: Sequence[int], flat: Sequence[Tensor | None], dropout_p: float) -> Layout:
-        """Of the members' tensors. Which of them are one object seldom changes: no call is to find it out anew."""
-        if torch.compiler.is_compiling():  # which would take an `id` for a constant
+        """The layout of the members' tensors: which of them are one object; kept from call to call to save time."""
+        if torch.compiler.is_compiling():  # it would make constants of the ids
             return layout_of(flat, dropout_p)
-        # Without x, which is new in each call, and the seeds, of which B_down says which are one.
+        # Not x, which is new in each call, nor the seeds, which are the same object where B_down is.
         same, known = (places, dropout_p > 0.0, [*map(id, flat[len(places) : -len(places)])]), self._known_layout
         if known is None or known[0] != same:
             known = self._known_layout = same, layout_of(flat, dropout_p)
         return known[1]
 
     def _drawn(self, places: Sequence[int], x: Tensor) -> list[Any]:
-        """A key of the dropout mask a member, one for those that share a B_down in one block; None without a B_down."""
+        """A dropout seed for each member, the same for those of a block that share a B_down; None without a B_down."""
         seeds: dict[int, Tensor] = {}
         for place in places:
             first = self.tied_to(place)[0]
@@ -244,7 +238,7 @@ class SiblingGroup:
         return [seeds.get(self.tied_to(place)[0]) for place in places]
 
     def tied_to(self, place: int) -> list[int]:
-        """The places in one block with this one's B_down: itself and those tied to it."""
+        """The places in the member's block that have its B_down: itself and those tied to it."""
         down = self._down(place)
         return [i for i in self._blocks[place] if i == place or (down is not None and self._down(i) is down)]
 
@@ -258,7 +252,7 @@ class SiblingGroup:
 
 
 def _beta(layer: GLoRALinear, x: Tensor) -> Tensor | None:
-    """β = b∘(1+D) + E + W·C of one layer, (N,) or None; what was computed for all layers of a step, where it was."""
+    """β = b∘(1+D) + E + W·C of one layer, (N,) or None; taken from `shift_once` where that has computed it."""
     if (beta := layer.kept_shift()) is not None:
         return beta
     p: dict[str, Any] = layer._parameters
@@ -274,20 +268,20 @@ def _beta(layer: GLoRALinear, x: Tensor) -> Tensor | None:
 
 
 def install(members: Mapping[str, GLoRALinear], fused: bool = True) -> SiblingGroup:
-    """Group layers that read one input: from now on the first that is called computes the outputs of all.
+    """Group layers that read one input: from now on the one called first computes the outputs of all.
 
     Args:
-        members: the layers by path, two or more, in the order of their calls. They draw their dropout masks in it, so
-            that in this order they draw what they would alone.
-        fused: False: each still computes alone, whatever its form of A, and those that share one B_down have one
-            dropout mask.
+        members: two or more layers by path, in the order of their calls. Dropout masks are drawn in this order, so
+            that they are those of layers that compute alone.
+        fused: False: each layer still computes alone, with any form of A, and those with one B_down have one dropout
+            mask.
 
     Returns:
-        The group, which every member refers to.
+        The group, to which every member refers.
 
     Raises:
         TypeError: a member that is no GLoRALinear.
-        ValueError: members that cannot be one group; the message names them and says why. Nothing has changed then.
+        ValueError: members that cannot be one group; the message names them and says why. Nothing has changed.
     """
     for path, layer in members.items():
         if not isinstance(layer, GLoRALinear):
@@ -304,7 +298,7 @@ def install(members: Mapping[str, GLoRALinear], fused: bool = True) -> SiblingGr
 
 
 def tied_sets(layers: Mapping[str, GLoRALinear]) -> list[list[str]]:
-    """The paths of every set of layers with one dropout mask: members of one group and block that share a B_down."""
+    """The sets of layers with one dropout mask, by path: members of one group and block that share a B_down."""
     sets: dict[tuple[int, int], list[str]] = {}
     for path, layer in layers.items():
         if (group := layer._siblings) is not None:
@@ -315,7 +309,7 @@ def tied_sets(layers: Mapping[str, GLoRALinear]) -> list[list[str]]:
 
 
 def refusal(members: Mapping[str, GLoRALinear], fused: bool = True) -> str | None:
-    """Why layers cannot be one group of siblings, or None where they can."""
+    """The reason why layers cannot be one group of siblings; None where they can."""
     layers = list(members.values())
     if not 2 <= len(layers) <= MAX_MEMBERS:
         return f"a group has 2 to {MAX_MEMBERS} members, got {len(layers)}"
@@ -342,7 +336,7 @@ def refusal(members: Mapping[str, GLoRALinear], fused: bool = True) -> str | Non
 
 
 def _unlike(members: Mapping[str, GLoRALinear], what: str, values: Sequence[object], advice: str = "") -> str | None:
-    """A sentence where the members' values of one property differ."""
+    """The reason for `refusal` where the members' values of one property differ, else None."""
     if len(set(values)) < 2:
         return None
     different = ", ".join(f"{value} of {path!r}" for path, value in zip(members, values, strict=True))

@@ -1,4 +1,4 @@
-"""Which linear layers of a model are meant: those that patterns name, or every one but the head."""
+"""Choosing linear layers of a model: those that patterns name, or every one but the head."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Linear:
 
     @property
     def adapter_dtype(self) -> torch.dtype:
-        """Of an adapter unless another is asked for: the base's, but fp32 over 16 bits."""
+        """The default dtype of an adapter: fp32 over a 16-bit base, else that of the base."""
         return torch.float32 if self.base.dtype.itemsize == 2 else self.base.dtype
 
 
@@ -73,12 +73,12 @@ def targets_of(given: str | Iterable[str] | None) -> list[str] | None:
 def find_targets(
     root: nn.Module, targets: list[str] | None, trained: Mapping[str, nn.Module], excluded: list[str]
 ) -> tuple[list[Linear], list[Linear]]:
-    """(every linear layer, those that `targets` names, `excluded` does not, and no module of `trained` holds).
+    """(all linear layers, the chosen ones): named by `targets`, not by `excluded`, and in no module of `trained`.
 
-    `targets` None means all but the head.
+    targets None: all but the head.
 
     Raises:
-        ValueError: a pattern that matches no linear layer, or only such that are trained whole or excluded.
+        ValueError: a pattern that matches no linear layer, or only layers that are trained whole or excluded.
     """
     every = linears(root)
     owners = {module: path for path, top in trained.items() for module in top.modules()}
@@ -102,14 +102,14 @@ def named_by(pattern: str, among: list[Linear]) -> list[Linear]:
 
 
 def some(among: list[Linear]) -> tuple[str, list[str]]:
-    """What to choose from, for `patterns.listed`."""
+    """The choices to list in an error: the arguments of `patterns.listed`."""
     return "linear layer", [path for linear in among for path in linear.paths]
 
 
 def _targeted(
     root: nn.Module, pattern: str, every: list[Linear], owners: Mapping[nn.Module, str], out: set[Linear]
 ) -> list[Linear]:
-    """The layers that a target pattern names: at least one, and without wildcards none that is trained whole."""
+    """The layers that a target pattern names; an error for none, or where it is at odds with `train` or `exclude`."""
     named = named_by(pattern, every)
     if not named:
         modules = dict(all_paths(root))
@@ -129,7 +129,7 @@ def _targeted(
 
 
 def _heads(root: nn.Module) -> set[nn.Module]:
-    """The linear layers of what a model names as its head (transformers, timm); none where it names none."""
+    """The linear layers of the head, as the model itself returns it (transformers, timm); empty where it does not."""
     for name in ("get_output_embeddings", "get_classifier"):
         try:
             given: object = getattr(root, name, tuple)()
@@ -148,7 +148,7 @@ def _is_head(linear: Linear, heads: set[nn.Module]) -> bool:
 
 
 def trained_modules(root: nn.Module, patterns: list[str]) -> dict[str, nn.Module]:
-    """The modules that `train` names, each by its first path; an error for one in 4 bits, or without parameters."""
+    """The modules that `train` names, by first path; an error for 4-bit ones, or where none has parameters."""
     found: dict[nn.Module, str] = {}
     modules = {path: module for path, module in all_paths(root) if path}
     for pattern in patterns:
@@ -164,7 +164,7 @@ def trained_modules(root: nn.Module, patterns: list[str]) -> dict[str, nn.Module
 
 
 def refuse_4bit(path: str, module: nn.Module) -> None:
-    """An error where a module that is to be trained whole is or holds a layer in 4 bits."""
+    """Raise a ValueError where a module to be trained whole is or contains a 4-bit layer."""
     packed = next((m for m in module.modules() if isinstance(m, QuantizedLinear) or is_linear4bit(m)), None)
     if packed is not None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Which tensors lie in one memory: tied parameters, two parameters on one storage, views."""
+"""Finding tensors that share memory: tied parameters, two parameters on one storage, views."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def owned(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def memory(tensor: Tensor) -> object:
-    """What all tensors on one storage have in common; a tensor without memory (meta) has itself."""
+    """A key that is equal for all tensors on one storage; a tensor without memory (meta) has a key of its own."""
     pointer = tensor.untyped_storage().data_ptr()
     return (tensor.device, pointer) if pointer else id(tensor)
 
 
 def same_place(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors are one: each element in the place of the other's."""
+    """Whether two tensors have the same memory, shape, strides and dtype."""
     if memory(left) != memory(right) or left.dtype != right.dtype:
         return False
     places = ((t.storage_offset(), t.shape, t.stride()) for t in (left, right))
@@ -33,7 +33,7 @@ def same_place(left: Tensor, right: Tensor) -> bool:
 
 
 def overlaps(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors have an element's memory in common."""
+    """Whether two tensors have any memory in common."""
     if memory(left) != memory(right):
         return False
     if left is right or same_place(left, right):
@@ -43,7 +43,7 @@ def overlaps(left: Tensor, right: Tensor) -> bool:
         return False
     if all(tensor.numel() == _span(tensor) for tensor in (left, right)):
         return True
-    # One or both have gaps (slices of columns): marked byte by byte.
+    # One or both have gaps (slices of columns): compare byte by byte.
     first = min(a, c)
     marked = torch.zeros(max(b, d) - first, dtype=torch.bool)
     _view(marked, left, a - first).fill_(True)
@@ -51,7 +51,7 @@ def overlaps(left: Tensor, right: Tensor) -> bool:
 
 
 def _span(tensor: Tensor) -> int:
-    """How many elements there are from the first to the last in memory."""
+    """The number of elements from the first to the last in memory, gaps included."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 

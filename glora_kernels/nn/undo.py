@@ -1,7 +1,7 @@
 """Changes that an error or a signal may interrupt at any place.
 
-Python raises KeyboardInterrupt between any two instructions. So what undoes a change is there before the change is
-made, and what brings one to its end may be done twice.
+Python may raise KeyboardInterrupt between any two instructions. So the callback that undoes a change is registered
+before the change is made, and functions that complete a change may run twice.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def all_or_none() -> Iterator[contextlib.ExitStack]:
-    """Inside, `undo.callback` is given what undoes a change, before the change; an exception runs all, the last first.
+    """Inside, register what undoes a change with `undo.callback`, before the change; an exception runs all, last first.
 
-    A callback may run where its change was not made yet.
+    So a callback may run although its change was not made yet.
     """
     with contextlib.ExitStack() as undo:
         yield undo
@@ -22,7 +22,7 @@ def all_or_none() -> Iterator[contextlib.ExitStack]:
 
 
 def finish(act: Callable[[], object]) -> None:
-    """Do what may be done twice, to its end: where it is interrupted, it is done again before the exception goes on."""
+    """Call `act`; if it is interrupted, call it again before the exception is raised. It must be safe to run twice."""
     try:
         act()
     except BaseException:

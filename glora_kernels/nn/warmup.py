@@ -23,9 +23,10 @@ from glora_kernels.runtime.progress import progress as shown
 
 
 class Form(NamedTuple):
-    """What `warmup` asks of a layer. One of another class than GLoRALinear gives it by its method `warmup_form`.
+    """What `warmup` needs to know of a layer; layers of PEFT return it from their method `warmup_form`.
 
-    layer: called with one x (M, in_features). key: equal where two layers are alike. text: the layer in a few words.
+    layer: is called with one x (M, in_features). drops: has dropout. key: equal for layers with the same kernels and
+    launches. text: a short description.
     """
 
     layer: nn.Module
@@ -45,40 +46,38 @@ def warmup(
     training: bool = True,
     progress: bool = True,
 ) -> list[str]:
-    """Run each different GLoRA layer of the model on zeros, so that its kernels are compiled before step one.
+    """Run each different GLoRA layer of the model on zeros, so that its kernels are compiled before the first step.
 
-    Also the layers of an accelerated PEFT model, and of our methods of PEFT, with the adapters that are active; and
-    linear layers in 4 bits (`quantize`) that have no adapter.
+    This includes the layers of an accelerated PEFT model and of our PEFT methods, with their active adapters, and 4-bit
+    linear layers (`quantize`) without an adapter. Layers that are fused as siblings are run together.
 
-    Layers that are fused as siblings are run together.
+    Of layers with equal sizes, dtypes, device, layout, supports, dropout and trained parameters one is run. The model
+    does not change: no gradients are left, no hooks run, and random generators and `training` flags are restored. The
+    compiled code stays, and so do the workspaces that the layers will use.
 
-    Layers are alike where sizes, dtypes, device, layout, supports, dropout and what requires a gradient are. Nothing of
-    the model changes: no gradient is left, no hook runs, the generators of the CPU and the GPU and every `training`
-    flag are as before. What stays is compiled code, and the workspaces that the layers will use.
+    The numbers of tokens fall into seven classes with the same launches (`runtime.configs.representative`). An integer
+    stands for all numbers up to it: after 8192, no number of tokens compiles anything more. A list is for steps of
+    known sizes: only these are run.
 
-    Launches are the same for all numbers of tokens of a class (`runtime.configs.representative`), and there are seven
-    classes. An integer stands for all up to it: after 8192, no number of tokens compiles anything more. A list is taken
-    as it is, for steps whose sizes are known.
-
-    In training the input wants a gradient, as in all layers but the first of a model. Layers that are merged or
-    disabled are left out, and so are those that no Triton kernel serves: on a CPU nothing is compiled (but in Triton's
-    interpreter under `backend("triton")`, where the steps are run all the same), and nothing is done.
+    In training the input requires a gradient, as for all layers but the first of a model. Merged or disabled layers are
+    skipped, and so are those that do not use Triton kernels: on a CPU nothing is done (except in Triton's interpreter
+    under `backend("triton")`, where the layers are run but nothing is compiled).
 
     Args:
         model: a model with GLoRA layers, also inside torch.compile or DistributedDataParallel.
-        tokens: rows of the layers' input, batch times sequence: the most there will be, or a list of all there will be.
-        dtype: of the activations. None: that of each layer's weight. Another than the weight's, float16 or bfloat16,
-            stands for training under autocast.
-        training: forward and backward in training mode; False: forward alone, in evaluation mode.
-        progress: show how far it is, and at the end how long it took, on stderr.
+        tokens: rows of the layers' input, batch times sequence: the largest number, or a list of all numbers.
+        dtype: of the activations. None: that of each layer's weight. float16 or bfloat16, if it is not the weight's
+            dtype, means training under autocast.
+        training: True: forward and backward in training mode; False: forward alone, in eval mode.
+        progress: show the progress, and at the end the time, on stderr.
 
     Returns:
-        One line for each kind of layer: which layers, with how many tokens, and how long it took.
+        One line for each kind of layer: the layers, the numbers of tokens, and the time.
 
     Raises:
         TypeError: `model` is no module, or `tokens` no integers.
-        ValueError: the model has no layer that runs on our operators or is sharded, tokens below 1, or a dtype that
-            autocast does not offer.
+        ValueError: the model is sharded or has no layer that runs on our operators, tokens below 1, or a dtype that
+            autocast does not support.
     """
     refuse_sharded(unwrap(model), "warmup", "call it before fully_shard")
     layers = named_layers(unwrap(model))
@@ -120,7 +119,7 @@ def _line(alike: list[list[Form]], what: str, seconds: float) -> str:
 
 
 def _units(layers: Iterable[GLoRALinear]) -> list[list[GLoRALinear]]:
-    """What one launch computes: the members of a group of siblings, any other layer by itself; what is not idle."""
+    """The layers to run together: members of a fused group, other layers singly; not those merged or disabled."""
     units: dict[int, list[GLoRALinear]] = {}
     for layer in layers:
         members = [layer] if layer._siblings is None or not layer._siblings.fused else layer._siblings.members
@@ -156,7 +155,7 @@ def _is_served(form: Form, dtype: torch.dtype | None) -> bool:
 
 
 def _others(model: nn.Module) -> Iterator[Form | None]:
-    """What is no GLoRA layer; of one with a base as a module, the layer."""
+    """The forms of other layers (PEFT's, 4-bit ones), without looking inside them for their bases."""
     form: Any = getattr(model, "warmup_form", None)
     if form is not None:
         yield form()
@@ -173,7 +172,7 @@ def _form(layer: GLoRALinear | QuantizedLinear) -> Form:
 
 
 def form_of(layer: nn.Module, base: Frozen, adapter: Operands, text: str) -> Form:
-    """The form of a layer that is one call on our operators, with this base and this adapter."""
+    """The form of a layer that is one call of our operators with this base and this adapter."""
     weight, (n, k) = base.weight, base.weight.shape
     layout: tuple[object, ...]
     if isinstance(weight, Tensor):
@@ -185,13 +184,13 @@ def form_of(layer: nn.Module, base: Frozen, adapter: Operands, text: str) -> For
     tensors = {"bias": base.bias, **adapter.tensors}.items()
     parts = [(name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in tensors if t is not None]
     drops = adapter.dropout_p > 0
-    # What the code of its kernels, and their launches, depend on.
+    # Everything that the compiled kernels and their launches depend on.
     key = (n, k, weight.device, dtype, *layout, *parts, adapter.variant, drops)
     return Form(layer, k, weight.device, dtype, not isinstance(weight, Tensor), drops, key, text)
 
 
 def _run(unit: list[Form], tokens: int, dtype: torch.dtype | None, training: bool) -> None:
-    """One forward, and backward, without a trace: on parameters that share the layers' memory, and without hooks."""
+    """Run forward (and backward) without hooks, on detached parameters, so that no gradients are left."""
     device, base_dtype = unit[0].device, unit[0].dtype
     autocast: Any = contextlib.nullcontext()
     if dtype is not None and dtype != base_dtype:
@@ -221,7 +220,7 @@ def _run(unit: list[Form], tokens: int, dtype: torch.dtype | None, training: boo
 
 
 class _Bare(nn.Module):
-    """Layers called with one input, without their hooks."""
+    """Layers called with one input, by their forward, so that their hooks do not run."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()

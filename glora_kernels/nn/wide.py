@@ -1,7 +1,7 @@
-"""Modules trained whole in fp32 inside a 16-bit model: a step of an optimizer on 16-bit numbers rounds most of it away.
+"""Modules trained whole in fp32 inside a 16-bit model, since 16-bit numbers round away most of an optimizer's step.
 
-Each module with parameters of its own casts what it is called with to their dtype, and what it returns back to that of
-the frozen parameters beside it, so that the layers around it see what they saw before.
+Each widened module casts its inputs to fp32, and its outputs back to the 16-bit dtype of the model's other parameters,
+so that the layers around it see the same dtypes as before.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ from torch import Tensor, nn
 from glora_kernels.nn.reads import reads
 from glora_kernels.nn.ties import owned
 
-_BESIDE = "_glora_beside"
-"""On a widened module: a frozen parameter of the model (in a tuple, since it is none of the module), widened names."""
+_REFERENCE = "_glora_beside"
+"""Set on a widened module: (a 16-bit parameter of the model, to whose dtype outputs are cast; the widened names).
+
+It is a tuple, so that nn.Module does not register the parameter.
+"""
 
 
 def to_widen(root: nn.Module, trained: Iterable[nn.Module]) -> dict[nn.Module, nn.Parameter]:
-    """The modules inside `trained` that hold 16-bit parameters and can be in fp32, each with one that stays as it is.
+    """The modules inside `trained` to make fp32, each with a 16-bit parameter outside whose dtype its outputs keep.
 
-    A module of `trained` stays as it is where there is no place for a cast: it shares parameters with a module outside
-    (a head tied to an embedding), or code reads them without a call, or beside what modules inside it return.
+    A module of `trained` stays 16-bit where casts at its input and output are not enough: parameters inside are shared
+    with a module outside (a head tied to an embedding), are read without a call, or belong to a module with children.
     """
     tops = list(trained)
     inside = {module for top in tops for module in top.modules()}
     outside = {id(p): p for module in root.modules() if module not in inside for p in module.parameters(recurse=False)}
-    beside = next((parameter for parameter in outside.values() if _is_narrow(parameter)), None)
-    if beside is None or not tops:
+    reference = next((parameter for parameter in outside.values() if _is_narrow(parameter)), None)
+    if reference is None or not tops:
         return {}
     read = reads(root)
     found: dict[nn.Module, nn.Parameter] = {}
@@ -40,44 +43,46 @@ def to_widen(root: nn.Module, trained: Iterable[nn.Module]) -> dict[nn.Module, n
             module not in read and not module._modules and outside.keys().isdisjoint(map(id, module.parameters()))
             for module in holders
         ):
-            found |= dict.fromkeys(holders, beside)
+            found |= dict.fromkeys(holders, reference)
     return found
 
 
 def widened(modules: Iterable[nn.Module]) -> dict[Tensor, Tensor]:
-    """The values in fp32 of what is to be widened: the step that can fail."""
+    """The fp32 values of the 16-bit tensors in these modules; separate from `widen` because allocation can fail."""
     held = (tensor for module in modules for _, tensor in owned(module))
     return {tensor: tensor.detach().float() for tensor in held if _is_narrow(tensor)}
 
 
 def widen(modules: Mapping[nn.Module, nn.Parameter], values: Mapping[Tensor, Tensor], undo: ExitStack) -> None:
-    """Give the parameters and buffers of the modules their values in fp32, and the casts around them."""
+    """Give the parameters and buffers of the modules their fp32 values, and add casts at their inputs and outputs."""
     names = {module: [name for name, tensor in owned(module) if tensor in values] for module in modules}
     for tensor, value in values.items():
         undo.callback(setattr, tensor, "data", tensor.data)
         tensor.data = value
-    for module, beside in modules.items():
+    for module, reference in modules.items():
         undo.callback(_without_casts, module)
-        setattr(module, _BESIDE, (beside, names[module]))
+        setattr(module, _REFERENCE, (reference, names[module]))
         module.register_forward_pre_hook(_cast_in, with_kwargs=True)
         module.register_forward_hook(_cast_out)
 
 
 def narrowed(root: nn.Module) -> dict[Tensor, Tensor]:
-    """The values of what was widened, in the dtype of what is beside it; an error where one is beyond that dtype."""
+    """The values of widened tensors, cast back to 16 bits; a ValueError where one overflows."""
     values: dict[Tensor, Tensor] = {}
     for path, module in root.named_modules():
-        beside, names = vars(module).get(_BESIDE, (None, ()))
+        reference, names = vars(module).get(_REFERENCE, (None, ()))
         for name, tensor in owned(module):
             if name in names:
-                values[tensor] = value = tensor.detach().to(beside.dtype)
+                values[tensor] = value = tensor.detach().to(reference.dtype)
                 if bool((torch.isfinite(value) != torch.isfinite(tensor)).any()):
-                    raise ValueError(f"{path}.{name}, trained in {tensor.dtype}, holds numbers beyond {beside.dtype}")
+                    raise ValueError(
+                        f"{path}.{name}, trained in {tensor.dtype}, holds numbers beyond {reference.dtype}"
+                    )
     return values
 
 
 def narrow(root: nn.Module, values: Mapping[Tensor, Tensor]) -> None:
-    """Undo `widen`: what was widened gets these values, and nothing is cast any more."""
+    """Undo `widen`: give the widened tensors these values, and remove the casts."""
     for tensor, value in values.items():
         tensor.data = value
     for module in root.modules():
@@ -85,7 +90,7 @@ def narrow(root: nn.Module, values: Mapping[Tensor, Tensor]) -> None:
 
 
 def _without_casts(module: nn.Module) -> None:
-    vars(module).pop(_BESIDE, None)
+    vars(module).pop(_REFERENCE, None)
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in (_cast_in, _cast_out)]:
             del hooks[key]
@@ -106,11 +111,11 @@ def _cast_in(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 def _cast_out(module: nn.Module, args: Any, output: Any) -> Any:
-    return _cast(output, _dtype_of(module), getattr(module, _BESIDE)[0].dtype)
+    return _cast(output, _dtype_of(module), getattr(module, _REFERENCE)[0].dtype)
 
 
 def _cast(given: Any, source: torch.dtype | None, dtype: torch.dtype) -> Any:
-    """Tensors of the dtype `source` (None: any floating-point one) in `dtype`, also inside tuples, lists and dicts."""
+    """Cast tensors of dtype `source` (None: any floating-point one) to `dtype`, also inside tuples, lists and dicts."""
     if isinstance(given, Tensor):
         casts = given.is_floating_point() and (source is None or given.dtype == source)
         return given.to(dtype) if casts else given

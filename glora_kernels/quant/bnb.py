@@ -1,6 +1,6 @@
-"""bitsandbytes' 4-bit objects in and out, without a copy. Reading them needs no import of it; making them does.
+"""Conversion from and to bitsandbytes' `Params4bit`, `QuantState` and `Linear4bit` without a copy; tested with 0.50.
 
-Tried with bitsandbytes 0.50: `Params4bit`, `QuantState`, `Linear4bit`.
+Reading them does not import bitsandbytes; making them does.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ REPACKED = (
 UNQUANTIZED = "it is not quantized yet; bitsandbytes does that when it is moved to a device: call .to(device) first"
 
 _REPACKS, _HELD = "support_avx512bf16_for_cpu", None
-"""What a `Linear4bit` asks before it repacks its codes, and what says no where it has been yes."""
+"""The attribute that lets a `Linear4bit` repack its codes, and the value that `keep_codes` sets in place of True."""
 
 
 def linear4bit_class(module: object) -> Any:
-    """The bitsandbytes `Linear4bit` in the module's ancestry, or None."""
+    """The bitsandbytes class `Linear4bit` that the module derives from, or None."""
     named = (kind for kind in type(module).__mro__ if kind.__name__ == "Linear4bit")
     return next((kind for kind in named if kind.__module__.split(".")[0] == "bitsandbytes"), None)
 
@@ -36,7 +36,7 @@ def is_linear4bit(module: object) -> bool:
 
 
 def refusal(linear: Any) -> str | None:
-    """Why the weight of a `Linear4bit` cannot be taken, or None."""
+    """The reason why the weight of a `Linear4bit` cannot be used, or None."""
     state = _state(linear)
     if state is None:
         return UNQUANTIZED
@@ -44,10 +44,10 @@ def refusal(linear: Any) -> str | None:
 
 
 def keep_codes(module: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking the codes of the `Linear4bit` layers in a module, itself among them.
+    """Keep bitsandbytes from repacking the codes of all `Linear4bit` layers in a module (which may be one itself).
 
-    On a CPU with AVX512's bf16 its forward does that at the first call in eval mode, and rounds absmax for good;
-    through what is repacked no gradient comes back. `free_codes` allows it again.
+    On a CPU with AVX512 bf16, the first forward in eval mode repacks them and rounds absmax for good, and repacked
+    layers pass no gradient back. `free_codes` allows it again.
     """
     for part in module.modules():
         if getattr(part, _REPACKS, False) and is_linear4bit(part):
@@ -62,7 +62,7 @@ def free_codes(module: torch.nn.Module) -> None:
 
 
 def from_linear4bit(linear: Any) -> QuantizedWeight:
-    """The weight of a `Linear4bit`; the same memory. An error where it is not quantized, or was repacked."""
+    """The weight of a `Linear4bit`, on the same memory; a ValueError where it is not quantized, or was repacked."""
     if reason := refusal(linear):
         raise ValueError(f"this Linear4bit cannot be taken: {reason}")
     weight = from_state(linear.weight.data, _state(linear))
@@ -75,15 +75,15 @@ def from_linear4bit(linear: Any) -> QuantizedWeight:
 
 
 def from_params4bit(parameter: Any) -> QuantizedWeight:
-    """The weight in a `Params4bit`; the same memory."""
+    """The weight of a `Params4bit`, on the same memory."""
     if getattr(parameter, "quant_state", None) is None:
         raise ValueError(f"this Params4bit cannot be taken: {UNQUANTIZED}")
     return from_state(parameter.data, parameter.quant_state)
 
 
-@torch.inference_mode(False)  # it may be kept, and trained over
+@torch.inference_mode(False)  # the result may be kept and used in training
 def from_state(packed: Tensor, state: Any) -> QuantizedWeight:
-    """The weight of packed codes and a bitsandbytes `QuantState`; the same memory.
+    """The weight made of packed codes and a bitsandbytes `QuantState`, on the same memory.
 
     Raises:
         ValueError: the state is of another type or shape, was repacked for CPU inference, or does not fit the codes.
@@ -113,10 +113,10 @@ def from_state(packed: Tensor, state: Any) -> QuantizedWeight:
 
 
 def packed_bytes(packed: Tensor) -> Tensor:
-    """Codes in any of the forms that bitsandbytes stores them in, as bytes; the same memory."""
+    """Packed codes in any form that bitsandbytes stores them in, viewed as bytes."""
     packed = packed.detach().as_subclass(Tensor)
     if not packed.is_contiguous():
-        # (1, P) is how bitsandbytes passes the transpose around.
+        # bitsandbytes passes the transpose, (1, P), around.
         packed = packed.t()
     return packed.view(torch.uint8)  # quant_storage: another dtype for the same bytes
 

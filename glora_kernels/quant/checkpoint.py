@@ -4,7 +4,7 @@
 <name>.absmax                             fp32, or uint8 where nested
 <name>.quant_map                          fp32 (16,)
 <name>.nested_absmax, .nested_quant_map   fp32, where nested
-<name>.quant_state.bitsandbytes__nf4      uint8 (256,): the other values as JSON, and blanks; read at any length
+<name>.quant_state.bitsandbytes__nf4      uint8 (256,): the other values as JSON, padded with blanks; any length is read
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from glora_kernels.quant.codes import QUANT_TYPES, codebook, dynamic_map
 from glora_kernels.quant.weight import DTYPES, NestedState, QuantState
 
 _JSON = "quant_state.bitsandbytes__"
-_JSON_BYTES = 256  # more than any state takes: a checkpoint loads in place, also into what other weights gave
+_JSON_BYTES = 256  # enough for any state; the fixed length lets a checkpoint load in place
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 NAMES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(_JSON + name for name in QUANT_TYPES))
-"""Every name that can stand behind that of the weight."""
+"""Every suffix that can follow the name of the weight."""
 
 
 def state_tensors(state: QuantState) -> dict[str, Tensor]:
-    """What stands beside the packed codes, by the names above without the weight's own; no memory is there twice."""
+    """The metadata of packed codes as tensors, by the suffixes above; no two of them share memory."""
     values: dict[str, object] = {
         "quant_type": state.quant_type, "blocksize": state.blocksize,
         "dtype": str(state.dtype).removeprefix("torch."), "shape": list(state.shape),
@@ -49,7 +49,7 @@ def state_tensors(state: QuantState) -> dict[str, Tensor]:
 
 
 def state_from_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> QuantState:
-    """The state that `state_tensors` took apart, its tensors on a device.
+    """Rebuild a state from the result of `state_tensors`, with its tensors on `device`.
 
     Raises:
         ValueError: something is missing, damaged or of another format.

@@ -1,6 +1,6 @@
-"""Quantizing and dequantizing in plain PyTorch: the oracle of the kernels, and the path of a CPU.
+"""Quantizing and dequantizing in plain PyTorch: the reference for the kernels, and the implementation on CPUs.
 
-Every step rounds where bitsandbytes' does, so that both give the same bits in both directions.
+Every step rounds where bitsandbytes rounds, so that both give the same bits in both directions.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from glora_kernels.quant.codes import NESTED_BLOCKSIZE, QUANT_TYPES, dynamic_map
 from glora_kernels.quant.weight import DTYPES, NestedState, QuantizedWeight, QuantState, check_blocksize
 from glora_kernels.spec import check_choice
 
-_CHUNK = 1 << 18  # elements at a time: the temporaries stay in the cache
+_CHUNK = 1 << 18  # elements at a time, so that the temporaries stay in the cache
 _GRID = 65535
 
 
-@torch.inference_mode(False)  # what is made here is kept
+@torch.inference_mode(False)  # the result may be kept and used in training
 @torch.no_grad()
 def quantize_weight(
     weight: Tensor, quant_type: str, blocksize: int = 64, double_quant: bool = False
 ) -> QuantizedWeight:
-    """The nearest code of w / absmax of each block of the flat weight.
+    """Quantize a weight to 4 bits: for each element the code nearest to w / absmax, absmax of its block.
 
     Args:
         weight: (N, K) in float32, bfloat16 or float16; any strides.
         quant_type: "nf4" or "fp4".
         blocksize: 32, 64, ... 4096. K need not be a multiple of it.
-        double_quant: absmax itself in 8 bits, in blocks of 256 (0.37 bits less a weight at blocksize 64).
+        double_quant: quantize absmax to 8 bits, in blocks of 256 (saves 0.37 bits a weight at blocksize 64).
 
     Raises:
-        TypeError: another dtype.
-        ValueError: another type or block size, no matrix, a weight on the meta device, or one with NaN or inf, or
-            numbers so large that the mean of absmax overflows where double_quant.
+        TypeError: a weight of another dtype.
+        ValueError: another type or block size, no matrix, a weight on the meta device, with NaN or inf, or with
+            `double_quant` numbers so large that the mean of absmax overflows.
     """
     check_choice("quant_type", quant_type, QUANT_TYPES)
     check_blocksize(blocksize)
@@ -65,15 +65,15 @@ def quantize_weight(
 def dequantize(
     weight: QuantizedWeight, dtype: torch.dtype, rows: slice | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """W (N, K), or some of its rows: the product in fp32, rounded to the dtype it was quantized from, then to `dtype`.
+    """W (N, K), or some rows: code · absmax in fp32, rounded to the dtype it was quantized from, then to `dtype`.
 
-    So that W is one matrix, the one that bitsandbytes dequantizes to, whatever dtype is computed in.
+    The first rounding makes W the matrix that bitsandbytes dequantizes to, whatever `dtype` is.
 
     Args:
-        weight: the codes.
+        weight: the 4-bit weight.
         dtype: of the result.
         rows: a range of rows with step 1; None means all.
-        out: contiguous, where the result goes.
+        out: a contiguous tensor for the result.
     """
     n, k = weight.state.shape
     first, last, _ = (rows or slice(None)).indices(n)
@@ -83,7 +83,7 @@ def dequantize(
     flat, begin, end = out.view(-1), first * k, first * k + count * k
     blocksize = weight.state.blocksize
     step = max(_CHUNK // blocksize, 1) * blocksize
-    # One buffer for all steps: new memory a step costs as much as the look-up.
+    # One buffer for all steps: allocating one in each step would cost as much as the look-up.
     levels = torch.empty(min(step, end - begin + blocksize) // 2 + 1, dtype=torch.int64, device=weight.device)
     for a in range(begin // blocksize * blocksize, end, step):
         b = min(a + step, end)
@@ -94,7 +94,7 @@ def dequantize(
 
 
 def absmax_of(state: QuantState, blocks: slice = slice(None)) -> Tensor:
-    """absmax in fp32, of a range of blocks."""
+    """The absmax of a range of blocks in fp32, dequantized if nested."""
     absmax, nested = state.absmax[blocks], state.nested
     if nested is None:
         return absmax
@@ -108,14 +108,14 @@ def absmax_of(state: QuantState, blocks: slice = slice(None)) -> Tensor:
 
 
 def _encode(values: Tensor, absmax: Tensor, quant_type: str, blocksize: int) -> Tensor:
-    """The codes of whole blocks, or of the last ones, padded to an even number; absmax is filled."""
+    """The codes of these blocks (the last may be shorter), padded to an even number; fills `absmax`."""
     bounds, codes = encoder(quant_type, values.device)
     whole = len(values) // blocksize
     blocks = values[: whole * blocksize].view(whole, blocksize)
     absmax[:whole] = blocks.abs().amax(1)
     scaled = (blocks * (1.0 / absmax[:whole].clamp(min=1e-38))[:, None]).view(-1)
     if len(rest := values[whole * blocksize :]):
-        # The last, shorter block: bitsandbytes clamps its absmax, and divides by it.
+        # For the last, shorter block bitsandbytes clamps absmax itself, and divides instead of multiplying by 1/absmax.
         absmax[whole] = rest.abs().max().clamp(min=1e-38)
         scaled = torch.cat([scaled, rest / absmax[whole]])
     if len(scaled) % 2:
@@ -124,7 +124,7 @@ def _encode(values: Tensor, absmax: Tensor, quant_type: str, blocksize: int) -> 
 
 
 def _decode(weight: QuantizedWeight, begin: int, end: int, buffer: Tensor) -> Tensor:
-    """The flat elements [begin, end) in fp32, in the buffer's memory; `begin` is the first of a block."""
+    """The flat elements [begin, end) in fp32, in the buffer's memory; `begin` must be the start of a block."""
     state = weight.state
     packed = weight.packed.view(-1)[begin // 2 : (end + 1) // 2]
     levels = buffer[: len(packed)]
@@ -140,9 +140,10 @@ def _decode(weight: QuantizedWeight, begin: int, end: int, buffer: Tensor) -> Te
 
 
 def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, NestedState]:
-    """absmax in 8 bits: the nearest number of the dynamic map, blocks of 256, around the mean.
+    """Quantize absmax to 8 bits: subtract the mean, scale blocks of 256, take the nearest number of the dynamic map.
 
-    Nearest to the place on a grid of 65536 over [-1, 1], as bitsandbytes looks it up on a CPU; 0 for a block of zeros.
+    As bitsandbytes does on a CPU, values are first rounded to a grid of 65536 numbers over [-1, 1]; a block of zeros
+    gets code 0.
     """
     code = dynamic_map(absmax.device)
     offset = absmax.mean()
@@ -153,9 +154,9 @@ def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, NestedState]:
     padded = torch.nn.functional.pad(centred, (0, blocks * NESTED_BLOCKSIZE - len(centred))).view(blocks, -1)
     scale = padded.abs().amax(1)
     scaled = (padded * (1.0 / scale)[:, None]).clamp_(-1, 1)
-    # One rounding of the last product and sum, as a fused multiply-add takes them: float64 holds both exactly.
+    # Product and sum with one rounding, like a fused multiply-add: float64 holds both exactly.
     place = ((scaled + 1) * 0.5).double().mul_(_GRID).add_(0.5).float().floor_()
     codes = torch.bucketize(place.mul_(2.0).div_(_GRID).sub_(1.0), (code[:-1] + code[1:]) / 2, out_int32=True)
     codes.masked_fill_((scale == 0)[:, None], 0)
-    # Memory of its own and of its own size: a file takes whole tensors, and loading writes to them.
+    # Cloned: saving stores whole memory, and loading writes to it, so it must not be shared or larger than needed.
     return codes.view(-1)[: len(centred)].to(torch.uint8), NestedState(scale, code.clone(), NESTED_BLOCKSIZE, offset)

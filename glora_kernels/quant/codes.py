@@ -2,8 +2,8 @@
 
 NF4 (Dettmers et al., "QLoRA", 2023, appendix E): the quantiles of a normal distribution, scaled to [-1, 1]. FP4: sign,
 two bits of exponent, one of mantissa, scaled to [-1, 1]. The 8-bit map of nested absmax is the signed dynamic data
-type (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2016): the number of leading zeros is a
-decimal exponent, the bits that are left a linear fraction.
+type (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2016): the number of leading zero bits is a
+decimal exponent, the remaining bits are a linear fraction.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def codebook(quant_type: str, device: torch.device) -> Tensor:
 
 
 def pairs(quant_type: str, device: torch.device) -> Tensor:
-    """(256,) int64: the bits of the two fp32 levels of a byte, that of its high nibble first.
+    """(256,) int64: for each byte the bits of its two fp32 levels, that of the high nibble first.
 
-    One look-up of a 64-bit number a byte takes a third of the time of one of two floats.
+    Looking up one 64-bit number for a byte takes a third of the time of looking up two floats.
     """
 
     def build() -> Tensor:
@@ -47,7 +47,7 @@ def pairs(quant_type: str, device: torch.device) -> Tensor:
 
 
 def encoder(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(bounds (15,), codes (16,)): a value takes codes[i] where i bounds lie below it; one on a bound goes down."""
+    """(bounds (15,), codes (16,)): a value with i bounds below it has the code codes[i]; one on a bound goes down."""
 
     def bounds() -> Tensor:
         ordered = _levels(quant_type).sort().values
@@ -65,7 +65,7 @@ def dynamic_map(device: torch.device) -> Tensor:
     def build() -> Tensor:
         levels = [0.0, 1.0]
         for exponent in range(7):
-            # The middles of 2^exponent equal parts of [0.1, 1], in fp32 as everybody computes them.
+            # The middles of 2^exponent equal parts of [0.1, 1], in fp32 as in bitsandbytes.
             bounds = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
             middles = (bounds[:-1] + bounds[1:]) / 2.0
             for sign in (1, -1):

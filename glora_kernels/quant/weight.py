@@ -2,8 +2,8 @@
 
     w[i] = code[nibble i] · absmax[i // blocksize],   i = n·K + k: blocks run over the flat tensor
 
-absmax in fp32, or where nested (double quantization) in 8 bits of its own:
-absmax[j] = nested.code[absmax[j]] · nested.absmax[j // nested.blocksize] + nested.offset.
+absmax is stored in fp32, or with double quantization (nested) as 8-bit codes:
+absmax[j] = nested.code[absmax code j] · nested.absmax[j // nested.blocksize] + nested.offset.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from glora_kernels.quant.codes import BLOCKSIZES, QUANT_TYPES
 from glora_kernels.spec import check_choice
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-"""What a weight can be quantized from."""
+"""The dtypes that a weight can be quantized from."""
 
 
 @dataclass(frozen=True)
 class NestedState:
-    """How the 8-bit absmax of a double-quantized weight is read.
+    """The data that dequantize the 8-bit absmax of a double-quantized weight.
 
-    absmax: fp32, one for each `blocksize` of the weight's blocks. code: fp32 (256,). offset: fp32, one number.
+    absmax: fp32, one number for each `blocksize` blocks of the weight. code: fp32 (256,). offset: fp32, one number.
     """
 
     absmax: Tensor
@@ -36,12 +36,12 @@ class NestedState:
 
 @dataclass(frozen=True)
 class QuantState:
-    """What stands beside the packed codes of a weight (N, K).
+    """The metadata of the packed codes of a weight (N, K).
 
     absmax: fp32 (blocks,), or uint8 (blocks,) where nested; blocks = ⌈N·K / blocksize⌉. quant_type: "nf4" or "fp4".
     dtype: of the weight that was quantized.
 
-    A state cannot change, so it is checked here, once, and not by the weights that are made of it at every call.
+    It is immutable and checked once, here; the `QuantizedWeight`s that every call makes of it do not check it again.
 
     Raises:
         TypeError: a tensor of another dtype.
@@ -77,31 +77,31 @@ class QuantState:
                 raise ValueError(f"nested {name} is on {tensor.device}, but absmax is on {self.absmax.device}")
 
     def to(self, device: torch.device | str) -> QuantState:
-        """The same state on a device; itself where it is there."""
+        """The state with its tensors on a device; itself where they are there already."""
         return self.map(lambda tensor: tensor.to(device))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> QuantState:
-        """The same state of changed tensors; itself where none changes."""
+        """The state with `change` applied to every tensor; itself where none changes."""
         mine = self.tensors()
         changed = [change(tensor) for tensor in mine]
         return self if all(a is b for a, b in zip(changed, mine, strict=True)) else self._with(changed)
 
     def written(self, new: QuantState) -> QuantState:
-        """`new`, its numbers in the memory of this state where they fit, as parameters are loaded; else in new memory.
+        """The state `new`, with its numbers written into the memory of this state if they fit; else in new memory.
 
-        Whoever holds an address goes on reading what belongs to the weight: a captured graph, say.
+        A holder of the addresses (a captured CUDA graph, say) then reads the new numbers.
         """
         mine, theirs = self.tensors(), new.tensors()
         if len(mine) != len(theirs) or any(a.shape != b.shape for a, b in zip(mine, theirs, strict=True)):
             return new._with([tensor.to(self.absmax.device, copy=True) for tensor in theirs])
         written = []
         for into, values in zip(mine, theirs, strict=True):
-            # What is equal is not written: bitsandbytes' layers have one nested code together.
+            # Equal tensors are not written, since all bitsandbytes layers share one nested code.
             written.append(into if torch.equal(into, values) else into.copy_(values))
         return new._with(written)
 
     def copied(self, device: torch.device | str) -> QuantState:
-        """On a device, in memory of its own."""
+        """A copy of the state on a device."""
         return self.map(lambda tensor: tensor.detach().to(device, copy=True))
 
     def _with(self, tensors: list[Tensor]) -> QuantState:
@@ -117,14 +117,14 @@ class QuantState:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """W (N, K) in 4 bits: what the operators take in the place of a dense weight.
+    """W (N, K) in 4 bits; the operators take it in place of a dense weight.
 
-    packed: uint8, ⌈N·K / 2⌉ bytes, contiguous, in any shape; element 2i is the high nibble of byte i. With the checks
-    of the state, nothing can be read out of bounds.
+    packed: uint8, ⌈N·K / 2⌉ bytes, contiguous, in any shape; element 2i is the high nibble of byte i. The checks here
+    and in the state make sure that nothing is read out of bounds.
 
     Raises:
         TypeError: `packed` is of another dtype.
-        ValueError: it has another length, is not contiguous, or is on another device than the state.
+        ValueError: `packed` has another length, is not contiguous, or is on another device than the state.
     """
 
     packed: Tensor
@@ -161,14 +161,14 @@ class QuantizedWeight:
 
     @property
     def data(self) -> Tensor:
-        """The codes, as `Tensor.data`: what tells a plain tensor from a wrapped one."""
+        """The data of the codes, as `Tensor.data` has it: its type tells a plain tensor from a wrapped one."""
         return self.packed.data
 
     def detach(self) -> QuantizedWeight:
         return QuantizedWeight(self.packed.detach(), self.state)
 
     def nbytes(self) -> int:
-        """Of the codes and everything beside them."""
+        """The size of the codes and their metadata in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.packed, *self.state.tensors()))
 
 

@@ -1,4 +1,4 @@
-"""Floor 1: the literal mathematics in eager PyTorch, the oracle everything else is measured against."""
+"""The literal mathematics in eager PyTorch: the oracle that everything else is compared with."""
 
 from glora_kernels.reference.glora import effective_bias, effective_weight, glora_linear
 from glora_kernels.reference.random import dither_bits, keep_mask, round_dithered

@@ -1,4 +1,4 @@
-"""What is compiled ahead of time, measured and tested, written down once: models, configurations, awkward shapes."""
+"""The models, configurations and awkward shapes that are compiled ahead of time, measured and tested."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ LLAMA_3_8B = {
 }  # fmt: skip
 """N and K of the seven linears of a decoder layer."""
 VIT_B_16 = {"qkv": (2304, 768), "proj": (768, 768), "fc1": (3072, 768), "fc2": (768, 3072)}
-"""They have a bias."""
+"""N and K of the linears of an encoder layer, which have a bias."""
 QWEN3_30B_A3B = {"q": (4096, 2048), "k": (512, 2048), "v": (512, 2048), "o": (2048, 4096)}
-"""The dense parts."""
+"""N and K of the dense linears of a decoder layer, without the experts."""
 MODELS = {"LLaMA-3-8B": LLAMA_3_8B, "ViT-B/16": VIT_B_16, "Qwen3-30B-A3B": QWEN3_30B_A3B}
 SIBLINGS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 """The linears of a decoder layer that read one input."""
@@ -28,7 +28,7 @@ PRODUCT = GLoRAConfig("lora", "lora", "none", "none", "none", 16, variant="matmu
 CONSTANTS = GLoRAConfig("constant", "constant", "lora", "constant", "constant", 16)
 EVERYTHING = GLoRAConfig("vector", "lora", "lora", "vector", "vector", 16, dropout=0.1)
 CONFIGS = {"LoRA": LORA, "LoRA, dropout": DROPPING, "A=vector B=lora C=D=E=vector": VECTORS, "A=B=lora": BOTH}
-"""What every layer of the models is compiled with."""
+"""The configurations that every layer of the models is compiled with."""
 
 FORMS = [
     *((a, b, "hadamard") for a, b in itertools.product(CHOICES["A"], CHOICES["B"])),
@@ -37,16 +37,16 @@ FORMS = [
 """Every form of (A, B, variant) in which A acts."""
 
 AWKWARD = (((37,), 70, 45, 3), ((1,), 70, 45, 16), ((37,), 16, 129, 1), ((3, 11), 40, 33, 65), ((70,), 129, 16, 4))
-"""The sizes of x before K, then K, N and R: an awkward size of each in turn."""
+"""(leading dimensions of x, K, N, R): each of them has an awkward value in turn."""
 
 
 def distinct(layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Of layers of one size the first alone."""
+    """The layers without those whose size an earlier one has."""
     return {name: size for name, size in layers.items() if name == next(n for n in layers if layers[n] == size)}
 
 
 def case_of(config: GLoRAConfig) -> str:
-    """A configuration's name: "lora", "glora:<A>,<B>,<C>,<D>,<E>", or "glora-matmul:…" of the product variant."""
+    """A configuration's name: "lora", "glora:<A>,<B>,<C>,<D>,<E>", or "glora-matmul:…" for the product variant."""
     forms = [getattr(config, name) for name in SUPPORTS]
     if forms == ["none", "lora", "none", "none", "none"]:
         return "lora"

@@ -1,10 +1,10 @@
-"""GLoRA, literally: build W_eff and the bias, then one linear layer. Slow, dense, differentiable by autograd.
+"""GLoRA, literally: build W_eff and the bias, then apply one linear layer. Slow, dense, differentiable by autograd.
 
     y = x (W + W∘A + s·B)ᵀ + [ b + b∘D + E + W·C ]        variant "hadamard"
     y = x (W + W·A + s·B)ᵀ + [ b + b∘D + E + W·C ]        variant "matmul", A = A_up·A_down (K,K)
 
-Nothing here is clever on purpose: in float64 it is the truth the factored path and the kernels are
-compared with, and in 16 bits it is the plain way (a dense W_eff) whose error they must not exceed.
+Nothing here is clever, on purpose: in float64 it is the truth that the factored path and the kernels are compared
+with, and in 16 bits it is the plain computation (a dense W_eff) that bounds their error (`tolerance`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def effective_weight(weight: Tensor, params: Mapping[str, Tensor], config: GLoRA
 def effective_bias(
     weight: Tensor, bias: Tensor | None, params: Mapping[str, Tensor], config: GLoRAConfig
 ) -> Tensor | None:
-    """b + b∘D + E + W·C, an (N,) tensor; None where there is neither a bias nor C nor E. C sees the base W."""
+    """b + b∘D + E + W·C, an (N,) tensor; None where there is neither a bias nor C nor E. C multiplies the base W."""
     params = {name: value.to(weight.dtype) for name, value in params.items()}
     effective = None if bias is None else bias.to(weight.dtype)
     if effective is not None and config.D != "none":
@@ -78,8 +78,7 @@ def glora_linear(
         bias: b, (N,), or None.
         params: the supports by name.
         config: which supports exist.
-        keep: with dropout, the boolean mask of x's shape that the low-rank B path sees; then B=lora acts on
-            x̃ = keep·x/(1-p) instead of on x. None means no dropout.
+        keep: the boolean dropout mask, of x's shape: B=lora then acts on x̃ = keep·x/(1-p), not on x. None: no dropout.
     """
     full_bias = effective_bias(weight, bias, params, config)
     if keep is None or config.B != "lora":

@@ -1,16 +1,16 @@
 """The two random streams of the library in plain PyTorch: dropout masks and rounding dither.
 
-Both are pure functions of a position, so that forward, backward, a recomputation, the eager path and the
-Triton kernels (`tile.py`, the same integers) all see the same bits, and the kernels store nothing.
+Both are pure functions of a position (the masks also of a seed). So forward, backward, a recomputation, the eager path
+and the Triton kernels (`tile.py`, the same integers) all get the same bits, and the kernels store none.
 
 Dropout: Philox-4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011;
 7 rounds is the smallest count that passes BigCrush). One counter yields 128 bits, used as eight 16-bit
-numbers for eight neighbouring columns: p is resolved to 1/65536.
+numbers for eight neighbouring columns, so p is rounded to a multiple of 1/65536.
 
 Dither: the additive lattice u(i, j) = frac(i·φ₁ + j·φ₂) in 32-bit integers, (φ₁, φ₂) the inverse powers of
 the plastic number (Roberts, "The unreasonable effectiveness of quasirandom sequences", 2018). Rounding
-fp32 to 16 bits with it keeps the mean: the part of a value below half a unit in the last place survives
-on average, where rounding to nearest would lose it (w·(1+1e-3) is w again in bfloat16).
+fp32 to 16 bits with it keeps the mean: a part of a value below half a unit in the last place survives on
+average, whereas rounding to nearest loses it (w·(1+1e-3) becomes w again in bfloat16).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ PHILOX_KEY_A, PHILOX_KEY_B = 0x9E3779B9, 0xBB67AE85
 DITHER_ROW, DITHER_COL = 0xC13FA9A9, 0x91E10DA5  # 2**32/ρ and 2**32/ρ² as odd integers, ρ = 1.3247179572…
 
 _MASK = 0xFFFFFFFF
-_CHUNK = 1 << 16  # counters at a time: their words stay in the cache, and there are enough for every thread
+_CHUNK = 1 << 16  # counters at a time: few enough for the cache, enough for every thread
 
 
 def dropout_threshold(p: float) -> int:
-    """An element is kept where its 16-bit number is at least this; p is resolved to 1/65536."""
+    """The threshold for p: an element is kept where its 16-bit number is at least this."""
     return round(p * 65536)
 
 
@@ -61,8 +61,8 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox-4x32-7 of the counters (c0, c1, 0, 0); 32-bit words held in int64.
 
-    c0 (groups,) and c1 (rows, 1) are broadcast as late as they mix, which saves most of two rounds. A 64-bit product
-    of two 32-bit words wraps in int64, which leaves its bits as they are.
+    c0 (groups,) and c1 (rows, 1) are broadcast only when they meet, which saves most of two rounds. The product of two
+    32-bit words may overflow to a negative int64, which has the right bits.
     """
     c2 = c3 = torch.zeros(1, dtype=torch.int64, device=seed.device)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
@@ -81,7 +81,7 @@ def dither_bits(rows: int, cols: int, device: torch.device | str, first_row: int
 
 
 def round_dithered(value: Tensor, dtype: torch.dtype, first_row: int = 0) -> Tensor:
-    """Round an fp32 matrix to bfloat16 or float16 so that the mean of the result is the value.
+    """Round an fp32 matrix to bfloat16 or float16 so that the result is the value on average.
 
     The lattice number u is added below the last kept bit before truncating: a value a fraction f of the way
     between two neighbours goes to the upper one where u < f. Values that `dtype` holds exactly stay.
@@ -94,11 +94,11 @@ def round_dithered(value: Tensor, dtype: torch.dtype, first_row: int = 0) -> Ten
     if dtype.itemsize > 2:
         return value.to(dtype)
     dropped = 16 if dtype == torch.bfloat16 else 13
-    # In place on one integer buffer: this is a memory-bound pass over the data, several of them cost as much as
-    # the matrix product beside it.
+    # In place on one integer buffer: each operation is a memory-bound pass over the data, and several of them would
+    # take as long as the matrix product before.
     bits = _lattice(value.shape[0], value.shape[1], value.device, first_row, dropped)
     rounded = bits.add_(value.view(torch.int32)).bitwise_and_(-(1 << dropped)).view(torch.float32)
-    # A NaN's payload could overflow into another number. Looking first is cheap on a CPU; a GPU would have to wait.
+    # The addition could turn a NaN into a number. Checking first is cheap on a CPU; with a GPU the host would wait.
     if value.device.type != "cpu" or not math.isfinite(value.sum()):
         rounded = torch.where(torch.isfinite(value), rounded, value)
     return rounded.to(dtype)
@@ -112,5 +112,5 @@ def _lattice(rows: int, cols: int, device: torch.device | str, first_row: int, b
 
 
 def _wrap_int32(value: Tensor) -> Tensor:
-    """The low 32 bits of an int64, as the int32 with the same bits (sums of those wrap as unsigned ones do)."""
+    """The low 32 bits of an int64 as an int32, whose sums wrap as those of unsigned integers do."""
     return (((value + 0x80000000) & _MASK) - 0x80000000).to(torch.int32)

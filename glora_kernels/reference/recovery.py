@@ -1,8 +1,8 @@
-"""Within which limits dA of a vector or constant A is recovered from y (`glora.recover`), here and in the kernels."""
+"""The limits within which dA of a vector or constant A is recovered from y (`glora.recover`; kernels use them too)."""
 
 SUM = 1.5
-"""Of Σₘ p to Σₘ |q|."""
+"""The limit of Σₘ p / Σₘ |q|."""
 SQUARES = 2.0
-"""Of Σₘ p² to Σₘ q²."""
+"""The limit of Σₘ p² / Σₘ q²."""
 TINY = 2.0**-10
-"""Of |1+a|, which q is divided by."""
+"""The least |1+a|, by which q is divided."""

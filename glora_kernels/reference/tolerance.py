@@ -1,7 +1,8 @@
 """One tolerance for everything: no worse than twice plain PyTorch at the same dtype, plus a small floor.
 
-Where the layer is known (`judge`), the floor goes by the terms that an element is a sum of, and an error is looked at
-in two norms; of any other result (`allowed_error`) by the largest value, and the largest error alone.
+`judge`, for results of a layer: the floor is proportional to the root sum of squares of an element's terms, and errors
+are judged in two norms. `allowed_error`, for any other result: the floor is proportional to the largest value, and only
+the largest error counts.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from glora_kernels.reference.glora import glora_linear
 from glora_kernels.spec import GLoRAConfig
 
 FACTOR = 2.0
-"""Of the error of plain PyTorch."""
+"""An error may be this many times that of plain PyTorch."""
 FLOOR, RMS_FLOOR = 4.0, 2.0
-"""The floors in units of eps(dtype): of the largest error, and of the root mean square."""
+"""The floors of the largest error and of the root mean square error, in units of eps(dtype)."""
 FEW = 8
-"""The error of a tensor of fewer elements may be near zero by luck, and says little of what the arithmetic costs."""
+"""With fewer elements than this, the error of plain PyTorch may be near zero by luck (`unlucky_error`)."""
 
 
 def literal_step(
@@ -58,10 +59,10 @@ def literal_terms(
     dy: Tensor,
     keep: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Of each element of what `literal_step` gives, the root of the sum of the squares of its terms, in float64.
+    """For each element of the results of `literal_step`: the root of the sum of the squares of its terms, in float64.
 
-    Every result is multilinear in the inputs, so that the sum of the squared terms is the same formula of the squared
-    inputs: with s² in place of s and (1-p)² in place of 1-p.
+    The results are multilinear in the inputs: the sum of the squared terms is the same formula of squared inputs, with
+    s² in place of s and (1-p)² in place of 1-p.
     """
     if config.B == "lora":
         config = replace(config, alpha=config.scale**2 * config.rank, dropout=1.0 - (1.0 - config.dropout) ** 2)
@@ -73,7 +74,7 @@ def literal_terms(
 
 
 class Judged(NamedTuple):
-    """An error beside the largest that is accepted; norm: "rms" or "max"."""
+    """An error, and the largest that is accepted. norm: "rms" or "max"."""
 
     norm: str
     error: float
@@ -87,14 +88,14 @@ def judge(
 
     Args:
         value: the result.
-        truth: its value in float64, of the same rounded inputs.
-        literal: that of plain PyTorch in the same dtype; of a result in float64 `truth` itself, and then a sum in
-            another order may be 1e-12 off.
-        terms: for each element the root of the sum of the squares of its terms (`literal_terms`); the largest error of
-            many elements goes by the largest value where that is smaller.
+        truth: its value in float64, from the same rounded inputs.
+        literal: the result of plain PyTorch in the same dtype. For a float64 result it is `truth` itself; then 1e-12
+            is allowed, for sums in another order.
+        terms: for each element the root of the sum of the squares of its terms (`literal_terms`). With FEW elements or
+            more, the largest error is judged by the largest |truth| where that is smaller.
         eps: machine epsilon of the dtype.
-        unlucky: the largest error of `literal` over draws of the signs of dy (`unlucky_error`); asked for a tensor of
-            fewer than FEW elements that is beyond its bound, whose own error then counts for no less.
+        unlucky: returns the largest error of `literal` over draws of the signs of dy (`unlucky_error`). Called for a
+            tensor of fewer than FEW elements that exceeds its bound: that error takes the place of a smaller one.
     """
     if literal is truth:
         return [Judged("max", largest_error(value, truth), allowed_error(truth, truth, torch.float64))]
@@ -110,7 +111,7 @@ def judge(
 
 
 def unlucky_error(dy: Tensor, error: Callable[[Tensor], float]) -> float:
-    """The largest of `error`, a function of dy, over 16 draws of the signs of dy."""
+    """The largest value of `error`, a function of dy, over 16 random draws of the signs of dy."""
     errors = []
     for i in range(16):
         signs = torch.randint(0, 2, dy.shape, generator=torch.Generator().manual_seed(i)).to(dy.device) * 2 - 1
@@ -119,11 +120,11 @@ def unlucky_error(dy: Tensor, error: Callable[[Tensor], float]) -> float:
 
 
 def allowed_error(truth: Tensor, literal: Tensor, dtype: torch.dtype, size: float = 0.0) -> float:
-    """The largest absolute error accepted of a result whose float64 value is `truth`.
+    """The largest absolute error that is accepted of a result whose float64 value is `truth`.
 
-    Twice the largest error of the literal layer at this dtype, plus FLOOR·eps(dtype)·max|truth|; at float64
-    1e-12 of the largest value. `size` takes the place of a smaller max|truth| where the result is one sum of many
-    terms: the root of the sum of their squares.
+    FACTOR times the largest error of plain PyTorch at this dtype (`literal`), plus FLOOR·eps(dtype)·max|truth|; in
+    float64 1e-12 times the largest value. A larger `size` takes the place of max|truth|: where the result is one sum of
+    many terms, the root of the sum of their squares.
     """
     if truth.numel() == 0:
         return 0.0
@@ -134,7 +135,7 @@ def allowed_error(truth: Tensor, literal: Tensor, dtype: torch.dtype, size: floa
 
 
 def largest_error(value: Tensor, truth: Tensor) -> float:
-    """max |value - truth| in float64; infinite where a NaN appears that the truth has not."""
+    """max |value - truth| in float64; infinite where the difference is NaN."""
     if truth.numel() == 0:
         return 0.0
     error = (value.detach().double() - truth.detach().double()).abs()

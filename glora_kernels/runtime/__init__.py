@@ -1,1 +1,1 @@
-"""What a launch needs of the machine: the card, what is chosen for it, launches as data, programs of them, memory."""
+"""Between the operators and the driver: the card, choices made for it, launches as data, programs, memory."""

@@ -1,7 +1,7 @@
-"""Launch configurations: pure functions of kernel, architecture, dtype and shape. Nothing is tuned on a first call.
+"""Default launch configurations: pure functions of kernel, architecture, dtype and shape. No call ever tunes.
 
-`arch` is "sm_80", "sm_89", "sm_90", "sm_100", "gfx942" …, or "cpu" in the interpreter. Shared memory a block, the
-bound on BLOCK_* × stages: 163 KiB on sm_80, 99 KiB on sm_86/sm_89, 227 KiB on sm_90 and sm_100, 64 KiB on gfx942.
+`arch` is "sm_80", "sm_89", "sm_90", "sm_100", "gfx942" …, or "cpu" in the interpreter. Shared memory per block,
+which bounds BLOCK_* × stages: 163 KiB on sm_80, 99 KiB on sm_86/sm_89, 227 KiB on sm_90 and sm_100, 64 KiB on gfx942.
 A configuration is a dictionary: blocks (`rows`, `cols`, `depth` of a product's tile), num_warps, num_stages and, for
 the two large products, tma, persistent and parts.
 """
@@ -18,7 +18,7 @@ OLD = ("sm_80", "sm_86", "sm_89")
 """Cards without wgmma, whose matrix instructions read their operands from registers."""
 
 TOTALS_BESIDE_DX = ("sm_90", "sm_100", "cpu")
-"""Where `_glora_dx_kernel` also sums the gradients of constants; elsewhere its pointers leave no register for that."""
+"""Where `_glora_dx_kernel` also sums the gradients of constants; its pointers leave no registers for that elsewhere."""
 
 MAX_RANK = 256
 """Up to this rank the kernels hold a low-rank factor's columns in registers."""
@@ -27,10 +27,10 @@ MAX_FACTOR_RANK = 32
 """Up to this rank `_dy_kernel` takes dyᵀh as well; above, its partial sums would move more than reading dy again."""
 
 RANK_BLOCK = 64
-"""The most columns of S that one program makes, or multiplies x by; there are more programs of a larger rank."""
+"""The most columns of S that one program computes, or multiplies x by; larger ranks are split over programs."""
 
 MAX_BANDS = 8
-"""The most parts of the reduction over which h, S, σ and τ are partial sums that the next kernel adds."""
+"""The most bands that the reduction of h, S, σ or τ is split into; the next kernel adds the partial sums."""
 
 PROGRAMS = {"cpu": 4, "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 """Multiprocessors of the largest card of an architecture."""
@@ -39,22 +39,22 @@ TILES = ((128, 256), (128, 128), (64, 128), (64, 64), (64, 32))
 """Rows and columns of a large product's tile in 16 bits, from the one that reads least to the smallest."""
 
 READING = {"sm_90": 60, "sm_100": 80}
-"""How many products of 16 bits a multiprocessor makes while it reads one number, by datasheet; 25 on older cards."""
+"""16-bit multiply-adds that a multiprocessor does while it reads one number from the L2 (datasheets); 25 elsewhere."""
 
 READERS = 0.6
-"""The share of the multiprocessors whose reading takes all that the L2 gives: an estimate."""
+"""The share of the multiprocessors that is enough to saturate the L2 (an estimate)."""
 
 DECODED = 8192
-"""Numbers of a 4-bit W that a program of 128 threads decodes a step: more of them, and sums, leave no registers."""
+"""Numbers of a 4-bit W that a program of 128 threads decodes per step; more would leave no registers for the sums."""
 
 GEMV_TOKENS = 4
-"""Up to here csrc's codes meet x in fp32; above, tensor cores take eight tokens at a time."""
+"""Up to this M, csrc multiplies decoded W and x in fp32; above, tensor cores take eight tokens at a time."""
 
 SCRATCH_FLOATS = 1 << 15
-"""What partial sums of a launch of csrc may take."""
+"""The most floats of partial sums that one launch of csrc writes."""
 
 M_CLASSES = (64, 512, 2048, 4096)
-"""The largest M of each class, which stands for it; the last stands for all above the one before."""
+"""The classes of M, by their largest member, which stands for the class; the last also stands for every larger M."""
 
 SHARED_LIMIT = {
     "sm_80": 166_912, "sm_86": 101_376, "sm_87": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448,
@@ -73,28 +73,28 @@ class Shape(NamedTuple):
 
 
 def m_class(m: int) -> int:
-    """The number of rows that stands for M wherever something is chosen by it: one of a few.
+    """The number of rows that stands for M wherever a configuration is chosen by it: one of `M_CLASSES`.
 
-    So many configurations, and compilations, there are; what is computed with M itself are only sizes and grids.
+    This bounds the number of configurations and compilations; only sizes and grids are computed from M itself.
     """
     return next((most for most in M_CLASSES if m <= most), M_CLASSES[-1])
 
 
 def tokens(m: int) -> int:
-    """One token, or the padded number of a few: a power of two from 16, which a matrix instruction takes.
+    """A finer class of M up to `M_CLASSES[0]`, for the product of a few tokens with a 4-bit weight.
 
-    The finer class of M up to the first of `M_CLASSES`, for the product of few tokens over a 4-bit weight.
+    1 for one token, else M padded to a power of two of at least 16, the smallest that a matrix instruction takes.
     """
     return 1 if m == 1 else block_r(m)
 
 
 def representative(m: int) -> int:
-    """The M that a program of launches is planned for (`runtime.program`): nothing is chosen by a finer class."""
+    """The M that a program of launches is planned for (`runtime.program`): no choice depends on more of M than this."""
     return tokens(m) if m <= M_CLASSES[0] else m_class(m)
 
 
 def classes(most: int) -> list[int]:
-    """A number of rows of each class that `representative` makes of those up to `most`: the largest there is."""
+    """An M of each class of `representative` that begins at or below `most`: its representative, or `most` if less."""
     found: list[int] = []
     m = 1
     while m <= most and (top := representative(m)) >= m:
@@ -104,7 +104,7 @@ def classes(most: int) -> list[int]:
 
 
 def block_r(rank: int, limit: int = 256) -> int:
-    """The padded rank of one step: a power of two from 16, the smallest a matrix instruction takes."""
+    """The padded rank of one step: a power of two, at least 16: the least that a matrix instruction takes."""
     return max(16, min(limit, 1 << (rank - 1).bit_length()))
 
 
@@ -116,9 +116,9 @@ def programs(arch: str) -> int:
 def default(
     kernel: str, arch: str, dtype: torch.dtype, shape: Shape, weight_dtype: torch.dtype | None = None
 ) -> dict[str, int]:
-    """The configuration of a kernel of `KERNELS`, or of `CSRC`.
+    """The default configuration of a kernel of `KERNELS` or `CSRC`.
 
-    Under autocast the weight may be wider than x (`weight_dtype`) and fills the stages in its own width.
+    Under autocast the weight may be wider than x (`weight_dtype`) and takes more of the pipeline's shared memory.
     """
     if kernel in ("fwd", "dx"):
         mixed = weight_dtype is not None and weight_dtype.itemsize > dtype.itemsize
@@ -131,20 +131,20 @@ def default(
 def large_product(
     arch: str, dtype: torch.dtype, rows: int, cols: int, mixed: bool = False, tma: bool = True
 ) -> dict[str, int]:
-    """Tile of `_glora_fwd_kernel` and `_glora_dx_kernel` for a (rows, cols) output: the largest that fills the card.
+    """Tile of `_glora_fwd_kernel` and `_glora_dx_kernel` for a (rows, cols) output: the one of least `product_cost`.
 
-    `parts`: in how many parts of its columns a tile is finished and stored. Without `tma`, or where the operands do not
-    allow it (`mixed`: a weight wider than x; strides off 16 bytes), the operands are read by pointers.
+    `parts`: the columns of a tile are finished and stored in this many parts. Without `tma`, or where the operands rule
+    it out (`mixed`: a weight wider than x; strides off 16 bytes), the operands are read by pointers.
     """
     if arch == "cpu":
         return _interpreted("fwd") | {"tma": tma and not mixed}
     through_tma = tma and not mixed and arch in ("sm_90", "sm_100") and dtype != torch.float32
-    # cp.async fills the pipe best with two programs a multiprocessor, which persistence would forbid.
+    # cp.async keeps the pipeline fullest with two programs per multiprocessor; a persistent grid has only one.
     way = {"tma": through_tma, "persistent": through_tma}
     if dtype == torch.float32:
-        warps = 8 if arch == "sm_90" else 4  # what does not spill
+        warps = 8 if arch == "sm_90" else 4  # so that it does not spill
         return {"rows": 64, "cols": 64, "depth": 32, "num_warps": warps, "num_stages": 2, "parts": 1, **way}
-    # On sm_100 the full epilogue spills beside 128x256.
+    # On sm_100 the full epilogue of a 128x256 tile spills.
     widest = 256 if through_tma and arch == "sm_90" else 128
     sizes = [size for size in TILES if size[1] <= widest and size[0] <= max(64, rows)]
     tall, wide = min(sizes, key=lambda size: product_cost(arch, rows, cols, *size))
@@ -161,10 +161,10 @@ def large_product(
 
 
 def product_cost(arch: str, rows: int, cols: int, tall: int, wide: int) -> int:
-    """How long a (rows, cols) product takes in tiles of (tall, wide), in products of one program: an estimate.
+    """Estimated time of a (rows, cols) product in (tall, wide) tiles, in multiply-adds of a multiprocessor per depth.
 
-    A program waits for its products or for what it reads, which takes longer where many read at once; and the card for
-    the last of them.
+    The number of waves of tiles, times the larger of computing a tile and reading its operands; reading slows down once
+    more than `READERS` of the card reads.
     """
     tiles, here = _ceil(rows, tall) * _ceil(cols, wide), programs(arch)
     crowd = max(1.0, min(tiles, here) / (READERS * here))
@@ -174,9 +174,9 @@ def product_cost(arch: str, rows: int, cols: int, tall: int, wide: int) -> int:
 def into_rank(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Blocks of `_prepare_kernel`: rows of x, depth of the reduction.
 
-    Few rows keep it on mma.sync: the dropped x is made in registers, from where wgmma would be serialized, and a
-    kernel that waits for memory gains nothing from wgmma. The fewer they are, the more programs read x, each far ahead;
-    but each also reads all of a factor, which of a large rank is as much again.
+    Few rows keep Triton on mma.sync: wgmma would be serialized, because the dropped x is made in registers, and a
+    memory-bound kernel gains nothing from it. Fewer rows let more programs read x, each several steps ahead; but every
+    program also reads a whole factor, which at a large rank is as many bytes as its rows of x.
     """
     config = added_terms(arch, dtype, shape)
     if dtype == torch.float32 or arch.startswith("gfx") or shape.r > 16:
@@ -197,16 +197,16 @@ def added_terms(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
 
 
 def dy_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
-    """Blocks of `_dy_kernel`: rows and columns of dy at a time.
+    """Blocks of `_dy_kernel`: rows and columns of dy per step.
 
-    Every program leaves one partial sum (R, N) behind, written and read in fp32: with 128 rows that is R/32 of the
-    bytes of a 16-bit dy itself. So above `MAX_FACTOR_RANK` dyᵀh is taken by `_x_kernel`, from a second read of dy.
+    Each block of rows leaves a partial sum (R, N) behind, written and read in fp32: with 128 rows that is R/32 of the
+    bytes of a 16-bit dy. So above `MAX_FACTOR_RANK` `_x_kernel` computes dyᵀh, from a second read of dy.
     """
     if dtype == torch.float32:
         cols = 32 if shape.r > MAX_FACTOR_RANK else 64
         return {"rows": 32, "cols": cols, "num_warps": 8, "num_stages": 1 if arch.startswith("gfx") else 2}
     amd = arch.startswith("gfx")
-    stages = 2 if amd else 4  # so few programs hide the memory's latency by what each asks ahead
+    stages = 2 if amd else 4  # with so few programs only loads issued ahead hide the latency of memory
     if shape.r > MAX_FACTOR_RANK:  # in one band of N
         rows = 32 if shape.m <= 512 else 64
         return {"rows": rows, "cols": 64, "num_warps": 4, "num_stages": 1 if amd else stages}
@@ -215,17 +215,17 @@ def dy_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
 
 
 def dy_mixed_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
-    """Blocks of `_dy_kernel` where it takes out of y what is no part of Z: a tile more of each in registers."""
+    """Blocks of `_dy_kernel` where it subtracts the other terms from y to get Z: their tiles take registers as well."""
     config = dy_pass(arch, dtype, shape)
     if arch.startswith("gfx"):
-        config = config | {"cols": 32}  # what does not spill
+        config = config | {"cols": 32}  # so that it does not spill
     if dtype == torch.float32:
         return config | {"rows": 32, "num_warps": 8}
     return config | {"rows": min(config["rows"], 64 if arch == "sm_100" else 128), "num_warps": 8}
 
 
 def x_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
-    """Blocks of `_x_kernel`: rows of x at a time, columns. Wide ones, as each block of columns reads all of S."""
+    """Blocks of `_x_kernel`: rows and columns of x per step. Columns are many, as each block of them reads all of S."""
     if dtype == torch.float32:
         return {"rows": 32, "cols": 64 if shape.r <= 16 else 32, "num_warps": 8, "num_stages": 2}
     warps = 8 if shape.r > 16 or arch == "sm_89" else 4
@@ -238,28 +238,28 @@ def x_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
 def hadamard_grad(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Blocks of `_hadamard_grad_kernel`: weight rows and columns, depth of the reduction over the tokens."""
     if dtype == torch.float32:
-        warps = 8 if arch in ("sm_90", "sm_100") else 4  # what does not spill
+        warps = 8 if arch in ("sm_90", "sm_100") else 4  # so that it does not spill
         return {"rows": 64, "cols": 64, "depth": 32, "num_warps": warps, "num_stages": 2}
     stages = 3 if arch in ("sm_80", "sm_90", "sm_100") else 2
     return {"rows": 128, "cols": 128, "depth": 64, "num_warps": 8, "num_stages": stages}
 
 
 def finish(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
-    """Blocks of `_finish_kernel`: rows and columns of the gradients; tokens and depth of the product seldom made."""
-    if dtype == torch.float32:  # it spills at the sizes that 16 bits take
+    """Blocks of `_finish_kernel`: rows, columns of gradients; tokens, depth of x·Wᵀ where it is computed again."""
+    if dtype == torch.float32:  # the blocks of 16-bit dtypes spill here
         return {"rows": 32, "cols": 32, "tokens": 32, "depth": 32, "num_warps": 8, "num_stages": 2}
     warps = 8 if arch == "sm_80" else 4
     return {"rows": 32, "cols": 32, "tokens": 128, "depth": 64, "num_warps": warps, "num_stages": 2}
 
 
 def weight_pass(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
-    """Blocks of W where it is read once: W_eff, U, W·c and Wᵀg."""
+    """Blocks of W in kernels that read it once: for W_eff, U, W·c and Wᵀg."""
     cols = 32 if dtype == torch.float32 else (64 if arch == "sm_100" else 128)
     return {"rows": 16 if dtype == torch.float32 else 32, "cols": cols, "num_warps": 4, "num_stages": 2}
 
 
 def dequantize(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
-    """Blocks of W where it is made of 4 bits: rows and columns where terms are added, else their product at a time.
+    """Blocks in which a 4-bit W is dequantized: rows × columns where A or B is added, else rows·cols numbers.
 
     `depth` is a step of the rank.
     """
@@ -269,13 +269,13 @@ def dequantize(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
 
 
 def small_m(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
-    """Blocks of `_small_m_kernel`: rows of W (`cols`) and depth of the reduction, beside all of the tokens.
+    """Blocks of `_small_m_kernel`: rows of W (`cols`) and depth of the reduction; each block has all of the tokens.
 
     The fewest programs that fill the card: each reads all of x and of B_down. The depths are those that do not spill.
     """
     cols = next((c for c in (64, 32) if 10 * _ceil(shape.n, c) >= 9 * programs(arch)), 16)
     rows, rank, warps = tokens(shape.m), block_r(shape.r), 4
-    if rows == 1:  # which keeps x∘B_down in registers too
+    if rows == 1:  # one token also keeps x∘B_down in registers
         depth = DECODED // max(cols, 2 * rank if dtype == torch.float32 else rank)
     else:
         depth = min(256, DECODED // max(cols, rows)) // (2 if rows == 32 or rank > 16 else 1)
@@ -287,17 +287,17 @@ def small_m(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
 def csrc_small_m(arch: str, dtype: torch.dtype, shape: Shape, sums: bool) -> dict[str, int]:
     """The configuration of csrc's product of few tokens over a 4-bit weight; `sums`: it also makes σ.
 
-    warps_k: of a block's 8 warps, how many share one set of rows and split K; the rest take other rows. Chosen so that
-    blocks of W fill the card and come out even. slices: of K, in the low-rank path. x_staged: x lies in shared memory.
+    warps_k: how many of a block's 8 warps share one set of rows and split K; the rest take other rows. Chosen so that
+    blocks of W fill the card evenly. slices: parts of K in the low-rank path. x_staged: x is copied to shared memory.
     """
     m, n, k, rank = shape
     gemv = m <= GEMV_TOKENS
-    rows_per_warp, span = (4, 1024) if gemv else (32, 128)  # csrc/maps.cuh: of W, and elements of k, at a time
+    rows_per_warp, span = (4, 1024) if gemv else (32, 128)  # csrc/maps.cuh: rows of W, and elements of K, per step
     padded = (m if m <= 2 else 4) if gemv else 8 * (1 << (_ceil(m, 8) - 1).bit_length())
-    per_sm = 2 if padded <= (2 if gemv else 16) else 1  # __launch_bounds__ of the kernels
+    per_sm = 2 if padded <= (2 if gemv else 16) else 1  # blocks per multiprocessor: __launch_bounds__ of the kernels
     columns, pitch = rank + sums, 4 * _ceil(rank + sums, 4)
     limit, resident = SHARED_LIMIT.get(arch, 99 * 1024), programs(arch) * per_sm
-    warps, item = 8, 16  # of a block; tokens, and columns, of one item of the low-rank path
+    warps, item = 8, 16  # warps of a block; tokens (and columns) of one item of the low-rank path
 
     def shared(warps_k: int) -> int:
         partial = max(warps * padded * (4 if gemv else 36), warps * item * item)
@@ -306,9 +306,9 @@ def csrc_small_m(arch: str, dtype: torch.dtype, shape: Shape, sums: bool) -> dic
 
     def cost(warps_k: int) -> float:
         sets = _ceil(n, warps // warps_k * rows_per_warp)
-        return _ceil(sets, resident) * (_ceil(_ceil(k, span), warps_k) + 0.5)  # what a set costs beside its spans
+        return _ceil(sets, resident) * (_ceil(_ceil(k, span), warps_k) + 0.5)  # 0.5: the cost of a set itself
 
-    # Eight warps on one set of rows always fit: B_up of a block's rows takes the most.
+    # Eight warps on one set of rows always fit: B_up takes most of the memory, and the block has the fewest rows then.
     warps_k = min((w for w in (1, 2, 4, 8) if shared(w) <= limit), key=cost)
     staged = gemv and shared(warps_k) + 2 * m * k + 1024 <= limit // per_sm
     tiles = _ceil(m, item) * _ceil(columns, item)
@@ -321,10 +321,10 @@ def csrc_small_m(arch: str, dtype: torch.dtype, shape: Shape, sums: bool) -> dic
 
 
 def shared_grad(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
-    """Blocks of `_shared_grad_kernel`: of the rank, columns (a multiple of 8, as the dropout mask wants), tokens."""
+    """Blocks of `_shared_grad_kernel`: rank, columns (a multiple of 8, for the dropout mask), tokens."""
     tall = block_r(shape.r, 64)
-    if dtype == torch.float32:  # products on the ordinary units hold their operands in registers
-        warps = 8 if tall > 16 and arch in OLD else 4  # what does not spill
+    if dtype == torch.float32:  # without the matrix unit, operands of products are held in registers
+        warps = 8 if tall > 16 and arch in OLD else 4  # so that it does not spill
         return {"rows": tall, "cols": 32 if tall > 16 else 64, "depth": 32, "num_warps": warps, "num_stages": 2}
     return {"rows": tall, "cols": 64, "depth": 64, "num_warps": 4, "num_stages": 2 if arch.startswith("gfx") else 3}
 
@@ -359,9 +359,9 @@ def multi_outer(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
 
 
 def bands(arch: str, rows: int, block: int, depth: int, step: int, most: int = MAX_BANDS) -> tuple[int, int]:
-    """(number, width) of up to `most` bands of a reduction over `depth`, so that a few rows still make enough programs.
+    """(number, width) of the bands of a reduction over `depth`, up to `most`: with few rows they give enough programs.
 
-    A width is a multiple of `step`, and every band has something in it.
+    The width is a multiple of `step`; no band is empty.
     """
     blocks = _ceil(rows, block)
     wanted = min(most, max(1, programs(arch) // max(1, blocks)), max(1, depth // step))
@@ -370,7 +370,7 @@ def bands(arch: str, rows: int, block: int, depth: int, step: int, most: int = M
 
 
 def row_splits(rows: int, blocks: int, block: int) -> int:
-    """Into how many parts a sum over `rows` is split so that about 256 programs run, each with work to do."""
+    """The number of parts of a sum over `rows`, so that about 256 programs run, each with work to do."""
     return max(1, min(256 // max(1, blocks), _ceil(rows, 4 * block)))
 
 
@@ -388,22 +388,22 @@ _INTERPRETED: dict[str, dict[str, int]] = {
     "fwd": {"tma": True, "persistent": True, "parts": 2}, "dx": {"tma": True, "persistent": True, "parts": 2},
     "finish": {"tokens": 32}, "small_m": {"depth": 64}, "shared_grad": {"rows": 16},
 }  # fmt: skip
-"""In the interpreter, what is there beside the blocks that all kernels have, or another."""
+"""Changes for single kernels to the blocks that all kernels have in the interpreter."""
 
 Chosen = Callable[[str, torch.dtype, Shape], dict[str, int]]
 """(arch, dtype, shape) → a configuration."""
 
 
 class Kernel(NamedTuple):
-    """Kernels that are launched by one configuration.
+    """Kernels that share one launch configuration.
 
     Attributes:
-        default: it, where nothing was measured.
+        default: the configuration where nothing was measured.
         names: of the kernels.
-        waits: for what: "products", whose instructions must come in batches; or "memory", from which it reads x, dy or
-            W once from end to end, sixteen bytes at a time where rows begin at multiples of them; "": for neither.
-        multiplies: every form that has ranks has a product; the others may only read and add.
-        tuned: whether it is measured, and a table may have rows of it; else it takes no time worth that.
+        waits: what bounds its time: "products", whose instructions must come in batches; "memory", from which it reads
+            x, dy or W once, in loads of 16 bytes where rows are aligned to that; "": neither.
+        multiplies: every form that has ranks has a matrix product; other kernels may only read and add.
+        tuned: `tune` measures it, and a table may have rows for it; the others take too little time.
     """
 
     default: Chosen
@@ -425,7 +425,7 @@ KERNELS: dict[str, Kernel] = {
     "prepare": Kernel(into_rank, ("_prepare_kernel", "_grouped_down_kernel"), "memory", True, tuned=True),
     "added_terms": Kernel(added_terms, ("_added_terms_kernel",), multiplies=True, tuned=True),
     "dy": Kernel(dy_pass, ("_dy_kernel", "_grouped_dy_kernel"), "memory", tuned=True),
-    "dy_mixed": Kernel(dy_mixed_pass),  # the first of those, where it also reads a y that holds more than Z
+    "dy_mixed": Kernel(dy_mixed_pass),  # `_dy_kernel` where it also reads a y that holds more than Z
     "x": Kernel(x_pass, ("_x_kernel", "_grouped_x_kernel"), "memory", True, tuned=True),
     "hadamard_grad": Kernel(hadamard_grad, ("_hadamard_grad_kernel",), "products", True, tuned=True),
     "finish": Kernel(finish, ("_finish_kernel",)),
@@ -437,13 +437,13 @@ KERNELS: dict[str, Kernel] = {
     "multi_expand": Kernel(multi_expand, ("_multi_expand_kernel",)),
     "multi_outer": Kernel(multi_outer, ("_multi_outer_kernel",)),
 }  # fmt: skip
-"""All that `tables.choose` has a configuration of, on Triton's side."""
+"""The Triton kernels for which `tables.choose` has a configuration."""
 
 CSRC: dict[str, Chosen] = {
     "small_m csrc": functools.partial(csrc_small_m, sums=False),
     "small_m csrc sums": functools.partial(csrc_small_m, sums=True),
 }
-"""The same of csrc: its kernels that have anything to choose."""
+"""The kernels of csrc for which `tables.choose` has a configuration."""
 
 TUNED = tuple(name for name, kernel in KERNELS.items() if kernel.tuned)
 
@@ -451,5 +451,5 @@ _KEYS = {name: key for key, kernel in KERNELS.items() for name in kernel.names}
 
 
 def key_of(kernel: str) -> str:
-    """The key in `KERNELS` of a kernel's name; "" where it has nothing to choose."""
+    """The key in `KERNELS` of the kernel of this name; "" where it has no configuration."""
     return _KEYS.get(kernel, "")

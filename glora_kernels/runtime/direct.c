@@ -1,6 +1,6 @@
-/* The launches of a pass, prepared: what changes from call to call is filled into their parameters, and they go to the
-   driver one after the other. Plain C against Python and libcuda, built by Triton's own means at first use, as Triton's
-   launcher is. `direct.py` describes what is passed; nothing is checked here that `program.py` has checked once. */
+/* Runs the prepared launches of a pass: fills in the parameters that change from call to call, then launches the
+   kernels one after the other. Plain C against Python and libcuda, built at first use as Triton builds its own
+   launcher. `direct.py` describes the arguments; what `program.py` has checked once is not checked here again. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <dlfcn.h>
@@ -8,7 +8,7 @@
 #include <string.h>
 #include "cuda.h"
 
-/* A number of a launch: itself, or the entry of the call's sizes (what follows M). */
+/* A number of a launch. If it follows M, `value` is an index into the call's sizes, else the number itself. */
 typedef struct { int64_t value; int follows; } Number;
 
 typedef enum { CONSTANT, POINTER, SIZE, HOST_VALUE, TENSOR_MAP } Kind;
@@ -21,19 +21,19 @@ typedef struct {
 
 #define LINE _Alignof(CUtensorMap)
 
-#define CACHED_MAPS 64 /* of one operand; W of that many layers of one form keeps its map */
+#define CACHED_MAPS 64 /* per operand: so many layers that share a program can each keep the map of their W */
 
 typedef struct {
   int swizzle, dtype, rank;
   uint32_t box[5];
-  Number dims[5], strides[5]; /* outermost first; strides in bytes, that of the innermost unused */
+  Number dims[5], strides[5]; /* outermost first; strides in bytes, the innermost unused */
   CachedMap *cached;
 } Map;
 
 typedef struct {
   Kind kind;
-  int size, at, slot; /* bytes of the parameter and where they lie in the block; the tensor that it comes from */
-  Number offset;      /* of a pointer, in bytes; the value of a SIZE */
+  int size, at, slot; /* bytes of the parameter, their place in the block; slot of its tensor */
+  Number offset;      /* POINTER, TENSOR_MAP: offset in bytes; SIZE: the value */
   Map *map;
 } Param;
 
@@ -41,9 +41,9 @@ typedef struct {
   CUfunction function;
   unsigned threads, shared;
   Number grid[3];
-  int count, bytes; /* of parameters; of their block */
+  int count, bytes; /* number of parameters; bytes of their block */
   Param *params;
-  unsigned char *block; /* the constants, in place */
+  unsigned char *block; /* the parameters, with the constants filled in */
 } Step;
 
 typedef struct { int count, slots, bytes; Step *steps; } Pass;
@@ -85,7 +85,7 @@ static Map *read_map(PyObject *t) { /* (swizzle, dtype, box, dims, strides) */
   return map;
 }
 
-static void free_pass(Pass *pass) { /* also one half built, of which what is not there yet is zero */
+static void free_pass(Pass *pass) { /* also one that is half built: its missing parts are zero */
   for (int i = 0; i < pass->count; i++) {
     for (int j = 0; pass->steps[i].params && j < pass->steps[i].count; j++)
       if (pass->steps[i].params[j].map) {
@@ -154,7 +154,7 @@ static int fail(CUresult code, const char *what) {
   return -1;
 }
 
-/* A map depends on its address and sizes alone, so one that is kept is right whoever owns the memory by now. */
+/* A map depends only on address and sizes, so a cached one stays right when the memory has another owner. */
 static int fill_map(Map *map, uint64_t address, const int64_t *sizes, void *out) {
   int64_t dims[5] = {0};
   for (int i = 0; i < map->rank; i++) dims[i] = value_of(&map->dims[i], sizes);
@@ -162,7 +162,7 @@ static int fill_map(Map *map, uint64_t address, const int64_t *sizes, void *out)
   if (entry->address != address || memcmp(entry->dims, dims, sizeof dims)) {
     cuuint64_t shape[5], strides[5];
     cuuint32_t box[5], ones[5] = {1, 1, 1, 1, 1};
-    for (int i = 0; i < map->rank; i++) { /* the driver counts from the innermost */
+    for (int i = 0; i < map->rank; i++) { /* the driver's dimension 0 is the innermost */
       int j = map->rank - 1 - i;
       shape[i] = (cuuint64_t)dims[j];
       box[i] = map->box[j];
@@ -182,7 +182,7 @@ static int fill_map(Map *map, uint64_t address, const int64_t *sizes, void *out)
   return 0;
 }
 
-static int ensure_context(int device) { /* a thread of autograd may have none yet */
+static int ensure_context(int device) { /* a thread of autograd may have no context yet */
   CUcontext context;
   CUdevice handle;
   if (get_context(&context) == CUDA_SUCCESS && context) return 0;
@@ -192,8 +192,8 @@ static int ensure_context(int device) { /* a thread of autograd may have none ye
   return code == CUDA_SUCCESS ? 0 : fail(code, "a context");
 }
 
-/* run(pass, first, last, sizes, tensors, stream, device): the launches [first, last). tensors: one a slot, a tensor, an
-   address or None; sizes: 64-bit numbers as bytes. */
+/* run(pass, first, last, sizes, tensors, stream, device): the launches [first, last). tensors: for each slot a
+   tensor, an address or None; sizes: 64-bit numbers as bytes. */
 static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   if (count != 7) return PyErr_Format(PyExc_TypeError, "run takes 7 arguments, got %zd", count);
   Pass *pass = PyCapsule_GetPointer(args[0], "glora_kernels.Pass");
@@ -216,7 +216,7 @@ static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Py_DECREF(pointer);
   }
   if (PyErr_Occurred() || ensure_context(device)) return NULL;
-  /* Filled while the GIL is held (the maps are shared), launched without it: a full queue makes the driver wait. */
+  /* Parameters are filled with the GIL held, as maps are shared; launched without it, as a full queue blocks. */
   unsigned char memory[pass->bytes + LINE], *block = memory + (LINE - (uintptr_t)memory % LINE) % LINE, *place = block;
   for (int i = first; i < last; i++) {
     Step *step = &pass->steps[i];
@@ -266,7 +266,7 @@ static PyObject *run(PyObject *self, PyObject *const *args, Py_ssize_t count) {
 
 #define MOST_DIMENSIONS 8
 
-/* An integer, or whether it is True, that a method of a tensor answers with; both 0 on success. */
+/* The integer or bool that a method of a tensor returns, in *out. This and `integers` return 0 on success. */
 static int asked(PyObject *tensor, PyObject *method, int64_t *out) {
   PyObject *answer = PyObject_CallMethodNoArgs(tensor, method);
   if (!answer) return -1;
@@ -275,7 +275,7 @@ static int asked(PyObject *tensor, PyObject *method, int64_t *out) {
   return PyErr_Occurred() ? -1 : 0;
 }
 
-static int integers(PyObject *tuple, int64_t **out) { /* takes the reference, of a tuple or of nothing */
+static int integers(PyObject *tuple, int64_t **out) { /* steals the reference; NULL is an error */
   if (!tuple) return -1;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); i++) *(*out)++ = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
   Py_DECREF(tuple);
@@ -284,7 +284,7 @@ static int integers(PyObject *tuple, int64_t **out) { /* takes the reference, of
 
 static int form(PyObject *tensor, int has_rows, int64_t **out) {
   PyObject *dtype = PyObject_GetAttr(tensor, dtype_name), *shape = dtype ? PyObject_GetAttr(tensor, shape_name) : NULL;
-  Py_XDECREF(dtype); /* one object each, which never goes */
+  Py_XDECREF(dtype); /* each dtype is one object that is never freed */
   if (!shape) return -1;
   Py_ssize_t dims = PyTuple_GET_SIZE(shape);
   int64_t last = dims ? PyLong_AsLongLong(PyTuple_GET_ITEM(shape, dims - 1)) : 0, address, device, has_strides = dims < 3;
@@ -300,7 +300,7 @@ static int form(PyObject *tensor, int has_rows, int64_t **out) {
   if (has_rows) *(*out)++ = last;
   else if (integers(shape, out)) return -1;
   if (asked(tensor, data_ptr_name, &address) || asked(tensor, get_device_name, &device)) return -1;
-  if (device < 0) { /* no other device than the host has memory to read a number from */
+  if (device < 0) { /* a CPU tensor differs from others without a device index: its memory can be read */
     PyObject *is_cpu = PyObject_GetAttr(tensor, is_cpu_name);
     if (!is_cpu) return -1;
     device -= is_cpu != Py_True;
@@ -308,14 +308,14 @@ static int form(PyObject *tensor, int has_rows, int64_t **out) {
   }
   *(*out)++ = address & 15;
   *(*out)++ = device;
-  if (!has_rows) { /* which is quicker to ask for than strides */
+  if (!has_rows) { /* asking is_contiguous is quicker than asking for strides */
     if (asked(tensor, is_contiguous_name, &has_strides)) return -1;
     has_strides = *(*out)++ = !has_strides;
   }
   return has_strides ? integers(PyObject_CallMethodNoArgs(tensor, stride_name), out) : 0;
 }
 
-/* forms(tensors, flags) -> bytes, equal where `direct.forms_of` is. */
+/* forms(tensors, flags) -> bytes that are equal whenever the results of `direct.forms_of` are. */
 static PyObject *forms(PyObject *self, PyObject *const *args, Py_ssize_t count) {
   if (count != 2) return PyErr_Format(PyExc_TypeError, "forms takes 2 arguments, got %zd", count);
   PyObject *tensors = PySequence_Fast(args[0], "forms takes a sequence of tensors");

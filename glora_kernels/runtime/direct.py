@@ -1,8 +1,8 @@
-"""The way of a program's launches to the driver without Python between them: `direct.c`, and what it is given.
+"""Launches a program's kernels from C (`direct.c`), with no Python between the launches, and describes them to it.
 
-It is compiled at first use as Triton compiles its own launcher, by `triton.runtime.build`, and kept in Triton's cache.
-A launch is described once, from the kernel that Triton compiled: every parameter of the machine code as a constant, as
-an address, as a number that follows M, or as a tensor map.
+`direct.c` is compiled at first use, as Triton compiles its own launcher (`triton.runtime.build`), and kept in Triton's
+cache. A launch is described once, from the kernel that Triton compiled: every parameter of the machine code is a
+constant, an address, a number that follows M, a number read from a CPU tensor, or a tensor map.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FLOATS = {"fp32": "f", "f32": "f", "fp64": "d"}
 
 @functools.cache
 def module() -> Any:
-    """The compiled `direct.c`.
+    """The module compiled from `direct.c`.
 
     Raises:
         ImportError: there is no libcuda here.
@@ -40,21 +40,21 @@ def module() -> Any:
 
 
 def forms(tensors: Sequence[Tensor | None], flags: bytes, on_gpu: bool) -> Hashable:
-    """What the launches of a call depend on in its tensors: class, dtype, sizes, strides, device, address modulo 16.
+    """The cache key of a call's tensors: class, dtype, sizes, strides, device and address modulo 16 of each.
 
     Args:
-        tensors: of the call; of more than two dimensions, one with a row a token is contiguous.
-        flags: 1 for one with a row a token, of which the number of rows is left out.
-        on_gpu: whether launches of the call may go to the driver from C.
+        tensors: of the call. One with a row per token and more than two dimensions is contiguous.
+        flags: for each tensor 1 if it has a row per token; its number of rows is then no part of the key.
+        on_gpu: whether the call may be launched from C; the key is then made in C as well.
 
     Raises:
-        IndexError, RuntimeError: a tensor without strides or an address, or one with a row a token without dimensions.
+        IndexError, RuntimeError: a tensor has no strides or address, or one with a row per token has no dimensions.
     """
     return _forms_in_c()(tensors, flags) if on_gpu else forms_of(tensors, flags)
 
 
 def forms_of(tensors: Sequence[Tensor | None], flags: bytes) -> Hashable:
-    """`forms` in Python, six times as slow."""
+    """`forms` in Python, which takes six times as long."""
     return tuple([
         None if t is None
         else (t.__class__, t.dtype, t.shape[-1], t.stride() if t.ndim < 3 else None, t.data_ptr() & 15, t.device)
@@ -70,16 +70,16 @@ def _forms_in_c() -> Callable[[Sequence[Tensor | None], bytes], Hashable]:
         return forms_of
     try:
         return module().forms
-    except Exception:  # no Triton, compiler or libcuda: launches say so, and the eager path needs none of them
+    except Exception:  # no Triton, compiler or libcuda: a launch raises that error, and the eager path needs none
         return forms_of
 
 
 class Unsuited(Exception):
-    """A launch that only Triton's own launcher can make."""
+    """The launch cannot be made from C; Triton's own launcher must make it."""
 
 
 class Sizes:
-    """The numbers of a pass that follow M, each once; what a description says in the place of one is its index."""
+    """The numbers of a pass that follow M; a description refers to each by its index."""
 
     def __init__(self) -> None:
         self.numbers: list[Rows] = []
@@ -95,16 +95,16 @@ class Sizes:
 
 
 def describe(launch: Launch, compiled: Any, sizes: Sizes, place_of: Callable[[Tensor], Place]) -> tuple[Any, ...]:
-    """A launch for `module().prepare`.
+    """The description of a launch that `module().prepare` takes.
 
     Args:
-        launch: with planned arguments.
-        compiled: what Triton compiled for it.
-        sizes: of the pass, to which the launch's are added.
-        place_of: where a tensor of the plan lies.
+        launch: a recorded launch.
+        compiled: the kernel that Triton compiled for it.
+        sizes: those of the pass; the launch's are added.
+        place_of: gives the place of a recorded tensor.
 
     Raises:
-        Unsuited: it needs what `direct.c` does not do: scratch memory of the compiler's, clusters, cooperative grids.
+        Unsuited: it needs what `direct.c` lacks: scratch memory for the compiler, clusters, cooperative grids.
     """
     if not hasattr(compiled, "metadata"):
         raise Unsuited("a kernel of another kind than Triton's own")
@@ -123,13 +123,13 @@ def describe(launch: Launch, compiled: Any, sizes: Sizes, place_of: Callable[[Te
     for name, kind in compiled.src.signature.items():
         for leaf, value in _leaves(kind, launch.args[name]):
             params += _parameters(leaf, value, maps, sizes, place_of)
-    params += [(_CONSTANT, 8, 0, (0, False), bytes(8), None)] * 2  # the compiler's scratch memory: none
+    params += [(_CONSTANT, 8, 0, (0, False), bytes(8), None)] * 2  # scratch memory for the compiler: none
     grid = tuple(sizes.number(size) for size in (*launch.grid, 1, 1)[:3])
     return int(compiled.function), 32 * meta.num_warps, meta.shared, grid, tuple(params)
 
 
 def _leaves(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
-    """The arguments of the machine code in one argument of a kernel: (type, value) each."""
+    """The (type, value) of each machine-code argument that one argument of a kernel becomes."""
     if isinstance(kind, tuple):
         for inner, part in zip(kind, value, strict=True):
             yield from _leaves(inner, part)
@@ -140,7 +140,7 @@ def _leaves(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
 def _parameters(
     kind: str, value: Any, maps: Iterator[Any], sizes: Sizes, place_of: Callable[[Tensor], Place]
 ) -> list[tuple[Any, ...]]:
-    """The parameters of one leaf: (kind, bytes, slot, offset or number, constant, map) each."""
+    """The parameters for one machine-code argument: (kind, bytes, slot, offset or number, constant, map) each."""
     if kind.startswith("tensordesc"):
         return _map(value, next(maps, None), sizes, place_of)
     if kind.startswith("*"):
@@ -168,7 +168,7 @@ def _constant(value: bytes) -> tuple[Any, ...]:
 
 
 def _map(value: Any, meta: Any, sizes: Sizes, place_of: Callable[[Tensor], Place]) -> list[tuple[Any, ...]]:
-    """A tensor descriptor: the map, and the sizes and strides that follow it."""
+    """The parameters of a tensor descriptor: the tensor map, then its sizes and strides."""
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
     if meta is None or meta["fp4_padded"] or value.padding == "nan" or getattr(value, "round_f32_to_tf32", False):

@@ -1,4 +1,4 @@
-"""Every environment variable and capability probe of the package, each asked when needed and never at import."""
+"""Every environment variable and capability probe of the package; each is read when needed, never at import."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 TABLES_VARIABLE = "GLORA_KERNELS_TABLES"
-"""The environment variable that names the directory of this user's measured tables (`tables_directory`)."""
+"""The environment variable with the folder of this user's measured tables (`tables_directory`)."""
 
 LAUNCH_VARIABLE = "GLORA_KERNELS_LAUNCH"
-"""The environment variable that turns cached launches off: "slow"."""
+"""The environment variable that turns cached launches off when it is "slow"."""
 
 
 def interpreting() -> bool:
@@ -25,7 +25,7 @@ def interpreting() -> bool:
 
 
 def launches_slowly() -> bool:
-    """Whether each call is to plan and launch anew (GLORA_KERNELS_LAUNCH=slow)."""
+    """Whether every call plans its launches again, with no cache (GLORA_KERNELS_LAUNCH=slow)."""
     return os.environ.get(LAUNCH_VARIABLE) == "slow"
 
 
@@ -35,7 +35,7 @@ def has_triton() -> bool:
 
 
 def require_triton() -> None:
-    """Called before the kernels are loaded.
+    """Check, before the kernels are imported, that they can be.
 
     Raises:
         RuntimeError: triton is not installed, or was imported before TRITON_INTERPRET was set.
@@ -52,7 +52,7 @@ def require_triton() -> None:
 
 
 def allow_tf32() -> bool:
-    """Whether fp32 products may use TF32: PyTorch's own switch for matrix products decides."""
+    """Whether fp32 products may use TF32, by PyTorch's own switch for matrix products."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
@@ -67,7 +67,7 @@ def arch(device_index: int) -> str:
 
 @functools.cache
 def multiprocessors(device_index: int) -> int:
-    """How many a GPU has: 132 on an H100 SXM, 114 on an H100 PCIe."""
+    """The number of a GPU's multiprocessors: 132 on an H100 SXM, 114 on an H100 PCIe."""
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
@@ -77,7 +77,7 @@ def stream_of(device: torch.device) -> int:
 
 
 def gpus() -> list[str]:
-    """One line a GPU: its name, architecture and memory."""
+    """One line per GPU: name, architecture and memory."""
     lines = []
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
@@ -92,27 +92,27 @@ def device_name(index: int) -> str:
 
 
 def device_of(architecture: str) -> str | None:
-    """The name of the first GPU of this machine with that architecture, or None where there is none."""
+    """The name of this machine's first GPU of that architecture, or None."""
     indices = (i for i in range(torch.cuda.device_count()) if arch(i) == architecture)
     return next((device_name(i) for i in indices), None)
 
 
 def l2_bytes(index: int) -> int:
-    """The size of a GPU's L2 cache; 50 MiB where PyTorch does not tell."""
+    """The size of a GPU's L2 cache; 50 MiB where PyTorch does not report it."""
     return int(getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 0)) or 50 << 20
 
 
 def slug(name: str) -> str:
-    """The name of a device as that of its file: "nvidia-h100-80gb-hbm3"."""
+    """The name of a device in the form of a file name: "nvidia-h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def tables_directory() -> Path:
-    """Where `python -m glora_kernels tune` puts its tables, <device>.json each, and the launchers look for them.
+    """The folder where `python -m glora_kernels tune` puts tables (<device>.json) and launches look for them.
 
-    GLORA_KERNELS_TABLES names it; unset or empty it is ~/.cache/glora_kernels.
+    GLORA_KERNELS_TABLES names it; where that is unset or empty, it is ~/.cache/glora_kernels.
     """
-    # Unlike Path's, this expanduser is no error where there is no home.
+    # Path.expanduser would raise where there is no home directory.
     return Path(os.path.expanduser(os.environ.get(TABLES_VARIABLE) or "~/.cache/glora_kernels"))
 
 

@@ -1,4 +1,4 @@
-"""The CUDA extension as it was built: whether it is there, why not, and for which architectures. Loaded when asked."""
+"""The compiled CUDA extension: whether it is usable, why not, and for which architectures. Loaded on first use."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from types import ModuleType
 
 _RECORD = "_C_missing.txt"
-"""What setup.py leaves in the package where it does not build the extension: the reason."""
+"""The file in which setup.py records why it did not build the extension."""
 
 
 def available(arch: str | None = None) -> bool:
-    """Whether the extension is there and, with `arch` ("sm_90"), runs on such a card."""
+    """Whether the extension is there and, with `arch` ("sm_90"), runs on a card of that architecture."""
     return why_missing(arch) is None
 
 
 def why_missing(arch: str | None = None) -> str | None:
-    """Why the CUDA extension cannot be used, or None where it can; with `arch`, on a card of that architecture."""
+    """Why the CUDA extension cannot be used (with `arch`: on a card of that architecture), or None where it can."""
     loaded = _load()
     if isinstance(loaded, str):
         return loaded
@@ -28,9 +28,9 @@ def why_missing(arch: str | None = None) -> str | None:
     code = runs_on(arch, archs)
     if code is None:
         return f"the CUDA extension was built for sm_{', sm_'.join(archs)}, the card is {arch}"
-    # Any driver of the runtime's major version runs machine code; PTX needs one of its minor version as well.
+    # Machine code needs a driver of the runtime's major version or later; PTX one of its minor version as well.
     needed = runtime // 1000 * 1000 if code == "machine code" else runtime
-    if driver == 0 or driver >= needed:  # without any driver there is nothing to run
+    if driver == 0 or driver >= needed:  # 0: there is no driver
         return None
     have, want = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, needed))
     return f"the CUDA extension needs a driver for CUDA {want}, this one serves up to {have}"
@@ -47,10 +47,10 @@ def build_info() -> dict[str, str | tuple[str, ...]]:
 
 
 def module() -> ModuleType:
-    """glora_kernels._C.
+    """The extension module, glora_kernels._C.
 
     Raises:
-        RuntimeError: it is missing, with the reason.
+        RuntimeError: it is missing; the message says why.
     """
     loaded = _load()
     if isinstance(loaded, str):
@@ -59,9 +59,10 @@ def module() -> ModuleType:
 
 
 def runs_on(arch: str, built: str | tuple[str, ...]) -> str | None:
-    """What a card ("sm_89") runs of code of these architectures: "machine code", "PTX" of the newest, or None.
+    """What a card ("sm_89") runs of code built for these architectures: "machine code", "PTX" of the newest, or None.
 
-    Machine code serves cards of its major version from its minor version on ("90a" its own alone), PTX later cards too.
+    Machine code runs on cards of its major version and of its minor version or later ("90a": on sm_90 alone); PTX also
+    on all later cards.
     """
     match = re.fullmatch(r"sm_(\d+)", arch)
     if match is None:
@@ -77,7 +78,7 @@ def runs_on(arch: str, built: str | tuple[str, ...]) -> str | None:
 
 @functools.cache
 def _load() -> ModuleType | str:
-    """The module, or why there is none. Importing it looks at no device."""
+    """The module, or the reason why there is none. Importing it touches no device."""
     try:
         return importlib.import_module("glora_kernels._C")
     except ModuleNotFoundError:

@@ -21,7 +21,7 @@ _SIZES = ("BLOCK_", "BANDS", "PARTS", "GROUP")
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch. `args` holds every argument by name; `options` num_warps and num_stages."""
+    """One kernel launch. `args`: every argument by name; `options`: num_warps, num_stages and so on."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -29,9 +29,9 @@ class Launch:
     options: dict[str, int] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Launch on the current stream of the device of the arguments; nothing for an empty grid.
+        """Launch on the current stream of the arguments' device. An empty grid launches nothing.
 
-        Inside `planning` it is noted instead.
+        Inside `planning` the launch is only noted.
         """
         if 0 in self.grid:
             return
@@ -45,20 +45,20 @@ class Launch:
             self.kernel[self.grid](**self.args, **self.options)
 
     def compiled(self) -> Any:
-        """What Triton's JIT compiles for this launch, without launching: on the card that is current.
+        """The kernel that Triton's JIT compiles for this launch on the current card; nothing is launched.
 
         Raises:
-            AssertionError: an argument follows M, and the code that is compiled would depend on its value.
+            AssertionError: an argument follows M, and the compiled code would depend on its value.
         """
         for param in self.kernel.params:
             if not param.do_not_specialize and _is_compiled_in(self.args[param.name], param.is_constexpr):
                 raise AssertionError(f"{param.name} of {self.kernel.__name__} follows M and is compiled in")
         args = {name: _mapped(value, lambda tensor: tensor, int) for name, value in self.args.items()}
         found = self.kernel.run(grid=self.grid, warmup=True, **args, **self.options)
-        return found.result() if hasattr(found, "result") else found  # of a compilation in the background
+        return found.result() if hasattr(found, "result") else found  # it is compiled in the background
 
     def bound(self, call: Bound) -> Launch:
-        """A recorded launch with the tensors and numbers of a call."""
+        """This recorded launch, with the tensors and numbers of a call."""
 
         def descriptor_of(value: Any) -> Any:
             shape = list(map(call.number, value.shape))
@@ -80,7 +80,7 @@ def _mapped(
     number: Callable[[int], int],
     descriptor: Callable[[Any], Any] = lambda value: value,
 ) -> Any:
-    """An argument with its tensors, its integers and its tensor descriptors replaced."""
+    """An argument with its tensors, integers and tensor descriptors replaced by what the functions return."""
     if isinstance(value, Tensor):
         return tensor(value)
     if isinstance(value, tuple):
@@ -92,14 +92,14 @@ def _mapped(
 
 
 def _is_compiled_in(value: Any, constant: bool) -> bool:
-    """Whether code depends on a number that follows M: as a constant, or because Triton looks whether 16 divides it."""
+    """Whether compiled code depends on a number that follows M: a constant, or one tested for divisibility by 16."""
     if isinstance(value, tuple):
         return any(_is_compiled_in(part, constant) for part in value)
     return isinstance(value, Rows) and (constant or value.multiple < 16)
 
 
 def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
-    """The tensors among arguments and in their structures; of a descriptor, the one that it describes."""
+    """The tensors among arguments, in their structures and behind their tensor descriptors."""
     for value in values:
         base = getattr(value, "base", value)
         if isinstance(base, Tensor):
@@ -110,7 +110,7 @@ def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class LibraryProduct:
-    """A product left·right of the vendor's library, added to `out` where `accumulates`: a step beside our launches."""
+    """A step that is a GEMM of the vendor's library: out = left·right, or out += left·right where `accumulates`."""
 
     left: Tensor
     right: Tensor
@@ -126,7 +126,7 @@ class LibraryProduct:
             torch.mm(self.left, self.right, out=self.out)
 
     def bound(self, call: Bound) -> LibraryProduct:
-        """A recorded product with the tensors of a call."""
+        """This recorded product, with the tensors of a call."""
         left, right, out = map(call.view, (self.left, self.right, self.out))
         return LibraryProduct(left, right, out, self.accumulates)
 
@@ -136,15 +136,16 @@ class LibraryProduct:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of a dtype are taken: fp32 exactly, unless PyTorch itself may use TF32."""
+    """The precision of `tl.dot` for a dtype: fp32 is exact ("ieee"), unless PyTorch itself may use TF32."""
     return "tf32" if dtype == torch.float32 and environment.allow_tf32() else "ieee"
 
 
 def numerics(dtype: torch.dtype, *factors: Tensor | torch.dtype | None) -> Numerics:
-    """How a kernel multiplies in a computation in `dtype`: its products, and the `factors` with what they meet.
+    """How a kernel computing in `dtype` multiplies: in its main products, and in those with low-rank `factors`.
 
-    Factors are multiplied in fp32 where one is wider than 16 bits. Beside 16 bits that is taken as halves in bfloat16
-    (`tile.dot`): two or three products of the matrix unit where TF32 would take three at half of the speed.
+    Factors are multiplied in fp32 where one of them is wider than 16 bits. In a 16-bit computation such a product is
+    split into bfloat16 halves (`tile.dot`): two or three matrix instructions, where TF32 would take three at half the
+    speed.
     """
     dtypes = (t.dtype if isinstance(t, Tensor) else t for t in factors)
     widens = dtype.itemsize == 2 and any(t is not None and t.itemsize > 2 for t in dtypes)
@@ -153,24 +154,24 @@ def numerics(dtype: torch.dtype, *factors: Tensor | torch.dtype | None) -> Numer
 
 
 def matrix(tensor: Tensor | None) -> Matrix | None:
-    """A matrix as an operand, or several bands (bands, M, C) of one, of which the next begins after M rows."""
+    """A matrix as an operand, or bands (bands, M, C) of one, of which each begins M rows after the one before."""
     return None if tensor is None else Matrix(tensor, *tensor.stride()[-2:])
 
 
 def vector(tensor: Tensor | None) -> Vector | Constant | None:
-    """A vector (N,) as an operand; of a single number, a constant to be repeated."""
+    """A vector (N,) as an operand; a tensor of one number becomes a constant that is repeated."""
     if tensor is None:
         return None
     return Constant(tensor) if tensor.numel() == 1 else Vector(tensor, tensor.stride(0))
 
 
 def sums_of(tensor: Tensor | None) -> Vector | None:
-    """A vector of sums (bands, M) or (M,), contiguous, as an operand; its M may be 1."""
+    """Contiguous sums (bands, M) or (M,) as an operand; unlike in `vector`, M = 1 makes no constant."""
     return None if tensor is None else Vector(tensor, 1)
 
 
 def terms_of(given: Terms) -> Terms:
-    """Terms of tensors as operands: low (bands, M, P+R), sigma (bands, M); u, up contiguous; the rest as in `Terms`."""
+    """`Terms` that hold tensors, as operands. low: (bands, M, P+R); sigma: (bands, M); u, up: contiguous."""
     bias, wc, d, e, _ = map(vector, given.shift)
     return Terms(
         vector(given.a), matrix(given.low), given.u, given.up, vector(given.b), sums_of(given.sigma),
@@ -179,20 +180,20 @@ def terms_of(given: Terms) -> Terms:
 
 
 def rank_step(p: int, r: int) -> int:
-    """What the ranks are multiples of, as a kernel is told: enough for 16 bytes at a time, or nothing.
+    """A divisor of both ranks, told to the kernel as a constant: 8, enough for loads of 16 bytes, or 1.
 
-    Ranks that share it share what is compiled.
+    Ranks with the same divisor share their compiled code.
     """
     return 8 if p % 8 == r % 8 == 0 else 1
 
 
 def halves(numbers: Numerics) -> bool:
-    """Whether fp32 factors are multiplied beside 16 bits, which takes registers."""
+    """Whether fp32 factors are multiplied as bfloat16 halves, which takes registers."""
     return numbers.factor_precision == "halves"
 
 
 def factor_depth(config: dict[str, int], numbers: Numerics) -> int:
-    """The depth of a step of x·downᵀ: of halves, which take registers, no more than 64."""
+    """The depth of a step of x·downᵀ: at most 64 where factors are split into halves, which takes registers."""
     return min(config["depth"], 64) if halves(numbers) else config["depth"]
 
 
@@ -201,17 +202,17 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 
 
 def vector_stride(tensor: Tensor | None) -> int:
-    """The stride that reads a vector (N,), or repeats a constant (1,)."""
+    """The stride with which a kernel reads a vector (N,); 0 repeats a constant (1,)."""
     return 0 if tensor is None or tensor.numel() == 1 else tensor.stride(0)
 
 
 def pair(up: Tensor | None, down: Tensor | None) -> Pair | None:
-    """A low-rank pair as a kernel reads it; None without one."""
+    """A low-rank pair as an operand; None where one of its factors is absent."""
     return None if up is None or down is None else Pair(matrix(up), matrix(down))
 
 
 def can_describe(tensor: Tensor) -> bool:
-    """Whether TMA can read a matrix: base and row stride are multiples of 16 bytes, rows contiguous, sizes 32 bits."""
+    """Whether TMA can read a matrix: base and row stride are multiples of 16 bytes, rows contiguous, sizes < 2³¹."""
     return (
         min(tensor.shape) > 0
         and max(tensor.shape) < 2**31
@@ -230,22 +231,22 @@ def descriptor(tensor: Tensor, tall: int, wide: int) -> Any:
 
 
 class Dropout(NamedTuple):
-    """The probability, and the key of the mask: a number, or a tensor of one."""
+    """The probability of dropping, and the seed of the mask: a number, or a tensor that holds one."""
 
     p: float = 0.0
     seed: Tensor | int | None = None
 
     def arguments(self, dropped: Tensor | None) -> dict[str, Any]:
-        """Those of a kernel that drops the input of the factor `dropped`: seed (None: it does not) and so on.
+        """A kernel's dropout arguments, for the input of the factor `dropped`; seed is None where nothing is dropped.
 
-        The key is a number where it is known on the host, else a pointer.
+        The seed is a number where the host knows it, else a pointer.
         """
         p = 0.0 if dropped is None else self.p
         seed = None if p == 0.0 else self.key()
         return {"seed": seed, "threshold": dropout_threshold(p), "inv_keep": 1.0 / (1.0 - p)}
 
     def key(self) -> Tensor | int | None:
-        """The key as a kernel takes it."""
+        """The seed as a kernel takes it: a number, or a tensor on the device."""
         if not isinstance(self.seed, Tensor):
             return self.seed
         if (recording := recorded()) is not None:
@@ -258,9 +259,9 @@ NO_DROPOUT = Dropout()
 
 
 def options(config: dict[str, int], args: dict[str, Any] | None = None) -> dict[str, int]:
-    """The compiler's options of a configuration.
+    """The compiler's options for a configuration: num_warps, num_stages, maxnreg.
 
-    Halves of fp32 factors take registers: beside them, more warps share a tile.
+    At least 8 warps share a tile where fp32 factors are split into halves, which takes registers.
     """
     warps = config["num_warps"]
     if args is not None and "NUMERICS" in args and halves(args["NUMERICS"]):

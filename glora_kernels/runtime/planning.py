@@ -1,4 +1,4 @@
-"""Whether this thread's steps are run, or collected for a card that need not be here; and which card that is."""
+"""Planning: this thread's steps are collected, not run, for a card that need not be here."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ _plan = _Plan()
 
 @contextlib.contextmanager
 def planning(arch: str, programs: int | None = None) -> Iterator[list[Any]]:
-    """Inside, this thread's steps are collected and not run: what a card of `arch` would be given, without one.
+    """Inside, this thread's steps on meta tensors are collected and not run, as a card of `arch` would be given them.
 
-    For meta tensors. `programs`: the multiprocessors of the card, those of the largest of its architecture where not
-    given.
+    `programs`: the number of multiprocessors of the card; None: that of the largest card of its architecture.
     """
     before = _plan.steps, _plan.arch, _plan.programs
     _plan.steps, _plan.arch, _plan.programs = [], arch, programs
@@ -38,7 +37,7 @@ def planning(arch: str, programs: int | None = None) -> Iterator[list[Any]]:
 
 
 def note(step: Any) -> bool:
-    """Whether steps are collected, as this one is then."""
+    """Collect the step while planning; returns whether it was collected."""
     if _plan.steps is None:
         return False
     _plan.steps.append(step)
@@ -46,19 +45,19 @@ def note(step: Any) -> bool:
 
 
 def is_planning() -> bool:
-    """Whether steps are collected: what they would write has no values."""
+    """Whether this thread is planning: tensors have no values then."""
     return _plan.steps is not None
 
 
 def arch_of(tensor: Tensor | QuantizedWeight) -> str:
-    """The architecture that the configurations are chosen for: a GPU's, or "cpu" in the interpreter."""
+    """The architecture that configurations are chosen for: the GPU's, the planned one, or "cpu" in the interpreter."""
     if _plan.steps is not None:
         return _plan.arch
     return environment.arch(tensor.device.index or 0) if tensor.device.type == "cuda" else "cpu"
 
 
 def programs_of(tensor: Tensor, arch: str) -> int:
-    """How many programs keep the card of a tensor busy at one a multiprocessor."""
+    """How many programs fill the card of a tensor, at one per multiprocessor."""
     if tensor.is_cuda:
         return environment.multiprocessors(tensor.device.index or 0)
     return _plan.programs or configs.programs(arch)

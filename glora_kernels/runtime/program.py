@@ -1,17 +1,18 @@
-"""Programs: the launches of a pass, planned once for a class of calls and repeated with other tensors.
+"""Programs: the launches of a pass, planned once for a class of calls and replayed with the tensors of each call.
 
-A pass (`glora.triton.forward`, say) is a function of tensors that allocates, launches and returns. Run on twins of its
-operands on the meta device it leaves its launches and allocations as data: a program (`runtime.recording`). Later calls
-of the class allocate the results, and one block for everything that lies between two kernels, fill addresses and the
-numbers that follow M into prepared parameters, and go to the driver (`runtime.direct`). Where that cannot be (no CUDA,
-the interpreter, a profiler that wants to be told of launches) the same program goes through Triton's own launcher.
+A pass (`glora.triton.forward`, say) is a function of tensors that allocates, launches and returns. The first call of a
+class runs it on meta tensors that stand for its operands ("twins"), which records its launches and allocations: a
+program (`runtime.recording`). Later calls of the class allocate the results, and one block for everything that lies
+between two kernels; fill addresses and the numbers that follow M into prepared parameters; and launch from C
+(`runtime.direct`). Where that is impossible (no CUDA, the interpreter, a profiler that hooks launches) the same program
+goes through Triton's own launcher.
 
-A class is what decides code or launches: dtypes, shapes and strides but for M, alignment, the class of M
-(`configs.representative`), the device, and what else the pass takes. No address is part of it, and a program holds no
-tensor: weights may move, be swapped, merged or freed between two calls.
+The class of a call is all that decides code or launches: dtypes, shapes and strides except M, alignment, the class of M
+(`configs.representative`), the device, and the other arguments of the pass. Addresses are no part of it, and a program
+holds no tensor: weights may be moved, swapped, merged or freed between two calls.
 
-With GLORA_KERNELS_LAUNCH=slow (or inside `launching(cached=False)`) nothing is kept: every call plans and launches
-anew, as the passes are written. The two ways give the same launches.
+With GLORA_KERNELS_LAUNCH=slow (or inside `launching(cached=False)`) nothing is kept: every call runs its passes as they
+are written, which is the mode to debug in. Both ways give the same launches.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ from glora_kernels.runtime.workspace import workspace
 
 Results = Sequence[Tensor | None]
 Pass = Callable[..., Results]
-"""A pass: (tensors, *values) → results. What it launches and allocates depends on the class of the call alone."""
+"""A pass: (tensors, *values) → results. Its launches and allocations depend on nothing but the class of the call."""
 
 _KEPT = 1024
-"""For how many M a program keeps its numbers, and how many classes are kept in all."""
+"""The number of M for which a program keeps its sizes, and the number of programs that are kept."""
 
 
-class Operands(NamedTuple):
-    """The tensors of a call, and which of them follow M.
+class PassInputs(NamedTuple):
+    """The tensors that a pass takes in one call, and which of them follow M.
 
-    tensors: one on the host is the key of a dropout mask. with_rows: the indices of those of shape (M, ·) or (M,); of
-    more dimensions, (..., ·), such a tensor is contiguous. device: an index, -1 for the host (the interpreter).
+    tensors: on a GPU, a CPU tensor among them can only be a dropout seed. with_rows: the indices of those of shape
+    (M, ·) or (M,), or (..., ·) and contiguous. device: an index; -1 for the CPU (the interpreter).
     """
 
     tensors: tuple[Tensor | None, ...]
@@ -57,25 +58,25 @@ class Operands(NamedTuple):
 
 
 def class_of(m: int, device: int) -> tuple[Hashable, ...]:
-    """What the launches of a call depend on beside its tensors and values: the class of M, the card, the tables."""
+    """The part of a call's cache key that is not in its tensors or values: class of M, card, tables, caching."""
     return configs.representative(m), device, tables.version(), _State.cached
 
 
-def key_of(operands: Operands) -> tuple[Hashable, ...]:
-    """What the program of a call depends on, but for the values of the pass."""
+def key_of(operands: PassInputs) -> tuple[Hashable, ...]:
+    """The cache key of a call's program, without the values of the pass."""
     single = any(t is not None and t.dtype == torch.float32 for t in operands.tensors)
     return (
         class_of(operands.m, operands.device),
         single and environment.allow_tf32(),
-        *[
-            None
-            if t is None
-            else (t.dtype, t.ndim > 1 and t.shape[-1], flat_stride(t), t.data_ptr() & 15)
-            if i in operands.with_rows
-            else (t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.device)
-            for i, t in enumerate(operands.tensors)
-        ],
+        *(None if t is None else _form(t, i in operands.with_rows) for i, t in enumerate(operands.tensors)),
     )
+
+
+def _form(tensor: Tensor, has_rows: bool) -> tuple[Hashable, ...]:
+    """What launches depend on in a tensor; with `has_rows`, its number of rows is left out."""
+    if has_rows:
+        return tensor.dtype, tensor.ndim > 1 and tensor.shape[-1], flat_stride(tensor), tensor.data_ptr() & 15
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() & 15, tensor.device
 
 
 class _State:
@@ -84,7 +85,7 @@ class _State:
 
 @contextlib.contextmanager
 def launching(cached: bool) -> Iterator[None]:
-    """Inside, whether programs are kept and used. For the whole process."""
+    """Inside, programs are kept and used, or not. It holds for the whole process."""
     before, _State.cached = _State.cached, cached
     try:
         yield
@@ -93,7 +94,7 @@ def launching(cached: bool) -> Iterator[None]:
 
 
 def rows_of(tensor: Tensor) -> int:
-    """M of a tensor with a row a token, of any number of dimensions: (..., C)."""
+    """M of a tensor (..., C) with a row per token."""
     return tensor.numel() // max(1, tensor.shape[-1])
 
 
@@ -102,22 +103,21 @@ _lock = threading.Lock()
 
 
 def serves(m: int) -> bool:
-    """Whether a call has a program at all: one of no rows launches less, and elsewhere nothing is kept."""
+    """Whether a call may have a program: it has rows, caching is on, and this thread is not planning."""
     return m > 0 and _State.cached and not is_planning()
 
 
 def find(
-    name: str, function: Pass, operands: Operands, values: tuple[Hashable, ...] = (), outputs: int | None = None
+    name: str, function: Pass, operands: PassInputs, values: tuple[Hashable, ...] = (), outputs: int | None = None
 ) -> Program | None:
-    """The program of a class of calls, planned where it is new; None where programs are off, or it has none.
+    """The program of a call's class, planned where the class is new; None if the call or the pass can have none.
 
     Args:
         name: of the pass.
-        function: called with (tensors, *values).
+        function: the pass, called with (tensors, *values).
         operands: of the call.
-        values: what else decides launches.
-        outputs: how many of the results, from the first, take the dimensions of an N-dimensional x; all where not
-            given.
+        values: the other arguments that decide launches.
+        outputs: how many of the results, from the first, take the leading dimensions of an N-dimensional x; None: all.
     """
     if not serves(operands.m):
         return None
@@ -133,7 +133,7 @@ def find(
 
 
 def _planned(
-    name: str, function: Pass, operands: Operands, values: tuple[Hashable, ...], outputs: int | None
+    name: str, function: Pass, operands: PassInputs, values: tuple[Hashable, ...], outputs: int | None
 ) -> Program | None:
     device = next(t for t in operands.tensors if t is not None and t.get_device() == operands.device).device
     on_gpu = device.type == "cuda"
@@ -145,13 +145,13 @@ def _planned(
 
 
 def record(
-    function: Pass, operands: Operands, values: tuple[Hashable, ...], arch: str, programs: int | None = None
+    function: Pass, operands: PassInputs, values: tuple[Hashable, ...], arch: str, programs: int | None = None
 ) -> tuple[Recording, Results]:
-    """A pass run on twins of its operands, as its program is planned, for a card that need not be here.
+    """Run a pass on twins of its operands and record it, for a card that need not be here.
 
     Args:
-        function, operands, values: as of `find`.
-        arch, programs: the card, as of `planning`.
+        function, operands, values: as in `find`.
+        arch, programs: the card, as in `planning`.
     """
     recording = Recording(operands.tensors, operands.with_rows, configs.representative(operands.m))
     with recording.on(arch, programs):
@@ -159,12 +159,22 @@ def record(
     return recording, results
 
 
-_Made = tuple["int | None", Callable[..., Tensor], tuple[int, ...], torch.dtype, bool]
-"""An allocation: the operand that it is like, how, shape, dtype, whether the dimensions of x lead."""
+class _Allocation(NamedTuple):
+    """A tensor to be allocated.
+
+    like: the slot of an operand of the same form, for torch.empty_like, or None. make: torch.empty or torch.zeros.
+    leads: its first dimension, M, is replaced by the leading dimensions of x.
+    """
+
+    like: int | None
+    make: Callable[..., Tensor]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    leads: bool
 
 
 class _View(NamedTuple):
-    """A result that is no whole allocation."""
+    """A result that is a view of an allocation."""
 
     result: int
     slot: int
@@ -174,7 +184,7 @@ class _View(NamedTuple):
 
 
 class _Split(NamedTuple):
-    """Results that are all the rows of one allocation."""
+    """Results that together are all the rows of one allocation."""
 
     slot: int
     rows: list[int]
@@ -182,13 +192,13 @@ class _Split(NamedTuple):
 
 
 class _Sized(NamedTuple):
-    """The numbers of a program for one M.
+    """The sizes of a program for one M.
 
-    made: what it allocates. scratch: the bytes between kernels. packed: for `direct`. views: the results that are
-    views, but for those in splits.
+    made: the tensors to allocate. scratch: bytes of the block for what lies between kernels. packed: numbers for
+    `direct`. views: results that are views and in none of the splits.
     """
 
-    made: list[_Made]
+    made: list[_Allocation]
     scratch: int
     packed: bytes
     views: list[_View]
@@ -200,7 +210,7 @@ class Program:
 
     Attributes:
         name: of the pass.
-        steps: the planned launches, whose tensors are twins on the meta device.
+        steps: the recorded steps, whose tensors are meta tensors.
     """
 
     def __init__(
@@ -223,12 +233,12 @@ class Program:
         self._segments = self._prepared()
 
     def _prepared(self) -> list[tuple[Any, int, int]]:
-        """The steps for `direct`: (capsule, first, last) of launches, (step, 0, 0) of what else there is; or none."""
+        """The steps for `direct`: (capsule, first, last) of launches, (step, 0, 0) of others; [] if it is unsuited."""
         if self.device.type != "cuda" or torch.version.hip or environment.interpreting():
             return []
         launches = [step for step in self.steps if isinstance(step, Launch)]
         try:
-            with torch.cuda.device(self._index):  # which code is compiled for, and loaded on
+            with torch.cuda.device(self._index):  # the card that is compiled for and loaded on
                 place_of = self._recording.place_of
                 described = tuple(describe(step, step.compiled(), self._sizes, place_of) for step in launches)
         except Unsuited:
@@ -246,12 +256,12 @@ class Program:
         return segments
 
     def run(self, tensors: Sequence[Tensor | None], m: int, lead: tuple[int, ...] | None = None) -> Results:
-        """The results for these tensors, of the class that the program was planned for.
+        """Run the program on tensors of the class that it was planned for, and return the results.
 
         Args:
-            tensors: as in `Operands`.
+            tensors: as in `PassInputs`.
             m: M.
-            lead: of the outputs with a row a token, the dimensions in the place of (M,).
+            lead: the dimensions that outputs with a row per token get in the place of M.
         """
         if self._index >= 0 and self._index != torch._C._cuda_getDevice():
             with torch.cuda.device(self._index):
@@ -263,11 +273,11 @@ class Program:
         device = self.device
         made = []
         for like, make, shape, dtype, leads in sized.made:
-            if like is not None:  # half the price of a shape that PyTorch has to read
+            if like is not None:  # takes half the time of allocating by a shape
                 made.append(torch.empty_like(tensors[like]))  # type: ignore[arg-type]
             elif leads and lead is not None:
                 made.append(make(*lead, *shape[1:], dtype=dtype, device=device))
-            else:  # sizes one by one: a tuple takes PyTorch longer to read
+            else:  # sizes one by one: PyTorch parses a tuple more slowly
                 made.append(make(*shape, dtype=dtype, device=device))
         scratch = torch.empty(sized.scratch, dtype=torch.uint8, device=device) if sized.scratch else None
         buffer = workspace(self._workspace, device) if self._workspace else None
@@ -291,14 +301,15 @@ class Program:
         return found
 
     def _resized(self, m: int) -> _Sized:
-        made: list[_Made] = []
+        made: list[_Allocation] = []
         for one in self._made:
             shape, leads = tuple(at(size, m) for size in one.shape), one.has_rows and one.place.slot in self._leading
             like = self._recording.like(one) if leads or not one.has_rows else None
-            made.append((like, torch.zeros if one.is_zero else torch.empty, shape, one.dtype, leads))
+            make = torch.zeros if one.is_zero else torch.empty
+            made.append(_Allocation(like, make, shape, one.dtype, leads))
         views = [_View(i, *self._recording.where(twin, m)) for i, twin in self._views.items()]
         views.sort(key=lambda view: view.offset)
-        splits = _split(views, made, self._recording.count)
+        made, splits = _stacked(views, made, self._recording.count)
         views = [view for view in views if all(view.slot != split.slot for split in splits)]
         sized = _Sized(made, at(self._recording.scratch or 0, m), self._sizes.pack(m), views, splits)
         if len(self._kept) >= _KEPT:
@@ -307,19 +318,19 @@ class Program:
         return sized
 
 
-def _split(views: Sequence[_View], made: list[_Made], first: int) -> list[_Split]:
-    """The allocations that fall into views as matrices one below the other, made anew in the shape of all of them.
+def _stacked(views: Sequence[_View], made: Sequence[_Allocation], first: int) -> tuple[list[_Allocation], list[_Split]]:
+    """(allocations, splits): an allocation whose views are matrices one below the other becomes one, and is split.
 
-    One call of PyTorch's makes such views, where one each would cost twice as much.
+    One torch.split_with_sizes makes all its views, in half the time of one as_strided per view.
 
     Args:
-        views: by offset.
-        made: the allocations, of which the first has the slot `first`.
+        views: sorted by offset.
+        made: the allocations; the first has the slot `first`.
     """
-    found = []
+    allocations, found = [*made], []
     for slot in sorted({view.slot for view in views}):
         mine = [view for view in views if view.slot == slot]
-        like, make, shape, dtype, leads = made[slot - first]
+        one = made[slot - first]
         rest, rows = mine[0].shape[1:], [view.shape[0] for view in mine]
         size = math.prod(rest)
         starts = [0, *itertools.accumulate(size * count for count in rows)]
@@ -327,10 +338,10 @@ def _split(views: Sequence[_View], made: list[_Made], first: int) -> list[_Split
             (*view.shape[1:], *view.strides, view.offset) == (*rest, *_contiguous(view.shape), start)
             for view, start in zip(mine, starts, strict=False)
         )
-        if whole and starts[-1] == math.prod(shape) and like is None and not leads:
-            made[slot - first] = (None, make, (sum(rows), *rest), dtype, False)
+        if whole and starts[-1] == math.prod(one.shape) and one.like is None and not one.leads:
+            allocations[slot - first] = one._replace(shape=(sum(rows), *rest))
             found.append(_Split(slot, rows, [view.result for view in mine]))
-    return found
+    return allocations, found
 
 
 def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
@@ -338,7 +349,7 @@ def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _has_hooks() -> bool:
-    """Whether somebody (Triton's profiler) wants to be told of each launch."""
+    """Whether Triton launch hooks are set, as by its profiler."""
     runtime = _triton_runtime()
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

@@ -1,4 +1,4 @@
-"""Progress of something that takes a while: a bar where tqdm is installed, plain lines elsewhere."""
+"""Progress of a long loop, on stderr: a bar where tqdm is installed, else plain lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def progress(items: Sequence[T], label: str, show: bool = True) -> Iterator[T]:
-    """The items, with how far along they are on stderr; nothing there without `show`."""
+    """Yield the items and show progress on stderr; nothing is shown without `show`."""
     if not show or not items:
         yield from items
     elif importlib.util.find_spec("tqdm") is not None:
@@ -25,7 +25,7 @@ def progress(items: Sequence[T], label: str, show: bool = True) -> Iterator[T]:
 
 
 def note(line: str) -> None:
-    """A line on stderr that leaves a running bar whole."""
+    """Print a line to stderr without breaking a running bar."""
     if importlib.util.find_spec("tqdm") is not None:
         from tqdm import tqdm
 

@@ -1,7 +1,7 @@
-"""What a pass does, recorded: its launches and its allocations, from a run on twins of its operands without memory.
+"""Records a pass: its launches and allocations, from one run on meta tensors in the place of its operands ("twins").
 
 Every tensor of a recorded launch is a view of an operand, of something allocated by `empty`, or of the workspace; a
-program finds each again by its storage.
+program recognizes which by its storage.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from glora_kernels.runtime.planning import planning
 from glora_kernels.runtime.sizes import HostValue, Rows, at
 
 _LINE = 512
-"""Bytes; what lies in one block begins at a multiple of it, as PyTorch's own allocations do."""
+"""Alignment in bytes of allocations that share one block, that of PyTorch's own allocations."""
 
 
 class Place(NamedTuple):
-    """Where a tensor of a recorded launch lies: the slot of its memory, and how many bytes behind its beginning."""
+    """Where a tensor of a recorded launch lies: the slot of its memory, and the offset in it in bytes."""
 
     slot: int
     offset: int
 
 
-class Made:
-    """Something allocated while recording.
+class Allocation:
+    """Memory allocated while recording.
 
     Attributes:
-        shape: may follow M; `has_rows`: its first dimension is M itself.
-        is_alone: it is a result, or filled with zeros (`is_zero`); everything else lies in one block.
+        shape: may follow M. has_rows: its first dimension is M itself.
+        is_alone: it has a tensor of its own, as a result or because it is filled with zeros (`is_zero`); all other
+            allocations share one block.
     """
 
     def __init__(self, twin: Tensor, shape: tuple[int, ...], is_zero: bool) -> None:
@@ -51,7 +52,7 @@ class Made:
 
 
 class Result(NamedTuple):
-    """A result: what lies in a slot, or where it is a view of that, the view's twin."""
+    """A result of a pass: the whole tensor in a slot (`twin` is None), or a view of it, given by the view's twin."""
 
     slot: int
     twin: Tensor | None
@@ -65,11 +66,11 @@ _recording = _Recording()
 
 
 class Recording:
-    """One run of a pass. Slots are numbered: operands, results, the block of everything else, the workspace."""
+    """One run of a pass. Slots are numbered: operands, allocations of their own, the shared block, the workspace."""
 
     def __init__(self, tensors: Sequence[Tensor | None], with_rows: frozenset[int], m: int) -> None:
         self.steps: list[Any] = []
-        self.made: list[Made] = []
+        self.made: list[Allocation] = []
         self.workspace_bytes = 0
         self.scratch: int | None = None
         self.count = len(tensors)
@@ -85,11 +86,11 @@ class Recording:
         self.rows = {storage_of(t): Rows(m) for i, t in enumerate(self.twins) if t is not None and i in with_rows}
         self._watch = _Watch()
         self._workspaces: dict[int, Tensor] = {}
-        self._places: dict[int, Made] = {}
+        self._places: dict[int, Allocation] = {}
 
     @contextlib.contextmanager
     def on(self, arch: str, programs: int | None = None) -> Iterator[None]:
-        """Inside, this thread's steps and allocations are recorded, for a card: see `planning`."""
+        """Inside, this thread's steps and allocations are recorded, as for a card of `arch` (`planning`)."""
         before, _recording.current = _recording.current, self
         try:
             with self._watch, planning(arch, programs) as self.steps:
@@ -99,7 +100,7 @@ class Recording:
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, is_zero: bool = False) -> Tensor:
         twin = torch.empty([int(size) for size in shape], dtype=dtype, device="meta")
-        made = Made(twin, shape, is_zero)
+        made = Allocation(twin, shape, is_zero)
         self.made.append(made)
         self._places[storage_of(twin)] = made
         if made.rows is not None:
@@ -113,16 +114,16 @@ class Recording:
         return twin
 
     def host_value(self, tensor: Tensor) -> HostValue | None:
-        """The number in a tensor of the host; None where the tensor is on the device."""
+        """A stand-in for the number in a CPU tensor; None where the tensor is on the device."""
         slot = self._hosts.get(storage_of(tensor))
-        return None if slot is None else HostValue((1 << 62) + 1, slot)  # an odd one: nothing is promised of its bits
+        return None if slot is None else HostValue((1 << 62) + 1, slot)  # odd, so that Triton assumes no divisor of it
 
     @property
     def slots(self) -> int:
         return self.count + sum(one.is_alone for one in self.made) + 2
 
     def results(self, results: Sequence[Tensor | None]) -> list[Result | None] | None:
-        """Where the results lie; None where an operation of PyTorch had part in them, which no program repeats."""
+        """Where the results lie; None where an operation of PyTorch took part, which a program could not repeat."""
         if self._watch.found:
             return None
         known = [t for t in results if t is not None]
@@ -150,8 +151,8 @@ class Recording:
             found.append(Result(made.place.slot, None if whole else result))
         return found
 
-    def like(self, made: Made) -> int | None:
-        """An operand with the dtype and shape of an allocation, for any M, and contiguous as it is."""
+    def like(self, made: Allocation) -> int | None:
+        """The slot of an operand with the dtype, shape and strides of an allocation for every M, or None."""
         for i, twin in enumerate(self.twins):
             if twin is None or made.is_zero or twin.dtype != made.dtype or twin.shape != made.twin.shape:
                 continue
@@ -174,14 +175,14 @@ class Recording:
         return Place(made.place.slot, made.place.offset + offset * tensor.itemsize)
 
     def where(self, twin: Tensor, m: int) -> tuple[int, Sequence[int], Sequence[int], int]:
-        """(slot, shape, strides, offset) of a recorded view of something that lies alone."""
+        """(slot, shape, strides, offset) of a recorded view of an allocation that has a tensor of its own."""
         place = self.place_of(twin)
         return place.slot, self.shape(twin, m), twin.stride(), at(place.offset, m) // twin.itemsize
 
     def shape(self, twin: Tensor, m: int) -> Sequence[int]:
-        """The shape, for an M, of a recorded tensor."""
+        """The shape of a recorded tensor for this M."""
         shape, known = list(twin.shape), self.rows.get(storage_of(twin))
-        if known is not None:  # one dimension follows M: of several that have its size, the outermost in memory
+        if known is not None:  # one dimension follows M: of those with that size, the outermost in memory
             i = max((i for i, size in enumerate(shape) if size == known), key=twin.stride, default=None)
             if i is not None:
                 shape[i] = at(known, m)
@@ -189,35 +190,35 @@ class Recording:
 
 
 class Bound(NamedTuple):
-    """A recording with the memory of a call, one entry a slot, and the call's M."""
+    """A recording, with the memory of one call (an entry per slot) and its M."""
 
     recording: Recording
     memory: Sequence[Any]
     m: int
 
     def number(self, value: int) -> int:
-        """The number of this call that a recorded one stands for."""
+        """The value that a recorded number has in this call."""
         return int(self.memory[value.slot]) if isinstance(value, HostValue) else at(value, self.m)
 
     def view(self, twin: Tensor) -> Tensor:
-        """The matrix or vector of this call that a recorded one stands for."""
+        """The matrix or vector that stands in this call for a recorded one."""
         return self._strided(twin, self.recording.shape(twin, self.m), twin.stride())
 
     def pointer(self, twin: Tensor) -> Tensor:
-        """The first element of what `view` gives: all that a kernel is given of a tensor."""
+        """The first element of what `view` returns: a kernel gets no more of a tensor than its address."""
         return self._strided(twin, (1,), (1,))
 
     def _strided(self, twin: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
         place = self.recording.place_of(twin)
         base, offset = self.memory[place.slot], at(place.offset, self.m)
-        if place.slot >= self.recording.slots - 2:  # bytes: the block, or the workspace
+        if place.slot >= self.recording.slots - 2:  # these hold bytes: the shared block, and the workspace
             count = _extent(shape, strides) * twin.itemsize
             return base[offset : offset + count].view(twin.dtype).as_strided(shape, strides)
         return base.as_strided(shape, strides, base.storage_offset() + offset // twin.itemsize)
 
 
 class _Watch(TorchDispatchMode):
-    """Notes the operations of PyTorch that do more than to allocate or to view."""
+    """Notes the operations of PyTorch that do more than allocate or view."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,22 +234,22 @@ _HARMLESS = {torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What tells the memory of a tensor, which its views share, from that of another, also on the meta device."""
+    """Identifies a tensor's memory, which its views share; it works on the meta device as well."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """How many elements lie from the first to the last of a strided tensor."""
+    """The number of elements of memory from the first to the last element of a strided tensor."""
     return 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def flat_stride(tensor: Tensor) -> tuple[int, ...]:
-    """The strides of (M, ·), or (M,), of a tensor of any number of dimensions."""
+    """The strides of a tensor (..., C) seen as (M, C). With more than two dimensions it is contiguous."""
     return tensor.stride() if tensor.ndim <= 2 else (tensor.shape[-1], 1)
 
 
 def _twin(tensor: Tensor, m: int | None) -> Tensor:
-    """A tensor of the meta device with the same dtype, strides and alignment, and with m rows where m is given."""
+    """A meta tensor with the dtype, strides and alignment of `tensor`, and with m rows where m is given."""
     shape = tuple(tensor.shape)
     strides = tensor.stride()
     if m is not None:
@@ -259,26 +260,26 @@ def _twin(tensor: Tensor, m: int | None) -> Tensor:
 
 
 def rows(tensor: Tensor) -> int:
-    """The number of rows of a tensor, to be used for every size, grid and argument that follows M."""
+    """The number of rows of a tensor; every size, grid and argument that follows M must be computed from it."""
     size = tensor.shape[0]
     known = None if _recording.current is None else _recording.current.rows.get(storage_of(tensor))
     return known if known is not None and known == size else size
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory on the device of a tensor, in its dtype or another: of a call, or while a pass is recorded its twin."""
+    """An empty tensor on the device of `like`, in its dtype or another; while a pass is recorded, a meta tensor."""
     if _recording.current is not None:
         return _recording.current.allocate(shape, dtype or like.dtype)
     return like.new_empty(shape, dtype=dtype or like.dtype)
 
 
 def zeros(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """As `empty`, of zeros."""
+    """Like `empty`, filled with zeros."""
     if _recording.current is not None:
         return _recording.current.allocate(shape, dtype or like.dtype, is_zero=True)
     return like.new_zeros(shape, dtype=dtype or like.dtype)
 
 
 def recorded() -> Recording | None:
-    """The recording that this thread is in."""
+    """The recording that this thread is inside, or None."""
     return _recording.current

@@ -1,4 +1,4 @@
-"""Which path serves a call: the user's `backend(...)` choice, and what "auto" makes of a device and a dtype."""
+"""Chooses the path of a call: from the user's `backend(...)`, or with "auto" from device and dtype."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TRITON_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bf
 
 
 class _State:
-    """The process-wide choice, which every thread sees.
+    """The choice, which holds for the whole process.
 
-    An attribute of an object: torch.compile guards on it, and in torch 2.11 not on one of a class.
+    An attribute of an instance, because torch.compile (2.11) guards on that, and not on an attribute of a class.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ _state = _State()
 
 
 def chosen() -> Backend:
-    """The choice that is in force."""
+    """The backend that is in force."""
     return _state.backend
 
 
@@ -55,13 +55,13 @@ def backend(name: Backend) -> Iterator[None]:
 
 
 def route(device_type: str, dtype: torch.dtype, four_bit: bool = False) -> str:
-    """The path of one call: "eager" or "triton". Pure, but for the user's choice and TRITON_INTERPRET.
+    """The path of one call: "eager" or "triton". It depends on the arguments, the user's choice and TRITON_INTERPRET.
 
-    Over a 4-bit base also "auto" and "cuda": everything but the 4-bit operations is the Triton path then, and those are
-    of the faster kind or of csrc (`four_bit.kinds`).
+    With a 4-bit base also "auto" or "cuda": the Triton path, whose 4-bit operations are then of the faster kind, or of
+    csrc (`four_bit.kinds`).
 
     Raises:
-        RuntimeError: a forced backend that cannot serve this device or dtype.
+        RuntimeError: a forced backend cannot serve this device or dtype.
     """
     choice = _state.backend
     if choice == "eager":
@@ -83,12 +83,12 @@ def route(device_type: str, dtype: torch.dtype, four_bit: bool = False) -> str:
 
 
 def can_launch(device_type: str) -> bool:
-    """Whether Triton's kernels can take tensors of a device: a GPU's, a CPU's in the interpreter, planned ones."""
+    """Whether Triton kernels can take tensors of a device: a GPU, the CPU in the interpreter, "meta" while planning."""
     return _is_a_card(device_type) or (device_type == "cpu" and environment.interpreting())
 
 
 def _is_a_card(device_type: str) -> bool:
-    """Whether tensors are on a GPU, or are those of a call that is planned for one that need not be here."""
+    """Whether a device is a GPU, or "meta" while a call is planned for a GPU that need not be here."""
     return device_type == "cuda" or (device_type == "meta" and is_planning())
 
 
@@ -109,7 +109,7 @@ def _check_extension(device_type: str, four_bit: bool) -> None:
 
 
 def explain(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
-    """What "auto" does with a layer of this device and dtype, and why."""
+    """The path that "auto" takes for this device and dtype, and the reason."""
     if not _is_a_card(device_type):
         return "eager", f"no Triton code for {device_type!r} devices: the factored path in plain PyTorch"
     if dtype not in TRITON_DTYPES:
@@ -128,12 +128,11 @@ def product_route(
     scales: bool,
     builds: bool = False,
 ) -> str:
-    """How the Triton path takes its large product: "fused" into our own kernel, or by the vendor's "library".
+    """How the Triton path computes its large product: "fused" in our own kernel, or "library", the vendor's GEMM.
 
-    A function of its arguments and the tables read at start: a measured table decides where it has a row near the
-    shape, else the cost model (`runtime.cost`). A weight wider than x (autocast) and an unknown card take the fused
-    kernel, which needs nothing cast or guessed; so does a call that builds W_eff, unmeasured (`builds`: A is lora),
-    which the library's route would cost one more launch a pass.
+    A measured table decides where it has a row near the shape, else the cost model (`runtime.cost`). The fused kernel
+    is taken for a weight wider than x (autocast), which it need not cast, and on an unknown card; also, where nothing
+    was measured, for a call that builds W_eff (`builds`: A is lora): the library route takes one more launch per pass.
     """
     what = f"route {'dx' if backward else 'fwd'}{' scaled' * scales}"
     asked = what, arch, dtype, shape, weight_dtype

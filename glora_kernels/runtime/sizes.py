@@ -1,8 +1,8 @@
-"""Numbers that follow the count of rows, M: a program of launches is planned once for a class of M and resized.
+"""Numbers computed from the row count M, so that a program planned once for a class of M can be resized.
 
-While a pass is recorded, `recording.rows` of a tensor with M rows is a `Rows`: the M that it is planned for, which
-remembers how it was made, so that grids, sizes and arguments made of it by +, -, *, // and `lesser` can be worked out
-again for another M. Everywhere else the same code computes with plain numbers.
+While a pass is recorded, `recording.rows` of a tensor with M rows returns a `Rows`: the M that is planned for, as an
+int that remembers how it was computed. Grids, sizes and arguments computed from it by +, -, *, // and `lesser` can then
+be computed again for another M. Outside a recording the same code computes with plain numbers.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ def _itself(m: int) -> int:
 
 
 class Rows(int):
-    """A number made of M.
+    """A number that follows M. Its int value is that of the planned M.
 
-    Its value where it was planned; `of`, which gives it for another M; and `multiple`, a divisor (up to 16) that it has
-    for every M.
+    Attributes:
+        of: computes it for another M.
+        multiple: a divisor, up to 16, that it has for every M.
     """
 
     of: Callable[[int], int]
@@ -61,19 +62,19 @@ def _divisor(value: int) -> int:
 
 
 def at(value: int, m: int) -> int:
-    """The number for another M: itself where it does not follow M."""
+    """The number for another M; a number that does not follow M stays as it is."""
     return value.of(m) if isinstance(value, Rows) else value
 
 
 def lesser(a: int, b: int) -> int:
-    """The smaller of two numbers, for any M: `min` would forget the other."""
+    """The smaller of two numbers, for every M; `min` would forget the one that is larger now."""
     if isinstance(a, Rows) or isinstance(b, Rows):
         return Rows(min(a, b), lambda m: min(at(a, m), at(b, m)))
     return min(a, b)
 
 
 class HostValue(int):
-    """A number that each call reads from memory of the host: the key of a dropout mask. `slot`: which tensor's."""
+    """A number that each call reads from a CPU tensor: the seed of a dropout mask. `slot`: that tensor's slot."""
 
     slot: int
 

@@ -1,4 +1,4 @@
-"""What registers do not hold: where a kernel's configuration would spill, and what is changed in it then."""
+"""Register spills: the launches in which a kernel's configuration would spill, and how it is changed there."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from glora_kernels.runtime.configs import MAX_FACTOR_RANK, OLD
 
 
 class Beside(NamedTuple):
-    """What a launch holds in registers beside what its configuration was made for.
+    """The properties of a launch that cost registers which its configuration does not allow for.
 
     Attributes:
-        arch, dtype: of the card, of the computation.
-        rank: the largest.
-        pairs: there are two pairs of low-rank factors; `banded`: in partial sums, which are added.
-        product: one of the pairs is that of the product variant.
-        halves: factors in fp32 are multiplied beside 16 bits.
-        drops: masks are drawn.
+        arch, dtype: the card's architecture, the dtype of the computation.
+        rank: the largest rank in the launch.
+        pairs: there are two pairs of low-rank factors. banded: their products come as partial sums, to be added.
+        product: one of the pairs is A of the product variant.
+        halves: fp32 factors meet 16-bit operands, so each is split into bfloat16 halves.
+        drops: dropout masks are drawn.
         aligned: rows are known to begin at multiples of 16 numbers.
-        nested: the absmax of 4-bit codes is in 8 bits.
+        nested: the absmax values of a 4-bit W are themselves quantized, to 8 bits.
         added: terms of GLoRA are added to y. scaled: dy is scaled.
         cast: W is wider than x.
-        reads_y: y holds more than Z∘(1+a), and that is taken out.
-        inside: h is made beside the product.
-        pointers: the tile is that for pointers, in the place of one for descriptors.
-        rows, cols, tma: of the configuration.
+        reads_y: y holds more than Z∘(1+a), and the other terms are subtracted.
+        inside: h is made in the same kernel as the product.
+        pointers: the tile is the one for pointers, because the operands allow no TMA descriptors.
+        rows, cols, tma: taken from the configuration, by `fitted`.
     """
 
     arch: str
@@ -61,7 +61,7 @@ class Beside(NamedTuple):
 
     @property
     def both_halves(self) -> bool:
-        """Whether what meets fp32 factors is multiplied as halves as well: fp16, which bfloat16 does not hold."""
+        """Whether the other operand is split into halves as well: bfloat16 cannot hold the values of fp16."""
         return self.halves and self.dtype == torch.float16
 
     @property
@@ -86,44 +86,44 @@ class Beside(NamedTuple):
 
     @property
     def off(self) -> bool:
-        """Of a large product: whether pointers read rows off 16 bytes."""
+        """Large products: whether rows that do not begin at multiples of 16 bytes are read by pointers."""
         return self.arch.startswith("sm_") and not self.tma and not self.aligned
 
     @property
     def full(self) -> bool:
-        """Of y: whether two pairs take more than a few registers."""
+        """The product of y: whether two pairs take more than a few registers."""
         return self.pairs and (self.banded or self.halves) and not self.pointers
 
     @property
     def doubled(self) -> bool:
-        """Of dx: whether two pairs are added, or a mask is drawn beside a dy that is scaled."""
+        """The product of dx: whether two pairs are added, or dy is scaled and a mask drawn."""
         return self.pairs or (self.scaled and self.drops)
 
     @property
     def crowded(self) -> bool:
-        """Of a group's read of x: whether more warps have to share its rows."""
+        """`_grouped_x_kernel`: whether more warps have to share the rows of x."""
         return (self.rank > 16 and self.single) or not self.aligned
 
 
 class Most(int):
-    """No more than this, where a rule has it in the place of a number."""
+    """In a rule: at most this, where a plain number means exactly this."""
 
 
 class Half(int):
-    """Half of what there is, but no less than this."""
+    """In a rule: half of the configuration's value, but at least this."""
 
 
 Rule = tuple[Callable[[Beside], bool], dict[str, int]]
 
 _REGISTERS = {"maxnreg": 255}
-"""For a kernel of which ptxas would spill a few bytes to have more programs run at once."""
+"""Lets ptxas use all registers, for kernels where it would spill a few bytes so that more programs fit at once."""
 
 _PRODUCT: tuple[Rule, ...] = (
     (lambda b: b.newest and b.halves and not b.pointers, {"part": 32}),
     (lambda b: b.newest and b.halves and b.product and not b.pointers, {"rows": Most(64)}),
     (lambda b: b.off, {"rows": Most(64), "num_warps": 8}),
     (lambda b: b.off and b.arch not in ("sm_80", "sm_90"), {"cols": Most(64)}),
-    (lambda b: b.newest, _REGISTERS),  # shared memory leaves few programs at once as it is
+    (lambda b: b.newest, _REGISTERS),  # shared memory lets few programs run at once anyway
 )
 
 _DY: tuple[Rule, ...] = (
@@ -171,13 +171,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
         (lambda b: b.cast and b.newest, {"num_warps": 8}),
         (lambda b: b.aligned and b.ada, _REGISTERS),
     ),
-    "hadamard_grad": (  # on sm_89 wider ones beside halves would also take more memory than there is
+    "hadamard_grad": (  # with halves, wider blocks would also exceed the shared memory of sm_89
         (lambda b: (b.halves and (b.old or b.newest)) or not b.aligned, {"cols": Most(64)}),
         (lambda b: b.single and not b.aligned, {"cols": Most(32)}),
     ),
-    "grouped_fwd": (  # in several parts with h beside it, ptxas would serialize the wgmma
+    "grouped_fwd": (  # with h made inside and several parts, ptxas would serialize wgmma
         (lambda b: b.inside, {"parts": 1}),
-        (lambda b: b.inside and b.tma and b.cols == 256, {"num_stages": Most(3)}),  # of which a whole store takes one
+        (lambda b: b.inside and b.tma and b.cols == 256, {"num_stages": Most(3)}),  # a whole store takes one of them
         (lambda b: b.newest, _REGISTERS),
     ),
     "grouped_dx": (
@@ -218,12 +218,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "multi_outer": ((lambda b: b.halves or b.drops, _REGISTERS),),
 }
-"""By kernel: what is changed in a configuration, by every rule that holds, in this order. `part`: the columns of a part
-of a tile. Every change was found by compiling (`tools.aot`)."""
+"""For each kernel, rules (condition, changes): those whose condition holds change the configuration, in this order.
+`part`: the columns that one part of a tile has. Every change was found by compiling (`tools.aot`)."""
 
 
 def fitted(kernel: str, config: dict[str, int], beside: Beside) -> dict[str, int]:
-    """The configuration of a kernel of `RULES` beside operands that would make it spill."""
+    """The configuration, changed by the rules of the kernel that hold for this launch, so that it does not spill."""
     beside = beside._replace(
         rows=config.get("rows", beside.rows), cols=config["cols"], tma=bool(config.get("tma", False))
     )  # fmt: skip

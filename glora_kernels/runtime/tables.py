@@ -1,9 +1,9 @@
-"""Which configuration, route and 4-bit kernels a call gets: measured ones where a table has a row near the shape.
+"""Chooses configurations, routes and 4-bit kernels: measured ones where a table has a row near the shape.
 
-A table is one JSON file a device, made by `python -m glora_kernels tune`. The user's own is looked at first
-(`environment.tables_directory`), then the one shipped for the device (runtime/shipped), then the default: of
-`configs.default`, of the cost model, or of `NAMED`. Files are read once a process, at the first launch on their
-architecture; after that a choice is one look-up in a dictionary.
+A table is one JSON file per device, made by `python -m glora_kernels tune`. The user's own table comes first
+(`environment.tables_directory`), then the one shipped for the device (runtime/shipped), then a default:
+`configs.default`, the cost model, or a fixed name. Files are read once per process, at the first launch on their
+architecture; after that a choice is one dictionary look-up.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ NAMED: dict[str, tuple[str, ...]] = {
     "route fwd": ROUTES, "route fwd scaled": ROUTES, "route dx": ROUTES, "route dx scaled": ROUTES,
     DEQUANTIZE: ("cuda", "triton"), SMALL_M: ("cuda", "triton", "workspace"),
 }  # fmt: skip
-"""What is chosen by name, beside the configurations of `configs.TUNED`.
+"""The choices that are a name, not a configuration, with the names that are accepted.
 
-The routes of a pass (scaled: A is a vector or constant); and what serves a 4-bit weight, csrc's kernel, Triton's, or
-for a few tokens a dense workspace and the product that a dense weight has. M and R of a dequantization are 0.
+The route of a pass (scaled: A is a vector or constant); and the kernels of a 4-bit weight: csrc's, Triton's, or for a
+few tokens "workspace": dequantize W, then multiply as with a dense weight. M and R of a dequantization are 0.
 """
 SHIPPED = Path(__file__).parent / "shipped"
 
 NEAR = 2.0
-"""A row serves sizes up to this factor from its own, in each of M, N and K."""
+"""A row serves shapes whose M, N and K each differ from its own by at most this factor."""
 
 
 class Row(NamedTuple):
-    """What was measured to be the best at a shape: a configuration of a kernel, or a name of `NAMED`.
+    """The choice that was measured to be the best at a shape: a configuration of a kernel, or a name of `NAMED`.
 
-    ms: the times, of a configuration "default" and "chosen", else by name; the first is what it is compared with. A
-    route is a whole pass, "4-bit small_m" a whole forward. What was not there or did not serve has no time.
+    ms: the times; for a configuration "default" and "chosen", else one per name. The first is the baseline. For a route
+    a whole pass is timed, for "4-bit small_m" a whole forward. A choice that was missing or failed has no time.
     """
 
     what: str
@@ -58,18 +58,18 @@ class Row(NamedTuple):
 
     @property
     def times(self) -> tuple[float, float]:
-        """(what it is compared with, the choice) in milliseconds."""
+        """The milliseconds of the baseline and of the choice."""
         return next(iter(self.ms.values())), self.ms[self.choice if self.what in NAMED else "chosen"]
 
     def among(self, names: Iterable[str] | None) -> Any:
-        """The choice, or where that is none of the names the fastest of those that were measured, or None."""
+        """The choice if it is one of the names (None: of any), else the fastest measured one of them, else None."""
         times = {name: ms for name, ms in self.ms.items() if names is None or name in names}
         return self.choice if names is None or self.choice in times else min(times, key=times.__getitem__, default=None)
 
 
 @dataclass(frozen=True)
 class Table:
-    """What was measured on one device, with what it was measured by."""
+    """The measured choices of one device, with the versions that they were measured with."""
 
     device: str
     arch: str
@@ -80,14 +80,14 @@ class Table:
 
 
 class Source(NamedTuple):
-    """A table in use, and what to call it."""
+    """A table in use, with a label for it."""
 
     label: str
     table: Table
 
 
 class _State:
-    """What `using` and `watching` set."""
+    """Process-wide state, set by `using` and `watching`."""
 
     table: Table | None = None
     forced: Mapping[str, Any] = {}
@@ -109,7 +109,7 @@ def explain(
     weight_dtype: torch.dtype | None = None,
     among: tuple[str, ...] | None = None,
 ) -> tuple[Any, str]:
-    """What `choose` returns, and where it comes from: "forced", a table, "cost model" or a default."""
+    """The choice that `choose` returns, and its source: "forced", a table, "cost model" or a default."""
     if weight_dtype in (None, dtype):
         if what in _State.forced:
             return _State.forced[what], "forced"
@@ -127,7 +127,7 @@ def explain(
         backward, scales = what.startswith("route dx"), what.endswith("scaled")
         predicted = cost.predict(arch, dtype, shape, backward=backward, scales=scales)
         return min(predicted, key=predicted.__getitem__), "cost model"
-    if what in configs.KERNELS:  # csrc has one code for all that it runs on
+    if what in configs.KERNELS:  # csrc has one code for every architecture
         _warn_of(arch)
     return configs.default(what, arch, dtype, shape, weight_dtype), "default"
 
@@ -144,14 +144,14 @@ def choose(
 
     Args:
         what: the kernel, or a key of `NAMED`.
-        arch: of the card.
-        dtype: of x, or of the dense weight.
+        arch: the architecture of the card.
+        dtype: of x; for a dequantization, of its result.
         shape: of the call.
-        weight_dtype: of W where that may be another: wider than x, it needs other blocks than were measured.
-        among: whose kernels can serve a 4-bit weight here, that to take unmeasured first.
+        weight_dtype: of W, where it may differ: a W wider than x needs other blocks than those measured.
+        among: the kinds of kernels that can serve a 4-bit weight here; the first is taken where nothing was measured.
 
     Warns:
-        UserWarning: once an architecture, where there are neither tables nor configurations made for it.
+        UserWarning: once per architecture for which there are neither tables nor configurations.
     """
     choice, source = explain(what, arch, dtype, shape, weight_dtype, among)
     if _State.watcher is not None:
@@ -161,7 +161,7 @@ def choose(
 
 @contextlib.contextmanager
 def watching(tell: Callable[[str, Shape, Any, str], None]) -> Iterator[None]:
-    """Inside, `tell` gets what is chosen, at which shape, the choice, and where it comes from. Not nested."""
+    """Inside, every choice calls `tell(what, shape, choice, source)`. Cannot be nested."""
     _State.watcher = tell
     try:
         yield
@@ -182,10 +182,10 @@ def _warn_of(arch: str) -> None:
 
 
 def nearest(rows: Iterable[Row], shape: Shape) -> Row | None:
-    """The row of the smallest distance, the logarithms of the sizes' ratios, or None where none is near enough.
+    """The row nearest to a shape, or None where none is near enough; distances are between logarithms of the sizes.
 
-    M, N and K may differ by a factor of `NEAR`. A rank must fill the same padded one, since the blocks that hold it
-    are a part of what was measured to fit the card.
+    M, N and K may differ by a factor of `NEAR`. The padded rank must be the same: the blocks that hold it are part of
+    the configuration that was found to fit the card.
     """
     near = [row for row in rows if _is_near(row.shape, shape)]
     return min(near, key=lambda row: math.dist(_logs(row.shape), _logs(shape)), default=None)
@@ -201,13 +201,13 @@ def _logs(shape: Shape) -> list[float]:
 
 
 def sources(arch: str) -> tuple[Source, ...]:
-    """The tables that serve an architecture, the first to be asked first. Never any in the interpreter.
+    """The tables for an architecture, in the order in which they are asked. None in the interpreter.
 
-    With a GPU of that architecture here, the user's for it and the shipped one for it; without (a launch planned for
-    another card), the shipped ones of the architecture.
+    With a GPU of that architecture here: the user's table for it, then the shipped one. Without (a launch is planned
+    for another card): all shipped tables of the architecture.
 
     Raises:
-        ValueError: a file that is no table; the message names it and the field.
+        ValueError: a file is not a valid table; the message names the file and the field.
     """
     if arch == "cpu":
         return ()
@@ -224,7 +224,7 @@ def _loaded(arch: str) -> tuple[Source, ...]:
 
 
 def files(arch: str) -> list[tuple[str, Path]]:
-    """The files that `sources` reads, and what to call them."""
+    """(label, path) of the files that `sources` reads."""
     device = environment.device_of(arch)
     if device is None:
         paths = [(f"shipped table {path.name}", path) for path in sorted(SHIPPED.glob("*.json"))]
@@ -236,12 +236,12 @@ def files(arch: str) -> list[tuple[str, Path]]:
 
 
 def version() -> int:
-    """Another number whenever another table may be in force."""
+    """A number that changes whenever other tables may have come into force."""
     return _State.version
 
 
 def reload() -> None:
-    """Forget what was read: the next launch reads the files again."""
+    """Forget the tables that were read; the next launch reads the files again."""
     _State.version += 1
     explain.cache_clear()
     _loaded.cache_clear()
@@ -249,9 +249,9 @@ def reload() -> None:
 
 @contextlib.contextmanager
 def using(table: Table | None, forced: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Inside, choices come from `forced`, by what is chosen, and from this table alone (None: from none).
+    """Inside, choices come from `forced` (a choice by its `what`), and else from this table alone (None: from none).
 
-    For the whole process. `tune` measures with it.
+    It holds for the whole process. `tune` uses it to measure.
     """
     before = _State.table, _State.forced, _State.only
     _State.table, _State.forced, _State.only = table, forced or {}, True
@@ -264,10 +264,10 @@ def using(table: Table | None, forced: Mapping[str, Any] | None = None) -> Itera
 
 
 def read(path: Path) -> Table:
-    """The table in a file.
+    """Read a table from a file.
 
     Raises:
-        ValueError: what is there is no table; the message names the file and the field.
+        ValueError: the file is not a valid table; the message names the file and the field.
     """
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")), str(path))
@@ -278,7 +278,7 @@ def read(path: Path) -> Table:
 
 
 def write(table: Table, path: Path) -> None:
-    """Put the table in a file, whole or not at all: written beside its place, and renamed."""
+    """Write the table to a file, whole or not at all: to a temporary file in the same folder, which is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -294,7 +294,7 @@ def write(table: Table, path: Path) -> None:
 
 
 def to_json(table: Table) -> dict[str, Any]:
-    """The inverse of `parse`: a row is an object with m, n, k and r in the place of its shape."""
+    """The inverse of `parse`. The shape of a row becomes the fields m, n, k and r."""
     rows = [
         {"what": row.what, "dtype": row.dtype, **row.shape._asdict(), "choice": row.choice, "ms": row.ms}
         for row in table.rows
@@ -303,7 +303,7 @@ def to_json(table: Table) -> dict[str, Any]:
 
 
 class Field(NamedTuple):
-    """What a value of a table must be, in words, and whether it is."""
+    """The check of a value in a table: in words, and as a function."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -347,11 +347,11 @@ _CONFIG = {
     "num_warps": _power(1, 16), "parts": _power(1, 4), "tma": _FLAG, "persistent": _FLAG,
     "num_stages": Field("an integer from 1 to 8", lambda value: _is_integer(value) and 1 <= value <= 8),
 }  # fmt: skip
-"""Of a configuration; what else there is in one is a block."""
+"""The checks of a configuration's fields; every field that is not here is a block size."""
 
 
 def _renewed(values: object) -> object:
-    """A table of before rows were alike, as one of today: its lists were "configs", "routes" and "four_bit"."""
+    """Convert the older format, with lists "configs", "routes" and "four_bit"; other values stay as they are."""
     if not isinstance(values, dict) or "configs" not in values:
         return values
     rows = [
@@ -372,10 +372,10 @@ def _changed(row: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
 
 
 def parse(values: object, where: str) -> Table:
-    """A table of plain JSON values, every field checked; also one of the older format.
+    """Make a table from plain JSON values, of this format or the older one, and check every field.
 
     Raises:
-        ValueError: a field that is missing, unknown or out of range; the message begins with `where` and names it.
+        ValueError: a field is missing, unknown or out of range; the message begins with `where` and names the field.
     """
     try:
         values = _renewed(values)
@@ -403,7 +403,7 @@ def _row(values: object, where: str, arch: str) -> Row:
 
 
 def fault(kernel: str, arch: str, dtype: torch.dtype, shape: Shape, config: Mapping[str, Any]) -> str | None:
-    """What is wrong with a configuration: "field ...", or None where it can be launched."""
+    """Why a configuration cannot be launched: a text that begins with the field, or None where it can."""
     fields = {name: _CONFIG.get(name, _BLOCK) for name in configs.default(kernel, arch, dtype, shape)}
     try:
         _checked(config, "", fields)
@@ -415,7 +415,7 @@ def fault(kernel: str, arch: str, dtype: torch.dtype, shape: Shape, config: Mapp
 
 
 def _checked(values: object, where: str, fields: Mapping[str, Field]) -> dict[str, Any]:
-    """An object with these fields and no other."""
+    """Check that a value is an object with exactly these fields, and return it."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be an object with {list(fields)}, got {type(values).__name__}")
     if unknown := [name for name in values if name not in fields]:

@@ -1,7 +1,7 @@
-"""One reused buffer a (device, stream): the only place where something of the size of a weight is ever built.
+"""One reused buffer per (device, stream): the only place where something of the size of a weight is built.
 
-A buffer is scratch between two kernels of one call: it is never saved, and its next user overwrites it. On a
-GPU the stream orders the users; on a CPU each thread has its own.
+A buffer is scratch memory between two kernels of one call: it is never saved, and its next user overwrites it. On a
+GPU the stream orders its users; on a CPU each thread has its own buffer.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime.recording import recorded
 
 workspace_lock = threading.RLock()
-"""On a GPU, held from building something in the buffer until its reader is launched: two host threads on one
-stream would otherwise launch in any order."""
+"""Held, on a GPU, from building something in the buffer until its reader is launched: without it, the launches of two
+host threads on one stream could interleave."""
 
 _cuda: dict[tuple[int, int], Tensor] = {}
 
@@ -34,7 +34,7 @@ _thread = _Thread()
 
 @contextlib.contextmanager
 def private_workspace() -> Iterator[None]:
-    """Inside, this thread's calls take fresh memory in the place of a reused GPU buffer."""
+    """Inside, this thread's calls allocate fresh memory and do not use the shared GPU buffer."""
     _thread.private += 1
     try:
         yield
@@ -48,7 +48,7 @@ def is_private() -> bool:
 
 
 def workspace_like(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """A contiguous view of the buffer in the shape of `weight`, with whatever its last user left in it."""
+    """A contiguous view of the buffer in the shape of `weight`. Its contents are undefined."""
     if (recording := recorded()) is not None:
         return recording.workspace(tuple(weight.shape), dtype)
     size = weight.numel() * dtype.itemsize
@@ -61,7 +61,7 @@ def workspace_like(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tens
 
 
 def workspace(size: int, device: torch.device) -> Tensor:
-    """The buffer of a device, as bytes, at least `size` of them."""
+    """The buffer of a device: a tensor of at least `size` bytes."""
     if device.type == "cuda":
         return _cuda_buffer(size, device)
     if _thread.buffer is None or _thread.buffer.numel() < size:
@@ -76,7 +76,7 @@ def release() -> None:
 
 
 def _cuda_buffer(size: int, device: torch.device) -> Tensor:
-    # A captured graph writes to the same address at every replay: it gets memory from its own pool, which reuses it.
+    # A captured graph writes to the same address at every replay, so it gets memory of its own pool, which reuses it.
     if _thread.private or torch.cuda.is_current_stream_capturing():
         return torch.empty(size, dtype=torch.uint8, device=device)
     key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
@@ -87,6 +87,6 @@ def _cuda_buffer(size: int, device: torch.device) -> Tensor:
 
 
 def _lasting(size: int, device: torch.device) -> Tensor:
-    """Memory that later calls can write to as well, whatever mode this one is in."""
+    """Allocate memory that later calls can write to as well, whatever mode this call is in."""
     with outside_modes():
         return torch.empty(size, dtype=torch.uint8, device=device)

@@ -1,16 +1,15 @@
-"""Compile the kernels ahead of time, for cards that are not here, and report what the compiler made of them.
+"""Compile the kernels ahead of time, for cards that are not here, and report the properties of the machine code.
 
-`python -m glora_kernels.tools.aot` plans the calls of `tools.shipped` as real calls are, compiles every form of a
-kernel that they ask for as Triton's JIT would on the card (`tools.elsewhere`), and reads registers, stack, spills,
-shared memory, the widths of loads and the matrix instructions out of the machine code. It needs no GPU, and a process
-without TRITON_INTERPRET.
+`python -m glora_kernels.tools.aot` plans the calls of `tools.shipped` as real calls are, and compiles every form of a
+kernel that they ask for as Triton's JIT would on the card (`tools.elsewhere`). From the machine code it reads
+registers, stack, spills, shared memory, the widths of loads and the matrix instructions. It needs no GPU;
+TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
 import json
 import re
 import subprocess
@@ -42,15 +41,15 @@ MATRIX_INSTRUCTION = {
 
 
 _NARROW = 4
-"""Loads of one number by a thread that a kernel which waits for memory may have, of vectors."""
+"""The most loads of less than 32 bits in a memory-bound kernel: it may read some vectors number by number."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one compilation gave. Sizes in bytes; -1 where the tool chain does not tell.
+    """The result of one compilation. Sizes in bytes; -1 where the tool chain does not report it.
 
-    form: what tells it from others of its kernel (`elsewhere.key_of`). asked: the first call that asks for it. batch:
-    of `_longest_batch`. narrow: the loads of less than 32 bits. even, multiplies: see `is_even`, `multiplies`.
+    form: the key of the kernel's form (`elsewhere.key_of`). asked: the first call that asks for the form. batch: see
+    `_longest_batch`. narrow: the number of loads of less than 32 bits. even, multiplies: see `is_even`, `multiplies`.
     """
 
     kernel: str
@@ -76,7 +75,7 @@ class Report:
 
     @property
     def faults(self) -> list[str]:
-        """Why this compilation is not acceptable; empty where it is."""
+        """Why this compilation is not acceptable; empty if it is."""
         found = [self.error] if self.error else []
         if not self.error and min(self.registers, self.stack, self.spill, self.shared) < 0:
             found.append("the compiler's report could not be read")
@@ -100,7 +99,7 @@ class Report:
 
 
 class Form(NamedTuple):
-    """A form of a kernel: its key, the first call that asks for it, and that call's launch."""
+    """A form of a kernel: its key, the first call that asks for it, and the launch in that call."""
 
     key: str
     asked: str
@@ -109,7 +108,7 @@ class Form(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def forms(arch: str, dtype: torch.dtype, every: int = 1) -> list[Form]:
-    """What the calls of `tools.shipped` ask of a card; or of each kernel the first form, and every so many after it."""
+    """The forms that the calls of `tools.shipped` ask for on a card; of each kernel only one in `every`."""
     asked, seen, found = elsewhere.Forms(), Counter[str](), []
     with elsewhere.on_card(arch), tables.using(None):
         for call in (*shipped.models(arch, dtype), *shipped.others(arch, dtype)):
@@ -124,13 +123,13 @@ def forms(arch: str, dtype: torch.dtype, every: int = 1) -> list[Form]:
 
 
 def blocks_of(launch: Launch) -> str:
-    """The configuration of a launch as the report writes it: blocks, warps, stages."""
+    """A launch's blocks, warps and stages, as text for the report."""
     blocks = "x".join(str(value) for key, value in launch.args.items() if key.startswith("BLOCK_"))
     return f"{blocks} w{launch.options['num_warps']} s{launch.options['num_stages']}"
 
 
 def report(form: Form, dtype: str, arch: str) -> Report:
-    """Compile one form and read the machine code. A failed compilation is a report with `error` set."""
+    """Compile one form and read its machine code. If the compilation fails, the report has `error` set."""
     launch = form.launch
     head = (
         launch.kernel.__name__, form.key, form.asked, dtype, arch, blocks_of(launch), is_even(launch.args),
@@ -149,9 +148,9 @@ def report(form: Form, dtype: str, arch: str) -> Report:
 
 
 def is_even(args: dict[str, Any]) -> bool:
-    """Whether Triton sees that every row of every matrix among arguments begins at a multiple of 16 numbers.
+    """Whether Triton knows that the rows of all matrices among the arguments begin at multiples of 16 numbers.
 
-    Not so where U = W·A_up is made, which reads A_up across its rows.
+    False where U = W·A_up is computed, because A_up is read across its rows.
     """
     ranks = _ranks(args, "P", "R", "Rs")
     return args.get("u_ptr") is None and all(rank % 16 == 0 for rank in ranks) and all(
@@ -161,11 +160,11 @@ def is_even(args: dict[str, Any]) -> bool:
 
 
 def multiplies(launch: Launch) -> bool:
-    """Whether a launch has matrices to multiply; some kernels do so with factors alone, which constants have not."""
+    """Whether a launch has a matrix product. Some kernels have one only with low-rank factors."""
     key, args = configs.key_of(launch.kernel.__name__), launch.args
     if not key or not configs.KERNELS[key].multiplies:
         return False
-    ranks = _ranks(args, "R", "Rs", *(() if args.get("weff_ptr") is not None else ("P",)))  # x meets no A of W_eff
+    ranks = _ranks(args, "R", "Rs", *(() if args.get("weff_ptr") is not None else ("P",)))  # x meets no A in W_eff
     return configs.KERNELS[key].waits == "products" or any(ranks) or not ranks
 
 
@@ -174,7 +173,7 @@ def _ranks(args: dict[str, Any], *names: str) -> list[int]:
 
 
 def _flat(value: Any) -> Iterator[Any]:
-    """What stands in structures of arguments, the matrices whole; nothing of None."""
+    """The values in an argument's structures, without None; a `Matrix` is one value."""
     if isinstance(value, tuple) and not isinstance(value, Matrix):
         for part in value:
             yield from _flat(part)
@@ -190,10 +189,10 @@ def run(
     kernels: Collection[str] = (),
     show: bool = False,
 ) -> list[Report]:
-    """The reports of these kernels, or of all; `jobs` compilations at a time.
+    """Compile and report these kernels, or all, with `jobs` compilations at a time.
 
     Raises:
-        ValueError: a kernel that none of the calls asks for.
+        ValueError: none of the calls asks for one of the kernels.
     """
     tasks, asked = [], set()
     for arch in archs:
@@ -210,14 +209,14 @@ def run(
 
 
 def markdown(reports: list[Report]) -> str:
-    """The reports as a table, one line a kernel form, dtype and architecture."""
+    """The reports as a Markdown table, a line for each form, dtype and architecture."""
     columns = ("kernel", "form", "first asked by", "dtype", "arch", "blocks", "registers", "stack", "spill", "shared",
                "matrix instructions", "TMA", "narrow loads", "ok")  # fmt: skip
     archs, dtypes = (", ".join(dict.fromkeys(getattr(r, name) for r in reports)) for name in ("arch", "dtype"))
     lines = [
         "# Ahead-of-time compilation",
         "",
-        f"Triton {importlib.metadata.version('triton')}, for {archs}, in {dtypes}; "
+        f"Triton {environment.version('triton')}, for {archs}, in {dtypes}; "
         f"`python -m glora_kernels.tools.aot`. {len(reports)} forms, {sum(not r.faults for r in reports)} without a "
         "fault. Sizes in bytes.",
         "",
@@ -298,7 +297,7 @@ def _read_nvidia(compiled: Any, log: str) -> dict[str, Any]:
 
 
 def _longest_batch(sass: str) -> int:
-    """The most wgmma in a row without a wait for all of them: a main loop's step, where it is not serialized."""
+    """The most wgmma with no wait for all of them in between: those of one main-loop step, unless serialized."""
     longest = run = 0
     for instruction in re.findall(r"\bHGMMA\b|WARPGROUP\.DEPBAR\.LE gsb0, 0x0", sass):
         run = run + 1 if instruction == "HGMMA" else 0

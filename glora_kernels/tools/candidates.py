@@ -1,4 +1,4 @@
-"""What there is to choose from: the configurations that a kernel is tried with, and the names of `tables.NAMED`."""
+"""The choices that `tune` tries: configurations of a kernel, or names of `tables.NAMED`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from glora_kernels.runtime.tables import DEQUANTIZE, SMALL_M
 from glora_kernels.tools.trials import forms
 
 MOST = 8
-"""The most configurations of a kernel, the default among them."""
+"""The most configurations that are tried of a kernel, its default among them."""
 
 _LARGE = (
     {"cols": 128, "parts": 2}, {"cols": 256, "parts": 4, "num_stages": 3}, {"cols": 256, "parts": 4},
@@ -45,11 +45,11 @@ VARIATIONS: dict[str, tuple[dict[str, Any], ...]] = {
         {"num_warps": 2},
     ),
 }  # fmt: skip
-"""What is changed in the default of each kernel of `configs.TUNED`, the likeliest gains first."""
+"""Changes to the default of each kernel of `configs.TUNED`, those likeliest to gain first."""
 
 
 def options(what: str, arch: str, dtype: torch.dtype, shape: Shape) -> list[Any]:
-    """What is tried, the first to be compared with: configurations, or those of the names that can serve here."""
+    """The choices to try, the baseline first: configurations, or the names whose kernels can serve here."""
     if what not in tables.NAMED:
         return candidates(what, arch, dtype, kept_for(what, shape))
     kinds = (*usable("auto", arch), "workspace")
@@ -57,17 +57,17 @@ def options(what: str, arch: str, dtype: torch.dtype, shape: Shape) -> list[Any]
 
 
 def kept_for(what: str, shape: Shape) -> Shape:
-    """The shape that a row is kept for: launchers ask by the class of M, but for few tokens over 4 bits."""
+    """The shape of a row: with the class of M, as launchers ask for it, except for `DEQUANTIZE` and `SMALL_M`."""
     if what in (DEQUANTIZE, SMALL_M):
         return shape
     return shape._replace(m=configs.tokens(shape.m) if what == "small_m" else configs.m_class(shape.m))
 
 
 def candidates(kernel: str, arch: str, dtype: torch.dtype, shape: Shape) -> list[dict[str, int]]:
-    """The configurations a kernel is tried with, its default first: all different, valid, small enough for the card.
+    """The configurations to try of a kernel, its default first: all different, valid and small enough for the card.
 
     Raises:
-        ValueError: a kernel that is not tuned.
+        ValueError: the kernel is not tuned.
     """
     if kernel not in VARIATIONS:
         raise ValueError(f"kernel must be one of {', '.join(map(repr, VARIATIONS))}; got {kernel!r}")
@@ -77,7 +77,7 @@ def candidates(kernel: str, arch: str, dtype: torch.dtype, shape: Shape) -> list
     for changes in VARIATIONS[kernel]:
         changed = {name: value for name, value in changes.items() if name in default}
         if not default.get("tma", False):
-            changed.pop("persistent", None)  # without TMA a persistent grid has nothing to hide its epilogue behind
+            changed.pop("persistent", None)  # without TMA nothing overlaps the epilogue of a persistent grid
             if "parts" in changed:
                 changed["parts"] = default["parts"]
         config = default | changed
@@ -88,7 +88,7 @@ def candidates(kernel: str, arch: str, dtype: torch.dtype, shape: Shape) -> list
 
 
 def shared_bytes(kernel: str, config: dict[str, int], dtype: torch.dtype, shape: Shape) -> int:
-    """About how much shared memory a program takes, from above: the operands' stages and what is passed through it."""
+    """An upper estimate of a program's shared memory: the stages of operands, and data that is exchanged through it."""
     size, stages, rank = dtype.itemsize, config["num_stages"], configs.block_r(max(1, shape.r))
     rows, cols, depth = config.get("rows", 0), config["cols"], config.get("depth", 0)
     if kernel in ("fwd", "dx"):
@@ -105,7 +105,7 @@ def shared_bytes(kernel: str, config: dict[str, int], dtype: torch.dtype, shape:
 
 
 def _registers_fit(kernel: str, config: dict[str, int], dtype: torch.dtype) -> bool:
-    """Whether the accumulator of a large product leaves registers for the rest."""
+    """Whether the accumulator of a large product leaves enough registers for everything else."""
     if kernel not in ("fwd", "dx", "hadamard_grad"):
         return True
     each = config["rows"] * config["cols"] // (32 * config["num_warps"])
@@ -113,11 +113,11 @@ def _registers_fit(kernel: str, config: dict[str, int], dtype: torch.dtype) -> b
 
 
 def compilations(kernels: Iterable[tuple[str, Shape]], dtype: str, arch: str) -> int:
-    """About how many compilations a run takes: shapes share those of equal configurations."""
+    """About how many compilations a run takes; shapes with equal configurations share them."""
     different = {
         (kernel, *sorted(config.items()))
         for kernel, shape in kernels
         for config in options(kernel, arch, tables.DTYPES[dtype], shape)
     }
-    # In the other forms, of the default and of the best.
+    # In the other forms the default and the best are compiled.
     return len(different) + sum(2 * (len(forms(kernel)) - 1) for kernel in {kernel for kernel, *_ in different})

@@ -1,4 +1,4 @@
-"""Triton's JIT for a card that is not here: it specialises and compiles as it would there, and launches nothing."""
+"""Triton's JIT for a card that is not here: it specializes and compiles as it would there, and launches nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glora_kernels.runtime.launch import Launch
 
 
 class _Card:
-    """What the JIT asks a driver, of a card of an architecture. It is its own device: what it compiled is its own."""
+    """Stands in for Triton's driver, with a card of one architecture. It is its own device, with its own JIT cache."""
 
     def __init__(self, arch: str) -> None:
         self.arch = arch
@@ -33,10 +33,10 @@ class _Card:
 
 @contextlib.contextmanager
 def on_card(arch: str) -> Iterator[None]:
-    """Inside, the JIT of this process compiles for a card of `arch`, and has compiled nothing yet."""
+    """Inside, the JIT of this process compiles for a card of `arch`, from an empty cache."""
     from triton.runtime import driver
 
-    before = driver._active  # `active` itself would ask for a card that is here
+    before = driver._active  # `active` itself would look for a card here
     driver.set_active(_Card(arch))
     try:
         yield
@@ -45,10 +45,10 @@ def on_card(arch: str) -> Iterator[None]:
 
 
 class Forms:
-    """The forms of kernels that launches ask for: what the JIT compiles separately, each once.
+    """The forms of kernels that launches ask for. A form is what the JIT compiles separately.
 
     Attributes:
-        found: a launch of each, by `key`.
+        found: for the key of each form, the first launch that asked for it.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Forms:
         self._asked: list[str] = []
 
     def ask(self, launch: Launch) -> str | None:
-        """The key of a launch's form where it is new; None where it is known."""
+        """The key of a launch's form if the form is new, else None."""
         from triton import knobs
 
         self._asked.clear()
@@ -70,12 +70,12 @@ class Forms:
 
     def _hook(self, *, key: object, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         self._asked.append(key_of(compile["specialization_data"]))
-        fn.jit_function.device_caches[compile["device"]][0][key] = self  # asked once
+        fn.jit_function.device_caches[compile["device"]][0][key] = self  # so that the JIT asks once per form
         return True  # nothing is compiled
 
 
 def key_of(specialization: str) -> str:
-    """A few digits for what decides the code of a kernel, beside its name and source: as the JIT tells its hooks."""
+    """A short hash of a kernel's specialization, as the JIT tells its hooks, without the kernel's name and source."""
     data = json.loads(specialization)
     data["options"].pop("extern_libs", None)  # a path
     told = {name: value for name, value in data.items() if name not in ("name", "key", "target")}
@@ -83,12 +83,12 @@ def key_of(specialization: str) -> str:
 
 
 def compile_launch(launch: Launch) -> tuple[Any, str]:
-    """What the JIT compiles for a launch, and what ptxas said about it, on the card of `on_card`."""
+    """The kernel that the JIT compiles for a launch on the card of `on_card`, and the log of ptxas."""
     from triton import knobs
 
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
-        knobs.compilation.always_compile = True  # what comes out of the cache has no log
-        knobs.compilation.disable_line_info = True  # a sixth of the time, and no instruction
+        knobs.compilation.always_compile = True  # a cached kernel has no log
+        knobs.compilation.disable_line_info = True  # it takes a sixth of the time and adds no instruction
         knobs.nvidia.dump_ptxas_log = True
         compiled = launch.compiled()
     return compiled, log.getvalue()

@@ -1,4 +1,4 @@
-"""Where a command is to write: argparse types that try it before anything is measured."""
+"""Argparse types for the files and folders that a command writes: checked before anything is measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def folder(text: str | Path) -> Path:
-    """A folder to write to, made if it is not there."""
+    """A folder to write to; created if it does not exist."""
     path = Path(text)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -20,7 +20,7 @@ def folder(text: str | Path) -> Path:
 
 
 def file(text: str | Path) -> Path:
-    """A file to write, in a folder that is made if it is not there."""
+    """A file to write; its folder is created if it does not exist."""
     path = Path(text)
     folder(path.parent)
     if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):

@@ -1,9 +1,9 @@
-"""Calls of the operators, planned for a card that need not be here: the launches that it would be given.
+"""Plans calls of the operators for a card that need not be here: the launches that they would make on it.
 
-What is planned is what a real call records (`runtime.program`), by the same functions: the class of the call prepared
-(`dispatch.prepared`), and both of its passes run on twins of its tensors. So a form of a kernel that is asked for here
-is one that a call asks for, and the other way around. The tensors of a call have no memory, or on a `device` are
-random, for what measures on them (`tools.trials`).
+A call is planned by the functions that a real call uses: its class is prepared (`dispatch.prepared`), and both of its
+passes are recorded from a run on meta tensors (`runtime.program`). So calls that are planned here ask for exactly the
+forms of kernels that real calls ask for. The tensors of a call are on the meta device, or on a real `device` random,
+to be measured with (`tools.trials`).
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Linear(NamedTuple):
     """A layer: y (M,N) of x (M,K).
 
     Attributes:
-        config: of its adapter.
+        config: the configuration of its adapter.
         n, k: out_features and in_features.
-        bias: whether the base has one.
+        bias: whether the base has a bias.
         adapter: the dtype of the adapter; None: that of x.
-        quant_type: of a base in 4 bits, in blocks of 64; "" where it is dense.
-        nested: whether its absmax is in 8 bits.
-        transposed: W is stored (K,N).
+        quant_type: of a 4-bit base (in blocks of 64); "": the base is dense.
+        nested: whether the absmax values of a 4-bit base are themselves quantized, to 8 bits.
+        transposed: W is stored as (K,N).
     """
 
     config: GLoRAConfig
@@ -61,14 +61,14 @@ class How(NamedTuple):
     """How layers are called.
 
     Attributes:
-        m: the tokens.
+        m: the number of tokens.
         dtype: of x.
         arch: the card's architecture.
-        training: whether the adapter wants gradients; `first`: and x does not, as that of a model's first layer.
-        route: whose kernels serve a 4-bit base: "triton", "cuda", or "auto".
-        device_seed: the key of a dropout mask is on the device, as under a CUDA graph.
-        weight: the dtype of W, under autocast; None: that of x.
-        device: where the tensors are; "meta": nowhere.
+        training: whether the adapter needs gradients. first: x needs none, as in a model's first layer.
+        route: the kernels of a 4-bit base: "triton", "cuda" or "auto".
+        device_seed: the seed of a dropout mask is on the device, as under a CUDA graph.
+        weight: the dtype of W, which under autocast may differ; None: that of x.
+        device: of the tensors; "meta": they have no memory.
     """
 
     m: int
@@ -90,7 +90,7 @@ class Planned(NamedTuple):
 
 
 class LinearCall(NamedTuple):
-    """A call of `ops.glora_linear`: its class, its tensors and their names in the row, and what it is made of."""
+    """A call of `ops.glora_linear`: its class, its row of tensors with their names, and the arguments behind them."""
 
     prepared: Prepared
     row: Row
@@ -102,7 +102,7 @@ class LinearCall(NamedTuple):
 
 
 def linear_call(layer: Linear, how: How) -> LinearCall:
-    """The call of a layer, prepared as in training or for inference."""
+    """The call of a layer, prepared for training or inference."""
     config = layer.config
     adapter = {name.lower(): tensor for name, tensor in _adapter(layer, how).items()}
     cs = [adapter.pop(name, None) for name in _C]
@@ -122,13 +122,13 @@ def linear_call(layer: Linear, how: How) -> LinearCall:
 
 
 def linear(layer: Linear, how: How) -> Planned:
-    """What `ops.glora_linear` launches for a layer."""
+    """The steps of `ops.glora_linear` for a layer."""
     call = linear_call(layer, how)
     return _passes(call.prepared, call.row, how)
 
 
 def group(layers: Sequence[Linear], how: How, frozen: int = 0) -> Planned:
-    """What `ops.grouped_lora_linear` launches for layers that take one x, each a LoRA; of `frozen` ones B_up alone."""
+    """The steps of `ops.grouped_lora_linear` for LoRAs that read one x; the first `frozen` have a frozen B_down."""
     first, count = layers[0], len(layers)
     pairs = [_adapter(layer, how) for layer in layers]
     weights = [weight_of(layer, how) for layer in layers]
@@ -152,7 +152,7 @@ def group(layers: Sequence[Linear], how: How, frozen: int = 0) -> Planned:
 
 
 class Decided(NamedTuple):
-    """A choice that a call was given: before which of its steps, what for, at which shape, and what decided it."""
+    """A choice that a call made: before which of its steps, for what, at which shape, and the source of the choice."""
 
     before: int
     what: str
@@ -162,7 +162,7 @@ class Decided(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """What a call of a module launches: the steps, how many of them in forward, and what was chosen for them."""
+    """The steps of a module's call, how many of them are in forward, and the choices made for them."""
 
     steps: list[Any]
     forward: int
@@ -170,10 +170,10 @@ class Traced(NamedTuple):
 
 
 def of_module(module: Callable[[Tensor], Any], x: Tensor, arch: str, backend: routes.Backend = "auto") -> Traced:
-    """What a module, or any function of x, launches in forward and backward: by calling it, on the meta device.
+    """The steps of a module, or any function of x, in forward and backward: it is called on the meta device.
 
-    Whatever it is made of (layers of GLoRA, of PEFT, in 4 bits, fused, in contexts over depth), its operators plan for
-    the card in the place of running.
+    It may contain anything (layers of GLoRA or PEFT, 4-bit or fused ones, contexts over depth): the operators inside
+    plan for the card and do not run.
     """
     decided: list[Decided] = []
     steps: list[Any]
@@ -208,7 +208,7 @@ def multi(layer: Linear, configs: Sequence[GLoRAConfig], how: How) -> Planned:
 
 
 def over_depth(layer: Linear, how: How) -> list[Any]:
-    """What merging, restoring, `shift_once` and `deferred_shared_grads` launch for layers of this kind."""
+    """The steps of merging, restoring, `shift_once` and `deferred_shared_grads` for layers of this kind."""
     rank = layer.config.rank
     weight, bias = weight_of(layer, how), _tensor(how, layer.n) if layer.bias else None
     made = Layer(weight, bias, _adapter(layer, how), layer.config.scale, layer.config.variant == "matmul")
@@ -232,9 +232,9 @@ def over_depth(layer: Linear, how: How) -> list[Any]:
 
 
 def _passes(prepared: Prepared, row: Row, how: How) -> Planned:
-    """Both passes of a class of calls, recorded as their programs are."""
+    """Record both passes of a class of calls, as their programs are recorded."""
     with_rows = frozenset(place for place in prepared.with_rows if place < len(row))
-    forward, results = _recorded(prepared.forward_pass(program.Operands(tuple(row), with_rows, how.m, -1)), how)
+    forward, results = _recorded(prepared.forward_pass(program.PassInputs(tuple(row), with_rows, how.m, -1)), how)
     if not prepared.trained:
         return Planned(forward.steps, [])
     everything = (*row, *results)
@@ -253,7 +253,7 @@ def _adapter(layer: Linear, how: How) -> dict[str, Tensor]:
 
 
 def weight_of(layer: Linear, how: How) -> Any:
-    """W of a layer: dense, or in 4 bits."""
+    """The weight of a layer, dense or 4-bit."""
     (n, k), dtype = (layer.n, layer.k), how.weight or how.dtype
     if not layer.quant_type or how.device != "meta":
         shape = (k, n) if layer.transposed else (n, k)
@@ -275,6 +275,6 @@ def _seed(how: How) -> Tensor:
 
 
 def _tensor(how: How, *shape: int, dtype: torch.dtype | None = None, std: float = 1.0) -> Tensor:
-    """Random numbers of this deviation in a dtype, that of x where none is given; on the meta device a shape."""
+    """A random tensor with standard deviation `std`, in the dtype of x where none is given; no values on "meta"."""
     made = torch.empty(shape, dtype=dtype or how.dtype, device=how.device)
     return made if made.is_meta else made.normal_(std=std)

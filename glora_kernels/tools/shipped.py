@@ -1,7 +1,7 @@
-"""The calls that are compiled ahead of time: of the models that the package is measured with, and rarer ones.
+"""The calls whose kernels are compiled ahead of time: those of the models in `reference.cases`, and rarer ones.
 
-Each is planned as a real call is (`tools.planned`); the forms of kernels that they ask for are what the compiler is
-shown (`tools.aot`). There is no other list of forms.
+Each call is planned as a real one is (`tools.planned`), and `tools.aot` compiles the forms of kernels that the calls
+ask for. There is no other list of forms.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from glora_kernels.tools import planned
 from glora_kernels.tools.planned import How, Linear
 
 LAYERS = {f"{model} {name}": size for model, of in cases.MODELS.items() for name, size in cases.distinct(of).items()}
-"""N and K of the models' layers, of layers of one size the first."""
+"""N and K of the models' layers; of layers of one size only the first."""
 
 GROUPS = {
     f"{model} {'/'.join(names)}": (of[names[0]][1], tuple(of[name][0] for name in names))
     for model, of in cases.MODELS.items() for names in cases.SIBLINGS.values() if of.keys() >= set(names)
 }  # fmt: skip
-"""K, and N of each, of layers that take one x and are fused."""
+"""(K, the N of each) for layers that read one x and are fused."""
 
 ROWS = configs.classes(8192)
-"""The numbers of tokens that stand for all others."""
+"""Numbers of tokens, one for every class of M."""
 
 RANKS = (8, 16, 64)
 BF16 = torch.bfloat16
 
 
 class Asked(NamedTuple):
-    """A call in words, and the steps of its passes."""
+    """The description of a call, and the steps of its passes."""
 
     text: str
     steps: list[Any]
 
 
 def models(arch: str, dtype: torch.dtype) -> Iterator[Asked]:
-    """What the models' layers ask of a card: everything in bf16, a thin choice in other dtypes."""
+    """The calls of the models' layers: all of them in bf16, a few in other dtypes."""
     thin = dtype != BF16
     ranks, rows = ((16,), (1, 512, 4096)) if thin else (RANKS, ROWS)
     layers = {"LLaMA-3-8B q": LAYERS["LLaMA-3-8B q"], "ViT-B/16 fc1": LAYERS["ViT-B/16 fc1"]} if thin else LAYERS
@@ -69,7 +69,7 @@ def models(arch: str, dtype: torch.dtype) -> Iterator[Asked]:
 
 
 def others(arch: str, dtype: torch.dtype) -> Iterator[Asked]:
-    """What else people ask for, at a few sizes: other forms of adapters, of weights and of calls, and whole models."""
+    """Rarer calls at a few sizes: other forms of adapters, weights and calls, and operations over depth."""
     q = Linear(LORA, 4096, 4096, bias=True)
     variants = {
         "product variant": q._replace(config=PRODUCT),
@@ -129,7 +129,7 @@ def others(arch: str, dtype: torch.dtype) -> Iterator[Asked]:
 
 
 def _each(text: str, layer: Linear, rank: int, how: How) -> Iterator[Asked]:
-    """Both passes in training, and forward without gradients."""
+    """The calls of one layer: both passes in training, and forward without gradients."""
     layer = layer._replace(config=_ranked(layer.config, rank))
     text = f"{text} r={rank} M={how.m}"
     both = planned.linear(layer, how)

@@ -1,9 +1,7 @@
-"""What is measured on, and how long things take there, compared fairly.
+"""Fair comparisons of times on one machine.
 
-Every round times each contender once, so that a card that slows down slows all.
-
-A contender is a list of steps, one for each of several input sets that together exceed the L2 cache, so that no step
-finds its input there.
+Every round times each contender once, so that a card that slows down slows all of them. A contender is a list of steps,
+one for each of several input sets that together exceed the L2 cache, so that no step finds its input there.
 """
 
 from __future__ import annotations
@@ -21,21 +19,21 @@ from glora_kernels.runtime import environment
 
 Step = Callable[[], object]
 Timer = Callable[[Sequence[Sequence[Step]], int], list[list[float]]]
-"""(contenders, rounds) → milliseconds a step of each contender, by round."""
+"""(contenders, rounds) → for each contender, the milliseconds per step in each round."""
 
 _GRAPH_STEPS = 8
-"""The fewest steps in a graph, so that the start of its replay does not count."""
+"""The fewest steps in a graph, so that starting its replay takes a negligible share."""
 
 
 def ratio(times: Sequence[float], other: Sequence[float]) -> float:
-    """The median over the rounds of one's time over the other's."""
+    """The median over rounds of the ratio times / other."""
     return statistics.median(a / b for a, b in zip(times, other, strict=True))
 
 
 def graph_timer(contenders: Sequence[Sequence[Step]], rounds: int) -> list[list[float]]:
-    """On the current GPU, by replays of CUDA graphs: what the kernels take, without the host's time between them.
+    """Time on the current GPU by replaying CUDA graphs: the kernels alone, without the host's time between them.
 
-    A contender's steps must not allocate what is read later: a graph has memory of its own.
+    Steps must not allocate tensors that are read later, because a graph allocates from its own memory pool.
     """
     side = torch.cuda.Stream()
     graphs = []
@@ -56,12 +54,12 @@ def graph_timer(contenders: Sequence[Sequence[Step]], rounds: int) -> list[list[
 
 
 def event_timer(contenders: Sequence[Sequence[Step]], rounds: int) -> list[list[float]]:
-    """On the current GPU, step by step as a program runs them: where the card waits for the host, that counts."""
+    """Time on the current GPU, step by step; where the card waits for the host, the wait counts."""
     return _event_rounds([(functools.partial(_in_turn, steps), len(steps)) for steps in contenders], rounds)
 
 
 def clock_timer(contenders: Sequence[Sequence[Step]], rounds: int) -> list[list[float]]:
-    """On the CPU, by its clock."""
+    """Time on the CPU, by its clock."""
     times: list[list[float]] = [[] for _ in contenders]
     for i, counts in _turns(len(contenders), rounds, warm=1):
         begin = time.perf_counter()
@@ -77,7 +75,7 @@ def _in_turn(steps: Sequence[Step]) -> None:
 
 
 def _event_rounds(calls: Sequence[tuple[Callable[[], Any], int]], rounds: int) -> list[list[float]]:
-    """Milliseconds a step by CUDA events; the host never waits between the rounds, so that the card never does."""
+    """Milliseconds per step by CUDA events. The host does not wait between rounds, so that the card need not either."""
     events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
     for i, counts in _turns(len(calls), rounds, warm=2):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -94,7 +92,7 @@ def _event_rounds(calls: Sequence[tuple[Callable[[], Any], int]], rounds: int) -
 
 
 def _turns(count: int, rounds: int, warm: int) -> Iterator[tuple[int, bool]]:
-    """(contender, whether it counts): all of them in every round, another first in each; the first rounds warm up."""
+    """(contender, whether it counts): every round has all and begins with another; the first rounds only warm up."""
     for turn in range(-warm, rounds):
         for place in range(count):
             yield (turn + place) % count, turn >= 0
@@ -106,7 +104,7 @@ def _repeats(steps: Sequence[Step]) -> int:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is measured on, and by which clock."""
+    """The device that is measured on, and how its time is taken."""
 
     name: str
     arch: str
@@ -134,10 +132,10 @@ def this_gpu() -> Machine:
 
 
 def why(error: Exception, machine: Machine) -> str:
-    """One line on a launch that failed.
+    """One line that says why a launch failed.
 
     Raises:
-        RuntimeError: the device answers no more.
+        RuntimeError: the device no longer responds.
     """
     try:
         machine.synchronize()

@@ -1,4 +1,4 @@
-"""One pass of a layer on random tensors, planned under a choice as a real call is: what `tune` checks and times."""
+"""What `tune` checks and times: one pass of a layer on random tensors, planned under a choice as a real call is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from glora_kernels.quant import dequantize
 from glora_kernels.reference.tolerance import allowed_error, largest_error
 from glora_kernels.runtime import configs, environment, program, tables
 from glora_kernels.runtime.configs import Shape
-from glora_kernels.runtime.program import Operands
+from glora_kernels.runtime.program import PassInputs
 from glora_kernels.runtime.recording import Bound, Recording
 from glora_kernels.runtime.sizes import at
 from glora_kernels.runtime.tables import DEQUANTIZE, NAMED, SMALL_M, Table
@@ -34,7 +34,7 @@ FORMS = {
     "both, dropout": GLoRAConfig("lora", "lora", "none", "none", "none", 1, dropout=0.1),
     "scaled": GLoRAConfig("vector", "lora", "none", "none", "none", 1),
 }
-"""Layers, but for their rank."""
+"""The layers that choices are tried in, without their rank."""
 
 TRIED = {
     "fwd": ("lora", "full", "vectors", "product"), "dx": ("lora", "full", "vectors", "product"),
@@ -42,7 +42,7 @@ TRIED = {
     "dy": ("lora", "vectors", "product"), "x": ("lora", "full", "product"),
     "hadamard_grad": ("both", "both, dropout"), "small_m": ("lora",),
 }  # fmt: skip
-"""The layers that a kernel is tried in: in the first it is timed, in all it must compile, be right and no slower."""
+"""The `FORMS` that a kernel is tried in: it is timed in the first, and must compile, be right and no slower in all."""
 
 _BACKWARD = ("dx", "dy", "x", "hadamard_grad", "route dx", "route dx scaled")
 _OVER_CODES = (DEQUANTIZE, SMALL_M, "small_m")
@@ -51,18 +51,18 @@ _RESULTS = ("y", "h", "sigma", "u", "wc", "mask")
 
 
 def forms(what: str) -> tuple[str, ...]:
-    """Of `FORMS`, those that something is tried in."""
+    """The `FORMS` in which choices for a kernel or name are tried."""
     return TRIED.get(what, ("scaled" if what.endswith("scaled") else "lora",))
 
 
 def kernel_of(step: Any) -> str:
-    """What `tables.choose` calls the kernel of a launch of ours; "" of any other step."""
+    """The key in `configs.KERNELS` of the kernel of a `Launch`; "" for any other step."""
     return configs.key_of(getattr(getattr(step, "kernel", None), "__name__", ""))
 
 
 @dataclass
 class Trial:
-    """A pass under one choice, with its memory: its steps, those of them that are timed, and where its results lie."""
+    """A pass under one choice, bound to memory: its steps, those of them that are timed, its results and its memory."""
 
     choice: Any
     steps: list[Any]
@@ -71,17 +71,17 @@ class Trial:
     memory: list[Tensor]
 
     def run(self) -> None:
-        """What is timed."""
+        """Run the steps that are timed."""
         for step in self.timed:
             step.run()
 
     def run_all(self) -> None:
-        """The whole pass, after which what is timed reads numbers as in a real one."""
+        """Run the whole pass, so that the timed steps then read real values."""
         for step in self.steps:
             step.run()
 
     def results(self) -> dict[str, Tensor]:
-        """Run the whole pass once, over memory that is NaN where nothing belongs there yet."""
+        """Run the whole pass once, on memory filled with NaN, and return its results."""
         for room in self.memory:
             room.view(torch.uint8).fill_(0xFF)
         self.run_all()
@@ -89,7 +89,7 @@ class Trial:
 
 
 class Data:
-    """Random tensors of a layer of one of the `FORMS`, and memory for what is tried on them."""
+    """A layer of one of the `FORMS` with random tensors, and memory for the trials on it."""
 
     def __init__(
         self, what: str, form: str, shape: Shape, dtype: torch.dtype, device: str, arch: str, seed: int = 0
@@ -113,10 +113,10 @@ class Data:
             self._saved = [everything[i] for i in self.call.prepared.saved]
 
     def trial(self, choice: Any, table: Table | None = None) -> Trial:
-        """What is asked for under a choice, beside what a table has.
+        """The trial of a choice, with a table's choices for everything else.
 
         Raises:
-            ValueError: the kind of kernels that is chosen does not serve the call; the message says why.
+            ValueError: the chosen kind of kernels does not serve the call; the message says why.
         """
         routes = dict.fromkeys(_ROUTES, "library" if self.what == "added_terms" else "fused")
         few = {SMALL_M: "triton"} if self.what == "small_m" else {}
@@ -133,7 +133,7 @@ class Data:
     def _forward(self) -> AskedPass:
         call = self.call
         with_rows = frozenset(place for place in call.prepared.with_rows if place < len(call.row))
-        operands = Operands(tuple(call.row), with_rows, len(self.call.x), self.call.x.get_device())
+        operands = PassInputs(tuple(call.row), with_rows, len(self.call.x), self.call.x.get_device())
         return call.prepared.forward_pass(operands)
 
     def _backward(self) -> AskedPass:
@@ -146,7 +146,7 @@ class Data:
         return Trial(kind, [launch], [launch], {"dense": out}, [self._rooms["dense"]])
 
     def _bound(self, asked: AskedPass, choice: Any) -> Trial:
-        """A pass recorded as its program is, with memory of this set."""
+        """Record a pass as its program is recorded, and bind it to the memory of this object."""
         device, m = self.call.x.device, asked.operands.m
         programs = environment.multiprocessors(device.index or 0) if device.type == "cuda" else None
         recording, results = program.record(asked.function, asked.operands, asked.values, self.arch, programs)
@@ -166,7 +166,7 @@ class Data:
         return Trial(choice, steps, timed, outputs, [t for t in own if t is not None])
 
     def _memory(self, recording: Recording, asked: AskedPass) -> list[Any]:
-        """A tensor for every slot of a recording; trials of one set share theirs."""
+        """A tensor for every slot of a recording; the trials of one object share them."""
         key, m = bool(self._saved), asked.operands.m
         memory: list[Any] = list(asked.operands.tensors)
         for made in recording.made:
@@ -184,10 +184,10 @@ class Data:
         return held[:size]
 
     def wrong(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor] | None) -> str:
-        """Where results are none, and by how much; "" where they are right.
+        """Which result is wrong, and by how much; "" if all are right.
 
-        A dense weight is bit for bit the codec's, the forward of a few tokens no further from float64 than twice the
-        literal formula at its dtype; all else is compared with what the first choice gave.
+        A dequantized weight must be bit for bit that of `quant.dequantize`. A forward of a few tokens must meet
+        `tolerance.allowed_error`. All else is compared with the results of the first choice.
         """
         if self.what == DEQUANTIZE:
             dense = dequantize(self.call.weight, self.dtype).float()
@@ -211,7 +211,7 @@ class Data:
 
 
 def disagreement(ours: Mapping[str, Tensor], other: Mapping[str, Tensor], dtype: torch.dtype, slack: float) -> str:
-    """Which result differs by more than rounding in another order explains, and by how much; "" where none does.
+    """Which result differs by more than another order of summation explains, and by how much; "" if none does.
 
     The largest difference over the largest value, at most `slack` machine epsilons of the dtype.
     """
@@ -227,7 +227,7 @@ def disagreement(ours: Mapping[str, Tensor], other: Mapping[str, Tensor], dtype:
 
 
 def sets(what: str, shape: Shape, dtype: torch.dtype, l2_bytes: int, memory_bytes: int) -> int:
-    """How many sets are rotated: what is read of all together takes twice the L2, as far as memory goes."""
+    """The number of input sets to rotate: together they are read as twice the L2 cache, if memory allows."""
     m, n, k, _ = shape
     smallest, whole = m * min(n, k) * dtype.itemsize, 3 * (m * n + m * k + n * k) * dtype.itemsize
     if what in _OVER_CODES:

@@ -1,9 +1,9 @@
-"""Measures all there is to choose for somebody's own shapes, and writes it to a table (`runtime.tables`).
+"""Measures the choices for a user's own shapes, and writes the best to a table (`runtime.tables`).
 
-Configurations, routes, and where asked whose kernels serve a 4-bit weight: one row each, written as soon as it is
-measured, so that a run that was cut short goes on where it stopped. What fails or gives another result is discarded; a
-choice is adopted only where it is faster than the first by more than noise, and no slower in the forms of the kernel
-that other layers use.
+Configurations, routes, and on request the kernels of a 4-bit weight: each is a row, written as soon as it is measured,
+so that an interrupted run can be continued. A choice that fails or gives another result is discarded. A choice is
+adopted only if it is faster than the default by more than noise, and no slower in the forms of the kernel that other
+layers use.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from glora_kernels.tools.timing import Machine
 from glora_kernels.tools.trials import Data, forms, sets
 
 NOISE = 0.01
-"""A choice must be faster than the first by more than this share."""
+"""A choice must be faster than the baseline by more than this share."""
 
 ROUNDS = 25
 TOKENS: tuple[int, ...] = (1, 4, 8, 16, 32, 64)
-"""What a forward of a few tokens is measured at: a row serves half as many to twice as many."""
+"""The M at which a forward of a few tokens is measured; each row serves M/2 to 2·M (`tables.NEAR`)."""
 
 Task = tuple[str, Shape]
 
 
 class Failed(Exception):
-    """The first choice itself, or everything there is to choose from, could not be measured."""
+    """The baseline itself, or every choice, could not be measured."""
 
 
 @dataclass
 class Outcome:
-    """What became of a task at a shape: its row, whether it was measured now, and what was discarded and why."""
+    """The outcome of a task at a shape: its row, whether it was measured now, and why choices were discarded."""
 
     row: Row
     shape: Shape
@@ -58,7 +58,7 @@ class Outcome:
 
 @dataclass
 class Result:
-    """All outcomes, those of an earlier run among them, what failed, and what no time was left for."""
+    """All outcomes (also of earlier runs), the tasks that failed, and those for which no time was left."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -66,12 +66,12 @@ class Result:
 
 
 def tasks(shapes: Sequence[Shape], kernels: Iterable[str], routes: bool, four_bit: bool) -> list[Task]:
-    """What is to be measured: kernels and routes at each shape; and of each N, K and R what serves a 4-bit weight.
+    """The tasks: kernels and routes at each shape, and for each N, K and R the kernels of a 4-bit weight.
 
-    "small_m" is one of the latter.
+    Kernel "small_m" belongs to the latter.
 
     Raises:
-        ValueError: a kernel that is not tuned.
+        ValueError: a kernel is not tuned.
     """
     kernels = tuple(kernels)
     if unknown := [name for name in kernels if name not in configs.TUNED]:
@@ -86,7 +86,7 @@ def tasks(shapes: Sequence[Shape], kernels: Iterable[str], routes: bool, four_bi
 
 
 def tasks_of(call: Callable[[Tensor], Any], x: Tensor, arch: str, of: Sequence[Task]) -> list[Task]:
-    """What is chosen in a call, at the shapes that it is chosen at, of what stands in other tasks (`tasks`)."""
+    """The choices that a call makes, with their shapes, as tasks; only of the kinds that are in the tasks `of`."""
     kinds = {what for what, _ in of}
     decided = planned.of_module(call, x, arch).decided
     return list(dict.fromkeys((one.what, one.shape) for one in decided if one.what in kinds))
@@ -102,10 +102,10 @@ def run(
     minutes: float = float("inf"),
     show: bool = True,
 ) -> Result:
-    """Measure each task, and keep the table at `path`.
+    """Measure each task, and write the table to `path` after each.
 
     Raises:
-        ValueError: an unknown dtype, or a file at `path` that is no table of this device.
+        ValueError: the dtype is unknown, or the file at `path` is not a table of this device.
     """
     if dtype not in tables.DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(repr, tables.DTYPES))}; got {dtype!r}")
@@ -135,13 +135,13 @@ def run(
 
 
 def open_table(path: Path, machine: Machine, again: bool = False) -> Table:
-    """The table to go on with: the one in the file, or an empty one where there is none or it is of another Triton.
+    """The table to continue: the one in the file, or an empty one if there is none or another Triton made it.
 
-    What another version of Triton gave is kept beside the new table, and asked no more. With `again` a file that is
-    no table is overwritten.
+    A table of another Triton version is renamed to <name>.triton-<version>.json.old and no longer used. With `again` an
+    invalid file is overwritten.
 
     Raises:
-        ValueError: the file is no table, or that of another device.
+        ValueError: the file is not a valid table, or is the table of another device.
     """
     triton, today = environment.version("triton"), datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     empty = Table(machine.name, machine.arch, environment.version("torch"), triton, today)
@@ -166,7 +166,7 @@ def open_table(path: Path, machine: Machine, again: bool = False) -> Table:
 
 
 def describe(outcome: Outcome) -> str:
-    """One line: what, where, from how long to how long."""
+    """One line: task, shape, time before and after, choice."""
     row, (before, after) = outcome.row, outcome.row.times
     head = f"{row.what:<20} {_name(outcome.shape):<24} {row.dtype}"
     gain = f"{100 * outcome.gain:5.1f}% less" if outcome.gain > 0 else "stays"
@@ -174,15 +174,15 @@ def describe(outcome: Outcome) -> str:
 
 
 def text_of(choice: Any) -> str:
-    """A choice as it is printed."""
+    """A choice as text."""
     return choice if isinstance(choice, str) else " ".join(f"{name}={value}" for name, value in choice.items())
 
 
 def measure(what: str, shape: Shape, dtype: str, machine: Machine, table: Table) -> Outcome:
-    """The best choice at a shape beside what the table has.
+    """Find the best choice at a shape, with the table's choices for everything else.
 
     Raises:
-        Failed: the first configuration or one of the routes does, or everything.
+        Failed: the default configuration, one of the two routes, or every choice failed.
     """
     first, *others = options(what, machine.arch, tables.DTYPES[dtype], shape)
     attempt = Attempts(what, forms(what)[0], shape, dtype, machine, table)
@@ -213,7 +213,7 @@ def measure(what: str, shape: Shape, dtype: str, machine: Machine, table: Table)
 
 
 class Attempts:
-    """Choices tried on the same layers of one form. `expected`: what the first that worked gave."""
+    """Tries choices on the same layers of one form. `expected`: the results of the first choice that worked."""
 
     def __init__(self, what: str, form: str, shape: Shape, dtype: str, machine: Machine, table: Table) -> None:
         self.what, self.shape, self.dtype, self.machine, self.table = what, shape, dtype, machine, table
@@ -226,7 +226,7 @@ class Attempts:
         return Attempts(self.what, form, self.shape, self.dtype, self.machine, self.table)
 
     def fault(self, choice: Any) -> str:
-        """Why a choice is not to be taken: a compiler's refusal is an answer here; "" where it can be."""
+        """Why a choice cannot be used (an exception of the compiler counts as a reason), or ""."""
         if self.sets is None:
             return self.reason
         data = self.sets[0]
@@ -239,14 +239,14 @@ class Attempts:
         return reason
 
     def times(self, choices: Sequence[Any]) -> list[list[float]]:
-        """Milliseconds of each choice, by round."""
+        """The milliseconds of each choice in each round."""
         trials = [[data.trial(choice, self.table) for data in self.sets or ()] for choice in choices]
         for trial in (one for of_choice in trials for one in of_choice):
             trial.run_all()
         return self.machine.timer([[trial.run for trial in of_choice] for of_choice in trials], ROUNDS)
 
     def _tried(self, act: Callable[[], Any]) -> tuple[str, Any]:
-        """("", what it returns), or why it failed and None."""
+        """("", what `act` returns), or (why it failed, None)."""
         try:
             found = act()
             self.machine.synchronize()
@@ -256,7 +256,7 @@ class Attempts:
 
 
 def _in_other_forms(timed: Attempts, first: Any, choice: Any) -> str:
-    """Why a choice cannot serve the other forms: it fails, errs, or is slower there; "" where it can."""
+    """Why a choice cannot serve the kernel's other forms (it fails, gives wrong results or is slower there), or ""."""
     for form in forms(timed.what)[1:]:
         attempt = timed.in_form(form)
         if attempt.fault(first):  # where the default fails too, nothing is lost

@@ -20,7 +20,7 @@ class Host:
 
     def __init__(self, module) -> None:
         self.module = module
-        self.buffer = torch.zeros(cuda._BARRIER_FLOATS + cuda._SCRATCH_FLOATS)
+        self.buffer = torch.zeros(cuda._BARRIER_FLOATS + cuda.SCRATCH_FLOATS)
 
     def run(self, launch):
         args = cuda.addresses(launch.args)

@@ -250,7 +250,9 @@ ERRORS = {
         "adapters": [{}, PAIR | {"b_down": torch.zeros(2, 3)}]
     },
     "adapters[0]: dropout_p=0.5 needs a seed": {"adapters": [PAIR | {"dropout_p": 0.5}, {}]},
-    "adapters[1]: x and a must be on one device": {"adapters": [{}, {"a": torch.zeros(11, device="meta")}]},
+    "adapters[1]: a is on meta and x on cpu; a call is computed on one device": {
+        "adapters": [{}, {"a": torch.zeros(11, device="meta")}]
+    },
     "adapters[0]['a'] must be a tensor, got float": {"adapters": [{"a": 1.0}, {}]},
     "with one number of adapters in front; got {'a': 2, 'b': 3}": {
         "adapters": {"a": torch.zeros(2, 11), "b": torch.zeros(3, 11)}

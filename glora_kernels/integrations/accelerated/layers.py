@@ -1,8 +1,8 @@
 """PEFT's layers with a forward on our operators. State, parameters and names stay PEFT's.
 
-An accelerated layer is the same object: `accelerate` changes its class to one of these, a subclass of its own, and
-`decelerate` changes it back. Every call asks anew whether the operators can take it (adapters are switched, merged
-and disabled, hooks come and go); where not, PEFT's forward runs.
+An accelerated layer is the same object: `accelerate` changes its class to one of these, a subclass of the original one,
+and `decelerate` changes it back. Every call checks whether the operators can take it, because adapters are switched,
+merged and disabled, and hooks come and go; where they cannot, PEFT's forward runs.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ ARGUMENTS = "it is called with more than x"
 
 
 class Accelerated(bases.OverBase):
-    """The forward that every accelerated layer has."""
+    """The base class of accelerated layers, with their forward."""
 
     plain: ClassVar[Any]
-    _glora_fallbacks: dict[str, int]  # of the calls that PEFT's forward served, how many for which reason
+    _glora_fallbacks: dict[str, int]  # reason → number of calls in which PEFT's forward ran
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call = self.call(x, args, kwargs)
@@ -45,10 +45,10 @@ class Accelerated(bases.OverBase):
         return peft_linear(x, *call)
 
     def call(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: Any = None) -> tuple[Frozen, Operands] | str:
-        """What the operators are called with for this x, or why PEFT's forward runs instead.
+        """The arguments of `peft_linear` for this x, or the reason why PEFT's forward runs instead.
 
         Raises:
-            RuntimeError: weights without numbers (on the meta device) meet an x that has some.
+            RuntimeError: weights are on the meta device, without values, and x is not.
         """
         if args or kwargs:
             given = {name for name, value in kwargs.items() if value is not None}
@@ -57,17 +57,18 @@ class Accelerated(bases.OverBase):
         found = self.parts(x)
         if isinstance(found, str):
             if found != IDLE and not getattr(x, "is_meta", True) and (found == ON_META or self._is_unwritten()):
-                # On a CPU F.linear takes a meta weight without a word, and returns memory that nobody wrote.
+                # On a CPU F.linear accepts a meta weight silently, and returns uninitialised memory.
                 raise RuntimeError(f"a {type(self).__name__} cannot run: {ON_META}, x is on {x.device}")
             return found
         if found[1].dropout_p and bases.IN_A_TRAINED_UNIT in self._glora_kept:
-            # With gradients PEFT's path runs, and its mask. A reentrant checkpoint must meet the same one both times:
-            # first without gradients, then with them, and by then FSDP may have put the parameter itself back.
+            # With gradients enabled PEFT's path runs, with its own dropout mask. A reentrant checkpoint runs forward
+            # first without gradients and then with them, and needs the same mask both times: use PEFT's path for both.
+            # The flag is kept, because in between FSDP may have put the parameter back in place of the view.
             return bases.TRAINED_BASE
         return bases.refusal_of_x(x, *found) or found
 
     def _is_unwritten(self) -> bool:
-        """Whether an active adapter is on the meta device, and not because accelerate fetches it for each call."""
+        """Whether an active adapter is on the meta device, other than by accelerate's offloading hooks."""
         if any("_hf_hook" in vars(module) for module in self.modules()):
             return False
         containers = [getattr(self, name) for name in self.adapter_layer_names]
@@ -76,12 +77,12 @@ class Accelerated(bases.OverBase):
         return any(tensor.is_meta for tensor in tensors)
 
     def accelerated(self) -> None:
-        """Called once the layer has this class."""
-        self.__dict__.pop("forward", None)  # its former class's own, which accelerate's hooks leave behind
+        """Set up the layer after its class was changed to this one."""
+        self.__dict__.pop("forward", None)  # that of the former class, which accelerate's hooks leave behind
         self._glora_kept, self._glora_fallbacks = bases.read_base(self.base_layer), {}
 
     def decelerated(self) -> None:
-        """Called before the layer gets its own class back."""
+        """Clean up the layer before its class is changed back."""
         self.__dict__.pop("forward", None)
         del self._glora_kept, self._glora_fallbacks
 
@@ -90,9 +91,9 @@ class Accelerated(bases.OverBase):
 
 
 class Scales(dict[str, float]):
-    """PEFT's `scaling`, each number also as a tensor.
+    """PEFT's `scaling`, with each number also as a tensor.
 
-    torch.compile takes a number in a module for a constant, and would compile again for each value of alpha.
+    torch.compile treats a number in a module as a constant, and would compile again for each new scale.
     """
 
     def __init__(self, values: dict[str, float], tensors: dict[str, Tensor]) -> None:
@@ -129,13 +130,13 @@ class Scales(dict[str, float]):
 
 
 def _scale_tensor(scale: float, device: torch.device) -> Tensor:
-    """Not 0-d: that is a Python number to torch.compile, which then traces everything twice."""
-    with torch.inference_mode(False):  # it is written to when the scale changes, in whatever mode
+    """The scale as a 1-d tensor: torch.compile treats a 0-d one as a Python number, and traces everything twice."""
+    with torch.inference_mode(False):  # it is overwritten when the scale changes, in any mode
         return torch.tensor([scale], dtype=torch.float64, device=device)
 
 
 def dropout_of(dropout: nn.Module) -> float | str:
-    """p of PEFT's dropout module as it stands, 0 outside training; or why it cannot be taken."""
+    """The present p of PEFT's dropout module, 0 outside training; or the reason why it cannot be taken."""
     if not is_plain(dropout):
         return HOOKED
     if type(dropout) is nn.Identity:
@@ -146,7 +147,7 @@ def dropout_of(dropout: nn.Module) -> float | str:
 
 
 class LoraOperands(Accelerated):
-    """LoRA: B=lora, and its bias, where it has one, as E."""
+    """LoRA: B=lora; if it has a bias, that is E."""
 
     scaling: dict[str, float]
 
@@ -162,7 +163,7 @@ class LoraOperands(Accelerated):
         del self._glora_scales
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "scaling" and type(value) is not Scales:  # rescale_adapter_scale of PEFT puts its own dict there
+        if name == "scaling" and type(value) is not Scales:  # PEFT's rescale_adapter_scale assigns its own dict
             value = Scales(value, self._glora_scales)
         super().__setattr__(name, value)
 
@@ -174,13 +175,13 @@ class LoraOperands(Accelerated):
     def _place_scales(self) -> None:
         for name, scale in self._glora_scales.items():
             if isinstance(self.scaling.get(name), Tensor) or name not in self.lora_B:
-                continue  # a tensor is PEFT's own, which hot swapping writes to
+                continue  # PEFT's own tensor, which hot swapping writes to
             device = self.lora_B[name].weight.device
             if scale.device != device and device.type != "meta":  # FSDP2 loads through meta, and moves nothing after
                 self._glora_scales[name] = _scale_tensor(self.scaling[name], device)
 
     def operands(self, name: str) -> Operands | str | None:
-        # Not self.lora_A[name]: nn.Module.__getattr__ costs more than all that is looked at here.
+        # Not self.lora_A[name]: nn.Module.__getattr__ costs more than all of this method.
         downs, ups, dropouts = (self._modules[part]._modules for part in ("lora_A", "lora_B", "lora_dropout"))
         if name not in downs:
             return None
@@ -208,10 +209,10 @@ class LoraOperands(Accelerated):
 
 
 class HiraOperands(Accelerated):
-    """HiRA: W∘(up·down) is A=lora alone."""
+    """HiRA, W + W∘(up·down): A=lora alone."""
 
     def call(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: Any = None) -> tuple[Frozen, Operands] | str:
-        """As of every layer. PEFT multiplies by W∘(up·down) in the dtype of the adapter, where that is a wider one."""
+        """As in `Accelerated`, but PEFT's forward runs where the adapter is wider: it multiplies in that dtype."""
         found = super().call(x, args, kwargs)
         return bases.NARROW if not isinstance(found, str) and bases.is_wider(x, *found) else found
 
@@ -284,8 +285,8 @@ if is_bnb_4bit_available():
 
     _KINDS += [LoraLinear4bit, HiraLinear4bit]
 
-for _kind in _KINDS:  # what is printed, and looked up by name, stays as it was
+for _kind in _KINDS:  # printing, and looking classes up by name, work as before
     _kind.__qualname__, _kind.__name__ = _kind.__name__, _kind.plain.__name__
 
 KINDS: dict[type, Any] = {kind.plain: kind for kind in _KINDS}
-"""PEFT's classes, each with its accelerated one."""
+"""PEFT's class → the accelerated class."""

@@ -1,4 +1,4 @@
-"""`accelerate` and `decelerate`: a model's PEFT layers onto our operators and back; the summary of what runs where."""
+"""Moving a model's PEFT layers onto our operators (`accelerate`) and back (`decelerate`); a report on both."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ ON_OURS = "glora_kernels"
 
 @dataclass(frozen=True, repr=False)
 class AccelerationReport:
-    """How many layers of a model run where, and why; print it for a table.
+    """How many PEFT layers of a model run on our operators, and why the others do not; print it for a table.
 
     Attributes:
         accelerated: the number of layers on our operators, by kind of layer ("lora.Linear").
         kept: the number of layers on PEFT's path, by (kind, reason).
-        fallbacks: of the layers on our operators, the number of calls that PEFT's forward served all the same, by
-            (path of the layer, reason); since `accelerate`, or the last `acceleration(model, reset=True)`. What runs
-            inside a graph of torch.compile is not counted, and a copy of a model starts at none.
+        fallbacks: for layers on our operators, the number of calls in which PEFT's forward ran nevertheless, by (path
+            of the layer, reason), since `accelerate` or the last `acceleration(model, reset=True)`. Calls inside a
+            graph of torch.compile are not counted, and a copy of a model starts at zero.
     """
 
     accelerated: dict[str, int]
@@ -58,29 +58,29 @@ class AccelerationReport:
 def accelerate(model: M, *, verbose: bool = True) -> M:
     """Move the PEFT layers of a model onto our operators, in place; nothing else changes.
 
-    Adapters stay PEFT's own Parameters under their own names, so optimizers, checkpoints, `save_pretrained` and DDP
-    do not notice; adapters can be added, switched, disabled, merged and deleted as before. Each LoRA layer over an
-    `nn.Linear`, a `Conv1D` or a bitsandbytes `Linear4bit`, each GLoRA layer and each HiRA layer changes its class to
-    a subclass of itself whose forward calls `ops.glora_linear`, wherever that can take the call; else PEFT's own runs.
-    So it does for a layer whose weight a module around it reads without calling it: PEFT leaves its adapter without
-    effect there, without a word, and the summary says so.
+    Adapters stay PEFT's Parameters under the same names, so optimizers, checkpoints, `save_pretrained` and DDP work as
+    before; adapters can be added, switched, disabled, merged and deleted. Each LoRA layer over an `nn.Linear`, a
+    `Conv1D` or a bitsandbytes `Linear4bit`, each GLoRA layer and each HiRA layer changes its class to a subclass, whose
+    forward calls `ops.glora_linear` where that supports the call, and else PEFT's forward. A layer whose weight other
+    code reads without calling the layer is left as it is: its adapter has no effect there, which PEFT does not report,
+    but the summary does.
 
-    On an accelerated model it takes the layers that were added since; where there are none it changes nothing.
+    On an accelerated model it adds the layers that are new since; where there are none, nothing changes.
 
-    Dropout draws its mask from another stream than PEFT's: equal in distribution, not element by element. Two things
+    Dropout masks come from another random stream than PEFT's: equal in distribution, not element by element. Two things
     that PEFT's layers allow are errors: a second derivative (`create_graph=True`), and overwriting in place the output
     of a GLoRA layer whose vector or constant A is trained.
 
     Args:
-        model: a `PeftModel`, or any module with PEFT layers inside, also inside DDP, or torch.compile's wrapper.
-        verbose: print the summary (`acceleration`) on the first process.
+        model: a `PeftModel`, or any module with PEFT layers, also inside DDP or torch.compile's wrapper.
+        verbose: print the summary (`acceleration`), on the first process only.
 
     Returns:
         The model itself.
 
     Raises:
         TypeError: `model` is no module.
-        ImportError: PEFT is missing, or older than the oldest release that is known.
+        ImportError: PEFT is missing, or older than the oldest supported release.
         ValueError: the model has no PEFT layers, or none that can be accelerated.
     """
     layers = _tuner_layers(model)
@@ -112,16 +112,16 @@ def accelerate(model: M, *, verbose: bool = True) -> M:
 
 
 def decelerate(model: M) -> M:
-    """Give the layers of an accelerated model PEFT's own forward back, in place; parameters stay as they are.
+    """Give the layers of an accelerated model their PEFT classes back, in place; parameters stay as they are.
 
-    On a model without accelerated layers it changes nothing, and says so.
+    On a model without accelerated layers it changes nothing, and prints that.
 
     Returns:
         The model itself.
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: it has no PEFT layers, or a layer's class or forward was changed since; nothing is changed.
+        ValueError: it has no PEFT layers, or a layer's class or forward was changed since. The model is unchanged.
     """
     found = _tuner_layers(model).values()
     if not found:
@@ -158,14 +158,14 @@ def _put_back(layer: Any, kind: type, attributes: dict[str, Any]) -> None:
 
 
 def acceleration(model: nn.Module, *, reset: bool = False) -> AccelerationReport:
-    """How many PEFT layers of a model run on our operators, and why the others do not, as the model stands now.
+    """Report how many PEFT layers of a model run on our operators at present, and why the others do not.
 
-    A disabled or merged layer counts as the layer it is once that is over. What a call adds (an x in another dtype, a
-    batch of several adapters) sends single calls to PEFT's forward: `fallbacks` of the report counts those.
+    A disabled or merged layer counts as if it were enabled and unmerged. Single calls that run PEFT's forward because
+    of their arguments (an x in another dtype, a batch of several adapters) are counted in `fallbacks`.
 
     Args:
         model: a model with PEFT layers.
-        reset: whether to count single calls anew from here on.
+        reset: whether to set the counts of single calls to zero after the report.
     """
     layers, kinds = _tuner_layers(model), _kinds()
     left = any(_refusal(layer, kinds) is None for layer in layers.values())
@@ -192,7 +192,7 @@ def acceleration(model: nn.Module, *, reset: bool = False) -> AccelerationReport
 
 
 def _fallback(layer: Any, is_gathered: bool) -> str | None:
-    """Why PEFT's forward serves an accelerated layer, or None; `is_gathered`: inside a forward, its weight is whole."""
+    """Why an accelerated layer runs PEFT's forward, or None. is_gathered: FSDP2 gathers its weight for a forward."""
     if has_other_forward(layer):
         return OWN_FORWARD
     parts = layer.active_parts()
@@ -202,7 +202,7 @@ def _fallback(layer: Any, is_gathered: bool) -> str | None:
 
 
 def _kinds() -> dict[type, Any]:
-    """PEFT's classes, each with its accelerated one; after `_tuner_layers`, which asks for the release of PEFT."""
+    """PEFT's class → the accelerated class. Call `_tuner_layers` first: it checks PEFT's release."""
     from glora_kernels.integrations.accelerated.layers import KINDS
 
     return KINDS
@@ -217,7 +217,7 @@ def _tuner_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _sharded_units(model: nn.Module) -> tuple[str, ...]:
-    """How the paths begin of what FSDP2 shards, and gathers before each forward."""
+    """The path prefixes of the modules that FSDP2 shards, and gathers before each forward."""
     if not torch.distributed.is_available():
         return ()
     from torch.distributed.fsdp import FSDPModule
@@ -227,7 +227,7 @@ def _sharded_units(model: nn.Module) -> tuple[str, ...]:
 
 
 def _refusal(layer: Any, kinds: dict[type, Any]) -> str | None:
-    """Why the class of a layer cannot be changed; None where it can."""
+    """The reason why the class of a layer cannot be changed, or None."""
     if type(layer) in kinds:
         return OWN_FORWARD if has_other_forward(layer) else None
     if _is_accelerated(layer):
@@ -238,8 +238,8 @@ def _refusal(layer: Any, kinds: dict[type, Any]) -> str | None:
 
 
 def _read(model: nn.Module, layers: Collection[Any]) -> dict[Any, str]:
-    """The layers whose base a module around them reads, and where it does."""
-    found = reads(unwrap(model), set(layers))  # a wrapper reads weights to send them, not to compute
+    """The layers whose base is read by the code of a module around them, and where."""
+    found = reads(unwrap(model), set(layers))  # unwrapped: a wrapper reads weights to communicate, not to compute
     bases = ((layer, found.get(layer) or found.get(layer.get_base_layer())) for layer in layers)
     return {layer: f"{read}, and misses its adapter there" for layer, read in bases if read}
 
@@ -249,12 +249,12 @@ def _is_accelerated(layer: Any) -> bool:
 
 
 def _is_ours(layer: Any) -> bool:
-    """Whether a layer belongs to a method of `glora_kernels.integrations.peft`, which has no other path."""
+    """Whether a layer belongs to a method of `glora_kernels.integrations.peft`, which always runs on our operators."""
     return not _is_accelerated(layer) and type(layer).__module__.startswith("glora_kernels.")
 
 
 def _kind(layer: Any) -> str:
-    """The layer as PEFT prints it: "lora.Linear", with the name of its tuner before that of its class."""
+    """The kind of a layer as PEFT prints it, tuner and class: "lora.Linear"."""
     kind = layer.plain if _is_accelerated(layer) else type(layer)
     parts = kind.__module__.split(".")
     tuner = parts[parts.index("tuners") + 1] if "tuners" in parts[:-1] else parts[0]

@@ -3,8 +3,8 @@
     from glora_kernels.integrations.peft import GLoRAPeftConfig
     model = peft.get_peft_model(model, GLoRAPeftConfig(r=8, target_modules="all-linear"))
 
-From then on they work as any method of PEFT: save_pretrained, PeftModel.from_pretrained, merge_and_unload,
-add_adapter, set_adapter, disable_adapter. To load such an adapter, import this first.
+They work like any method of PEFT: save_pretrained, PeftModel.from_pretrained, merge_and_unload, add_adapter,
+set_adapter, disable_adapter. Import this before loading such an adapter.
 """
 
 from glora_kernels.integrations.release import need_peft

@@ -13,19 +13,19 @@ from glora_kernels.spec import GLoRAConfig
 
 
 class Adapter(nn.Module):
-    """The supports of one adapter on a layer (N, K). Some of them may be another layer's, which then is their owner.
+    """The supports of one adapter on a layer (N, K). A shared one may belong to another layer's adapter, its owner.
 
-    A shared factor is a parameter of its owner alone, and is asked from it at every call. Whatever makes new parameters
-    of old ones (a cast, a move from the meta device, loading with assign=True) then changes it for every layer, and
-    it is counted, saved and loaded once.
+    A shared factor is a parameter of its owner alone, and looked up there at every call. So when PyTorch replaces the
+    parameter (a cast, a move from the meta device, loading with assign=True), all layers see the new one, and it is
+    counted, saved and loaded once.
 
     Attributes:
-        scaling: what everything that the adapter changes is multiplied by, 1 as it was trained; not saved.
+        scaling: a factor on the adapter's whole change, 1 as it was trained; not saved.
 
     Args:
         shapes: of the parameters, by name (`GLoRAConfig.parameter_shapes`).
-        dtype: of the parameters, but for those in `dtypes`.
-        owners: for each shared factor that is another layer's, that layer's adapter.
+        dtype: of the parameters that are not in `dtypes`.
+        owners: the owner of each factor that belongs to another layer's adapter, by name.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.config = config
         self.scaling = 1.0
-        self._owners = dict(owners or {})  # a dict, so that they are no modules of this one
+        self._owners = dict(owners or {})  # in a dict, so that they are not submodules
         self._names = tuple(shapes)
         for name, shape in shapes.items():
             if name not in self._owners:
@@ -49,14 +49,14 @@ class Adapter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Make the adapter change nothing; factors that are another layer's stay as they are."""
+        """Make the adapter change nothing; factors of other owners stay as they are."""
         initialize(dict(self.named_parameters()), self.config.init)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every support by name, also those of other layers, times `scaling`.
+        """Every support by name, also those of other owners, with `scaling` applied.
 
         Raises:
-            RuntimeError: they are on the meta device.
+            RuntimeError: a support is on the meta device.
         """
         found = {name: getattr(self._owners.get(name, self), name) for name in self._names}
         if any(tensor.is_meta for tensor in found.values()):
@@ -64,16 +64,16 @@ class Adapter(nn.Module):
                 "this adapter is on the meta device, without values: load them (PeftModel.load_adapter, or "
                 "load_state_dict with assign=True)"
             )
-        if self.scaling != 1.0:  # a product of two factors has it once
+        if self.scaling != 1.0:  # in a product of two factors on one only
             return {name: t if name.endswith("_down") else t * self.scaling for name, t in found.items()}
         return found
 
     def operands(self) -> Operands:
-        """As the operators take them; the errors of `tensors`."""
+        """The adapter in the form that `peft_linear` takes; the errors of `tensors`."""
         return Operands.of(self.config, self.tensors(), self.training)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *found: Any) -> None:
-        # PEFT loads with strict=False: an adapter of another configuration would be loaded in part.
+        # PEFT loads with strict=False, so an adapter of another configuration would be loaded in part.
         given = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
         if given and given != set(self._parameters):
             found[-1].append(

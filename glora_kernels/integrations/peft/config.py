@@ -24,7 +24,7 @@ from glora_kernels.spec import (
 )
 
 FORMAT = 1
-"""The format of what is saved; a file of a higher one is refused."""
+"""The version of the saved configuration's format; a file with a higher one is refused."""
 SETTINGS = tuple("r" if field.name == "rank" else field.name for field in fields(GLoRAConfig))
 """The fields of `GLoRAPeftConfig` that `patterns` can set for some of the layers."""
 
@@ -35,27 +35,26 @@ _INSTEAD = {
     "use_rslora": "alpha=a*sqrt(r) for its scale of a/sqrt(r)", "lora_bias": "E='vector'",
     "config_A_B": "A and B", "config_C": "C", "config_D_E": "D and E",
 }  # fmt: skip
-"""What stands for a field of PEFT's `LoraConfig` or `GloraConfig`."""
+"""Field of PEFT's `LoraConfig` or `GloraConfig` → what to use here instead."""
 
 
 @dataclass
 class AdapterConfig(PeftConfig):
-    """What both methods share: which modules are adapted, trained and saved.
+    """The fields that both methods have: which modules are adapted, trained and saved.
 
     Args:
         target_modules: names of the modules to adapt (a path, or the end of one), a regular expression of whole
             paths, or "all-linear".
-        exclude_modules: of those, the ones to leave out; names, or a regular expression.
-        layers_to_transform: the numbers of the layers to adapt, or one number; None: all. Not with target_modules as a
-            str.
-        layers_pattern: the name of the list that they are numbered in ("layers", "h"), or several; None: any.
-        modules_to_save: other modules that are trained as a whole and saved with the adapter.
+        exclude_modules: modules among these to leave out: names, or a regular expression.
+        layers_to_transform: the number of the layer to adapt, or several; None: all. Not with target_modules as a str.
+        layers_pattern: the name of the list in which layers are numbered ("layers", "h"), or several; None: any.
+        modules_to_save: other modules that are trained whole and saved with the adapter.
         bias: which biases of the base are trained: "none", "all", or those of the adapted layers
             ("gkglora_only", "gksharelora_only").
         format: of the file; not to be set.
 
     Raises:
-        TypeError: a field that there is not, as a file of a newer version may have.
+        TypeError: an unknown field, as a file of a newer version may have.
         ValueError: a value outside the accepted ones, or a file of a newer format.
     """
 
@@ -68,7 +67,7 @@ class AdapterConfig(PeftConfig):
     format: int = FORMAT
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        # PEFT drops the fields that it does not know from a file, with a warning; the numbers would change with them.
+        # PEFT only warns and drops unknown fields of a file, and the model would compute something else.
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(kwargs) - known):
             hints = "".join(f"; for {name} use {_INSTEAD[name]}" for name in unknown if name in _INSTEAD)
@@ -109,12 +108,12 @@ class AdapterConfig(PeftConfig):
             self.layers_to_transform = numbers
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT saves it, without what an earlier version does not know, where that is not set."""
+        """The configuration as PEFT saves it; fields that earlier versions do not know are left out unless set."""
         values: dict[str, Any] = super().to_dict()
         return {name: value for name, value in values.items() if value is not None or name not in _LATER}
 
     def _named(self, method: str) -> None:
-        """Set the type of the method, and check what depends on it."""
+        """Set `peft_type`, and check `bias`, whose values depend on the method."""
         self.peft_type = peft_type(method)
         accepted = ("none", "all", f"{method.lower()}_only")
         if self.bias not in accepted:
@@ -168,10 +167,10 @@ class GLoRAPeftConfig(AdapterConfig):
                 raise ValueError(f"patterns[{pattern!r}]: {error}") from error
 
     def layer_configs(self, paths: Collection[str]) -> dict[str, GLoRAConfig]:
-        """What the layers at these module paths get, which are all that are adapted.
+        """The configuration of each of these paths, which must be those of all adapted layers.
 
         Raises:
-            ValueError: a pattern that matches none of them, or only such as others before it match.
+            ValueError: a pattern that matches none of them, or only paths that earlier patterns match.
         """
         patterns = self.patterns or {}
         try:
@@ -186,12 +185,12 @@ class GLoRAPeftConfig(AdapterConfig):
     def layer_config(self, settings: Mapping[str, Any] = MappingProxyType({})) -> GLoRAConfig:
         """The configuration of one layer, with the settings of the pattern that it matches."""
         values = {name: settings.get(name, getattr(self, name)) for name in SETTINGS}
-        if values["B"] != "lora" and "B" in settings:  # what the others say of a low-rank B is not for these
+        if values["B"] != "lora" and "B" in settings:  # the general alpha and dropout are for a low-rank B only
             values |= {name: settings.get(name, default) for name, default in (("alpha", None), ("dropout", 0.0))}
         return GLoRAConfig(rank=values.pop("r"), **values)
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT saves it. The patterns as pairs, since PEFT sorts the keys of a mapping and their order counts."""
+        """The configuration as PEFT saves it. Patterns become pairs: PEFT sorts a mapping's keys, but order matters."""
         values = super().to_dict()
         if self.patterns is not None:
             values["patterns"] = [[pattern, dict(settings)] for pattern, settings in self.patterns.items()]
@@ -206,10 +205,10 @@ class ShareLoRAPeftConfig(AdapterConfig):
         r: the rank R; an integer ≥ 1.
         alpha: s = alpha/r; None means s = 1.
         dropout: probability of dropping an element of x in the low-rank path.
-        share: "A" (one `B_down` a type), "B" (one `B_up`), "AB" (both) or "none".
+        share: "A" (one `B_down` for each type), "B" (one `B_up`), "AB" (both) or "none".
         projections: patterns of the layers that share; the others are plain LoRA. None: all.
         tie_siblings: one `B_down` for the projections that read the same input (q, k and v; gate and up). Not with
-            dropout, since each layer draws a mask of its own here; `inject` gives siblings one mask.
+            dropout, because under PEFT each layer draws its own mask; `inject` gives siblings one mask.
         A, C, D, E: the forms of the other supports, each layer's own.
 
     The other arguments are those of `AdapterConfig` and `peft.PeftConfig`.
@@ -241,12 +240,12 @@ class ShareLoRAPeftConfig(AdapterConfig):
             )
 
     def share_config(self) -> ShareLoRAConfig:
-        """The configuration without what is PEFT's."""
+        """The configuration without PEFT's own fields."""
         names = [field.name for field in fields(ShareLoRAConfig) if field.name != "rank"]
         return ShareLoRAConfig(rank=self.r, **{name: getattr(self, name) for name in names})
 
     def layer_configs(self, paths: Collection[str]) -> dict[str, GLoRAConfig]:
-        """What the layers at these module paths get; the same for all."""
+        """The configuration of each of these paths; the same for all."""
         return dict.fromkeys(paths, self.share_config().layer_config())
 
 

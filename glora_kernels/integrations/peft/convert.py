@@ -1,10 +1,10 @@
-"""Checkpoints of PEFT's GLoRA into ours and back: the same numbers under other names.
+"""Converting checkpoints of PEFT's GLoRA into ours and back: the same numbers under other names.
 
     PEFT's   glora_A.Xd (N,R)  glora_A.Xu (R,K)  glora_A.X (N,1) or (1,)  glora_C.Xd (K,R)  glora_C.X (K,1)  ...
     ours     A_up              A_down            A (N,)   or (1,)         C_up              C (K,)           ...
 
-PEFT's has one form for A and B, one for D and E, no alpha, and neither C, D nor E on a layer without a bias; what it
-has not it stores as zeros ("glora_D.zeros").
+PEFT's GLoRA has one form for A and B, one for D and E, no alpha, and no C, D or E on a layer without a bias; absent
+supports are stored as zeros ("glora_D.zeros").
 """
 
 from __future__ import annotations
@@ -32,33 +32,33 @@ _THEIRS = re.compile(r"(?P<path>.+)\.glora_(?P<name>[A-E]\.(?:Xd|Xu|X|zeros))")
 _OURS = re.compile(r"(?P<path>.+)\.gkglora_adapter\.(?P<name>[A-E](?:_up|_down)?)")
 _PARTS = {"Xd": "_up", "Xu": "_down", "X": ""}
 _FORMS = {"A": "config_A_B", "B": "config_A_B", "C": "config_C", "D": "config_D_E", "E": "config_D_E"}
-"""The field of PEFT's configuration with the form of each support."""
+"""Support → the field of PEFT's configuration that has its form."""
 _COMMON = (
     "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "r",
     "target_modules", "modules_to_save",
 )  # fmt: skip
-_N, _K = -1, -2  # sizes that are looked for
+_N, _K = -1, -2  # placeholders for unknown sizes
 
 
 def convert_checkpoint(source_dir: str | Path, target_dir: str | Path, *, every_layer_has_bias: bool = False) -> None:
-    """Write a checkpoint of PEFT's GLoRA as one of ours ("GKGLORA"), or one of ours as one of PEFT's.
+    """Convert a checkpoint of PEFT's GLoRA to one of ours ("GKGLORA"), or the reverse.
 
-    The direction is that of the source's `peft_type`. A model with the one computes what it computes with the other.
-    Towards PEFT that needs A and B in one form, D and E in one form, no patterns, no scale, no dropout, the elementwise
-    variant, and neither C, D nor E on layers without a bias. Whatever else is in the checkpoint (`modules_to_save`,
-    trained biases) goes along.
+    The `peft_type` of the source decides the direction. Both checkpoints make a model compute the same. PEFT's form
+    can only express: A and B in one form, D and E in one form, no patterns, no scale, no dropout, the elementwise
+    variant, and no C, D or E on layers without a bias. Other tensors of the checkpoint (`modules_to_save`, trained
+    biases) are copied.
 
     Args:
         source_dir: a folder with adapter_config.json and adapter_model.safetensors.
-        target_dir: the folder to write; it must not exist. Written whole, or not at all.
-        every_layer_has_bias: towards PEFT, a promise that is only asked for C without D, where the checkpoint does not
-            say whether the layers have biases.
+        target_dir: the folder to write; it must not exist. It is written completely or not at all.
+        every_layer_has_bias: True confirms that all layers have a bias. Needed only towards PEFT for C without D,
+            where the checkpoint does not show it.
 
     Raises:
         FileNotFoundError: the source lacks one of the two files.
         FileExistsError: the target exists.
-        ValueError: a file that cannot be read, holds NaN or inf, or parameters that are not those of its configuration;
-            a source of another method, of a newer format, or what the other form cannot express, and why.
+        ValueError: a file that cannot be read, or holds NaN, inf, or parameters that do not fit its configuration; a
+            source of another method or a newer format, or one that the other form cannot express.
     """
     source, target = Path(source_dir), Path(target_dir)
     if target.exists():
@@ -78,21 +78,21 @@ def convert_checkpoint(source_dir: str | Path, target_dir: str | Path, *, every_
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}-{uuid4().hex}")
-    beside.mkdir()
+    temporary = target.with_name(f".{target.name}-{uuid4().hex}")
+    temporary.mkdir()
     try:
-        (beside / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))
-        save_file(tensors, beside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        beside.rename(target)
+        (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))
+        save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        temporary.rename(target)
     except BaseException:
-        shutil.rmtree(beside)
+        shutil.rmtree(temporary)
         raise
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
-    except (RecursionError, ValueError) as error:  # what is no JSON or no UTF-8 is a ValueError
+    except (RecursionError, ValueError) as error:  # ValueError: no JSON, or no UTF-8
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object with the fields of a configuration, got {config!r:.60}")
@@ -118,7 +118,7 @@ def _from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
         raise ValueError(f"{CONFIG_NAME} has no {', '.join(absent)}")
     layers, rest = _split(tensors, _THEIRS)
     forms = {letter: config[field] for letter, field in _FORMS.items()}
-    bare = []  # layers without a bias, on which PEFT drops what ours would keep
+    bare = []  # layers without a bias: PEFT drops their C, D and E
     for path, stored in layers.items():
         missing = {letter for letter in SUPPORTS if forms[letter] != "none" and f"{letter}.zeros" in stored}
         if missing - set("CDE"):
@@ -130,7 +130,7 @@ def _from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tupl
     none = dict.fromkeys("CDE", "none")
     patterns: dict[str, dict[str, str]] = {}
     if len(bare) < len(layers):
-        # "fc" matches the last name of "block.fc" as well, which therefore comes first.
+        # Longer paths first, since a pattern "fc" would also match "block.fc".
         for path in sorted(layers, key=lambda path: -path.count(".")):
             module = _module(path)
             if path in bare:
@@ -223,7 +223,7 @@ def _our_tensors(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _their_tensors(config: GLoRAConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One layer's parameters under PEFT's names, and its zeros where their size is known from the others."""
+    """One layer's parameters under PEFT's names, and zeros for absent supports where their size is known."""
     names = {f"{letter}{ending}": f"{letter}.{kind}" for letter in SUPPORTS for kind, ending in _PARTS.items()}
     columns = {letter for letter in "ABC" if getattr(config, letter) == "vector"}
     theirs = {names[name]: tensor[:, None] if name in columns else tensor for name, tensor in ours.items()}
@@ -237,14 +237,14 @@ def _their_tensors(config: GLoRAConfig, ours: Mapping[str, Tensor]) -> dict[str,
 
 
 def _sizes(config: GLoRAConfig, ours: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
-    """(N, K) of a layer, each where a parameter has it."""
+    """(N, K) of a layer, read from its parameters; None for a size that no parameter has."""
     shapes = config.parameter_shapes(_K, _N)
     found = {size: t.shape[i] for name, t in ours.items() for i, size in enumerate(shapes.get(name, ())) if i < t.ndim}
     return found.get(_N), found.get(_K)
 
 
 def _check_shapes(config: GLoRAPeftConfig, layers: Layers) -> None:
-    """An error where the parameters of a layer are not those of the configuration."""
+    """Raise a ValueError where the parameters of a layer do not fit the configuration."""
     configs = config.layer_configs([_module(path) for path in layers])
     for path, stored in layers.items():
         layer = configs[_module(path)]
@@ -260,11 +260,11 @@ def _check_shapes(config: GLoRAPeftConfig, layers: Layers) -> None:
 
 
 def _module(path: str) -> str:
-    """A module's path in the base model, of its path in a checkpoint."""
+    """The path in the base model of a module, from its path in a checkpoint."""
     return path.removeprefix("base_model.model.")
 
 
 def _plain(config: GLoRAPeftConfig) -> dict[str, Any]:
-    """A configuration as JSON values, as PEFT saves it."""
+    """A configuration as JSON values, in the form that PEFT saves."""
     values = config.to_dict() | {"format": FORMAT}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}

@@ -51,13 +51,13 @@ from glora_kernels.quant.bnb import is_linear4bit
 from glora_kernels.spec import GLoRAConfig
 
 BASE = "__base__"
-"""The name that stands for no adapter in a batch of several."""
+"""The adapter name for rows without an adapter, in a batch of several adapters."""
 
-_MERGED: weakref.WeakSet[AdaptedLinear] = weakref.WeakSet()  # the layers that hold merged values, or did
+_MERGED: weakref.WeakSet[AdaptedLinear] = weakref.WeakSet()  # the layers that have or had merged values
 
 
 def unfit(module: nn.Module) -> str | None:
-    """Why a module cannot be adapted, or None where it can."""
+    """The reason why a module cannot be adapted, or None."""
     if isinstance(module, AdaptedLinear):
         return None
     if isinstance(module, BaseTunerLayer):
@@ -65,7 +65,7 @@ def unfit(module: nn.Module) -> str | None:
     if not is_linear(module):
         return f"it is a {type(module).__name__}, not an nn.Linear, Conv1D, Linear4bit or QuantizedLinear"
     found = frozen_base(module, {})
-    if isinstance(found, str) and found not in (ON_META, TRAINED_BASE):  # PEFT freezes it once the layer is there
+    if isinstance(found, str) and found not in (ON_META, TRAINED_BASE):  # PEFT freezes the base later
         return found
     return unsupported(module)
 
@@ -74,14 +74,14 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
     """A frozen linear layer and its adapters by name, on the operators of this package.
 
     Its base is an `nn.Linear`, a transformers `Conv1D`, a bitsandbytes `Linear4bit` or a `QuantizedLinear`, with or
-    without a bias. Shapes: x (..., K), y (..., N). Adapters have the dtype of the base, over 4 bits that of its
-    computation, until PEFT casts them.
+    without a bias. Shapes: x (..., K), y (..., N). Adapters have the dtype of the base, or the compute dtype of a 4-bit
+    base, until PEFT casts them.
 
     Args:
-        base_layer: what is adapted; frozen by PEFT.
+        base_layer: the layer to adapt; PEFT freezes it.
 
     Raises:
-        ValueError: a base that the operators do not take, and why.
+        ValueError: a base that the operators do not take; the message says why.
     """
 
     base_layer: Any
@@ -114,25 +114,25 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
         owners: Mapping[str, Adapter] | None = None,
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
-        """Add an adapter, one that changes nothing yet; in place of the one of this name, where there is one.
+        """Add an adapter that changes nothing yet; it replaces one of the same name.
 
         Args:
-            owners: the adapter of another layer for each parameter that is shared with it.
-            dtypes: of single parameters, where it is not that of the base.
+            owners: for each parameter that belongs to another layer's adapter, that adapter.
+            dtypes: of parameters whose dtype is not that of the base.
         """
         base = base_of(self.base_layer)
-        # A merged base may have a bias that it has not of its own.
+        # A merged base may have a bias that was added by merging.
         bias = base.bias if self._original is None else self._original.bias
         shapes = config.parameter_shapes(self.in_features, self.out_features, bias is not None)
         adapter = Adapter(config, shapes, base.weight.device, base.dtype, dtypes, owners)
         self.adapters[name] = adapter.train(self.training)
 
     def forward(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
-        """y (..., N) of an x (..., K).
+        """The output y (..., N) of x (..., K).
 
         Args:
             x: the input.
-            adapter_names: for a batch of several adapters, the adapter of each row of x; "__base__" is none.
+            adapter_names: for a batch of several adapters, the adapter of each row of x; "__base__" means none.
 
         Raises:
             RuntimeError: the base cannot be used as it is now (offloaded, trained, wrapped), or the adapter has no
@@ -151,8 +151,8 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
         return self._adapted(x, self.active_adapters)
 
     def _base(self, x: Tensor) -> Tensor:
-        """Of the base alone."""
-        # The forward of bitsandbytes is not always as exact, and casts the bias.
+        """y of the base alone."""
+        # Not by the forward of bitsandbytes, which is not always as exact, and casts the bias.
         if is_linear4bit(self.base_layer) and isinstance(frozen := self.frozen(x), Frozen):
             return _called(x, frozen, Operands())
         before_its_own_forward(self.base_layer, (x,))
@@ -171,14 +171,14 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
         together = total(adapters)
         if not isinstance(together, str) and (len(adapters) == 1 or refusal_of_x(x, frozen, together) != RANK):
             return _called(x, frozen, together)
-        # One call does not take them all: each adds what it changes.
+        # Where one call cannot take all adapters, add up their changes.
         y = base = _called(x, frozen, Operands())
         for one in adapters:
             y = y + (_called(x, frozen, one) - base)
         return y
 
     def _mixed(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        """Each row with an adapter of its own: the rows of one adapter together."""
+        """Compute each row with its own adapter: the rows of one adapter in one call."""
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -198,14 +198,14 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write W_eff and the full bias into the base, in place, rounded once; the host keeps the base.
 
-        Adapters that are merged on top of others are merged with them, from the base as it was. A base without a bias
-        gets one, where an adapter needs it. Over 4 bits W_eff is rounded to 4 bits again, with a warning that says
-        what that leaves of the adapter. A weight that other layers have too (tied weights) holds the sum of what is
-        merged into it by all of them, which each of them sees, as with PEFT's own methods.
+        With adapters merged already, all are merged together, starting from the unmerged base. A base without a bias
+        gets one if an adapter needs it. With a 4-bit base W_eff is rounded to 4 bits again, and a warning reports how
+        much of the adapter survives. A weight that other layers have too (tied weights) gets the sum of the changes of
+        all of them, and all see it, as with PEFT's own methods.
 
         Args:
-            safe_merge: an error, and an unchanged base, where the merged values hold NaN or inf.
-            adapter_names: which to merge; None means the active ones.
+            safe_merge: raise an error, and leave the base unchanged, where the merged values hold NaN or inf.
+            adapter_names: the adapters to merge; None means the active ones.
 
         Raises:
             RuntimeError: an adapter has no values yet.
@@ -231,9 +231,9 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
             warnings.warn(f"merged weights were rounded to 4 bits:\n{report}", stacklevel=2)
 
     def unmerge(self) -> None:
-        """Put the base back as it was, bit for bit; without anything merged, a warning.
+        """Restore the base bit for bit; warn if nothing is merged.
 
-        A weight that other layers have merged into keeps what their adapters change until these are unmerged too.
+        A tied weight keeps the changes that other layers have merged into it until these are unmerged too.
         """
         if self._original is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -244,7 +244,7 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
         finish(partial(self._hold, values))
 
     def _hold(self, values: Kept, original: Kept | None = None, names: Sequence[str] = ()) -> None:
-        """Make these the values of the base: what adapters are merged into and which they are, if any are."""
+        """Write the values into the base. original, names: the unmerged values and the merged adapters, if any."""
         write(self.base_layer, values)
         self._original, self.merged_adapters = original, list(names)
         _MERGED.add(self)
@@ -262,7 +262,7 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
         ]
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Multiply all that an adapter changes by `scale`, 1 as it was trained; nothing where the layer has it not.
+        """Set the factor on an adapter's change, 1 as it was trained; nothing happens if the layer does not have it.
 
         Raises:
             TypeError, ValueError: `scale` is no finite number.
@@ -272,13 +272,13 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
             self.adapters[adapter].scaling = float(scale)
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply what the active adapters change by `scale` once more; the errors of `set_scale`."""
+        """Multiply the factors on the active adapters' changes by `scale`; the errors of `set_scale`."""
         _check_scale(scale)
         for adapter in self._active():
             adapter.scaling *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide what `scale_layer` multiplied by; None: back to the active adapters as they were trained.
+        """Divide the factors on the active adapters' changes by `scale`; None: set them to 1.
 
         Raises:
             TypeError, ValueError: `scale` is no finite number, or 0.
@@ -294,7 +294,7 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
         return [self.adapters[name] for name in self.active_adapters if name in self.adapters]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's own also casts, to the dtype of the base: fp32 adapters would be rounded as they are loaded.
+        # PEFT's own method also casts to the dtype of the base, which would round fp32 adapters as they are loaded.
         if adapter_name in self.adapters:
             adapter = self.adapters[adapter_name]
             if not any(parameter.is_meta for parameter in adapter.parameters()):
@@ -307,7 +307,7 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
 
 
 class GLoRAPeftLinear(AdaptedLinear):
-    """A layer of "GKGLORA". PEFT knows by "Linear" in its name that "all-linear" means it too."""
+    """A layer of "GKGLORA". For "all-linear" PEFT looks for "Linear" in the name of the class."""
 
     adapter_layer_names = ("gkglora_adapter",)
 
@@ -333,7 +333,7 @@ def _check_scale(scale: object) -> None:
 
 def _called(x: Tensor, frozen: Frozen, operands: Operands) -> Tensor:
     reason = refusal_of_x(x, frozen, operands)
-    if reason is not None and reason not in (TRANSFORMED, LAYOUT):  # which the operators see to themselves
+    if reason is not None and reason not in (TRANSFORMED, LAYOUT):  # these the operators handle
         if reason == SHARDED_ADAPTER:
             raise RuntimeError(
                 f"{reason}: a DTensor, as a factor is that several groups of FSDP2 share; use DDP, or "

@@ -1,4 +1,4 @@
-"""PEFT's tuner of GLoRA: which modules are replaced, and what a model does with a batch of several adapters."""
+"""PEFT's tuner of GLoRA: replacing the target modules, batches of several adapters, sums of adapters."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from glora_kernels.quant.bnb import keep_codes
 
 
 class AdaptedModel(BaseTuner):
-    """What the tuners of both methods do: every target is checked first, then replaced."""
+    """The base class of both tuners: every target is checked before the first is replaced."""
 
     tuner_layer_cls: Any
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_GLORA_TARGET_MODULES_MAPPING
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        # Called once the configuration knows its targets, before the first of them is replaced.
+        # PEFT calls this when the configuration's targets are set, before it replaces the first.
         if peft_config.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
             raise ValueError(f"bias={peft_config.bias!r} needs PEFT 0.21: older ones do not save the trained biases")
-        everything = peft_config.target_modules == "all-linear"  # which PEFT replaces by names
+        everything = peft_config.target_modules == "all-linear"  # PEFT will replace this string by names
         targets = self._targets(peft_config, model)
         refuse(model, {p: m for p, m in targets.items() if not isinstance(m, AdaptedLinear)}, "adapted", unfit)
         self._configs = peft_config.layer_configs(targets.keys())
@@ -42,10 +42,10 @@ class AdaptedModel(BaseTuner):
             warn_skipped(type(peft_config).__name__, model, ())
 
     def _plan(self, config: Any, model: nn.Module, targets: dict[str, nn.Module]) -> None:
-        """Work out what the layers of a configuration share."""
+        """Decide which factors the target layers share; by default none."""
 
     def _targets(self, config: Any, model: nn.Module) -> dict[str, nn.Module]:
-        """The modules that a configuration is for, by path; those that have an adapter already are the layers."""
+        """The targets of a configuration, by path; a target that is adapted already is the PEFT layer."""
         config = _maybe_include_all_linear_layers(config, model)
         targets: dict[str, nn.Module] = {}
         inside: tuple[str, ...] = ()
@@ -79,18 +79,18 @@ class AdaptedModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _shared(self, adapter_name: str, path: str) -> tuple[dict[str, Adapter], dict[str, torch.dtype]]:
-        """Of a layer that is made: the owners of its shared parameters, and the dtypes of those that it owns."""
+        """(owners, dtypes) of the layer at `path`, as `update_layer` takes them."""
         return {}, {}
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; with a warning where a layer without a bias gets one that its architecture drops on reload."""
+        """PEFT's method, with a warning where a layer gets a bias that is dropped when the model is loaded again."""
         layers, bare = self._bare()
         super().merge_adapter(*args, **kwargs)
         assert self.model is not None
         warn_of_biases("merge_adapter", added_biases(self.model, _with_bias(layers, bare)), 2)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        layers, bare = self._bare()  # held: a layer asks those that share its weight what they have merged into it
+        layers, bare = self._bare()  # keeps all layers alive: unmerging asks others with the same weight
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         found = added_biases(model, _with_bias(layers, bare))
         keep_biases(dict(model.named_modules()), found)
@@ -99,7 +99,7 @@ class AdaptedModel(BaseTuner):
         return model
 
     def _bare(self) -> tuple[dict[str, AdaptedLinear], list[str]]:
-        """The layers by path, and the paths of those whose base has no bias."""
+        """All layers by path, and the paths of those whose base has no bias."""
         layers = self._layers()
         return layers, [path for path, layer in layers.items() if layer.base_layer.bias is None]
 
@@ -109,17 +109,17 @@ class AdaptedModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
     ) -> None:
-        """Add an adapter whose change of every layer is Σ_i w_i·ΔW_i of others, and so for the bias, exactly.
+        """Add an adapter that changes every layer by Σ_i w_i·ΔW_i of other adapters exactly, and its bias likewise.
 
         Args:
-            adapters: the names of those that are added up.
+            adapters: the names of the adapters to add up.
             weights: a number for each; negative ones subtract.
-            adapter_name: of the new one. Its r is the sum of theirs, its alpha None.
-            combination_type: "cat", PEFT's name for it.
+            adapter_name: of the new adapter. Its r is the sum of theirs, its alpha is None.
+            combination_type: "cat", PEFT's name for this sum.
 
         Raises:
-            ValueError: names that there are not, or one that there is; another combination_type; adapters that do not
-                have one form. Nothing has changed then.
+            ValueError: adapters that do not exist; an adapter_name that exists; another combination_type; adapters of
+                different forms. Nothing has changed then.
         """
         if combination_type != "cat":
             raise ValueError(
@@ -144,7 +144,7 @@ class AdaptedModel(BaseTuner):
                 _write_weighted(layer, adapters, weights, adapter_name)
 
     def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> None:
-        """An error: PEFT's is for LoRA whose initialisation changes the base (PiSSA, OLoRA)."""
+        """Raise a ValueError: the method is for LoRA whose initialisation changes the base (PiSSA, OLoRA)."""
         raise ValueError(
             "subtract_mutated_init is for LoRA whose initialisation changes the base; adapters of this method never "
             "change it: save them as they are"
@@ -154,7 +154,7 @@ class AdaptedModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        # A key that no parameter of the model has is passed on as it is, and would be ignored.
+        # PEFT leaves keys that fit no parameter of the model as they are, and would then ignore them.
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         place = f".{cls.tuner_layer_cls.adapter_layer_names[0]}."
         if unknown := [key for key in remapped if place in key and f"{place}{adapter_name}." not in key]:
@@ -166,7 +166,7 @@ class AdaptedModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Inside, every layer is called with the adapter of each row of the batch."""
+        """Inside, every layer gets the adapter names of the rows of the batch."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
@@ -176,7 +176,7 @@ class AdaptedModel(BaseTuner):
         known = {BASE}.union(*(layer.adapters for layer in self._layers().values()))
         if unknown := sorted(set(names) - known):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        # Beam search repeats each row for the beams, but not for an encoder, which runs before it.
+        # Beam search repeats each row for every beam, except in the encoder, which runs first.
         repeated = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
         has_encoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
         encoding = set(self.model.get_encoder().modules()) if has_encoder else set()
@@ -209,9 +209,10 @@ _MAY_DIFFER = (
 
 
 def _weighted_config(configs: Sequence[Any], names: Sequence[str]) -> Any:
-    """The configuration of the sum; an error where they differ in more than rank, scale and what is for training.
+    """The configuration of the sum of adapters.
 
-    `patterns`, `modules_to_save` and `bias` cannot be added up either.
+    Raises a ValueError where they differ in other fields than `_MAY_DIFFER`, or have `patterns`, `modules_to_save` or
+    `bias`, which cannot be added up.
     """
     first = configs[0]
     for config, name in zip(configs, names, strict=True):
@@ -230,7 +231,7 @@ def _weighted_config(configs: Sequence[Any], names: Sequence[str]) -> Any:
 
 @torch.no_grad()
 def _write_weighted(layer: AdaptedLinear, names: Sequence[str], weights: Sequence[float], name: str) -> None:
-    """The sum into the parameters that the new adapter of a layer owns, computed in float64 and rounded once."""
+    """Write the sum into the parameters that the layer's new adapter owns, computed in float64 and rounded once."""
     sources = []
     for source in names:
         operands = layer.adapters[source].operands()

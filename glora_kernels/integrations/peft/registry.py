@@ -1,6 +1,6 @@
-"""PEFT's registry of methods, and how a method that is not PEFT's own gets into it.
+"""Registering a method that is not PEFT's own with PEFT.
 
-`peft.utils.register_peft_method` takes a method whose name is a member of `PeftType`, an Enum, which is closed.
+`peft.utils.register_peft_method` needs a member of `PeftType` with its name; an Enum has no public way to add members.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from typing import Any
 
 
 def peft_type(name: str) -> Any:
-    """The member of `PeftType` of this name, made where there is none.
+    """The member of `PeftType` of this name, which is added if missing.
 
-    It can do what the others can: `PeftType(name)`, `PeftType.NAME`, iteration, comparison with the str, pickling.
+    It works like the others: `PeftType(name)`, `PeftType.NAME`, iteration, comparison with the str, pickling.
     """
     from peft.utils.peft_types import PeftType
 
@@ -25,14 +25,14 @@ def peft_type(name: str) -> Any:
     kind._member_names_.append(name)
     kind._member_map_[name] = member
     kind._value2member_map_[name] = member
-    if hasattr(kind, "_hashable_values_"):  # what `in` asks from Python 3.13 on
+    if hasattr(kind, "_hashable_values_"):  # used by `in` from Python 3.13 on
         kind._hashable_values_.append(name)
     type.__setattr__(kind, name, member)
     return member
 
 
 def register(name: str, config: type, model: type) -> None:
-    """Make a method known to PEFT under its name in lower case; once more is harmless.
+    """Register a method with PEFT under its name in lower case; registering it again is harmless.
 
     Raises:
         KeyError: another method has this name.
@@ -43,7 +43,7 @@ def register(name: str, config: type, model: type) -> None:
     member = peft_type(name.upper())
     known = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
     if known is not None and known.__module__ == config.__module__:
-        # This module was imported anew, and has new classes.
+        # Our module was imported again, and has new classes.
         del mapping.PEFT_TYPE_TO_CONFIG_MAPPING[member]
         del mapping.PEFT_TYPE_TO_TUNER_MAPPING[member]
         del mapping.PEFT_TYPE_TO_PREFIX_MAPPING[member]

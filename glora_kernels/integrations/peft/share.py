@@ -1,7 +1,7 @@
-"""PEFT's tuner of ShareLoRA: which layers share which factor, and whose parameter it is.
+"""PEFT's tuner of ShareLoRA: which layers share a factor, and which of them owns it.
 
-Of the layers that share a factor, the first of the model has it as a parameter; the others hold that layer's adapter
-(`Adapter`). The rules are those of `inject` (`nn.share`).
+Of the layers that share a factor, the first in the model owns it as a parameter; the others refer to that layer's
+`Adapter`. The rules are those of `inject` (`nn.share`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from glora_kernels.nn.targets import Linear
 
 
 class Factor(NamedTuple):
-    """A factor of a layer that shares: the path of the layer that has it, and its dtype."""
+    """A shared factor of a layer: the path of the layer that owns it, and its dtype."""
 
     owner: str
     dtype: torch.dtype
@@ -31,15 +31,15 @@ class Factor(NamedTuple):
 class ShareLoRAPeftModel(AdaptedModel):
     """PEFT's tuner of "GKSHARELORA"; made by `get_peft_model` with a `ShareLoRAPeftConfig`.
 
-    A layer of one device cannot read a factor on another, so a model spread over several devices is refused, and
-    `nn.DataParallel`, whose replicas would ask the first device for it, is an error at the first call.
+    A layer cannot read a factor on another device. So layers on several devices that would share a factor are refused,
+    and `nn.DataParallel`, whose replicas would read it from the first device, raises an error at the first call.
     """
 
     prefix = "gksharelora_"
     tuner_layer_cls = ShareLoRAPeftLinear
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; not from a state_dict, in whose keys a layer that has no parameter of its own is missing."""
+        """PEFT's method, but not from a state_dict: its keys lack layers that own no parameter."""
         if kwargs.get("state_dict") is not None:
             raise ValueError("ShareLoRA cannot be injected from a state_dict; give the configuration alone")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -71,7 +71,7 @@ class ShareLoRAPeftModel(AdaptedModel):
 
 @contextmanager
 def _bare(model: nn.Module, targets: dict[str, nn.Module]) -> Iterator[None]:
-    """Inside, the model has its own linear layers in the places of those that have an adapter already."""
+    """Inside, the PEFT layers among the targets are replaced by their linear base layers."""
     layers = {path: layer for path, layer in targets.items() if isinstance(layer, AdaptedLinear)}
     places = {path: (model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in layers}
     try:

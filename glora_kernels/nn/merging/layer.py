@@ -1,4 +1,4 @@
-"""A layer whose adapter can be merged into its base and taken out again, and the plain modules that it becomes.
+"""A layer whose adapter can be merged into its base and taken out again, and its conversion to plain modules.
 
 While merged, `weight` and `bias` hold W_eff and the full bias, and the host keeps W and b bit for bit.
 """
@@ -29,9 +29,9 @@ from glora_kernels.spec import GLoRAConfig
 
 NAMES = ("weight", "bias", *ADAPTER_NAMES)
 _INTACT = {False: frozenset(NAMES), True: frozenset(NAMES[1:])}
-"""The parameters of a layer as it was made; over 4 bits (True) the weight is none."""
+"""Is the base 4-bit → the names of a layer's parameters as registered; 4-bit codes are not a parameter."""
 MERGED = "glora_merged"
-"""What the metadata of a merged layer's state says; torch.save keeps it, files of tensors alone do not."""
+"""The key that marks a merged layer in a state dict's metadata; torch.save keeps that, safetensors files do not."""
 _MERGED: weakref.WeakSet[Mergeable] = weakref.WeakSet()  # the layers that hold merged values
 UNSHARD = "save the adapter, load it into a model in one piece and merge that"
 
@@ -45,8 +45,8 @@ class Mergeable(FrozenBase):
     _origin: nn.Module | None
 
     def adapter(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters that exist, by name; one that is computed from others, as it is now."""
-        if not self.is_intact:  # pruning and legacy weight_norm compute at the next forward what they change now
+        """The adapter's parameters that exist, by name, with the current values of computed (pruned, ...) ones."""
+        if not self.is_intact:  # pruning and legacy weight_norm update the computed values only before a forward
             for hook in self._forward_pre_hooks.values():
                 if type(hook).__module__.startswith("torch.nn.utils."):
                     hook(self, ())
@@ -55,16 +55,16 @@ class Mergeable(FrozenBase):
 
     @property
     def has_shift(self) -> bool:
-        """Whether the adapter makes the full bias another than that of the base."""
+        """Whether the adapter has C, D or E, which change the bias."""
         return not SHIFTS.isdisjoint(self.adapter())
 
     @property
     def is_intact(self) -> bool:
-        """Whether the parameters have their own names: none is pruned, normalised, parametrized or a replica's."""
+        """Whether all parameters are registered under their names: none is pruned, parametrized or a replica's."""
         return self._parameters.keys() == _INTACT[self.quant_state is not None]
 
     def check_intact(self, caller: str, names: Collection[str] = NAMES) -> None:
-        """An error where one of these parameters is computed from others, so that writing to it would be lost."""
+        """Raise a RuntimeError where one of these parameters is computed from others: writing to it would be lost."""
         own = _INTACT[self.quant_state is not None]
         if computed := [name for name in names if name in own and name not in self._parameters]:
             raise RuntimeError(
@@ -86,19 +86,18 @@ class Mergeable(FrozenBase):
     def merge(self, requantize: bool = False) -> MergeReport | None:
         """Write W_eff into `weight` and b + b∘D + E + W·C into `bias`, in place; the host keeps the base.
 
-        Both are computed in fp32 (float64 for a float64 base) and rounded once. A layer without a bias that
-        needs one gets it until `unmerge`. A weight shared with another module changes there too;
-        `merge(model)` refuses that.
+        Both are computed in fp32 (float64 for a float64 base) and rounded once. A layer without a bias that needs one
+        has it until `unmerge`. A weight that another module has too changes there as well; `merge(model)` refuses that.
 
-        Over a 4-bit base W_eff is rounded to 4 bits again, in the same type, blocks and nesting, and most of a small
-        adapter is lost in that: it needs `requantize=True`, and the report says what is left (`nn.merging.rounding`). A
+        With a 4-bit base W_eff is rounded to 4 bits again, in the same type, blocks and nesting. This loses most of a
+        small adapter, so it needs `requantize=True`, and the report says what survives (`nn.merging.rounding`). A
         weight that the adapter does not change keeps its codes.
 
         Args:
-            requantize: round to 4 bits where the base is in 4 bits; a dense base is merged as ever.
+            requantize: allow rounding to 4 bits; no effect on a dense base.
 
         Returns:
-            What rounding to 4 bits has done; None where the base is dense.
+            The report on rounding to 4 bits; None where the base is dense.
 
         Raises:
             RuntimeError: the layer is merged already, or disabled, or shares memory with one that is merged; or the
@@ -115,7 +114,7 @@ class Mergeable(FrozenBase):
         return report
 
     def check_mergeable(self) -> None:
-        """The errors of `merge` that depend on the state of the layer, and of those that share its memory."""
+        """Raise the errors of `merge` that depend on the state of this layer and of layers that share its memory."""
         if self._base is not None:
             raise RuntimeError("merge() was called on a layer that is merged already; call unmerge() first")
         if self._disabled:
@@ -130,7 +129,7 @@ class Mergeable(FrozenBase):
                 )
 
     def written(self) -> dict[str, Tensor]:
-        """What merging writes to."""
+        """The tensors that merging writes to, by name."""
         tensors = {
             "weight": self.weight,
             "absmax": None if self.quant_state is None else self.quant_state.absmax,
@@ -141,7 +140,7 @@ class Mergeable(FrozenBase):
     def merged_values(
         self, *, dense: bool = False, dtype: torch.dtype | None = None
     ) -> tuple[Kept, MergeReport | None]:
-        """`values.merged` of this layer, which stays as it is; an error where it is sharded, or they are not finite."""
+        """The merged values, without changing the layer; a ValueError where it is sharded or they are not finite."""
         refuse_sharded(self, "merge", UNSHARD)
         values = Kept(self.weight, self.bias, self.quant_state)
         own = ToMerge(self, values, [] if self.merged else [(self.adapter(), self.config)])
@@ -150,7 +149,7 @@ class Mergeable(FrozenBase):
         return values, report
 
     def write_merged(self, values: Kept) -> None:
-        """Put merged values in the place of the base, which the host keeps; if interrupted, the base is back."""
+        """Write merged values over the base, of which the host keeps a copy; after an error the base is restored."""
         base = keep(self)
         with all_or_none() as undo:
             undo.callback(self._restore, base)
@@ -158,12 +157,12 @@ class Mergeable(FrozenBase):
             write(self, values)
 
     def keep_base(self, base: Kept) -> None:
-        """From here on the layer counts as merged, and `unmerge` restores these values: before they are overwritten."""
+        """Count the layer as merged, with these values for `unmerge`; call this before overwriting the weight."""
         self._base = base
         _MERGED.add(self)
 
     def forget_base(self) -> None:
-        """The base is back in `weight`: the layer is not merged any more."""
+        """Count the layer as not merged, after the base was written back to `weight`."""
         if self.base_bias is None:
             self.bias = None
         self._base = None
@@ -184,10 +183,10 @@ class Mergeable(FrozenBase):
         finish(partial(self._restore, self._base))
 
     def remerging(self) -> Callable[[], object]:
-        """What merges a merged layer again after `unmerge`; one in 4 bits with the codes that it has now, bit for bit.
+        """A function that merges this merged layer again after `unmerge`; it does nothing to a layer that is merged.
 
-        Unless its adapter was changed in between: then it is merged anew, as a dense layer always is. It does nothing
-        to a layer that is merged.
+        A 4-bit layer gets its present codes back bit for bit, unless its adapter has changed in between. Then, and for
+        a dense layer always, the merged values are computed again.
         """
         values = None if self.quant_state is None else keep(self)
         versions = self._versions()
@@ -203,17 +202,17 @@ class Mergeable(FrozenBase):
         return again
 
     def _versions(self) -> list[tuple[int, int]]:
-        """Changes with every change of the adapter; tensors of inference mode count none."""
+        """A value that changes with the adapter; inference tensors have no version counter and are not noticed."""
         return [(id(p), 0 if p.is_inference() else p._version) for p in self.adapter().values()]
 
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A plain `nn.Linear` (N, K) with W_eff and the full bias: frozen, nothing shared with this layer.
+        """A frozen `nn.Linear` (N, K) with W_eff and the full bias; it shares no memory with this layer.
 
         W_eff is computed in fp32 and rounded once, also from a 4-bit base.
 
         Args:
-            dtype: of the weight; None means the base's, of a 4-bit base the dtype that is computed in.
+            dtype: of the weight; None means the base's, for a 4-bit base the dtype it computes in.
         """
         check_dtype("dtype", dtype)
         (weight, bias, _), _ = self.merged_values(dense=True, dtype=dtype)
@@ -223,7 +222,7 @@ class Mergeable(FrozenBase):
 
     @torch.no_grad()
     def to_quantized(self) -> QuantizedLinear:
-        """A frozen `QuantizedLinear` with the merged codes and the full bias; nothing is shared with this layer.
+        """A frozen `QuantizedLinear` with the merged codes and the full bias; it shares no memory with this layer.
 
         Raises:
             RuntimeError: the base is dense, or the layer is not merged.
@@ -241,10 +240,10 @@ class Mergeable(FrozenBase):
         return QuantizedLinear(codes, bias, self.compute_dtype).train(self.training)
 
     def to_plain(self) -> nn.Module:
-        """The module that this merged layer was made from, with the merged values: on the layer's own Parameters.
+        """A module of the class that this layer was made from, on this merged layer's own Parameters.
 
-        An `nn.Linear` or `Conv1D` of the class that it was, a `QuantizedLinear` or a bitsandbytes `Linear4bit`. Hooks
-        on this layer go on to it, and what was frozen to adapt it requires a gradient again.
+        An `nn.Linear` or `Conv1D` of the same class, a `QuantizedLinear` or a bitsandbytes `Linear4bit`. It takes over
+        the hooks of this layer, and parameters that were frozen to adapt it require a gradient again.
 
         Raises:
             RuntimeError: the layer is not merged.
@@ -270,5 +269,5 @@ class Mergeable(FrozenBase):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self._base is not None:  # a copy of a merged layer is one too
+        if self._base is not None:  # a copy of a merged layer is merged too
             _MERGED.add(self)

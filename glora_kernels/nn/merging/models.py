@@ -1,4 +1,4 @@
-"""Merging the layers of a model, at once where the kernels over depth take them; models without GLoRA layers again."""
+"""Merging and unmerging all layers of a model, in few launches where the kernels allow it; making it a plain model."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ from glora_kernels.runtime.progress import progress as shown
 
 
 def merge(model: nn.Module, requantize: bool = False, *, progress: bool = False) -> MergeReport | None:
-    """Merge every GLoRA layer of the model in place, or, where one fails, none.
+    """Merge every GLoRA layer of the model in place; if one fails, none is merged.
 
-    On a GPU in one launch (one for each weight dtype, adapter dtype and order of storage), W_eff computed in fp32 and
-    rounded once, after a copy of the bases into pinned host memory. What the kernels do not take (float64, CPUs,
-    `backend("eager")`, a product variant above rank 64) is merged layer by layer; so are 4-bit layers, which need
+    On a GPU one launch (for each weight dtype, adapter dtype and order of storage) computes every W_eff in fp32 and
+    rounds once, after the bases were copied into pinned host memory. Where the kernels do not apply (float64, CPUs,
+    `backend("eager")`, a product variant above rank 64) layers are merged one by one; so are 4-bit layers, which need
     `requantize=True`:
 
         print(gk.merge(model, requantize=True))
 
     Args:
         model: with GLoRA layers, also inside torch.compile or DistributedDataParallel.
-        requantize: round the merged weights of 4-bit layers to 4 bits again. Most of a small adapter is lost in that;
+        requantize: round the merged weights of 4-bit layers to 4 bits again. This loses most of a small adapter;
             `GLoRALinear.to_linear(dtype)` gives dense merged layers instead.
-        progress: show on stderr how far along it is with the 4-bit layers.
+        progress: show the progress over the 4-bit layers on stderr.
 
     Returns:
-        What rounding to 4 bits has done, to each layer and overall; None where no layer is in 4 bits.
+        The report on rounding to 4 bits, for each layer and overall; None where no layer is in 4 bits.
 
     Raises:
-        ValueError: the model has no GLoRA layer or is sharded, or a base weight or bias that would change belongs to
-            another module too (an embedding tied to it, say), or a merged weight or bias holds NaN or inf where the
-            base does not (an overflow of fp16, say). The message names the layer.
+        ValueError: the model has no GLoRA layer or is sharded; another module (a tied embedding, say) has the weight or
+            bias that would change; or merged values hold NaN or inf where the base does not (an overflow of fp16,
+            say). The message names the layer.
         RuntimeError: a layer is merged already, or disabled, or has a 4-bit base and `requantize` is False.
 
     Warns:
-        UserWarning: layers without a bias get one (C, E) that the architecture drops when it is loaded again; the
-            message names the flag of its configuration that keeps it, where there is one.
+        UserWarning: layers without a bias get one (from C, E) that is dropped when the model is loaded again; the
+            message names the configuration flag that keeps it, if there is one.
     """
     layers = layers_of(model, "merge")
     refuse_sharded(unwrap(model), "merge", UNSHARD)
@@ -88,10 +88,10 @@ def merge(model: nn.Module, requantize: bool = False, *, progress: bool = False)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Restore the base of every GLoRA layer of the model, bit for bit; or, where one fails, of none.
+    """Restore the base of every GLoRA layer of the model, bit for bit; if one fails, none is restored.
 
-    On a GPU in one launch that reads the bases from pinned host memory; layer by layer where none could be pinned (a
-    warning of `merge`), or where weights have changed their dtype or device meanwhile.
+    On a GPU one launch reads the bases from pinned host memory. Layers are restored one by one where memory could not
+    be pinned (`merge` warns of that), or where weights have changed their dtype or device meanwhile.
 
     Raises:
         ValueError: the model has no GLoRA layer.
@@ -115,11 +115,11 @@ def unmerge(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, every GLoRA layer behaves as its base; merged layers are unmerged meanwhile and merged again.
+    """Inside, every GLoRA layer behaves as its base; merged layers are unmerged on entry and merged again on exit.
 
-    A 4-bit layer gets the very codes back that it had; it is only rounded anew where its adapter was changed inside (a
-    write through `.data`, which leaves no trace, is not noticed).
-    Modules trained whole (`inject(..., train=...)`) stay as they are. Nests.
+    A 4-bit layer gets its codes back bit for bit, and is rounded again only if its adapter was changed inside (writes
+    through `.data` are not noticed). Modules trained whole (`inject(..., train=...)`) stay as they are. The context may
+    be nested.
 
     Raises:
         ValueError: the model has no GLoRA layer.
@@ -155,28 +155,28 @@ def merge_and_unload(model: GLoRALinear, requantize: bool = False, *, progress: 
 @overload
 def merge_and_unload(model: M, requantize: bool = False, *, progress: bool = False) -> M: ...
 def merge_and_unload(model: nn.Module, requantize: bool = False, *, progress: bool = False) -> nn.Module:
-    """Merge every GLoRA layer and put the plain module that it was made from in its place: a model to deploy.
+    """Merge every GLoRA layer and replace it by the plain module that it was made from: a model to deploy.
 
     The result has `nn.Linear`, transformers' `Conv1D`, `QuantizedLinear` and bitsandbytes' `Linear4bit` modules as
-    before `inject`, of the same classes, on the same Parameters; what `inject` froze requires a gradient again, and
-    what it trained in fp32 inside a 16-bit model is rounded to 16 bits. It needs nothing of this package: save,
-    quantize, export or trace it as any other.
+    before `inject`, of the same classes, on the same Parameters. Parameters that `inject` froze require a gradient
+    again, and modules trained in fp32 inside a 16-bit model are rounded to 16 bits. Save, quantize, export or trace the
+    result as any other model.
 
         model = gk.merge_and_unload(model)
         model.save_pretrained("merged")
 
-    Layer by layer, so that only one layer's base is held a second time. Whatever can be refused is refused before the
-    first is changed. A signal in between leaves each layer as it was, or merged; call it again to go on.
+    It works layer by layer, so that only one layer's base is held twice. All checks come before the first change. If it
+    is interrupted, each layer is merged or as before; call it again to go on.
 
-    Where a layer without a bias gets one (C, E), a model of transformers drops it when it is loaded, unless its
-    configuration says so: the flag that does is looked for and set, and the other layers that it is for get a bias of
-    zeros. Where there is none, a warning.
+    Where a layer without a bias gets one (from C, E), a transformers model drops it when it is loaded, unless a flag of
+    its configuration asks for it. This flag is looked for and set, and the other layers it affects get a bias of zeros.
+    A warning says where there is no such flag.
 
     Args:
         model: with GLoRA layers, merged or not; changed in place. Also inside torch.compile.
-        requantize: as in `merge`: over 4 bits, round the merged weights to 4 bits again, with a warning that holds the
-            report. `GLoRALinear.to_linear(dtype)` gives dense layers instead.
-        progress: show how far along it is on stderr.
+        requantize: as in `merge`: round the merged weights of 4-bit layers to 4 bits again; a warning has the report.
+            `GLoRALinear.to_linear(dtype)` gives dense layers instead.
+        progress: show the progress on stderr.
 
     Returns:
         The model; where it is itself a GLoRA layer, the plain one.
@@ -214,18 +214,18 @@ def merge_and_unload(model: nn.Module, requantize: bool = False, *, progress: bo
 
 
 def _adds_bias(layer: GLoRALinear) -> bool:
-    """Whether the merged layer has a bias that its base has not."""
+    """Whether merging gives the layer a bias that its base does not have."""
     return layer.base_bias is None and layer.has_shift
 
 
 def table_entry(layer: GLoRALinear) -> Layer:
-    """A layer as the operators over depth take it; its parameters stay part of the graph."""
+    """A layer in the form that the operators over all layers (`depth`) take; its parameters stay part of the graph."""
     adapter: Mapping[str, Tensor] = layer.adapter()
     return Layer(layer.base_weight(), layer.bias, adapter, layer.config.scale, layer.config.variant == "matmul")
 
 
 def _refuse_four_bit(caller: str, layers: Mapping[str, GLoRALinear], requantize: bool) -> None:
-    """An error where layers are in 4 bits and merged weights may not be rounded to them."""
+    """Raise a RuntimeError where layers are in 4 bits and `requantize` is False."""
     four_bit = {path: layer for path, layer in layers.items() if layer.quant_state is not None}
     if not four_bit or requantize:
         return
@@ -238,7 +238,7 @@ def _refuse_four_bit(caller: str, layers: Mapping[str, GLoRALinear], requantize:
 
 
 def _refuse_tied(caller: str, model: nn.Module, layers: Mapping[str, GLoRALinear]) -> None:
-    """An error where merging a layer would change another module's parameter."""
+    """Raise a ValueError where merging a layer would change another module's parameter."""
     owners: dict[object, list[tuple[str, Tensor]]] = {}
     for path, module in model.named_modules():
         for name, tensor in owned(module):
@@ -256,10 +256,10 @@ def _refuse_tied(caller: str, model: nn.Module, layers: Mapping[str, GLoRALinear
 
 @torch.no_grad()
 def _merge_together(layers: Mapping[str, GLoRALinear]) -> None:
-    """`GLoRALinear.merge` of every layer, one launch for those of one device, dtype and order of storage; or of none.
+    """Merge all layers, with one launch for each device, dtype and order of storage; if one fails, none is merged.
 
-    The bases are copied to the host first, from a GPU into pinned memory (which PyTorch keeps for the next merge) and
-    waited for once.
+    First the bases are copied to the host, from a GPU into pinned memory (which PyTorch caches for the next merge),
+    with one wait for all copies of a device.
     """
     groups: dict[Hashable, list[str]] = {}
     tables = {path: table_entry(layer) for path, layer in layers.items()}
@@ -295,7 +295,7 @@ def _unmerge_all(layers: Iterable[GLoRALinear]) -> None:
 
 
 def _check_finite(layers: Mapping[str, GLoRALinear], bases: Mapping[str, Kept]) -> None:
-    """One pass over the merged values, and a look at the base only where that finds NaN or inf."""
+    """Check the merged values in one pass; a base is read only where its merged values hold NaN or inf."""
     merged = [(path, t) for path, layer in layers.items() for t in (layer.weight, layer.bias) if t is not None]
     if not merged:
         return
@@ -309,7 +309,7 @@ def _check_finite(layers: Mapping[str, GLoRALinear], bases: Mapping[str, Kept]) 
 
 @contextlib.contextmanager
 def _named(path: str) -> Iterator[None]:
-    """A ValueError of a layer's says of which layer it is."""
+    """Add the path of the layer to a ValueError raised inside."""
     try:
         yield
     except ValueError as error:
@@ -318,25 +318,25 @@ def _named(path: str) -> Iterator[None]:
 
 @torch.no_grad()
 def _unmerge_together(layers: Sequence[GLoRALinear]) -> None:
-    """`GLoRALinear.unmerge` of every layer, one launch for those of one device and width of numbers; or of none."""
+    """Unmerge all layers, with one launch for each device and size of elements; if one fails, none is unmerged."""
     groups: dict[Hashable, list[GLoRALinear]] = {}
     for layer in layers:
         groups.setdefault(depth.restorable(_copies(layer)), []).append(layer)
     with all_or_none() as undo:
-        undo.callback(_merge_anew, layers)
+        undo.callback(_merge_again, layers)
         for group in groups.values():
             depth.restore([_copies(layer) for layer in group])
             for layer in group:
                 layer.forget_base()
 
 
-def _merge_anew(layers: Sequence[GLoRALinear]) -> None:
-    _unmerge_all(layers)  # a launch may have come to its end in part
+def _merge_again(layers: Sequence[GLoRALinear]) -> None:
+    _unmerge_all(layers)  # an interrupted launch may have restored some of them
     _merge_together({str(i): layer for i, layer in enumerate(layers)})
 
 
 def _copies(layer: GLoRALinear) -> depth.Copy:
-    """What to restore, and from where; a bias that the base has not is dropped instead."""
+    """(weight, its base values, bias, its base values); None for a bias that merging has added."""
     assert layer._base is not None
     weight, bias, _ = layer._base
     target = None if bias is None or layer.bias is None else layer.bias.detach()
@@ -344,7 +344,7 @@ def _copies(layer: GLoRALinear) -> depth.Copy:
 
 
 def _beta_target(layer: GLoRALinear) -> Tensor | None:
-    """Where the merged bias goes: the bias itself, or new memory; None where it is that of the base."""
+    """The tensor to write the merged bias to: the bias itself, or new memory; None where the bias does not change."""
     if not layer.has_shift:
         return None
     if layer.bias is not None:
@@ -367,7 +367,7 @@ def _check_replaceable(model: nn.Module, root: nn.Module, layers: dict[str, GLoR
 
 
 def _replaced(root: nn.Module, layer: GLoRALinear) -> nn.Module:
-    """Put the plain module in every place of a merged layer."""
+    """Put the plain module in every place of a merged layer, and return it."""
     plain = layer.to_plain()
     with all_or_none() as undo:
         for parent in root.modules():
@@ -379,7 +379,7 @@ def _replaced(root: nn.Module, layer: GLoRALinear) -> nn.Module:
 
 
 def _thaw(root: nn.Module) -> None:
-    """Undo what `inject` has done to the other modules: marks, frozen parameters, hooks, codes kept from repacking."""
+    """Undo the other changes of `inject`: marks, frozen parameters, hooks, codes kept from repacking."""
     forget_tied(root)
     free_codes(root)
     for module in root.modules():

@@ -1,12 +1,12 @@
-"""Merging into a 4-bit base: what rounding to 4 bits again leaves of the adapter, in numbers.
+"""Merging into a 4-bit base: measures of how much of the adapter survives rounding to 4 bits.
 
-    W_q = Q(W_eff), Q of the base's type, blocks and nesting; W the base as it decodes
+    W: the dequantized base;   W_q = Q(W_eff): quantized with the base's type, blocks and nesting
     relative error   ‖W_q − W_eff‖ / ‖W_eff‖
-    survived         ⟨W_q − W, W_eff − W⟩ / ‖W_eff − W‖²: 1 where all of the change is there on average, 0 where none is
+    survived         ⟨W_q − W, W_eff − W⟩ / ‖W_eff − W‖²: 1 if on average the whole change survives, 0 if none does
     error of change  ‖(W_q − W) − (W_eff − W)‖ / ‖W_eff − W‖
 
-W lies on the grid already. A change below half a step of it is rounded back to W, whole: a small adapter vanishes,
-while the relative error stays small. Norms are Frobenius norms.
+W lies on the 4-bit grid already, so a change below half a step is rounded back to W: a small adapter vanishes, although
+the relative error is small. Norms are Frobenius norms.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from glora_kernels.nn.columns import aligned
 from glora_kernels.nn.frozen import describe
 from glora_kernels.quant import QuantizedWeight, QuantState, dequantize, quantize_weight
 
-_CHUNK = 1 << 18  # weights at a time that are compared in float64
+_CHUNK = 1 << 18  # weights compared in float64 at a time
 _HEADER = ("layer", "shape", "rel. error", "survived", "error of change", "codes changed", "max error")
 
 
 @dataclass(frozen=True, repr=False)
 class MergeReport:
-    """What rounding a merged weight to 4 bits has done to it, or to all 4-bit layers of a model; print it for a table.
+    """The errors of rounding a merged weight, or those of all 4-bit layers of a model, to 4 bits; print it for a table.
 
     Attributes:
-        weights: how many there are.
+        weights: the number of weights.
         weight_norm: ‖W_eff‖.
-        change_norm: ‖W_eff − W‖, of what the adapter changes.
+        change_norm: ‖W_eff − W‖, the adapter's change.
         error_norm: ‖W_q − W_eff‖.
         projection: ⟨W_q − W, W_eff − W⟩.
-        changed: how many weights have a code of another value than before.
+        changed: the number of weights whose code has another value than before.
         max_error: the largest |W_q − W_eff|.
         shape: (N, K) of a layer; None for a model.
-        layers: of a model, the report of each layer by its path.
+        layers: for a model, the report of each layer by its path.
     """
 
     weights: int
@@ -76,17 +76,17 @@ class MergeReport:
 
     @property
     def survived(self) -> float | None:
-        """The share of the adapter's change that is in the rounded weight; None where it changes nothing."""
+        """The share of the adapter's change that survives rounding; None where the adapter changes nothing."""
         return self.projection / self.change_norm**2 if self.change_norm > 0 else None
 
     @property
     def change_error(self) -> float | None:
-        """The error of the change over the change; None where the adapter changes nothing."""
+        """The error relative to the adapter's change; None where the adapter changes nothing."""
         return self.error_norm / self.change_norm if self.change_norm > 0 else None
 
     @property
     def codes_changed(self) -> float:
-        """The share of the weights that have a code of another value than before."""
+        """The share of the weights whose code has another value than before."""
         return self.changed / self.weights
 
     def __repr__(self) -> str:
@@ -102,15 +102,15 @@ class MergeReport:
 
 
 def rounded(base: QuantizedWeight, dense: Tensor, effective: Tensor) -> tuple[QuantizedWeight, MergeReport]:
-    """Q(W_eff) in the type, blocks and nesting of the base, and what Q has done.
+    """Quantize W_eff with the type, blocks and nesting of the base; return it with the report.
 
     Args:
-        base: W in 4 bits, which is the result where the adapter does not change it.
-        dense: W as it decodes, fp32.
+        base: W in 4 bits, which is returned where the adapter does not change it.
+        dense: W dequantized, fp32.
         effective: W_eff, fp32.
 
     Raises:
-        ValueError: W_eff holds NaN, inf or what is beyond the dtype that the 4-bit weight stands for.
+        ValueError: W_eff holds NaN, inf or numbers beyond the dtype that the base was quantized from.
     """
     state, codes = base.state, base
     if not torch.equal(effective, dense):
@@ -124,7 +124,7 @@ def rounded(base: QuantizedWeight, dense: Tensor, effective: Tensor) -> tuple[Qu
 
 
 def refusal(state: QuantState, report: MergeReport) -> str:
-    """Why `merge` does not round to 4 bits unasked, and what to do instead."""
+    """The message that `merge` needs `requantize=True` for a 4-bit base, what that loses, and what to do instead."""
     if report.survived is None:
         loss = "this adapter leaves the weight as it is, so that rounding would lose nothing"
     else:
@@ -140,7 +140,7 @@ def refusal(state: QuantState, report: MergeReport) -> str:
 
 
 def _compared(base: QuantizedWeight, rounded: QuantizedWeight, effective: Tensor) -> MergeReport:
-    """The figures of the module docstring, summed in float64."""
+    """The report that compares base, rounded and effective weight, summed in float64."""
     n, k = base.shape
     sums = torch.zeros(5, dtype=torch.float64, device=effective.device)
     largest = torch.zeros((), dtype=torch.float64, device=effective.device)
@@ -161,7 +161,7 @@ def _compared(base: QuantizedWeight, rounded: QuantizedWeight, effective: Tensor
 
 
 def _levels(weight: QuantizedWeight) -> QuantizedWeight:
-    """The same codes with absmax 1: it decodes to the values of the codes. FP4 has two codes for 0."""
+    """The same codes with absmax 1, which dequantize to the values of the codes: FP4 has two codes for 0."""
     ones = torch.ones(weight.state.absmax.shape, dtype=torch.float32, device=weight.device)
     return QuantizedWeight(weight.packed, replace(weight.state, absmax=ones, nested=None, dtype=torch.float32))
 

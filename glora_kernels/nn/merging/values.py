@@ -1,10 +1,10 @@
-"""Merged values: what the weight and the bias of a frozen layer are with adapters merged into them.
+"""Merged values: the weight and the bias of a frozen layer with adapters merged into them.
 
     W_eff = W + Σᵢ (W∘Aᵢ + sᵢ·Bᵢ),   b_eff = b + Σᵢ (b∘Dᵢ + Eᵢ + W·Cᵢ)
 
-over the adapters i: the one of a GLoRALinear, or several of a layer of PEFT. Computed in fp32 (float64 for a float64
-base) from the base as it was before any merge, and rounded once. A weight or a bias that belongs to several layers of
-PEFT (tied weights) holds the sum of what the adapters of all of them change, as with PEFT's own methods.
+over the adapters i: the one of a GLoRALinear, or several of a PEFT layer. They are computed in fp32 (float64 for a
+float64 base) from the unmerged base, and rounded once. A weight or bias that several PEFT layers have in common (tied
+weights) gets the sum of the changes of all their adapters, as with PEFT's own methods.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from glora_kernels.spec import GLoRAConfig
 
 
 class Kept(NamedTuple):
-    """What `weight`, `bias` and `quant_state` of a layer hold, or held."""
+    """The values of a layer's `weight`, `bias` and `quant_state` at some time: merged, or before merging."""
 
     weight: Tensor
     bias: Tensor | None
@@ -36,18 +36,18 @@ class Kept(NamedTuple):
 
     @property
     def is_finite(self) -> bool:
-        """Whether there is neither NaN nor inf; 4-bit codes never are."""
+        """Whether no value is NaN or inf; 4-bit codes count as finite."""
         tensors = (t for t in (self.weight, self.bias) if t is not None and t.is_floating_point())
         return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def writable(base: Any) -> Any:
-    """What has the weight, bias and quant_state of a layer: itself, or a layer of ours on a `Linear4bit`'s memory."""
+    """The base itself, or for a `Linear4bit` our `QuantizedLinear` on its memory."""
     return QuantizedLinear.from_linear4bit(base) if is_linear4bit(base) else base
 
 
 def check_writable(base: Any) -> None:
-    """An error for a `Linear4bit` of whose state a copy is read (absmax not in fp32): writing to it changes nothing."""
+    """Raise a ValueError for a `Linear4bit` whose absmax is not in fp32: we read a copy of it, so writes are lost."""
     layer = writable(base)
     if layer is base:
         return
@@ -59,7 +59,7 @@ def check_writable(base: Any) -> None:
 
 
 def keep(base: Any) -> Kept:
-    """A copy in host memory of what a linear layer holds, dense or in 4 bits."""
+    """A copy of the values of a linear layer, dense or 4-bit, in host memory."""
     layer = writable(base)
     bias, state = layer.bias, getattr(layer, "quant_state", None)
     return Kept(
@@ -71,9 +71,9 @@ def keep(base: Any) -> Kept:
 
 @torch.no_grad()
 def write(base: Any, values: Kept) -> None:
-    """Put values into the parameters of a layer, in place; a bias comes and goes as they have one. May be done twice.
+    """Write values into the parameters of a layer, in place; its bias is made or removed as needed. May be done twice.
 
-    `copy_` tells autograd, so that a backward still to come on the old weight is an error and not a wrong gradient.
+    `copy_` raises the version counter, so a later backward through the old weight fails instead of being wrong.
     """
     layer = writable(base)
     layer.weight.copy_(values.weight)
@@ -95,14 +95,14 @@ class ToMerge(NamedTuple):
     adapters: Sequence[tuple[Mapping[str, Tensor], GLoRAConfig]]
 
     def rows(self, stored: Tensor) -> Tensor:
-        """A dense weight as stored as (N, K), or back."""
+        """A dense weight from its stored order to (N, K), or back."""
         is_transposed = (
             self.base._transposed if isinstance(self.base, FrozenBase) else conv1d_class(self.base) is not None
         )
         return stored.t() if is_transposed else stored
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W (N, K) on the layer's device, in the dtype that merged values are computed in; over 4 bits in this one."""
+        """W (N, K) on the layer's device, in fp32 (or float64); a 4-bit weight is dequantized to `dtype`."""
         weight, _, state = self.original
         device = self.base.weight.device
         if state is not None:
@@ -114,22 +114,22 @@ class ToMerge(NamedTuple):
 def merged(
     own: ToMerge, others: Sequence[ToMerge] = (), *, dense: bool = False, dtype: torch.dtype | None = None
 ) -> tuple[Kept, MergeReport | None]:
-    """The values of a layer with its adapters merged, on its device, as it stores them; nothing is changed by this.
+    """Compute the values of a layer with its adapters merged, on its device, in its order of storage; change nothing.
 
-    A weight or a bias that belongs to other layers as well holds the sum of what the adapters of all of them change.
-    A 4-bit weight that no adapter changes keeps its codes and its absmax.
+    A weight or bias that other layers have too gets the sum of the changes of all their adapters. A 4-bit weight that
+    no adapter changes keeps its codes and its absmax.
 
     Args:
         own: the layer; there may be no adapters.
         others: merged layers that have their weight or their bias in the same memory.
-        dense: W_eff itself of a base in 4 bits, and not rounded to 4 bits.
-        dtype: of dense values; None: those of the base.
+        dense: for a 4-bit base, return W_eff dense, not rounded to 4 bits.
+        dtype: of dense values; None: that of the base.
 
     Returns:
-        The values, and over 4 bits what rounding to them has done.
+        The values; and where they were rounded to 4 bits, the report.
 
     Raises:
-        ValueError: over 4 bits, W_eff holds NaN, inf or what is beyond the dtype that the weight stands for.
+        ValueError: W_eff of a 4-bit base holds NaN, inf or numbers beyond the dtype that it was quantized from.
     """
     weight, bias, state = own.original
     layer = writable(own.base)
@@ -145,13 +145,13 @@ def merged(
 
 
 def _effective(own: ToMerge, w: Tensor, others: Sequence[ToMerge]) -> tuple[Tensor, Tensor | None]:
-    """W_eff and b_eff in the dtype of W; W and b themselves where nothing changes them."""
+    """W_eff and b_eff in the dtype of `w`; `w` itself, and b in this dtype, where no adapter changes them."""
     bias = own.original.bias
     b = None if bias is None else bias.to(w.device, w.dtype)
     weights = [own, *(other for other in others if same_place(own.base.weight, other.base.weight))]
     biases = [own, *(other for other in others if same_bias(own.base, other.base))]
     with without_autocast(w.device.type):
-        # Each adapter changes the base, not what others made of it.
+        # Each adapter is applied to the base, not to the result of the others.
         w_eff = _together(w, (effective_weight(w, *adapter) for layer in weights for adapter in _adapters(layer)))
         b_eff = _together(
             b,
@@ -189,7 +189,7 @@ def same_bias(base: Any, other: Any) -> bool:
 
 
 def is_tied(base: Any, other: Any) -> bool:
-    """Whether the weight or the bias of two bases is one memory; an error where they overlap in another way."""
+    """Whether two bases have their weight or bias in the same memory; a ValueError where tensors overlap partly."""
     if base is other:
         return True
     pairs = [pair for pair in product(_held(base), _held(other)) if overlaps(*pair)]
@@ -206,7 +206,7 @@ def _held(base: Any) -> list[Tensor]:
 
 
 def without_adapters(base: Any, now: Kept, others: Sequence[ToMerge]) -> Kept:
-    """The values of a base that is not merged itself, where other layers may have merged into its memory."""
+    """The unmerged values of a base that is not merged itself, but whose memory other layers may have merged into."""
     weight, bias, state = now
     for other in others:
         if same_place(base.weight, other.base.weight):
@@ -217,7 +217,7 @@ def without_adapters(base: Any, now: Kept, others: Sequence[ToMerge]) -> Kept:
 
 
 def check_finite(own: ToMerge, values: Kept) -> None:
-    """An error where rounding (fp16 overflows) or an adapter has left NaN or inf in rows where W and b have none."""
+    """Raise a ValueError where merged values hold NaN or inf (fp16 overflows) in rows where W and b are finite."""
     if values.is_finite:
         return
     rows = torch.isfinite(own.dense()).all(1)

@@ -1,1 +1,1 @@
-"""Floor 6: the commands of `python -m glora_kernels`, one module each."""
+"""The commands of `python -m glora_kernels`, one module each."""

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def row(name: str, frozen: Sequence[float], ours: Sequence[float]) -> tuple[str, ...]:
-    """A pass by its times in every round: what is shown beside each other was measured right after each other."""
+    """The row of a pass. The two times are those of the round with the median ratio, so they were measured together."""
     rounds = sorted((b / a, a, b) for a, b in zip(frozen, ours, strict=True))
     last = len(rounds) - 1
     over, a, b = rounds[last // 2]

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         return text.refused(f"check: {error}")
     kernels = environment.has_triton() and not args.quick
     if device == "cpu" and kernels and not environment.interpreting():
-        # Triton reads this when it is imported, which has happened: start again with it.
+        # Triton read TRITON_INTERPRET when it was imported: start a process that has it set.
         command = [sys.executable, "-m", "glora_kernels", "check", "--device", "cpu", *["--json"] * args.json]
         return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
     start, rows = time.perf_counter(), _rows(device, kernels, args.quick)

@@ -97,7 +97,7 @@ def _layer(args: argparse.Namespace) -> int:
 
 
 _Asked = tuple[str, dict[str, object], Call, Tensor]
-"""What is called: in words, for JSON, itself, and its input."""
+"""A call: its title, the head of its JSON, the module or function, and its input."""
 
 
 def _own_module(args: argparse.Namespace) -> _Asked:
@@ -185,7 +185,7 @@ def _entries(path: Path) -> str:
 
 
 def _routes() -> list[dict[str, str]]:
-    """Which path "auto" takes on each device, and why; a GPU is listed where there is none, as what would be."""
+    """The path that "auto" takes on each device, and why; a GPU is listed also where there is none."""
     rows = []
     for device in ("cpu", "cuda"):
         here = device == "cpu" or torch.cuda.is_available()
@@ -198,7 +198,7 @@ def _routes() -> list[dict[str, str]]:
 
 
 def _layers() -> list[dict[str, str]]:
-    """What a forward and backward of each kind of layer does: GEMM-sized products, and with which kernels on a GPU."""
+    """For each kind of layer, the GEMM-sized products of a forward and backward, and the kernels on a GPU."""
     forward, backward = "_prepare_kernel, _glora_fwd_kernel", "_dy_kernel, _x_kernel, _finish_kernel, _glora_dx_kernel"
     rows = (
         ("LoRA, A none", "2", "low-rank and bias terms added to the product", f"{forward}; {backward}"),
@@ -211,7 +211,8 @@ def _layers() -> list[dict[str, str]]:
         ("D or E", "+0", "one vector, made where it is added", "none of their own"),
         ("any, 4-bit base", "+0", "W or W_eff dequantized into the workspace in each pass; a few tokens read the codes",
          "_dequantize_kernel or _dequantize_adapted_kernel; _small_m_kernel; or those of csrc"),
+        ("A, B, D or E constant", "+0", "a gradient (N,) is summed over N", "_totals_kernel, or in _glora_dx_kernel"),
         ("any, on the library route", "", "the vendor's product in the place of _glora_fwd_kernel, _glora_dx_kernel",
-         "_added_terms_kernel in the place of _prepare_kernel"),
+         "_added_terms_kernel; _prepare_kernel for U, W_eff, W∘(1+a)"),
     )  # fmt: skip
     return [dict(zip(("layer", "products", "how", "kernels on a GPU"), row, strict=True)) for row in rows]

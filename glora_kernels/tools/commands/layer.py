@@ -1,4 +1,4 @@
-"""Which kernels serve a layer, or several that are used together: they are called for a card that need not be here."""
+"""Finds the kernels of a layer, or of several used together, by planning a call for a card that need not be here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Call = Callable[[Tensor], Any]
 
 
 class Step(NamedTuple):
-    """One launch of ours, or one product of the vendor's library, which has a name only."""
+    """One launch of ours, or one GEMM of the vendor's library, of which only `kernel` is set."""
 
     kernel: str
     file: str = ""
@@ -43,7 +43,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of one pass, the file and line that launch them, the route of its large product, what decided it."""
+    """The steps of one pass, the file and line that launch them, the route of its large product and what decided it."""
 
     steps: list[Step]
     through: str
@@ -55,14 +55,14 @@ class Plan:
         return sum(step.file != "" for step in self.steps)
 
     def count(self) -> str:
-        """How many launches of ours and products of the library."""
+        """The numbers of our launches and of the library's products, as text."""
         products = len(self.steps) - self.launches
         text = f"{self.launches} launch{'' if self.launches == 1 else 'es'}"
         return text + (f", {products} library product{'' if products == 1 else 's'}" if products else "")
 
 
 class Together(nn.Module):
-    """Layers that take one x."""
+    """Layers that read one x."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Together(nn.Module):
 
 
 def base(n: int, k: int, dtype: torch.dtype, bias: bool, four_bit: str | None) -> nn.Module:
-    """A frozen linear layer without numbers, dense or in 4 bits."""
+    """A frozen linear layer on the meta device, dense or 4-bit."""
     linear = nn.Linear(k, n, bias, device="meta", dtype=dtype)
     if four_bit is None:
         return linear
@@ -82,10 +82,10 @@ def base(n: int, k: int, dtype: torch.dtype, bias: bool, four_bit: str | None) -
 
 
 def fused(bases: Sequence[nn.Module], config: GLoRAConfig) -> nn.Module:
-    """GLoRA layers over bases, those of one x fused.
+    """A GLoRA layer over each base; several are fused, as layers that read one x.
 
     Raises:
-        ValueError: they are not of a kind that is.
+        ValueError: layers of this kind cannot be fused.
     """
     layers = [GLoRALinear.from_linear(each, config) for each in bases]
     if len(layers) == 1:
@@ -99,7 +99,7 @@ def shared(bases: Sequence[nn.Module], config: GLoRAConfig, share: Share) -> Cal
     """Layers that share factors over depth, inside `shift_once` and `deferred_shared_grads`.
 
     Raises:
-        ValueError: a configuration that ShareLoRA has not.
+        ValueError: the configuration is not one of ShareLoRA.
     """
     if config.B != "lora" or config.variant != "hadamard":
         raise ValueError("--share shares the factors of B = lora, without --variant")
@@ -114,10 +114,10 @@ def shared(bases: Sequence[nn.Module], config: GLoRAConfig, share: Share) -> Cal
 
 
 def called(name: str) -> tuple[nn.Module, Tensor]:
-    """A module and its input, as the function of this name ("package.module:function") makes them on the meta device.
+    """Call the function of this name ("package.module:function") for a module and its input on the meta device.
 
     Raises:
-        ValueError: there is no such function, or it makes something else.
+        ValueError: there is no such function, or it returns something else.
     """
     module, _, function = name.partition(":")
     try:
@@ -134,7 +134,7 @@ def called(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def plan(call: Call, x: Tensor, arch: str, backend: Backend = "auto") -> dict[str, Plan]:
-    """The steps of "forward" and "backward" of a call, with what decided each."""
+    """The steps of a call's "forward" and "backward", with the source of each configuration."""
     steps, count, decided = planned.of_module(call, x, arch, backend)
     shown = [_step(step, [one for one in decided if one.before <= i]) for i, step in enumerate(steps)]
     parts = {"forward": range(count), "backward": range(count, len(steps))}
@@ -154,7 +154,7 @@ def _plan(name: str, steps: list[Step], decided: Sequence[Decided], part: range)
 
 
 def _step(step: Launch | CudaLaunch | LibraryProduct, decided: Sequence[Decided]) -> Step:
-    """`decided`: what was chosen before the step, of which the last for its kernel is its own."""
+    """`decided`: the choices made before the step; the last one for its kernel is the step's own."""
     if isinstance(step, LibraryProduct):
         return Step(str(step))
     name = step.kernel if isinstance(step, CudaLaunch) else step.kernel.__name__
@@ -166,7 +166,7 @@ def _step(step: Launch | CudaLaunch | LibraryProduct, decided: Sequence[Decided]
         return Step(name, file, str(step.grid), f"shared={step.shared}", step.block // 32, source=source)
     features = ["tma"] if any(hasattr(value, "block_shape") for value in step.args.values()) else []
     config = chosen.choice if chosen is not None and isinstance(chosen.choice, dict) else {}
-    if config.get("tma") and not features:  # strides that TMA cannot read: the tile is that of pointers
+    if config.get("tma") and not features:  # TMA cannot read the strides, so the tile for pointers was taken
         source = "default for pointers"
     elif config.get("persistent"):
         features.append("persistent")
@@ -181,12 +181,12 @@ def _step(step: Launch | CudaLaunch | LibraryProduct, decided: Sequence[Decided]
 
 
 def _four_bit(kernel: str) -> str:
-    """The operation on a 4-bit weight that a kernel serves: a table says whose does."""
+    """The key in `tables.NAMED` of the 4-bit operation that a kernel performs, or ""."""
     name = kernel.removeprefix("_")
     return next((what for what in (DEQUANTIZE, SMALL_M) if name.startswith(what.removeprefix("4-bit "))), "")
 
 
 def _where(function: Callable[..., Any]) -> str:
-    """The file and line of a function, from the package's folder."""
+    """The file and line of a function, relative to the folder that holds the package."""
     code = function.__code__
     return f"{os.path.relpath(code.co_filename, Path(glora_kernels.__file__).parent.parent)}:{code.co_firstlineno}"

@@ -21,7 +21,7 @@ the file. Share-qkv shares A among q, k and v each, and is plain LoRA elsewhere.
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the linear layers of a LLaMA-style model follow from. kv: out_features of k_proj and v_proj."""
+    """The sizes that determine a LLaMA-style model's linear layers. kv: out_features of k_proj and v_proj."""
 
     hidden: int
     intermediate: int
@@ -38,12 +38,12 @@ MODELS = {
 DEFAULT = ("llama-7b", "llama-13b", "llama-3-8b")
 QKV = ("q_proj", "k_proj", "v_proj")
 CUSTOM = "custom"
-"""The name of a model that is given by its sizes."""
+"""The name of a model that the user gives by its sizes."""
 
 
 @dataclass(frozen=True)
 class Count:
-    """One row: what a method trains, the bytes of its values in a bf16 file, and of AdamW's two fp32 states."""
+    """One row: the trained parameters, their bytes in a bf16 file, and the bytes of AdamW's two fp32 states."""
 
     model: str
     method: str
@@ -70,7 +70,7 @@ def skeleton(sizes: Sizes) -> nn.Module:
 
 
 def methods(rank: int, targets: Sequence[str] | None) -> dict[str, ShareLoRAConfig]:
-    """The configuration of each method; Share-qkv only where some of q, k and v are adapted."""
+    """The configuration of each method; Share-qkv only if q, k or v is adapted."""
     shares: dict[str, Share] = {"LoRA": "none", "ShareA": "A", "ShareB": "B", "ShareAB": "AB"}
     found = {name: ShareLoRAConfig(rank=rank, share=share) for name, share in shares.items()}
     paths = {f"model.layers.0.self_attn.{name}": name for name in QKV}
@@ -82,16 +82,16 @@ def methods(rank: int, targets: Sequence[str] | None) -> dict[str, ShareLoRAConf
 
 
 def count(name: str, sizes: Sizes, rank: int, targets: Sequence[str] | None = None) -> list[Count]:
-    """What every method trains on one model.
+    """Count what every method trains on one model.
 
     Args:
         name: of the model, for the rows.
-        sizes: of its layers.
+        sizes: of the model.
         rank: R.
-        targets: patterns of the layers to adapt; None means every linear but the head.
+        targets: patterns of the layers to adapt; None: every linear layer.
 
     Raises:
-        ValueError: a target that matches no layer; the message says which there are.
+        ValueError: a target matches no layer; the message lists the layers.
     """
     rows = []
     for method, config in methods(rank, targets).items():
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _models(args: argparse.Namespace) -> dict[str, Sizes]:
-    """The models of the arguments, by name."""
+    """The models that the arguments ask for, by name."""
     own = {name: getattr(args, name) for name in ("hidden", "intermediate", "layers", "kv")}
     if any(value is not None for value in own.values()):
         if args.model:

@@ -1,4 +1,4 @@
-"""What the commands share: argument types, and tables of text."""
+"""Argument types and text tables that the commands share."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def sizes(text: str) -> tuple[int, int, int]:
 
 
 def positive(text: str) -> int:
-    """An integer from 1 to the largest that an index of 32 bits holds."""
+    """An integer from 1 to 2³¹ - 1, the largest 32-bit index."""
     if not re.fullmatch(r"[1-9]\d{0,9}", text) or int(text) >= 2**31:
         raise argparse.ArgumentTypeError(f"must be an integer >= 1 and < 2^31, got {text!r}")
     return int(text)
 
 
 def architecture(text: str) -> str:
-    """As the configurations name it."""
+    """The architecture of a card, named as in `runtime.configs`."""
     if not re.fullmatch(r"sm_\d+|gfx\w+", text):
         raise argparse.ArgumentTypeError(f"must be like sm_90 or gfx942, got {text!r}")
     return text
@@ -44,16 +44,16 @@ def this_arch() -> str:
 
 
 def add_device(parser: argparse.ArgumentParser, on_cpu: str = "") -> None:
-    """Where a command runs; `on_cpu`: what to say of a CPU."""
+    """Add --device. `on_cpu`: words of the help on a CPU."""
     words = f"default: a GPU if there is one, else the CPU{on_cpu}"
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=words)
 
 
 def device(args: argparse.Namespace) -> str:
-    """That of `add_device`.
+    """The device that --device chooses, "cpu" or "cuda".
 
     Raises:
-        ValueError: it is not there.
+        ValueError: there is no such device here.
     """
     here = torch.cuda.is_available()
     if args.device == "cuda" and not here:
@@ -62,13 +62,13 @@ def device(args: argparse.Namespace) -> str:
 
 
 def refused(why: str) -> int:
-    """Say why a command could not be tried; its exit status."""
+    """Print why a command could not be tried, and return its exit status."""
     print(why, file=sys.stderr)
     return 2
 
 
 def add_case(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say which adapter a layer has."""
+    """Add the arguments that describe a layer's adapter."""
     parser.add_argument(
         "--case", default="lora", help="lora, or glora:A,B,C,D,E with the form of each support (default: lora)"
     )
@@ -79,10 +79,10 @@ def add_case(parser: argparse.ArgumentParser) -> None:
 
 
 def case(args: argparse.Namespace) -> GLoRAConfig:
-    """The configuration of the arguments of `add_case`.
+    """The configuration that the arguments of `add_case` describe.
 
     Raises:
-        ValueError: a case that is none, or values that `GLoRAConfig` refuses.
+        ValueError: an invalid --case, or values that `GLoRAConfig` refuses.
     """
     if args.case == "lora":
         return GLoRAConfig.lora(rank=args.rank, alpha=2 * args.rank, dropout=args.dropout)
@@ -95,7 +95,7 @@ def case(args: argparse.Namespace) -> GLoRAConfig:
 
 
 def table(head: Sequence[str], rows: Sequence[Any]) -> str:
-    """Rows as columns of text under a head."""
+    """The rows as aligned columns of text under a head."""
     cells = [list(map(str, head)), *(list(map(str, row)) for row in rows)]
     rule = ["-" * max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(aligned([cells[0], rule, *cells[1:]], "<" * len(head))) + "\n"

@@ -1,4 +1,4 @@
-"""`python -m glora_kernels tune`: measure launch configurations for one's own shapes, and keep them in a table."""
+"""`python -m glora_kernels tune`: measure launch configurations for your own shapes, and keep them in a table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DESCRIPTION = """Measure launch configurations and routes for your own shapes on
 table, which every later process on such a GPU reads by itself. Only configurations that give the same result and are
 faster by more than noise are kept. A run that was stopped goes on where it was; nothing else ever tunes."""
 MODELS = {"llama-3-8b": ("LLaMA-3-8B", 8192), "vit-b-16": ("ViT-B/16", 64 * 197)}
-"""Of the models of --layers the name in `shipped.LAYERS`, and the tokens: of vit-b-16 64 images of 197."""
+"""For each model of --layers: its name in `shipped.LAYERS` and the default tokens (vit-b-16: 64 images of 197)."""
 
 
 _ANY = Shape(1, 1, 1, 1)
