@@ -143,7 +143,7 @@ class Columns(NamedTuple):
 NO_COLUMNS = Columns()
 
 
-class ZOperands(NamedTuple):
+class Anew(NamedTuple):
     """The matrices for computing da = Σₘ dy∘Z with Z = x·Wᵀ computed again."""
 
     dy: Any

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton import cdiv
 
 from glora_kernels import tile
-from glora_kernels.operands import NO_COLUMNS, Columns, Parts, Sum, ZOperands
+from glora_kernels.operands import NO_COLUMNS, Anew, Columns, Parts, Sum
 from glora_kernels.reference import recovery
 from glora_kernels.runtime import tables
 from glora_kernels.runtime.configs import Shape
@@ -81,7 +81,7 @@ def _vector_gradients(columns, n, N):
 
 @triton.jit
 def _da_from_x(
-    z_from, n, M, N, K,
+    anew, n, M, N, K,
     NUMERICS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Σₘ dy∘Z of the columns n, with Z = x·Wᵀ computed again."""
@@ -91,16 +91,16 @@ def _da_from_x(
         z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            x = tile.read(z_from.x, m, k, M, K)
-            w = tile.read(tile.transposed(z_from.w), k, n, K, N).to(NUMERICS.dtype)
+            x = tile.read(anew.x, m, k, M, K)
+            w = tile.read(tile.transposed(anew.w), k, n, K, N).to(NUMERICS.dtype)
             z = tile.dot_wide(x, w, z, NUMERICS)
-        total += tl.sum(tile.read(z_from.dy, m, n, M, N).to(tl.float32) * z, 0)
+        total += tl.sum(tile.read(anew.dy, m, n, M, N).to(tl.float32) * z, 0)
     return total
 
 
 @triton.jit
 def _scale_gradient(
-    columns, z_from, n, M, N, K,
+    columns, anew, n, M, N, K,
     NUMERICS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """da of a vector or constant A: Σₘ dy∘Z = Σₘ q/(1+a), with q = dy∘Z∘(1+a) as `_dy_kernel` took it from y.
@@ -118,13 +118,13 @@ def _scale_gradient(
         kept &= _add_up(columns.judges + columns.end, columns.step, columns.end, n, inside) <= 0.0
     da = total / tl.where(kept, scale, 1.0)
     if tl.min(kept.to(tl.int32), 0) == 0:
-        da = tl.where(kept, da, _da_from_x(z_from, n, M, N, K, NUMERICS, BLOCK_N, BLOCK_M, BLOCK_K))
+        da = tl.where(kept, da, _da_from_x(anew, n, M, N, K, NUMERICS, BLOCK_N, BLOCK_M, BLOCK_K))
     _keep(columns.da, da, n, inside)
 
 
 @triton.jit(do_not_specialize=["M", "P", "R"])
 def _finish_kernel(
-    factor, du, db_up, columns, z_from, sums, M, N, K, P, R,
+    factor, du, db_up, columns, anew, sums, M, N, K, P, R,
     NUMERICS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +137,7 @@ def _finish_kernel(
             n = pid * BLOCK_N + tl.arange(0, BLOCK_N)
             _vector_gradients(columns, n, N)
             if columns.q is not None:
-                _scale_gradient(columns, z_from, n, M, N, K, NUMERICS, BLOCK_N, BLOCK_M, BLOCK_K)
+                _scale_gradient(columns, anew, n, M, N, K, NUMERICS, BLOCK_N, BLOCK_M, BLOCK_K)
     if factor is not None:
         tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(P + R, BLOCK_C)
         if (pid >= first) & (pid < first + tiles):
@@ -163,18 +163,18 @@ def summed(tensor: Tensor, out: Tensor) -> Sum:
 
 
 def finish_launch(
-    *, columns: Columns = NO_COLUMNS, z_from: ZOperands | None = None, factor: Parts | None = None,
+    *, columns: Columns = NO_COLUMNS, anew: Anew | None = None, factor: Parts | None = None,
     du: Tensor | None = None, db_up: Tensor | None = None, n: int = 0, ranks: tuple[int, int] = (0, 0),
     sums: Sequence[Sum] = (), dtype: torch.dtype, arch: str,
 ) -> Launch:  # fmt: skip
     """The gradients of `columns`; du (N,P) and db_up (N,R) from `factor`, partial sums (P+R,N); and the `sums`.
 
-    `columns` and `z_from` hold tensors; `z_from` is needed for da alone. `ranks`: (P, R). `dtype`: that of dy, in which
+    `columns` and `anew` hold tensors; `anew` is needed for da alone. `ranks`: (P, R). `dtype`: that of dy, in which
     Z is computed again.
     """
     beside = Beside(arch, dtype)
-    if z_from is not None:
-        beside = beside._replace(aligned=z_from.x.stride(0) % 16 == 0, cast=z_from.w.dtype != dtype)
+    if anew is not None:
+        beside = beside._replace(aligned=anew.x.stride(0) % 16 == 0, cast=anew.w.dtype != dtype)
     config = fitted("finish", tables.choose("finish", arch, dtype, Shape(0, n, 0, sum(ranks))), beside)
     across, block = cdiv(n, config["cols"]), config["rows"] * config["cols"]
     vectors = {name: vector(getattr(columns, name)) for name in ("a", "bias", "d")}
@@ -183,9 +183,9 @@ def finish_launch(
         grid = cdiv(item.step, block) + grid
     args = {
         "factor": factor, "du": du, "db_up": db_up, "columns": columns._replace(**vectors),
-        "z_from": None if z_from is None else ZOperands(*map(matrix, z_from)),
+        "anew": None if anew is None else Anew(*map(matrix, anew)),
         "sums": tuple(sums),
-        "M": 0 if z_from is None else rows(z_from.x), "N": n, "K": 0 if z_from is None else z_from.x.shape[1],
+        "M": 0 if anew is None else rows(anew.x), "N": n, "K": 0 if anew is None else anew.x.shape[1],
         "P": ranks[0], "R": ranks[1],
         "NUMERICS": numerics(dtype),
         "BLOCK_N": config["cols"], "BLOCK_C": _RANK_STEP, "BLOCK_M": config["tokens"], "BLOCK_K": config["depth"],

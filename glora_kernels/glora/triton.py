@@ -34,7 +34,7 @@ from glora_kernels.glora.weight import (
     wc_grad_splits,
     wc_launch,
 )
-from glora_kernels.operands import Columns, Parts, Shift, Sum, Terms, ZOperands
+from glora_kernels.operands import Anew, Columns, Parts, Shift, Sum, Terms
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import cost, routes
 from glora_kernels.runtime.configs import MAX_FACTOR_RANK, MAX_RANK, TOTALS_BESIDE_DX, Shape, m_class
@@ -415,7 +415,7 @@ class _Backward:
                 bias=s.bias if needs.d else None, d=s.d if needs.bias else None,
             )  # fmt: skip
             finish_launch(
-                columns=columns, z_from=ZOperands(dy, given(self.x), given(dense)) if needs.a else None,
+                columns=columns, anew=Anew(dy, given(self.x), given(dense)) if needs.a else None,
                 factor=read.factor, du=du, db_up=db_up, n=shape.n, ranks=(p, r), sums=self.sums, dtype=dy.dtype,
                 arch=arch,
             ).run()  # fmt: skip

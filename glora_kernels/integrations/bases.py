@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from glora_kernels.dispatch.ways import is_plain as is_strided
 from glora_kernels.dispatch.ways import is_transformed
-from glora_kernels.nn.adapted import Frozen, Operands, adapted_linear, weighted_sum
+from glora_kernels.nn.adapted import Frozen, Operands, adapted_linear, rows_of_examples, weighted_sum
 from glora_kernels.nn.base import computes_as, plain_class
 from glora_kernels.nn.frozen import QuantizedLinear
 from glora_kernels.nn.warmup import Form, form_of
@@ -78,6 +78,28 @@ class OverBase(_Layer):
             return base
         operands = total(adapters)
         return operands if isinstance(operands, str) else (base, operands)
+
+    def mixed_parts(self, x: Tensor, names: Sequence[str]) -> tuple[Frozen, list[Operands], Tensor] | str:
+        """The base, the adapters, and the number of each row's for a call whose examples have the adapters `names`.
+
+        Or the reason why there is no such call. A name that the layer does not have means the base alone.
+        """
+        places: dict[str, int] = {}
+        adapters: list[Operands] = []
+        for name in sorted(set(names)):  # numbered alike in whatever order a batch has them
+            operands = self.operands(name)
+            if isinstance(operands, str):
+                return operands
+            if operands is not None:
+                places[name] = len(adapters)
+                adapters.append(operands)
+        base = self.frozen(x)
+        if isinstance(base, str):
+            return base
+        for operands in adapters or [Operands()]:
+            if reason := refusal_of_x(x, base, operands) or (NARROW if is_wider(x, base, operands) else None):
+                return reason
+        return base, adapters, rows_of_examples(tuple(places.get(name, -1) for name in names), x)
 
     def operands(self, name: str) -> Operands | str | None:
         """The adapter of this name, or the reason why the operators do not take it; None if the layer has none."""

@@ -296,6 +296,8 @@ def _of_each(
             if own is not None and own.numel() == 1 and each[j].numel() > 1:
                 sums = whole.sum(1, keepdim=True).unbind() if sums is None else sums
                 found[j][_PLACE[name]] = sums[j]
+            elif name == "wc" and wanted[j].s.e:  # autograd may keep both as they are: no two in one memory
+                found[j][_PLACE[name]] = each[j].clone()
             else:
                 found[j][_PLACE[name]] = each[j]
     if grads.bias is not None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from glora_kernels.dispatch.common import Weight
 from glora_kernels.glora.op import dropout_seed
-from glora_kernels.ops import glora_linear
+from glora_kernels.ops import glora_linear, multi_glora_linear
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.spec import GLoRAConfig
 
@@ -86,10 +86,7 @@ def adapted_linear(
     tensors, scale, dropout_p, variant = adapter
     back_to = None
     if isinstance(weight, QuantizedWeight):
-        check_floating(x)
-        if compute_dtype is not None:
-            back_to, x = x.dtype, x.to(compute_dtype)
-            bias = None if bias is None else bias.to(compute_dtype)
+        x, bias, back_to = _for_codes(x, bias, compute_dtype)
     if beta is not None:
         bias, tensors = beta, {**tensors, **dict.fromkeys(SHIFTS)}
     if dropout_p and seed is None:
@@ -102,6 +99,84 @@ def adapted_linear(
         d=tensors["D"], e=tensors["E"], variant=variant,
     )  # fmt: skip
     return y if back_to is None else y.to(back_to)
+
+
+def mixed_linear(x: Tensor, base: Frozen, adapters: Sequence[Operands], rows: Tensor) -> Tensor:
+    """y (..., N) of an x (..., K) whose rows have an adapter each, in the dtype of x.
+
+    Args:
+        x: the input.
+        base: under all of them.
+        adapters: each with dropout draws a mask of its own.
+        rows: the number of the adapter of each row of x, of shape (...); -1: the base alone.
+
+    Raises:
+        The errors of `ops.multi_glora_linear`.
+    """
+    weight, bias, compute_dtype = base
+    back_to = None
+    if isinstance(weight, QuantizedWeight):
+        x, bias, back_to = _for_codes(x, bias, compute_dtype)
+    keywords = [
+        {name.lower(): tensor for name, tensor in tensors.items() if tensor is not None}
+        | {"scale": scale, "variant": variant, "dropout_p": dropout_p}
+        | ({"seed": dropout_seed(x.device)} if dropout_p else {})
+        for tensors, scale, dropout_p, variant in adapters
+    ]
+    y = multi_glora_linear(x, weight, bias, keywords, rows)
+    return y if back_to is None else y.to(back_to)
+
+
+def rows_of_examples(examples: tuple[int, ...], x: Tensor) -> Tensor:
+    """The adapter of each row of x (B, ..., K) from that of each of its B examples.
+
+    The same tensor for all layers that ask the same: kernels sort the rows of an assignment once.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and the assignment was not used before.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return _rows_of_examples(examples, x.shape[:-1], x.device)
+    key = examples, x.shape[:-1], x.device
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    found = _assignments.get(key)
+    if found is None:
+        if capturing:
+            raise RuntimeError(
+                "these adapters of a batch (adapter_names) were not used before the CUDA graph that is being captured: "
+                "call the model once with the same names and shape first"
+            )
+        if len(_assignments) >= _KEPT_ASSIGNMENTS:
+            _assignments.pop(next(iter(_assignments)))
+        with torch.inference_mode(False):
+            found = _assignments[key] = _rows_of_examples(*key)
+    if capturing:
+        _captured.append(found)
+    elif x.is_cuda:  # it may be dropped while another stream still reads it
+        found.record_stream(torch.cuda.current_stream(x.device))
+    return found
+
+
+def _rows_of_examples(examples: tuple[int, ...], lead: torch.Size, device: torch.device) -> Tensor:
+    """Made on the host: a copy from there is complete for every stream."""
+    index = torch.tensor(examples, dtype=torch.int64)
+    return index.view(-1, *[1] * (len(lead) - 1)).expand(lead).contiguous().to(device)
+
+
+_assignments: dict[tuple[tuple[int, ...], torch.Size, torch.device], Tensor] = {}
+_KEPT_ASSIGNMENTS = 64
+_captured: list[Tensor] = []
+"""What captured graphs read, kept for as long as the process lives."""
+
+
+def _for_codes(
+    x: Tensor, bias: Tensor | None, compute_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None, torch.dtype | None]:
+    """x and the bias as they are computed with over 4-bit codes, and the dtype that y goes back to, or None."""
+    check_floating(x)
+    if compute_dtype is None:
+        return x, bias, None
+    return x.to(compute_dtype), None if bias is None else bias.to(compute_dtype), x.dtype
 
 
 def base_linear(x: Tensor, base: tuple[Weight, Tensor | None, torch.dtype | None]) -> Tensor:

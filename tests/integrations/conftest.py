@@ -42,7 +42,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(operands)
         return real(x, base, operands)
 
+    mixed = layers.mixed_linear
+
+    def counted_mixed(x: Tensor, base: Any, adapters: Any, rows: Tensor) -> Tensor:
+        seen.append(adapters)
+        return mixed(x, base, adapters, rows)
+
     monkeypatch.setattr(layers, "peft_linear", counted)
+    monkeypatch.setattr(layers, "mixed_linear", counted_mixed)
     return seen
 
 

@@ -137,7 +137,7 @@ def test_rules_are_of_kernels_that_there_are():
     source = "".join(path.read_text() for path in Path(configs.__file__).parents[1].rglob("*.py"))
     for kernel in RULES:
         assert f"def _{kernel}_kernel(" in source or f"def _glora_{kernel}_kernel(" in source, kernel
-        assert f'fitted("{kernel}", ' in source, kernel
+        assert f'fitted("{kernel}", ' in source or f'.config("{kernel}", ' in source, kernel
 
 
 def test_what_a_rule_changes():

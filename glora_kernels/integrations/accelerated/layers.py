@@ -7,6 +7,7 @@ merged and disabled, and hooks come and go; where they cannot, PEFT's forward ru
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from glora_kernels.integrations import bases
 from glora_kernels.integrations.bases import HOOKED, IDLE, ON_META, is_plain, peft_linear, tensor_of
-from glora_kernels.nn.adapted import ABSENT, Frozen, Operands
+from glora_kernels.nn.adapted import ABSENT, Frozen, Operands, mixed_linear
 from glora_kernels.runtime.planning import is_planning
 from glora_kernels.spec import SUPPORTS
 
@@ -36,22 +37,33 @@ class Accelerated(bases.OverBase):
     _glora_fallbacks: dict[str, int]  # reason → number of calls in which PEFT's forward ran
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        call = self.call(x, args, kwargs)
+        call: Any = self.call(x, args, kwargs)
         if isinstance(call, str):
             if not torch.compiler.is_compiling():
                 self._glora_fallbacks[call] = self._glora_fallbacks.get(call, 0) + 1
             bases.before_its_own_forward(self.get_base_layer(), (x, *(() if call == IDLE else self.parameters())))
             return self.plain.forward(self, x, *args, **kwargs)
-        return peft_linear(x, *call)
+        return mixed_linear(x, *call) if len(call) == 3 else peft_linear(x, *call)
 
-    def call(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: Any = None) -> tuple[Frozen, Operands] | str:
-        """The arguments of `peft_linear` for this x, or the reason why PEFT's forward runs instead.
+    def mixed(self, x: Tensor, names: Sequence[str]) -> tuple[Frozen, list[Operands], Tensor] | str:
+        """The arguments of `mixed_linear` for examples with these adapters, or the reason why PEFT's forward runs."""
+        return MIXED_BATCH
+
+    def call(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: Any = None) -> tuple[Any, ...] | str:
+        """The arguments of `peft_linear` for this x, or with adapter_names of `mixed_linear`.
+
+        Or the reason why PEFT's forward runs instead.
 
         Raises:
             RuntimeError: weights are on the meta device, without values, and x is not.
         """
         if args or kwargs:
             given = {name for name, value in kwargs.items() if value is not None}
+            if given == {"adapter_names"} and not args:
+                mixed = self.mixed(x, kwargs["adapter_names"])
+                if mixed == ON_META and not x.is_meta and not self._is_offloaded():
+                    raise RuntimeError(f"a {type(self).__name__} cannot run: {ON_META}, x is on {x.device}")
+                return mixed
             if args or given:
                 return MIXED_BATCH if "adapter_names" in given else ARGUMENTS
         found = self.parts(x)
@@ -67,9 +79,13 @@ class Accelerated(bases.OverBase):
             return bases.TRAINED_BASE
         return bases.refusal_of_x(x, *found) or found
 
+    def _is_offloaded(self) -> bool:
+        """Whether accelerate's hooks bring its weights from elsewhere when it is called."""
+        return any("_hf_hook" in vars(module) for module in self.modules())
+
     def _is_unwritten(self) -> bool:
         """Whether an active adapter is on the meta device, other than by accelerate's offloading hooks."""
-        if any("_hf_hook" in vars(module) for module in self.modules()):
+        if self._is_offloaded():
             return False
         containers = [getattr(self, name) for name in self.adapter_layer_names]
         parts = [container[name] for container in containers for name in self.active_adapters if name in container]
@@ -180,6 +196,11 @@ class LoraOperands(Accelerated):
             if scale.device != device and device.type != "meta":  # FSDP2 loads through meta, and moves nothing after
                 self._glora_scales[name] = _scale_tensor(self.scaling[name], device)
 
+    def mixed(self, x: Tensor, names: Sequence[str]) -> tuple[Frozen, list[Operands], Tensor] | str:
+        if self._disable_adapters or self.merged or len(names) != len(x):  # for PEFT to answer, or to refuse
+            return MIXED_BATCH
+        return self.mixed_parts(x, names)
+
     def operands(self, name: str) -> Operands | str | None:
         # Not self.lora_A[name]: nn.Module.__getattr__ costs more than all of this method.
         downs, ups, dropouts = (self._modules[part]._modules for part in ("lora_A", "lora_B", "lora_dropout"))
@@ -211,7 +232,7 @@ class LoraOperands(Accelerated):
 class HiraOperands(Accelerated):
     """HiRA, W + W∘(up·down): A=lora alone."""
 
-    def call(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: Any = None) -> tuple[Frozen, Operands] | str:
+    def call(self, x: Tensor, args: tuple[Any, ...] = (), kwargs: Any = None) -> tuple[Any, ...] | str:
         """As in `Accelerated`, but PEFT's forward runs where the adapter is wider: it multiplies in that dtype."""
         found = super().call(x, args, kwargs)
         return bases.NARROW if not isinstance(found, str) and bases.is_wider(x, *found) else found

@@ -33,7 +33,7 @@ from glora_kernels.integrations.bases import (
     total,
 )
 from glora_kernels.integrations.peft.adapter import Adapter
-from glora_kernels.nn.adapted import Frozen, Operands
+from glora_kernels.nn.adapted import Frozen, Operands, mixed_linear
 from glora_kernels.nn.base import base_of, is_linear, unsupported
 from glora_kernels.nn.merging.values import (
     Kept,
@@ -178,7 +178,7 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
         return y
 
     def _mixed(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        """Compute each row with its own adapter: the rows of one adapter in one call."""
+        """Compute each example with its own adapter: in one call, or where the operators refuse one call an adapter."""
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -188,6 +188,9 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
+        found = self.mixed_parts(x, adapter_names)
+        if not isinstance(found, str):
+            return mixed_linear(x, *found)
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(adapter_names):
             rows.setdefault(name if name in self.adapters else BASE, []).append(row)
