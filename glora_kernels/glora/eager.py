@@ -56,22 +56,20 @@ def forward(x: Tensor, weight: Weight, s: Supports, call: Call) -> Made:
         call: scale, dropout, variant.
     """
     dtype = x.dtype
-    keep = None if s.b_up is None else keep_of(call.dropout_p, call.seed, x.shape[0], x.shape[1], x.device)
-    terms, u = small_terms(x, weight, s, call, keep)
+    terms, made = small_terms(x, weight, s, call)
     if s.a is not None:
         y = scale_rows(_product(x, cast_weight(weight, dtype), terms.beta), 1 + s.a.to(wide_dtype(dtype)), terms)
     else:
         y = with_terms(x, weight_for(weight, s, call, dtype), terms)
-    return Made(y, terms.h, terms.sigma, u, keep)
+    return Made(y, *made[1:])
 
 
-def small_terms(
-    x: Tensor, weight: Weight, s: Supports, call: Call, keep: Tensor | None
-) -> tuple[AddedTerms, Tensor | None]:
-    """All that y has beside the large product, and U of the product variant; `keep`: the dropout mask."""
+def small_terms(x: Tensor, weight: Weight, s: Supports, call: Call) -> tuple[AddedTerms, Made]:
+    """Return all terms of y but x·Wᵀ, and what backward reads of them; y is not there yet."""
+    keep = None if s.b_up is None else keep_of(call.dropout_p, call.seed, x.shape[0], x.shape[1], x.device)
     factor, h, u = _low_rank(x, weight, s, call, keep)
     sigma = None if s.b is None else x.sum(-1, dtype=wide_dtype(x.dtype))
-    return AddedTerms(shift(s, x.dtype), h, factor, sigma, s.b), u
+    return AddedTerms(shift(s, x.dtype), h, factor, sigma, s.b), Made(None, h, sigma, u, keep)
 
 
 def with_terms(x: Tensor, weight: Tensor, terms: AddedTerms) -> Tensor:

@@ -64,19 +64,15 @@ class OverBase(_Layer):
 
     def active_parts(self, x: Tensor | None = None) -> tuple[Frozen, Operands] | str:
         """`parts` as if no adapter were disabled or merged."""
-        adapters = []
-        for name in self.active_adapters:
-            operands = self.operands(name)
-            if isinstance(operands, str):
-                return operands
-            if operands is not None:
-                adapters.append(operands)
+        adapters = self._operands_of(self.active_adapters)
+        if isinstance(adapters, str):
+            return adapters
         if not adapters:
             return IDLE
         base = self.frozen(x)
         if isinstance(base, str):
             return base
-        operands = total(adapters)
+        operands = total([operands for _, operands in adapters])
         return operands if isinstance(operands, str) else (base, operands)
 
     def mixed_parts(self, x: Tensor, names: Sequence[str]) -> tuple[Frozen, list[Operands], Tensor] | str:
@@ -84,22 +80,28 @@ class OverBase(_Layer):
 
         Or the reason why there is no such call. A name that the layer does not have means the base alone.
         """
-        places: dict[str, int] = {}
-        adapters: list[Operands] = []
-        for name in sorted(set(names)):  # numbered alike in whatever order a batch has them
-            operands = self.operands(name)
-            if isinstance(operands, str):
-                return operands
-            if operands is not None:
-                places[name] = len(adapters)
-                adapters.append(operands)
-        base = self.frozen(x)
+        found = self._operands_of(sorted(set(names)))  # numbered alike in whatever order a batch has them
+        if isinstance(found, str):
+            return found
+        base, adapters = self.frozen(x), [operands for _, operands in found]
         if isinstance(base, str):
             return base
         for operands in adapters or [Operands()]:
             if reason := refusal_of_x(x, base, operands) or (NARROW if is_wider(x, base, operands) else None):
                 return reason
+        places = {name: place for place, (name, _) in enumerate(found)}
         return base, adapters, rows_of_examples(tuple(places.get(name, -1) for name in names), x)
+
+    def _operands_of(self, names: Iterable[str]) -> list[tuple[str, Operands]] | str:
+        """Those of these adapters that the layer has, or the reason why the operators do not take one of them."""
+        found = []
+        for name in names:
+            operands = self.operands(name)
+            if isinstance(operands, str):
+                return operands
+            if operands is not None:
+                found.append((name, operands))
+        return found
 
     def operands(self, name: str) -> Operands | str | None:
         """The adapter of this name, or the reason why the operators do not take it; None if the layer has none."""

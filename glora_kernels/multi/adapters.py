@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,24 +12,6 @@ from glora_kernels.glora.call import C, Call, Supports
 
 ABSENT = -1
 """The index of an operand that an adapter does not have, and of the adapter of a row that has none."""
-
-
-class Fields(NamedTuple):
-    """What an adapter can have, by name: the tensors among the keyword arguments of `ops.glora_linear`."""
-
-    a: Any = None
-    a_up: Any = None
-    a_down: Any = None
-    b: Any = None
-    b_up: Any = None
-    b_down: Any = None
-    wc: Any = None
-    c: Any = None
-    c_up: Any = None
-    c_down: Any = None
-    d: Any = None
-    e: Any = None
-    seed: Any = None
 
 
 class Shared(NamedTuple):
@@ -49,7 +31,7 @@ class Shared(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The distinct tensors of all adapters, field by field of `Fields`."""
+    """The distinct tensors of all adapters: by the keyword arguments of `ops.glora_linear` that are tensors."""
 
     a: list[Tensor]
     a_up: list[Tensor]
@@ -69,8 +51,8 @@ class Operands(NamedTuple):
 class Numbers(NamedTuple):
     """The numbers of a call.
 
-    places: for each adapter and then each field the index of its tensor in `Operands`, or ABSENT. scales, dropout_ps,
-    matmuls: s, p, and whether A=lora is the product variant, of each adapter. route: "eager" or "triton".
+    places: for each adapter and then each field of `Operands` the index of its tensor there, or ABSENT. scales,
+    dropout_ps, matmuls: s, p, and whether A=lora is the product variant, of each adapter. route: "eager" or "triton".
     form: of a 4-bit weight (`dispatch.common.Codes`).
     """
 
@@ -85,10 +67,11 @@ class Numbers(NamedTuple):
     def size(self) -> int:
         return len(self.scales)
 
-    def fields(self, j: int) -> Fields:
-        """The indices of adapter j."""
-        width = len(Fields._fields)
-        return Fields(*self.places[j * width : (j + 1) * width])
+    def places_of(self, j: int) -> dict[str, int]:
+        """The index of each tensor that adapter j has."""
+        width = len(Operands._fields)
+        own = zip(Operands._fields, self.places[j * width : (j + 1) * width], strict=True)
+        return {name: place for name, place in own if place != ABSENT}
 
 
 class Adapter(NamedTuple):
@@ -104,11 +87,8 @@ def adapters_of(shared: Shared, operands: Operands, numbers: Numbers) -> list[Ad
     bias = shared.bias[0] if shared.bias else None
     found = []
     for j in range(numbers.size):
-        own: dict[str, Any] = {
-            name: None if place == ABSENT else tensors[place]
-            for name, place, tensors in zip(Fields._fields, numbers.fields(j), operands, strict=True)
-        }
-        c, seed = C(own.pop("c"), own.pop("c_up"), own.pop("c_down")), own.pop("seed")
+        own = {name: getattr(operands, name)[place] for name, place in numbers.places_of(j).items()}
+        c, seed = C(*(own.pop(name, None) for name in C._fields)), own.pop("seed", None)
         call = Call(numbers.scales[j], numbers.dropout_ps[j], seed, bool(numbers.matmuls[j]), numbers.route)
         found.append(Adapter(Supports(bias=bias, **own), c, call))
     return [*found, Adapter(Supports(bias=bias), C(), Call(1.0, 0.0, None, False, numbers.route))]
@@ -143,6 +123,16 @@ class Order(NamedTuple):
         return torch.empty_like(matrix).index_copy_(0, self.places, matrix)
 
 
+def check_rows(rows: Tensor, count: int, waits: bool) -> None:
+    """An error for a row whose number is none of `count` adapters; not `waits`: one that the device raises, later."""
+    wrong = (rows < ABSENT) | (rows >= count)
+    accepted = f"rows must be numbers of adapters, 0 to {count - 1}, or -1 for the base alone"
+    if not waits:
+        torch._assert_async(~wrong.any(), accepted)
+    elif bool(wrong.any()):
+        raise ValueError(f"{accepted}; got {int(rows[wrong][0])}")
+
+
 def order_of(rows: Tensor, count: int, is_last: Callable[[int, int], bool]) -> Order:
     """The order of the rows of a call with `count` adapters, on the host.
 
@@ -151,11 +141,7 @@ def order_of(rows: Tensor, count: int, is_last: Callable[[int, int], bool]) -> O
     Raises:
         ValueError: there is no adapter of some row's number.
     """
-    if len(rows) and not (int(rows.min()) >= ABSENT and int(rows.max()) < count):
-        wrong = rows[(rows < ABSENT) | (rows >= count)]
-        raise ValueError(
-            f"rows must be numbers of adapters, 0 to {count - 1}, or -1 for the base alone; got {int(wrong[0])}"
-        )
+    check_rows(rows, count, waits=True)
     sizes = torch.bincount(rows + 1, minlength=count + 1).tolist()
     sequence = sorted(range(ABSENT, count), key=lambda j: is_last(j, sizes[j + 1]))
     spans, start = [], 0

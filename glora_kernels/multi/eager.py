@@ -21,7 +21,7 @@ from torch import Tensor
 
 from glora_kernels.dispatch.common import Weight, cast, given, wide_dtype
 from glora_kernels.glora import eager
-from glora_kernels.glora.call import C, Call, Made, Needs, Supports, wc_dtype
+from glora_kernels.glora.call import C, Made, Needs, Supports, wc_dtype
 from glora_kernels.glora.chunks import gathered, thin
 from glora_kernels.multi.adapters import Adapter, Order, order_of
 
@@ -67,7 +67,7 @@ def forward(x: Tensor, weight: Weight, rows: Tensor, adapters: Sequence[Adapter]
     x, dtype, wide = order.sort(x), x.dtype, wide_dtype(x.dtype)
     y = x.new_empty(len(x), weight.shape[0])
     shared = [part for part in parts if not part.own]
-    terms = [terms_of(x[part.at], weight, part.beside, adapters[part.j].call)[0] for part in shared]
+    terms = [eager.small_terms(x[part.at], weight, part.beside, adapters[part.j].call)[0] for part in shared]
     if shared:
         dense = eager.cast_weight(weight, dtype)
         for part, found in zip(shared, terms, strict=True):
@@ -99,10 +99,10 @@ def backward(
 
     As `glora.eager.backward` has them for a layer with the rows of that adapter alone. y is there where it was kept.
     """
-    if y is None and any(want.s.a for want in wanted):
+    reads_y = any(want.s.a for want in wanted)  # and β, which W·c is a part of
+    if reads_y and y is None:
         y = forward(given(x), weight, rows, adapters)
-    reads_wc = any(want.s.a for want in wanted)
-    order, parts = _sorted(rows, adapters, _supports(weight, adapters) if reads_wc else [each.s for each in adapters])
+    order, parts = _sorted(rows, adapters, _supports(weight, adapters) if reads_y else [each.s for each in adapters])
     dy, x, y = order.sort(dy), *(None if t is None else order.sort(t) for t in (x, y))
     dx = dy.new_empty(len(dy), weight.shape[1]) if needs_x else None
     found: list[list[Tensor | None]] = [[None] * len(Supports._fields) for _ in adapters]
@@ -110,9 +110,8 @@ def backward(
     left = torch.empty_like(dy) if any(part.s.a is not None for part in shared) else dy
     for part in parts:
         at, call, need = part.at, adapters[part.j].call, wanted[part.j].s._replace(x=needs_x)
-        made = Made(None if y is None else y[at])
-        if x is not None:
-            _, made = terms_of(x[at], weight, part.beside, call, made.y)
+        made = Made(None) if x is None else eager.small_terms(x[at], weight, part.beside, call)[1]
+        made = made._replace(y=None if y is None else y[at])
         mine = dy[at], None if x is None else x[at], weight, part.beside, made, call, need
         if part.own:
             delta, *found[part.j] = eager.backward(*mine)
@@ -165,15 +164,6 @@ def _sorted(rows: Tensor, adapters: Sequence[Adapter], supports: Sequence[Suppor
     return order, parts
 
 
-def terms_of(
-    x: Tensor, weight: Weight, s: Supports, call: Call, y: Tensor | None = None
-) -> tuple[eager.AddedTerms, Made]:
-    """What one adapter adds to its rows x: as it is added to the product, and as backward reads it beside y."""
-    keep = None if s.b_up is None else eager.keep_of(call.dropout_p, call.seed, len(x), x.shape[1], x.device)
-    terms, u = eager.small_terms(x, weight, s, call, keep)
-    return terms, Made(y, terms.h, terms.sigma, u, keep)
-
-
 def _by_rank(
     parts: Sequence[_Part], left_of: Callable[[_Part], Tensor], right: Tensor
 ) -> Iterator[tuple[_Part, Tensor]]:
@@ -208,20 +198,20 @@ def _over_rows(products: Tensor, matrix: Tensor) -> Tensor:
 def _supports(weight: Weight, adapters: Sequence[Adapter]) -> list[Supports]:
     """Those of each adapter, with W·c where it has C."""
     supports = [adapter.s for adapter in adapters]
-    having, wcs = made_wc(weight, adapters)
-    for j, wc in zip(having, () if wcs is None else wcs, strict=True):
-        supports[j] = supports[j]._replace(wc=wc)
+    places, wcs = made_wc(weight, adapters)
+    for j, place in places.items():
+        supports[j] = supports[j]._replace(wc=given(wcs)[place])
     return supports
 
 
-def made_wc(weight: Weight, adapters: Sequence[Adapter]) -> tuple[list[int], Tensor | None]:
-    """The adapters that have C, and W·c of each (·,N), in one product; None where none has."""
-    having = [j for j, adapter in enumerate(adapters) if any(t is not None for t in adapter.c)]
-    if not having:
-        return having, None
-    wide = _wide(weight, [adapters[j].c for j in having])
-    cs = torch.stack([eager.c_vector(adapters[j].c, wide) for j in having])
-    return having, thin(weight, cs, wide).t()
+def made_wc(weight: Weight, adapters: Sequence[Adapter]) -> tuple[dict[int, int], Tensor | None]:
+    """W·c of the adapters that have C (·,N), in one product, and the row of each; None where none has."""
+    with_c = [j for j, adapter in enumerate(adapters) if any(t is not None for t in adapter.c)]
+    if not with_c:
+        return {}, None
+    wide = _wide(weight, [adapters[j].c for j in with_c])
+    cs = torch.stack([eager.c_vector(adapters[j].c, wide) for j in with_c])
+    return {j: place for place, j in enumerate(with_c)}, thin(weight, cs, wide).t()
 
 
 def with_c(

@@ -8,7 +8,7 @@ What it computes: `multi.eager`; the forms of one adapter: `glora.op`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -24,14 +24,14 @@ from glora_kernels.glora import composite
 from glora_kernels.glora.call import C, Needs, Supports
 from glora_kernels.glora.op import Settings, checked
 from glora_kernels.glora.wc import sizes
-from glora_kernels.multi.adapters import ABSENT, Fields, Numbers, Operands, Shared, adapters_of, order_of
+from glora_kernels.multi.adapters import ABSENT, Numbers, Operands, Shared, adapters_of, order_of
 from glora_kernels.multi.eager import Wanted
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import routes
 from glora_kernels.runtime.workspace import workspace_lock
 
 _SETTINGS = Settings()._asdict()
-_ACCEPTED = {*Fields._fields, *_SETTINGS}
+_ACCEPTED = {*Operands._fields, *_SETTINGS}
 
 
 def multi_glora_linear(
@@ -142,7 +142,7 @@ def _index(rows: Tensor | Sequence[int], x: Tensor, count: int) -> Tensor:
 
 def _unstacked(stack: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The adapters of a stack."""
-    tensors = {name: t for name, t in stack.items() if isinstance(t, Tensor) and name in Fields._fields}
+    tensors = {name: t for name, t in stack.items() if isinstance(t, Tensor) and name in Operands._fields}
     counts = {name: len(t) if t.ndim else 0 for name, t in tensors.items()}
     if not counts or len(set(counts.values())) > 1:
         raise ValueError(f"adapters as a stack must be tensors with one number of adapters in front; got {counts}")
@@ -176,7 +176,7 @@ def _layout(
     """The distinct tensors of every field, and the place of each adapter's among them; a seed where it drops."""
     columns: list[list[int]] = []
     found: list[list[Tensor]] = []
-    for name in Fields._fields:
+    for name in Operands._fields:
         known: list[Tensor] = []
         places: dict[int, int] = {}  # by identity: the adapters hold the tensors meanwhile
         column = []
@@ -224,7 +224,7 @@ class _MultiGLoRALinear(Operator):
         wanted = self.graded(wanted)
         shared, operands, numbers = self.signature.read(row, values)
         weight = _weight(shared, numbers)
-        flags, _ = _wanted(wanted, values)
+        flags, _, _ = _wanted(wanted, values)
         reads_x = any(any(tensors) for name, tensors in flags._asdict().items() if name not in _SHIFTS)
         reads_x |= any(numbers.matmuls)  # for U of the product variant
         keeps_y = any(flags.a) and not registered and numbers.route == "eager"  # kernels make Z again
@@ -254,7 +254,7 @@ class _MultiGLoRALinear(Operator):
         x, y = own[0], (row[len(wanted)] if len(row) > len(wanted) else None)
         shared, operands, numbers = self.signature.read(own, values)
         adapters, weight = adapters_of(shared, operands, numbers), _weight(shared, numbers)
-        _, (needs_x, asked) = _wanted(wanted, values)
+        _, needs_x, asked = _wanted(wanted, values)
         dx, found = path_of("multi", numbers.route).backward(
             flat(dys[0]), *(None if t is None else flat(t) for t in (x, y)), weight, shared.rows[0], adapters, needs_x,
             asked,
@@ -309,13 +309,8 @@ class _MultiGLoRALinear(Operator):
     def backward_flops(self, dy: Any, needs: Sequence[bool], shared: Any, operands: Any, numbers: Numbers) -> int:
         (n, k), m = sizes(shared.weight[0], numbers), math.prod(dy[0][:-1])
         rank = max((up[1] for up in operands.b_up), default=0)
-        trained = any(needs[len(list(_flat(shared))) :])
+        trained = any(needs[sum(map(len, shared)) :])
         return 2 * m * n * k * needs[0] + 2 * m * (n + k) * rank * (1 + trained)
-
-
-def _flat(structure: Any) -> Iterator[Any]:
-    for tensors in structure:
-        yield from tensors
 
 
 def _weight(shared: Shared, numbers: Numbers) -> Weight:
@@ -323,36 +318,28 @@ def _weight(shared: Shared, numbers: Numbers) -> Weight:
     return weight_of(shared.weight[0], Codes(absmax, nested_absmax, nested_code, nested_offset, numbers.form))
 
 
-def _wanted(wanted: Sequence[bool], values: Values) -> tuple[Fields, tuple[bool, list[Wanted]]]:
-    """The flags of every field's tensors; whether x wants a gradient, and what each adapter does."""
+def _wanted(wanted: Sequence[bool], values: Values) -> tuple[Operands, bool, list[Wanted]]:
+    """The flags of every field's tensors; whether x wants a gradient; and what each adapter wants."""
     numbers = Numbers(*values.numbers)
     split = parts(wanted, values.sizes or ())
-    flags = Fields(*split[len(Shared._fields) :])
+    flags = Operands(*split[len(Shared._fields) :])
     needs_x, needs_bias = split[0][0], any(split[3])
     asked = []
     for j in range(numbers.size):
-        own = {
-            name: place != ABSENT and tensors[place]
-            for name, place, tensors in zip(Fields._fields, numbers.fields(j), flags, strict=True)
-        }
-        cs = tuple(own.pop(name) for name in C._fields)
-        del own["seed"]
-        asked.append(Wanted(Needs(bias=needs_bias, **own)._replace(wc=own["wc"] or any(cs)), cs))
-    return flags, (needs_x, [*asked, Wanted(Needs(bias=needs_bias))])
+        own = {name: getattr(flags, name)[place] for name, place in numbers.places_of(j).items()}
+        cs = tuple(own.pop(name, False) for name in C._fields)
+        own.pop("seed", None)
+        needs = Needs(bias=needs_bias, **own)
+        asked.append(Wanted(needs._replace(wc=needs.wc or any(cs)), cs))
+    return flags, needs_x, [*asked, Wanted(Needs(bias=needs_bias))]
 
 
 def _places(values: Values, numbers: Numbers, j: int) -> dict[str, int]:
     """The places in a row of the bias and of what adapter j has; the base alone is the last."""
     firsts = [0, *accumulate(values.sizes or ())]
-    found = {"bias": firsts[3]}
-    if j < numbers.size:
-        of_fields = firsts[len(Shared._fields) :]
-        found |= {
-            name: first + place
-            for name, place, first in zip(Fields._fields, numbers.fields(j), of_fields, strict=False)
-            if place != ABSENT
-        }
-    return found
+    own = numbers.places_of(j) if j < numbers.size else {}
+    of_fields = dict(zip(Operands._fields, firsts[len(Shared._fields) :], strict=False))
+    return {"bias": firsts[3], **{name: of_fields[name] + place for name, place in own.items()}}
 
 
 _SHIFTS = ("wc", "c", "c_up", "c_down", "d", "e", "seed")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from triton import cdiv
 
+from glora_kernels.multi.adapters import check_rows
 from glora_kernels.runtime import environment
 from glora_kernels.runtime.launch import Launch
 from glora_kernels.runtime.planning import is_planning
@@ -104,17 +105,8 @@ def plan_of(rows: Tensor, count: int) -> Plan:
 
 def _planned(rows: Tensor, count: int, checks: bool) -> Plan:
     if checks and len(rows):
-        _check(rows, count - 1)
+        check_rows(rows, count - 1, waits=not rows.is_cuda)
     rows = rows.contiguous()
     plan = Plan(*(torch.empty(size, dtype=torch.int32, device=rows.device) for size in (len(rows), count + 1)))
     multi_plan_launch(rows, *plan).run()
     return plan
-
-
-def _check(rows: Tensor, count: int) -> None:
-    wrong = (rows < -1) | (rows >= count)
-    accepted = f"rows must be numbers of adapters, 0 to {count - 1}, or -1 for the base alone"
-    if rows.is_cuda:
-        torch._assert_async(~wrong.any(), accepted)
-    elif bool(wrong.any()):
-        raise ValueError(f"{accepted}; got {int(rows[wrong][0])}")

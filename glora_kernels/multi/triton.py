@@ -12,7 +12,7 @@ take the launches of a single layer (`glora.triton`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,9 +22,9 @@ from glora_kernels.dispatch.common import Weight, given
 from glora_kernels.four_bit import kinds as four_bit
 from glora_kernels.glora import triton as single
 from glora_kernels.glora.call import Made, Needs, Supports
-from glora_kernels.glora.eager import cast_weight
+from glora_kernels.glora.eager import cast_weight, small_terms
 from glora_kernels.multi.adapters import Adapter, Order, Span, order_of
-from glora_kernels.multi.eager import Wanted, made_wc, terms_of, with_c
+from glora_kernels.multi.eager import Wanted, made_wc, with_c
 from glora_kernels.multi.expand import multi_expand_launch
 from glora_kernels.multi.outer import Gradients, multi_outer_launch
 from glora_kernels.multi.plan import Plan, plan_of
@@ -40,25 +40,25 @@ from glora_kernels.runtime.workspace import workspace_like
 
 def forward(x: Tensor, weight: Weight, assignment: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     """y (M,N). See `multi.eager.forward`."""
-    having, wcs = made_wc(weight, adapters)
+    places, wcs = made_wc(weight, adapters)
     if not any(map(_is_apart, adapters)):
-        return _together(x, weight, assignment, adapters, having, wcs)
+        return _together(x, weight, assignment, adapters, places, wcs)
     order, spans, first = _split(assignment, adapters)
     x, rest = order.sort(x), order.sort(assignment)[:first]
     y = x.new_empty(len(x), weight.shape[0])
-    y[:first] = _together(x[:first], weight, rest, _without(adapters), having, wcs)
+    y[:first] = _together(x[:first], weight, rest, _without(adapters), places, wcs)
     for j, at in spans:
-        s = adapters[j].s if j not in having else adapters[j].s._replace(wc=given(wcs)[having.index(j)])
+        s = adapters[j].s._replace(wc=given(wcs)[places[j]]) if j in places else adapters[j].s
         y[at] = single.forward(x[at], weight, s, adapters[j].call).y
     return order.unsort(y)
 
 
 def _together(
-    x: Tensor, weight: Weight, assignment: Tensor, adapters: Sequence[Adapter], having: Sequence[int],
+    x: Tensor, weight: Weight, assignment: Tensor, adapters: Sequence[Adapter], places: Mapping[int, int],
     wcs: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`forward` of adapters without A=lora."""
-    wc_rows = [having.index(j) if j in having else -1 for j in range(len(adapters))]
+    wc_rows = [places.get(j, -1) for j in range(len(adapters))]
     table = table_of(adapters, x.dtype, x.device, wc_rows)
     tensors = (
         x, _dense(weight, x, adapters), table.entries, *plan_of(assignment, len(adapters)), adapters[-1].s.bias, wcs
@@ -126,7 +126,7 @@ def backward(
         if needs.wc and s.wc is None:  # of C: backward reads no more of it than its form
             s = s._replace(wc=dy.new_empty(dy.shape[1], dtype=torch.float32))
         mine = None if x is None else x[at]
-        made = Made(None) if mine is None else terms_of(mine, weight, s, call)[1]
+        made = Made(None) if mine is None else small_terms(mine, weight, s, call)[1]
         own, *found[j] = single.backward(dy[at], mine, weight, s, made, call, needs)
         if dx is not None:
             dx[at] = given(own)

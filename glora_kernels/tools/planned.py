@@ -201,7 +201,7 @@ def multi(layer: Linear, configs: Sequence[GLoRAConfig], how: How) -> Planned:
         for config, own in zip(configs, settings, strict=True)
     ]
     row, numbers, sizes = multis.row_of(x, rows, weight, bias, adapters, settings)
-    trains, shared = how.training, 2 + layer.bias + len([t for t in codes_of(weight)[:4] if t is not None]) + 1
+    trains, shared = how.training, sum(sizes[: len(multis.Shared._fields)])
     wanted = [trains and not how.first, *[False] * (shared - 1), *[trains] * (len(row) - shared)]
     wanted = [want and tensor.dtype.is_floating_point for want, tensor in zip(wanted, row, strict=True)]
     return _passes(multis.MULTI.prepare(row, multis.values_of(weight, numbers, sizes, how.route), wanted), row, how)

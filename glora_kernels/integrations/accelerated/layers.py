@@ -57,21 +57,21 @@ class Accelerated(bases.OverBase):
         Raises:
             RuntimeError: weights are on the meta device, without values, and x is not.
         """
+        names = None
         if args or kwargs:
             given = {name for name, value in kwargs.items() if value is not None}
-            if given == {"adapter_names"} and not args:
-                mixed = self.mixed(x, kwargs["adapter_names"])
-                if mixed == ON_META and not x.is_meta and not self._is_offloaded():
-                    raise RuntimeError(f"a {type(self).__name__} cannot run: {ON_META}, x is on {x.device}")
-                return mixed
-            if args or given:
+            if args or given - {"adapter_names"}:
                 return MIXED_BATCH if "adapter_names" in given else ARGUMENTS
-        found = self.parts(x)
+            names = kwargs.get("adapter_names")
+        found: Any = self.parts(x) if names is None else self.mixed(x, names)
         if isinstance(found, str):
-            if found != IDLE and not getattr(x, "is_meta", True) and (found == ON_META or self._is_unwritten()):
+            unwritten = found == ON_META or (found != IDLE and names is None and self._is_unwritten())
+            if unwritten and not getattr(x, "is_meta", True):
                 # On a CPU F.linear accepts a meta weight silently, and returns uninitialised memory.
                 raise RuntimeError(f"a {type(self).__name__} cannot run: {ON_META}, x is on {x.device}")
             return found
+        if names is not None:
+            return found  # `mixed` has looked at x
         if found[1].dropout_p and bases.IN_A_TRAINED_UNIT in self._glora_kept:
             # With gradients enabled PEFT's path runs, with its own dropout mask. A reentrant checkpoint runs forward
             # first without gradients and then with them, and needs the same mask both times: use PEFT's path for both.
@@ -79,13 +79,9 @@ class Accelerated(bases.OverBase):
             return bases.TRAINED_BASE
         return bases.refusal_of_x(x, *found) or found
 
-    def _is_offloaded(self) -> bool:
-        """Whether accelerate's hooks bring its weights from elsewhere when it is called."""
-        return any("_hf_hook" in vars(module) for module in self.modules())
-
     def _is_unwritten(self) -> bool:
         """Whether an active adapter is on the meta device, other than by accelerate's offloading hooks."""
-        if self._is_offloaded():
+        if any("_hf_hook" in vars(module) for module in self.modules()):
             return False
         containers = [getattr(self, name) for name in self.adapter_layer_names]
         parts = [container[name] for container in containers for name in self.active_adapters if name in container]
