@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from glora_kernels.dispatch.ways import is_plain as is_strided
 from glora_kernels.dispatch.ways import is_transformed
-from glora_kernels.nn.adapted import Frozen, Operands, adapted_linear, rows_of_examples, weighted_sum
+from glora_kernels.nn.adapted import Frozen, Operands, adapted_linear, mixed_linear, rows_of_examples, weighted_sum
 from glora_kernels.nn.base import computes_as, plain_class
 from glora_kernels.nn.frozen import QuantizedLinear
+from glora_kernels.nn.rows import BatchRows, TakesRows
 from glora_kernels.nn.warmup import Form, form_of
 from glora_kernels.ops import glora_wc
 from glora_kernels.quant.bnb import REPACKED, from_linear4bit, is_linear4bit, keep_codes, refusal
@@ -53,7 +54,7 @@ _PARALLEL = ("_hf_tp_plan", "_hf_device_mesh")  # attributes that transformers s
 _Layer: Any = object  # typed Any, because subclasses also derive from a class of PEFT and use its attributes
 
 
-class OverBase(_Layer):
+class OverBase(TakesRows, _Layer):
     """A mixin for layers of PEFT whose base our operators take; it comes before PEFT's class in the MRO."""
 
     _glora_kept: dict[str, Any]  # the cache of `frozen_base`
@@ -86,11 +87,31 @@ class OverBase(_Layer):
         base, adapters = self.frozen(x), [operands for _, operands in found]
         if isinstance(base, str):
             return base
-        for operands in adapters or [Operands()]:
-            if reason := refusal_of_x(x, base, operands) or (NARROW if is_wider(x, base, operands) else None):
-                return reason
+        if reason := refusal_of_mixed(x, base, adapters):
+            return reason
         places = {name: place for place, (name, _) in enumerate(found)}
         return base, adapters, rows_of_examples(tuple(places.get(name, -1) for name in names), x)
+
+    def adapter_names(self) -> dict[str, int]:
+        held = (name for part in self.adapter_layer_names for name in getattr(self, part, ()))
+        return dict.fromkeys(held, 0)
+
+    def refusal_of_rows(self) -> str | None:
+        return "it is merged; call unmerge_adapter() first" if self.merged_adapters else None
+
+    def rowed(self, x: Tensor, rows: BatchRows, *others: object) -> Tensor:
+        """y of an x whose rows have the adapters that `gk.rows` tells. others: what else the layer is called with.
+
+        Raises:
+            RuntimeError: the operators do not take this call; the message says why.
+        """
+        base, adapters = self.frozen(x), rows.operands(self)
+        reason = self.refusal_of_rows() or (base if isinstance(base, str) else refusal_of_mixed(x, base, adapters))
+        if any(other is not None for other in others):
+            reason = "it is called with more than x (adapter_names, say)"
+        if reason is not None or isinstance(base, str):
+            raise RuntimeError(f"gk.rows: {rows.path_of(self)!r} cannot be computed: {reason}")
+        return mixed_linear(x, base, adapters, rows.of(x, self))
 
     def _operands_of(self, names: Iterable[str]) -> list[tuple[str, Operands]] | str:
         """Those of these adapters that the layer has, or the reason why the operators do not take one of them."""
@@ -131,7 +152,7 @@ class OverBase(_Layer):
         self._glora_kept = read_base(self.base_layer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_glora_kept": {}}  # a copy has a base of its own
+        return {**vars(self), "_glora_kept": {}, "_rows": None}  # a copy has a base of its own
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -270,6 +291,14 @@ def refusal_of_x(x: Tensor, base: Frozen, operands: Operands) -> str | None:
         if tensor is not None and type(tensor) not in PLAIN:
             return SHARDED_ADAPTER
     return RANK if is_above_rank(operands, x.is_cuda) else None
+
+
+def refusal_of_mixed(x: Tensor, base: Frozen, adapters: Sequence[Operands]) -> str | None:
+    """The reason why the operators cannot take this x with this base and one of these adapters, or None."""
+    for operands in adapters or [Operands()]:
+        if reason := refusal_of_x(x, base, operands) or (NARROW if is_wider(x, base, operands) else None):
+            return reason
+    return None
 
 
 def is_above_rank(operands: Operands, is_cuda: bool) -> bool:

@@ -11,6 +11,7 @@ from glora_kernels.nn.merging.models import disabled, merge, merge_and_unload, u
 from glora_kernels.nn.merging.rounding import MergeReport
 from glora_kernels.nn.model import trainable_parameters
 from glora_kernels.nn.quantize import quantize
+from glora_kernels.nn.several import adapters, add_adapter, delete_adapter, rows, set_adapter
 from glora_kernels.nn.sharded import clip_grad_norm_, fully_shard, parameter_groups
 from glora_kernels.nn.share import shared
 from glora_kernels.nn.warmup import warmup
@@ -21,8 +22,11 @@ __all__ = [
     "GroupedLoRALinear",
     "MergeReport",
     "QuantizedLinear",
+    "adapters",
+    "add_adapter",
     "clip_grad_norm_",
     "deferred_shared_grads",
+    "delete_adapter",
     "disabled",
     "fully_shard",
     "fuse_cross_attention",
@@ -33,7 +37,9 @@ __all__ = [
     "merge_and_unload",
     "parameter_groups",
     "quantize",
+    "rows",
     "save_adapter",
+    "set_adapter",
     "shared",
     "shift_once",
     "split_siblings",

@@ -18,9 +18,11 @@ from glora_kernels.nn.file import Adapter, LayerEntry, host_copy, read, write
 from glora_kernels.nn.frozen import QuantizedLinear
 from glora_kernels.nn.inject import Planned, check_replaceable, replace
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.model import TRAINED, all_paths, clean, join, layers_of, named_layers, unwrap
+from glora_kernels.nn.model import all_paths, clean, join, layers_of, named_layers, trained_of, unwrap
+from glora_kernels.nn.named import FIRST
 from glora_kernels.nn.patterns import some_of
 from glora_kernels.nn.ranks import mesh_of, on_first_rank, refuse_sharded, whole
+from glora_kernels.nn.several import adapters, check_known, check_new, put_beside
 from glora_kernels.nn.share import Sharing, Tie, check_devices
 from glora_kernels.nn.siblings import tied_sets
 from glora_kernels.nn.targets import Linear, linears, refuse_4bit
@@ -30,8 +32,8 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that loading casts between; a tensor of any other dtype must have it in the model too."""
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the adapters and the modules trained whole (`inject(..., train=...)`) to one safetensors file.
+def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = FIRST) -> None:
+    """Write an adapter and the modules trained whole (`inject(..., train=...)`) to one safetensors file.
 
     The file appears complete or not at all: a temporary file is written, flushed to disk, and renamed. A shared
     factor is stored once, with all its names. A bias of the base that was made trainable is saved too.
@@ -45,10 +47,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         model: a model with GLoRA layers. It may be wrapped (torch.compile, DistributedDataParallel, AveragedModel,
             ...); the file has the names of the model inside.
         path: the file; an existing one is replaced.
+        name: of the adapter, where the model has several (`add_adapter`). The file does not say it.
 
     Raises:
-        ValueError: the model has no GLoRA layer, parameters on the meta device, or parts of parameters under the
-            first FSDP.
+        ValueError: the model has no GLoRA layer or no adapter of this name, parameters on the meta device, or parts of
+            parameters under the first FSDP.
         FileNotFoundError: the directory does not exist.
         RuntimeError: the model is sharded, and the first rank failed.
 
@@ -59,7 +62,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     layers = layers_of(model, "save_adapter")
     mesh = mesh_of(root)
     target = on_first_rank(mesh, "save_adapter", lambda: _target(path))
-    adapter = _adapter_of(root)
+    check_known(model, name, "save_adapter")
+    adapter = _adapter_of(root, name)
     state = adapter.values()
     _warn_unsaved(root, layers, adapter)
     for name, entry in adapter.layers.items():
@@ -82,27 +86,32 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 @overload
-def load_adapter(model: nn.Linear | QuantizedLinear, path: str | os.PathLike[str]) -> GLoRALinear: ...
+def load_adapter(model: nn.Linear | QuantizedLinear, path: str | os.PathLike[str], name: str = ...) -> GLoRALinear: ...
 @overload
-def load_adapter(model: M, path: str | os.PathLike[str]) -> M: ...
-def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+def load_adapter(model: M, path: str | os.PathLike[str], name: str = ...) -> M: ...
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = FIRST) -> nn.Module:
     """Load a file of `save_adapter`. A plain model is injected first, exactly as the saved one was.
 
-    An injected model must have the file's layers with the file's configurations (dropout may differ), the
-    same modules trained whole, and share the factors that the file's model shared. Values are cast to the dtype of the
-    model's parameters. A plain model gets parameters in the dtype of the base; over a 16-bit base fp32, unless the
-    values were saved in the base's dtype, so that loading rounds nothing. After an error the model is as before.
+    A model with GLoRA layers gets an adapter that it does not have yet beside the others, as `add_adapter` adds it. One
+    that it has gets the file's values in the same memory, so that nothing is compiled again and captured graphs use
+    them. For that the file must fit: the model must have the file's layers with the file's configurations (dropout may
+    differ), the same modules trained whole, and share the factors that the file's model shared. Values are cast to the
+    dtype of the model's parameters. A plain model gets parameters in the dtype of the base; over a 16-bit base fp32,
+    unless the values were saved in the base's dtype, so that loading rounds nothing. After an error the model is as
+    before.
 
     Args:
         model: the plain or injected model; changed in place.
         path: the file.
+        name: of the adapter in the model.
 
     Returns:
         The model; where it is itself a linear layer, the GLoRALinear in its place.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, altered, no adapter or of a newer format; or it does not fit the model (also
+        ValueError: the file is damaged, altered, no adapter or of a newer format; or a model with several adapters has
+            other values in the modules that the file trains whole; or it does not fit the model (also
             where a value overflows the model's dtype), and the message names the first differences; or the model is
             sharded already.
         RuntimeError: a layer of the model is merged.
@@ -111,30 +120,75 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     adapter = read(Path(path))
     where = f"load_adapter: {str(path)!r}"
     layers = named_layers(unwrap(model))
-    if merged := [name for name, layer in layers.items() if layer.merged]:
+    if merged := [full for full, layer in layers.items() if layer.merged]:
         raise RuntimeError(f"load_adapter: {merged[0]!r} is merged; call unmerge(model) first")
-    for name, layer in layers.items():
-        layer.check_intact(f"load_adapter: {name!r}")
+    for full, layer in layers.items():
+        layer.check_intact(f"load_adapter: {full!r}")
     with all_or_none() as undo:
         if not layers:
+            if name != FIRST:
+                raise ValueError(f"load_adapter: a model gets its first adapter by the name {FIRST!r}, not {name!r}")
             model = _inject(model, adapter, where, undo)
-            layers = named_layers(unwrap(model))
-        biases = [name for name, entry in adapter.layers.items() if entry.train_bias]
-        own = _adapter_of(unwrap(model), biases)
+        elif name not in adapters(model):
+            _add(model, adapter, where, name, undo)
+        root = unwrap(model)
+        biases = [path for path, entry in adapter.layers.items() if entry.train_bias]
+        own = _adapter_of(root, name, biases)
         state = own.values()
         _check_fits(where, adapter, own, state)
-        if meta := [name for name, tensor in state.items() if tensor.is_meta]:
+        if meta := [full for full, tensor in state.items() if tensor.is_meta]:
             raise ValueError(f"{where}: {meta[0]!r} is on the meta device in the model; load the base model first")
-        values = {name: _cast(where, name, value, state[name].dtype) for name, value in adapter.values().items()}
+        values = {full: _cast(where, full, value, state[full].dtype) for full, value in adapter.values().items()}
+        if len(adapters(model)) > 1:
+            _check_common(where, root, own, state, values)
         with torch.no_grad():
-            for name, tensor in state.items():
+            for full, tensor in state.items():
                 undo.callback(tensor.detach().copy_, host_copy(tensor))
-                tensor.copy_(values[name])
-        for name in biases:
-            if (bias := layers[name].bias) is not None:
+                tensor.copy_(values[full])
+        layers = named_layers(root)
+        for path in biases:
+            if (bias := layers[path].bias) is not None:
                 undo.callback(bias.requires_grad_, bias.requires_grad)
                 bias.requires_grad_(True)
     return model
+
+
+def _add(model: nn.Module, adapter: Adapter, where: str, name: str, undo: ExitStack) -> None:
+    """Give a model with GLoRA layers a further adapter in the file's layers, after checking that they fit."""
+    check_new(model, name, "load_adapter")
+    if adapter.siblings and any(entry.config.dropout for entry in adapter.layers.values()):
+        raise ValueError(
+            f"{where} has siblings with one dropout mask, which only the first adapter of a model can have; load it "
+            f"into a model of its own, or as its first adapter ({FIRST!r})"
+        )
+    root = unwrap(model)
+    found = _found(root, adapter, where, adapted=True)
+    values = adapter.values()
+    ties = _planned_ties(adapter.tied, values, found)
+    tied = {place for tie in ties for place in tie.factors}
+    plan = {}
+    for path, entry in adapter.layers.items():
+        linear = found[path]
+        _check_entry(where, path, entry, _entry_of(where, path, entry, linear))
+        alone = [values[join(path, own)] for own in entry.config.parameter_shapes(1, 1, entry.bias)
+                 if (path, own) not in tied]  # fmt: skip
+        is_wide = any(_dtype(value, linear) != linear.base.dtype for value in alone)
+        plan[linear] = entry.config, linear.adapter_dtype if is_wide else linear.base.dtype
+    put_beside(model, name, plan, ties, undo)
+
+
+def _check_common(
+    where: str, root: nn.Module, own: Adapter, state: Mapping[str, Tensor], values: Mapping[str, Tensor]
+) -> None:
+    """Raise a ValueError where a file differs in what all adapters of a model have in common."""
+    common = set(_trained_state(trained_of(root)))
+    common |= {join(path, "bias") for path, entry in own.layers.items() if entry.train_bias}
+    for name in sorted(common & state.keys()):
+        if not torch.equal(state[name].detach().to(values[name].device), values[name]):
+            raise ValueError(
+                f"{where} was trained with other values of {name!r}, which all adapters of a model have in common; "
+                "load it into a model of its own"
+            )
 
 
 def _cast(where: str, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -160,7 +214,7 @@ def _inject(model: nn.Module, adapter: Adapter, where: str, undo: ExitStack) -> 
     """Give a plain model the file's layers, after checking that file and model fit."""
     root = unwrap(model)
     modules = dict(all_paths(root))
-    found = {path: linear for linear in linears(root) for path in linear.paths}
+    found = _found(root, adapter, where)
     if absent := sorted(set(adapter.train) - set(modules)):
         raise ValueError(f"{where} trains the module {absent[0]!r}, which the model does not have")
     trained = {path: modules[path] for path in adapter.train}
@@ -168,9 +222,6 @@ def _inject(model: nn.Module, adapter: Adapter, where: str, undo: ExitStack) -> 
     expected: dict[str, Tensor] = {}
     entries: dict[str, LayerEntry] = {}
     for path, entry in adapter.layers.items():
-        if path not in found:
-            has = f"a {type(modules[path]).__name__}" if path in modules else "no module"
-            raise ValueError(f"{where} adapts a linear layer {path!r}, where the model has {has}")
         entries[path] = own = _entry_of(where, path, entry, found[path])
         expected |= {join(path, name): torch.empty(shape, device="meta") for name, shape in own.shapes().items()}
         if entry.train_bias and (bias := found[path].base.bias) is not None:
@@ -198,16 +249,28 @@ def _inject(model: nn.Module, adapter: Adapter, where: str, undo: ExitStack) -> 
     return replace(model, plan, trained, Sharing(ties, adapter.siblings), undo, widened)
 
 
+def _found(root: nn.Module, adapter: Adapter, where: str, adapted: bool = False) -> dict[str, Linear]:
+    """The linear layers of a model by path, and `adapted` its GLoRA layers; all of the file's are among them."""
+    found = {path: linear for linear in linears(root, adapted) for path in linear.paths}
+    if absent := [path for path in adapter.layers if path not in found]:
+        modules = dict(all_paths(root))
+        has = f"a {type(modules[absent[0]]).__name__}" if absent[0] in modules else "no module"
+        raise ValueError(f"{where} adapts a linear layer {absent[0]!r}, where the model has {has}")
+    return found
+
+
 def _entry_of(where: str, path: str, entry: LayerEntry, linear: Linear) -> LayerEntry:
     """The file's entry with the sizes and bias of the model's layer; an error where that cannot be replaced."""
     if path != (first := linear.paths[0]):
         raise ValueError(f"{where} adapts {path!r}, which in the model is one module with {first!r}")
-    if reason := unsupported(linear.module):
+    is_adapted = isinstance(linear.module, GLoRALinear)
+    if not is_adapted and (reason := unsupported(linear.module)):
         raise ValueError(f"{where} adapts {path!r}, which cannot be replaced: {reason}")
     if linear.base.weight.is_meta:
         raise ValueError(f"{where}: the weight of {path!r} is on the meta device; load the base model first")
     n, k = linear.base.shape
-    return changed(entry, in_features=k, out_features=n, bias=linear.base.bias is not None)
+    bias = linear.module.base_bias if isinstance(linear.module, GLoRALinear) else linear.base.bias
+    return changed(entry, in_features=k, out_features=n, bias=bias is not None)
 
 
 def _planned_ties(tied: Mapping[str, str], values: Mapping[str, Tensor], found: Mapping[str, Linear]) -> list[Tie]:
@@ -287,25 +350,25 @@ def _same_names(where: str, what: str, given: Iterable[str], own: Iterable[str])
         raise ValueError(f"{where} {what} {'; and '.join(parts)}")
 
 
-def _adapter_of(root: nn.Module, biases: Collection[str] | None = None) -> Adapter:
-    """The adapter of a model, without copies. biases: layers whose bias counts as trained; None: ask requires_grad."""
+def _adapter_of(root: nn.Module, name: str, biases: Collection[str] | None = None) -> Adapter:
+    """An adapter of a model, without copies. biases: layers whose bias counts as trained; None: ask requires_grad."""
     entries: dict[str, LayerEntry] = {}
-    trained = {clean(path): module for path, module in root.named_modules() if vars(module).get(TRAINED)}
+    trained = trained_of(root)
     state: dict[str, Tensor] = {}
-    for path, layer in named_layers(root).items():
+    layers = {path: layer for path, layer in named_layers(root).items() if name in layer.adapter_names()}
+    for path, layer in layers.items():
+        parameters, config = layer.tensors_of(name)
         base_bias, bias = layer.base_bias, layer.bias
         is_trained = bias is not None and bias.requires_grad if biases is None else path in biases
         has_bias = base_bias is not None
-        entries[path] = LayerEntry(
-            layer.config, layer.in_features, layer.out_features, has_bias, has_bias and is_trained
-        )
-        state |= {join(path, name): parameter for name, parameter in layer.adapter().items()}
+        entries[path] = LayerEntry(config, layer.in_features, layer.out_features, has_bias, has_bias and is_trained)
+        state |= {join(path, own): parameter for own, parameter in parameters.items()}
         if base_bias is not None and is_trained:
             state[join(path, "bias")] = base_bias
     state |= _trained_state(trained)
     tied = _ties(state)
-    tensors = {name: tensor for name, tensor in state.items() if name not in tied}
-    return Adapter(entries, sorted(trained), tied, tensors, tied_sets(named_layers(root)))
+    tensors = {full: tensor for full, tensor in state.items() if full not in tied}
+    return Adapter(entries, sorted(trained), tied, tensors, tied_sets(layers) if name == FIRST else [])
 
 
 def _trained_state(trained: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -332,7 +395,8 @@ def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
 def _warn_unsaved(root: nn.Module, layers: Mapping[str, GLoRALinear], adapter: Adapter) -> None:
     saved = set(map(id, adapter.tensors.values()))
     saved |= {id(p) for layer in layers.values() if not layer.is_intact for p in layer.parameters()}  # by their product
-    saved |= {id(layer.bias) for path, layer in layers.items() if adapter.layers[path].train_bias}
+    saved |= {id(layers[path].bias) for path, entry in adapter.layers.items() if entry.train_bias}
+    saved |= {id(p) for layer in layers.values() for p in layer.all_adapters()}  # the others have files of their own
     lost = [clean(name) for name, p in root.named_parameters() if p.requires_grad and id(p) not in saved]
     if lost:
         warnings.warn(

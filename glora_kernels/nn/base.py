@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from glora_kernels.nn.frozen import DTYPES, QuantizedLinear, dtype_name
+from glora_kernels.nn.frozen import DTYPES, FrozenBase, QuantizedLinear, dtype_name
 from glora_kernels.quant import QuantState
 from glora_kernels.quant.bnb import is_linear4bit, linear4bit_class, refusal
 from glora_kernels.spec import GLoRAConfig
@@ -49,9 +49,11 @@ def base_of(linear: nn.Module) -> Base:
     bias = linear._parameters.get("bias")
     if is_linear4bit(linear):
         linear = QuantizedLinear.from_linear4bit(linear)
-    if isinstance(linear, QuantizedLinear):
-        weight, state, shape = linear.weight, linear.quant_state, (linear.out_features, linear.in_features)
-        return Base(weight, bias, shape, linear.base_dtype, False, state, linear.compute_dtype)
+    if isinstance(linear, FrozenBase):
+        shape = linear.out_features, linear.in_features
+        return Base(
+            linear.weight, bias, shape, linear.base_dtype, linear._transposed, linear.quant_state, linear.compute_dtype
+        )
     stored, transposed = linear._parameters["weight"], conv1d_class(linear) is not None
     if stored is None:
         raise ValueError("a linear layer without a weight cannot be adapted")

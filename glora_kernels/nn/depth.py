@@ -37,7 +37,8 @@ def shift_once(model: nn.Module) -> Iterator[None]:
     With activation checkpointing of either kind call backward inside the context, because it runs the forward again.
     Each segment of a reentrant checkpoint has its own launch in backward.
 
-    Layers without C, D and E, and merged or disabled ones, are left out; copies and pickles made inside do not carry
+    Layers without C, D and E, merged or disabled ones, and those with an active adapter beside the first are left out,
+    and β does not serve `rows`; copies and pickles made inside do not carry
     β. The context may be nested. Where the kernels do not apply (float64, CPUs, `backend("eager")`), β is computed
     layer by layer.
 
@@ -88,7 +89,8 @@ def deferred_shared_grads(model: nn.Module) -> Iterator[Deferred]:
     layers read counts once. `deferred.bytes` is the sum over all backwards so far.
 
     Autograd also accumulates where torch.compile traces a layer, under a dispatch mode or a transform of torch.func,
-    in layers fused with siblings, and in a backward with create_graph=True.
+    in layers fused with siblings, for adapters beside the first and inside `rows`, and in a backward with
+    create_graph=True.
 
     Raises:
         ValueError: the model has no GLoRA layer.
@@ -154,7 +156,7 @@ def _state(tensor: Tensor) -> tuple[int, bool]:
 
 
 def _is_shifted(layer: GLoRALinear) -> bool:
-    return layer.has_shift and not layer.merged and not layer._disabled
+    return layer.has_shift and not layer.merged and not layer._disabled and layer._active is None
 
 
 def _shared(layers: list[GLoRALinear]) -> dict[GLoRALinear, dict[str, nn.Parameter]]:

@@ -102,10 +102,10 @@ def inject(
     root = unwrap(model)
     refuse_adapted("inject", root)
     check_dtype("adapter_dtype", adapter_dtype)
-    configs = _checked_configs(config)
+    configs = checked_configs(config)
     trained = trained_modules(root, patterns_of("train", train))
     targets, excluded = targets_of(target_modules), patterns_of("exclude_modules", exclude_modules)
-    chosen = _chosen(root, configs, targets, trained, excluded)
+    chosen = chosen_layers("inject", root, configs, targets, trained, excluded)
     check_replaceable(root, list(chosen))
     sharers = {linear: own for linear, own in chosen.items() if isinstance(own, ShareLoRAConfig)}
     sharing = plan_sharing(root, sharers, adapter_dtype)
@@ -129,7 +129,7 @@ def refuse_adapted(caller: str, root: nn.Module) -> None:
             f"{caller}: the model has GLoRA layers already ({next(iter(layers))!r}, ...), and a model gets them once: "
             "build or load the base model again and take that (in a notebook, in the same cell)"
         )
-    if tuner := next((m for m in root.modules() if _is_tuner(m)), None):
+    if tuner := next((m for m in root.modules() if is_tuner(m)), None):
         raise ValueError(
             f"{caller}: the model has PEFT layers ({type(tuner).__name__}), whose own factors are linear layers too; "
             "call merge_and_unload() or unload() on it first"
@@ -138,7 +138,7 @@ def refuse_adapted(caller: str, root: nn.Module) -> None:
         raise ValueError(f"{caller}: the model has low-rank adapters of another kind ({low_rank!r}); merge them first")
 
 
-def _is_tuner(module: nn.Module) -> bool:
+def is_tuner(module: nn.Module) -> bool:
     """Whether a module is a layer or a model of a PEFT method, ours among them."""
     return any(kind.__module__.startswith("peft.tuners.") for kind in type(module).__mro__)
 
@@ -157,7 +157,7 @@ def replace(
     """
     root = unwrap(model)
     check_wrapper(model, root)
-    _check_trained(plan, trained)
+    check_trained((linear for linear, _, _ in plan), trained)
     for parameter in root.parameters():
         undo.callback(parameter.requires_grad_, parameter.requires_grad)
     thawed = {
@@ -197,16 +197,18 @@ def put(linear: Linear, layer: nn.Module, undo: ExitStack) -> None:
             parent._modules[name] = layer
 
 
-def _chosen(
+def chosen_layers(
+    caller: str,
     root: nn.Module,
     configs: Mapping[str, Config | None],
     targets: list[str] | None,
     trained: Mapping[str, nn.Module],
     excluded: list[str],
+    adapted: bool = False,
 ) -> dict[Linear, Config]:
-    """The layers to adapt, and the configuration of each."""
-    every, candidates = find_targets(root, targets, trained, excluded)
-    nothing = f"inject: no linear layer is left to adapt ({skipped_share(root)}). {listed(*some(every))}"
+    """The layers to adapt, and the configuration of each; `adapted`: GLoRA layers may be among them."""
+    every, candidates = find_targets(root, targets, trained, excluded, adapted)
+    nothing = f"{caller}: no linear layer is left to adapt ({skipped_share(root)}). {listed(*some(every))}"
     if not candidates:
         raise ValueError(nothing)
     for pattern, config in configs.items():
@@ -258,9 +260,10 @@ def check_wrapper(model: nn.Module, root: nn.Module) -> None:
         )
 
 
-def _check_trained(plan: list[Planned], trained: Mapping[str, nn.Module]) -> None:
+def check_trained(chosen: Iterable[Linear], trained: Mapping[str, nn.Module]) -> None:
+    """Raise a ValueError where a layer to adapt shares a parameter with a module that is trained whole."""
     owners = {id(parameter): path for path, module in trained.items() for parameter in module.parameters()}
-    for linear, _, _ in plan:
+    for linear in chosen:
         for name, parameter in linear.module._parameters.items():
             if (owner := owners.get(id(parameter))) is not None:
                 raise ValueError(
@@ -269,7 +272,7 @@ def _check_trained(plan: list[Planned], trained: Mapping[str, nn.Module]) -> Non
                 )
 
 
-def _checked_configs(config: object) -> Mapping[str, Config | None]:
+def checked_configs(config: object) -> Mapping[str, Config | None]:
     if isinstance(config, Config):
         return {"*": config}
     if not isinstance(config, Mapping):

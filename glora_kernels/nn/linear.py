@@ -12,7 +12,7 @@ import contextlib
 import math
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -21,10 +21,20 @@ from torch import Tensor, nn
 from glora_kernels.depth.deferred import DeferredLinear
 from glora_kernels.dispatch.common import Weight
 from glora_kernels.modes import ordinary
-from glora_kernels.nn.adapted import ADAPTER_NAMES, Operands, adapted_linear, base_linear, initialize
+from glora_kernels.nn.adapted import (
+    ADAPTER_NAMES,
+    Frozen,
+    Operands,
+    adapted_linear,
+    base_linear,
+    initialize,
+    mixed_linear,
+)  # fmt: skip
 from glora_kernels.nn.base import FROZEN, Base, base_of, check_config, is_linear, shell, unsupported
 from glora_kernels.nn.frozen import check_dtype, describe
 from glora_kernels.nn.merging.layer import MERGED, NAMES, Mergeable
+from glora_kernels.nn.named import FIRST, NONE, NamedAdapter
+from glora_kernels.nn.rows import TakesRows
 from glora_kernels.ops import glora_linear
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.spec import SUPPORTS, GLoRAConfig
@@ -89,8 +99,11 @@ def _frozen(parameter: Tensor) -> nn.Parameter:
     return parameter.requires_grad_(False)  # type: ignore[return-value]
 
 
-class GLoRALinear(Mergeable):
+class GLoRALinear(TakesRows, Mergeable):
     """y = x (W + W∘A + s·B)ᵀ + b + b∘D + E + W·C with W and b frozen; a new layer equals its base.
+
+    The adapter's parameters are A, A_up, ... of the layer itself; it is called "default". Further ones (`add_adapter`)
+    stand in `adapters`, an `nn.ModuleDict` of `NamedAdapter`, whichever of all is in use.
 
     Shapes: x (..., K), y (..., N), bias (N,). weight is (N, K); (K, N) if the base was a `Conv1D`; the packed codes
     (P, 1) of a 4-bit base. The adapter's parameters are those of `GLoRAConfig.parameter_shapes`; without a bias there
@@ -112,6 +125,7 @@ class GLoRALinear(Mergeable):
 
     config: GLoRAConfig
     D: nn.Parameter | None
+    adapters: nn.ModuleDict
 
     def __init__(
         self,
@@ -195,6 +209,9 @@ class GLoRALinear(Mergeable):
         self._holders: dict[str, Holders] = {}  # by name of a shared factor: all layers that have it
         self._siblings: Siblings | None = None  # layers that read one input, this one among them ...
         self._place = 0  # ... and which of them it is
+        self.has_first = True  # False: the layer was made for adapters beside the first, which does not adapt it
+        self._active: str | None = None  # the name of the adapter that calls use; None: the layer's own parameters
+        self._mixed: dict[str, Any] = {}  # what `mixed_linear` keeps between calls
         # Kept here, since computing them in each forward costs host time.
         _, self._scale, self._dropout, self._variant = Operands.of(config, {}, training=True)
 
@@ -233,6 +250,61 @@ class GLoRALinear(Mergeable):
         self.check_intact("reset_adapter", ADAPTER_NAMES)
         initialize(self.adapter(), self.config.init)
 
+    def named(self) -> Mapping[str, NamedAdapter]:
+        """The adapters beside the first, by name."""
+        held: Any = self._modules.get("adapters")
+        return {} if held is None else held._modules
+
+    def add_named(self, name: str, adapter: NamedAdapter) -> None:
+        """Hold an adapter beside the first."""
+        if "adapters" not in self._modules:
+            self.adapters = nn.ModuleDict()
+        self.adapters[name] = adapter
+
+    def drop_named(self, name: str) -> None:
+        """Hold no adapter of this name beside the first."""
+        self._mixed = {}
+        if name in self.named():
+            del self.adapters[name]
+        if not self.named():
+            self._modules.pop("adapters", None)
+
+    def adapter_names(self) -> dict[str, int]:
+        return ({FIRST: 0} if self.has_first else {}) | {name: own.place for name, own in self.named().items()}
+
+    def tensors_of(self, name: str) -> tuple[Mapping[str, Tensor], GLoRAConfig]:
+        """The tensors and the configuration of an adapter; none where the layer does not have it."""
+        if name == FIRST:
+            return self.adapter(), self.config
+        own = self.named().get(name)
+        return ({}, NONE) if own is None else (own.tensors(), own.config)
+
+    def active_adapter(self) -> tuple[Mapping[str, Tensor], GLoRAConfig]:
+        return self.tensors_of(self._active or FIRST)
+
+    def all_adapters(self) -> Iterator[nn.Parameter]:
+        """The parameters of all adapters."""
+        yield from self.adapter().values()
+        for own in self.named().values():
+            yield from own.parameters()
+
+    def operands(self, name: str) -> Operands | None:
+        if name == FIRST:
+            return Operands.of(self.config, self.adapter(), self.training)
+        return own.operands() if (own := self.named().get(name)) is not None else None
+
+    def refusal_of_rows(self) -> str | None:
+        if self.merged:
+            return "it is merged; call unmerge(model) first"
+        if self._siblings is not None and self._siblings.tied and self._dropout:
+            return "it has one dropout mask with its siblings (tie_siblings=True), which rows of a batch cannot have"
+        return None
+
+    def check_mergeable(self) -> None:
+        super().check_mergeable()
+        if self._rows is not None:
+            raise RuntimeError("merge() was called inside rows(model, ...); leave that context first")
+
     def kept_shift(self) -> Tensor | None:
         """β as `shift_once` computed it; None outside of that context, or where something β depends on has changed."""
         kept = self._beta
@@ -246,8 +318,8 @@ class GLoRALinear(Mergeable):
                 siblings (`fuse_siblings`), and one of them was called with another tensor. Other errors are those of
                 `ops.glora_linear`.
         """
-        siblings = self._siblings
-        if siblings is not None and (y := siblings.output(self, x)) is not None:
+        siblings, is_alone = self._siblings, self._rows is None and self._active is None
+        if siblings is not None and is_alone and (y := siblings.output(self, x)) is not None:
             return y
         # Looked up in the dictionary: attribute access on a module costs ten times as much.
         tensors: dict[str, Any] = self._parameters
@@ -265,11 +337,29 @@ class GLoRALinear(Mergeable):
                     "train, call unmerge(); to run the merged weights, call eval() or use torch.no_grad()"
                 )
             return base_linear(x, base)
+        if not is_alone:
+            return self._chosen(x, Frozen(*base))
         dropout_p, seed = self._dropout if self.training else 0.0, None
         if dropout_p and siblings is not None:
             seed = siblings.seed(self, x)
         adapter = tensors, self._scale, dropout_p, self._variant
         return adapted_linear(x, base, adapter, seed, self._deferred or glora_linear, self.kept_shift())
+
+    def _chosen(self, x: Tensor, base: Frozen) -> Tensor:
+        """y by the adapters of `gk.rows`, or by an active one beside the first."""
+        if (rows := self._rows) is not None:
+            return mixed_linear(x, base, rows.operands(self), rows.of(x, self))
+        own = self.named().get(self._active or FIRST)
+        return base_linear(x, base) if own is None else adapted_linear(x, base, own.operands())
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """PyTorch's; while merged, that of a plain layer with the merged weights."""
+        state = super().state_dict(*args, **kwargs)
+        if self.merged:
+            prefix = kwargs.get("prefix", "")
+            for key in [key for key in state if key.startswith(f"{prefix}adapters.")]:
+                del state[key]
+        return state
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """While merged, save the state of a plain layer with the merged weights, and mark it in the metadata."""
@@ -283,10 +373,11 @@ class GLoRALinear(Mergeable):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *found: Any) -> None:
         given = {name for name in NAMES if prefix + name in state_dict}
+        others = f"{prefix}adapters."
         *_, errors = found
         where = prefix.removesuffix(".") or "the layer"
         # In a merged layer a loaded base would be lost at unmerge, and a loaded adapter would have no effect.
-        if self.merged and given:
+        if self.merged and (given or any(key.startswith(others) for key in state_dict)):
             errors.append(f"{where} is merged; call unmerge() before loading")
             return
         if given and metadata.get(MERGED):
@@ -312,7 +403,7 @@ class GLoRALinear(Mergeable):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: a copy made inside a context (`disabled(model)`, say) is outside of it."""
-        return self.__dict__ | {"_disabled": (), "_beta": None, "_deferred": None}
+        return self.__dict__ | {"_disabled": (), "_beta": None, "_deferred": None, "_rows": None, "_mixed": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -338,5 +429,6 @@ class GLoRALinear(Mergeable):
             f"siblings={len(self._siblings.names) if self._siblings else 0}": fused,
             "merged": self.merged,
             "disabled": self._disabled,
+            f"active={self._active!r}": self._active is not None,
         }
         return ", ".join(parts + [text for text, applies in details.items() if applies])

@@ -71,6 +71,11 @@ def layers_of(model: nn.Module, caller: str) -> dict[str, GLoRALinear]:
     return layers
 
 
+def trained_of(root: nn.Module) -> dict[str, nn.Module]:
+    """The modules trained whole of an unwrapped model, by path."""
+    return {clean(path): module for path, module in root.named_modules() if vars(module).get(TRAINED)}
+
+
 def trainable_parameters(model: nn.Module) -> int:
     """The number of parameter elements that require a gradient; a shared parameter counts once."""
     check_module(model)

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from glora_kernels.nn.base import M
 from glora_kernels.nn.frozen import FrozenBase
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.model import all_paths, check_module, clean, layers_of, unwrap
+from glora_kernels.nn.model import all_paths, check_module, clean, layers_of, named_layers, unwrap
+from glora_kernels.nn.named import FIRST
 from glora_kernels.nn.ranks import is_part, refuse_sharded, whole
 from glora_kernels.spec import select
 
@@ -94,6 +95,13 @@ def fully_shard(
     refuse_sharded(model, "fully_shard", "call it once")
     if merged := [path for path, layer in layers_of(model, "fully_shard").items() if layer.merged]:
         raise RuntimeError(f"fully_shard: {merged[0]!r} is merged; call unmerge(model) first")
+    for path, layer in named_layers(model).items():
+        for name, own in layer.named().items():
+            if own.shares:
+                raise ValueError(
+                    f"fully_shard: the adapter {name!r} of {path!r} shares factors with other layers, which only the "
+                    f"first adapter ({FIRST!r}) can do in a sharded model"
+                )
     chosen = _own_blocks(model) if blocks is None else _named_blocks(model, blocks)
     groups = _groups(model, chosen)
     common = _common(model, groups)
@@ -113,15 +121,33 @@ def fully_shard(
     return model
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, by_adapter: bool = False) -> list[dict[str, Any]]:
     """The trained parameters as parameter groups for an optimizer: one of sharded parameters, one of whole ones.
+
+    by_adapter: such groups for each adapter of the model (`adapters`), with its name under the key "adapter"; what
+    belongs to none (modules trained whole) has None there. Set learning rates by it, say:
+
+        groups = gk.parameter_groups(model, by_adapter=True)
+        optimizer = torch.optim.AdamW([{**group, "lr": rates[group["adapter"]]} for group in groups])
 
     The list operations that optimizers use ("foreach", the default on a GPU, and "fused") cannot mix the two kinds. A
     shared parameter appears once. A model that is not sharded has one group.
     """
     check_module(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [{"params": alike} for alike in _by_kind(trained)]
+    if not by_adapter:
+        return [{"params": alike} for alike in _by_kind(trained)]
+    owners: dict[nn.Parameter, str] = {}
+    for layer in named_layers(unwrap(model)).values():
+        for name, own in layer.named().items():
+            owners |= dict.fromkeys(own.parameters(), name)
+        for parameter in layer.parameters():
+            if parameter is not layer.bias:
+                owners.setdefault(parameter, FIRST)
+    groups: dict[str | None, list[nn.Parameter]] = {}
+    for parameter in trained:
+        groups.setdefault(owners.get(parameter), []).append(parameter)
+    return [{"params": alike, "adapter": name} for name, own in groups.items() for alike in _by_kind(own)]
 
 
 @torch.no_grad()

@@ -198,6 +198,8 @@ class SiblingGroup:
             member = self.members[place]
             if member is None or member._base is not None or member._disabled or member.training is not training:
                 return False
+            if member._rows is not None or member._active is not None:
+                return False
             weight = member._parameters.get("weight")
             if not member.is_intact or weight is None or weight.device != device or is_part(weight):
                 return False

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from glora_kernels.nn.base import Base, base_of, is_linear
-from glora_kernels.nn.frozen import QuantizedLinear
+from glora_kernels.nn.frozen import FrozenBase, QuantizedLinear
 from glora_kernels.nn.model import all_paths
 from glora_kernels.nn.patterns import patterns_of, unmatched
 from glora_kernels.quant.bnb import is_linear4bit
@@ -45,12 +45,12 @@ class Linear:
         return torch.float32 if self.base.dtype.itemsize == 2 else self.base.dtype
 
 
-def linears(root: nn.Module) -> list[Linear]:
-    """The linear layers of a model, each once, in the order of their first paths."""
+def linears(root: nn.Module, adapted: bool = False) -> list[Linear]:
+    """The linear layers of a model, each once, in the order of their first paths; `adapted`: GLoRA layers too."""
     modules = dict(root.named_modules(remove_duplicate=False))
     found: dict[nn.Module, Linear] = {}
     for (raw, module), (path, _) in zip(modules.items(), all_paths(root), strict=True):
-        if is_linear(module):
+        if is_linear(module) or (adapted and isinstance(module, FrozenBase)):
             item = found.setdefault(module, Linear(module))
             prefix, _, name = raw.rpartition(".")
             item.paths.append(path)
@@ -71,16 +71,20 @@ def targets_of(given: str | Iterable[str] | None) -> list[str] | None:
 
 
 def find_targets(
-    root: nn.Module, targets: list[str] | None, trained: Mapping[str, nn.Module], excluded: list[str]
+    root: nn.Module,
+    targets: list[str] | None,
+    trained: Mapping[str, nn.Module],
+    excluded: list[str],
+    adapted: bool = False,
 ) -> tuple[list[Linear], list[Linear]]:
     """(all linear layers, the chosen ones): named by `targets`, not by `excluded`, and in no module of `trained`.
 
-    targets None: all but the head.
+    targets None: all but the head. adapted: among them GLoRA layers.
 
     Raises:
         ValueError: a pattern that matches no linear layer, or only layers that are trained whole or excluded.
     """
-    every = linears(root)
+    every = linears(root, adapted)
     owners = {module: path for path, top in trained.items() for module in top.modules()}
     out: set[Linear] = set()
     for pattern in excluded:

@@ -167,7 +167,8 @@ def _others(model: nn.Module) -> Iterator[Form | None]:
 
 
 def _form(layer: GLoRALinear | QuantizedLinear) -> Form:
-    adapter = Operands.of(layer.config, layer.adapter(), True) if isinstance(layer, GLoRALinear) else Operands()
+    tensors, config = layer.active_adapter() if isinstance(layer, GLoRALinear) else ({}, None)
+    adapter = Operands() if config is None else Operands.of(config, tensors, True)
     return form_of(layer, layer.frozen(), adapter, layer.extra_repr())
 
 

@@ -37,6 +37,8 @@ class Accelerated(bases.OverBase):
     _glora_fallbacks: dict[str, int]  # reason → number of calls in which PEFT's forward ran
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._rows is not None and not self._disable_adapters:
+            return self.rowed(x, self._rows, *args, *kwargs.values())
         call: Any = self.call(x, args, kwargs)
         if isinstance(call, str):
             if not torch.compiler.is_compiling():

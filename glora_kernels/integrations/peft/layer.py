@@ -32,7 +32,6 @@ from glora_kernels.integrations.bases import (
     refusal_of_x,
     total,
 )
-from glora_kernels.integrations.peft.adapter import Adapter
 from glora_kernels.nn.adapted import Frozen, Operands, mixed_linear
 from glora_kernels.nn.base import base_of, is_linear, unsupported
 from glora_kernels.nn.merging.values import (
@@ -46,6 +45,7 @@ from glora_kernels.nn.merging.values import (
     without_adapters,
     write,
 )
+from glora_kernels.nn.named import NamedAdapter
 from glora_kernels.nn.undo import all_or_none, finish
 from glora_kernels.quant.bnb import is_linear4bit
 from glora_kernels.spec import GLoRAConfig
@@ -104,14 +104,14 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
 
     @property
     def adapters(self) -> Any:
-        """The adapters of this layer by name: an `nn.ModuleDict` of `Adapter`."""
+        """The adapters of this layer by name: an `nn.ModuleDict` of `NamedAdapter`."""
         return self._modules[self.adapter_layer_names[0]]
 
     def update_layer(
         self,
         name: str,
         config: GLoRAConfig,
-        owners: Mapping[str, Adapter] | None = None,
+        owners: Mapping[str, NamedAdapter] | None = None,
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         """Add an adapter that changes nothing yet; it replaces one of the same name.
@@ -124,7 +124,7 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
         # A merged base may have a bias that was added by merging.
         bias = base.bias if self._original is None else self._original.bias
         shapes = config.parameter_shapes(self.in_features, self.out_features, bias is not None)
-        adapter = Adapter(config, shapes, base.weight.device, base.dtype, dtypes, owners)
+        adapter = NamedAdapter(config, shapes, base.weight.device, base.dtype, dtypes, owners)
         self.adapters[name] = adapter.train(self.training)
 
     def forward(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
@@ -144,6 +144,8 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
             if self.merged_adapters:
                 self.unmerge()
             return self._base(x)
+        if self._rows is not None:
+            return self.rowed(x, self._rows, adapter_names)
         if adapter_names is not None:
             return self._mixed(x, adapter_names)
         if self.merged_adapters:
@@ -293,7 +295,7 @@ class AdaptedLinear(OverBase, nn.Module, BaseTunerLayer):
         for adapter in self._active():
             adapter.scaling = 1.0 if scale is None else adapter.scaling / scale
 
-    def _active(self) -> list[Adapter]:
+    def _active(self) -> list[NamedAdapter]:
         return [self.adapters[name] for name in self.active_adapters if name in self.adapters]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

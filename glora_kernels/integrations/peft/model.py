@@ -14,11 +14,11 @@ from peft.utils import TRANSFORMERS_MODELS_TO_GLORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from glora_kernels.integrations.peft.adapter import Adapter
 from glora_kernels.integrations.peft.layer import BASE, AdaptedLinear, GLoRAPeftLinear, unfit
 from glora_kernels.nn.adapted import weighted_sum
 from glora_kernels.nn.biases import added_biases, keep_biases, warn_of_biases
 from glora_kernels.nn.door import refuse, warn_skipped
+from glora_kernels.nn.named import NamedAdapter
 from glora_kernels.quant.bnb import keep_codes
 
 
@@ -78,7 +78,7 @@ class AdaptedModel(BaseTuner):
             layer.set_adapter(self.active_adapters)
             self._replace_module(parent, target_name, layer, target)
 
-    def _shared(self, adapter_name: str, path: str) -> tuple[dict[str, Adapter], dict[str, torch.dtype]]:
+    def _shared(self, adapter_name: str, path: str) -> tuple[dict[str, NamedAdapter], dict[str, torch.dtype]]:
         """(owners, dtypes) of the layer at `path`, as `update_layer` takes them."""
         return {}, {}
 

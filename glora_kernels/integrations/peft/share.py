@@ -1,7 +1,7 @@
 """PEFT's tuner of ShareLoRA: which layers share a factor, and which of them owns it.
 
 Of the layers that share a factor, the first in the model owns it as a parameter; the others refer to that layer's
-`Adapter`. The rules are those of `inject` (`nn.share`).
+`NamedAdapter`. The rules are those of `inject` (`nn.share`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from glora_kernels.integrations.peft.adapter import Adapter
 from glora_kernels.integrations.peft.config import ShareLoRAPeftConfig
 from glora_kernels.integrations.peft.layer import AdaptedLinear, ShareLoRAPeftLinear
 from glora_kernels.integrations.peft.model import AdaptedModel
+from glora_kernels.nn.named import NamedAdapter
 from glora_kernels.nn.share import plan_sharing
 from glora_kernels.nn.targets import Linear
 
@@ -59,8 +59,8 @@ class ShareLoRAPeftModel(AdaptedModel):
                 factors.setdefault(path, {})[name] = Factor(owner, tie.dtype)
         self._factors = factors
 
-    def _shared(self, adapter_name: str, path: str) -> tuple[dict[str, Adapter], dict[str, torch.dtype]]:
-        owners: dict[str, Adapter] = {}
+    def _shared(self, adapter_name: str, path: str) -> tuple[dict[str, NamedAdapter], dict[str, torch.dtype]]:
+        owners: dict[str, NamedAdapter] = {}
         factors = self._factors.get(path, {})
         for name, factor in factors.items():
             if factor.owner != path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from glora_kernels.nn.base import FROZEN, HOOKS
 from glora_kernels.nn.frozen import FrozenBase, QuantizedLinear, check_dtype, plain_linear
 from glora_kernels.nn.merging.rounding import MergeReport, refusal
 from glora_kernels.nn.merging.values import Kept, ToMerge, check_finite, keep, merged, write
+from glora_kernels.nn.named import update_computed
 from glora_kernels.nn.ranks import refuse_sharded
 from glora_kernels.nn.ties import overlaps
 from glora_kernels.nn.undo import all_or_none, finish
@@ -46,17 +47,19 @@ class Mergeable(FrozenBase):
 
     def adapter(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters that exist, by name, with the current values of computed (pruned, ...) ones."""
-        if not self.is_intact:  # pruning and legacy weight_norm update the computed values only before a forward
-            for hook in self._forward_pre_hooks.values():
-                if type(hook).__module__.startswith("torch.nn.utils."):
-                    hook(self, ())
+        if not self.is_intact:
+            update_computed(self)
         found = {name: getattr(self, name) for name in ADAPTER_NAMES}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
 
+    def active_adapter(self) -> tuple[Mapping[str, Tensor], GLoRAConfig]:
+        """The tensors by name and the configuration of the adapter that calls use, and that is merged."""
+        raise NotImplementedError
+
     @property
     def has_shift(self) -> bool:
-        """Whether the adapter has C, D or E, which change the bias."""
-        return not SHIFTS.isdisjoint(self.adapter())
+        """Whether the active adapter has C, D or E, which change the bias."""
+        return not SHIFTS.isdisjoint(self.active_adapter()[0])
 
     @property
     def is_intact(self) -> bool:
@@ -143,7 +146,7 @@ class Mergeable(FrozenBase):
         """The merged values, without changing the layer; a ValueError where it is sharded or they are not finite."""
         refuse_sharded(self, "merge", UNSHARD)
         values = Kept(self.weight, self.bias, self.quant_state)
-        own = ToMerge(self, values, [] if self.merged else [(self.adapter(), self.config)])
+        own = ToMerge(self, values, [] if self.merged else [self.active_adapter()])
         values, report = merged(own, dense=dense, dtype=dtype)
         check_finite(own, values)
         return values, report
@@ -203,7 +206,7 @@ class Mergeable(FrozenBase):
 
     def _versions(self) -> list[tuple[int, int]]:
         """A value that changes with the adapter; inference tensors have no version counter and are not noticed."""
-        return [(id(p), 0 if p.is_inference() else p._version) for p in self.adapter().values()]
+        return [(id(p), 0 if p.is_inference() else p._version) for p in self.active_adapter()[0].values()]
 
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:

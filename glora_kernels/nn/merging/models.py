@@ -220,8 +220,8 @@ def _adds_bias(layer: GLoRALinear) -> bool:
 
 def table_entry(layer: GLoRALinear) -> Layer:
     """A layer in the form that the operators over all layers (`depth`) take; its parameters stay part of the graph."""
-    adapter: Mapping[str, Tensor] = layer.adapter()
-    return Layer(layer.base_weight(), layer.bias, adapter, layer.config.scale, layer.config.variant == "matmul")
+    adapter, config = layer.active_adapter()
+    return Layer(layer.base_weight(), layer.bias, adapter, config.scale, config.variant == "matmul")
 
 
 def _refuse_four_bit(caller: str, layers: Mapping[str, GLoRALinear], requantize: bool) -> None:

@@ -11,8 +11,21 @@ from torch import Tensor, nn
 from glora_kernels.nn.adapted import Operands, initialize
 from glora_kernels.spec import GLoRAConfig
 
+FIRST = "default"
+"""The name of the adapter that a model gets by `inject`."""
 
-class Adapter(nn.Module):
+NONE = GLoRAConfig("none", "none")
+"""The configuration of a layer without an adapter."""
+
+
+def update_computed(module: nn.Module) -> None:
+    """Update the parameters that PyTorch's pruning and legacy weight_norm compute, as a call of the module would."""
+    for hook in module._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):
+            hook(module, ())
+
+
+class NamedAdapter(nn.Module):
     """The supports of one adapter on a layer (N, K). A shared one may belong to another layer's adapter, its owner.
 
     A shared factor is a parameter of its owner alone, and looked up there at every call. So when PyTorch replaces the
@@ -21,6 +34,7 @@ class Adapter(nn.Module):
 
     Attributes:
         scaling: a factor on the adapter's whole change, 1 as it was trained; not saved.
+        place: the adapters of a model are counted in this order.
 
     Args:
         shapes: of the parameters, by name (`GLoRAConfig.parameter_shapes`).
@@ -35,11 +49,12 @@ class Adapter(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         dtypes: Mapping[str, torch.dtype] | None = None,
-        owners: Mapping[str, Adapter] | None = None,
+        owners: Mapping[str, NamedAdapter] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.scaling = 1.0
+        self.place = 0
         self._owners = dict(owners or {})  # in a dict, so that they are not submodules
         self._names = tuple(shapes)
         for name, shape in shapes.items():
@@ -58,6 +73,8 @@ class Adapter(nn.Module):
         Raises:
             RuntimeError: a support is on the meta device.
         """
+        for holder in (self, *self._owners.values()):
+            update_computed(holder)
         found = {name: getattr(self._owners.get(name, self), name) for name in self._names}
         if any(tensor.is_meta for tensor in found.values()):
             raise RuntimeError(
@@ -67,6 +84,11 @@ class Adapter(nn.Module):
         if self.scaling != 1.0:  # in a product of two factors on one only
             return {name: t if name.endswith("_down") else t * self.scaling for name, t in found.items()}
         return found
+
+    @property
+    def shares(self) -> bool:
+        """Whether a factor belongs to another layer's adapter."""
+        return bool(self._owners)
 
     def operands(self) -> Operands:
         """The adapter in the form that `peft_linear` takes; the errors of `tensors`."""

@@ -1,0 +1,109 @@
+"""A batch whose examples have an adapter each: which one every row of a layer's input has (`gk.rows`)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glora_kernels.nn.adapted import Operands
+
+
+class TakesRows:
+    """A mixin for layers with several adapters, of which a call can use another one for each row."""
+
+    _rows: BatchRows | None = None
+    """What the layer is told by the `gk.rows` that it is in."""
+
+    def adapter_names(self) -> Mapping[str, int]:
+        """The layer's adapters: a number for each name, by which those of all layers are sorted."""
+        raise NotImplementedError
+
+    def operands(self, name: str) -> Operands | str | None:
+        """The adapter of this name; None where the layer has none; or the reason why no call takes it."""
+        raise NotImplementedError
+
+    def refusal_of_rows(self) -> str | None:
+        """The reason why the layer cannot take rows now, or None."""
+        raise NotImplementedError
+
+
+class BatchRows:
+    """The adapters of a batch's examples, as the layers of one model are told them.
+
+    Args:
+        names: of all adapters of the model.
+        index: for each example, or row, the place of its adapter among the names; -1: the base alone.
+        present: the names that occur, where that is known: the others get no gradient. None: all get one, of zeros
+            where they have no row.
+        paths: of the layers, by id.
+    """
+
+    def __init__(
+        self, names: tuple[str, ...], index: Tensor, present: Collection[str] | None, paths: Mapping[int, str]
+    ) -> None:
+        self.names, self.index, self._present, self._paths = names, index, present, paths
+        self._kept: dict[object, Tensor] = {}
+        self._version = 0  # of the index that they were made of
+
+    def operands(self, layer: Any) -> list[Operands]:
+        """The adapters of a layer in the order of the names; one that it does not have is empty.
+
+        Raises:
+            RuntimeError: the layer cannot take one of them.
+        """
+        # In training also without gradients: a checkpoint runs forward twice, and must draw the same dropout masks.
+        present = self._present if layer.training or torch.is_grad_enabled() else None
+        found = []
+        for name in self.names:
+            own = layer.operands(name) if present is None or name in present else None
+            if isinstance(own, str):
+                raise RuntimeError(
+                    f"gk.rows: the adapter {name!r} of {self.path_of(layer)!r} cannot be computed: {own}"
+                )
+            found.append(_EMPTY if own is None else own)
+        return found
+
+    def of(self, x: Tensor, layer: Any) -> Tensor:
+        """The adapter of each row of an x (B, ..., K), of shape (B, ...).
+
+        The same tensor for all layers with inputs of one shape, whose kernels then sort the rows once.
+
+        Raises:
+            ValueError: x has another number of examples.
+        """
+        index, lead = self.index, x.shape[:-1]
+        if lead[: index.ndim] != index.shape:
+            raise ValueError(
+                f"gk.rows: names has one entry for each of {tuple(index.shape)} examples, but {self.path_of(layer)!r} "
+                f"was called with an x of shape {tuple(x.shape)}: a layer must have the batch in front (for beam "
+                "search repeat each name once a beam)"
+            )
+        if index.device == x.device and len(lead) == index.ndim:
+            return index
+        if torch.compiler.is_compiling() or index.is_inference() or _is_capturing(x):
+            return _expanded(index, lead, x.device)
+        if self._version != index._version:
+            self._kept.clear()
+            self._version = index._version
+        found = self._kept.get((lead, x.device))
+        if found is None:
+            with torch.inference_mode(False):
+                found = self._kept[lead, x.device] = _expanded(index, lead, x.device)
+        return found
+
+    def path_of(self, layer: object) -> str:
+        return self._paths.get(id(layer), "")
+
+
+def _expanded(index: Tensor, lead: torch.Size, device: torch.device) -> Tensor:
+    return index.to(device).view(*index.shape, *[1] * (len(lead) - index.ndim)).expand(lead).contiguous()
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+_EMPTY = Operands()
