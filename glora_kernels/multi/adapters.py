@@ -123,14 +123,13 @@ class Order(NamedTuple):
         return torch.empty_like(matrix).index_copy_(0, self.places, matrix)
 
 
-def check_rows(rows: Tensor, count: int, waits: bool) -> None:
-    """An error for a row whose number is none of `count` adapters; not `waits`: one that the device raises, later."""
+def check_rows(rows: Tensor, count: int) -> None:
+    """Raise a ValueError for a row whose number is none of `count` adapters."""
     wrong = (rows < ABSENT) | (rows >= count)
-    accepted = f"rows must be numbers of adapters, 0 to {count - 1}, or -1 for the base alone"
-    if not waits:
-        torch._assert_async(~wrong.any(), accepted)
-    elif bool(wrong.any()):
-        raise ValueError(f"{accepted}; got {int(rows[wrong][0])}")
+    if bool(wrong.any()):
+        raise ValueError(
+            f"rows must be numbers of adapters, 0 to {count - 1}, or -1 for the base alone; got {int(rows[wrong][0])}"
+        )
 
 
 def order_of(rows: Tensor, count: int, is_last: Callable[[int, int], bool]) -> Order:
@@ -141,7 +140,7 @@ def order_of(rows: Tensor, count: int, is_last: Callable[[int, int], bool]) -> O
     Raises:
         ValueError: there is no adapter of some row's number.
     """
-    check_rows(rows, count, waits=True)
+    check_rows(rows, count)
     sizes = torch.bincount(rows + 1, minlength=count + 1).tolist()
     sequence = sorted(range(ABSENT, count), key=lambda j: is_last(j, sizes[j + 1]))
     spans, start = [], 0

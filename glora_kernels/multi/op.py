@@ -66,8 +66,8 @@ def multi_glora_linear(
 
     Raises:
         ValueError: a number in `rows` that is no adapter's (on a GPU asserted by the device, as an index of PyTorch's
-            own is; not in a CUDA graph), segments that do not add up to the rows of x, and the
-            errors of `glora_linear`, with the adapter's number in front.
+            own is, in a CUDA graph too), segments that do not add up to the rows of x, and the errors of
+            `glora_linear`, with the adapter's number in front.
         TypeError: rows that are no integers, an argument that `glora_linear` has not, and its errors.
         RuntimeError: a forced `backend` that cannot serve the call.
 

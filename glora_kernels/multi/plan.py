@@ -49,7 +49,7 @@ def tiles(m: int, count: int, block: int) -> int:
     return m // block + count
 
 
-@triton.jit(do_not_specialize=["M", "J"])
+@triton.jit(do_not_specialize=["M", "J"], debug=True)
 def _multi_plan_kernel(rows_ptr, places_ptr, starts_ptr, M, J, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """places and starts of `Plan`, of rows int64 (M,) with -1 for the last adapter: a row's place is a count.
 
@@ -59,7 +59,8 @@ def _multi_plan_kernel(rows_ptr, places_ptr, starts_ptr, M, J, BLOCK: tl.constex
     blocks = tl.cdiv(M, BLOCK)
     is_row = tl.program_id(0) < blocks
     j = i - blocks * BLOCK
-    key = tl.load(rows_ptr + i, mask=i < M, other=0).to(tl.int32)
+    key = tl.load(rows_ptr + i, mask=is_row & (i < M), other=-1).to(tl.int32)
+    tl.device_assert((key >= -1) & (key < J - 1), "rows must be numbers of adapters, or -1 for the base alone")
     key = tl.where(is_row, tl.where(key < 0, J - 1, key), j)
     before = tl.zeros((BLOCK,), tl.int32)
     for m0 in range(0, M, STEP):
@@ -90,22 +91,22 @@ def plan_of(rows: Tensor, count: int) -> Plan:
     stands there: the assignment is data of the graph.
 
     Raises:
-        ValueError: on the host, a number that is no adapter's. On a device it is asserted there, as an index of
-            PyTorch's own is; not under a CUDA graph.
+        ValueError: on the host, a number that is no adapter's. On a device the kernel asserts it, in replays of a graph
+            too, as PyTorch's kernels do for an index.
     """
     if is_planning() or rows.is_inference() or (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return _planned(rows, count, checks=not is_planning() and not rows.is_cuda)
+        return _planned(rows, count)
     owner = rows if rows._base is None else rows._base
     key = rows._version, count, rows.storage_offset(), rows.shape, rows.stride(), environment.stream_of(rows.device)
     known: tuple[object, Plan] | None = _plans.get(owner)
     if known is None or known[0] != key:
-        known = _plans[owner] = key, _planned(rows, count, checks=True)
+        known = _plans[owner] = key, _planned(rows, count)
     return known[1]
 
 
-def _planned(rows: Tensor, count: int, checks: bool) -> Plan:
-    if checks and len(rows):
-        check_rows(rows, count - 1, waits=not rows.is_cuda)
+def _planned(rows: Tensor, count: int) -> Plan:
+    if not (rows.is_cuda or is_planning()):
+        check_rows(rows, count - 1)
     rows = rows.contiguous()
     plan = Plan(*(torch.empty(size, dtype=torch.int32, device=rows.device) for size in (len(rows), count + 1)))
     multi_plan_launch(rows, *plan).run()

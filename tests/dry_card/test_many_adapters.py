@@ -116,3 +116,22 @@ def test_a_graph_sorts_its_rows_anew_and_keeps_its_adapters(on_card):
     ]  # fmt: skip
     assert "call it once with these tensors first" in said
     assert "adapters with A=lora are sorted on the host, which no CUDA graph can hold" in said
+
+
+def asserted() -> str:
+    """What the kernel that sorts rows asserts on the card."""
+    import torch
+
+    from glora_kernels.multi.plan import multi_plan_launch
+
+    rows, places, starts = (torch.zeros(size, dtype=dtype, device="cuda") for size, dtype in (
+        (8, torch.int64), (8, torch.int32), (4, torch.int32),
+    ))  # fmt: skip
+    return str(multi_plan_launch(rows, places, starts).compiled().asm["ptx"])
+
+
+def test_a_number_of_no_adapter_is_asserted_on_the_card(on_card):
+    ptx = on_card(asserted)
+    assert "__assertfail" in ptx
+    message = "rows must be numbers of adapters"
+    assert message in ptx or ", ".join(str(ord(c)) for c in message) in ptx
