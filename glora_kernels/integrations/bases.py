@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from glora_kernels.dispatch.ways import is_plain as is_strided
 from glora_kernels.dispatch.ways import is_transformed
-from glora_kernels.nn.adapted import Frozen, Operands, adapted_linear, mixed_linear, rows_of_examples, weighted_sum
+from glora_kernels.nn.adapted import Frozen, Operands, adapted_linear, rows_of_examples, weighted_sum
 from glora_kernels.nn.base import computes_as, plain_class
 from glora_kernels.nn.frozen import QuantizedLinear
-from glora_kernels.nn.rows import BatchRows, TakesRows
+from glora_kernels.nn.rows import TakesRows
 from glora_kernels.nn.warmup import Form, form_of
 from glora_kernels.ops import glora_wc
 from glora_kernels.quant.bnb import REPACKED, from_linear4bit, is_linear4bit, keep_codes, refusal
@@ -99,7 +99,7 @@ class OverBase(TakesRows, _Layer):
     def refusal_of_rows(self) -> str | None:
         return "it is merged; call unmerge_adapter() first" if self.merged_adapters else None
 
-    def rowed(self, x: Tensor, rows: BatchRows, *others: object) -> Tensor:
+    def rowed(self, x: Tensor, rows: Any, *others: object) -> Tensor:
         """y of an x whose rows have the adapters that `gk.rows` tells. others: what else the layer is called with.
 
         Raises:
@@ -110,8 +110,8 @@ class OverBase(TakesRows, _Layer):
         if any(other is not None for other in others):
             reason = "it is called with more than x (adapter_names, say)"
         if reason is not None or isinstance(base, str):
-            raise RuntimeError(f"gk.rows: {rows.path_of(self)!r} cannot be computed: {reason}")
-        return mixed_linear(x, base, adapters, rows.of(x, self))
+            raise RuntimeError(f"rows: {rows.path_of(self)!r} cannot be computed: {reason}")
+        return rows.linear(self, x, base)
 
     def _operands_of(self, names: Iterable[str]) -> list[tuple[str, Operands]] | str:
         """Those of these adapters that the layer has, or the reason why the operators do not take one of them."""

@@ -28,7 +28,6 @@ from glora_kernels.nn.adapted import (
     adapted_linear,
     base_linear,
     initialize,
-    mixed_linear,
 )  # fmt: skip
 from glora_kernels.nn.base import FROZEN, Base, base_of, check_config, is_linear, shell, unsupported
 from glora_kernels.nn.frozen import check_dtype, describe
@@ -303,7 +302,7 @@ class GLoRALinear(TakesRows, Mergeable):
     def check_mergeable(self) -> None:
         super().check_mergeable()
         if self._rows is not None:
-            raise RuntimeError("merge() was called inside rows(model, ...); leave that context first")
+            raise RuntimeError(f"merge() was called inside {self._rows.caller}(...); leave that context first")
 
     def kept_shift(self) -> Tensor | None:
         """β as `shift_once` computed it; None outside of that context, or where something β depends on has changed."""
@@ -348,7 +347,7 @@ class GLoRALinear(TakesRows, Mergeable):
     def _chosen(self, x: Tensor, base: Frozen) -> Tensor:
         """y by the adapters of `gk.rows`, or by an active one beside the first."""
         if (rows := self._rows) is not None:
-            return mixed_linear(x, base, rows.operands(self), rows.of(x, self))
+            return rows.linear(self, x, base)
         own = self.named().get(self._active or FIRST)
         return base_linear(x, base) if own is None else adapted_linear(x, base, own.operands())
 

@@ -1,21 +1,31 @@
-"""A batch whose examples have an adapter each: which one every row of a layer's input has (`gk.rows`)."""
+"""A batch whose examples have an adapter each: what tells every layer which one a row of its input has (`gk.rows`)."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from glora_kernels.nn.adapted import Operands
+from glora_kernels.nn.adapted import Frozen, Operands, mixed_linear
+
+
+class Rows(Protocol):
+    """What a context tells the layers of a model inside it."""
+
+    caller: str
+    """The name of the context, for errors."""
+
+    def linear(self, layer: Any, x: Tensor, base: Frozen) -> Tensor:
+        """y of a layer over this base."""
 
 
 class TakesRows:
     """A mixin for layers with several adapters, of which a call can use another one for each row."""
 
-    _rows: BatchRows | None = None
-    """What the layer is told by the `gk.rows` that it is in."""
+    _rows: Rows | None = None
+    """What the context that the layer is in (`gk.rows`, say) tells it; None: the active adapter."""
 
     def adapter_names(self) -> Mapping[str, int]:
         """The layer's adapters: a number for each name, by which those of all layers are sorted."""
@@ -48,6 +58,20 @@ class BatchRows:
         self._kept: dict[object, Tensor] = {}
         self._version = 0  # of the index that they were made of
 
+    caller = "rows"
+
+    def linear(self, layer: Any, x: Tensor, base: Frozen) -> Tensor:
+        """y (..., N), each row with its adapter.
+
+        Raises:
+            The errors of `ops.multi_glora_linear`, with the layer and the names in front.
+        """
+        adapters, rows = self.operands(layer), self.of(x, layer)
+        try:
+            return mixed_linear(x, base, adapters, rows)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"rows: {self.path_of(layer)!r} with the adapters {self.names}: {error}") from error
+
     def operands(self, layer: Any) -> list[Operands]:
         """The adapters of a layer in the order of the names; one that it does not have is empty.
 
@@ -60,9 +84,7 @@ class BatchRows:
         for name in self.names:
             own = layer.operands(name) if present is None or name in present else None
             if isinstance(own, str):
-                raise RuntimeError(
-                    f"gk.rows: the adapter {name!r} of {self.path_of(layer)!r} cannot be computed: {own}"
-                )
+                raise RuntimeError(f"rows: the adapter {name!r} of {self.path_of(layer)!r} cannot be computed: {own}")
             found.append(_EMPTY if own is None else own)
         return found
 
@@ -77,7 +99,7 @@ class BatchRows:
         index, lead = self.index, x.shape[:-1]
         if lead[: index.ndim] != index.shape:
             raise ValueError(
-                f"gk.rows: names has one entry for each of {tuple(index.shape)} examples, but {self.path_of(layer)!r} "
+                f"rows: names has one entry for each of {tuple(index.shape)} examples, but {self.path_of(layer)!r} "
                 f"was called with an x of shape {tuple(x.shape)}: a layer must have the batch in front (for beam "
                 "search repeat each name once a beam)"
             )

@@ -264,8 +264,8 @@ def check_known(model: nn.Module, name: str, caller: str) -> None:
 
 
 def _refuse_inside(layers: Mapping[str, GLoRALinear], caller: str) -> None:
-    if any(layer._rows is not None for layer in layers.values()):
-        raise RuntimeError(f"{caller}() was called inside rows(model, ...); leave that context first")
+    if inside := next((layer._rows for layer in layers.values() if layer._rows is not None), None):
+        raise RuntimeError(f"{caller}() was called inside {inside.caller}(...); leave that context first")
 
 
 def _taking(root: nn.Module, caller: str) -> dict[str, TakesRows]:
