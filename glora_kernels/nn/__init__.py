@@ -7,7 +7,7 @@ from glora_kernels.nn.fuse import FusedReport, fuse_cross_attention, fuse_siblin
 from glora_kernels.nn.grouped import GroupedLoRALinear
 from glora_kernels.nn.inject import inject
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.merging.models import disabled, merge, merge_and_unload, unmerge
+from glora_kernels.nn.merging.models import disabled, merge, merge_and_unload, unload, unmerge
 from glora_kernels.nn.merging.rounding import MergeReport
 from glora_kernels.nn.model import trainable_parameters
 from glora_kernels.nn.quantize import quantize
@@ -44,6 +44,7 @@ __all__ = [
     "shift_once",
     "split_siblings",
     "trainable_parameters",
+    "unload",
     "unmerge",
     "warmup",
 ]

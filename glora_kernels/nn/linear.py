@@ -302,7 +302,7 @@ class GLoRALinear(TakesRows, Mergeable):
     def check_mergeable(self) -> None:
         super().check_mergeable()
         if self._rows is not None:
-            raise RuntimeError(f"merge() was called inside {self._rows.caller}(...); leave that context first")
+            raise RuntimeError(f"merge() was called inside {self._rows.inside}")
 
     def kept_shift(self) -> Tensor | None:
         """β as `shift_once` computed it; None outside of that context, or where something β depends on has changed."""

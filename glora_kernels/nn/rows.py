@@ -14,8 +14,8 @@ from glora_kernels.nn.adapted import Frozen, Operands, mixed_linear
 class Rows(Protocol):
     """What a context tells the layers of a model inside it."""
 
-    caller: str
-    """The name of the context, for errors."""
+    inside: str
+    """What the layers are in, and what to do about it, for errors."""
 
     def linear(self, layer: Any, x: Tensor, base: Frozen) -> Tensor:
         """y of a layer over this base."""
@@ -58,7 +58,7 @@ class BatchRows:
         self._kept: dict[object, Tensor] = {}
         self._version = 0  # of the index that they were made of
 
-    caller = "rows"
+    inside = "rows(model, ...); leave that context first"
 
     def linear(self, layer: Any, x: Tensor, base: Frozen) -> Tensor:
         """y (..., N), each row with its adapter.

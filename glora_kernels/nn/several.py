@@ -140,8 +140,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     check_known(model, name, "delete_adapter")
     if name == FIRST:
         raise ValueError(
-            f"delete_adapter: {FIRST!r} is part of the layers; merge_and_unload(model) inside disabled(model) takes "
-            "the layers out, reset_adapter() of a layer sets it to zero"
+            f"delete_adapter: {FIRST!r} is part of the layers; unload(model) takes these out, reset_adapter() of a "
+            "layer makes it change nothing"
         )
     if active := [path for path, layer in layers.items() if layer._active == name]:
         raise RuntimeError(f"delete_adapter: {name!r} is active in {some_of(active)}; call set_adapter first")
@@ -265,7 +265,7 @@ def check_known(model: nn.Module, name: str, caller: str) -> None:
 
 def _refuse_inside(layers: Mapping[str, GLoRALinear], caller: str) -> None:
     if inside := next((layer._rows for layer in layers.values() if layer._rows is not None), None):
-        raise RuntimeError(f"{caller}() was called inside {inside.caller}(...); leave that context first")
+        raise RuntimeError(f"{caller}() was called inside {inside.inside}")
 
 
 def _taking(root: nn.Module, caller: str) -> dict[str, TakesRows]:

@@ -207,3 +207,34 @@ def test_what_16_bits_cannot_hold_is_refused(full):
         gk.merge_and_unload(model)
     assert not model[0].merged
     assert model[2].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("bits", [32, 4])
+def test_unload_gives_the_model_as_it_was(bits, merged, randomize):
+    model = net()
+    model[2].bias.requires_grad_(False)
+    if bits == 4:
+        model = gk.quantize(nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 8)))
+    x = torch.randn(3, model[0].in_features)
+    before, state, y = kinds(model), copy.deepcopy(model.state_dict()), model(x)
+    grads = [p.requires_grad for p in model.parameters()]
+    randomize(gk.inject(model, SHIFTED)).eval()
+    gk.add_adapter(model, "b", GLoRAConfig(rank=3))
+    if merged:
+        gk.merge(model, requantize=True)
+    assert gk.unload(model) is model
+    assert kinds(model) == before
+    assert model[0].bias is not None if bits == 32 else model[0].bias is None
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == grads
+    assert torch.equal(model(x), y)
+
+
+def test_unload_is_refused_inside_a_context(full):
+    model = gk.inject(net(), full)
+    with gk.disabled(model), pytest.raises(RuntimeError, match="inside a context"):
+        gk.unload(model)
+    with gk.rows(model, [None] * 3), pytest.raises(RuntimeError, match="inside a context"):
+        gk.unload(model)
+    assert type(gk.unload(gk.inject(nn.Linear(4, 4), full))) is nn.Linear

@@ -253,6 +253,10 @@ class Mergeable(FrozenBase):
         """
         if self._base is None:
             raise RuntimeError("to_plain: the layer is not merged; call merge() first")
+        return self.as_plain()
+
+    def as_plain(self) -> nn.Module:
+        """`to_plain` of this layer, with the weights that it has now, merged or not."""
         if self.quant_state is not None:
             packed = QuantizedLinear(self.codes(), self.bias, self.compute_dtype)
             plain = packed.to_linear4bit() if is_linear4bit(self._origin) else packed

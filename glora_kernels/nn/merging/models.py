@@ -187,7 +187,7 @@ def merge_and_unload(model: nn.Module, requantize: bool = False, *, progress: bo
         RuntimeError: a layer is disabled, or has a 4-bit base and `requantize` is False.
     """
     layers, root = layers_of(model, "merge_and_unload"), unwrap(model)
-    _check_replaceable(model, root, layers)
+    _check_replaceable("merge_and_unload", model, root, layers)
     unmerged = {path: layer for path, layer in layers.items() if not layer.merged}
     _refuse_four_bit("merge_and_unload", unmerged, requantize)
     _refuse_tied("merge_and_unload", root, unmerged)
@@ -210,6 +210,35 @@ def merge_and_unload(model: nn.Module, requantize: bool = False, *, progress: bo
         warn_of_biases("merge_and_unload", biases, 2)
     if reports:
         warnings.warn(f"merged weights were rounded to 4 bits:\n{MergeReport.of_model(reports)}", stacklevel=2)
+    return plain if isinstance(root, GLoRALinear) else model
+
+
+@overload
+def unload(model: GLoRALinear) -> nn.Module: ...
+@overload
+def unload(model: M) -> M: ...
+def unload(model: nn.Module) -> nn.Module:
+    """Replace every GLoRA layer by the plain module that it was made from: the model as before `inject`.
+
+    The adapters are lost: save them first. Merged layers are unmerged. All else is as in `merge_and_unload`.
+
+    Raises:
+        ValueError: as in `merge_and_unload`.
+        RuntimeError: inside `disabled`, `rows` or another context.
+    """
+    layers, root = layers_of(model, "unload"), unwrap(model)
+    _check_replaceable("unload", model, root, layers)
+    for layer in layers.values():
+        if layer._disabled or layer._rows is not None:
+            raise RuntimeError("unload() was called inside a context of the model's layers; leave that first")
+    narrow_values = narrowed(root)
+    plain: nn.Module = root
+    for layer in layers.values():
+        if layer.merged:
+            layer.unmerge()
+        plain = _replaced(root, layer)
+    _thaw(root)
+    narrow(root, narrow_values)
     return plain if isinstance(root, GLoRALinear) else model
 
 
@@ -352,23 +381,23 @@ def _beta_target(layer: GLoRALinear) -> Tensor | None:
     return layer.weight.new_empty(layer.out_features)
 
 
-def _check_replaceable(model: nn.Module, root: nn.Module, layers: dict[str, GLoRALinear]) -> None:
-    refuse_sharded(root, "merge_and_unload", UNSHARD)
+def _check_replaceable(caller: str, model: nn.Module, root: nn.Module, layers: dict[str, GLoRALinear]) -> None:
+    refuse_sharded(root, caller, UNSHARD)
     if is_in_ddp(model):
-        raise ValueError("merge_and_unload: the model is wrapped in DistributedDataParallel; pass model.module")
+        raise ValueError(f"{caller}: the model is wrapped in DistributedDataParallel; pass model.module")
     if model is not root and isinstance(root, GLoRALinear):
-        raise ValueError("merge_and_unload: a single wrapped layer cannot be replaced; pass the layer itself")
+        raise ValueError(f"{caller}: a single wrapped layer cannot be replaced; pass the layer itself")
     for path, layer in layers.items():
         if "forward" in vars(layer):
             raise ValueError(
-                f"merge_and_unload: the forward of {path!r} was replaced (accelerate's hooks do that), and would be "
+                f"{caller}: the forward of {path!r} was replaced (accelerate's hooks do that), and would be "
                 "lost; take it off first"
             )
 
 
 def _replaced(root: nn.Module, layer: GLoRALinear) -> nn.Module:
-    """Put the plain module in every place of a merged layer, and return it."""
-    plain = layer.to_plain()
+    """Put the plain module in every place of a layer, and return it."""
+    plain = layer.as_plain()
     with all_or_none() as undo:
         for parent in root.modules():
             for name, child in parent._modules.items():
