@@ -223,6 +223,7 @@ def gpu_stages() -> list[Stage]:
         Stage("nf4", "4-bit base in training, M=8192 and M=2048", llama(NF4_TRAIN, 8192, 2048, **nf4)),
         Stage("nf4-decode", "4-bit base, 1 to 32 tokens", llama(NF4_DECODE, *FEW, **decode)),
         Stage("nf4-parts", "4-bit base: dequantizing alone; memory", parts=("dequantizing", "memory")),
+        Stage("multi", "a batch of several adapters", parts=("multi",)),
         Stage("peft", "a step of PEFT's models before and after accelerate", parts=("peft",)),
         Stage("dropout", "p=0.1", llama(DROPPED, 8192)),
         Stage("eager", "eager PyTorch", llama(EAGER, 8192)),
@@ -259,6 +260,7 @@ def cpu_stages() -> list[Stage]:
               rounds=100),
         Stage("groups", "layers with one input", sets),
         Stage("merging", "merging every linear of a model", parts=("merging",)),
+        Stage("multi", "a batch of several adapters", parts=("multi",), rounds=7),
         Stage("nf4", "4-bit base in training", (train,)),
         Stage("nf4-decode", "4-bit base, 1 to 32 tokens", few),
         Stage("nf4-parts", "4-bit base: dequantizing alone; memory", parts=("dequantizing", "memory")),
@@ -281,6 +283,7 @@ def tiny_stages() -> list[Stage]:
         Stage("groups", "tiny sets", sibling_groups(128, 4, 8, dtype="fp32", modes=("eager",))),
         Stage("nf4", "tiny, 4-bit", (_small(NF4_TRAIN, 8, 64, 64, 4, passes=PASSES, nf4=True), *decode)),
         Stage("merging", "tiny: merging", parts=("merging",)),
+        Stage("multi", "tiny: a batch of several adapters", parts=("multi",)),
         Stage("nf4-parts", "tiny: dequantizing, memory", parts=("dequantizing", "memory")),
         Stage("models", "tiny models", parts=("growth", "peft")),
     ]

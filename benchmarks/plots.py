@@ -9,7 +9,8 @@ from typing import Any
 
 from benchmarks import floor, results
 from benchmarks.results import Found, Line, over_frozen, select
-from benchmarks.tables import is_pair
+from benchmarks.tables import MIXED_NAMES, is_pair
+from benchmarks.targets import PASS_NAMES
 
 COLOURS = ("#2a6f97", "#bc6c25", "#588157", "#9d4edd", "#c1121f", "#6c757d", "#0a9396", "#ca6702")
 MARKS = {"ours": "o", "peft": "s", "eager": "^", "compile": "v", "bnb": "D", "unsloth": "P", "lorafusion": "X"}
@@ -17,6 +18,7 @@ Series = dict[tuple[str, str], dict[int, float]]
 """By case and impl: points."""
 TITLES = {
     "by_m": "time over the frozen layer by M", "roofline": "roofline", "saved": "bytes saved for backward",
+    "multi": "several adapters in a batch: times over one call",
     "growth": "growth with M, r and the number of layers",
     "small_adapters": "the share of a small adapter that survives in 16 bits",
 }  # fmt: skip
@@ -165,8 +167,33 @@ def small_adapters(found: Found) -> Any:
     return figure
 
 
+def multi(found: Found) -> Any:
+    """A batch of several adapters: the others' times over that of one call, by the rows of an adapter."""
+    rows = found["notes"].get("multi", {}).get("rows", [])
+    panels = sorted({(row["pass"], row["adapters"]) for row in rows})
+    if not panels:
+        return None
+    figure = _figure(3.6 * len(panels), 3.6)
+    for axes, (direction, count) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        own = [row for row in rows if (row["pass"], row["adapters"]) == (direction, count)]
+        ticks = [row["rows"] for row in own]
+        for colour, (key, name) in zip(COLOURS, MIXED_NAMES.items(), strict=False):
+            if f"{key}_over_mixed" in own[0]:
+                axes.plot(ticks, [row[f"{key}_over_mixed"] for row in own], "o-", color=colour, label=name, ms=4)
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set(xscale="log", xlabel="rows of an adapter")
+        axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
+        axes.minorticks_off()
+        axes.set_title(f"{count} adapters, {PASS_NAMES[direction]}", fontsize=10)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("time over one call")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
 FIGURES: dict[str, Callable[[Found], Any]] = {
     "by_m": by_m, "roofline": roofline, "saved": saved, "growth": growth, "small_adapters": small_adapters,
+    "multi": multi,
 }  # fmt: skip
 """What is drawn, where the rows allow it."""
 

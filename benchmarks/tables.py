@@ -215,6 +215,38 @@ def merging(merge: Mapping[str, Any]) -> list[str]:
     return [" ".join(sentences)]
 
 
+def multi(part: Mapping[str, Any]) -> list[str]:
+    """A batch of several adapters: the others' times over that of one call, and where it stops paying."""
+    rows, n = [], part["features"]
+    for one in part["rows"]:
+        row = {"adapters": one["adapters"], "rows each": one["rows"], "pass": PASS_NAMES[one["pass"]]}
+        row |= {"one call, ms": f"{one['mixed_ms']:.3g}"}
+        rows.append(row | {f"{name}, over it": _ratio(one, key) for key, name in MIXED_NAMES.items()})
+    until = []
+    for count in dict.fromkeys(one["adapters"] for one in part["rows"]):
+        for direction in dict.fromkeys(one["pass"] for one in part["rows"]):
+            own = [one for one in part["rows"] if (one["adapters"], one["pass"]) == (count, direction)]
+            pays = next((i for i, one in enumerate(own) if one["loop_over_mixed"] <= 1.0), len(own))
+            most = f"up to {own[pays - 1]['rows']} rows each" if pays else "at no number of rows"
+            until.append(f"{count} adapters, {PASS_NAMES[direction]}: {most}")
+    return [
+        f"A batch of several LoRA adapters, r={part['rank']}, N = K = {n}, {part['dtype']}: the others' time over that "
+        f"of one call of `ops.multi_glora_linear`, medians of the ratios of a round. One call is faster than a loop "
+        f"over our single layers for {'; '.join(until)}. {COMMAND.format('multi')}",
+        table(rows),
+    ]
+
+
+MIXED_NAMES = {
+    "frozen": "the base alone", "loop": "our layers in a loop", "peft": "PEFT's mixed batch",
+    "separate": "PEFT's layers in a loop",
+}  # fmt: skip
+
+
+def _ratio(one: Mapping[str, Any], name: str) -> str | None:
+    return _number(one.get(f"{name}_over_mixed"), ".2f")
+
+
 def of_quantized(found: Found, ends: bool) -> list[str]:
     decode = [line for line in found["rows"] if line["detail"].get("decode")]
     rest = [line for line in found["rows"] if not line["detail"].get("decode")]
@@ -376,6 +408,7 @@ SECTIONS: dict[str, Callable[[Found, bool], list[str]]] = {
     "Layers with one input": of_sets,
     "Launches": of_launches,
     "Merging": of_merging,
+    "Several adapters in a batch": noted("multi", multi),
     "A 4-bit base": of_quantized,
     "Dequantizing": noted("dequantizing", dequantizing),
     "Memory": of_memory,

@@ -51,13 +51,15 @@ IN_A_TRAINED_UNIT = "in_a_trained_unit"
 """Key: FSDP1 has flattened the base together with trained parameters, so its weight is a view that requires a gradient
 only because they do."""
 _PARALLEL = ("_hf_tp_plan", "_hf_device_mesh")  # attributes that transformers sets on a tensor-parallel module
+Mixed = tuple[Frozen, list[Operands], Tensor, dict[str, Any]]
+"""The arguments of `mixed_linear` after x."""
 _Layer: Any = object  # typed Any, because subclasses also derive from a class of PEFT and use its attributes
 
 
 class OverBase(TakesRows, _Layer):
     """A mixin for layers of PEFT whose base our operators take; it comes before PEFT's class in the MRO."""
 
-    _glora_kept: dict[str, Any]  # the cache of `frozen_base`
+    _glora_kept: dict[str, Any]  # the cache of `frozen_base` and of `mixed_linear`
 
     def parts(self, x: Tensor | None = None) -> tuple[Frozen, Operands] | str:
         """The base and the sum of the active adapters for a call with x, or the reason why there is no such call."""
@@ -76,8 +78,8 @@ class OverBase(TakesRows, _Layer):
         operands = total([operands for _, operands in adapters])
         return operands if isinstance(operands, str) else (base, operands)
 
-    def mixed_parts(self, x: Tensor, names: Sequence[str]) -> tuple[Frozen, list[Operands], Tensor] | str:
-        """The base, the adapters, and the number of each row's for a call whose examples have the adapters `names`.
+    def mixed_parts(self, x: Tensor, names: Sequence[str]) -> Mixed | str:
+        """The arguments of `mixed_linear` after x for a call whose examples have the adapters `names`.
 
         Or the reason why there is no such call. A name that the layer does not have means the base alone.
         """
@@ -90,7 +92,7 @@ class OverBase(TakesRows, _Layer):
         if reason := refusal_of_mixed(x, base, adapters):
             return reason
         places = {name: place for place, (name, _) in enumerate(found)}
-        return base, adapters, rows_of_examples(tuple(places.get(name, -1) for name in names), x)
+        return base, adapters, rows_of_examples(tuple(places.get(name, -1) for name in names), x), self._glora_kept
 
     def adapter_names(self) -> dict[str, int]:
         held = (name for part in self.adapter_layer_names for name in getattr(self, part, ()))

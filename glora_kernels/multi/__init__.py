@@ -4,7 +4,9 @@
 
 op.py         the call, its checks, and what PyTorch is told of it
 adapters.py   the adapters of a call as data, and the rows of each
+adapter_set.py  adapters that many calls take, laid out once
 eager.py      both passes in plain PyTorch
+stacked.py    adapters of one form with few rows each, as one
 triton.py     both passes by kernels
 table.py      the adapters as a table on the device, which the kernels read
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,23 +132,22 @@ def check_rows(rows: Tensor, count: int) -> None:
         )
 
 
-def order_of(rows: Tensor, count: int, is_last: Callable[[int, int], bool]) -> Order:
+def order_of(rows: Tensor, count: int, place: Callable[[int, int], Any]) -> Order:
     """The order of the rows of a call with `count` adapters, on the host.
 
-    is_last: of an adapter and its number of rows: whether these stand behind all others.
+    place: of an adapter and its number of rows: by what adapters with rows are sorted before their numbers.
 
     Raises:
         ValueError: there is no adapter of some row's number.
     """
     check_rows(rows, count)
     sizes = torch.bincount(rows + 1, minlength=count + 1).tolist()
-    sequence = sorted(range(ABSENT, count), key=lambda j: is_last(j, sizes[j + 1]))
+    sequence = sorted((j for j in range(ABSENT, count) if sizes[j + 1]), key=lambda j: place(j, sizes[j + 1]))
     spans, start = [], 0
     for j in sequence:
-        if size := sizes[j + 1]:
-            spans.append(Span(j, slice(start, start + size)))
-            start += size
+        spans.append(Span(j, slice(start, start + sizes[j + 1])))
+        start += sizes[j + 1]
     ranks = torch.empty(count + 1, dtype=torch.int64)
-    ranks[torch.tensor(sequence) + 1] = torch.arange(count + 1)
+    ranks[torch.tensor(sequence, dtype=torch.int64) + 1] = torch.arange(len(sequence))
     keys = ranks.to(rows.device)[rows + 1]
     return Order(spans, None if bool((keys[1:] >= keys[:-1]).all()) else keys.argsort(stable=True))

@@ -17,28 +17,27 @@ from torch import Tensor
 
 from glora_kernels.dispatch.common import Codes, Weight, cast, codes_of, flat, given, path_of, stored, unflat, weight_of
 from glora_kernels.dispatch.operator import Operator
-from glora_kernels.dispatch.prepared import Prepared
+from glora_kernels.dispatch.prepared import NO_GUARD, Prepared
 from glora_kernels.dispatch.signature import Row, Signature, Values, parts
-from glora_kernels.dispatch.ways import rows_of
+from glora_kernels.dispatch.ways import is_elsewhere, is_plain, rows_of
 from glora_kernels.glora import composite
 from glora_kernels.glora.call import C, Needs, Supports
 from glora_kernels.glora.op import Settings, checked
 from glora_kernels.glora.wc import sizes
-from glora_kernels.multi.adapters import ABSENT, Numbers, Operands, Shared, adapters_of, order_of
+from glora_kernels.multi.adapter_set import AdapterSet, Ready, unstacked
+from glora_kernels.multi.adapters import Numbers, Operands, Shared, adapters_of, order_of
 from glora_kernels.multi.eager import Wanted
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import routes
+from glora_kernels.runtime.direct import forms
 from glora_kernels.runtime.workspace import workspace_lock
-
-_SETTINGS = Settings()._asdict()
-_ACCEPTED = {*Operands._fields, *_SETTINGS}
 
 
 def multi_glora_linear(
     x: Tensor,
     weight: Weight,
     bias: Tensor | None,
-    adapters: Sequence[Mapping[str, Any]] | Mapping[str, Any],
+    adapters: Sequence[Mapping[str, Any]] | Mapping[str, Any] | AdapterSet,
     rows: Tensor | Sequence[int],
 ) -> Tensor:
     """Each row of y as `glora_linear` gives it with the adapter of that row; W is read once for all of them.
@@ -55,7 +54,8 @@ def multi_glora_linear(
         adapters: J of them, each a mapping of the keyword arguments of `glora_linear` (a, a_up, ..., c, ..., e, scale,
             dropout_p, seed, variant) in any of their forms; ranks and scales may differ, a tensor may be in several.
             Or one such mapping of stacked tensors, each with J in front, where scale and dropout_p may be (J,) or a
-            sequence, and `ranks` says how many ranks each adapter has of those that the stack is padded to.
+            sequence, and `ranks` says how many ranks each adapter has of those that the stack is padded to. Or an
+            `AdapterSet` of such mappings, which costs a call without gradients little of the host's time.
         rows: the adapter of each row of x: a tensor of integers of the leading shape of x, with -1 for the base
             alone; or a sequence of J integers, how many rows each adapter has, one segment after the other. The kernels
             sort a tensor of int64 once for all layers that are given it; in a CUDA graph each time, so that its replays
@@ -73,41 +73,68 @@ def multi_glora_linear(
 
     Source: the rows' index set follows Chen et al., "Punica: Multi-Tenant LoRA Serving", 2023; GLoRA's terms are ours.
     """
-    each = _unstacked(adapters) if isinstance(adapters, Mapping) else list(adapters)
-    for j, adapter in enumerate(each):
-        if unknown := sorted(adapter.keys() - _ACCEPTED):
-            raise TypeError(f"adapters[{j}] has {unknown[0]!r}; accepted are {', '.join(sorted(_ACCEPTED))}")
-    settings = [Settings(**{name: adapter.get(name, _SETTINGS[name]) for name in _SETTINGS}) for adapter in each]
-    row, numbers, lengths = row_of(x, _index(rows, x, len(each)), weight, bias, each, settings)
+    kept = isinstance(adapters, AdapterSet)
+    chosen = adapters if isinstance(adapters, AdapterSet) else AdapterSet(
+        unstacked(adapters) if isinstance(adapters, Mapping) else adapters
+    )  # fmt: skip
+    index = _index(rows, x, len(chosen))
+    if kept and _is_simple(x) and (y := _inferred(x, weight, bias, chosen, index)) is not None:
+        return y
+    row, lengths = row_of(x, index, weight, bias, chosen)
 
     def check(row: Row) -> Values:
         own = given(row[0])
-        _check(own, weight, bias, each, settings)
-        route = routes.route(own.device.type, own.dtype, four_bit=isinstance(weight, QuantizedWeight))
-        return values_of(weight, numbers, lengths, route)
+        _check(own, weight, bias, chosen)
+        return values_of(weight, chosen.numbers, lengths, _route(own, weight))
 
-    return MULTI.call(row, (numbers, lengths, codes_of(weight).form), check)[0]
+    return MULTI.call(row, (chosen.numbers, lengths, codes_of(weight).form), check)[0]
+
+
+def _route(x: Tensor, weight: Weight) -> str:
+    return routes.route(x.device.type, x.dtype, four_bit=isinstance(weight, QuantizedWeight))
+
+
+def _is_simple(x: Tensor) -> bool:
+    """Whether a call is neither differentiated, watched nor cast, and x is rows as they lie in memory."""
+    return not (
+        torch.is_grad_enabled()
+        or is_elsewhere(x)
+        or torch._C._is_any_autocast_enabled()
+        or x.is_meta
+        or not is_plain(x)
+        or x.ndim < 2
+        or not x.is_contiguous()
+    )
+
+
+def _inferred(x: Tensor, weight: Weight, bias: Tensor | None, chosen: AdapterSet, rows: Tensor) -> Tensor | None:
+    """y of a simple call by what the set keeps of such calls; None where it can keep nothing."""
+
+    def make() -> Ready:
+        _check(x, weight, bias, chosen)
+        row, lengths = row_of(x, rows, weight, bias, chosen)
+        values = values_of(weight, chosen.numbers, lengths, _route(x, weight))
+        found = MULTI.prepare(row, values, [False] * len(row))
+        adapters = adapters_of(*MULTI.signature.read(row, values))
+        return Ready(adapters, adapters[-1].call.route, found.guard or NO_GUARD, {})
+
+    codes = codes_of(weight)
+    base = forms((x, stored(weight), bias, *codes[:4]), b"\1", x.is_cuda)
+    ready = chosen.ready((base, id(bias), codes.form, routes.chosen()), make)
+    if ready is None:
+        return None
+    with ready.guard:
+        y = path_of("multi", ready.route).forward(flat(x), weight, rows, ready.adapters, ready.kept)
+    return unflat(y, x.shape[:-1])
 
 
 def row_of(
-    x: Tensor,
-    rows: Tensor,
-    weight: Weight,
-    bias: Tensor | None,
-    adapters: Sequence[Mapping[str, Any]],
-    settings: Sequence[Settings],
-) -> tuple[list[Any], tuple[Any, ...], tuple[int, ...]]:
-    """The tensors of a call; of its `Numbers` places, scales, p and variants; and how many tensors each field has."""
-    operands, places = _layout(adapters, settings)
+    x: Tensor, rows: Tensor, weight: Weight, bias: Tensor | None, chosen: AdapterSet
+) -> tuple[list[Any], tuple[int, ...]]:
+    """The tensors of a call, and how many each field has."""
     shared = Shared([x], [rows], [stored(weight)], *([] if t is None else [t] for t in (bias, *codes_of(weight)[:4])))
-    numbers = (
-        places,
-        tuple(float(s.scale) for s in settings),
-        tuple(float(s.dropout_p) for s in settings),
-        tuple(s.variant == "matmul" for s in settings),
-    )
-    lengths = tuple(map(len, (*shared, *operands)))
-    return [tensor for tensors in (*shared, *operands) for tensor in tensors], numbers, lengths
+    lengths = (*map(len, shared), *chosen.lengths)
+    return [*(tensor for tensors in shared for tensor in tensors), *chosen.tensors], lengths
 
 
 def values_of(weight: Weight, numbers: tuple[Any, ...], lengths: tuple[int, ...], route: str) -> Values:
@@ -124,7 +151,7 @@ def _index(rows: Tensor | Sequence[int], x: Tensor, count: int) -> Tensor:
             raise ValueError(f"rows must have one entry a row of x, shape {lead}; got {tuple(rows.shape)}")
         if rows.device != x.device:
             raise ValueError(f"x and rows must be on one device; got x on {x.device} and rows on {rows.device}")
-        return rows.reshape(-1).to(torch.int64)
+        return rows if rows.ndim == 1 and rows.dtype == torch.int64 else rows.reshape(-1).to(torch.int64)
     if isinstance(rows, (str, bytes)) or not isinstance(rows, Sequence):
         raise TypeError(f"rows must be a tensor of integers or a sequence of lengths, got {type(rows).__name__}")
     lengths = list(rows)
@@ -140,72 +167,10 @@ def _index(rows: Tensor | Sequence[int], x: Tensor, count: int) -> Tensor:
     )
 
 
-def _unstacked(stack: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The adapters of a stack."""
-    tensors = {name: t for name, t in stack.items() if isinstance(t, Tensor) and name in Operands._fields}
-    counts = {name: len(t) if t.ndim else 0 for name, t in tensors.items()}
-    if not counts or len(set(counts.values())) > 1:
-        raise ValueError(f"adapters as a stack must be tensors with one number of adapters in front; got {counts}")
-    count = next(iter(counts.values()))
-    others = {name: _each(name, value, count) for name, value in stack.items() if name not in tensors}
-    ranks = others.pop("ranks", None)
-    views = {name: t.unbind() for name, t in tensors.items()}
-    found: list[Mapping[str, Any]] = []
-    for j in range(count):
-        own = {name: each[j] for name, each in (*views.items(), *others.items())}
-        if ranks is not None:
-            own |= {name: own[name][:, : ranks[j]] for name in own if name.endswith("_up")}
-            own |= {name: own[name][: ranks[j]] for name in own if name.endswith("_down")}
-        found.append(own)
-    return found
-
-
-def _each(name: str, value: Any, count: int) -> list[Any]:
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if len(value) != count:
-            raise ValueError(f"{name} has {len(value)} entries beside a stack of {count} adapters")
-        return list(value)
-    return [value] * count
-
-
-def _layout(
-    adapters: Sequence[Mapping[str, Any]], settings: Sequence[Settings]
-) -> tuple[list[list[Tensor]], tuple[int, ...]]:
-    """The distinct tensors of every field, and the place of each adapter's among them; a seed where it drops."""
-    columns: list[list[int]] = []
-    found: list[list[Tensor]] = []
-    for name in Operands._fields:
-        known: list[Tensor] = []
-        places: dict[int, int] = {}  # by identity: the adapters hold the tensors meanwhile
-        column = []
-        for adapter, own in zip(adapters, settings, strict=True):
-            tensor = adapter.get(name)
-            if tensor is None or (name == "seed" and not (own.dropout_p and adapter.get("b_up") is not None)):
-                column.append(ABSENT)
-                continue
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"adapters[{len(column)}][{name!r}] must be a tensor, got {type(tensor).__name__}")
-            place = places.setdefault(id(tensor), len(known))
-            if place == len(known):
-                known.append(tensor)
-            column.append(place)
-        found.append(known)
-        columns.append(column)
-    return found, tuple(place for own in zip(*columns, strict=True) for place in own)
-
-
-def _check(
-    x: Tensor,
-    weight: Weight,
-    bias: Tensor | None,
-    adapters: Sequence[Mapping[str, Any]],
-    settings: Sequence[Settings],
-) -> None:
+def _check(x: Tensor, weight: Weight, bias: Tensor | None, chosen: AdapterSet) -> None:
     """The errors of `glora_linear`, with the adapter in front."""
     checked(x, weight, Supports(bias=bias), (), Settings())
-    for j, (adapter, own) in enumerate(zip(adapters, settings, strict=True)):
+    for j, (adapter, own) in enumerate(zip(chosen.adapters, chosen.settings, strict=True)):
         s = Supports(bias=bias, **{name: adapter.get(name) for name in Supports._fields if name != "bias"})
         cs = tuple(adapter.get(name) for name in C._fields)
         try:

@@ -182,6 +182,11 @@ class Table(NamedTuple):
     kind: Kind
     held: Sequence[Tensor] = ()
 
+    @property
+    def lasts(self) -> bool:
+        """Whether it is right for as long as the adapters' tensors stay where they are, whatever is written there."""
+        return not self.held and not self.kind.layout.drops  # a copy is of the values of now, as a key on the host is
+
 
 _uploaded: dict[tuple[Any, ...], tuple[int, Tensor]] = {}
 """By device and contents: the stream that a table was copied on, and the table."""

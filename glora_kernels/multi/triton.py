@@ -31,35 +31,57 @@ from glora_kernels.multi.plan import Plan, plan_of
 from glora_kernels.multi.shrink import Shrink, Side, multi_shrink_launch, shrink_of
 from glora_kernels.multi.table import Kind, Table, table_of
 from glora_kernels.quant import QuantizedWeight
-from glora_kernels.runtime import program
+from glora_kernels.runtime import environment, program
 from glora_kernels.runtime.launch import LibraryProduct
 from glora_kernels.runtime.planning import arch_of
 from glora_kernels.runtime.recording import empty, rows
 from glora_kernels.runtime.workspace import workspace_like
 
 
-def forward(x: Tensor, weight: Weight, assignment: Tensor, adapters: Sequence[Adapter]) -> Tensor:
-    """y (M,N). See `multi.eager.forward`."""
+def forward(
+    x: Tensor, weight: Weight, assignment: Tensor, adapters: Sequence[Adapter], kept: dict[int, Known] | None = None
+) -> Tensor:
+    """y (M,N). See `multi.eager.forward`.
+
+    kept: by stream, of calls with these adapters, as long as their tensors stay where they are.
+    """
+    stream = environment.stream_of(x.device)
+    if kept is not None and stream in kept and not _is_capturing(x):  # `table_of` keeps a graph's tables alive
+        table, makes_wc = kept[stream]
+        wcs = made_wc(weight, adapters)[1] if makes_wc else None
+        return _together(x, weight, assignment, adapters, table, wcs)
     places, wcs = made_wc(weight, adapters)
     if not any(map(_is_apart, adapters)):
-        return _together(x, weight, assignment, adapters, places, wcs)
+        table = _table_of(adapters, x, places)
+        if kept is not None and table.lasts:
+            kept[stream] = Known(table, bool(places))
+        return _together(x, weight, assignment, adapters, table, wcs)
     order, spans, first = _split(assignment, adapters)
-    x, rest = order.sort(x), order.sort(assignment)[:first]
+    x, rest, others = order.sort(x), order.sort(assignment)[:first], _without(adapters)
     y = x.new_empty(len(x), weight.shape[0])
-    y[:first] = _together(x[:first], weight, rest, _without(adapters), places, wcs)
+    y[:first] = _together(x[:first], weight, rest, others, _table_of(others, x, places), wcs)
     for j, at in spans:
         s = adapters[j].s._replace(wc=given(wcs)[places[j]]) if j in places else adapters[j].s
         y[at] = single.forward(x[at], weight, s, adapters[j].call).y
     return order.unsort(y)
 
 
+class Known(NamedTuple):
+    """What a set keeps of a call: the table, and whether the call makes W·c."""
+
+    table: Table
+    makes_wc: bool
+
+
+def _table_of(adapters: Sequence[Adapter], x: Tensor, places: Mapping[int, int]) -> Table:
+    """The table of a forward; `places` are of `made_wc`."""
+    return table_of(adapters, x.dtype, x.device, [places.get(j, -1) for j in range(len(adapters))])
+
+
 def _together(
-    x: Tensor, weight: Weight, assignment: Tensor, adapters: Sequence[Adapter], places: Mapping[int, int],
-    wcs: Tensor | None,
-) -> Tensor:  # fmt: skip
+    x: Tensor, weight: Weight, assignment: Tensor, adapters: Sequence[Adapter], table: Table, wcs: Tensor | None
+) -> Tensor:
     """`forward` of adapters without A=lora."""
-    wc_rows = [places.get(j, -1) for j in range(len(adapters))]
-    table = table_of(adapters, x.dtype, x.device, wc_rows)
     tensors = (
         x, _dense(weight, x, adapters), table.entries, *plan_of(assignment, len(adapters)), adapters[-1].s.bias, wcs
     )  # fmt: skip
@@ -198,6 +220,10 @@ def _passed(
     return function(tensors, *values) if found is None else found.run(tensors, len(first))
 
 
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _is_apart(adapter: Adapter) -> bool:
     """Whether an adapter's rows take another weight than W."""
     return adapter.s.a_up is not None
@@ -209,7 +235,7 @@ def _split(assignment: Tensor, adapters: Sequence[Adapter]) -> tuple[Order, list
     Raises:
         RuntimeError: a CUDA graph is being captured.
     """
-    if assignment.is_cuda and torch.cuda.is_current_stream_capturing():
+    if _is_capturing(assignment):
         raise RuntimeError(
             "rows of adapters with A=lora are sorted on the host, which no CUDA graph can hold: capture "
             "multi_glora_linear with other adapters, or merge these"

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from glora_kernels.dispatch.common import Weight
 from glora_kernels.glora.op import dropout_seed
-from glora_kernels.ops import glora_linear, multi_glora_linear
+from glora_kernels.ops import AdapterSet, glora_linear, multi_glora_linear
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.spec import GLoRAConfig
 
@@ -101,7 +102,9 @@ def adapted_linear(
     return y if back_to is None else y.to(back_to)
 
 
-def mixed_linear(x: Tensor, base: Frozen, adapters: Sequence[Operands], rows: Tensor) -> Tensor:
+def mixed_linear(
+    x: Tensor, base: Frozen, adapters: Sequence[Operands], rows: Tensor, kept: dict[str, Any] | None = None
+) -> Tensor:
     """y (..., N) of an x (..., K) whose rows have an adapter each, in the dtype of x.
 
     Args:
@@ -109,6 +112,7 @@ def mixed_linear(x: Tensor, base: Frozen, adapters: Sequence[Operands], rows: Te
         base: under all of them.
         adapters: each with dropout draws a mask of its own.
         rows: the number of the adapter of each row of x, of shape (...); -1: the base alone.
+        kept: the layer's own, in which the adapters stay as they were laid out, until they are others.
 
     Raises:
         The errors of `ops.multi_glora_linear`.
@@ -117,14 +121,39 @@ def mixed_linear(x: Tensor, base: Frozen, adapters: Sequence[Operands], rows: Te
     back_to = None
     if isinstance(weight, QuantizedWeight):
         x, bias, back_to = _for_codes(x, bias, compute_dtype)
-    keywords = [
+    if kept is None or torch.compiler.is_compiling():
+        chosen = _set_of(adapters)
+    else:
+        chosen = _kept_set(adapters, kept)
+    if any(adapter.dropout_p for adapter in adapters):
+        chosen = chosen.with_seeds([dropout_seed(x.device) for adapter in adapters if adapter.dropout_p])
+    y = multi_glora_linear(x, weight, bias, chosen, rows)
+    return y if back_to is None else y.to(back_to)
+
+
+def _set_of(adapters: Sequence[Operands]) -> AdapterSet:
+    return AdapterSet([
         {name.lower(): tensor for name, tensor in tensors.items() if tensor is not None}
         | {"scale": scale, "variant": variant, "dropout_p": dropout_p}
-        | ({"seed": dropout_seed(x.device)} if dropout_p else {})
         for tensors, scale, dropout_p, variant in adapters
-    ]
-    y = multi_glora_linear(x, weight, bias, keywords, rows)
-    return y if back_to is None else y.to(back_to)
+    ])  # fmt: skip
+
+
+def _kept_set(adapters: Sequence[Operands], kept: dict[str, Any]) -> AdapterSet:
+    """`_set_of`, the one that is kept where these adapters are those of the call before."""
+    numbers = [adapter[1:] for adapter in adapters]
+    tensors = [tensor for adapter in adapters for tensor in adapter.tensors.values()]
+    known: tuple[Any, list[Tensor | None], AdapterSet] | None = kept.get(_SET)
+    if known and known[0] == numbers and len(known[1]) == len(tensors) and all(map(is_, known[1], tensors)):
+        return known[2]
+    chosen = _set_of(adapters)
+    if all(tensor.is_leaf for tensor in chosen.tensors):  # others are new in each call, and hold a graph
+        kept[_SET] = numbers, tensors, chosen
+    return chosen
+
+
+_SET = "adapter set"
+"""Key of `mixed_linear` in what a layer keeps."""
 
 
 def rows_of_examples(examples: tuple[int, ...], x: Tensor) -> Tensor:

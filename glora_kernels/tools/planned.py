@@ -23,6 +23,7 @@ from glora_kernels.glora.call import Supports
 from glora_kernels.grouped import op as grouped
 from glora_kernels.grouped.group import ABSENT
 from glora_kernels.multi import op as multis
+from glora_kernels.multi.adapter_set import AdapterSet
 from glora_kernels.quant import NestedState, QuantizedWeight, QuantState, quantize_weight
 from glora_kernels.runtime import program, routes, tables
 from glora_kernels.runtime.configs import Shape
@@ -192,19 +193,19 @@ def multi(layer: Linear, configs: Sequence[GLoRAConfig], how: How) -> Planned:
     """What `ops.multi_glora_linear` launches for the base of a layer under adapters of these configurations."""
     x, bias = _tensor(how, how.m, layer.k), _tensor(how, layer.n, dtype=how.weight) if layer.bias else None
     rows, weight = torch.zeros(how.m, dtype=torch.int64, device=how.device), weight_of(layer, how)
-    settings = [
-        operator.Settings(c.scale, c.dropout, _seed(how) if c.dropout else None, c.variant) for c in configs
-    ]  # fmt: skip
-    adapters: list[dict[str, Any]] = [
+    chosen = AdapterSet([
         {name.lower(): tensor for name, tensor in _adapter(layer._replace(config=config), how).items()}
-        | {"seed": own.seed}
-        for config, own in zip(configs, settings, strict=True)
-    ]
-    row, numbers, sizes = multis.row_of(x, rows, weight, bias, adapters, settings)
+        | {"scale": config.scale, "dropout_p": config.dropout, "variant": config.variant}
+        | {"seed": _seed(how) if config.dropout else None}
+        for config in configs
+    ])  # fmt: skip
+    row, sizes = multis.row_of(x, rows, weight, bias, chosen)
     trains, shared = how.training, sum(sizes[: len(multis.Shared._fields)])
     wanted = [trains and not how.first, *[False] * (shared - 1), *[trains] * (len(row) - shared)]
     wanted = [want and tensor.dtype.is_floating_point for want, tensor in zip(wanted, row, strict=True)]
-    return _passes(multis.MULTI.prepare(row, multis.values_of(weight, numbers, sizes, how.route), wanted), row, how)
+    return _passes(
+        multis.MULTI.prepare(row, multis.values_of(weight, chosen.numbers, sizes, how.route), wanted), row, how
+    )
 
 
 def over_depth(layer: Linear, how: How) -> list[Any]:

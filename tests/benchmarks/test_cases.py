@@ -129,7 +129,7 @@ def test_the_battery_covers_what_was_promised() -> None:
     assert {8, 16, 64} == {entry.r for entry in entries if entry.r is not None}
     assert {(entry.n, entry.k) for entry in entries if entry.layer is None} == set(cases.VIT)
     parts = {part for stage in cases.gpu_stages() for part in stage.parts}
-    assert parts == {"merging", "dequantizing", "memory", "peft", "growth", "small_adapters"}
+    assert parts == {"merging", "multi", "dequantizing", "memory", "peft", "growth", "small_adapters"}
     with pytest.raises(SystemExit, match="no such stage"):
         cases.find("cuda", "nothing")
 

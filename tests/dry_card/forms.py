@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import glora_kernels as gk
+import glora_kernels.ops
 from glora_kernels import GLoRAConfig
 from glora_kernels.reference import cases
 from glora_kernels.reference.cases import LORA
@@ -91,8 +92,33 @@ TRAINED: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "NF4": (nf4, 2048),
 }
 """What is trained: how it is made, and M."""
-DECODED: dict[str, tuple[Callable[[], nn.Module], int]] = {"decode": (layer, 1), "decode, NF4": (nf4, 1)}
-"""What is asked for a token, without gradients."""
+
+
+class Many(nn.Module):
+    """A base under LoRA adapters, of which each row has another; as a set, or as a list."""
+
+    def __init__(self, count: int, kept: bool = True) -> None:
+        super().__init__()
+        adapters = [{"b_up": tensor(4096, 16), "b_down": tensor(16, 4096), "scale": 2.0} for _ in range(count)]
+        self.weight, self.adapters = tensor(4096, 4096), gk.ops.AdapterSet(adapters) if kept else adapters
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gk.ops.multi_glora_linear(x, self.weight, None, self.adapters, _rows(len(x)))
+
+
+@functools.cache
+def _rows(count: int) -> Tensor:
+    """The assignment, which all layers of a step share."""
+    return torch.arange(count, device="cuda")
+
+
+DECODED: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "decode": (layer, 1),
+    "decode, NF4": (nf4, 1),
+    **{f"decode, {j} adapters": ((lambda j=j: Many(j)), j) for j in (1, 8, 32, 128)},
+    **{f"decode, {j} adapters as a list": ((lambda j=j: Many(j, kept=False)), j) for j in (1, 8, 32, 128)},
+}
+"""What is asked for a token, without gradients, and M."""
 
 
 def forward(module: nn.Module, x: Tensor) -> list[Tensor]:

@@ -135,3 +135,44 @@ def test_a_number_of_no_adapter_is_asserted_on_the_card(on_card):
     assert "__assertfail" in ptx
     message = "rows must be numbers of adapters"
     assert message in ptx or ", ".join(str(ord(c)) for c in message) in ptx
+
+
+def decoded() -> dict[str, Any]:
+    """What decoding with a set launches and waits for, again, and inside of CUDA graphs: of this set, and of another
+    one."""
+    import torch
+
+    from dry_card import card, forms
+    from glora_kernels.ops import AdapterSet, multi_glora_linear
+
+    rows = torch.arange(4, device="cuda")
+    plain = [{"b_up": forms.tensor(4096, 16), "b_down": forms.tensor(16, 4096)} for _ in range(4)]
+    chosen, weight = AdapterSet(plain), forms.tensor(4096, 4096)
+
+    def step(adapters: Any = chosen) -> None:
+        with torch.no_grad():
+            multi_glora_linear(forms.tensor(4, 4096), weight, None, adapters, rows)
+
+    step()
+    waits, answer = card.waits(), {}
+    with card.recorded() as log:
+        step()
+    answer["again"], answer["waits"] = [e.name for e in log], card.waits() - waits
+    with card.recorded() as log, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        step()
+    answer["captured"] = [e.name for e in log]
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            step(AdapterSet([{**own, "b_up": forms.tensor(4096, 16)} for own in plain]))
+    except RuntimeError as error:
+        answer["another"] = str(error)
+    return answer
+
+
+def test_a_set_launches_what_its_list_does(on_card):
+    found = on_card(decoded)
+    kernels = ["_multi_shrink_kernel", "_multi_expand_kernel"]
+    assert [name for name in found["again"] if name.startswith("_multi")] == kernels
+    assert found["waits"] == 0
+    assert [name for name in found["captured"] if name.startswith("_multi")] == ["_multi_plan_kernel", *kernels]
+    assert "call it once with these tensors first" in found["another"]

@@ -44,9 +44,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     mixed = layers.mixed_linear
 
-    def counted_mixed(x: Tensor, base: Any, adapters: Any, rows: Tensor) -> Tensor:
+    def counted_mixed(x: Tensor, base: Any, adapters: Any, *others: Any) -> Tensor:
         seen.append(adapters)
-        return mixed(x, base, adapters, rows)
+        return mixed(x, base, adapters, *others)
 
     monkeypatch.setattr(layers, "peft_linear", counted)
     monkeypatch.setattr(layers, "mixed_linear", counted_mixed)

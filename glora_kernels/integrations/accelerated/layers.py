@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from glora_kernels.integrations import bases
 from glora_kernels.integrations.bases import HOOKED, IDLE, ON_META, is_plain, peft_linear, tensor_of
-from glora_kernels.nn.adapted import ABSENT, Frozen, Operands, mixed_linear
+from glora_kernels.nn.adapted import ABSENT, Operands, mixed_linear
 from glora_kernels.runtime.planning import is_planning
 from glora_kernels.spec import SUPPORTS
 
@@ -45,9 +45,9 @@ class Accelerated(bases.OverBase):
                 self._glora_fallbacks[call] = self._glora_fallbacks.get(call, 0) + 1
             bases.before_its_own_forward(self.get_base_layer(), (x, *(() if call == IDLE else self.parameters())))
             return self.plain.forward(self, x, *args, **kwargs)
-        return mixed_linear(x, *call) if len(call) == 3 else peft_linear(x, *call)
+        return mixed_linear(x, *call) if len(call) == 4 else peft_linear(x, *call)
 
-    def mixed(self, x: Tensor, names: Sequence[str]) -> tuple[Frozen, list[Operands], Tensor] | str:
+    def mixed(self, x: Tensor, names: Sequence[str]) -> bases.Mixed | str:
         """The arguments of `mixed_linear` for examples with these adapters, or the reason why PEFT's forward runs."""
         return MIXED_BATCH
 
@@ -194,7 +194,7 @@ class LoraOperands(Accelerated):
             if scale.device != device and device.type != "meta":  # FSDP2 loads through meta, and moves nothing after
                 self._glora_scales[name] = _scale_tensor(self.scaling[name], device)
 
-    def mixed(self, x: Tensor, names: Sequence[str]) -> tuple[Frozen, list[Operands], Tensor] | str:
+    def mixed(self, x: Tensor, names: Sequence[str]) -> bases.Mixed | str:
         if self._disable_adapters or self.merged or len(names) != len(x):  # for PEFT to answer, or to refuse
             return MIXED_BATCH
         return self.mixed_parts(x, names)
