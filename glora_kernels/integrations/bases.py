@@ -61,6 +61,10 @@ class OverBase(TakesRows, _Layer):
 
     _glora_kept: dict[str, Any]  # the cache of `frozen_base` and of `mixed_linear`
 
+    @property
+    def kept(self) -> dict[str, Any]:
+        return self._glora_kept
+
     def parts(self, x: Tensor | None = None) -> tuple[Frozen, Operands] | str:
         """The base and the sum of the active adapters for a call with x, or the reason why there is no such call."""
         return IDLE if self._disable_adapters or self.merged_adapters else self.active_parts(x)
@@ -112,7 +116,7 @@ class OverBase(TakesRows, _Layer):
         if any(other is not None for other in others):
             reason = "it is called with more than x (adapter_names, say)"
         if reason is not None or isinstance(base, str):
-            raise RuntimeError(f"rows: {rows.path_of(self)!r} cannot be computed: {reason}")
+            raise RuntimeError(rows.refused(self, str(reason)))
         return rows.linear(self, x, base)
 
     def _operands_of(self, names: Iterable[str]) -> list[tuple[str, Operands]] | str:
@@ -154,7 +158,9 @@ class OverBase(TakesRows, _Layer):
         self._glora_kept = read_base(self.base_layer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_glora_kept": {}, "_rows": None}  # a copy has a base of its own
+        state = {**vars(self), "_glora_kept": {}}  # a copy has a base of its own, and is outside of `gk.rows`
+        state.pop("_rows", None)
+        return state
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -124,6 +124,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = FIR
         raise RuntimeError(f"load_adapter: {merged[0]!r} is merged; call unmerge(model) first")
     for full, layer in layers.items():
         layer.check_intact(f"load_adapter: {full!r}")
+        if (held := layer.named().get(name)) is not None:
+            held.check_intact(f"load_adapter: {full!r}")
+    if name != FIRST:
+        adapter = _untied(adapter, where)
     with all_or_none() as undo:
         if not layers:
             if name != FIRST:
@@ -156,11 +160,6 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = FIR
 def _add(model: nn.Module, adapter: Adapter, where: str, name: str, undo: ExitStack) -> None:
     """Give a model with GLoRA layers a further adapter in the file's layers, after checking that they fit."""
     check_new(model, name, "load_adapter")
-    if adapter.siblings and any(entry.config.dropout for entry in adapter.layers.values()):
-        raise ValueError(
-            f"{where} has siblings with one dropout mask, which only the first adapter of a model can have; load it "
-            f"into a model of its own, or as its first adapter ({FIRST!r})"
-        )
     root = unwrap(model)
     found = _found(root, adapter, where, adapted=True)
     values = adapter.values()
@@ -175,6 +174,16 @@ def _add(model: nn.Module, adapter: Adapter, where: str, name: str, undo: ExitSt
         is_wide = any(_dtype(value, linear) != linear.base.dtype for value in alone)
         plan[linear] = entry.config, linear.adapter_dtype if is_wide else linear.base.dtype
     put_beside(model, name, plan, ties, undo)
+
+
+def _untied(adapter: Adapter, where: str) -> Adapter:
+    """The file's adapter without its siblings, which have one dropout mask; an error where there is dropout."""
+    if adapter.siblings and any(entry.config.dropout for entry in adapter.layers.values()):
+        raise ValueError(
+            f"{where} has siblings with one dropout mask, which only the first adapter of a model can have; load it "
+            f"into a model of its own, or as its first adapter ({FIRST!r})"
+        )
+    return changed(adapter, siblings=[])
 
 
 def _check_common(
@@ -357,7 +366,7 @@ def _adapter_of(root: nn.Module, name: str, biases: Collection[str] | None = Non
     state: dict[str, Tensor] = {}
     layers = {path: layer for path, layer in named_layers(root).items() if name in layer.adapter_names()}
     for path, layer in layers.items():
-        parameters, config = layer.tensors_of(name)
+        parameters, config = layer.saved_adapter(name)
         base_bias, bias = layer.base_bias, layer.bias
         is_trained = bias is not None and bias.requires_grad if biases is None else path in biases
         has_bias = base_bias is not None

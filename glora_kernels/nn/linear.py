@@ -210,7 +210,7 @@ class GLoRALinear(TakesRows, Mergeable):
         self._place = 0  # ... and which of them it is
         self.has_first = True  # False: the layer was made for adapters beside the first, which does not adapt it
         self._active: str | None = None  # the name of the adapter that calls use; None: the layer's own parameters
-        self._mixed: dict[str, Any] = {}  # what `mixed_linear` keeps between calls
+        self._mixed: dict[str, Any] = {}
         # Kept here, since computing them in each forward costs host time.
         _, self._scale, self._dropout, self._variant = Operands.of(config, {}, training=True)
 
@@ -262,7 +262,6 @@ class GLoRALinear(TakesRows, Mergeable):
 
     def drop_named(self, name: str) -> None:
         """Hold no adapter of this name beside the first."""
-        self._mixed = {}
         if name in self.named():
             del self.adapters[name]
         if not self.named():
@@ -271,15 +270,18 @@ class GLoRALinear(TakesRows, Mergeable):
     def adapter_names(self) -> dict[str, int]:
         return ({FIRST: 0} if self.has_first else {}) | {name: own.place for name, own in self.named().items()}
 
-    def tensors_of(self, name: str) -> tuple[Mapping[str, Tensor], GLoRAConfig]:
-        """The tensors and the configuration of an adapter; none where the layer does not have it."""
+    def saved_adapter(self, name: str) -> tuple[Mapping[str, Tensor], GLoRAConfig]:
+        """The tensors, as they are saved, and the configuration of an adapter that the layer has."""
         if name == FIRST:
             return self.adapter(), self.config
-        own = self.named().get(name)
-        return ({}, NONE) if own is None else (own.tensors(), own.config)
+        own = self.named()[name]
+        return own.values(), own.config
 
     def active_adapter(self) -> tuple[Mapping[str, Tensor], GLoRAConfig]:
-        return self.tensors_of(self._active or FIRST)
+        if self._active is None:
+            return self.adapter(), self.config
+        own = self.named().get(self._active)
+        return ({}, NONE) if own is None else (own.tensors(), own.config)
 
     def all_adapters(self) -> Iterator[nn.Parameter]:
         """The parameters of all adapters."""
@@ -292,10 +294,14 @@ class GLoRALinear(TakesRows, Mergeable):
             return Operands.of(self.config, self.adapter(), self.training)
         return own.operands() if (own := self.named().get(name)) is not None else None
 
+    @property
+    def kept(self) -> dict[str, Any]:
+        return self._mixed
+
     def refusal_of_rows(self) -> str | None:
         if self.merged:
             return "it is merged; call unmerge(model) first"
-        if self._siblings is not None and self._siblings.tied and self._dropout:
+        if self.training and self._dropout and self._siblings is not None and self._siblings.tied:
             return "it has one dropout mask with its siblings (tie_siblings=True), which rows of a batch cannot have"
         return None
 
@@ -347,6 +353,8 @@ class GLoRALinear(TakesRows, Mergeable):
     def _chosen(self, x: Tensor, base: Frozen) -> Tensor:
         """y by the adapters of `gk.rows`, or by an active one beside the first."""
         if (rows := self._rows) is not None:
+            if reason := self.refusal_of_rows():
+                raise RuntimeError(rows.refused(self, reason))
             return rows.linear(self, x, base)
         own = self.named().get(self._active or FIRST)
         return base_linear(x, base) if own is None else adapted_linear(x, base, own.operands())
@@ -402,7 +410,9 @@ class GLoRALinear(TakesRows, Mergeable):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: a copy made inside a context (`disabled(model)`, say) is outside of it."""
-        return self.__dict__ | {"_disabled": (), "_beta": None, "_deferred": None, "_rows": None, "_mixed": {}}
+        state = self.__dict__ | {"_disabled": (), "_beta": None, "_deferred": None, "_mixed": {}}
+        state.pop("_rows", None)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,16 @@ def update_computed(module: nn.Module) -> None:
     for hook in module._forward_pre_hooks.values():
         if type(hook).__module__.startswith("torch.nn.utils."):
             hook(module, ())
+
+
+def check_registered(caller: str, module: nn.Module, names: Iterable[str]) -> None:
+    """Raise a RuntimeError where one of these is no parameter of the module, but computed from others."""
+    if computed := [name for name in names if name not in module._parameters]:
+        raise RuntimeError(
+            f"{caller}: {computed[0]} of this layer is computed from other parameters (pruned, normalised or "
+            "parametrized), and a new value would be lost; make it permanent first (prune.remove, "
+            "remove_weight_norm, remove_parametrizations)"
+        )
 
 
 class NamedAdapter(nn.Module):
@@ -67,15 +77,19 @@ class NamedAdapter(nn.Module):
         """Make the adapter change nothing; factors of other owners stay as they are."""
         initialize(dict(self.named_parameters()), self.config.init)
 
+    def values(self) -> dict[str, Tensor]:
+        """Every support by name, also those of other owners, as it is saved: without `scaling`."""
+        for holder in (self, *self._owners.values()):
+            update_computed(holder)
+        return {name: getattr(self._owners.get(name, self), name) for name in self._names}
+
     def tensors(self) -> dict[str, Tensor]:
         """Every support by name, also those of other owners, with `scaling` applied.
 
         Raises:
             RuntimeError: a support is on the meta device.
         """
-        for holder in (self, *self._owners.values()):
-            update_computed(holder)
-        found = {name: getattr(self._owners.get(name, self), name) for name in self._names}
+        found = self.values()
         if any(tensor.is_meta for tensor in found.values()):
             raise RuntimeError(
                 "this adapter is on the meta device, without values: load them (PeftModel.load_adapter, or "
@@ -84,6 +98,11 @@ class NamedAdapter(nn.Module):
         if self.scaling != 1.0:  # in a product of two factors on one only
             return {name: t if name.endswith("_down") else t * self.scaling for name, t in found.items()}
         return found
+
+    def check_intact(self, caller: str) -> None:
+        """Raise a RuntimeError where a support is computed from other parameters: writing to it would be lost."""
+        for name in self._names:
+            check_registered(caller, self._owners.get(name, self), (name,))
 
     @property
     def shares(self) -> bool:
@@ -97,10 +116,11 @@ class NamedAdapter(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *found: Any) -> None:
         # PEFT loads with strict=False, so an adapter of another configuration would be loaded in part.
         given = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
-        if given and given != set(self._parameters):
+        own = set(self.state_dict(keep_vars=True))  # of a pruned parameter the mask too
+        if given and given != own:
             found[-1].append(
-                f"{prefix.removesuffix('.')}: the state has {_listed(given)}, and this adapter "
-                f"{_listed(self._parameters)}: it comes from another configuration"
+                f"{prefix.removesuffix('.')}: the state has {_listed(given)}, and this adapter {_listed(own)}: it "
+                "comes from another configuration"
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *found)

@@ -20,12 +20,20 @@ class Rows(Protocol):
     def linear(self, layer: Any, x: Tensor, base: Frozen) -> Tensor:
         """y of a layer over this base."""
 
+    def refused(self, layer: object, reason: str) -> str:
+        """The message of an error: a layer and the reason why it cannot be computed."""
+
 
 class TakesRows:
     """A mixin for layers with several adapters, of which a call can use another one for each row."""
 
     _rows: Rows | None = None
     """What the context that the layer is in (`gk.rows`, say) tells it; None: the active adapter."""
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What `mixed_linear` keeps from call to call."""
+        raise NotImplementedError
 
     def adapter_names(self) -> Mapping[str, int]:
         """The layer's adapters: a number for each name, by which those of all layers are sorted."""
@@ -51,26 +59,14 @@ class BatchRows:
         paths: of the layers, by id.
     """
 
+    inside = "rows(model, ...); leave that context first"
+
     def __init__(
         self, names: tuple[str, ...], index: Tensor, present: Collection[str] | None, paths: Mapping[int, str]
     ) -> None:
         self.names, self.index, self._present, self._paths = names, index, present, paths
         self._kept: dict[object, Tensor] = {}
         self._version = 0  # of the index that they were made of
-
-    inside = "rows(model, ...); leave that context first"
-
-    def linear(self, layer: Any, x: Tensor, base: Frozen) -> Tensor:
-        """y (..., N), each row with its adapter.
-
-        Raises:
-            The errors of `ops.multi_glora_linear`, with the layer and the names in front.
-        """
-        adapters, rows = self.operands(layer), self.of(x, layer)
-        try:
-            return mixed_linear(x, base, adapters, rows)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"rows: {self.path_of(layer)!r} with the adapters {self.names}: {error}") from error
 
     def operands(self, layer: Any) -> list[Operands]:
         """The adapters of a layer in the order of the names; one that it does not have is empty.
@@ -82,11 +78,31 @@ class BatchRows:
         present = self._present if layer.training or torch.is_grad_enabled() else None
         found = []
         for name in self.names:
-            own = layer.operands(name) if present is None or name in present else None
+            own: Operands | str | None = None
+            if present is None or name in present:
+                try:
+                    own = layer.operands(name)
+                except RuntimeError as error:
+                    own = str(error)
             if isinstance(own, str):
-                raise RuntimeError(f"rows: the adapter {name!r} of {self.path_of(layer)!r} cannot be computed: {own}")
+                if self._present is None or name in self._present:
+                    raise RuntimeError(self.refused(layer, f"its adapter {name!r}: {own}"))
+                own = None  # no row has it
             found.append(_EMPTY if own is None else own)
         return found
+
+    def linear(self, layer: Any, x: Tensor, base: Frozen) -> Tensor:
+        """y of a layer; the errors of `ops.multi_glora_linear`, with the layer in front."""
+        operands, rows = self.operands(layer), self.of(x, layer)
+        try:
+            return mixed_linear(x, base, operands, rows, layer.kept)
+        except (TypeError, ValueError) as error:
+            told = f"{error} (the adapters are {', '.join(map(repr, self.names))}, numbered from 0)"
+            raise type(error)(self.refused(layer, told)) from error
+
+    def refused(self, layer: object, reason: str) -> str:
+        """The message of an error: a layer and the reason why it takes no rows."""
+        return f"gk.rows: {self._paths.get(id(layer), '')!r} cannot be computed: {reason}"
 
     def of(self, x: Tensor, layer: Any) -> Tensor:
         """The adapter of each row of an x (B, ..., K), of shape (B, ...).
@@ -99,13 +115,15 @@ class BatchRows:
         index, lead = self.index, x.shape[:-1]
         if lead[: index.ndim] != index.shape:
             raise ValueError(
-                f"rows: names has one entry for each of {tuple(index.shape)} examples, but {self.path_of(layer)!r} "
-                f"was called with an x of shape {tuple(x.shape)}: a layer must have the batch in front (for beam "
-                "search repeat each name once a beam)"
+                f"gk.rows: names has one entry for each of {tuple(index.shape)} examples, but "
+                f"{self._paths.get(id(layer), '')!r} was called with an x of shape {tuple(x.shape)}: a layer must have "
+                "the batch in front (for beam search repeat each name once a beam)"
             )
-        if index.device == x.device and len(lead) == index.ndim:
+        compiling = torch.compiler.is_compiling()
+        is_ordinary = compiling or not index.is_inference() or torch.is_inference_mode_enabled()  # backward can keep it
+        if is_ordinary and index.device == x.device and index.dtype == torch.int64 and len(lead) == index.ndim:
             return index
-        if torch.compiler.is_compiling() or index.is_inference() or _is_capturing(x):
+        if compiling or index.is_inference() or _is_capturing(x):
             return _expanded(index, lead, x.device)
         if self._version != index._version:
             self._kept.clear()
@@ -116,12 +134,10 @@ class BatchRows:
                 found = self._kept[lead, x.device] = _expanded(index, lead, x.device)
         return found
 
-    def path_of(self, layer: object) -> str:
-        return self._paths.get(id(layer), "")
-
 
 def _expanded(index: Tensor, lead: torch.Size, device: torch.device) -> Tensor:
-    return index.to(device).view(*index.shape, *[1] * (len(lead) - index.ndim)).expand(lead).contiguous()
+    made = index.to(device, torch.int64).view(*index.shape, *[1] * (len(lead) - index.ndim)).expand(lead)
+    return made.clone(memory_format=torch.contiguous_format)  # never an inference tensor that backward refuses
 
 
 def _is_capturing(x: Tensor) -> bool:

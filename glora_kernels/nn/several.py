@@ -13,7 +13,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from glora_kernels.nn.base import FROZEN, M
+from glora_kernels.nn.base import M
 from glora_kernels.nn.frozen import check_dtype
 from glora_kernels.nn.inject import (  # fmt: skip
     Config,
@@ -32,7 +32,7 @@ from glora_kernels.nn.patterns import patterns_of, some_of
 from glora_kernels.nn.ranks import refuse_sharded
 from glora_kernels.nn.rows import BatchRows, TakesRows
 from glora_kernels.nn.share import Tie, plan_sharing
-from glora_kernels.nn.targets import Linear, targets_of
+from glora_kernels.nn.targets import Linear, linears, named_by, targets_of
 from glora_kernels.nn.undo import all_or_none
 from glora_kernels.spec import GLoRAConfig, ShareLoRAConfig
 
@@ -80,15 +80,14 @@ def add_adapter(
     Raises:
         ValueError: a name that exists or cannot be one, a model without GLoRA layers, sharded or wrapped in
             DistributedDataParallel, a configuration with tie_siblings, and the errors of `inject`. Nothing has changed.
-        RuntimeError: inside `rows`.
+        RuntimeError: inside `rows` or `disabled`, or a layer is merged.
     """
     root = unwrap(model)
-    layers = layers_of(model, "add_adapter")
     check_new(model, name, "add_adapter")
     check_dtype("adapter_dtype", adapter_dtype)
     configs, trained = checked_configs(config), trained_of(root)
-    targets = list(layers) if target_modules is None else targets_of(target_modules)
     excluded = patterns_of("exclude_modules", exclude_modules)
+    targets = _adapted(root, excluded) if target_modules is None else targets_of(target_modules)
     if targets == [""]:  # the model is itself a layer
         targets = None
     chosen = chosen_layers("add_adapter", root, configs, targets, trained, excluded, adapted=True)
@@ -132,6 +131,8 @@ def set_adapter(model: nn.Module, name: str) -> None:
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Delete an adapter beside the first. Optimizers keep its parameters until they are made anew.
 
+    A layer that had no other stays a GLoRA layer, and is its base.
+
     Raises:
         ValueError: there is none of this name, or it is the first, which is part of the layers.
         RuntimeError: it is active, or this is inside `rows`.
@@ -146,8 +147,6 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     if active := [path for path, layer in layers.items() if layer._active == name]:
         raise RuntimeError(f"delete_adapter: {name!r} is active in {some_of(active)}; call set_adapter first")
     _refuse_inside(layers, "delete_adapter")
-    owners = {id(own) for layer in layers.values() if (own := layer.named().get(name)) is not None}
-    assert owners  # those of shared factors go together with the layers that share them
     for layer in layers.values():
         layer.drop_named(name)
 
@@ -167,7 +166,8 @@ def rows(model: nn.Module, names: Sequence[str | None] | Tensor) -> Iterator[Non
     zeros. An index tensor may be written to inside: each call reads it anew, also in the replays of a CUDA graph, which
     know the adapters that were there when it was captured.
 
-    With activation checkpointing call backward inside, because it runs the forward again.
+    With activation checkpointing call backward inside, because it runs the forward again. With DistributedDataParallel
+    and FSDP2 give an index tensor: all ranks must have gradients of the same parameters.
 
     Args:
         model: also inside torch.compile or DistributedDataParallel.
@@ -177,11 +177,13 @@ def rows(model: nn.Module, names: Sequence[str | None] | Tensor) -> Iterator[Non
 
     Raises:
         ValueError: a name or a number that no adapter has; a layer called with another number of examples; a model
-            without layers that take rows, or with layers of PEFT that are not accelerated.
+            without layers that take rows, or with layers of PEFT that are not accelerated, or with modules that each
+            adapter of PEFT has of its own (modules_to_save).
         TypeError: names of another kind.
         RuntimeError: a layer is merged, or cannot compute one of the adapters; the message says why.
     """
     layers = _taking(unwrap(model), "rows")
+    _refuse_own_modules(unwrap(model))
     known = _names(layers)
     index, present = _index(names, known)
     for path, layer in layers.items():
@@ -195,7 +197,10 @@ def rows(model: nn.Module, names: Sequence[str | None] | Tensor) -> Iterator[Non
         yield
     finally:
         for layer, own in zip(layers.values(), before, strict=True):
-            layer._rows = own
+            if own is None:  # not set to None: compiled code is guarded by which attributes a layer has
+                vars(layer).pop("_rows", None)
+            else:
+                layer._rows = own
 
 
 def put_beside(
@@ -214,7 +219,8 @@ def put_beside(
     root = unwrap(model)
     new = [linear for linear in plan if not isinstance(linear.module, GLoRALinear)]
     check_wrapper(model, root)
-    check_replaceable(root, new)
+    if new:  # reading the model's code takes seconds
+        check_replaceable(root, new)
     check_trained(new, trained_of(root))
     factors = {place: (tie.factors[0], tie.dtype) for tie in ties for place in tie.factors}
     made: dict[str, NamedAdapter] = {}
@@ -227,7 +233,6 @@ def put_beside(
                 undo.callback(parameter.requires_grad_, parameter.requires_grad)
             layer = GLoRALinear.from_linear(linear.module, NONE)
             layer.has_first = False
-            vars(layer).setdefault(FROZEN, ())
             put(linear, layer, undo)
         shapes = config.parameter_shapes(layer.in_features, layer.out_features, layer.base_bias is not None)
         own = {factor: factors[linear.path, factor] for factor in shapes if (linear.path, factor) in factors}
@@ -242,18 +247,33 @@ def put_beside(
         layer.add_named(name, adapter.train(layer.training))
 
 
+def _adapted(root: nn.Module, excluded: Iterable[str]) -> list[str]:
+    """The paths of the GLoRA layers that no pattern excludes."""
+    every = linears(root, adapted=True)
+    out = {linear for pattern in excluded for linear in named_by(pattern, every)}
+    return [item.path for item in every if isinstance(item.module, GLoRALinear) and item not in out]
+
+
 def check_new(model: nn.Module, name: object, caller: str) -> None:
     """Raise an error where no adapter of this name can be added to the model's GLoRA layers."""
     if not isinstance(name, str):
         raise TypeError(f"{caller}: name must be a str, got {type(name).__name__}")
-    if not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"{caller}: {name!r} cannot be the name of an adapter: take one without a dot")
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"{caller}: {name!r} cannot be the name of an adapter: take one that is not empty, has no dot and is no "
+            "attribute of nn.ModuleDict (keys, training, ...)"
+        )
     root = unwrap(model)
     layers = layers_of(model, caller)
     if name == FIRST or name in _names(layers):
         raise ValueError(f"{caller}: the model has an adapter {name!r} already; it has {', '.join(_names(layers))}")
     refuse_sharded(root, caller, "add adapters before fully_shard")
     _refuse_inside(layers, caller)
+    for path, layer in layers.items():
+        if layer.merged:
+            raise RuntimeError(f"{caller}: {path!r} is merged; call unmerge(model) first")
+        if layer._disabled:
+            raise RuntimeError(f"{caller}() was called inside disabled(model); leave that context first")
 
 
 def check_known(model: nn.Module, name: str, caller: str) -> None:
@@ -287,6 +307,20 @@ def _taking(root: nn.Module, caller: str) -> dict[str, TakesRows]:
     return found
 
 
+def _refuse_own_modules(root: nn.Module) -> None:
+    """Raise a ValueError for a module of which PEFT keeps one an adapter: a call would use that of the active one."""
+    for path, module in root.named_modules():
+        if any((kind.__module__, kind.__name__) == _PER_ADAPTER for kind in type(module).__mro__):
+            raise ValueError(
+                f"rows: {clean(path)!r} is a {type(module).__name__} of PEFT (modules_to_save, trainable tokens), one "
+                "module an adapter, of which a call uses one for the whole batch; give rows a part of the model "
+                "without it"
+            )
+
+
+_PER_ADAPTER = "peft.utils.other", "AuxiliaryTrainingWrapper"
+
+
 def _names(layers: Mapping[str, TakesRows]) -> tuple[str, ...]:
     places: dict[str, int] = {}
     for layer in layers.values():
@@ -308,10 +342,15 @@ def _index(names: Sequence[str | None] | Tensor, known: tuple[str, ...]) -> tupl
                 f"rows: names as a tensor must have numbers from 0 to {len(known) - 1}, the places in "
                 f"adapters(model), or -1 for the base alone; got {int(wrong[0])}"
             )
-        return names if names.dtype == torch.int64 else names.to(torch.int64), None
+        return names, None  # a copy would not see what is written to it inside
     if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):
         raise TypeError(f"rows: names must be a sequence of names or a tensor, got {type(names).__name__}")
     places: dict[str | None, int] = {name: place for place, name in enumerate(known)} | {None: -1}
+    if others := [name for name in names if not (name is None or isinstance(name, str))]:
+        raise TypeError(
+            f"rows: names must have a str or None for each example, got {others[0]!r}; places in adapters(model) are "
+            "given as a tensor of integers"
+        )
     if unknown := [name for name in names if name not in places]:
         raise ValueError(
             f"rows: the model has no adapter {unknown[0]!r}; accepted are {', '.join(map(repr, known))} and None for "

@@ -18,6 +18,7 @@ from glora_kernels.nn.base import is_linear
 from glora_kernels.nn.columns import aligned
 from glora_kernels.nn.linear import GLoRALinear, Holders
 from glora_kernels.nn.model import all_paths, clean, join, layers_of, trainable_parameters, unwrap
+from glora_kernels.nn.named import FIRST
 from glora_kernels.nn.names import numbered, readers, sibling_sets
 from glora_kernels.nn.patterns import some_of, unmatched
 from glora_kernels.nn.siblings import install
@@ -133,12 +134,12 @@ class Place(NamedTuple):
         return join(self.path, self.own)
 
 
-def _shared_places(modules: Iterable[tuple[str, nn.Module]]) -> list[list[Place]]:
-    """The places of every adapter parameter that occurs in several places of these modules (path, module)."""
-    places: dict[nn.Parameter, list[Place]] = {}
+def _shared_places(modules: Iterable[tuple[str, nn.Module]], adapter: str = FIRST) -> list[list[Place]]:
+    """The places of every parameter of an adapter that occurs in several places of these modules (path, module)."""
+    places: dict[Tensor, list[Place]] = {}
     for path, layer in modules:
-        if isinstance(layer, GLoRALinear):
-            for own, parameter in layer.adapter().items():
+        if isinstance(layer, GLoRALinear) and adapter in layer.adapter_names():
+            for own, parameter in layer.saved_adapter(adapter)[0].items():
                 places.setdefault(parameter, []).append(Place(path, layer, own))
     return [several for several in places.values() if len(several) > 1]
 
@@ -202,13 +203,14 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class SharedFactor:
-    """One shared parameter: its name in the layers, its type's key, its shape, its size counted once, the layers."""
+    """One shared parameter: its name in the layers, its type's key, shape, size counted once, layers, adapter."""
 
     factor: str
     key: str
     shape: tuple[int, ...]
     parameters: int
     paths: tuple[str, ...]
+    adapter: str = FIRST
 
     @property
     def uses(self) -> int:
@@ -235,7 +237,8 @@ class SharedFactors:
     def __repr__(self) -> str:
         alike: dict[tuple[str, str, int, str], list[SharedFactor]] = {}
         for row in self.rows:
-            alike.setdefault((row.factor, str(row.shape), row.uses, row.key), []).append(row)
+            factor = row.factor if row.adapter == FIRST else f"{row.factor} of {row.adapter!r}"
+            alike.setdefault((factor, str(row.shape), row.uses, row.key), []).append(row)
         cells = [("factor", "shape", "count", "uses", "parameters", "projection type")]
         for (factor, shape, uses, key), rows in alike.items():
             numbers = sum(row.parameters for row in rows)
@@ -253,19 +256,20 @@ def shared(model: nn.Module) -> SharedFactors:
 
     Returns:
         The rows, in the order of the model, with `factor` ("B_down", "B_up"), `key` (the `projection_type`; for tied
-        siblings all of them), `shape`, `uses`, `parameters` counted once, and `paths`; print it for a table.
+        siblings all of them), `shape`, `uses`, `parameters` counted once, `paths` and `adapter`; print it for a table.
 
     Raises:
         ValueError: the model has no GLoRA layer.
     """
     layers, depths = layers_of(model, "shared"), numbered(unwrap(model))
     rows = []
-    for places in _shared_places(layers.items()):
-        parameter = places[0].layer.adapter()[places[0].own]
-        names = "/".join(dict.fromkeys(place.own for place in places))
-        keys = [projection_type(path, layer.out_features, layer.in_features, depths) for path, layer, _ in places]
-        paths = tuple(place.path for place in places)
-        rows.append(SharedFactor(names, _common_key(keys), tuple(parameter.shape), parameter.numel(), paths))
+    for name in dict.fromkeys(name for layer in layers.values() for name in layer.adapter_names()):
+        for places in _shared_places(layers.items(), name):
+            parameter = places[0].layer.saved_adapter(name)[0][places[0].own]
+            names = "/".join(dict.fromkeys(place.own for place in places))
+            keys = [projection_type(path, layer.out_features, layer.in_features, depths) for path, layer, _ in places]
+            paths = tuple(place.path for place in places)
+            rows.append(SharedFactor(names, _common_key(keys), tuple(parameter.shape), parameter.numel(), paths, name))
     return SharedFactors(tuple(rows), trainable_parameters(model))
 
 

@@ -20,7 +20,7 @@ from glora_kernels.nn.base import FROZEN, HOOKS
 from glora_kernels.nn.frozen import FrozenBase, QuantizedLinear, check_dtype, plain_linear
 from glora_kernels.nn.merging.rounding import MergeReport, refusal
 from glora_kernels.nn.merging.values import Kept, ToMerge, check_finite, keep, merged, write
-from glora_kernels.nn.named import update_computed
+from glora_kernels.nn.named import check_registered, update_computed
 from glora_kernels.nn.ranks import refuse_sharded
 from glora_kernels.nn.ties import overlaps
 from glora_kernels.nn.undo import all_or_none, finish
@@ -69,12 +69,7 @@ class Mergeable(FrozenBase):
     def check_intact(self, caller: str, names: Collection[str] = NAMES) -> None:
         """Raise a RuntimeError where one of these parameters is computed from others: writing to it would be lost."""
         own = _INTACT[self.quant_state is not None]
-        if computed := [name for name in names if name in own and name not in self._parameters]:
-            raise RuntimeError(
-                f"{caller}: {computed[0]} of this layer is computed from other parameters (pruned, normalised or "
-                "parametrized), and a new value would be lost; make it permanent first (prune.remove, "
-                "remove_weight_norm, remove_parametrizations)"
-            )
+        check_registered(caller, self, [name for name in names if name in own])
 
     @property
     def merged(self) -> bool:
