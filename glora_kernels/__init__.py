@@ -6,7 +6,7 @@ Importing the package touches no GPU and loads no kernel.
 from glora_kernels.integrations import AccelerationReport, accelerate, acceleration, decelerate
 from glora_kernels.nn import *  # noqa: F403 (what nn lists as public)
 from glora_kernels.nn import __all__ as _of_nn
-from glora_kernels.runtime.routes import backend
+from glora_kernels.runtime.routes import backend, batch_invariant
 from glora_kernels.spec import GLoRAConfig, ShareLoRAConfig
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "accelerate",
     "acceleration",
     "backend",
+    "batch_invariant",
     "decelerate",
 ]
 __all__ += _of_nn

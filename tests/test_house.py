@@ -22,8 +22,8 @@ SLICES = ("four_bit", "glora", "grouped", "depth", "multi")
 PUBLIC = {
     "AccelerationReport", "FusedReport", "GLoRAConfig", "GLoRALinear", "GroupedLoRALinear", "MergeReport",
     "QuantizedLinear", "ShareLoRAConfig", "accelerate", "acceleration", "adapters", "add_adapter", "backend",
-    "clip_grad_norm_", "decelerate", "deferred_shared_grads", "delete_adapter", "disabled", "fully_shard",
-    "fuse_cross_attention", "fuse_siblings", "inject", "load_adapter", "merge", "merge_and_unload",
+    "batch_invariant", "clip_grad_norm_", "decelerate", "deferred_shared_grads", "delete_adapter", "disabled",
+    "fully_shard", "fuse_cross_attention", "fuse_siblings", "inject", "load_adapter", "merge", "merge_and_unload",
     "parameter_groups", "quantize", "rows", "save_adapter", "set_adapter", "shared", "shift_once", "split_siblings",
     "trainable_parameters", "unload", "unmerge", "warmup", "__version__",
 }  # fmt: skip

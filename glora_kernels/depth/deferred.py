@@ -19,7 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from glora_kernels.depth.table import SharedFactor, SharedProduct
-from glora_kernels.dispatch.common import Weight, cast, factor_dtype, given, path_of, wide_dtype, without_autocast
+from glora_kernels.dispatch.common import (
+    Weight,
+    cast,
+    factor_dtype,
+    given,
+    path_of,
+    settled,
+    wide_dtype,
+    without_autocast,
+)
 from glora_kernels.dispatch.prepared import NO_GUARD, Applied, Prepared, read_saved
 from glora_kernels.dispatch.signature import Row
 from glora_kernels.dispatch.ways import is_batched, is_elsewhere, is_plain, is_watched
@@ -28,6 +37,7 @@ from glora_kernels.glora.call import Made, Supports
 from glora_kernels.glora.chunks import thin
 from glora_kernels.glora.eager import dropped, keep_of
 from glora_kernels.glora.wc import glora_wc
+from glora_kernels.runtime import routes
 
 
 class _Record(NamedTuple):
@@ -198,6 +208,8 @@ class _DeferredFunction(torch.autograd.Function):
 def _deferred_backward(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     prepared: Prepared = ctx.prepared
     row = prepared.placed(read_saved(ctx, prepared.reads_output))
+    if prepared.is_invariant:
+        dy = settled(dy)
     shared = {plain.PLACE[name]: parameter for name, parameter in ctx.shared.items()}
     rest = [want and place not in shared for place, want in enumerate(prepared.wanted)]
     with without_autocast(dy.device.type), prepared.guard or NO_GUARD:
@@ -215,7 +227,7 @@ def _hand_over(
     _, s, call = plain.GLORA.read(row, prepared.values)
     h = Made(*row[len(prepared.wanted) :]).h
     flat, up = _rows(dy), given(s.b_up)
-    triton = call.route != "eager"
+    triton = not routes.is_eager(call.route)
     if "b_down" in shared:
         left = thin(flat, cast(up, factor_dtype(dy.dtype, s.factors)).t(), dy.dtype)
         product = SharedProduct(left, _rows(given(row[0])), call.scale, call.dropout_p, call.seed)

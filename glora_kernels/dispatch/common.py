@@ -16,7 +16,7 @@ from torch import Tensor
 from glora_kernels.quant import NestedState, QuantizedWeight, QuantState
 from glora_kernels.quant.codes import QUANT_TYPES
 from glora_kernels.quant.weight import DTYPES
-from glora_kernels.runtime import environment
+from glora_kernels.runtime import environment, routes
 
 Weight = Tensor | QuantizedWeight
 """The weight W (N, K) of a call: a dense matrix, or 4-bit codes."""
@@ -38,6 +38,13 @@ class Codes(NamedTuple):
 _MATRIX = Codes()
 
 
+_INVARIANT = {
+    ("glora", "eager"): "by_rows",
+    **dict.fromkeys([(operator, path) for operator in ("grouped", "multi") for path in ("eager", "triton")], "apart"),
+}
+"""The modules that take the place of these inside `batch_invariant`; `glora.triton` serves both."""
+
+
 @functools.cache
 def path_of(operator: str, route: str) -> Any:
     """The module that computes an operator on a route: its `eager`, or its `triton`, which is imported here only.
@@ -45,9 +52,22 @@ def path_of(operator: str, route: str) -> Any:
     Raises:
         RuntimeError: triton is not installed, or half of it is interpreted.
     """
-    if route != "eager":
+    name = "eager" if routes.is_eager(route) else "triton"
+    if name == "triton":
         environment.require_triton()
-    return importlib.import_module(f"glora_kernels.{operator}.{'eager' if route == 'eager' else 'triton'}")
+    if routes.is_invariant(route):
+        name = _INVARIANT.get((operator, name), name)
+    return importlib.import_module(f"glora_kernels.{operator}.{name}")
+
+
+LINE = 64
+"""Bytes: what PyTorch's allocators align to, and processors load at once."""
+
+
+def settled(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it does not lie as fresh memory does: contiguous, from a multiple of 64 bytes on."""
+    plain = tensor.stride() == torch.empty(tensor.shape, device="meta").stride() and tensor.data_ptr() % LINE == 0
+    return tensor if plain else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def given(tensor: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from glora_kernels.dispatch import prepared
-from glora_kernels.dispatch.common import autocast_dtype, cast, given
+from glora_kernels.dispatch.common import autocast_dtype, cast, given, settled
 from glora_kernels.dispatch.prepared import Operation, Prepared, read_saved
 from glora_kernels.dispatch.signature import Row, Signature, Values
 from glora_kernels.dispatch.ways import is_batched, is_elsewhere, is_plain, is_transformed, rows_of
@@ -116,8 +116,10 @@ class Operator(Operation):
         for x in xs:
             if x.ndim != 2 and (x.ndim == 1 or not x.is_contiguous()):
                 return self._by_rows(row, key, check, inputs, sources)
+        if routes.invariant():
+            row = (*map(settled, xs), *row[inputs:])
         wanted = prepared.wanted_of(row)
-        whole = (key, target, routes.chosen(), wanted)
+        whole = (key, target, routes.chosen(), routes.invariant(), wanted)
         found = prepared.find(self, row, inputs, whole, lambda: self.prepare(row, check(row), wanted))
         return prepared.call(found, row)
 
@@ -132,6 +134,7 @@ class Operator(Operation):
     def through_pytorch(self, row: Row, values: Values) -> Sequence[Tensor]:
         """The outputs where a call is watched or transformed (`dispatch.ways`)."""
         if is_transformed():
+            self._check_composite(values)
             return self.composite(row, values)
         return self._parted(self._forward_operator(*self.signature.join(row, values)))[0]
 
@@ -147,6 +150,7 @@ class Operator(Operation):
     ) -> Sequence[Tensor | None]:
         own, made = list(row[: len(wanted)]), list[Any](row[len(wanted) :])
         if any(map(is_batched, dys)):
+            self._check_composite(values)
             # No wanted gradient depends on an input that was not saved, so that zeros (without a batch) will do.
             zeros = functools.partial(torch.zeros, dtype=dys[0].dtype, device=dys[0].device)
             own = self._with_inputs(own, dys, values, zeros)
@@ -158,6 +162,14 @@ class Operator(Operation):
         needs = [wanted[place] for place in self._places(len(wanted))]
         grads = self._backward_operator(dy, *made[: len(self.reads)], needs, *self.signature.join(own, values))
         return [grad for grad, need in zip(grads, needs, strict=True) if need]
+
+    def _check_composite(self, values: Values) -> None:
+        if self.has_inputs and values.is_invariant:
+            raise RuntimeError(
+                "batch_invariant() holds for calls of layers and operators and for their backward; under torch.func, "
+                "forward-mode differentiation, torch.jit.trace and batched gradients they run as PyTorch's own "
+                "operations, whose rows depend on one another: leave batch_invariant() there"
+            )
 
     def _with_inputs(
         self, row: list[Any], dys: Sequence[Tensor], values: Values, make: Callable[[Shape], Tensor]
@@ -208,6 +220,8 @@ class Operator(Operation):
         row, values = self.signature.split(arguments)
         count = self.inputs_of(values)
         row = [*(x if x.ndim == 2 or x.is_contiguous() else x.contiguous() for x in row[:count]), *row[count:]]
+        if values.is_invariant:
+            row[:count] = map(settled, row[:count])
 
         def make() -> Prepared:
             return self.prepare(row, values, (False,) * len(row), registered=True)

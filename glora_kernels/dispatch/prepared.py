@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from glora_kernels.dispatch.common import given, without_autocast
+from glora_kernels.dispatch.common import given, settled, without_autocast
 from glora_kernels.dispatch.signature import Row, Values
 from glora_kernels.dispatch.ways import is_batched, is_watched, once_differentiable
 from glora_kernels.runtime import environment, program
@@ -78,6 +78,7 @@ class Prepared:
         outputs: how many outputs there are.
         has_kernels: whether it runs as recorded launches, not as plain PyTorch.
         keeps: whether anybody reads results other than the outputs.
+        is_invariant: whether the calls were made inside `batch_invariant`.
         guard: a lock, held from building a weight in the shared workspace until its reader is launched.
     """
 
@@ -90,6 +91,7 @@ class Prepared:
         self.size, self.with_rows, self.outputs, self.has_kernels = size, frozenset(with_rows), outputs, has_kernels
         self.trained = tuple(i for i, want in enumerate(wanted) if want)
         self.guard = guard
+        self.is_invariant = values.is_invariant
         self.keeps = keeps or bool(self.trained)
         self._flags = bytes([bool(with_rows)] * outputs + [place in self.with_rows for place in saved])
         self._whole = [i for i, place in enumerate(saved) if place in self.with_rows or place >= len(wanted)]
@@ -132,6 +134,10 @@ class Prepared:
             tensor = saved[i]
             if not tensor.is_contiguous() and (tensor.ndim > 2 or self.saved[i] >= len(self.wanted)):
                 saved = [*saved[:i], tensor.contiguous(), *saved[i + 1 :]]
+        if self.is_invariant:
+            dys = [*map(settled, dys)]
+            saved = [settled(t) if place in self.with_rows else t for t, place in zip(saved, self.saved, strict=True)]
+            first = dys[0]
         if self.has_kernels and (first.ndim > 1 or not self.with_rows) and program.serves(m):
             dys = [dy if dy.ndim <= 2 or dy.is_contiguous() else dy.contiguous() for dy in dys]
             key = (

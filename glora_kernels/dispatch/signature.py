@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
+from glora_kernels.runtime import routes
+
 Row = Sequence[Tensor | None]
 """The tensors of a call in the order of its arguments; lists are concatenated."""
 
@@ -35,6 +37,11 @@ class Values(NamedTuple):
 
     numbers: tuple[Any, ...]
     sizes: tuple[int, ...] | None = None
+
+    @property
+    def is_invariant(self) -> bool:
+        """Whether the call was made inside `batch_invariant`: the only text among the numbers is the route."""
+        return any(isinstance(number, str) and routes.is_invariant(number) for number in self.numbers)
 
 
 def parts(values: Iterable[Any], sizes: Iterable[int]) -> list[list[Any]]:

@@ -14,6 +14,8 @@
 | `_wc_kernel` | weight | W·c | C's share of β |
 | `_wc_grad_kernel`, `_c_grad_kernel` | weight | Wᵀg, and its factors' gradients | dC |
 
+`by_rows` takes the place of `eager` inside `batch_invariant`.
+
 A 4-bit W first goes through `four_bit`: dequantized into a workspace, or for a few tokens multiplied from its codes.
 
 Conventions for the kernels of every folder: operands come as structures (`operands`), None where absent; then sizes and

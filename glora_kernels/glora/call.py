@@ -48,8 +48,7 @@ class Call(NamedTuple):
     """The numbers of one call, and the dropout seed.
 
     scale: s on the low-rank B path. dropout_p: p of that path. seed: one int64 on the CPU or the device of x, or
-    None where p = 0. matmul: A=lora is the product variant. route: "eager", "triton", or over a 4-bit weight also
-    "cuda" and "auto" (`four_bit.kinds`).
+    None where p = 0. matmul: A=lora is the product variant. route: as `runtime.routes.route` says.
     """
 
     scale: float

@@ -36,6 +36,9 @@ from glora_kernels.runtime.workspace import workspace_like
 _ROWS_OF_H = 1 << 19  # elements of H at a time, where it is fp32 and W 16-bit: a size at which BLAS is fast
 
 
+NOTHING = Made(None)
+
+
 class AddedTerms(NamedTuple):
     """The terms added to the large product: h·factorᵀ + σ·bᵀ + β, with h (M,·) and factor (N,·)."""
 
@@ -46,7 +49,7 @@ class AddedTerms(NamedTuple):
     b: Tensor | None = None
 
 
-def forward(x: Tensor, weight: Weight, s: Supports, call: Call) -> Made:
+def forward(x: Tensor, weight: Weight, s: Supports, call: Call, known: Made = NOTHING) -> Made:
     """y (M,N), and the results that backward may read.
 
     Args:
@@ -54,9 +57,10 @@ def forward(x: Tensor, weight: Weight, s: Supports, call: Call) -> Made:
         weight: W (N, K) in that dtype, in another one under autocast, or in 4 bits.
         s: the supports, and the bias and wc.
         call: scale, dropout, variant.
+        known: a mask and a U that there are already.
     """
     dtype = x.dtype
-    terms, made = small_terms(x, weight, s, call)
+    terms, made = small_terms(x, weight, s, call, known)
     if s.a is not None:
         y = scale_rows(_product(x, cast_weight(weight, dtype), terms.beta), 1 + s.a.to(wide_dtype(dtype)), terms)
     else:
@@ -64,10 +68,15 @@ def forward(x: Tensor, weight: Weight, s: Supports, call: Call) -> Made:
     return Made(y, *made[1:])
 
 
-def small_terms(x: Tensor, weight: Weight, s: Supports, call: Call) -> tuple[AddedTerms, Made]:
-    """Return all terms of y but x·Wᵀ, and what backward reads of them; y is not there yet."""
-    keep = None if s.b_up is None else keep_of(call.dropout_p, call.seed, x.shape[0], x.shape[1], x.device)
-    factor, h, u = _low_rank(x, weight, s, call, keep)
+def small_terms(
+    x: Tensor, weight: Weight, s: Supports, call: Call, known: Made = NOTHING
+) -> tuple[AddedTerms, Made]:  # fmt: skip
+    """Return all terms of y but x·Wᵀ, and what backward reads of them; y is not there yet. `known`: as in `forward`."""
+    keep = known.mask
+    if keep is None and s.b_up is not None:
+        keep = keep_of(call.dropout_p, call.seed, x.shape[0], x.shape[1], x.device)
+    u = product_factor(weight, s, call, x.dtype) if known.u is None else known.u
+    factor, h = _low_rank(x, s, call, keep, u)
     sigma = None if s.b is None else x.sum(-1, dtype=wide_dtype(x.dtype))
     return AddedTerms(shift(s, x.dtype), h, factor, sigma, s.b), Made(None, h, sigma, u, keep)
 
@@ -252,20 +261,27 @@ def cast_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
     return workspace_like(weight, dtype).copy_(weight)
 
 
+def product_factor(weight: Weight, s: Supports, call: Call, dtype: torch.dtype) -> Tensor | None:
+    """U = W·A_up (N,P) of the product variant, for a computation in `dtype`; None in the other."""
+    if not call.matmul or s.a_up is None:
+        return None
+    narrow = factor_dtype(dtype, s.factors)
+    return thin(weight if narrow != dtype else cast_weight(weight, dtype), cast(s.a_up, narrow).t(), dtype)
+
+
 def _low_rank(
-    x: Tensor, weight: Weight, s: Supports, call: Call, keep: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """All low-rank terms as one product h·factorᵀ: (factor (N,·), h (M,·), U of the product variant)."""
+    x: Tensor, s: Supports, call: Call, keep: Tensor | None, u: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """All low-rank terms as one product h·factorᵀ: (factor (N,·), h (M,·)); u: U of the product variant."""
     dtype, narrow = x.dtype, factor_dtype(x.dtype, s.factors)
-    h = factor = u = None
-    if call.matmul and s.a_up is not None and s.a_down is not None:
-        factor = u = thin(weight if narrow != dtype else cast_weight(weight, dtype), cast(s.a_up, narrow).t(), dtype)
-        h = thin(x, cast(s.a_down, narrow), dtype)
+    h, factor = None, u
+    if u is not None:
+        h = thin(x, cast(given(s.a_down), narrow), dtype)
     if s.b_up is not None and s.b_down is not None:
         b_up = cast(s.b_up, narrow)
         h_b = scaled(thin(dropped(x, keep), cast(s.b_down, narrow), dtype), call.scale / (1.0 - call.dropout_p))
         h, factor = (h_b, b_up) if h is None else (torch.cat([h, h_b], 1), torch.cat([given(factor), b_up], 1))
-    return factor, h, u
+    return factor, h
 
 
 def added_terms(x: Tensor, n: int, terms: AddedTerms) -> Tensor | None:

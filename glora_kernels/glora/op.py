@@ -27,6 +27,7 @@ from glora_kernels.dispatch.common import (
     flat,
     given,
     path_of,
+    settled,
     stored,
     unflat,
     weight_of,
@@ -132,6 +133,8 @@ class Settings(NamedTuple):
 def prepare_uncached(x: Tensor, weight: Weight, s: Supports, settings: Settings) -> tuple[Prepared, Row]:
     """Check and prepare a call with gradients, without the cache: (the class, the row)."""
     x = cast(x, autocast_dtype(x) or x.dtype)
+    if routes.invariant():
+        x = settled(x)
     values, row = checked(x, weight, s, (), settings), row_of(x, stored(weight), s, settings.seed, codes_of(weight))
     return GLORA.prepare(row, values, prepared.wanted_of(row)), row
 
@@ -194,7 +197,7 @@ class _GLoRALinear(Operator):
         wanted = self.graded(wanted)
         x, count, needs = given(row[0]), len(row), _needs(wanted)
         weight, s, call = self.read(row, values)
-        eager, product = call.route == "eager", call.matmul and s.a_up is not None
+        eager, product = routes.is_eager(call.route), call.matmul and s.a_up is not None
         # A vector or constant A gets its gradient from y. Where y gives x·Wᵀ too inaccurately, `glora.recover` computes
         # it from x again.
         keeps_x = needs.a or needs.b_down or needs.a_down or (needs.a_up and not call.matmul)

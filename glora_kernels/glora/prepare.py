@@ -151,16 +151,17 @@ def prepare_bands(shape: Shape, dtype: torch.dtype, arch: str) -> int:
 def prepare_launch(
     x: Tensor, weight: Tensor, out: BeforeProduct,
     *, a_up: Tensor | None = None, a_down: Tensor | None = None, b_down: Tensor | None = None, a: Tensor | None = None,
-    scale: float = 1.0, dropout: Dropout = NO_DROPOUT, arch: str,
+    scale: float = 1.0, dropout: Dropout = NO_DROPOUT, by_m: int | None = None, arch: str,
 ) -> Launch:  # fmt: skip
     """low (bands,M,P+R) = [x·a_downᵀ | s·drop(x)·b_downᵀ], σ (bands,M) = Σₖ x; U (N,P) = W·a_up or W_eff (N,K).
 
-    W_eff is W∘(1 + a_up·a_down), or W∘(1+a) where `a` is given; then a_up and a_down take no part in `low`.
+    W_eff is W∘(1 + a_up·a_down), or W∘(1+a) where `a` is given; then a_up and a_down take no part in `low`. `by_m`: the
+    M that the configuration is chosen by; None: that of x.
     """
     m, (n, k) = rows(x), weight.shape  # x is read only for low and σ
     a_into_low = a_down is not None and out.u is not None
     p, r = (0 if t is None else t.shape[0] for t in (a_down, b_down))
-    shape = Shape(configs.m_class(m), n, k, max(p if a_into_low else 0, r))
+    shape = Shape(by_m or configs.m_class(m), n, k, max(p if a_into_low else 0, r))
     config = tables.choose("prepare", arch, x.dtype, shape)
     numbers = numerics(x.dtype, a_up, a_down, b_down)
     beside = Beside(arch, x.dtype, r, halves=halves(numbers), drops=dropout.p > 0.0)

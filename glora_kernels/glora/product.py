@@ -98,19 +98,20 @@ def _glora_fwd_kernel(
 
 def glora_fwd_launch(
     x: Tensor, weight: Tensor, y: Tensor, terms: Terms,
-    *, low_sum: Tensor | None = None, sigma_sum: Tensor | None = None, arch: str,
+    *, low_sum: Tensor | None = None, sigma_sum: Tensor | None = None, by_m: int | None = None, arch: str,
 ) -> Launch:  # fmt: skip
     """y (M,N) = (x·Wᵀ)∘(1+a) + P·Uᵀ + h·upᵀ + σ·bᵀ + β, with `low` = [P | h] (bands,M,P+R) and σ (bands,M).
 
-    u and up are contiguous. `low_sum` (M,P+R) and `sigma_sum` (M,) receive the sums over more than one band.
+    u and up are contiguous. `low_sum` (M,P+R) and `sigma_sum` (M,) receive the sums over more than one band. `by_m`:
+    the M that the configuration is chosen by; None: that of x.
     """
     m, (n, k) = rows(x), weight.shape
     p, r = (0 if t is None else t.shape[1] for t in (terms.u, terms.up))
     bands = next((t.shape[0] for t in (terms.low, terms.sigma) if t is not None), 1)
-    shape = configs.Shape(configs.m_class(m), n, k, max(p, r))
+    shape = configs.Shape(by_m or configs.m_class(m), n, k, max(p, r))
     numbers, shift, cols_first = numerics(x.dtype, terms.u, terms.up), terms.shift, weight.stride(1) == 1
     config, pointers = for_operands(
-        tables.choose("fwd", arch, x.dtype, shape, weight.dtype), [x], [weight], [y], cols_first, arch
+        tables.choose("fwd", arch, x.dtype, shape, weight.dtype), [x], [weight], [y], cols_first, shape.m, arch
     )  # fmt: skip
     beside = Beside(
         arch, x.dtype, pairs=min(p, r) > 0, banded=bands > 1, product=p > 0, halves=halves(numbers),
@@ -184,19 +185,21 @@ def _glora_dx_kernel(
 def glora_dx_launch(
     dy: Tensor, weight: Tensor, dx: Tensor,
     *, s: Tensor | None = None, a_down: Tensor | None = None, b_down: Tensor | None = None, a: Tensor | None = None,
-    tau: Tensor | None = None, totals: tuple[Tensor, Tensor] | None = None, dropout: Dropout = NO_DROPOUT, arch: str,
+    tau: Tensor | None = None, totals: tuple[Tensor, Tensor] | None = None, dropout: Dropout = NO_DROPOUT,
+    by_m: int | None = None, arch: str,
 ) -> Launch:  # fmt: skip
     """dx (M,K) = (dy∘(1+a))·W + S[:, :P]·a_down + mask∘(S[:, P:]·b_down)/(1-p) + τ·1ᵀ, S (bands,M,P+R), τ (bands,M).
 
-    `totals`: vectors (I,N), which the launch before must have written, and memory (I,) for their sums over N.
+    `totals`: vectors (I,N), which the launch before must have written, and memory (I,) for their sums over N. `by_m`:
+    the M that the configuration is chosen by; None: that of dy.
     """
     m, (n, k) = rows(dy), weight.shape
     p, r = (0 if t is None else t.shape[0] for t in (a_down, b_down))
     bands = next((t.shape[0] for t in (s, tau) if t is not None), 1)
-    shape = configs.Shape(configs.m_class(m), n, k, max(p, r))
+    shape = configs.Shape(by_m or configs.m_class(m), n, k, max(p, r))
     numbers, cols_first = numerics(dy.dtype, a_down, b_down), weight.stride(0) == 1
     config, pointers = for_operands(
-        tables.choose("dx", arch, dy.dtype, shape, weight.dtype), [dy], [weight.t()], [dx], cols_first, arch
+        tables.choose("dx", arch, dy.dtype, shape, weight.dtype), [dy], [weight.t()], [dx], cols_first, shape.m, arch
     )  # fmt: skip
     beside = Beside(
         arch, dy.dtype, pairs=min(p, r) > 0, product=p > 0, halves=halves(numbers), drops=dropout.p > 0.0,
@@ -222,18 +225,18 @@ def glora_dx_launch(
 
 def for_operands(
     config: dict[str, int], lefts: Sequence[Tensor], rights: Sequence[Tensor], outs: Sequence[Tensor],
-    cols_first: bool, arch: str,
+    cols_first: bool, m: int, arch: str,
 ) -> tuple[dict[str, int], bool]:  # fmt: skip
     """(the configuration, or another one for pointers where TMA cannot read these operands; whether it is the latter).
 
     For one or several products out = left·rightᵀ, right (cols, depth). `cols_first`: the rows of right are contiguous,
-    else its columns.
+    else its columns. m: the M that configurations are chosen by.
     """
     mixed = rights[0].dtype != lefts[0].dtype
     read = (*lefts, *(_stored(right, cols_first) for right in rights), *outs)
     if not config["tma"] or (not mixed and len(lefts) <= MAX_DESCRIBED and all(map(can_describe, read))):
         return config, False
-    m, n = configs.m_class(max(map(rows, outs))), sum(out.shape[1] for out in outs)
+    n = sum(out.shape[1] for out in outs)
     return configs.large_product(arch, lefts[0].dtype, m, n, mixed=mixed, tma=False), True
 
 

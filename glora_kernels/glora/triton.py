@@ -37,7 +37,7 @@ from glora_kernels.glora.weight import (
 from glora_kernels.operands import Anew, Columns, Parts, Shift, Sum, Terms
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import cost, routes
-from glora_kernels.runtime.configs import MAX_FACTOR_RANK, MAX_RANK, TOTALS_BESIDE_DX, Shape, m_class
+from glora_kernels.runtime.configs import INVARIANT_M, MAX_FACTOR_RANK, MAX_RANK, TOTALS_BESIDE_DX, Shape, m_class
 from glora_kernels.runtime.launch import Dropout, LibraryProduct
 from glora_kernels.runtime.planning import arch_of
 from glora_kernels.runtime.recording import empty, rows
@@ -64,11 +64,15 @@ class _Layer(NamedTuple):
     builds: bool
     wide: torch.dtype
 
+    @property
+    def invariant(self) -> bool:
+        return routes.is_invariant(self.call.route)
+
     def dense(self, weight: QuantizedWeight, dtype: torch.dtype, adapted: bool = False) -> Tensor:
         """A 4-bit weight, dequantized to the workspace: W, or W∘(1+A) if `adapted`."""
         dense, s = workspace_like(weight, dtype), self.s
         terms = {"a": s.a, "a_up": s.a_up, "a_down": s.a_down} if adapted else {}
-        four_bit.dequantize_launch(weight, dense, route=self.call.route, arch=self.arch, **terms).run()
+        four_bit.dequantize_launch(weight, dense, route=routes.plain(self.call.route), arch=self.arch, **terms).run()
         return dense
 
 
@@ -80,14 +84,17 @@ def _layer(x: Tensor, weight: Weight, s: Supports, call: Call) -> _Layer:
     r = 0 if s.b_up is None else s.b_up.shape[1]
     check_rank(p + r)
     n, k = weight.shape
+    m = INVARIANT_M if routes.is_invariant(call.route) else m_class(rows(x))
     return _Layer(
-        s._replace(**plain), call, arch_of(x), Shape(m_class(rows(x)), n, k, max(p, r)), p, r,
+        s._replace(**plain), call, arch_of(x), Shape(m, n, k, max(p, r)), p, r,
         s.a_up is not None and not call.matmul, factor_dtype(x.dtype, s.factors),
     )  # fmt: skip
 
 
 def _route(x: Tensor, weight: Weight, layer: _Layer, backward: bool) -> str:
     """Which large product a pass takes: "fused", the kernel of this package, or "library", the vendor's GEMM."""
+    if layer.invariant:  # the vendor's GEMM sums in an order that depends on M
+        return "fused"
     stored = x.dtype if isinstance(weight, QuantizedWeight) else weight.dtype
     scales = layer.s.a is not None
     return routes.product_route(
@@ -108,7 +115,7 @@ def forward(x: Tensor, weight: Weight, s: Supports, call: Call) -> Made:
     layer = _layer(x, weight, s, call)
     if isinstance(weight, QuantizedWeight):
         chosen = None
-        if not (layer.builds or layer.p or call.dropout_p > 0):
+        if not (layer.builds or layer.p or call.dropout_p > 0 or layer.invariant):
             chosen = four_bit.small_m(x, weight, layer.r, factors=layer.wide, route=call.route, arch=layer.arch)
         if chosen is not None:
             return _few_tokens(chosen, x, weight, layer)
@@ -179,7 +186,7 @@ def _fused(x: Tensor, weight: Tensor, layer: _Layer, made: BeforeProduct) -> Mad
     if any(t is not None for t in (low, sigmas, made.weff)):
         prepare_launch(
             x, weight, made, a_up=s.a_up, a_down=s.a_down, b_down=s.b_down, scale=call.scale,
-            dropout=Dropout(call.dropout_p, call.seed), arch=layer.arch,
+            dropout=Dropout(call.dropout_p, call.seed), by_m=layer.shape.m, arch=layer.arch,
         ).run()  # fmt: skip
     h, sigma = (None if t is None else t[0] for t in (low, sigmas))
     low_sum = sigma_sum = None
@@ -188,7 +195,7 @@ def _fused(x: Tensor, weight: Tensor, layer: _Layer, made: BeforeProduct) -> Mad
         sigma = sigma_sum = None if sigmas is None else empty(sigmas, m)
     glora_fwd_launch(
         x, weight if made.weff is None else made.weff, y, _terms(s, made.u)._replace(low=low, sigma=sigmas),
-        low_sum=low_sum, sigma_sum=sigma_sum, arch=layer.arch,
+        low_sum=low_sum, sigma_sum=sigma_sum, by_m=layer.shape.m, arch=layer.arch,
     ).run()  # fmt: skip
     return Made(y, h, sigma, made.u)
 
@@ -243,7 +250,9 @@ class _Backward:
     ) -> None:  # fmt: skip
         self.dy, self.x, self.weight, self.layer, self.needs, self.library = dy, x, weight, layer, needs, library
         self.adapts_weight = layer.builds or (
-            layer.s.a is not None and (library or cost.scales_weight_first(layer.arch, dy.dtype, layer.shape))
+            layer.s.a is not None
+            # Scaling dy in the kernel rounds with a dither by rows.
+            and (library or layer.invariant or cost.scales_weight_first(layer.arch, dy.dtype, layer.shape))
         )
         self.dropout = Dropout(layer.call.dropout_p if layer.r else 0.0, layer.call.seed)
         self.grads: dict[str, Tensor] = {}
@@ -336,7 +345,8 @@ class _Backward:
         read = layer.dense(weight, dy.dtype) if isinstance(weight, QuantizedWeight) and k % 8 else weight
         hadamard_grad_launch(
             dy, given(self.x), read, a_up, a_down, out, s=None if s is None else s[..., : layer.r],
-            dropout=Dropout(layer.call.dropout_p, layer.call.seed), factors=layer.wide, arch=layer.arch,
+            dropout=Dropout(layer.call.dropout_p, layer.call.seed), factors=layer.wide, by_m=layer.shape.m,
+            arch=layer.arch,
         ).run()  # fmt: skip
         self._sum(out.dup, "a_up")
         self._sum(out.ddown, "a_down")
@@ -440,8 +450,9 @@ class _Backward:
             return layer.dense(weight, self.dy.dtype, adapted=True), None
         weff = workspace_like(weight, self.dy.dtype)
         prepare_launch(
-            self.dy, weight, BeforeProduct(weff=weff), a_up=s.a_up, a_down=s.a_down, a=s.a, arch=layer.arch
-        ).run()
+            self.dy, weight, BeforeProduct(weff=weff), a_up=s.a_up, a_down=s.a_down, a=s.a, by_m=layer.shape.m,
+            arch=layer.arch,
+        ).run()  # fmt: skip
         return weff, None
 
     def input_gradient(
@@ -456,7 +467,7 @@ class _Backward:
         glora_dx_launch(
             self.dy, weight, dx, s=None if read.s is None else read.s[..., : layer.p + layer.r], a_down=a_down,
             b_down=b_down, a=scale, tau=read.tau, totals=constants if with_totals else None, dropout=self.dropout,
-            arch=layer.arch,
+            by_m=layer.shape.m, arch=layer.arch,
         ).run()  # fmt: skip
         return None if with_totals else constants
 

@@ -88,7 +88,9 @@ class _Wc(Operator):
         saved = [i for i, tensor in enumerate(row) if tensor is not None]
         route, _ = values.numbers
         wanted = self.graded(wanted)
-        return Prepared(self, values, wanted, saved, size=len(row) + 1, has_kernels=route != "eager", keeps=registered)
+        return Prepared(
+            self, values, wanted, saved, size=len(row) + 1, has_kernels=not routes.is_eager(route), keeps=registered
+        )
 
     def _read(self, row: Row, values: Values) -> tuple[Weight, C, str]:
         (packed,), c, (route,), codes = self.signature.read(row, values)

@@ -142,17 +142,19 @@ def hadamard_grad_tiles(
 
 def hadamard_grad_launch(
     dy: Tensor, x: Tensor, weight: Weight, a_up: Tensor, a_down: Tensor, out: HadamardGrad,
-    *, s: Tensor | None = None, dropout: Dropout = NO_DROPOUT, factors: torch.dtype | None = None, arch: str,
+    *, s: Tensor | None = None, dropout: Dropout = NO_DROPOUT, factors: torch.dtype | None = None,
+    by_m: int | None = None, arch: str,
 ) -> Launch:  # fmt: skip
     """Fill `out` from H = (dyᵀx)∘W; its db_down from S (bands,M,r) and x with `dropout`.
 
-    Products with H, S and factors are in the dtype of x, or of `factors` where that is wider.
+    Products with H, S and factors are in the dtype of x, or of `factors` where that is wider. `by_m`: the M that the
+    configuration is chosen by; None: that of x.
     """
     m, n, k = rows(dy), dy.shape[1], x.shape[1]
     rank = a_up.shape[1]
     b_rank = 0 if out.db_down is None else out.db_down.shape[0]
     how = numerics(x.dtype, factors)
-    config = hadamard_grad_config(Shape(m, n, k, rank), x.dtype, arch, factors)
+    config = hadamard_grad_config(Shape(by_m or m, n, k, rank), x.dtype, arch, factors)
     step = 16 if halves(how) else 64  # of the rank: wider ones would spill
     args = {
         "dy": matrix(dy), "x": matrix(x), **weight_operands(weight), "pair": pair(a_up, a_down),

@@ -9,5 +9,7 @@
 | `_grouped_bands_kernel` | sums | Σ_bands S | S for dx, where `_grouped_x_kernel` does not sum it |
 | `_grouped_dx_kernel` | product | Σ dy·W + Σ mask∘(S·down)/(1-p) | dx |
 
+Inside `batch_invariant` each member is a layer of its own (`apart`).
+
 A path is a low-rank input h that one or more members use. A backward ends with `_finish_kernel` of `glora`.
 """

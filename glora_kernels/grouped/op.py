@@ -197,7 +197,7 @@ class _GroupedLoRALinear(Operator):
         x, inputs = operands.xs[0], len(operands.xs)
         downs = _split(wanted, values)[2]
         read = {x for x, down in zip(group.x, group.down, strict=True) if down != ABSENT and downs[down]}
-        casts = group.route == "eager" and any(weight.dtype != x.dtype for weight in operands.weights)
+        casts = group.route != "triton" and any(weight.dtype != x.dtype for weight in operands.weights)
         made = len(row) + group.size
         hs = range(made, made + len(group.paths()))
         saved, with_rows = [*read, *range(inputs, len(row)), *hs], [*range(inputs), *hs]

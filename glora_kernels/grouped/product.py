@@ -130,8 +130,8 @@ def grouped_fwd_launch(
     """y_i (M,N) = x_i·W_iᵀ + h_i·up_iᵀ + bias_i; `inside`: h_i (M,R) = s_i·x_i·down_iᵀ too, stored where `leave_h`."""
     ranks = [0 if up is None else up.shape[1] for up in ups]
     row_major = _row_major(weights)
-    config = _fwd_config(xs, weights, max(ranks), arch)
-    config, pointers = for_operands(config, xs, weights, ys, row_major, arch)
+    config, m = _fwd_config(xs, weights, max(ranks), arch), configs.m_class(max(map(rows, xs)))
+    config, pointers = for_operands(config, xs, weights, ys, row_major, m, arch)
     config = fitted("grouped_fwd", config, Beside(arch, xs[0].dtype, inside=inside, pointers=pointers))
     args = {
         **_operands(xs, weights, ys, row_major, config, ("x", "w", "y")),
@@ -270,7 +270,7 @@ def grouped_dx_launch(
     row_major = _row_major(weights)
     how = numerics(dys[0].dtype, *paths.downs)
     rights = [w.t() for w in weights]
-    config, pointers = for_operands(config, dys, rights, dxs, not row_major, arch)
+    config, pointers = for_operands(config, dys, rights, dxs, not row_major, shape.m, arch)
     beside = Beside(arch, dys[0].dtype, halves=halves(how), drops=dropout_p > 0.0, pointers=pointers)
     config = fitted("grouped_dx", config, beside)
     args = {

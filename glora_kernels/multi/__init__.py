@@ -8,6 +8,7 @@ adapter_set.py  adapters that many calls take, laid out once
 eager.py      both passes in plain PyTorch
 stacked.py    adapters of one form with few rows each, as one
 triton.py     both passes by kernels
+apart.py      both passes inside `batch_invariant`: each adapter as a layer of its own
 table.py      the adapters as a table on the device, which the kernels read
 
 | file      | kernel                 | computes                                                             |

@@ -95,9 +95,10 @@ def _route(x: Tensor, weight: Weight) -> str:
 
 
 def _is_simple(x: Tensor) -> bool:
-    """Whether a call is neither differentiated, watched nor cast, and x is rows as they lie in memory."""
+    """Whether a call is not differentiated, watched or cast, nor in `batch_invariant`, and x is contiguous rows."""
     return not (
         torch.is_grad_enabled()
+        or routes.invariant()
         or is_elsewhere(x)
         or torch._C._is_any_autocast_enabled()
         or x.is_meta
@@ -195,6 +196,7 @@ class _MultiGLoRALinear(Operator):
         keeps_y = any(flags.a) and not registered and numbers.route == "eager"  # kernels make Z again
         x = shared.x[0]
         builds = isinstance(weight, QuantizedWeight) or weight.dtype != x.dtype or bool(operands.a_up)
+        builds |= bool(operands.a) and routes.is_invariant(numbers.route)
         return Prepared(
             self,
             values,

@@ -21,6 +21,7 @@ from glora_kernels.dispatch.common import Weight
 from glora_kernels.glora.op import dropout_seed
 from glora_kernels.ops import AdapterSet, glora_linear, multi_glora_linear
 from glora_kernels.quant import QuantizedWeight
+from glora_kernels.runtime import routes
 from glora_kernels.spec import GLoRAConfig
 
 ADAPTER_NAMES: tuple[str, ...] = ("A", "A_up", "A_down", "B", "B_up", "B_down", "C", "C_up", "C_down", "D", "E")
@@ -209,9 +210,11 @@ def _for_codes(
 
 
 def base_linear(x: Tensor, base: tuple[Weight, Tensor | None, torch.dtype | None]) -> Tensor:
-    """y of the base alone; a dense base uses PyTorch's `F.linear`."""
+    """y of the base alone; a dense base uses PyTorch's `F.linear`, except inside `batch_invariant`."""
     weight, bias, _ = base
-    return F.linear(x, weight, bias) if isinstance(weight, Tensor) else adapted_linear(x, base, Operands())
+    if isinstance(weight, Tensor) and not routes.invariant():
+        return F.linear(x, weight, bias)
+    return adapted_linear(x, base, Operands())
 
 
 def check_floating(x: Tensor) -> None:

@@ -262,6 +262,7 @@ class GLoRALinear(TakesRows, Mergeable):
 
     def drop_named(self, name: str) -> None:
         """Hold no adapter of this name beside the first."""
+        self._mixed.clear()
         if name in self.named():
             del self.adapters[name]
         if not self.named():

@@ -151,7 +151,7 @@ def _check_dtype(form: Form, dtype: torch.dtype | None) -> None:
 
 def _is_served(form: Form, dtype: torch.dtype | None) -> bool:
     device = form.device.type
-    return device != "meta" and routes.route(device, dtype or form.dtype, form.is_4bit) != "eager"
+    return device != "meta" and not routes.is_eager(routes.route(device, dtype or form.dtype, form.is_4bit))
 
 
 def _others(model: nn.Module) -> Iterator[Form | None]:

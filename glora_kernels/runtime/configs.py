@@ -56,6 +56,9 @@ SCRATCH_FLOATS = 1 << 15
 M_CLASSES = (64, 512, 2048, 4096)
 """The classes of M, by their largest member, which stands for the class; the last also stands for every larger M."""
 
+INVARIANT_M = M_CLASSES[1]
+"""The M that every configuration is chosen by inside `batch_invariant`: between those of sampling and of training."""
+
 SHARED_LIMIT = {
     "sm_80": 166_912, "sm_86": 101_376, "sm_87": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448,
     "sm_103": 232_448, "gfx942": 65_536,

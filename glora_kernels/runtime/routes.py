@@ -25,6 +25,7 @@ class _State:
 
     def __init__(self) -> None:
         self.backend: Backend = "auto"
+        self.invariant = False
 
 
 _state = _State()
@@ -54,15 +55,84 @@ def backend(name: Backend) -> Iterator[None]:
         _state.backend = before
 
 
+@contextlib.contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Inside, the bits of a row of y and of dx do not depend on the other rows of the call.
+
+    y[m] is a function of x[m], dx[m] of dy[m], of the frozen weight as it lies in memory, of the row's adapter and,
+    with dropout, of the row's own mask (which goes by the row's number among those of its adapter). So a sequence has
+    the same bits alone and in any batch, at any place of it, as a slice or a view of any layout, and in forwards with
+    and without gradients; and a row in `ops.multi_glora_linear` has those of `ops.glora_linear` with its adapter. So
+    have the gradients of each adapter there: those of `ops.glora_linear` with its rows alone, in the same order
+    (unless several adapters hold one tensor, whose gradients are added up). Gradients of parameters are sums over the
+    rows, and depend on which rows there are. Two calls are compared on one device in one process, with the same
+    versions, the same dtypes, `torch.set_num_threads` and TF32 setting; other processors may give other bits.
+
+    It covers every operator of `ops`, and all layers of this package, merged, disabled and grouped ones too. It does
+    not cover the rest of a model: attention, norms, layers that are not ours, and in PEFT models the layers whose base
+    computes alone (disabled, merged) or that `acceleration` counts under PEFT's forward. The choice is read at forward
+    and kept for that call's backward; it holds for the whole process.
+
+    How, and what it costs. On the eager path every row is computed by itself, since no BLAS promises more than the
+    same bits for the same shapes: W is read once a row (a LoRA layer of 1024 x 1024 and rank 16 in fp32, forward and
+    backward with 256 rows: 7.2 times as long on two cores of an AMD EPYC with torch 2.13.0). Rounding to 16 bits
+    dithers by column alone. With kernels, which no card has run in this mode yet, a row's bits rest on a matrix unit
+    that sums every number of a tile in one order, wherever it stands. Every configuration is that of one number of
+    rows; W is multiplied by this package's own kernel and never by the vendor's GEMM, also where W has 4 bits; and
+    W∘(1+a) is built before dx. `ops.multi_glora_linear` and `ops.grouped_lora_linear` take the launches of a single
+    layer for each adapter or member, and the former sorts the rows on the host and computes forward again in backward.
+
+    Without it: the same call has the same bits whenever it is repeated, while a row may have others in a call of
+    another M or at another place.
+
+    Raises:
+        RuntimeError: (in a call inside) it is transformed by torch.func, forward-mode differentiation or torch.jit,
+            or its gradients are batched, which takes PyTorch's own operations; or `ops.multi_glora_linear` is called
+            while a CUDA graph is captured.
+    """
+    before, _state.invariant = _state.invariant, True
+    try:
+        yield
+    finally:
+        _state.invariant = before
+
+
+def invariant() -> bool:
+    """Whether `batch_invariant` is in force."""
+    return _state.invariant
+
+
 def route(device_type: str, dtype: torch.dtype, four_bit: bool = False) -> str:
     """The path of one call: "eager" or "triton". It depends on the arguments, the user's choice and TRITON_INTERPRET.
 
     With a 4-bit base also "auto" or "cuda": the Triton path, whose 4-bit operations are then of the faster kind, or of
-    csrc (`four_bit.kinds`).
+    csrc (`four_bit.kinds`). Inside `batch_invariant` any of them with `_INVARIANT` behind it.
 
     Raises:
         RuntimeError: a forced backend cannot serve this device or dtype.
     """
+    return _route(device_type, dtype, four_bit) + _INVARIANT * _state.invariant
+
+
+_INVARIANT = " invariant"
+
+
+def is_invariant(route: str) -> bool:
+    """Whether a call was made inside `batch_invariant`."""
+    return route.endswith(_INVARIANT)
+
+
+def plain(route: str) -> str:
+    """The route outside of `batch_invariant`."""
+    return route.removesuffix(_INVARIANT)
+
+
+def is_eager(route: str) -> bool:
+    """Whether a call runs as plain PyTorch, not as kernels."""
+    return plain(route) == "eager"
+
+
+def _route(device_type: str, dtype: torch.dtype, four_bit: bool) -> str:
     choice = _state.backend
     if choice == "eager":
         return "eager"

@@ -24,7 +24,7 @@ FORMS = [
     ("lora", "lora", "matmul", 0.25),
 ]
 forms = pytest.mark.parametrize(("a", "b", "variant", "dropout"), FORMS)
-ROUTES = ["eager", pytest.param("triton", marks=interpreted)]
+ROUTES = ["eager", "eager invariant", pytest.param("triton", marks=interpreted)]
 routes = pytest.mark.parametrize("route", ROUTES)
 
 

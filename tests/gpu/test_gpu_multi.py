@@ -8,6 +8,8 @@ import pytest
 import torch
 from adapters import Mixed, mixed
 
+from glora_kernels.ops import glora_linear
+from glora_kernels.runtime.routes import batch_invariant
 from glora_kernels.spec import GLoRAConfig
 
 pytestmark = pytest.mark.gpu
@@ -52,3 +54,38 @@ def test_a_graph_takes_another_assignment():
         problem.rows.copy_(problem.rows.flip(0))
         graph.replay()
         assert torch.equal(y, problem.call())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inside_batch_invariant_the_bits_are_those_of_each_adapter_alone(dtype):
+    problem = on_card(dtype, 700)
+    with batch_invariant():
+        found, wanted = problem.ours(), problem.loop()
+        problem.check(found, dtype)
+        for m in (1, 33):  # of adapters without dropout, whose masks go by the number of a row
+            few = replace(problem, x=problem.x[-m:], rows=problem.rows[-m:], dy=problem.dy[-m:])
+            kept = (few.rows != 1).nonzero().squeeze(1)
+            assert torch.equal(few.ours()["y"][kept], found["y"][-m:][kept])
+            assert torch.equal(few.ours()["dx"][kept], found["dx"][-m:][kept])
+    assert [name for name in found if name != "dbias" and not torch.equal(found[name], wanted[name])] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "config", [CONFIGS[0], CONFIGS[3], GLoRAConfig("lora", "lora", "none", "none", "none", 16)], ids=str
+)
+def test_inside_batch_invariant_a_row_has_the_same_bits_in_any_batch(config, dtype):
+    problem = replace(on_card(dtype, 8192, 1), configs=[config])
+    one = mixed([config], [0], k=512, n=384, dtype=dtype, size=0.05)
+    adapter = {name.lower(): t.detach().cuda() for name, t in one.adapters[0].items()}
+
+    def results(rows):
+        x = problem.x[rows].detach().requires_grad_()
+        y = glora_linear(x, problem.weight, problem.bias, **adapter, scale=config.scale)
+        return y.detach(), torch.autograd.grad(y, x, problem.dy[rows])[0]
+
+    with batch_invariant():
+        whole = results(slice(None))
+        for rows in (slice(5, 6), slice(8191, 8192), slice(100, 107), slice(3, 515), slice(1, 3000)):
+            for found, wanted in zip(results(rows), whole, strict=True):
+                assert torch.equal(found, wanted[rows])
