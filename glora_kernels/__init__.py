@@ -7,12 +7,16 @@ from glora_kernels.integrations import AccelerationReport, accelerate, accelerat
 from glora_kernels.nn import *  # noqa: F403 (what nn lists as public)
 from glora_kernels.nn import __all__ as _of_nn
 from glora_kernels.runtime.routes import backend, batch_invariant
+from glora_kernels.search import Search, SearchSpace, Supernet
 from glora_kernels.spec import GLoRAConfig, ShareLoRAConfig
 
 __all__ = [
     "AccelerationReport",
     "GLoRAConfig",
+    "Search",
+    "SearchSpace",
     "ShareLoRAConfig",
+    "Supernet",
     "__version__",
     "accelerate",
     "acceleration",

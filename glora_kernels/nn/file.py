@@ -152,8 +152,13 @@ def write(adapter: Adapter, target: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    if os.name == "posix":  # the new name must survive a power cut too
-        directory = os.open(target.parent, os.O_RDONLY)
+    flush_folder(target.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush a folder to disk, where the system can: the name of a new file in it must survive a power cut too."""
+    if os.name == "posix":
+        directory = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:

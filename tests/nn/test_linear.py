@@ -454,7 +454,7 @@ def test_importing_touches_no_gpu_and_loads_no_kernel():
     script = (
         "import sys, torch, glora_kernels as gk; gk.backend; gk.GLoRALinear(4, 4, gk.GLoRAConfig())(torch.ones(1, 4));"
         "assert not torch.cuda.is_initialized();"
-        "heavy = 'glora_kernels.tile', 'transformers', 'peft', 'bitsandbytes';"
+        "heavy = 'glora_kernels.tile', 'transformers', 'peft', 'bitsandbytes', 'matplotlib', 'optuna';"
         "print([m for m in heavy if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
