@@ -19,7 +19,7 @@ from glora_kernels.dispatch.ways import is_transformed
 from glora_kernels.nn.adapted import Frozen, Operands, adapted_linear, rows_of_examples, weighted_sum
 from glora_kernels.nn.base import computes_as, plain_class
 from glora_kernels.nn.frozen import QuantizedLinear
-from glora_kernels.nn.rows import TakesRows
+from glora_kernels.nn.mixed import TakesRows
 from glora_kernels.nn.warmup import Form, form_of
 from glora_kernels.ops import glora_wc
 from glora_kernels.quant.bnb import REPACKED, from_linear4bit, is_linear4bit, keep_codes, refusal

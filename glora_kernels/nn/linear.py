@@ -32,8 +32,8 @@ from glora_kernels.nn.adapted import (
 from glora_kernels.nn.base import FROZEN, Base, base_of, check_config, is_linear, shell, unsupported
 from glora_kernels.nn.frozen import check_dtype, describe
 from glora_kernels.nn.merging.layer import MERGED, NAMES, Mergeable
+from glora_kernels.nn.mixed import TakesRows
 from glora_kernels.nn.named import FIRST, NONE, NamedAdapter
-from glora_kernels.nn.rows import TakesRows
 from glora_kernels.ops import glora_linear
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.spec import SUPPORTS, GLoRAConfig

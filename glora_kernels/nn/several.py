@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +27,14 @@ from glora_kernels.nn.inject import (  # fmt: skip
     put,
 )
 from glora_kernels.nn.linear import GLoRALinear
+from glora_kernels.nn.mixed import BatchRows, TakesRows
 from glora_kernels.nn.model import clean, layers_of, named_layers, trained_of, unwrap
 from glora_kernels.nn.named import FIRST, NONE, NamedAdapter
 from glora_kernels.nn.patterns import patterns_of, some_of
 from glora_kernels.nn.ranks import refuse_sharded
-from glora_kernels.nn.rows import BatchRows, TakesRows
 from glora_kernels.nn.share import Tie, plan_sharing
 from glora_kernels.nn.targets import Linear, linears, named_by, targets_of
-from glora_kernels.nn.undo import all_or_none
+from glora_kernels.nn.undo import all_or_none, finish
 from glora_kernels.spec import GLoRAConfig, ShareLoRAConfig
 
 
@@ -124,8 +125,10 @@ def set_adapter(model: nn.Module, name: str) -> None:
     check_known(model, name, "set_adapter")
     if merged := [path for path, layer in layers.items() if layer.merged]:
         raise RuntimeError(f"set_adapter: {merged[0]!r} is merged; call unmerge(model) first")
-    for layer in layers.values():
-        layer._active = None if name == FIRST else name
+    with all_or_none() as undo:
+        for layer in layers.values():
+            undo.callback(setattr, layer, "_active", layer._active)
+            layer._active = None if name == FIRST else name
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -147,8 +150,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     if active := [path for path, layer in layers.items() if layer._active == name]:
         raise RuntimeError(f"delete_adapter: {name!r} is active in {some_of(active)}; call set_adapter first")
     _refuse_inside(layers, "delete_adapter")
-    for layer in layers.values():
-        layer.drop_named(name)
+    finish(partial(_drop, layers.values(), name))
 
 
 @contextlib.contextmanager
@@ -173,7 +175,7 @@ def rows(model: nn.Module, names: Sequence[str | None] | Tensor) -> Iterator[Non
         model: also inside torch.compile or DistributedDataParallel.
         names: the adapter's name for each example, None for the base alone. Or a tensor of integers, places in
             `adapters(model)`, -1 for the base alone: one for each example, or for each row of x (the leading
-            dimensions of every layer's input).
+            dimensions of every layer's input). A CUDA graph needs such a tensor on its device.
 
     Raises:
         ValueError: a name or a number that no adapter has; a layer called with another number of examples; a model
@@ -281,6 +283,11 @@ def check_known(model: nn.Module, name: str, caller: str) -> None:
     known = _names(layers_of(model, caller))
     if name not in known:
         raise ValueError(f"{caller}: the model has no adapter {name!r}; it has {', '.join(known)}")
+
+
+def _drop(layers: Iterable[GLoRALinear], name: str) -> None:
+    for layer in layers:
+        layer.drop_named(name)
 
 
 def _refuse_inside(layers: Mapping[str, GLoRALinear], caller: str) -> None:

@@ -84,8 +84,8 @@ def fully_shard(
     Raises:
         TypeError: `model` or a block is of the wrong kind.
         ValueError: a model that is wrapped, sharded already, without a GLoRA layer, or has a shared parameter on the
-            meta device; blocks that are not in the model, that are lists, or (with None) are not found; trained
-            parameters of several dtypes in one group.
+            meta device, or an adapter beside the first that shares factors; blocks that are not in the model, that are
+            lists, or (with None) are not found; trained parameters of several dtypes in one group.
         RuntimeError: a layer is merged.
     """
     from torch.distributed.fsdp import fully_shard as shard

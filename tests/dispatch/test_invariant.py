@@ -9,6 +9,7 @@ import torch
 from adapters import mixed
 from groups import build
 from helpers import compiled, interpreted, problem
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import glora_kernels as gk
@@ -334,3 +335,33 @@ def test_interpreted_kernels_of_mixed_adapters_and_siblings():
         assert [name for name in found if name != "dbias" and not torch.equal(found[name], wanted[name])] == []
         equal(group.call(), group.loop())
         group.check(group.ours("triton"), torch.float32)
+
+
+def test_in_batch_invariant_a_mixed_step_has_the_bits_of_separate_ones():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(60, 80), nn.ReLU(), nn.Linear(80, 70), nn.ReLU(), nn.Linear(70, 50))
+    gk.inject(model, gk.GLoRAConfig.lora(rank=4), ["0", "2", "4"])
+    forms = [
+        gk.GLoRAConfig(rank=2), gk.GLoRAConfig.lora(rank=3, alpha=6), gk.GLoRAConfig("none", "vector", E="vector"),
+        gk.GLoRAConfig("lora", "lora", "vector", "vector", "vector", rank=2),
+    ]  # fmt: skip
+    for place, config in enumerate([*forms, *forms[:3]]):
+        gk.add_adapter(model, f"a{place}", config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        nn.init.normal_(parameter, std=0.2)
+    names = gk.adapters(model)
+    owners = [names[place] for place in torch.randint(len(names), (24,)).tolist()]
+    x = torch.randn(24, 5, 60)
+    found = []
+    with gk.batch_invariant():
+        for parts in ([range(24)], [[i for i, own in enumerate(owners) if own == name] for name in names]):
+            for part in filter(len, parts):
+                with gk.rows(model, [owners[i] for i in part]):
+                    model(x[list(part)]).square().sum((1, 2)).sum().backward()
+            found.append([parameter.grad for parameter in trained])
+            model.zero_grad(set_to_none=True)
+    together, apart = found
+    for left, right in zip(together, apart, strict=True):
+        assert (left is None) == (right is None)
+        assert left is None or torch.equal(left, right)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from twins import Net, randomized
 
 import glora_kernels as gk
@@ -151,6 +152,24 @@ def test_dropout() -> None:
     near(mixed(model, x, ["drops"] * 6), alone(model, x, ["drops"] * 6))
 
 
+def test_another_assignment_is_not_compiled_again() -> None:
+    torch._dynamo.reset()
+    configs = METHODS["lora"]
+    model, x = with_adapters(configs).train(), x_of(3)
+    model.base_model.set_adapter(list(configs))
+    counter = CompileCounter()
+    fast: Any = torch.compile(model, backend=counter)
+    for names in (["wide", None, "rs"], ["rs", "rs", "wide"], [None, "wide", "rs"]):
+        near(mixed(fast, x, names), mixed(model, x, names))
+    assert counter.frame_count == 1
+    index = torch.tensor([0, 1, 2])
+    for places in ([0, 1, 2], [3, -1, 3]):
+        index.copy_(torch.tensor(places))
+        near(mixed(fast, x, index), mixed(model, x, index))
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
+
+
 def test_scales_that_change() -> None:
     model, x = with_adapters(METHODS["lora"]).eval(), x_of(2)
     for layer in model.modules():
@@ -170,6 +189,10 @@ def test_what_is_refused(method: str) -> None:
         with model.disable_adapter():
             near(model(x), alone(copy.deepcopy(model), x, [None, None]))
         near(model(x), wanted)
+        if method == "lora":
+            with pytest.raises(RuntimeError, match=r"decelerate\(\) was called inside rows"):
+                gk.decelerate(model)
+            near(model(x), wanted)
     with pytest.raises(ValueError, match="no adapter 'nobody'; accepted are 'default', 'wide'"):
         mixed(model, x, ["nobody", None])
     with pytest.raises(ValueError, match=r"names has one entry for each of \(3,\) examples, but '.*up'"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import sys
 
 import pytest
 import torch
@@ -66,6 +67,13 @@ def test_inference_with_any_names_is_one_graph():
         for names in (["b"] * 4, [None] * 4, ["c", "b", None, "default"]):
             near(mixed(fast, x, names), alone(model, x, names))
     assert counter.frame_count == 1
+
+
+def test_a_cuda_graph_cannot_read_names(monkeypatch):
+    monkeypatch.setattr(sys.modules["glora_kernels.nn.rows"], "_is_capturing", lambda x: True)
+    model = two()
+    with gk.rows(model, ["b"] * 4), pytest.raises(RuntimeError, match=r"graph .* give rows an index tensor on meta"):
+        model.blocks[0].up(x_of().to("meta"))
 
 
 def test_compiled_inside_the_context():

@@ -288,6 +288,22 @@ def test_files_that_do_not_fit(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_files_with_trained_biases(tmp_path):
+    model = two()
+    model.blocks[0].up.bias.requires_grad_()
+    gk.save_adapter(model, tmp_path / "b", "b")
+    other = gk.load_adapter(many(["default"]), tmp_path / "b", "c")
+    assert other.blocks[0].up.bias.requires_grad
+    assert gk.load_adapter(other, tmp_path / "b", "c") is other
+    with torch.no_grad():
+        other.blocks[0].up.bias.add_(1.0)
+    before = fingerprint(other)
+    for name in ("c", "d"):
+        with pytest.raises(ValueError, match=r"other values of 'blocks.0.up.bias', which all adapters"):
+            gk.load_adapter(other, tmp_path / "b", name)
+        unchanged(other, before)
+
+
 def test_the_scaling_of_an_adapter(tmp_path):
     model, x = two(), x_of()
     y, base = mixed(model, x, ["b"] * 4), mixed(model, x, [None] * 4)

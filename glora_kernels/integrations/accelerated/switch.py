@@ -122,6 +122,7 @@ def decelerate(model: M) -> M:
     Raises:
         TypeError: `model` is no module.
         ValueError: it has no PEFT layers, or a layer's class or forward was changed since. The model is unchanged.
+        RuntimeError: inside `rows`, which PEFT's own layers do not know.
     """
     found = _tuner_layers(model).values()
     if not found:
@@ -131,6 +132,8 @@ def decelerate(model: M) -> M:
         if _is_first_process():
             print("decelerate: no layer of this model is accelerated, and nothing was changed")
         return model
+    if any(layer._rows is not None for layer in layers):
+        raise RuntimeError("decelerate() was called inside rows(model, ...); leave that context first")
     kinds = _kinds().values()
     if changed := [layer for layer in layers if type(layer) not in kinds]:
         raise ValueError(

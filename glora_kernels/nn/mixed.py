@@ -111,6 +111,7 @@ class BatchRows:
 
         Raises:
             ValueError: x has another number of examples.
+            RuntimeError: a CUDA graph is being captured, which cannot read names or an index on the host.
         """
         index, lead = self.index, x.shape[:-1]
         if lead[: index.ndim] != index.shape:
@@ -123,7 +124,13 @@ class BatchRows:
         is_ordinary = compiling or not index.is_inference() or torch.is_inference_mode_enabled()  # backward can keep it
         if is_ordinary and index.device == x.device and index.dtype == torch.int64 and len(lead) == index.ndim:
             return index
-        if compiling or index.is_inference() or _is_capturing(x):
+        is_captured = not compiling and _is_capturing(x)
+        if is_captured and index.device != x.device:
+            raise RuntimeError(
+                f"gk.rows: a CUDA graph is being captured, and names are on the host, where its replays cannot read "
+                f"them; give rows an index tensor on {x.device}, which may be written to between replays"
+            )
+        if compiling or is_captured or index.is_inference():
             return _expanded(index, lead, x.device)
         if self._version != index._version:
             self._kept.clear()
