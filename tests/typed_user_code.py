@@ -52,6 +52,8 @@ for config in [gk.GLoRAConfig(), gk.GLoRAConfig.lora(rank=4)]:
     gk.inject(Net(), config)
 with gk.backend("triton"), gk.backend("auto"):
     pass
+gk.SearchSpace(A=("none", "lora"), C=("vector",), D=("constant", "none"), ranks=(4,), init="kaiming")
+assert_type(gk.SearchSpace.paper(rank=8), gk.SearchSpace)
 
 # Mistakes are found.
 gk.GLoRAConfig(A="vec")  # E: arg-type
@@ -65,6 +67,9 @@ gk.GLoRAConfig(rank="8")  # E: arg-type
 gk.ShareLoRAConfig(share="C")  # E: arg-type
 gk.ShareLoRAConfig(C="constant")  # E: arg-type
 gk.backend("tritn")  # E: arg-type
+gk.SearchSpace(A="lora")  # E: arg-type
+gk.SearchSpace(C=("constant",))  # E: arg-type
+gk.SearchSpace(ranks=4)  # E: arg-type
 gk.quantize(Net(), "int4")  # E: call-overload
 gk.inject(Net(), "lora")  # E: call-overload
 gk.inject(Net(), {"*": "lora"})  # E: dict-item

@@ -122,8 +122,9 @@ class BatchRows:
             )
         compiling = torch.compiler.is_compiling()
         is_ordinary = compiling or not index.is_inference() or torch.is_inference_mode_enabled()  # backward can keep it
-        if is_ordinary and index.device == x.device and index.dtype == torch.int64 and len(lead) == index.ndim:
-            return index
+        is_there = is_ordinary and index.device == x.device and index.dtype == torch.int64
+        if is_there and lead.numel() == index.numel():  # a token of each example, too
+            return index.view(lead)
         is_captured = not compiling and _is_capturing(x)
         if is_captured and index.device != x.device:
             raise RuntimeError(

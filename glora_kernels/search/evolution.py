@@ -34,7 +34,7 @@ class Recipe:
     population: int = 50
     generations: int = 20
     parents: int = 10
-    front_parents: int = 10
+    front_parents: int = 5
     mutants: int = 25
     crossovers: int = 25
     mutation: float = 0.2

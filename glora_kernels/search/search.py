@@ -94,7 +94,7 @@ class Search:
         population: candidates a generation.
         generations: after generation 0.
         parents: the best by score that are bred from.
-        front_parents: further ones, by non-dominated sorting of scores and parameters. 10; "paper": 0.
+        front_parents: further ones, by non-dominated sorting of scores and parameters. 5; "paper": 0.
         mutants: children of one parent, whose genes are drawn again with the probability `mutation`. By default half of
             the population.
         crossovers: children of two parents, each gene from one of them. By default half of the population.

@@ -10,7 +10,19 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from glora_kernels.nn.patterns import unmatched
-from glora_kernels.spec import CHOICES, INITS, SUPPORTS, GLoRAConfig, Init, assign, check_choice, select
+from glora_kernels.spec import (
+    CHOICES,
+    INITS,
+    SUPPORTS,
+    GLoRAConfig,
+    Init,
+    Matrix,
+    Row,
+    Shift,
+    assign,
+    check_choice,
+    select,
+)
 
 _SIZES = ("lora", "vector", "constant", "none")
 """The forms of a support, those with the most parameters first."""
@@ -53,11 +65,11 @@ class SearchSpace:
         TypeError: forms or ranks that are no tuple or list.
     """
 
-    A: tuple[str, ...] = ("none", "vector", "lora")
-    B: tuple[str, ...] = ("none", "vector", "lora")
-    C: tuple[str, ...] = ("none", "vector", "lora")
-    D: tuple[str, ...] = ("none", "vector")
-    E: tuple[str, ...] = ("none", "vector")
+    A: tuple[Matrix, ...] = ("none", "vector", "lora")
+    B: tuple[Matrix, ...] = ("none", "vector", "lora")
+    C: tuple[Shift, ...] = ("none", "vector", "lora")
+    D: tuple[Row, ...] = ("none", "vector")
+    E: tuple[Row, ...] = ("none", "vector")
     ranks: tuple[int, ...] = (2, 4, 8)
     scale: float = 1.0
     init: Init = "xavier"
@@ -81,7 +93,8 @@ class SearchSpace:
     @classmethod
     def paper(cls, rank: int = 4) -> SearchSpace:
         """The space of the GLoRA paper: all 432 combinations of forms, and one rank."""
-        return cls(CHOICES["A"], CHOICES["B"], CHOICES["C"], CHOICES["D"], CHOICES["E"], (rank,))
+        forms: dict[str, Any] = dict(CHOICES)
+        return cls(**forms, ranks=(rank,))
 
     def genes(self, shape: LayerShape) -> dict[str, tuple[Any, ...]]:
         """The values that each gene of a layer can have; D has "none" alone where the layer has no bias."""

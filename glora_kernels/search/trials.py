@@ -49,6 +49,5 @@ def to_study(
     ]  # fmt: skip
     directions = ["minimize" if minimize else "maximize", "minimize"]
     study = optuna.create_study(storage=storage, study_name=name, directions=directions)
-    study.set_metric_names(["score", "parameters"])
     study.add_trials(trials)
     return study

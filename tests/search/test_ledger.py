@@ -8,10 +8,12 @@ import re
 import signal
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 from fake_net import SMALL, FakeNet, evaluate, score_of
+from helpers import EVERYTHING, interrupted
 from search_worker import ARGUMENTS, search
 from two_processes import needs_distributed, run_two
 
@@ -54,7 +56,8 @@ def test_cut_at_every_byte_a_search_ends_the_same(tmp_path, monkeypatch):
     run_small()
     whole = path.read_bytes()
     assert whole.count(b"\n") == 7
-    for place in range(len(whole)):
+    header = whole.index(b"\n")
+    for place in (*range(0, header, 9), *range(header, len(whole))):
         path.write_bytes(whole[:place])
         run_small()
         assert path.read_bytes() == whole, f"cut at byte {place}"
@@ -246,6 +249,23 @@ def test_a_line_that_cannot_be_flushed_is_written_later(whole, tmp_path, monkeyp
     with pytest.warns(UserWarning, match="NaN"):
         made.run(progress=False)
     assert path.read_bytes() == whole
+
+
+def test_ctrl_c_at_any_line_loses_nothing_that_is_in_the_ledger(tmp_path):
+    def made(name):
+        start = [gk.GLoRAConfig("vector", "none"), gk.GLoRAConfig(rank=1)]
+        return gk.Search(FakeNet(1), evaluate, path=tmp_path / name, start=start, population=2, generations=0)
+
+    made("whole").run(progress=False)
+    whole = (tmp_path / "whole").read_bytes()
+    line = 1
+    while interrupted(partial((search := made(str(line))).run, progress=False), line):
+        path = tmp_path / str(line)
+        assert path.read_bytes().count(b"\n") == 1 + len(search.finished), f"line {line}"
+        search.run(progress=False)
+        assert path.read_bytes() == whole, f"line {line}"
+        line += 1 if EVERYTHING else 4
+    assert line > 100
 
 
 @needs_distributed

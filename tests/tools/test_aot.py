@@ -42,7 +42,7 @@ def reports(tmp_path: Path, *options: str) -> list[aot.Report]:
     return found
 
 
-ALWAYS = {("sm_90", "bf16"): 24, ("sm_80", "bf16"): 150, ("sm_100", "bf16"): 150, ("gfx942", "bf16"): 150}
+ALWAYS = {("sm_90", "bf16"): 40, ("sm_80", "bf16"): 150, ("sm_100", "bf16"): 150, ("gfx942", "bf16"): 150}
 """What is always compiled: one form in so many of each kernel, its first among them. `scripts/compile-all` does the
 rest."""
 
@@ -145,7 +145,9 @@ print("all compiled")
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(("arch", "dtype", "route"), [("sm_90", "bf16", "fused"), ("sm_80", "fp32", "library")])
+@pytest.mark.parametrize(("arch", "dtype", "route"), [
+    ("sm_90", "bf16", "fused"), *([("sm_80", "fp32", "library")] if EVERYTHING else []),
+])  # fmt: skip
 def test_awkward_sizes_compile(arch, dtype, route):
     """A size or stride of 1 is folded in as a constant by the JIT: M, N, K, R = 1 are other code."""
     done = run("-c", AWKWARD, arch, dtype, route)
