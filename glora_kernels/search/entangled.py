@@ -66,9 +66,9 @@ def mixed(x: Tensor, base: Frozen, adapter: Mapping[str, Tensor], configs: Seque
     weight, back_to = base.weight, x.dtype
     if base.compute_dtype is not None:
         x = x.to(base.compute_dtype)
-    lead = [-1, *[1] * (x.ndim - 1)]
     y = _products(x, base, adapter, configs)
     dtype, wide = y.dtype if base.compute_dtype is None else back_to, wide_dtype(y.dtype)
+    lead = (len(configs), *[1] * (x.ndim - 1))
 
     def flags(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, device=x.device, dtype=wide).view(lead)
@@ -78,20 +78,18 @@ def mixed(x: Tensor, base: Frozen, adapter: Mapping[str, Tensor], configs: Seque
         if any(chosen := [float(form == config.A) for config in configs]):
             term = flags(chosen) * _vector(adapter, "A", form).to(wide)
             scales = term if scales is None else scales + term
-    if scales is not None:
-        y = y.to(wide) * (1 + scales)
-    added = _low_rank(x, adapter, configs, flags)
-    sigma = None
-    for form in ("vector", "constant"):
-        if any(chosen := [float(form == config.B) for config in configs]):
-            sigma = x.to(wide).sum(-1, keepdim=True) if sigma is None else sigma
-            term = flags(chosen) * sigma * _vector(adapter, "B", form).to(wide)
-            added = term if added is None else added + term
-    if added is not None:
-        y = y.to(wide) + added
     beta = _shifts(weight, base.bias, adapter, configs, wide)
     if beta is not None:
-        y = y.to(wide) + beta.view(len(configs), *lead[2:], -1)
+        beta = beta.view(*lead[:-1], -1)
+    if scales is not None:
+        y = y * (1 + scales) if beta is None else torch.addcmul(beta, y.to(wide), 1 + scales)
+    elif beta is not None:
+        y = y + beta
+    left, right = _low_rank(x, y.shape[-1], adapter, configs, flags)
+    if left is not None and right is not None:
+        common = torch.promote_types(y.dtype, left.dtype)
+        added = left.flatten(0, -2).to(common), right.t().to(common)
+        y = torch.addmm(y.flatten(0, -2).to(common), *added).view(y.shape)
     return y.to(dtype)
 
 
@@ -113,17 +111,27 @@ def _products(x: Tensor, base: Frozen, adapter: Mapping[str, Tensor], configs: S
     return torch.cat(parts)[order.argsort()]
 
 
-def _low_rank(x: Tensor, adapter: Mapping[str, Tensor], configs: Sequence[GLoRAConfig], flags: Any) -> Tensor | None:
-    """s·h̃·B_upᵀ, in which an example has the ranks of its own configuration."""
+def _low_rank(
+    x: Tensor, n: int, adapter: Mapping[str, Tensor], configs: Sequence[GLoRAConfig], flags: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """What B adds, as left·rightᵀ: s·h̃, in which an example has its own ranks, and σ for vector and constant."""
+    lefts, rights = [], []
     ranks = [config.rank if config.B == "lora" else 0 for config in configs]
-    if not (rank := max(ranks)):
-        return None
-    up, down = adapter["B_up"][:, :rank], adapter["B_down"][:rank]
-    common = torch.promote_types(x.dtype, up.dtype)
-    h = x.to(common) @ down.t().to(common)
-    own = torch.arange(rank, device=x.device) < flags(ranks)
-    scales = flags([config.scale for config in configs])
-    return (h * (own * scales).to(common)) @ up.t().to(common)
+    if rank := max(ranks):
+        up, down = adapter["B_up"][:, :rank], adapter["B_down"][:rank]
+        common = torch.promote_types(x.dtype, up.dtype)
+        own = torch.arange(rank, device=x.device) < flags(ranks)
+        scales = flags([config.scale for config in configs])
+        lefts.append((x.to(common) @ down.t().to(common)) * (own * scales).to(common))
+        rights.append(up)
+    for form in ("vector", "constant"):
+        if any(chosen := [float(form == config.B) for config in configs]):
+            weights = flags(chosen)
+            lefts.append(weights * x.to(weights.dtype).sum(-1, keepdim=True))
+            rights.append(_vector(adapter, "B", form).expand(n).unsqueeze(1))
+    if not lefts:
+        return None, None
+    return torch.cat(lefts, -1), torch.cat(rights, 1)
 
 
 def _shifts(
