@@ -1,4 +1,4 @@
-"""What finetune_digits.py works with: a small vision transformer, the digits, and one training loop."""
+"""What the digits examples work with: a small vision transformer, the digits, and one training loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LINEARS = ["q", "k", "v", "proj", "fc1", "fc2"]
 """The linear layers of a block, the ones to adapt."""
 
 Pictures = tuple[Tensor, Tensor]
-"""Scans (count, 8, 8) with values in [-1, 1], and their labels (count,), counted from zero."""
+"""Scans (count, 8, 8) with values in [-1, 1], and their labels (count,), counted from zero, or other targets."""
 
 
 class Block(nn.Module):
@@ -123,11 +123,14 @@ def train(
     seed: int,
     evaluate_every: int | None = None,
     on_step: Callable[[], object] = lambda: None,
+    loss_of: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    score: Callable[[nn.Module, Pictures], float] = accuracy,
 ) -> Run:
     """AdamW on the parameters that require gradients, with warm-up and cosine decay, for a number of steps.
 
     `held_out` is only looked at: nothing stops early and no state is chosen by it. A loss in the result is
-    the mean over the steps since the evaluation before. The seconds leave the evaluations out.
+    the mean over the steps since the evaluation before. The seconds leave the evaluations out. With another
+    `loss_of` outputs and targets, `score` says what stands in the place of the accuracies.
     """
     scans, labels = pictures
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -145,7 +148,7 @@ def train(
         if not len(order):
             order = torch.randperm(len(labels), generator=generator)
         batch, order = order[:50].to(labels.device), order[50:]
-        loss = F.cross_entropy(model(scans[batch]), labels[batch])
+        loss = loss_of(model(scans[batch]), labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -154,7 +157,7 @@ def train(
         run.seconds += time.perf_counter() - started
         if step == steps or (evaluate_every and step % evaluate_every == 0):
             run.steps.append(step)
-            run.accuracies.append(accuracy(model, held_out))
+            run.accuracies.append(score(model, held_out))
             run.losses.append(sum(recent) / len(recent))
             recent.clear()
         on_step()

@@ -198,27 +198,6 @@ def parameters_of(candidate: Candidate, shapes: Mapping[str, LayerShape]) -> int
     return sum(parameters(candidate[path], shape) for path, shape in shapes.items())
 
 
-def spaces_of(
-    given: SearchSpace | Mapping[str, SearchSpace | None], paths: Mapping[str, object]
-) -> dict[str, SearchSpace]:
-    """The space of each path, in the order of `paths`: one for all, or by pattern as `inject` takes configurations.
-
-    A path whose space is None, or that no pattern matches, has none.
-
-    Raises:
-        ValueError: a pattern that matches nothing or has no effect.
-        TypeError: a value that is no SearchSpace.
-    """
-    spaces: Any = {"*": given} if isinstance(given, SearchSpace) else given
-    if not isinstance(spaces, Mapping):
-        raise TypeError(f"space must be a SearchSpace or a mapping of patterns to them, got {type(given).__name__}")
-    for pattern, space in spaces.items():
-        if space is not None and not isinstance(space, SearchSpace):
-            raise TypeError(f"space[{pattern!r}] must be a SearchSpace or None, got {type(space).__name__}")
-    found = assigned("space", spaces, paths)
-    return {path: spaces[pattern] for path, pattern in found.items() if spaces[pattern] is not None}
-
-
 def assigned(argument: str, patterns: Mapping[str, object], paths: Mapping[str, object]) -> dict[str, str]:
     """The pattern of each path that has one, in the order of `paths`; an error for one that matches nothing."""
     for pattern in patterns:

@@ -6,7 +6,7 @@ import pytest
 from fake_net import SMALL
 
 from glora_kernels import GLoRAConfig, SearchSpace
-from glora_kernels.search.space import CHOICES, SUPPORTS, LayerShape, parameters_of, smaller, spaces_of
+from glora_kernels.search.space import CHOICES, SUPPORTS, LayerShape, parameters_of, smaller
 from glora_kernels.spec import all_configs
 
 WITH, WITHOUT = LayerShape(6, 5, True), LayerShape(6, 5, False)
@@ -113,23 +113,6 @@ def test_single_steps_down_lead_to_the_fewest_parameters(space, shape):
         assert bool(steps) == (config.num_parameters(*shape) > fewest)
         assert allowed.issuperset(steps)
         assert all(step.num_parameters(*shape) < config.num_parameters(*shape) for step in steps)
-
-
-def test_spaces_by_pattern():
-    paths = dict.fromkeys(["blocks.0.q", "blocks.0.v", "blocks.1.q", "head"])
-    assert spaces_of(SMALL, paths) == dict.fromkeys(paths, SMALL)
-    assert spaces_of({"blocks.1.q": FULL, "*.v": None, "blocks.*": SMALL}, paths) == {
-        "blocks.0.q": SMALL,
-        "blocks.1.q": FULL,
-    }
-    for bad, kind, words in [
-        ({"x": SMALL}, ValueError, "space: the pattern 'x' matches no searched layer"),
-        ({"q": SMALL, "blocks.?.q": FULL}, ValueError, "space: .* has no effect"),
-        ({"q": 3}, TypeError, r"space\['q'\] must be a SearchSpace or None, got int"),
-        (3, TypeError, "space must be"),
-    ]:
-        with pytest.raises(kind, match=words):
-            spaces_of(bad, paths)
 
 
 def test_parameters_of_a_candidate():
