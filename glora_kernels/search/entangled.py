@@ -4,9 +4,9 @@
 
 The supports are entangled: a configuration of rank r has the first r columns of `_up` and rows of `_down`, "vector" is
 the first column of `_up`, "constant" its first element; D and E likewise. So nothing is gathered for a configuration:
-a is one of two tensors, the low-rank path one product with masked ranks, β a row of a small table. Only where A is lora
-has an example another weight, W∘(1 + A_up[:, :r]·A_down[:r]), which depends on the rank alone: the rows of one rank are
-one product, and all of them together as many as one layer has.
+a and β are products of flags with a few vectors, the low-rank path is one product with masked ranks. Only where A is
+lora has an example another weight, W∘(1 + A_up[:, :r]·A_down[:r]), which depends on the rank alone: the rows of one
+rank are one product, and all of them together as many as one layer has.
 
 Source: Chavan et al., "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning", 2023; one configuration for
 each example is ours.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glora_kernels.dispatch.common import wide_dtype
+from glora_kernels.dispatch.common import wide_dtype, without_autocast
 from glora_kernels.nn.adapted import Frozen, Operands, adapted_linear, base_linear
 from glora_kernels.ops import glora_linear, glora_wc
 from glora_kernels.spec import GLoRAConfig
@@ -73,16 +73,15 @@ def mixed(x: Tensor, base: Frozen, adapter: Mapping[str, Tensor], configs: Seque
     def flags(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, device=x.device, dtype=wide).view(lead)
 
-    scales = None
-    for form in ("vector", "constant"):
-        if any(chosen := [float(form == config.A) for config in configs]):
-            term = flags(chosen) * _vector(adapter, "A", form).to(wide)
-            scales = term if scales is None else scales + term
-    beta = _shifts(weight, base.bias, adapter, configs, wide)
-    if beta is not None:
+    scales = _sums(_of_form(adapter, configs, "A"), y.shape[-1], wide)
+    beta = _sums(_shifts(weight, base.bias, adapter, configs), y.shape[-1], wide)
+    if base.bias is not None:
+        beta = base.bias.to(wide) if beta is None else beta + base.bias.to(wide)
+    if beta is not None and beta.ndim == 2:
         beta = beta.view(*lead[:-1], -1)
     if scales is not None:
-        y = y * (1 + scales) if beta is None else torch.addcmul(beta, y.to(wide), 1 + scales)
+        scales = 1 + scales.view(*lead[:-1], -1)
+        y = y * scales if beta is None else torch.addcmul(beta, y.to(wide), scales)
     elif beta is not None:
         y = y + beta
     left, right = _low_rank(x, y.shape[-1], adapter, configs, flags)
@@ -120,47 +119,56 @@ def _low_rank(
     if rank := max(ranks):
         up, down = adapter["B_up"][:, :rank], adapter["B_down"][:rank]
         common = torch.promote_types(x.dtype, up.dtype)
-        own = torch.arange(rank, device=x.device) < flags(ranks)
+        has = torch.arange(rank, device=x.device) < flags(ranks)
         scales = flags([config.scale for config in configs])
-        lefts.append((x.to(common) @ down.t().to(common)) * (own * scales).to(common))
+        lefts.append((x.to(common) @ down.t().to(common)) * (has * scales).to(common))
         rights.append(up)
-    for form in ("vector", "constant"):
-        if any(chosen := [float(form == config.B) for config in configs]):
-            weights = flags(chosen)
-            lefts.append(weights * x.to(weights.dtype).sum(-1, keepdim=True))
-            rights.append(_vector(adapter, "B", form).expand(n).unsqueeze(1))
+    for own, vector in _of_form(adapter, configs, "B"):
+        weights = flags(own)
+        lefts.append(weights * x.to(weights.dtype).sum(-1, keepdim=True))
+        rights.append(vector.expand(n).unsqueeze(1))
     if not lefts:
         return None, None
     return torch.cat(lefts, -1), torch.cat(rights, 1)
 
 
-def _shifts(
-    weight: Any, bias: Tensor | None, adapter: Mapping[str, Tensor], configs: Sequence[GLoRAConfig], wide: torch.dtype
-) -> Tensor | None:
-    """β = b + b∘D + E + W·c of each example, (B,N): rows of a table of those that differ."""
-    keys = [(c.C, c.rank if c.C == "lora" else 0, c.D if bias is not None else "none", c.E) for c in configs]
-    if bias is None and all(key == ("none", 0, "none", "none") for key in keys):
+Term = tuple[Sequence[float], Tensor]
+"""How much each example takes of a vector (N,) or constant (1,)."""
+
+
+def _sums(terms: Sequence[Term], n: int, wide: torch.dtype) -> Tensor | None:
+    """The sum of what each example takes, (B,N)."""
+    if not terms:
         return None
-    distinct = {key: configs[place] for place, key in enumerate(keys)}
-    places = {key: place for place, key in enumerate(distinct)}
-    wcs: dict[tuple[str, int], Tensor] = {}
-    table = []
-    for (form, rank, d, e), config in distinct.items():
-        beta = torch.zeros(weight.shape[0], dtype=wide, device=weight.device)
-        if bias is not None:
-            b = bias.to(wide)
-            beta = b if d == "none" else b + b * _vector(adapter, "D", d).to(wide)
-        if e != "none":
-            beta = beta + _vector(adapter, "E", e).to(wide)
-        if form != "none":
-            if (form, rank) not in wcs:
-                c = {name.lower(): tensor for name, tensor in part_of(adapter, config).items() if name[0] == "C"}
-                wcs[form, rank] = glora_wc(weight, c.pop("c", None), **c).to(wide)
-            beta = beta + wcs[form, rank]
-        table.append(beta)
-    if len(table) == 1:
-        return table[0].expand(len(configs), -1)
-    return torch.stack(table)[torch.tensor([places[key] for key in keys], device=weight.device)]
+    vectors = torch.stack([vector.to(wide).expand(n) for _, vector in terms])
+    flags = torch.tensor([own for own, _ in terms], device=vectors.device, dtype=wide)
+    with without_autocast(vectors.device.type):
+        return flags.t() @ vectors
+
+
+def _of_form(adapter: Mapping[str, Tensor], configs: Sequence[GLoRAConfig], name: str) -> list[Term]:
+    """A support as a vector and as a constant, for the examples that have it so."""
+    found: list[Term] = []
+    for form in ("vector", "constant"):
+        own = [float(getattr(config, name) == form) for config in configs]
+        if any(own):
+            found.append((own, _vector(adapter, name, form)))
+    return found
+
+
+def _shifts(
+    weight: Any, bias: Tensor | None, adapter: Mapping[str, Tensor], configs: Sequence[GLoRAConfig]
+) -> list[Term]:
+    """b∘D, E and W·c of the examples that have them; one W·c for each form of C and rank."""
+    found = _of_form(adapter, configs, "E")
+    if bias is not None:
+        found += [(own, bias * vector) for own, vector in _of_form(adapter, configs, "D")]
+    forms = [(c.C, c.rank if c.C == "lora" else 0) for c in configs]
+    for form in dict.fromkeys(own for own in forms if own[0] != "none"):
+        c = part_of(adapter, configs[forms.index(form)])
+        wc = glora_wc(weight, c.get("C"), c_up=c.get("C_up"), c_down=c.get("C_down"))
+        found.append(([float(own == form) for own in forms], wc))
+    return found
 
 
 def _vector(adapter: Mapping[str, Tensor], name: str, form: str) -> Tensor:
