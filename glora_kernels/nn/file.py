@@ -269,11 +269,11 @@ def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     layout = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
     digest = hashlib.sha256(json.dumps([about, layout], sort_keys=True).encode())
     for name in names:
-        digest.update(_bytes(tensors[name]))
+        digest.update(memory_of(tensors[name]))
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> bytes | ctypes.Array[ctypes.c_char]:
+def memory_of(tensor: Tensor) -> bytes | ctypes.Array[ctypes.c_char]:
     """The memory of a contiguous host tensor, of any dtype, without a copy and without NumPy."""
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise AssertionError("only contiguous tensors in host memory are written")

@@ -103,9 +103,7 @@ class SearchSpace:
 
     def build(self, genes: Genes) -> GLoRAConfig:
         """The canonical configuration with these genes; D must be "none" already on a layer without a bias."""
-        forms = [genes[name] for name in SUPPORTS]
-        rank = genes["rank"] if "lora" in forms else self.ranks[0]
-        return GLoRAConfig.of(forms, rank=rank, alpha=self.scale * rank, init=self.init)
+        return _built(self, tuple([genes[gene] for gene in GENES]))
 
     def canonical(self, config: GLoRAConfig, shape: LayerShape) -> GLoRAConfig:
         """The canonical form of a configuration for a layer; `init`, which does not change what is computed, is ours.
@@ -158,6 +156,14 @@ class SearchSpace:
     def to_dict(self) -> dict[str, Any]:
         """The space as plain JSON values."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _built(space: SearchSpace, values: tuple[Any, ...]) -> GLoRAConfig:
+    """The canonical configuration with these values of the genes; a supernet draws one a layer and example."""
+    *forms, rank = values
+    rank = rank if "lora" in forms else space.ranks[0]
+    return GLoRAConfig.of(forms, rank=rank, alpha=space.scale * rank, init=space.init)
 
 
 def _distinct(name: str, given: object) -> tuple[Any, ...]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from glora_kernels.nn.named import NONE
 from glora_kernels.search.evolution import Key
 from glora_kernels.search.space import LayerShape, SearchSpace, assigned, parameters
 from glora_kernels.spec import GLoRAConfig
 
 HandPicked = GLoRAConfig | Mapping[str, GLoRAConfig | None]
 """One configuration for all layers, or a mapping as `inject` takes; a candidate is one."""
-
-EMPTY = GLoRAConfig("none", "none", "none", "none", "none")
 
 
 def hand_picked(
@@ -52,7 +51,7 @@ def _key(name: str, given: HandPicked, spaces: Mapping[str, SearchSpace], shapes
     for path, space in spaces.items():
         chosen = given[patterns[path]] if path in patterns else None
         try:
-            configs.append(space.canonical(EMPTY if chosen is None else chosen, shapes[path]))
+            configs.append(space.canonical(NONE if chosen is None else chosen, shapes[path]))
         except (ValueError, TypeError) as error:
             raise type(error)(f"start: {name!r}, layer {path!r}: {error}") from error
     return tuple(configs)

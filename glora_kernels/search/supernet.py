@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from glora_kernels.nn.adapted import Frozen, base_linear
+from glora_kernels.nn.file import host_copy, memory_of
 from glora_kernels.nn.inject import inject
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.merging.models import unload
@@ -191,14 +192,12 @@ class Supernet(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of the trained values: of the adapters, and of modules trained whole."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            if isinstance(tensor, Tensor) and name in self._trained_names():
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        for name, parameter in sorted(self.named_parameters()):
+            if parameter.requires_grad:
+                digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+                values = host_copy(parameter)  # held while its memory is read
+                digest.update(memory_of(values))
         return digest.hexdigest()
-
-    def _trained_names(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def get_extra_state(self) -> Tensor:
         """The state of the drawing."""
