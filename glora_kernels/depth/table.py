@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from glora_kernels.quant import QuantizedWeight
+from glora_kernels.runtime.environment import is_capturing
 
 Entry = Tensor | int | float | None
 """An entry before it becomes an integer: a tensor its address, an int itself, a float its fp32 bits, None 0."""
@@ -162,7 +163,7 @@ def pointer_table(
         for name, entry in row.items():
             line[position[name]] = _integer(entry)
         values.append(line)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_capturing(device):
         raise RuntimeError(
             "work over all layers at once cannot be captured in a CUDA graph; do it outside of the graph"
         )

@@ -43,6 +43,7 @@ from glora_kernels.glora.wc import glora_wc, sizes
 from glora_kernels.glora.wc import gradients as wc_gradients
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import routes
+from glora_kernels.runtime.environment import is_capturing
 from glora_kernels.runtime.workspace import workspace_lock
 from glora_kernels.spec import VARIANTS
 
@@ -348,7 +349,7 @@ def dropout_seed(device: torch.device) -> Tensor:
     be a constant in the graph, and every replay would drop the same elements. A kernel that reads its seed from memory
     is compiled separately, which must happen before a capture: see `seeds_on_device`.
     """
-    if torch.compiler.is_compiling() or (device.type == "cuda" and (_Seeds.on_device or _capturing())):
+    if torch.compiler.is_compiling() or (device.type == "cuda" and (_Seeds.on_device or is_capturing(device))):
         return torch.randint(*_SEEDS, (1,), dtype=torch.int64, device=device)
     return torch.randint(*_SEEDS, (1,), dtype=torch.int64, device="cpu")
 
@@ -368,8 +369,3 @@ def seeds_on_device() -> Iterator[None]:
         yield
     finally:
         _Seeds.on_device = before
-
-
-def _capturing() -> bool:
-    # A fake CUDA tensor may come without a GPU, where asking about capture is an error.
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

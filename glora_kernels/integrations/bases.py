@@ -93,7 +93,7 @@ class OverBase(TakesRows, _Layer):
         base, adapters = self.frozen(x), [operands for _, operands in found]
         if isinstance(base, str):
             return base
-        if reason := refusal_of_mixed(x, base, adapters):
+        if reason := self.refusal_of_call(x, base, adapters):
             return reason
         places = {name: place for place, (name, _) in enumerate(found)}
         return base, adapters, rows_of_examples(tuple(places.get(name, -1) for name in names), x), self._glora_kept
@@ -105,18 +105,23 @@ class OverBase(TakesRows, _Layer):
     def refusal_of_rows(self) -> str | None:
         return "it is merged; call unmerge_adapter() first" if self.merged_adapters else None
 
+    def refusal_of_call(self, x: Tensor, base: Frozen, adapters: Sequence[Operands]) -> str | None:
+        for operands in adapters or [Operands()]:
+            if reason := refusal_of_x(x, base, operands) or (NARROW if is_wider(x, base, operands) else None):
+                return reason
+        return None
+
     def rowed(self, x: Tensor, rows: Any, *others: object) -> Tensor:
         """y of an x whose rows have the adapters that `gk.rows` tells. others: what else the layer is called with.
 
         Raises:
             RuntimeError: the operators do not take this call; the message says why.
         """
-        base, adapters = self.frozen(x), rows.operands(self)
-        reason = self.refusal_of_rows() or (base if isinstance(base, str) else refusal_of_mixed(x, base, adapters))
         if any(other is not None for other in others):
-            reason = "it is called with more than x (adapter_names, say)"
-        if reason is not None or isinstance(base, str):
-            raise RuntimeError(rows.refused(self, str(reason)))
+            raise RuntimeError(rows.refused(self, "it is called with more than x (adapter_names, say)"))
+        base = self.frozen(x)
+        if isinstance(base, str):
+            raise RuntimeError(rows.refused(self, base))
         return rows.linear(self, x, base)
 
     def _operands_of(self, names: Iterable[str]) -> list[tuple[str, Operands]] | str:
@@ -299,14 +304,6 @@ def refusal_of_x(x: Tensor, base: Frozen, operands: Operands) -> str | None:
         if tensor is not None and type(tensor) not in PLAIN:
             return SHARDED_ADAPTER
     return RANK if is_above_rank(operands, x.is_cuda) else None
-
-
-def refusal_of_mixed(x: Tensor, base: Frozen, adapters: Sequence[Operands]) -> str | None:
-    """The reason why the operators cannot take this x with this base and one of these adapters, or None."""
-    for operands in adapters or [Operands()]:
-        if reason := refusal_of_x(x, base, operands) or (NARROW if is_wider(x, base, operands) else None):
-            return reason
-    return None
 
 
 def is_above_rank(operands: Operands, is_cuda: bool) -> bool:

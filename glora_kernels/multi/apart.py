@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from glora_kernels.dispatch.common import Weight, given, path_of
 from glora_kernels.glora.call import C, Made, Supports
 from glora_kernels.multi.adapters import Adapter, Order, order_of
 from glora_kernels.multi.eager import Wanted
+from glora_kernels.runtime.environment import is_capturing
 
 
 def forward(x: Tensor, weight: Weight, rows: Tensor, adapters: Sequence[Adapter]) -> Tensor:
@@ -62,7 +62,7 @@ def backward(
 
 
 def _sorted(rows: Tensor, adapters: Sequence[Adapter]) -> Order:
-    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_capturing(rows.device):
         raise RuntimeError(
             "inside batch_invariant() multi_glora_linear sorts its rows on the host, which no CUDA graph can hold: "
             "capture calls of glora_linear instead"

@@ -94,7 +94,7 @@ def plan_of(rows: Tensor, count: int) -> Plan:
         ValueError: on the host, a number that is no adapter's. On a device the kernel asserts it, in replays of a graph
             too, as PyTorch's kernels do for an index.
     """
-    if is_planning() or rows.is_inference() or (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if is_planning() or rows.is_inference() or environment.is_capturing(rows.device):
         return _planned(rows, count)
     owner = rows if rows._base is None else rows._base
     key = rows._version, count, rows.storage_offset(), rows.shape, rows.stride(), environment.stream_of(rows.device)

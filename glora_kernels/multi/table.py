@@ -265,7 +265,7 @@ def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
     shape = len(values) // len(COLUMNS), len(COLUMNS)
     if device.type == "meta":
         return torch.empty(shape, dtype=torch.int64, device=device)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    capturing = environment.is_capturing(device)
     stream = environment.stream_of(device)
     on, found = _uploaded.get((device, values), (-1, None))
     # A capture begins where the device has nothing left to do.

@@ -46,7 +46,9 @@ def forward(
     kept: by stream, of calls with these adapters, as long as their tensors stay where they are.
     """
     stream = environment.stream_of(x.device)
-    if kept is not None and stream in kept and not _is_capturing(x):  # `table_of` keeps a graph's tables alive
+    if (
+        kept is not None and stream in kept and not environment.is_capturing(x.device)
+    ):  # `table_of` keeps a graph's tables alive
         table, makes_wc = kept[stream]
         wcs = made_wc(weight, adapters)[1] if makes_wc else None
         return _together(x, weight, assignment, adapters, table, wcs)
@@ -220,10 +222,6 @@ def _passed(
     return function(tensors, *values) if found is None else found.run(tensors, len(first))
 
 
-def _is_capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def _is_apart(adapter: Adapter) -> bool:
     """Whether an adapter's rows take another weight than W."""
     return adapter.s.a_up is not None
@@ -235,7 +233,7 @@ def _split(assignment: Tensor, adapters: Sequence[Adapter]) -> tuple[Order, list
     Raises:
         RuntimeError: a CUDA graph is being captured.
     """
-    if _is_capturing(assignment):
+    if environment.is_capturing(assignment.device):
         raise RuntimeError(
             "rows of adapters with A=lora are sorted on the host, which no CUDA graph can hold: capture "
             "multi_glora_linear with other adapters, or merge these"

@@ -22,6 +22,7 @@ from glora_kernels.glora.op import dropout_seed
 from glora_kernels.ops import AdapterSet, glora_linear, multi_glora_linear
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import routes
+from glora_kernels.runtime.environment import is_capturing
 from glora_kernels.spec import GLoRAConfig
 
 ADAPTER_NAMES: tuple[str, ...] = ("A", "A_up", "A_down", "B", "B_up", "B_down", "C", "C_up", "C_down", "D", "E")
@@ -168,7 +169,7 @@ def rows_of_examples(examples: tuple[int, ...], x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return _rows_of_examples(examples, x.shape[:-1], x.device)
     key = examples, x.shape[:-1], x.device
-    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    capturing = is_capturing(x.device)
     found = _assignments.get(key)
     if found is None:
         if capturing:
@@ -190,7 +191,12 @@ def rows_of_examples(examples: tuple[int, ...], x: Tensor) -> Tensor:
 def _rows_of_examples(examples: tuple[int, ...], lead: torch.Size, device: torch.device) -> Tensor:
     """Made on the host: a copy from there is complete for every stream."""
     index = torch.tensor(examples, dtype=torch.int64)
-    return index.view(-1, *[1] * (len(lead) - 1)).expand(lead).contiguous().to(device)
+    return expanded(index, lead).contiguous().to(device)
+
+
+def expanded(index: Tensor, lead: torch.Size) -> Tensor:
+    """A view of shape `lead` with each entry of an index, of its first dimensions, repeated over the others."""
+    return index.view(*index.shape, *[1] * (len(lead) - index.ndim)).expand(lead)
 
 
 _assignments: dict[tuple[tuple[int, ...], torch.Size, torch.device], Tensor] = {}

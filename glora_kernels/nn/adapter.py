@@ -62,7 +62,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = FIR
     layers = layers_of(model, "save_adapter")
     mesh = mesh_of(root)
     target = on_first_rank(mesh, "save_adapter", lambda: _target(path))
-    check_known(model, name, "save_adapter")
+    check_known(layers, name, "save_adapter")
     adapter = _adapter_of(root, name)
     state = adapter.values()
     _warn_unsaved(root, layers, adapter)

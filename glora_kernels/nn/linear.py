@@ -32,7 +32,7 @@ from glora_kernels.nn.adapted import (
 from glora_kernels.nn.base import FROZEN, Base, base_of, check_config, is_linear, shell, unsupported
 from glora_kernels.nn.frozen import check_dtype, describe
 from glora_kernels.nn.merging.layer import MERGED, NAMES, Mergeable
-from glora_kernels.nn.mixed import TakesRows
+from glora_kernels.nn.mixed import TakesRows, refuse_inside
 from glora_kernels.nn.named import FIRST, NONE, NamedAdapter
 from glora_kernels.ops import glora_linear
 from glora_kernels.quant import QuantizedWeight
@@ -308,8 +308,7 @@ class GLoRALinear(TakesRows, Mergeable):
 
     def check_mergeable(self) -> None:
         super().check_mergeable()
-        if self._rows is not None:
-            raise RuntimeError(f"merge() was called inside {self._rows.inside}")
+        refuse_inside([self], "merge")
 
     def kept_shift(self) -> Tensor | None:
         """β as `shift_once` computed it; None outside of that context, or where something β depends on has changed."""
@@ -354,8 +353,6 @@ class GLoRALinear(TakesRows, Mergeable):
     def _chosen(self, x: Tensor, base: Frozen) -> Tensor:
         """y by the adapters of `gk.rows`, or by an active one beside the first."""
         if (rows := self._rows) is not None:
-            if reason := self.refusal_of_rows():
-                raise RuntimeError(rows.refused(self, reason))
             return rows.linear(self, x, base)
         own = self.named().get(self._active or FIRST)
         return base_linear(x, base) if own is None else adapted_linear(x, base, own.operands())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from glora_kernels.nn.adapted import Frozen, Operands, mixed_linear
+from glora_kernels.nn.adapted import Frozen, Operands, expanded, mixed_linear
+from glora_kernels.runtime.environment import is_capturing
 
 
 class Rows(Protocol):
@@ -19,9 +20,6 @@ class Rows(Protocol):
 
     def linear(self, layer: Any, x: Tensor, base: Frozen) -> Tensor:
         """y of a layer over this base."""
-
-    def refused(self, layer: object, reason: str) -> str:
-        """The message of an error: a layer and the reason why it cannot be computed."""
 
 
 class TakesRows:
@@ -46,6 +44,16 @@ class TakesRows:
     def refusal_of_rows(self) -> str | None:
         """The reason why the layer cannot take rows now, or None."""
         raise NotImplementedError
+
+    def refusal_of_call(self, x: Tensor, base: Frozen, adapters: Sequence[Operands]) -> str | None:
+        """The reason why it cannot take this x with one of these adapters, or None."""
+        return None
+
+
+def refuse_inside(layers: Iterable[TakesRows], caller: str) -> None:
+    """Raise a RuntimeError where layers are inside a context that tells them what to compute."""
+    if inside := next((layer._rows for layer in layers if layer._rows is not None), None):
+        raise RuntimeError(f"{caller}() was called inside {inside.inside}")
 
 
 class BatchRows:
@@ -92,8 +100,17 @@ class BatchRows:
         return found
 
     def linear(self, layer: Any, x: Tensor, base: Frozen) -> Tensor:
-        """y of a layer; the errors of `ops.multi_glora_linear`, with the layer in front."""
-        operands, rows = self.operands(layer), self.of(x, layer)
+        """y of a layer; the errors of `ops.multi_glora_linear`, with the layer in front.
+
+        Raises:
+            RuntimeError: the layer cannot take rows, or this call.
+        """
+        if reason := layer.refusal_of_rows():
+            raise RuntimeError(self.refused(layer, reason))
+        operands = self.operands(layer)
+        if reason := layer.refusal_of_call(x, base, operands):
+            raise RuntimeError(self.refused(layer, reason))
+        rows = self.of(x, layer)
         try:
             return mixed_linear(x, base, operands, rows, layer.kept)
         except (TypeError, ValueError) as error:
@@ -125,31 +142,27 @@ class BatchRows:
         is_there = is_ordinary and index.device == x.device and index.dtype == torch.int64
         if is_there and lead.numel() == index.numel():  # a token of each example, too
             return index.view(lead)
-        is_captured = not compiling and _is_capturing(x)
+        is_captured = not compiling and is_capturing(x.device)
         if is_captured and index.device != x.device:
             raise RuntimeError(
                 f"gk.rows: a CUDA graph is being captured, and names are on the host, where its replays cannot read "
                 f"them; give rows an index tensor on {x.device}, which may be written to between replays"
             )
         if compiling or is_captured or index.is_inference():
-            return _expanded(index, lead, x.device)
+            return _copied(index, lead, x.device)
         if self._version != index._version:
             self._kept.clear()
             self._version = index._version
         found = self._kept.get((lead, x.device))
         if found is None:
             with torch.inference_mode(False):
-                found = self._kept[lead, x.device] = _expanded(index, lead, x.device)
+                found = self._kept[lead, x.device] = _copied(index, lead, x.device)
         return found
 
 
-def _expanded(index: Tensor, lead: torch.Size, device: torch.device) -> Tensor:
-    made = index.to(device, torch.int64).view(*index.shape, *[1] * (len(lead) - index.ndim)).expand(lead)
+def _copied(index: Tensor, lead: torch.Size, device: torch.device) -> Tensor:
+    made = expanded(index.to(device, torch.int64), lead)
     return made.clone(memory_format=torch.contiguous_format)  # never an inference tensor that backward refuses
-
-
-def _is_capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 _EMPTY = Operands()

@@ -27,7 +27,7 @@ from glora_kernels.nn.inject import (  # fmt: skip
     put,
 )
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.mixed import BatchRows, TakesRows
+from glora_kernels.nn.mixed import BatchRows, TakesRows, refuse_inside
 from glora_kernels.nn.model import clean, layers_of, named_layers, trained_of, unwrap
 from glora_kernels.nn.named import FIRST, NONE, NamedAdapter
 from glora_kernels.nn.patterns import patterns_of, some_of
@@ -122,7 +122,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
         RuntimeError: a layer is merged.
     """
     layers = layers_of(model, "set_adapter")
-    check_known(model, name, "set_adapter")
+    check_known(layers, name, "set_adapter")
     if merged := [path for path, layer in layers.items() if layer.merged]:
         raise RuntimeError(f"set_adapter: {merged[0]!r} is merged; call unmerge(model) first")
     with all_or_none() as undo:
@@ -141,7 +141,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         RuntimeError: it is active, or this is inside `rows`.
     """
     layers = layers_of(model, "delete_adapter")
-    check_known(model, name, "delete_adapter")
+    check_known(layers, name, "delete_adapter")
     if name == FIRST:
         raise ValueError(
             f"delete_adapter: {FIRST!r} is part of the layers; unload(model) takes these out, reset_adapter() of a "
@@ -149,7 +149,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         )
     if active := [path for path, layer in layers.items() if layer._active == name]:
         raise RuntimeError(f"delete_adapter: {name!r} is active in {some_of(active)}; call set_adapter first")
-    _refuse_inside(layers, "delete_adapter")
+    refuse_inside(layers.values(), "delete_adapter")
     finish(partial(_drop, layers.values(), name))
 
 
@@ -270,7 +270,7 @@ def check_new(model: nn.Module, name: object, caller: str) -> None:
     if name == FIRST or name in _names(layers):
         raise ValueError(f"{caller}: the model has an adapter {name!r} already; it has {', '.join(_names(layers))}")
     refuse_sharded(root, caller, "add adapters before fully_shard")
-    _refuse_inside(layers, caller)
+    refuse_inside(layers.values(), caller)
     for path, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"{caller}: {path!r} is merged; call unmerge(model) first")
@@ -278,9 +278,9 @@ def check_new(model: nn.Module, name: object, caller: str) -> None:
             raise RuntimeError(f"{caller}() was called inside disabled(model); leave that context first")
 
 
-def check_known(model: nn.Module, name: str, caller: str) -> None:
-    """Raise a ValueError where no GLoRA layer of the model has an adapter of this name."""
-    known = _names(layers_of(model, caller))
+def check_known(layers: Mapping[str, TakesRows], name: str, caller: str) -> None:
+    """Raise a ValueError where none of these layers of a model has an adapter of this name."""
+    known = _names(layers)
     if name not in known:
         raise ValueError(f"{caller}: the model has no adapter {name!r}; it has {', '.join(known)}")
 
@@ -288,11 +288,6 @@ def check_known(model: nn.Module, name: str, caller: str) -> None:
 def _drop(layers: Iterable[GLoRALinear], name: str) -> None:
     for layer in layers:
         layer.drop_named(name)
-
-
-def _refuse_inside(layers: Mapping[str, GLoRALinear], caller: str) -> None:
-    if inside := next((layer._rows for layer in layers.values() if layer._rows is not None), None):
-        raise RuntimeError(f"{caller}() was called inside {inside.inside}")
 
 
 def _taking(root: nn.Module, caller: str) -> dict[str, TakesRows]:

@@ -51,6 +51,12 @@ def require_triton() -> None:
         )
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on a device now goes into a CUDA graph."""
+    # A fake CUDA tensor may come without a GPU, where asking about capture is an error.
+    return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def allow_tf32() -> bool:
     """Whether fp32 products may use TF32, by PyTorch's own switch for matrix products."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"

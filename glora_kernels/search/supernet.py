@@ -251,9 +251,6 @@ class _Told:
 
     inside = "a Supernet; leave its context, or take extract(candidate)"
 
-    def refused(self, layer: object, reason: str) -> str:
-        return f"a layer of a Supernet cannot be computed: {reason}"
-
 
 class _Outside(_Told):
     """Outside `sample` and `use`."""

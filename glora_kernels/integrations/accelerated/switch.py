@@ -14,6 +14,7 @@ from glora_kernels.integrations.bases import IDLE, RANK, SHARDED, has_other_forw
 from glora_kernels.integrations.release import need_peft
 from glora_kernels.nn.base import M
 from glora_kernels.nn.columns import aligned
+from glora_kernels.nn.mixed import refuse_inside
 from glora_kernels.nn.model import check_module, unwrap
 from glora_kernels.nn.reads import reads
 from glora_kernels.nn.undo import all_or_none
@@ -132,8 +133,7 @@ def decelerate(model: M) -> M:
         if _is_first_process():
             print("decelerate: no layer of this model is accelerated, and nothing was changed")
         return model
-    if any(layer._rows is not None for layer in layers):
-        raise RuntimeError("decelerate() was called inside rows(model, ...); leave that context first")
+    refuse_inside(layers, "decelerate")
     kinds = _kinds().values()
     if changed := [layer for layer in layers if type(layer) not in kinds]:
         raise ValueError(
