@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import add_where, need, settle_where
 from digits_model import (
     LINEARS,
     SIZES,
@@ -251,14 +252,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="A,B,C,D,E",
         help="form of each GLoRA support: lora, vector, constant or none",
     )
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")
-    add(
-        "--backend",
-        choices=["auto", "eager", "triton", "cuda"],
-        default="auto",
-        help="what the layers run on",
-    )
-    add("--out", type=Path, default=Path("out/digits"), help="folder for the curves, results and adapter")
+    add_where(parser, "out/digits", "curves, results and adapter")
     add("--seeds", type=int, default=3, help="trainings of each method")
     add("--steps", type=int, default=200, help="steps of each training, up to 50 scans a step")
     add("--per-class", type=int, default=40, help="scans of each class 5-9 to learn from, at most 80")
@@ -266,26 +260,18 @@ def parse_arguments() -> argparse.Namespace:
     add("--sweep", action="store_true", help="print how the learning rates were chosen, and stop")
     args = parser.parse_args()
 
-    def need(condition: bool, argument: str, message: str) -> None:
-        if not condition:
-            parser.error(f"argument {argument}: {message}")
-
     forms = [form.strip() for form in args.supports.split(",")]
-    need(len(forms) == 5, "--supports", f"give five forms, A,B,C,D,E, with commas; got {args.supports!r}")
+    need(parser, len(forms) == 5, "--supports", f"give five forms, A,B,C,D,E, with commas; got {args.supports!r}")
     args.supports = dict(zip("ABCDE", forms, strict=True))
     try:
         gk.GLoRAConfig(**args.supports)
     except ValueError as error:
         parser.error(f"argument --supports: {error}")
-    need(args.rank >= 1, "--rank", f"must be at least 1, got {args.rank}")
-    need(args.seeds >= 1, "--seeds", f"must be at least 1, got {args.seeds}")
-    need(args.steps >= 1, "--steps", f"must be at least 1, got {args.steps}")
-    need(1 <= args.per_class <= 80, "--per-class", f"must be from 1 to 80, got {args.per_class}")
-    need(args.device != "cuda" or torch.cuda.is_available(), "--device", "PyTorch finds no CUDA device here")
-    need(args.out.is_dir() or not args.out.exists(), "--out", f"{args.out} exists and is not a folder")
-
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    need(parser, args.rank >= 1, "--rank", f"must be at least 1, got {args.rank}")
+    need(parser, args.seeds >= 1, "--seeds", f"must be at least 1, got {args.seeds}")
+    need(parser, args.steps >= 1, "--steps", f"must be at least 1, got {args.steps}")
+    need(parser, 1 <= args.per_class <= 80, "--per-class", f"must be from 1 to 80, got {args.per_class}")
+    settle_where(parser, args)
     if args.quick:
         args.seeds, args.steps = 1, 40
     return args

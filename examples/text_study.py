@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from arguments import add_where, need, settle_where
 from docstring_text import Corpus, entropy, load_text
 from language_model import VOCABULARY, WINDOW, Run, held_out_loss, train
 from torch import Tensor, nn
@@ -29,9 +30,7 @@ def add_arguments(parser: ArgumentParser, *, seeds: int, steps: int, pretraining
     add("--seeds", type=int, default=seeds, help="runs of each method, with other text windows and a fresh adapter")
     add("--steps", type=int, default=steps, help="steps of each run")
     add("--pretraining-steps", type=int, default=pretraining_steps, help="steps of the base's own training")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")
-    add("--backend", choices=["auto", "eager", "triton", "cuda"], default="auto", help="what the layers run on")
-    add("--out", type=Path, default=Path(out), help="folder for the figures, results and adapters")
+    add_where(parser, out, "figures, results and adapters")
     add("--sweep", action="store_true", help="print how the learning rate was chosen, and stop")
 
 
@@ -39,18 +38,11 @@ def parse_arguments(parser: ArgumentParser, width: int) -> Namespace:
     """The arguments of the command line, with the device chosen; a bad one ends the process with code 2."""
     args = parser.parse_args()
 
-    def need(condition: bool, argument: str, message: str) -> None:
-        if not condition:
-            parser.error(f"argument {argument}: {message}")
-
     for argument in ("rank", "seeds", "steps", "pretraining_steps"):
         value = getattr(args, argument)
-        need(value >= 1, f"--{argument.replace('_', '-')}", f"must be at least 1, got {value}")
-    need(args.rank <= width, "--rank", f"must be at most {width}, the width of the model, got {args.rank}")
-    need(args.device != "cuda" or torch.cuda.is_available(), "--device", "PyTorch finds no CUDA device here")
-    need(args.out.is_dir() or not args.out.exists(), "--out", f"{args.out} exists and is not a folder")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        need(parser, value >= 1, f"--{argument.replace('_', '-')}", f"must be at least 1, got {value}")
+    need(parser, args.rank <= width, "--rank", f"must be at most {width}, the width of the model, got {args.rank}")
+    settle_where(parser, args)
     return args
 
 
