@@ -10,9 +10,10 @@ teacher      Four layers of a copy are changed by known forms. Students match it
 comparison   LoRA, a hand-picked GLoRA, a random and the searched configuration learn the digits 5 to 9.
 sampling     The mean accuracy of random configurations of a supernet: one a batch against one an example.
 
-All get the same scans, batches and number of steps: the searched one has as many in all, half for its supernet and
-half for training its best candidates on. Scans are of three kinds: to train on, to choose by (the search sees only
-these), and to test on, which nothing has seen. Every run is reported.
+All get the same scans and batches. In the comparison the searched one has as many steps as the others in all, half for
+its supernet and half for training its best candidates on; of the teachers' students it is the configurations that are
+compared, each trained as long, and the search is what it costs beside. Scans are of three kinds: to train on, to choose
+by (the search sees only these), and to test on, which nothing has seen. Every run is reported.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ from tqdm import tqdm
 SECTIONS = ("teacher", "comparison", "sampling")
 WIDTH, DEPTH, HEADS = SIZES["tiny"]
 ATTENTION = ("q", "k", "v", "proj")
-LORA, SEARCHED = "LoRA", "searched"
+LORA, SEARCHED, ALONE = "LoRA", "searched", "searched, alone"
 ORACLE = "oracle"
 
 # Those of LoRA and GLoRA are what finetune_digits.py chose; all others are LoRA's, and were not tuned.
@@ -65,8 +66,8 @@ RATES = {LORA: 1e-2, "GLoRA": 3e-2, "random": 1e-2, SEARCHED: 1e-2}
 SUPERNET_RATE = 1e-2
 
 TEACHER_SPACE = gk.SearchSpace(C=("none", "vector"), ranks=(1, 2, 4))
-OFF = 0.5
-"""How often training leaves a layer of the supernet alone: the search keeps few layers under its limit."""
+SWITCH_OFF = 0.5
+"""How often training leaves a layer of the supernet alone; the search does so as often."""
 
 SPACE = gk.SearchSpace(C=("none", "vector"), ranks=(1, 3, 4, 8), scale=2.0)
 LORA_4 = gk.GLoRAConfig.lora(rank=4, alpha=8)
@@ -97,9 +98,9 @@ class Sizes:
 
 
 SIZES_BY_NAME = {
-    "full": Sizes(5, Budget(400, 4, 30, 9), Budget(300, 2, 25, 7), 300, 400),
-    "quick": Sizes(1, Budget(60, 2, 15, 3), Budget(60, 2, 10, 3), 30, 150),
-    "smoke": Sizes(1, Budget(4, 2, 6, 1), Budget(4, 2, 4, 1), 2, 10, 4),
+    "full": Sizes(5, Budget(400, 200, 4, 400, 30, 9), Budget(300, 150, 2, 75, 25, 7), 300, 400),
+    "quick": Sizes(1, Budget(60, 30, 2, 60, 15, 3), Budget(60, 30, 2, 15, 10, 3), 30, 150),
+    "smoke": Sizes(1, Budget(4, 2, 2, 4, 6, 1), Budget(4, 2, 2, 1, 4, 1), 2, 10, 4),
 }
 
 
@@ -206,7 +207,8 @@ def run_teachers(
         bar.set_description(f"teacher {seed}, {SEARCHED}")
         torch.manual_seed(seed)
         net = gk.Supernet(copy.deepcopy(planted.base), TEACHER_SPACE, LINEARS, seed=seed)
-        planted.fit(Sampled(net, off=OFF), budget.supernet_steps, seed, bar.update)
+        sampled = Sampled(net, switch_off=SWITCH_OFF, max_parameters=limit)
+        planted.fit(sampled, budget.supernet_steps, seed, bar.update)
         found = search_and_finish(
             net,
             partial(planted.error, pictures=planted.validation),
@@ -218,6 +220,9 @@ def run_teachers(
             args.out / f"teacher-{seed}.jsonl",
         )
         errors[SEARCHED] = planted.error(found.model, planted.test)
+        fresh = planted.student({p: c for p, c in found.best.candidate.items() if not c.is_empty}, seed)
+        planted.fit(fresh, budget.steps, seed, bar.update)
+        errors[ALONE] = planted.error(fresh, planted.test)
         bar.write(str(errors))
         if not runs:
             found.search.plot(args.out / "teacher.png")
@@ -230,8 +235,10 @@ def run_teachers(
     rows.append(["mean", *(f"{mean:.4f}" for mean in means)])
     limits = ", ".join(str(limit) for limit in sorted({run["limit"] for run in runs}))
     title = (
-        f"Planted teachers: error on test scans after {budget.steps} steps (searched: in all), within the teacher's "
-        f"parameters ({limits}); 1 is the base itself"
+        f"Planted teachers: error on test scans after {budget.steps} steps, within the teacher's parameters "
+        f"({limits}); 1 is the base itself. {SEARCHED}: as many steps from the supernet's values, the best of "
+        f"{budget.top} by validation, {budget.searched_steps} steps in all. {ALONE}: the same configuration "
+        "from fresh values"
     )
     return runs, f"{title}\n\n{table(['teacher', *names], rows)}"
 
@@ -281,7 +288,8 @@ def run_comparison(
 
         bar.set_description(f"digits, seed {seed}, {SEARCHED}")
         net = digits.supernet(seed)
-        fit(Sampled(net, off=OFF), budget.supernet_steps, SUPERNET_RATE)
+        sampled = Sampled(net, switch_off=SWITCH_OFF, max_parameters=LIMIT)
+        fit(sampled, budget.supernet_steps, SUPERNET_RATE)
         found = search_and_finish(
             net,
             partial(loss, pictures=validation),
@@ -340,17 +348,18 @@ def run_sampling(digits: Digits, sizes: Sizes, args: argparse.Namespace, bar: tq
         took: dict[str, float] = {}
         for per in PER:
             bar.set_description(f"sampling, seed {seed}, one configuration a {per}")
-            sampled = Sampled(net := digits.supernet(seed), per)
+            sampled = Sampled(net := digits.supernet(seed), per=per)
             started = time.perf_counter()
             train(
                 sampled, training, training, steps=sizes.sampling_steps, learning_rate=SUPERNET_RATE, seed=seed,
                 on_step=bar.update,
             )  # fmt: skip
             took[per] = (time.perf_counter() - started) / sizes.sampling_steps
-            candidates = Sampled(net)  # draws the same ones for both
+            with digits.supernet(seed).sample(sizes.subnets) as candidates:  # the same ones for both
+                pass
             found[per] = []
-            for _ in range(sizes.subnets):
-                with net.use(candidates.drawn()) as model:
+            for candidate in candidates:
+                with net.use(candidate) as model:
                     found[per].append(100 * accuracy(model, digits.test))
         runs.append({"seed": seed, "accuracy": found, "seconds_a_step": took})
         bar.write(str({per: sum(found[per]) / sizes.subnets for per in PER}))
@@ -376,7 +385,7 @@ def run_sampling(digits: Digits, sizes: Sizes, args: argparse.Namespace, bar: tq
 def count_steps(sizes: Sizes, args: argparse.Namespace) -> int:
     """The steps of everything that is run, for the bar."""
     each = {
-        "teacher": sizes.teachers * (len(HAND_PICKED) + 2) * sizes.student.steps,
+        "teacher": sizes.teachers * ((len(HAND_PICKED) + 2) * sizes.student.steps + sizes.student.searched_steps),
         "comparison": args.seeds * len(RATES) * sizes.comparison.steps,
         "sampling": args.seeds * len(PER) * sizes.sampling_steps,
     }

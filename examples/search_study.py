@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import platform
-import random
 import statistics
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from arguments import add_where, need, settle_where
 from torch import Tensor, nn
 
 import glora_kernels as gk
@@ -21,7 +21,6 @@ from glora_kernels.search import Candidate
 from glora_kernels.search.results import Finished
 
 CPUINFO = Path("/proc/cpuinfo")
-EMPTY = gk.GLoRAConfig("none", "none", "none", "none", "none")
 
 
 class Sampled(nn.Module):
@@ -29,53 +28,41 @@ class Sampled(nn.Module):
 
     Args:
         net: the supernet.
-        per: "row": every example has a configuration of its own; "batch": all of a batch have one.
-        off: the probability that a configuration leaves a layer alone. Where the limit of the search is far below a
-            random configuration, those it can keep have few layers, and these are trained only if they are drawn.
+        drawing: the arguments of `Supernet.sample` that say what is drawn.
     """
 
-    def __init__(self, net: gk.Supernet, per: Literal["row", "batch"] = "row", off: float = 0.0) -> None:
+    def __init__(self, net: gk.Supernet, **drawing: Any) -> None:
         super().__init__()
-        self.net, self.per, self.off = net, per, off
-        self.random = random.Random(0)
+        self.net, self.drawing = net, drawing
 
     def forward(self, *args: Tensor, **named: Tensor) -> Any:
-        rows = len((*args, *named.values())[0])
-        drawn = [self.drawn() for _ in range(rows)] if self.off else None
-        with self.net.sample(rows=rows, per=self.per, candidates=drawn):
+        with self.net.sample(rows=len((*args, *named.values())[0]), **self.drawing):
             return self.net(*args, **named)
-
-    def drawn(self) -> Candidate:
-        found = {}
-        for path, space in self.net.spaces.items():
-            genes = {gene: self.random.choice(values) for gene, values in space.genes(self.net.shapes[path]).items()}
-            found[path] = EMPTY if self.random.random() < self.off else space.build(genes)
-        return found
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Steps of one method; the searched one spends half of them on its supernet, the rest on its best candidates.
+    """How long everything is trained.
 
     Attributes:
-        steps: of every method, the searched one's in all.
+        steps: of a configuration chosen by hand.
+        supernet_steps: before the search.
         top: how many candidates are trained on after the search; the one with the best validation score is kept.
+        retraining_steps: of each of them.
         population, generations: of the search.
     """
 
     steps: int
+    supernet_steps: int
     top: int
+    retraining_steps: int
     population: int
     generations: int
 
     @property
-    def retraining_steps(self) -> int:
-        """Of each of the `top` candidates."""
-        return self.steps // (2 * self.top)
-
-    @property
-    def supernet_steps(self) -> int:
-        return self.steps - self.top * self.retraining_steps
+    def searched_steps(self) -> int:
+        """Of a search in all."""
+        return self.supernet_steps + self.top * self.retraining_steps
 
 
 @dataclass(frozen=True)
@@ -160,9 +147,7 @@ def add_arguments(parser: ArgumentParser, out: str, seeds: int) -> None:
     """The arguments of both scripts, with one script's defaults."""
     add = parser.add_argument
     add("--seeds", type=int, default=seeds, help="runs of each method, with other data, batches and fresh adapters")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")
-    add("--backend", choices=["auto", "eager", "triton", "cuda"], default="auto", help="what the layers run on")
-    add("--out", type=Path, default=Path(out), help="folder for the tables, pictures, results and ledgers")
+    add_where(parser, out, "tables, pictures, results and ledgers")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="one seed and short trainings, in about a minute")
     size.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it works")
@@ -172,14 +157,8 @@ def add_arguments(parser: ArgumentParser, out: str, seeds: int) -> None:
 def parse_arguments(parser: ArgumentParser) -> Namespace:
     """The arguments of the command line; a bad one ends the process with code 2."""
     args = parser.parse_args()
-    if args.seeds < 1:
-        parser.error(f"argument --seeds: must be at least 1, got {args.seeds}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: PyTorch finds no CUDA device here")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"argument --out: {args.out} exists and is not a folder")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    need(parser, args.seeds >= 1, "--seeds", f"must be at least 1, got {args.seeds}")
+    settle_where(parser, args)
     if args.quick or args.smoke:
         args.seeds = 1
     args.size = "smoke" if args.smoke else "quick" if args.quick else "full"

@@ -51,8 +51,8 @@ LORA, GLORA, SEARCHED = "LoRA", "GLoRA", "searched"
 RATE = 1e-2
 """Of all methods; what sharelora_study.py chose for LoRA. Nothing was tuned for the others."""
 
-OFF = 0.5
-"""How often training leaves a layer of the supernet alone."""
+SWITCH_OFF = 0.5
+"""How often training leaves a layer of the supernet alone; the search does so as often."""
 
 SPACE = gk.SearchSpace(B=("none", "lora"), C=("none",), ranks=(2, 4, 6, 8, 16), scale=2.0)
 CONFIGS = {
@@ -72,9 +72,9 @@ class Sizes:
 
 
 SIZES = {
-    "full": Sizes(Budget(200, 2, 20, 5), 250),
-    "quick": Sizes(Budget(40, 2, 10, 2), 60, 8),
-    "smoke": Sizes(Budget(4, 1, 3, 1), 3, 1, 1),
+    "full": Sizes(Budget(200, 100, 2, 50, 20, 5), 250),
+    "quick": Sizes(Budget(40, 20, 2, 10, 10, 2), 60, 8),
+    "smoke": Sizes(Budget(4, 2, 1, 2, 3, 1), 3, 1, 1),
 }
 
 
@@ -100,7 +100,7 @@ class Study:
         picked: dict[str, Candidate] = {name: dict.fromkeys(net.spaces, config) for name, config in CONFIGS.items()}
         limit = parameters_of(picked[LORA], net.shapes)
         started = time.perf_counter()
-        self.fit(Sampled(net, off=OFF), budget.supernet_steps, seed)
+        self.fit(Sampled(net, switch_off=SWITCH_OFF, max_parameters=limit), budget.supernet_steps, seed)
         seconds = time.perf_counter() - started
         found = search_and_finish(
             net,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from glora_kernels.search.space import GENES, LayerShape, SearchSpace, genes_of, parameters, smaller
@@ -45,9 +46,7 @@ class Recipe:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in ("mutation", "switch_off"):
-                if type(value) not in (int, float) or not 0 <= value <= 1:
-                    raise ValueError(f"{field.name} must be a probability in [0, 1], got {value!r}")
-                object.__setattr__(self, field.name, float(value))
+                object.__setattr__(self, field.name, check_probability(field.name, value))
             elif type(value) is not int or value < least.get(field.name, 0):
                 raise ValueError(f"{field.name} must be an integer >= {least.get(field.name, 0)}, got {value!r}")
         if self.mutants + self.crossovers > self.population:
@@ -55,6 +54,13 @@ class Recipe:
                 f"mutants + crossovers must be at most population={self.population}, got {self.mutants} + "
                 f"{self.crossovers}"
             )
+
+
+def check_probability(name: str, value: object) -> float:
+    """The value as a float; a ValueError that names it where it is no probability."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a probability in [0, 1], got {value!r}")
+    return float(value)
 
 
 PRESETS: Mapping[str | None, Recipe] = {None: Recipe(), "paper": Recipe(front_parents=0, switch_off=0.0)}
@@ -125,89 +131,49 @@ def _pick(rng: random.Random, items: Sequence[T]) -> T:
     return items[_below(rng, len(items))]
 
 
-class Evolution:
-    """Draws the children of a search over these layers.
+class Drawing:
+    """Draws random candidates of these layers, within a limit on parameters.
 
     Args:
         spaces: the choices of each layer, by path.
         shapes: of the same layers, in the same order.
-        recipe: the numbers of the evolution.
-        seed: any integer.
-        limit: the most parameters of a candidate, at least those of the smallest one; None for any number.
+        switch_off: the probability that a layer is left at its smallest configuration.
+        limit: the most parameters of a candidate; None for any number.
+
+    Raises:
+        ValueError: a limit that the smallest candidate does not keep.
     """
 
     def __init__(
         self,
         spaces: Mapping[str, SearchSpace],
         shapes: Mapping[str, LayerShape],
-        recipe: Recipe,
-        seed: int,
+        switch_off: float,
         limit: int | None,
     ) -> None:
         self._layers = [(space, shapes[path]) for path, space in spaces.items()]
         self._genes = [space.genes(shape) for space, shape in self._layers]
-        self._recipe, self._seed, self._limit = recipe, seed, limit
+        self._switch_off, self._limit = switch_off, limit
         self.smallest: Key = tuple(space.smallest(shape) for space, shape in self._layers)
+        least = self.size(self.smallest)
+        if limit is not None and least > limit:
+            raise ValueError(f"max_parameters={limit} is impossible: the smallest candidate has {least} parameters")
 
     def size(self, candidate: Key) -> int:
         """The number of parameters of a candidate."""
         return sum(parameters(config, shape) for config, (_, shape) in zip(candidate, self._layers, strict=True))
 
-    def child(self, generation: int, index: int, parents: Sequence[Key], known: Collection[Key]) -> Key | None:
-        """A child within the limit that is not among the `known`: a mutant, a crossover or a random one, by its index.
-
-        One that is known is drawn again, `TRIES` times in its own way and as often at random. None: all were known.
-        """
-        rng = _stream(self._seed, generation, index)
-        recipe = self._recipe
-        draw = self._random
-        if parents and index < recipe.mutants:
-            draw = self._mutant
-        elif len(parents) > 1 and index < recipe.mutants + recipe.crossovers:
-            draw = self._crossover
-        for attempt in [draw] * TRIES + [self._random] * TRIES:
-            child = self._repaired(attempt(rng, parents), rng)
-            if child not in known:
-                return child
-        return None
-
-    def _random(self, rng: random.Random, parents: Sequence[Key]) -> Key:
-        """A layer is switched off with the probability `switch_off`, else each of its genes is drawn."""
-        return tuple(
+    def draw(self, rng: random.Random) -> Key:
+        """A layer is switched off with the probability `switch_off`, else each of its genes is drawn; then repaired."""
+        drawn = tuple(
             self.smallest[i]
-            if rng.random() < self._recipe.switch_off
+            if rng.random() < self._switch_off
             else space.build({gene: _pick(rng, values) for gene, values in self._genes[i].items()})
             for i, (space, _) in enumerate(self._layers)
         )
+        return self.repaired(drawn, rng)
 
-    def _mutant(self, rng: random.Random, parents: Sequence[Key]) -> Key:
-        """A parent of which each gene is drawn again with the probability `mutation`.
-
-        Before that a layer is switched off with the probability mutation·switch_off, which genes that change one at a
-        time hardly ever do.
-        """
-        parent, recipe = _pick(rng, parents), self._recipe
-        child = []
-        for i, (space, _) in enumerate(self._layers):
-            if rng.random() < recipe.mutation * recipe.switch_off:
-                child.append(self.smallest[i])
-                continue
-            genes = genes_of(parent[i])
-            redrawn = {gene: _pick(rng, self._genes[i][gene]) for gene in GENES if rng.random() < recipe.mutation}
-            child.append(space.build(genes | redrawn))
-        return tuple(child)
-
-    def _crossover(self, rng: random.Random, parents: Sequence[Key]) -> Key:
-        """Each gene is that of one of two parents."""
-        first = _below(rng, len(parents))
-        second = (first + 1 + _below(rng, len(parents) - 1)) % len(parents)
-        both = parents[first], parents[second]
-        return tuple(
-            space.build({gene: getattr(_pick(rng, both)[i], gene) for gene in GENES})
-            for i, (space, _) in enumerate(self._layers)
-        )
-
-    def _repaired(self, child: Key, rng: random.Random) -> Key:
+    def repaired(self, child: Key, rng: random.Random) -> Key:
         """The child, made smaller until it keeps the limit: one gene of some layer at a time, or the whole layer.
 
         Every step has fewer parameters than the one before, and only the smallest candidate has no step left.
@@ -224,7 +190,74 @@ class Evolution:
             if not steps:
                 del open_layers[at]
                 continue
-            after = self.smallest[i] if rng.random() < self._recipe.switch_off else _pick(rng, steps)
+            after = self.smallest[i] if rng.random() < self._switch_off else _pick(rng, steps)
             total += parameters(after, shape) - parameters(layers[i], shape)
             layers[i] = after
         return tuple(layers)
+
+
+class Evolution(Drawing):
+    """Draws the children of a search over these layers.
+
+    Args:
+        spaces, shapes, limit: as in `Drawing`.
+        recipe: the numbers of the evolution.
+        seed: any integer.
+    """
+
+    def __init__(
+        self,
+        spaces: Mapping[str, SearchSpace],
+        shapes: Mapping[str, LayerShape],
+        recipe: Recipe,
+        seed: int,
+        limit: int | None,
+    ) -> None:
+        super().__init__(spaces, shapes, recipe.switch_off, limit)
+        self._recipe, self._seed = recipe, seed
+
+    def child(self, generation: int, index: int, parents: Sequence[Key], known: Collection[Key]) -> Key | None:
+        """A child within the limit that is not among the `known`: a mutant, a crossover or a random one, by its index.
+
+        One that is known is drawn again, `TRIES` times in its own way and as often at random. None: all were known.
+        """
+        rng = _stream(self._seed, generation, index)
+        recipe = self._recipe
+        draw: Callable[[], Key] = partial(self.draw, rng)
+        if parents and index < recipe.mutants:
+            draw = partial(self._mutant, rng, parents)
+        elif len(parents) > 1 and index < recipe.mutants + recipe.crossovers:
+            draw = partial(self._crossover, rng, parents)
+        for attempt in [draw] * TRIES + [partial(self.draw, rng)] * TRIES:
+            child = attempt()
+            if child not in known:
+                return child
+        return None
+
+    def _mutant(self, rng: random.Random, parents: Sequence[Key]) -> Key:
+        """A parent of which each gene is drawn again with the probability `mutation`.
+
+        Before that a layer is switched off with the probability mutation·switch_off, which genes that change one at a
+        time hardly ever do.
+        """
+        parent, recipe = _pick(rng, parents), self._recipe
+        child = []
+        for i, (space, _) in enumerate(self._layers):
+            if rng.random() < recipe.mutation * recipe.switch_off:
+                child.append(self.smallest[i])
+                continue
+            genes = genes_of(parent[i])
+            redrawn = {gene: _pick(rng, self._genes[i][gene]) for gene in GENES if rng.random() < recipe.mutation}
+            child.append(space.build(genes | redrawn))
+        return self.repaired(tuple(child), rng)
+
+    def _crossover(self, rng: random.Random, parents: Sequence[Key]) -> Key:
+        """Each gene is that of one of two parents."""
+        first = _below(rng, len(parents))
+        second = (first + 1 + _below(rng, len(parents) - 1)) % len(parents)
+        both = parents[first], parents[second]
+        child = tuple(
+            space.build({gene: getattr(_pick(rng, both)[i], gene) for gene in GENES})
+            for i, (space, _) in enumerate(self._layers)
+        )
+        return self.repaired(child, rng)

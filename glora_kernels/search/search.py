@@ -154,11 +154,6 @@ class Search:
         if not self.spaces:
             raise ValueError("the supernet has no layer to search")
         self._evolution = Evolution(self.spaces, self.shapes, self._recipe, seed, max_parameters)
-        least = self._evolution.size(self._evolution.smallest)
-        if max_parameters is not None and least > max_parameters:
-            raise ValueError(
-                f"max_parameters={max_parameters} is impossible: the smallest candidate has {least} parameters"
-            )
         self._start = hand_picked(start, self.spaces, self.shapes, max_parameters)
         if len(self._start) > self._recipe.population:
             raise ValueError(f"start has {len(self._start)} candidates, more than population={self._recipe.population}")

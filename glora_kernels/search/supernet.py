@@ -21,6 +21,7 @@ from glora_kernels.nn.merging.values import Kept, ToMerge, merged
 from glora_kernels.nn.model import named_layers, trained_of, unwrap
 from glora_kernels.nn.targets import linears
 from glora_kernels.search import entangled
+from glora_kernels.search.evolution import Drawing, check_probability
 from glora_kernels.search.space import Candidate, LayerShape, SearchSpace
 from glora_kernels.spec import GLoRAConfig, assign
 
@@ -112,7 +113,13 @@ class Supernet(nn.Module):
 
     @contextlib.contextmanager
     def sample(
-        self, rows: int = 1, per: Per = "row", candidates: Sequence[Candidate] | None = None
+        self,
+        rows: int = 1,
+        per: Per = "row",
+        candidates: Sequence[Candidate] | None = None,
+        *,
+        switch_off: float = 0.0,
+        max_parameters: int | None = None,
     ) -> Iterator[list[dict[str, GLoRAConfig]]]:
         """Inside, the model computes random configurations, each form and rank of each layer with equal probability.
 
@@ -122,20 +129,29 @@ class Supernet(nn.Module):
             rows: B, how many examples a batch has.
             per: "row": every example has a configuration of its own; "batch": all have one, as in the paper.
             candidates: B configurations of the model to compute in the place of random ones.
+            switch_off, max_parameters: as in `Search`: how often a layer is left alone, and the most parameters of a
+                candidate. With the search's values, the supernet is trained on what its generation 0 draws from: where
+                the limit is far below what every layer could have, candidates that keep it have few layers, and those
+                are trained well only if they are drawn.
 
         Returns:
             The candidates: B of them, or one.
 
         Raises:
-            ValueError: `rows`, `per` or a candidate that cannot be; a layer called with another number of examples.
+            ValueError: an argument or a candidate that cannot be, or a limit that the smallest candidate does not keep;
+                a layer called with another number of examples.
             RuntimeError: inside another `sample` or `use`.
         """
         if per not in ("row", "batch"):
             raise ValueError(f"per must be 'row' or 'batch', got {per!r}")
         if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
             raise ValueError(f"rows must be an integer >= 1, the number of examples of a batch; got {rows!r}")
+        if candidates is not None and (switch_off or max_parameters is not None):
+            raise ValueError("switch_off and max_parameters only say what is drawn, and candidates are given")
         if candidates is None:
-            drawn = [self._drawn() for _ in range(rows if per == "row" else 1)]
+            drawing = Drawing(self.spaces, self.shapes, check_probability("switch_off", switch_off), max_parameters)
+            keys = [drawing.draw(self._random) for _ in range(rows if per == "row" else 1)]
+            drawn = [dict(zip(self.spaces, key, strict=True)) for key in keys]
         else:
             drawn = [self._checked(candidate) for candidate in candidates]
             if not drawn:
@@ -210,12 +226,6 @@ class Supernet(nn.Module):
         super().__setstate__(state)
         for layer in self._layers.values():
             layer._rows = _OUTSIDE
-
-    def _drawn(self) -> dict[str, GLoRAConfig]:
-        return {
-            path: space.build({gene: self._random.choice(values) for gene, values in space.genes(shape).items()})
-            for (path, space), shape in zip(self.spaces.items(), self.shapes.values(), strict=True)
-        }
 
     def _checked(self, candidate: Candidate) -> dict[str, GLoRAConfig]:
         """A candidate in canonical form."""

@@ -173,6 +173,6 @@ def test_a_bad_recipe_is_refused(given, words):
 
 
 def test_repair_is_what_keeps_the_limit(monkeypatch):
-    monkeypatch.setattr(evolution.Evolution, "_repaired", lambda self, child, rng: child)
+    monkeypatch.setattr(evolution.Evolution, "repaired", lambda self, child, rng: child)
     _, drawing = made(SearchSpace(), limit=10)
     assert any(drawing.size(drawing.child(0, i, (), ())) > 10 for i in range(10))

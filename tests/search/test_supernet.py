@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import glora_kernels as gk
+from glora_kernels.search.space import parameters_of
 from glora_kernels.spec import all_configs
 
 PAPER = gk.SearchSpace.paper(rank=3)
@@ -121,6 +122,27 @@ def test_forms_and_ranks_are_drawn_evenly():
             counts[candidate["0"].A] = counts.get(candidate["0"].A, 0) + 1
     assert set(counts) == set(PAPER.A)
     assert max(abs(count - 1000) for count in counts.values()) < 150  # five standard deviations
+
+
+def test_drawing_within_a_limit():
+    net = supernet()
+    count = dict(zip(net.spaces, net.shapes.values(), strict=True))
+    with net.sample(rows=200, switch_off=0.5, max_parameters=40) as candidates:
+        pass
+    sizes = [parameters_of(candidate, count) for candidate in candidates]
+    assert max(sizes) <= 40
+    assert len(set(sizes)) > 5
+    with net.sample(rows=4000, switch_off=0.25) as candidates:
+        pass
+    off = sum(candidate["0"].is_empty for candidate in candidates) / 4000
+    assert abs(off - (0.25 + 0.75 / 432)) < 0.03
+    with pytest.raises(ValueError, match="switch_off must be a probability"), net.sample(rows=4, switch_off=1.5):
+        pass
+    with pytest.raises(ValueError, match="only say what is drawn"), net.sample(candidates=candidates, switch_off=0.5):
+        pass
+    all_on = supernet(gk.SearchSpace(A=("vector",), ranks=(1,)))
+    with pytest.raises(ValueError, match="smallest candidate has 15 "), all_on.sample(max_parameters=3):
+        pass
 
 
 @pytest.mark.parametrize("unsampled", ["skip", "decay"])
