@@ -62,7 +62,7 @@ ORACLE = "oracle"
 
 # Those of LoRA and GLoRA are what finetune_digits.py chose; all others are LoRA's, and were not tuned.
 TEACHER_RATE = 1e-2
-RATES = {LORA: 1e-2, "GLoRA": 3e-2, "random": 1e-2, SEARCHED: 1e-2}
+RATES = {LORA: 1e-2, "GLoRA": 3e-2, "random": 1e-2, ALONE: 1e-2, SEARCHED: 1e-2}
 SUPERNET_RATE = 1e-2
 
 TEACHER_SPACE = gk.SearchSpace(C=("none", "vector"), ranks=(1, 2, 4))
@@ -302,7 +302,7 @@ def run_comparison(
         )
         drawn = next(done.candidate for done in found.search.finished if done.name is None)
         models = {}
-        for name, candidate in {**hand_picked, "random": drawn}.items():
+        for name, candidate in {**hand_picked, "random": drawn, ALONE: found.best.candidate}.items():
             bar.set_description(f"digits, seed {seed}, {name}")
             models[name] = digits.adapted(candidate, seed)
             fit(models[name], budget.steps, RATES[name])
@@ -330,8 +330,9 @@ def comparison_tables(runs: list[dict[str, Any]], budget: Budget) -> str:
     random_scores = [run["random_mean"] for run in runs]
     best = [run["inherited_best"] for run in runs]
     return "\n\n".join([
-        f"Digits 5-9: test accuracy, %, after {budget.steps} steps (searched: in all), at most {LIMIT:,} parameters "
-        "beside the head",
+        f"Digits 5-9: test accuracy, %, after {budget.steps} steps, at most {LIMIT:,} parameters beside the head. "
+        f"{SEARCHED}: {budget.searched_steps} steps in all, with those of its supernet. {ALONE}: the same "
+        "configuration, trained as the others are",
         table(["seed", *names], rows),
         table(["searched − ...", "points, mean ± standard error", "higher"], paired),
         f"Validation loss with inherited weights: {spread(random_scores, '.3f')} the mean random candidate within the "

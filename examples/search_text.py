@@ -47,7 +47,7 @@ from text_study import BATCH, load_parts, pretrain
 from tqdm import tqdm
 
 WIDTH, DEPTH = 128, 4
-LORA, GLORA, SEARCHED = "LoRA", "GLoRA", "searched"
+LORA, GLORA, SEARCHED, ALONE = "LoRA", "GLoRA", "searched", "searched, alone"
 RATE = 1e-2
 """Of all methods; what sharelora_study.py chose for LoRA. Nothing was tuned for the others."""
 
@@ -115,7 +115,10 @@ class Study:
         if draw:
             found.search.plot(self.args.out / "text.png")
         random = next(done.candidate for done in found.search.finished if done.name is None)
-        models = {name: self.trained(name, own, seed) for name, own in {**picked, "random": random}.items()}
+        best = found.best.candidate
+        models = {
+            name: self.trained(name, own, seed) for name, own in {**picked, "random": random, ALONE: best}.items()
+        }
         models[SEARCHED] = found.model
         losses = {name: held_out_loss(model, self.numbers.test) for name, model in models.items()}
         self.bar.write(f"seed {seed}: {losses}")
@@ -151,8 +154,10 @@ def tables(runs: list[dict[str, Any]], sizes: Sizes, before: float) -> list[str]
         )
     scores = [[run[key] for run in runs] for key in ("random_mean", "inherited_best")]
     return [
-        f"Loss on test text, nats a token, after {sizes.budget.steps} steps of {BATCH} x {WINDOW} tokens (searched: in "
-        f"all), at most {runs[0]['limit']:,} parameters; the base itself has {before:.4f}",
+        f"Loss on test text, nats a token, after {sizes.budget.steps} steps of {BATCH} x {WINDOW} tokens, at "
+        f"most {runs[0]['limit']:,} parameters; the base itself has {before:.4f}. {SEARCHED}: "
+        f"{sizes.budget.searched_steps} steps in all, with those of its supernet. {ALONE}: the same configuration, "
+        "trained as the others are",
         table(["seed", *names, "trainable, searched"], rows),
         table(["searched − ...", "nats, mean ± standard error", "not higher"], paired),
         f"Validation loss with inherited weights: {spread(scores[0], '.4f')} the mean random candidate within the "
@@ -171,7 +176,7 @@ def main() -> None:
     programs, numbers = load_parts(args.device, short=args.size == "smoke")
     torch.manual_seed(0)
     base = build_model(WIDTH, sizes.depth).to(args.device)
-    total = sizes.pretraining_steps + args.seeds * (len(CONFIGS) + 2) * sizes.budget.steps
+    total = sizes.pretraining_steps + args.seeds * (len(CONFIGS) + 3) * sizes.budget.steps
     started = time.perf_counter()
     with gk.backend(args.backend), tqdm(total=total, unit="step", desc="pretraining") as bar:
         pretrain(base, programs, sizes.pretraining_steps, bar.update)

@@ -4,6 +4,8 @@ Importing the package touches no GPU and loads no kernel.
 """
 
 from glora_kernels.integrations import AccelerationReport, accelerate, acceleration, decelerate
+from glora_kernels.methods import *  # noqa: F403 (what methods lists as public)
+from glora_kernels.methods import __all__ as _of_methods
 from glora_kernels.nn import *  # noqa: F403 (what nn lists as public)
 from glora_kernels.nn import __all__ as _of_nn
 from glora_kernels.runtime.routes import backend, batch_invariant
@@ -24,7 +26,7 @@ __all__ = [
     "batch_invariant",
     "decelerate",
 ]
-__all__ += _of_nn
+__all__ += [*_of_methods, *_of_nn]
 
 __version__: str
 

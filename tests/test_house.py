@@ -15,18 +15,19 @@ FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = {
     "spec": 0, "modes": 0, "operands": 0, "reference": 1, "quant": 1, "runtime": 2, "tile": 3, "dispatch": 3,
     "four_bit": 4, "glora": 5, "grouped": 6, "depth": 6, "multi": 6, "ops": 7, "nn": 8, "search": 9, "integrations": 9,
-    "__init__": 10, "tools": 10, "__main__": 10,
+    "methods": 10, "recipes": 11, "__init__": 12, "tools": 12, "__main__": 12,
 }  # fmt: skip
 SLICES = ("four_bit", "glora", "grouped", "depth", "multi")
 """One folder an operator: its launchers under their kernels, its eager twin and its registration beside them."""
 PUBLIC = {
     "AccelerationReport", "FusedReport", "GLoRAConfig", "GLoRALinear", "GroupedLoRALinear", "MergeReport",
     "QuantizedLinear", "Search", "SearchSpace", "ShareLoRAConfig", "Supernet", "accelerate", "acceleration", "adapters",
-    "add_adapter", "backend", "batch_invariant", "clip_grad_norm_", "decelerate", "deferred_shared_grads",
-    "delete_adapter", "disabled",
-    "fully_shard", "fuse_cross_attention", "fuse_siblings", "inject", "load_adapter", "merge", "merge_and_unload",
-    "parameter_groups", "quantize", "rows", "save_adapter", "set_adapter", "shared", "shift_once", "split_siblings",
-    "trainable_parameters", "unload", "unmerge", "warmup", "__version__",
+    "add_adapter", "allocate", "backend", "batch_invariant", "clip_grad_norm_", "decelerate", "deferred_shared_grads",
+    "delete_adapter", "disabled", "edit_ranks", "fold_mids", "fully_shard", "fuse_cross_attention", "fuse_siblings",
+    "inject", "intrinsic_dimensions", "intrinsic_ranks", "linear_ranks", "load_adapter", "merge", "merge_and_unload",
+    "mids", "observe", "optimizer", "parameter_groups", "quantize", "restart", "rows", "save_adapter", "set_adapter",
+    "set_mid", "set_rank", "shared", "shift_once", "snapshot", "split_siblings", "tasks", "trainable_parameters",
+    "unload", "unmerge", "using", "warmup", "with_ranks", "__version__",
 }  # fmt: skip
 
 

@@ -63,6 +63,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = FIR
     mesh = mesh_of(root)
     target = on_first_rank(mesh, "save_adapter", lambda: _target(path))
     check_known(layers, name, "save_adapter")
+    if committed := [full for full, layer in layers.items() if layer.committed]:
+        raise ValueError(
+            f"save_adapter: an adapter of {committed[0]!r} was merged into its base for good (restart), and a file of "
+            "the present one would leave that out; save the model's state_dict, or restart(into='chain')"
+        )
     adapter = _adapter_of(root, name)
     state = adapter.values()
     _warn_unsaved(root, layers, adapter)

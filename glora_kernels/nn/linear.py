@@ -329,7 +329,8 @@ class GLoRALinear(TakesRows, Mergeable):
         # Looked up in the dictionary: attribute access on a module costs ten times as much.
         tensors: dict[str, Any] = self._parameters
         if not self.is_intact:  # pruned, normalised, parametrized; data parallel replicas
-            tensors = {name: getattr(self, name) for name in NAMES}
+            is_adapted = is_alone and not self._disabled and self._base is None
+            tensors = {name: getattr(self, name) for name in (NAMES if is_adapted else NAMES[:2])}
         if (state := self.quant_state) is not None:
             weight: Weight = QuantizedWeight(self.weight, state)
         else:

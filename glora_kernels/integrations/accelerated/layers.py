@@ -16,6 +16,7 @@ from peft.tuners.glora.layer import GloraEmptyPath, GloraLinear, GloraLoraPath, 
 from peft.tuners.hira.layer import Linear as PeftHiraLinear
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from glora_kernels.integrations import bases
 from glora_kernels.integrations.bases import HOOKED, IDLE, ON_META, is_plain, peft_linear, tensor_of
@@ -160,6 +161,12 @@ def dropout_of(dropout: nn.Module) -> float | str:
     return dropout.p if dropout.training else 0.0
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is PEFT's own kind of factor, an `nn.Linear`, maybe with a map registered on its weight."""
+    kind = type(module)
+    return kind is nn.Linear or (is_parametrized(module) and kind.__mro__[1] is nn.Linear)
+
+
 class LoraOperands(Accelerated):
     """LoRA: B=lora; if it has a bias, that is E."""
 
@@ -207,7 +214,7 @@ class LoraOperands(Accelerated):
         if name in self.lora_variant:
             return f"{VARIANT} ({type(self.lora_variant[name]).__name__.removesuffix('Variant')})"
         down, up, dropout = downs[name], ups[name], dropouts[name]
-        if type(down) is not nn.Linear or type(up) is not nn.Linear:
+        if not (_is_linear(down) and _is_linear(up)):
             return FOREIGN
         if not (is_plain(down) and is_plain(up)):
             return HOOKED

@@ -44,6 +44,7 @@ class Mergeable(FrozenBase):
     _base: Kept | None
     _disabled: tuple[object, ...]
     _origin: nn.Module | None
+    committed = False  # whether an adapter was merged into the base for good
 
     def adapter(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters that exist, by name, with the current values of computed (pruned, ...) ones."""
@@ -153,6 +154,14 @@ class Mergeable(FrozenBase):
             undo.callback(self._restore, base)
             self.keep_base(base)
             write(self, values)
+
+    def commit(self, values: Kept) -> None:
+        """Make merged values the base for good. The adapter is still there, and has to be reset.
+
+        From here on an adapter's file says only a part of what the layer has learned, and `save_adapter` refuses.
+        """
+        self.committed = True
+        write(self, values)
 
     def keep_base(self, base: Kept) -> None:
         """Count the layer as merged, with these values for `unmerge`; call this before overwriting the weight."""

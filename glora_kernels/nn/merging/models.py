@@ -66,7 +66,7 @@ def merge(model: nn.Module, requantize: bool = False, *, progress: bool = False)
     for path, layer in layers.items():
         layer.check_intact(f"merge: {path!r}", ("weight", "bias"))
     _refuse_four_bit("merge", layers, requantize)
-    _refuse_tied("merge", unwrap(model), layers)
+    refuse_tied("merge", unwrap(model), layers)
     four_bit = {path: layer for path, layer in layers.items() if layer.quant_state is not None}
     dense = {path: layer for path, layer in layers.items() if path not in four_bit}
     single = {path: layer for path, layer in dense.items() if depth.served(table_entry(layer)) is None}
@@ -190,7 +190,7 @@ def merge_and_unload(model: nn.Module, requantize: bool = False, *, progress: bo
     _check_replaceable("merge_and_unload", model, root, layers)
     unmerged = {path: layer for path, layer in layers.items() if not layer.merged}
     _refuse_four_bit("merge_and_unload", unmerged, requantize)
-    _refuse_tied("merge_and_unload", root, unmerged)
+    refuse_tied("merge_and_unload", root, unmerged)
     for path, layer in unmerged.items():
         layer.check_mergeable()
         with _named(path):
@@ -266,7 +266,7 @@ def _refuse_four_bit(caller: str, layers: Mapping[str, GLoRALinear], requantize:
     raise RuntimeError(f"{caller}: {len(four_bit)} of {len(layers)} layers are in 4 bits, the first {path!r}: {reason}")
 
 
-def _refuse_tied(caller: str, model: nn.Module, layers: Mapping[str, GLoRALinear]) -> None:
+def refuse_tied(caller: str, model: nn.Module, layers: Mapping[str, GLoRALinear]) -> None:
     """Raise a ValueError where merging a layer would change another module's parameter."""
     owners: dict[object, list[tuple[str, Tensor]]] = {}
     for path, module in model.named_modules():

@@ -1,0 +1,279 @@
+"""Ranks of live layers: kept, copied, dropped and added during training, with the optimizer's state.
+
+An index says what the ranks of a layer become. Position i with the number j has rank j of before, None a fresh one:
+
+    edit_ranks(model, {"*.q_proj": [0, 1, 3, 3, None]}, optimizer)      # R = 4 → 5: rank 2 goes, 3 comes twice
+
+A fresh rank has a random row in D and zeros in U, so the layer computes what it did. The factor s stays: with alpha
+left as it is, another R would change it and so the function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from glora_kernels.methods.factors import Factor, LowRank, check_changeable, low_rank, put, refuse_wrapped
+from glora_kernels.nn.model import unwrap
+from glora_kernels.nn.patterns import unmatched
+from glora_kernels.nn.undo import all_or_none
+from glora_kernels.spec import assign
+
+Index = Sequence[int | None]
+"""What the ranks of a layer become: the number of a former one, or None for a fresh one."""
+
+
+class Kept(NamedTuple):
+    """The values of a parameter at some time, and the tensors of its shape that the optimizer had for it."""
+
+    values: Tensor
+    moments: dict[str, Tensor]
+
+
+Snapshot = Mapping[str, Mapping[str, Kept]]
+"""Layer → parameter → its values and moments."""
+
+
+def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
+    """The optimizer inside the wrappers of accelerate and Lightning."""
+    while optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+    while isinstance(inside := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inside
+    return optimizer
+
+
+def snapshot(model: nn.Module, optimizer: Any = None) -> dict[str, dict[str, Kept]]:
+    """A copy of the factors of every low-rank layer and of their moments, for `edit_ranks(source=...)`."""
+    found = inner_optimizer(optimizer)
+    return {
+        path: {
+            _name(factor): Kept(
+                factor.parameter.detach().clone(),
+                {key: value.clone() for key, value in _moments(found, factor.parameter, path).items()},
+            )
+            for factor in own.factors()
+        }
+        for path, own in low_rank(model, "snapshot").items()
+    }
+
+
+def edit_ranks(
+    model: nn.Module,
+    edits: Mapping[str, Index],
+    optimizer: Any = None,
+    source: Snapshot | None = None,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Change the ranks of layers in place. Parameters stay the same objects, gradients are cleared.
+
+    A rank that stays keeps its moments, a copied one takes those of the original, a fresh one has zeros. Where a number
+    comes twice, the rank stays at its own place (else at the first), and is copied to the others. All low-rank supports
+    of a layer (A, B, C) change together. A factor that layers share (ShareLoRA) is changed for all of them, with one
+    index. torch.compile compiles again; captured CUDA graphs have to be captured again.
+
+    Args:
+        model: with GLoRA layers, or LoRA layers of PEFT, of which the active adapter is changed.
+        edits: path or pattern → index; paths win, then the first match.
+        optimizer: whose state is changed along; None where there is none yet.
+        source: what copies are made of (`snapshot`); None: what the layers hold now.
+        generator: of the fresh rows.
+
+    Raises:
+        ValueError: an index that is empty or names a rank that is not there; a pattern without a layer; a layer that is
+            sharded, merged or fused, or whose model is wrapped in DistributedDataParallel; layers of one shared factor
+            with different indices; an optimizer whose state has not the parameter's shape; a factor with a map on it
+            that has no ranks of its own (a chain, tasks). The message names the layer. Nothing has changed then.
+    """
+    refuse_wrapped(model, "edit_ranks")
+    layers = low_rank(model, "edit_ranks")
+    plan = {path: _checked(layers[path], index) for path, index in _assigned(edits, layers).items()}
+    _check_shared(layers, plan)
+    found = inner_optimizer(optimizer)
+    new: dict[nn.Parameter, tuple[Tensor, dict[str, Tensor]]] = {}
+    for path, index in plan.items():
+        for factor in layers[path].factors():
+            if factor.parameter not in new:
+                new[factor.parameter] = _edited(layers[path], factor, index, found, source, generator)
+    with all_or_none() as undo:
+        for path, index in plan.items():
+            undo.callback(layers[path].note_rank, layers[path].rank)
+            layers[path].note_rank(len(index))
+        for parameter, (values, moments) in new.items():
+            undo.callback(_put, parameter, parameter.data, parameter.grad, found, _state_of(found, parameter))
+            _put(parameter, values, None, found, moments)
+    note_patterns(unwrap(model), [layers[path] for path in plan])
+
+
+def set_rank(model: nn.Module, ranks: Mapping[str, int], optimizer: Any = None) -> None:
+    """Give layers other ranks: the first ranks stay, further ones are fresh, as by `edit_ranks`.
+
+    Raises:
+        ValueError: a rank below 1, and the errors of `edit_ranks`.
+    """
+    layers = low_rank(model, "set_rank")
+    edits = {}
+    for path, rank in _assigned(ranks, layers).items():
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"set_rank: the rank of {path!r} must be an integer >= 1, got {rank!r}")
+        edits[path] = [i if i < layers[path].rank else None for i in range(rank)]
+    edit_ranks(model, edits, optimizer)
+
+
+def note_patterns(root: nn.Module, layers: Sequence[LowRank]) -> None:
+    """Write the ranks of PEFT's layers into the configuration that PEFT saves with the adapter."""
+    configs: Mapping[str, Any] = getattr(root, "peft_config", {})
+    for own in layers:
+        if (config := configs.get(getattr(own, "name", ""))) is not None:
+            path = own.path.removeprefix("base_model.model.")
+            config.rank_pattern[path] = own.rank
+            config.alpha_pattern[path] = own.layer.lora_alpha[own.name]  # type: ignore[attr-defined]
+
+
+def _assigned(given: Mapping[str, Any], layers: Mapping[str, LowRank]) -> dict[str, Any]:
+    """What each layer gets, by path."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"give a mapping of paths or patterns, got {type(given).__name__}")
+    found = assign(given, layers.keys())
+    for pattern in given:
+        if pattern not in found.values():
+            raise unmatched("edit_ranks", pattern, "matches no low-rank layer", "low-rank layer", dict(layers))
+    return {path: given[pattern] for path, pattern in found.items()}
+
+
+def _checked(own: LowRank, index: Index) -> list[int | None]:
+    check_changeable(own, "edit_ranks")
+    index = list(index)
+    if not index:
+        raise ValueError(f"edit_ranks: the index of {own.path!r} is empty: a layer keeps at least one rank")
+    for j in index:
+        if j is not None and (isinstance(j, bool) or not isinstance(j, int) or not 0 <= j < own.rank):
+            raise ValueError(f"edit_ranks: {own.path!r} has ranks 0 to {own.rank - 1}; got {j!r} in its index")
+    for factor in own.factors():
+        if fixed := [one for one in factor.maps if not hasattr(one, "of_rank")]:
+            raise ValueError(
+                f"edit_ranks: {own.path!r} has a map on {factor.name} that has no ranks of its own "
+                f"({type(fixed[0]).__name__})"
+            )
+    return index
+
+
+def _check_shared(layers: Mapping[str, LowRank], plan: dict[str, list[int | None]]) -> None:
+    """Take the layers that share a factor with those of the plan into it."""
+    holders: dict[nn.Parameter, list[str]] = {}
+    for path, own in layers.items():
+        for factor in own.factors():
+            holders.setdefault(factor.parameter, []).append(path)
+    waiting = list(plan)
+    while waiting:
+        path = waiting.pop()
+        for factor in layers[path].factors():
+            for other in holders[factor.parameter]:
+                if other not in plan:
+                    plan[other] = _checked(layers[other], plan[path])
+                    waiting.append(other)
+                elif plan[other] != plan[path]:
+                    raise ValueError(
+                        f"edit_ranks: {path!r} and {other!r} share {factor.name}, and need the same index; got "
+                        f"{plan[path]} and {plan[other]}"
+                    )
+
+
+def _edited(
+    own: LowRank,
+    factor: Factor,
+    index: list[int | None],
+    optimizer: torch.optim.Optimizer | None,
+    source: Snapshot | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """The new values of a parameter, and the optimizer's new state for it."""
+    parameter = factor.parameter
+    moments = _moments(optimizer, parameter, own.path)
+    taken = Kept(parameter.detach(), moments)
+    if source is not None:
+        try:
+            taken = source[own.path][_name(factor)]
+        except KeyError:
+            raise ValueError(f"edit_ranks: source has no {factor.name!r} of {own.path!r}") from None
+        if taken.values.shape != parameter.shape or taken.moments.keys() != moments.keys():
+            raise ValueError(f"edit_ranks: source has another {factor.name!r} of {own.path!r}: ranks or moments differ")
+    fresh = _fresh(own, factor, len(index), generator)
+    stay = _stay(index)
+
+    def made(live: Tensor, copied: Tensor, new: Tensor) -> Tensor:
+        parts = [
+            new.select(factor.dim, i) if j is None else (live if i in stay else copied).select(factor.dim, j)
+            for i, j in enumerate(index)
+        ]
+        return torch.stack(parts, factor.dim)
+
+    values = made(parameter.detach(), taken.values, fresh)
+    state = dict(_state_of(optimizer, parameter) or {})
+    for key, moment in moments.items():
+        state[key] = made(moment, taken.moments[key], torch.zeros_like(fresh, dtype=moment.dtype))
+    return values, state
+
+
+def _fresh(own: LowRank, factor: Factor, rank: int, generator: torch.Generator | None) -> Tensor:
+    """A fresh parameter of this rank: random rows in D, zeros elsewhere."""
+    like = factor.parameter.detach()
+    shape = list(like.shape)
+    shape[factor.dim] = rank
+    if factor.dim or like.ndim < 2:
+        return like.new_zeros(shape)
+    r, k = like.shape
+    bound = math.sqrt(6 / (r + k)) if own.init == "xavier" else 1 / math.sqrt(k)
+    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator).to(like)
+
+
+def _stay(index: list[int | None]) -> set[int]:
+    """The positions at which a rank stays; at other positions it is a copy."""
+    places: dict[int, int] = {}
+    for i, j in enumerate(index):
+        if j is not None and (j not in places or i == j):
+            places[j] = i
+    return set(places.values())
+
+
+def _name(factor: Factor) -> str:
+    """The name of a parameter among those of a layer; PEFT's two factors are both called weight."""
+    return f"{factor.name}.{factor.dim}"
+
+
+def _state_of(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> dict[str, Any] | None:
+    return None if optimizer is None else optimizer.state.get(parameter)
+
+
+def _moments(optimizer: torch.optim.Optimizer | None, parameter: Tensor, path: str) -> dict[str, Tensor]:
+    """The tensors of the optimizer's state that have an entry for each of the parameter."""
+    found = {}
+    for key, value in (_state_of(optimizer, parameter) or {}).items():
+        if not isinstance(value, Tensor) or value.numel() == 1 != parameter.numel():
+            continue
+        if value.shape != parameter.shape or not value.is_floating_point():
+            raise ValueError(
+                f"edit_ranks: the state {key!r} of {type(optimizer).__name__} for {path!r} has shape "
+                f"{tuple(value.shape)} and dtype {value.dtype}, not those of its parameter, and cannot be cut by "
+                "ranks; use an optimizer whose moments have the parameter's shape (AdamW), or edit without it and make "
+                "a new one"
+            )
+        found[key] = value
+    return found
+
+
+def _put(
+    parameter: nn.Parameter,
+    values: Tensor,
+    grad: Tensor | None,
+    optimizer: torch.optim.Optimizer | None,
+    state: dict[str, Any] | None,
+) -> None:
+    put(parameter, values)
+    parameter.grad = grad
+    if optimizer is not None and state:
+        optimizer.state[parameter] = state

@@ -1,0 +1,284 @@
+"""Merge and restart: what an adapter has learned is put away, and a fresh one is trained on top of it.
+
+    into="base"     W ← W + W∘A + s·U·D,  b ← b + b∘D + E + W·C,  for good
+    into="chain"    U ← [U_1 … U_i, fresh],  D ← [D_1; …; D_i; fresh]: the former factors stay beside, frozen
+
+The base costs nothing in a step, but rounds: a 16-bit one loses changes that are small beside its weights, a 4-bit one
+nearly all. The chain loses nothing, its rank grows by R with each link, and its adapter file describes the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from glora_kernels.methods.edit import edit_ranks, inner_optimizer, note_patterns
+from glora_kernels.methods.factors import (
+    Factor,
+    LowRank,
+    Ours,
+    Peft,
+    check_changeable,
+    low_rank,
+    put,
+    refuse_shared,
+    refuse_wrapped,
+    unregister,
+)
+from glora_kernels.nn.adapted import initialize
+from glora_kernels.nn.merging.models import refuse_tied
+from glora_kernels.nn.merging.values import keep, write
+from glora_kernels.nn.model import unwrap
+from glora_kernels.nn.patterns import patterns_of, unmatched
+from glora_kernels.nn.undo import all_or_none
+from glora_kernels.spec import select
+
+LOST = 0.05
+"""The most of a change that a base may lose by rounding: ‖(W_new − W) − ΔW‖ / ‖ΔW‖."""
+
+
+class Chain(nn.Module):
+    """A factor of former links, frozen, with the one that is trained at its end."""
+
+    frozen: Tensor
+
+    def __init__(self, frozen: Tensor, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("frozen", frozen)
+
+    def forward(self, factor: Tensor) -> Tensor:
+        return torch.cat([self.frozen, factor], self.dim)
+
+
+def restart(
+    model: nn.Module,
+    optimizer: Any = None,
+    layers: str | Iterable[str] | None = None,
+    rank: int | None = None,
+    into: Literal["base", "chain"] | None = None,
+) -> str:
+    """Put the adapters of layers away and give the layers fresh ones, which change nothing.
+
+    The output of the model stays: with "chain" to rounding of the sum, with "base" to that of the merged weights. The
+    moments of the restarted parameters are dropped; a learning rate schedule is yours to restart. "base" puts all
+    supports of a layer away, "chain" the low-rank ones; vectors and constants, of which a fresh one would be added,
+    train on.
+
+    After "base", `save_adapter` refuses: its file would not say what is in the base. Save the model.
+
+    Args:
+        model: with GLoRA layers, or ("base" only) LoRA layers of PEFT.
+        optimizer: whose state for the restarted parameters is dropped.
+        layers: paths or patterns of the layers to restart; None for all.
+        rank: of the fresh adapters; None: as before. s stays.
+        into: None: "base" where every restarted base keeps the change, else "chain".
+
+    Returns:
+        "base" or "chain": what was done.
+
+    Raises:
+        ValueError: `into="base"` over a 4-bit base, or a base that would lose more than 5% of a change by rounding (the
+            message has the figure); "chain" with a shared factor or a map, or over PEFT's layers, whose files could not
+            hold it; "base" for some only of the layers that share a factor; a layer that is sharded, merged or fused.
+            The message names the layer. Nothing has changed then.
+    """
+    if into not in (None, "base", "chain"):
+        raise ValueError(f"into must be 'base', 'chain' or None, got {into!r}")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank must be an integer >= 1, got {rank!r}")
+    refuse_wrapped(model, "restart")
+    every = low_rank(model, "restart")
+    chosen = _chosen(every, layers)
+    for own in chosen.values():
+        check_changeable(own, "restart")
+    refusals = {path: reason for path, own in chosen.items() if (reason := _refuses_base(own))}
+    if into == "base" and refusals:
+        path, reason = next(iter(refusals.items()))
+        raise ValueError(f"restart: {path!r} {reason}; use into='chain', which loses nothing")
+    into = into or ("chain" if refusals else "base")
+    if into == "base":
+        _check_whole(every, chosen)
+        _into_base(model, chosen)
+    else:
+        for own in chosen.values():
+            _check_chain(every, own)
+        _into_chain(chosen, rank)
+    found = inner_optimizer(optimizer)
+    for own in chosen.values():
+        for parameter in _parameters(own) if into == "base" else [factor.parameter for factor in own.factors()]:
+            parameter.grad = None
+            if found is not None:
+                found.state.pop(parameter, None)
+    if into == "base" and rank is not None:  # what is there changes nothing: no rank of it need be kept
+        edit_ranks(model, {path: [None] * rank for path in chosen})
+    note_patterns(unwrap(model), list(chosen.values()))
+    return into
+
+
+def chain_ranks(model: nn.Module) -> dict[str, int]:
+    """The rank of the frozen links of each layer that has some."""
+    frozen = {path: _frozen(own.down) for path, own in low_rank(model, "chain_ranks").items()}
+    return {path: len(links) for path, links in frozen.items() if links is not None}
+
+
+def make_chain(model: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Give layers frozen links of these ranks, of zeros, for a state that is loaded after this."""
+    layers = low_rank(model, "make_chain")
+    for path, rank in ranks.items():
+        for pair in layers[path].pairs().values():
+            for factor in pair:
+                _put_links(factor, _empty(factor, rank), factor.parameter.data)
+        layers[path].note_rank(layers[path].up.value.shape[1])
+
+
+def _chosen(every: dict[str, LowRank], layers: str | Iterable[str] | None) -> dict[str, LowRank]:
+    if layers is None:
+        return every
+    found: set[str] = set()
+    for pattern in patterns_of("layers", layers):
+        if not (selected := select(pattern, every.keys())):
+            raise unmatched("restart: layers", pattern, "matches no low-rank layer", "low-rank layer", every)
+        found |= selected
+    return {path: own for path, own in every.items() if path in found}
+
+
+def _base_of(own: LowRank) -> Any:
+    return own.layer if isinstance(own, Ours) else own.layer.base_layer
+
+
+@torch.no_grad()
+def _refuses_base(own: LowRank) -> str | None:
+    """Why a merge into the base would not keep the change of the adapter, or None."""
+    if own.down.maps or own.up.maps:
+        return "has a map on its factors (set_mid, or links of a chain)"
+    base = _base_of(own)
+    if not base.weight.is_floating_point():
+        return "has a base in 4 bits, whose rounding loses most of an adapter's change"
+    weight: Tensor = base.weight
+    if weight.dtype in (torch.float32, torch.float64):
+        return None
+    values = own.layer.merged_values()[0].weight if isinstance(own, Ours) else None
+    change = own.scale * own.up.value.float() @ own.down.value.float()
+    if values is None:
+        if weight.shape != change.shape:
+            change = change.t()
+        after = (weight.float() + change).to(weight.dtype)
+    else:
+        wide, _ = own.layer.merged_values(dense=True, dtype=torch.float32)
+        after, change = values, wide.weight - weight.float()
+    size = change.norm()
+    lost = float((after.float() - weight.float() - change).norm() / size) if size > 0 else 0.0
+    if lost <= LOST:
+        return None
+    return f"has a base in {weight.dtype}, whose rounding would lose {100 * lost:.0f}% of the change"
+
+
+def _check_whole(every: dict[str, LowRank], chosen: dict[str, LowRank]) -> None:
+    """Layers that share a factor are restarted together: a fresh factor would be one of the others, too."""
+    mine = {id(factor.parameter): path for path, own in chosen.items() for factor in own.factors()}
+    for path, own in every.items():
+        if path not in chosen and (shared := [f for f in own.factors() if id(f.parameter) in mine]):
+            raise ValueError(
+                f"restart: {mine[id(shared[0].parameter)]!r} shares {shared[0].name} with {path!r}, which is not "
+                "restarted: restart all of them"
+            )
+
+
+def _check_chain(every: dict[str, LowRank], own: LowRank) -> None:
+    if isinstance(own, Peft):
+        raise ValueError(
+            f"restart: {own.path!r} is a layer of PEFT, whose adapter files cannot hold frozen links; use into='base', "
+            "or GLoRA layers (inject)"
+        )
+    refuse_shared(every, own, "restart", "use into='base'")
+    if other := [one for one in own.down.maps if not isinstance(one, Chain)]:
+        raise ValueError(f"restart: {own.path!r} has a {type(other[0]).__name__} on its D; call fold_mids(model) first")
+
+
+@torch.no_grad()
+def _into_base(model: nn.Module, chosen: dict[str, LowRank]) -> None:
+    """Merge for good. Layers that share a factor are all done or none; an interrupt leaves each such group valid."""
+    ours = {path: own.layer for path, own in chosen.items() if isinstance(own, Ours)}
+    refuse_tied("restart", unwrap(model), ours)
+    for group in _groups(chosen):
+        with all_or_none() as undo:
+            for own in group:
+                for parameter in _parameters(own):
+                    undo.callback(parameter.copy_, parameter.detach().clone())
+                base = _base_of(own)
+                undo.callback(write, base, keep(base))
+                if isinstance(own, Ours):
+                    undo.callback(setattr, own.layer, "committed", own.layer.committed)
+                    own.layer.commit(own.layer.merged_values()[0])
+                elif isinstance(own, Peft):
+                    undo.callback(own.layer.merged_adapters.clear)
+                    own.layer.merge(safe_merge=True, adapter_names=[own.name])
+                    own.layer.merged_adapters.clear()
+            for own in group:
+                own.reset()
+
+
+def _groups(chosen: dict[str, LowRank]) -> list[list[LowRank]]:
+    """The layers, those that share a factor together."""
+    groups: list[tuple[set[int], list[LowRank]]] = []
+    for own in chosen.values():
+        ids, layers = {id(parameter) for parameter in _parameters(own)}, [own]
+        for group in [group for group in groups if group[0] & ids]:
+            groups.remove(group)
+            ids, layers = ids | group[0], group[1] + layers
+        groups.append((ids, layers))
+    return [layers for _, layers in groups]
+
+
+@torch.no_grad()
+def _into_chain(chosen: dict[str, LowRank], rank: int | None) -> None:
+    """Add the present factors to the frozen links, and make fresh ones."""
+    with all_or_none() as undo:
+        for own in chosen.values():
+            undo.callback(own.note_rank, own.rank)
+            fresh = rank or own.down.parameter.shape[0]
+            for pair in own.pairs().values():
+                for factor in pair:
+                    undo.callback(_put_links, factor, _frozen(factor), factor.parameter.data)
+                    made = _empty(factor, fresh)
+                    initialize({factor.name: nn.Parameter(made)}, own.init)
+                    _put_links(factor, factor.value.detach().clone(), made)
+            own.note_rank(own.up.value.shape[1])
+
+
+def _empty(factor: Factor, rank: int) -> Tensor:
+    """A parameter like the stored one, of this rank."""
+    shape = list(factor.parameter.shape)
+    shape[factor.dim] = rank
+    return factor.parameter.detach().new_zeros(shape)
+
+
+def _link(factor: Factor) -> Chain | None:
+    return next((one for one in factor.maps if isinstance(one, Chain)), None)
+
+
+def _frozen(factor: Factor) -> Tensor | None:
+    link = _link(factor)
+    return None if link is None else link.frozen
+
+
+def _put_links(factor: Factor, frozen: Tensor | None, trained: Tensor) -> None:
+    """Make these the frozen links, None for none, and the trained one of a factor."""
+    put(factor.parameter, trained)
+    if (link := _link(factor)) is not None and frozen is not None:
+        link.frozen = frozen
+    elif frozen is None:
+        unregister(factor)
+    else:
+        parametrize.register_parametrization(factor.holder, factor.name, Chain(frozen, factor.dim), unsafe=True)
+
+
+def _parameters(own: LowRank) -> list[nn.Parameter]:
+    """Everything that a merge puts away."""
+    adapter = own.layer.adapter().values() if isinstance(own, Ours) else ()
+    return [*adapter, *(factor.parameter for factor in own.factors() if isinstance(own, Peft))]
