@@ -130,7 +130,7 @@ class Adapter:
 
 
 def write(adapter: Adapter, target: Path) -> None:
-    """Write a temporary file in the target's directory, flush it to disk, rename it: readers see the old or the new."""
+    """Write the file of an adapter."""
     layers = {path: asdict(entry) for path, entry in adapter.layers.items()}
     config: dict[str, object] = {"layers": layers, "train": adapter.train, "tied": adapter.tied}
     if adapter.siblings:
@@ -142,9 +142,14 @@ def write(adapter: Adapter, target: Path) -> None:
         "config": json.dumps(config, sort_keys=True),
     }
     header["sha256"] = _digest(header, adapter.tensors)
+    save_tensors(target, adapter.tensors, header)
+
+
+def save_tensors(target: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    """Write a temporary file in the target's directory, flush it to disk, rename it: readers see the old or the new."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        save_file(adapter.tensors, temporary, metadata=header)
+        save_file(dict(tensors), temporary, metadata=header)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
