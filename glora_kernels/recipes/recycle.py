@@ -100,7 +100,7 @@ def recycle(
     """
     if not data or (mixed and len(data) < 2):
         raise ValueError(f"recycle needs images of one teacher, with mixed={mixed} of two or more; got {len(data)}")
-    if least := [int(one.labels.max()) + 1 for one in data if int(one.labels.max()) + 1 < ways]:
+    if least := [count for one in data if (count := int(one.labels.max()) + 1) < ways]:
         raise ValueError(f"ways={ways} is more than the {least[0]} classes of a teacher")
     if most := [int(n) for one in data for n in one.labels.bincount() if n <= shots]:
         raise ValueError(f"shots={shots} leaves no query of a class with {most[0]} images")
@@ -110,17 +110,17 @@ def recycle(
     for _ in shown(range(steps), "recycling", progress):
         is_mixed = float(torch.rand((), generator=generator)) < mixed
         task = _task(data, ways, shots, is_mixed, generator)
-        logits = _logits(model, features, task, ways)
         if is_mixed:
-            loss = F.cross_entropy(logits, task.query_labels)
+            loss = F.cross_entropy(_logits(model, features, task, ways), task.query_labels)
         else:
-            with torch.no_grad(), using(model, task.teacher):
+            with torch.no_grad(), using(model, task.teacher):  # first: it writes to what the student's graph holds
                 target = _logits(model, features, task, ways).log_softmax(-1)
-            loss = F.kl_div(logits.log_softmax(-1), target, reduction="batchmean", log_target=True)
+            student = _logits(model, features, task, ways).log_softmax(-1)
+            loss = F.kl_div(student, target, reduction="batchmean", log_target=True)
         for p, grad in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
             p.grad = grad
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
@@ -134,10 +134,8 @@ class _Task(NamedTuple):
 
 def _task(data: Sequence[Synthetic], ways: int, shots: int, is_mixed: bool, generator: torch.Generator) -> _Task:
     teacher = int(torch.randint(len(data), (), generator=generator))
-    if is_mixed:
-        pairs = [(i, c) for i, one in enumerate(data) for c in range(int(one.labels.max()) + 1)]
-    else:
-        pairs = [(teacher, c) for c in range(int(data[teacher].labels.max()) + 1)]
+    teachers = range(len(data)) if is_mixed else [teacher]
+    pairs = [(i, c) for i in teachers for c in range(int(data[i].labels.max()) + 1)]
     chosen = [pairs[i] for i in torch.randperm(len(pairs), generator=generator)[:ways]]
     parts: tuple[list[Any], list[Any]] = ([], [])
     for label, (i, c) in enumerate(chosen):
