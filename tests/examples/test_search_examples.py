@@ -87,7 +87,7 @@ def test_tables_show_the_results(ran: dict[str, Finished]) -> None:
     runs, text = runs_of(ran), (ran["digits"].out / "tables.md").read_text()
     head, row, mean = rows(text, "teacher")
     errors = runs["teacher"]["errors"]
-    assert head[1:] == list(errors) == ["oracle", *runs["teacher"]["hand_picked"], "searched"]
+    assert head[1:] == list(errors) == ["oracle", *runs["teacher"]["hand_picked"], "searched", "searched, alone"]
     assert row[1:] == mean[1:] == [f"{error:.4f}" for error in errors.values()]
 
     sampled = runs["sampling"]["accuracy"]
@@ -105,7 +105,7 @@ def test_tables_show_the_results(ran: dict[str, Finished]) -> None:
 
     text, losses = (ran["text"].out / "tables.md").read_text(), runs["text"]["losses"]
     head, row, mean = rows(text, "seed")
-    assert head[1:-1] == list(losses) == ["LoRA", "GLoRA", "random", "searched"]
+    assert head[1:-1] == list(losses) == ["LoRA", "GLoRA", "random", "searched, alone", "searched"]
     assert row[1:-1] == mean[1:-1] == [f"{loss:.4f}" for loss in losses.values()]
     assert row[-1] == f"{runs['text']['parameters']:,}"
 
@@ -121,12 +121,14 @@ def test_a_teacher_is_told_apart_by_its_own_forms_alone(digits: ModuleType) -> N
     assert known[3] == digits.choose_layers(3)
 
 
-@pytest.mark.parametrize("steps", [4, 7, 60, 301])
-@pytest.mark.parametrize("top", [1, 2, 3])
-def test_a_searched_configuration_has_no_step_more(steps: int, top: int, study: ModuleType) -> None:
-    budget = study.Budget(steps, top, population=1, generations=0)
-    assert budget.supernet_steps + top * budget.retraining_steps == steps
-    assert budget.supernet_steps >= steps // 2
+def test_a_searched_configuration_has_no_step_more_in_the_comparisons(digits: ModuleType) -> None:
+    for name, sizes in digits.SIZES_BY_NAME.items():
+        assert sizes.comparison.searched_steps == sizes.comparison.steps, name
+        assert sizes.student.retraining_steps == sizes.student.steps, name  # there it has those of its search beside
+    with_text = imported(SCRIPTS["text"])
+    for sizes in next(with_text).SIZES.values():
+        assert sizes.budget.searched_steps == sizes.budget.steps
+    with_text.close()
 
 
 def test_differences_are_paired(study: ModuleType) -> None:
