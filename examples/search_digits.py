@@ -1,6 +1,6 @@
 """Structure search on a small vision transformer: a planted teacher, the digits 5-9, and what trains a supernet well.
 
-    python examples/search_digits.py                       # the sections teacher, comparison and sampling
+    python examples/search_digits.py                       # all sections: each below ten minutes on one core
     python examples/search_digits.py --sections teacher --quick
 
 A transformer is trained on the digits 0 to 4 of scikit-learn's scanned digits and frozen.
@@ -48,6 +48,7 @@ from search_study import (
     forms_of,
     parse_arguments,
     search_and_finish,
+    show,
     spread,
     table,
     write,
@@ -413,6 +414,8 @@ def main() -> None:
             pretrained, source, source_test, steps=sizes.pretraining_steps, learning_rate=2e-3, seed=0,
             on_step=bar.update,
         )  # fmt: skip
+        known = accuracy(pretrained, source_test)
+        about = f"Structure search on digits; the transformer knows {100 * known:.1f} % of held-out digits 0-4."
         digits = Digits(pretrained, device)
         for name in args.sections:
             started = time.perf_counter()
@@ -424,9 +427,8 @@ def main() -> None:
                 runs, text = run_sampling(digits, sizes, args, bar)
             sections[name] = {"seconds": time.perf_counter() - started, "runs": runs}
             tables.append(f"{text}\n\n({sections[name]['seconds']:.0f} s)")
-    known = accuracy(pretrained, source_test)
-    about = f"Structure search on digits; the transformer knows {100 * known:.1f} % of held-out digits 0-4."
-    write(args.out, about, args, sizes, sections, tables)
+            write(args.out, about, args, sizes, sections, tables)  # after each: a run may be stopped
+    show(args.out)
 
 
 if __name__ == "__main__":

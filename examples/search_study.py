@@ -205,7 +205,7 @@ def spread(values: Sequence[float], form: str = ".1f") -> str:
 
 
 def write(out: Path, about: str, args: Namespace, sizes: Any, sections: dict[str, Any], tables: Sequence[str]) -> None:
-    """Print the tables, and write them to tables.md and everything to results.json."""
+    """Write the tables to tables.md, and everything to results.json."""
     where = machine(args.device)
     line = ", ".join(f"{name} {value}" for name, value in where.items() if name != "device")
     settings = {name: value for name, value in vars(args).items() if name != "out"}
@@ -213,6 +213,10 @@ def write(out: Path, about: str, args: Namespace, sizes: Any, sections: dict[str
     content = {"settings": settings, "sizes": asdict(sizes), "machine": where, **sections}
     (out / "tables.md").write_text(text + "\n")
     (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-    print(f"\n{text}\n")
+
+
+def show(out: Path) -> None:
+    """Print the tables, and which files there are."""
+    print(f"\n{(out / 'tables.md').read_text()}")
     for path in sorted(out.iterdir()):
         print(f"wrote {path}")

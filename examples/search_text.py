@@ -39,6 +39,7 @@ from search_study import (
     differences,
     parse_arguments,
     search_and_finish,
+    show,
     spread,
     table,
     write,
@@ -191,6 +192,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     results = {"text": {"seconds": seconds, "before": before, "runs": runs}}
     write(args.out, about, args, sizes, results, [*tables(runs, sizes, before), f"({seconds:.0f} s)"])
+    show(args.out)
 
 
 if __name__ == "__main__":
