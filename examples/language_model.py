@@ -78,15 +78,19 @@ def train(
     seed: int,
     evaluate_every: int | None = None,
     on_step: Callable[[], object] = lambda: None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Run:
     """AdamW on the parameters that require gradients, with warm-up and cosine decay, for a number of steps.
+
+    Or another optimizer, which has its learning rates already.
 
     The `batch` windows of a step begin anywhere in `tokens`; which ones they are depends on `seed` alone. `held_out` is
     only looked at: nothing stops early and no state is chosen by it. A training loss in the result is the mean
     over the steps since the evaluation before. The seconds leave the evaluations out.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, fused=True)
+    if optimizer is None:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
     generator = torch.Generator().manual_seed(seed)
     window = torch.arange(WINDOW + 1)

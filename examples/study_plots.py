@@ -70,6 +70,26 @@ def draw_comparison(rows: Rows, loss_before: float, title: str, path: Path) -> N
     plt.close(figure)
 
 
+def draw_methods(losses: dict[str, list[float]], reference: str, title: str, path: Path) -> None:
+    """The loss of every seed and the mean of each method, the best above; a line at the reference's mean."""
+    means = {name: sum(own) / len(own) for name, own in losses.items()}
+    names = sorted(means, key=lambda name: -means[name])
+    figure, panel = plt.subplots(figsize=(9, 0.4 * len(names) + 1.6), layout="constrained")
+    for place, name in enumerate(names):
+        color = "#D55E00" if name == reference else "#0072B2"
+        panel.plot(losses[name], [place] * len(losses[name]), "o", color=color, alpha=0.5)
+        panel.vlines(means[name], place - 0.3, place + 0.3, color=color, linewidth=2)
+    if reference in means:
+        panel.axvline(means[reference], color="#D55E00", linestyle=":", linewidth=1)
+    panel.set_yticks(range(len(names)), names)
+    panel.set_xlabel("loss on test text, nats a token (points: seeds, bars: means)")
+    panel.set_title(title, fontsize=9, wrap=True)
+    panel.grid(axis="x", alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def draw_curve(panel: Axes, runs: list[dict[str, Any]], loss_before: float, **line: Any) -> None:
     """Held-out loss by step: the mean of the runs, in a band from the lowest to the highest."""
     steps = [0, *runs[0]["steps"]]

@@ -57,7 +57,8 @@ class DynamicLoRA(Recipe):
         for path, value in self._seen.items():
             self.scores[path] = self.decay * self.scores[path] + (1 - self.decay) * float(value)
         self._seen.clear()
-        if self.step % self.period == 0 and (self.until is None or self.step <= self.until):
+        is_due = self.step % self.period == 0 and (self.until is None or self.step <= self.until)
+        if is_due and any(self.scores.values()):  # in the first step U is zero, and so is every p·∂p
             self.reallocate()
 
     def reallocate(self) -> dict[str, int]:
