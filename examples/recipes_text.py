@@ -46,7 +46,7 @@ LORA = "LoRA"
 # Of 3e-3, 1e-2 and 3e-2 the one with the lowest loss on validation text, with a seed that is not reported
 # (`--sweep` repeats it).
 RATES = {
-    LORA: 1e-2, "LoRA, rank 1": 1e-2, "LoRA+": 3e-3, "LoRA-FA": 1e-2, "LoRA-RITE": 1e-2, "BeamLoRA": 1e-2,
+    LORA: 1e-2, "LoRA, rank 1": 3e-2, "LoRA+": 3e-3, "LoRA-FA": 1e-2, "LoRA-RITE": 3e-3, "BeamLoRA": 1e-2,
     "DiffoRA": 1e-2, "DynamicLoRA": 1e-2, "GeLoRA": 1e-2, "PRILoRA": 1e-2, "ChainOfLoRA": 1e-2, "XGBLoRA": 1e-2,
 }  # fmt: skip
 CANDIDATES = (3e-3, 1e-2, 3e-2)

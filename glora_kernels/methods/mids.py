@@ -210,6 +210,8 @@ def _active(layer: Any) -> str:
 def tasks(model: nn.Module, ids: int | Tensor) -> Iterator[None]:
     """Inside, every layer with a map for each task uses that of its rows' tasks.
 
+    Call backward inside where activations are checkpointed.
+
     Args:
         model: after `set_mid(model, "tasks", ...)`.
         ids: one task for all, under which the model can be merged and saved too; or an integer tensor with one for each

@@ -34,7 +34,7 @@ def ids(case) -> str:
     return f"{variant}-{a}-{b}-{str(dtype)[6:]}-M{m}K{k}N{n}R{r}-{layout}{'' if bias else '-nobias'}"
 
 
-@pytest.mark.parametrize("case", thinned(4, covering()), ids=ids)
+@pytest.mark.parametrize("case", thinned(7, covering()), ids=ids)
 def test_against_truth(case, device):
     a, b, variant, dtype, (lead, k, n, r), layout, bias = case
     p = problem(config(a, b, variant, r), lead, k, n, bias, dtype, device=device, layout=layout, size=0.1)
