@@ -14,7 +14,8 @@ ROOT = Path(glora_kernels.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = {
     "spec": 0, "modes": 0, "operands": 0, "reference": 1, "quant": 1, "runtime": 2, "tile": 3, "dispatch": 3,
-    "four_bit": 4, "glora": 5, "grouped": 6, "depth": 6, "multi": 6, "ops": 7, "nn": 8, "search": 9, "integrations": 9,
+    "four_bit": 4, "glora": 5, "grouped": 6, "depth": 6, "multi": 6, "experts": 6,
+    "ops": 7, "nn": 8, "search": 9, "integrations": 9,
     "methods": 10, "recipes": 11, "__init__": 12, "tools": 12, "__main__": 12,
 }  # fmt: skip
 SLICES = ("four_bit", "glora", "grouped", "depth", "multi")

@@ -15,16 +15,20 @@ from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.glora.layer import GloraEmptyPath, GloraLinear, GloraLoraPath, GloraScalarPath, GloraVectorPath
 from peft.tuners.hira.layer import Linear as PeftHiraLinear
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from glora_kernels.integrations import bases
+from glora_kernels.integrations.accelerated import dora
+from glora_kernels.integrations.accelerated.experts import Experts
 from glora_kernels.integrations.bases import HOOKED, IDLE, ON_META, is_plain, peft_linear, tensor_of
 from glora_kernels.nn.adapted import ABSENT, Operands, mixed_linear
 from glora_kernels.runtime.planning import is_planning
 from glora_kernels.spec import SUPPORTS
 
 VARIANT = "a variant of LoRA"
+SEVERAL_WITH_DORA = "several active adapters, of which one is DoRA: it scales what the others give"
 FOREIGN = "its adapter is made of other modules than PEFT's own"
 INPUT_DROPOUT = "dropout acts on the input of its product with W"
 MIXED_BATCH = "a batch of several adapters (adapter_names)"
@@ -168,7 +172,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 class LoraOperands(Accelerated):
-    """LoRA: B=lora; if it has a bias, that is E."""
+    """LoRA: B=lora; if it has a bias, that is E. DoRA: A=vector as well (`accelerated.dora`)."""
 
     scaling: dict[str, float]
 
@@ -211,7 +215,8 @@ class LoraOperands(Accelerated):
         downs, ups, dropouts = (self._modules[part]._modules for part in ("lora_A", "lora_B", "lora_dropout"))
         if name not in downs:
             return None
-        if name in self.lora_variant:
+        is_dora = name in self.lora_variant
+        if is_dora and type(self.lora_variant[name]) is not DoraLinearVariant:
             return f"{VARIANT} ({type(self.lora_variant[name]).__name__.removesuffix('Variant')})"
         down, up, dropout = downs[name], ups[name], dropouts[name]
         if not (_is_linear(down) and _is_linear(up)):
@@ -229,9 +234,31 @@ class LoraOperands(Accelerated):
         compiling = torch.compiler.is_compiling()
         scale: float | Tensor = self._glora_scales[name].reshape(()) if compiling else self.scaling[name]
         e = None if bias is None else bias * scale
+        if is_dora:
+            return self._dora(name, b_up, b_down, scale, p)
         if isinstance(scale, Tensor):
             b_up, scale = b_up * scale, 1.0
         return Operands({**ABSENT, "B_up": b_up, "B_down": b_down, "E": e}, scale, p)
+
+    def _dora(self, name: str, up: Tensor, down: Tensor, scale: float | Tensor, p: float) -> Operands | str:
+        """A DoRA adapter: its magnitude as a vector A, and in U."""
+        if p:
+            return INPUT_DROPOUT
+        layer = self.lora_magnitude_vector[name]
+        if not is_plain(layer):
+            return HOOKED
+        base = self.frozen()
+        if isinstance(base, str):
+            return base
+        a, up = dora.scaled(base, up, down, scale, layer.weight, self._glora_kept)
+        if isinstance(scale, Tensor):
+            up, scale = up * scale, 1.0
+        return Operands({**ABSENT, "A": a, "B_up": up, "B_down": down}, scale)
+
+    def active_parts(self, x: Tensor | None = None) -> tuple[bases.Frozen, Operands] | str:
+        if len(names := self.active_adapters) > 1 and not self.lora_variant.keys().isdisjoint(names):
+            return SEVERAL_WITH_DORA
+        return super().active_parts(x)
 
 
 class HiraOperands(Accelerated):
@@ -293,7 +320,7 @@ class Glora(Accelerated, GloraLinear):
         return Operands(tensors)
 
 
-_KINDS: list[Any] = [LoraLinear, HiraLinear, Glora]
+_KINDS: list[Any] = [LoraLinear, HiraLinear, Glora, Experts]
 
 if is_bnb_4bit_available():
     from peft.tuners.hira.bnb import Linear4bit as PeftHiraLinear4bit

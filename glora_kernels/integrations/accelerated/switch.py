@@ -198,6 +198,8 @@ def _fallback(layer: Any, is_gathered: bool) -> str | None:
     """Why an accelerated layer runs PEFT's forward, or None. is_gathered: FSDP2 gathers its weight for a forward."""
     if has_other_forward(layer):
         return OWN_FORWARD
+    if (of_experts := getattr(layer, "refusal_of_experts", None)) is not None:
+        return None if (reason := of_experts()) == IDLE else reason
     parts = layer.active_parts()
     if isinstance(parts, str):
         return None if parts == IDLE or (parts == SHARDED and is_gathered) else parts
@@ -237,7 +239,7 @@ def _refusal(layer: Any, kinds: dict[type, Any]) -> str | None:
         return "accelerated already"
     if any(isinstance(layer, kind) for kind in kinds):
         return DERIVED
-    return "no linear layer of LoRA, GLoRA or HiRA"
+    return "no linear layer of LoRA, GLoRA or HiRA, and no experts of LoRA"
 
 
 def _read(model: nn.Module, layers: Collection[Any]) -> dict[Any, str]:

@@ -1,0 +1,84 @@
+"""DoRA: a magnitude a row on what LoRA gives, as vectors and factors that the operators already take.
+
+    y = g∘(x Wᵀ + s·h·Uᵀ) + b = x (W + W∘a + s·(g∘U)·D)ᵀ + b,   g = m / ‖W + s·U·D‖ by rows,   a = g − 1
+
+So it is A=vector and B=lora with a and g∘U in the place of parameters. As in PEFT the norm is a constant for backward.
+It is found without a dense U·D:
+
+    ‖W + s·U·D‖² = ‖W‖² + 2s·Σ_r U∘(W·Dᵀ) + s²·Σ_r U∘(U·D·Dᵀ)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glora_kernels.dispatch.common import wide_dtype, without_autocast
+from glora_kernels.nn.adapted import Frozen
+from glora_kernels.ops import glora_linear
+from glora_kernels.quant import QuantizedWeight, dequantize
+
+CANCELS = 1e-3
+"""Where the norm is below this share of its parts, they cancel, and the row is computed as it is written."""
+
+CHECKED = 64
+"""On a GPU, where asking how many rows cancel would wait for it: as many rows as this, those that cancel most."""
+
+
+def scaled(
+    base: Frozen, up: Tensor, down: Tensor, scale: float | Tensor, magnitude: Tensor, kept: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """a (N,) and g∘U (N, R).
+
+    Args:
+        base: W.
+        up, down, scale: U (N, R), D (R, K) and s.
+        magnitude: m (N,).
+        kept: of the layer, for ‖W‖².
+    """
+    with torch.no_grad(), without_autocast(up.device.type):
+        norm = row_norms(base, up.detach(), down.detach(), scale, kept)
+    g = magnitude.to(norm.dtype) / norm
+    return g - 1, (g[:, None] * up).to(torch.promote_types(up.dtype, torch.float32))
+
+
+def row_norms(base: Frozen, up: Tensor, down: Tensor, scale: float | Tensor, kept: dict[str, Any]) -> Tensor:
+    """‖W + s·U·D‖ (N,), in fp32 (float64 where W or a factor is)."""
+    weight = base.weight
+    of_w = base.compute_dtype or weight.state.dtype if isinstance(weight, QuantizedWeight) else weight.dtype
+    wide = wide_dtype(torch.promote_types(of_w, up.dtype))
+    # W·Dᵀ is the frozen layer applied to the rows of D: 4-bit weights are decoded as in a call.
+    wd = glora_linear(down.to(of_w), weight, None).t().to(wide)
+    up, down = up.to(wide), down.to(wide)
+    ww = _squares(weight, wide, kept)
+    uu = scale * scale * ((up @ (down @ down.t())) * up).sum(1)
+    squares = ww + 2 * scale * (up * wd).sum(1) + uu
+    share = squares / (ww + uu).clamp_min(torch.finfo(wide).tiny)
+    if up.device.type == "cpu" and not torch.compiler.is_compiling():
+        rows = (share < CANCELS).nonzero()[:, 0]
+    else:
+        rows = share.topk(min(CHECKED, len(share)), largest=False).indices
+    if len(rows) and not isinstance(weight, QuantizedWeight):
+        exact = (weight[rows].to(wide) + scale * up[rows] @ down).square().sum(1)
+        squares = squares.index_copy(0, rows, exact)
+    elif len(rows) and up.device.type == "cpu":
+        exact = (_dense(weight, wide)[rows] + scale * up[rows] @ down).square().sum(1)
+        squares = squares.index_copy(0, rows, exact)
+    return squares.sqrt()
+
+
+def _squares(weight: Any, wide: torch.dtype, kept: dict[str, Any]) -> Tensor:
+    """‖W‖² (N,), computed once for each content of a weight."""
+    stored = weight.packed if isinstance(weight, QuantizedWeight) else weight
+    if torch.compiler.is_compiling():
+        return _dense(weight, wide).square().sum(1)
+    key = stored.data_ptr(), 0 if stored.is_inference() else stored._version, wide
+    if (found := kept.get("dora")) is None or found[0] != key:
+        found = kept["dora"] = key, _dense(weight, wide).square().sum(1)
+    return found[1]
+
+
+def _dense(weight: Any, wide: torch.dtype) -> Tensor:
+    return dequantize(weight, wide) if isinstance(weight, QuantizedWeight) else weight.to(wide)

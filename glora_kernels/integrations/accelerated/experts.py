@@ -1,0 +1,163 @@
+"""PEFT's LoRA over the parameters of experts (`target_parameters`), without a dense ΔW.
+
+PEFT wraps an experts module of transformers in a `ParamWrapper` for each adapted parameter, one inside the other, and
+adds s·U_e·D_e to every expert's weight in each call. Here the outermost wrapper computes the module itself: rows sorted
+by expert, `expert_linear` up, the module's own gate, `expert_linear` down, the routing weights. Adapters, names and
+files stay PEFT's:
+
+    lora_A.weight (E·R, K) → D (E, R, K)          lora_B.weight (N, R·E) → U (E, N, R)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from glora_kernels.dispatch.common import autocast_dtype
+from glora_kernels.experts import Groups, expert_linear
+from glora_kernels.integrations.bases import HOOKED, IDLE, ON_META, is_plain
+from glora_kernels.nn.mixed import TakesRows
+
+DOWN = "down_proj"
+LAYOUT = "experts of another layout than that of transformers' experts interface"
+PARALLEL = "experts spread over processes"
+ONE = "one expert, which PEFT computes as a linear layer"
+FOREIGN = "a parameter of the experts is computed by somebody's parametrization"
+TRAINED = "the experts' own weights are trained"
+OTHER_PARAMETER = "a parameter of the experts that is no weight of a product"
+ARGUMENTS = "it is called with more than tokens, experts and weights"
+DTYPES = "tokens, weights and autocast have different dtypes"
+
+
+class Experts(TakesRows, ParamWrapper):
+    """`peft.tuners.lora.ParamWrapper` around an experts module."""
+
+    plain: ClassVar[Any] = ParamWrapper
+    _glora_fallbacks: dict[str, int]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._rows is not None and not self.disable_adapters:
+            raise RuntimeError(self._rows.refused(self, self.refusal_of_rows()))
+        reason = self.refusal_of_experts() or _refusal_of_call(self.get_base_layer(), x, args, kwargs)
+        if reason is None:
+            return self._experts(x, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            self._glora_fallbacks[reason] = self._glora_fallbacks.get(reason, 0) + 1
+        return ParamWrapper.forward(self, x, *args, **kwargs)
+
+    def refusal_of_experts(self) -> str | None:
+        """The reason why PEFT's forward runs whatever the call, or None."""
+        base: Any = self.get_base_layer()
+        wrappers = self._wrappers()
+        if not all(hasattr(base, name) for name in ("is_transposed", "has_gate", "has_bias", "_apply_gate")):
+            return LAYOUT
+        if base._is_expert_parallel:
+            return PARALLEL
+        if is_parametrized(base):
+            return FOREIGN
+        if not all(map(is_plain, (base, *list(wrappers.values())[1:]))):
+            return HOOKED
+        up = "gate_up_proj" if base.has_gate else "up_proj"
+        if not wrappers.keys() <= {up, DOWN}:
+            return OTHER_PARAMETER
+        weights: list[Any] = [getattr(base, up, None), getattr(base, DOWN, None)]
+        if not all(isinstance(weight, nn.Parameter) and weight.ndim == 3 for weight in weights):
+            return LAYOUT
+        if self.num_experts == 1:
+            return ONE
+        if any(weight.requires_grad for weight in weights):
+            return TRAINED
+        if any(weight.is_meta for weight in weights):
+            return ON_META
+        if any(wrapper.disable_adapters or wrapper.merged for wrapper in wrappers.values()):
+            return IDLE
+        return None
+
+    def _wrappers(self) -> dict[str, Any]:
+        """The wrappers around the experts module by the parameter that they adapt, this one first."""
+        found: dict[str, Any] = {}
+        wrapper: Any = self
+        while isinstance(wrapper, ParamWrapper):
+            found[wrapper.parameter_name] = wrapper
+            wrapper = wrapper.base_layer
+        return found
+
+    def _experts(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        base: Any = self.get_base_layer()
+        wrappers = self._wrappers()
+        groups = Groups.of(index, self.num_experts)
+        up = "gate_up_proj" if base.has_gate else "up_proj"
+        expert = index.reshape(-1)[groups.order] if base.has_bias else None
+        y = _linear(base, up, wrappers.get(up), x, groups, expert, of_tokens=True)
+        y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
+        y = _linear(base, DOWN, wrappers.get(DOWN), y, groups, expert, of_tokens=False)
+        if getattr(base, "has_post_expert_norm", False):
+            y = base.post_expert_norm(y)
+        y = y * weights.reshape(-1)[groups.order, None]
+        return groups.sum_back(y).to(x.dtype)
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        return {}
+
+    def adapter_names(self) -> Mapping[str, int]:
+        return dict.fromkeys(self.lora_A, 0)
+
+    def operands(self, name: str) -> str | None:
+        return self.refusal_of_rows() if name in self.lora_A else None
+
+    def refusal_of_rows(self) -> str:
+        return "it is an experts module, whose adapters cannot differ by row"
+
+    def accelerated(self) -> None:
+        """Set up the layer after its class was changed to this one."""
+        self._glora_fallbacks = {}
+
+    def decelerated(self) -> None:
+        """Clean up the layer before its class is changed back."""
+        del self._glora_fallbacks
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**vars(self), "_glora_fallbacks": {}}  # a copy was not called yet, and is outside of `gk.rows`
+        state.pop("_rows", None)
+        return state
+
+
+def _refusal_of_call(base: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The reason why PEFT's forward runs in this call, or None."""
+    if len(args) != 2 or kwargs or x.ndim != 2:
+        return ARGUMENTS
+    if x.dtype != base.down_proj.dtype or autocast_dtype(x) not in (None, x.dtype):
+        return DTYPES
+    return None
+
+
+def _linear(
+    base: Any, name: str, wrapper: Any, x: Tensor, groups: Groups, expert: Tensor | None, of_tokens: bool
+) -> Tensor:
+    """One product of the experts with the active adapters of its wrapper."""
+    weight: Tensor = getattr(base, name)
+    weight = weight.transpose(1, 2) if base.is_transposed else weight
+    active = [] if wrapper is None else [own for own in wrapper.active_adapters if own in wrapper.lora_A]
+    up, down, scale = None, None, 1.0
+    if active:
+        pairs = [_factors(wrapper, own, weight.dtype) for own in active]
+        scale = wrapper.scaling[active[0]] if len(active) == 1 else 1.0
+        if len(active) > 1:
+            pairs = [(up * wrapper.scaling[own], down) for own, (up, down) in zip(active, pairs, strict=True)]
+        up, down = torch.cat([up for up, _ in pairs], 2), torch.cat([down for _, down in pairs], 1)
+    y = expert_linear(x, weight, groups, up, down, scale, of_tokens)
+    return y if expert is None else y + getattr(base, f"{name}_bias")[expert]
+
+
+def _factors(wrapper: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """U (E, N, R) and D (E, R, K) of an adapter, in the dtype of the weights, as PEFT casts them."""
+    a, b, experts = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.num_experts
+    down = a.view(experts, -1, a.shape[1])
+    up = b.view(b.shape[0], -1, experts).permute(2, 0, 1)
+    return up.to(dtype).contiguous(), down.to(dtype)
