@@ -60,7 +60,10 @@ def by_block(model: nn.Module, target_modules: str | Iterable[str] | None = None
     """The paths of the linear layers to adapt, block by block."""
     _, chosen = find_targets(unwrap(model), targets_of(target_modules), {}, [])
     paths = [linear.path for linear in chosen]
-    return [[path for path in paths if path.startswith(f"{block}.")] for block in blocks(model)]
+    found = [[path for path in paths if f"{path}.".startswith(f"{block}.")] for block in blocks(model)]
+    if not any(found):
+        raise ValueError(f"none of the layers to adapt ({', '.join(paths[:3])} ...) is inside a block of the model")
+    return found
 
 
 def allocate(scores: Mapping[str, float], budget: int, low: int = 1, high: int | None = None) -> dict[str, int]:
@@ -89,13 +92,17 @@ def allocate(scores: Mapping[str, float], budget: int, low: int = 1, high: int |
     if not any(values):
         raise ValueError("allocate: all scores are 0, which ranks no layer above another; observe some steps first")
     top = budget if high is None else high
-    if isinstance(low, bool) or not isinstance(low, int) or low < 0 or top < low:
+    if not all(isinstance(one, int) and not isinstance(one, bool) for one in (budget, low, top)):
+        raise ValueError(f"allocate: budget, low and high must be integers, got {budget!r}, {low!r} and {high!r}")
+    if low < 0 or (high is not None and high < low):
         raise ValueError(f"allocate: low and high must be integers with 0 <= low <= high, got {low!r} and {high!r}")
     if not len(names) * low <= budget <= len(names) * top:
         raise ValueError(
             f"allocate: {len(names)} layers with ranks from {low} to {top} can have {len(names) * low} to "
             f"{len(names) * top} in all; got budget={budget}"
         )
+    most = max(values)
+    values = [value / most for value in values]  # so that no sum overflows
     fixed: dict[int, int] = {}  # layers at a bound
     while True:
         free = [i for i in range(len(names)) if i not in fixed]
@@ -126,7 +133,7 @@ def intrinsic_ranks(
 ) -> dict[str, int]:
     """r_i = max(d_{i+1} − d_i, 0) + 1 for block i, d_i the intrinsic dimension of the hidden states that enter it.
 
-    d is TwoNN's estimate (scikit-dimension), rounded.
+    d is TwoNN's estimate (scikit-dimension); the difference is rounded.
 
     Args:
         model: before `inject`; put it in eval mode.

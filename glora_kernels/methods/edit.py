@@ -10,15 +10,18 @@ left as it is, another R would change it and so the function.
 
 from __future__ import annotations
 
+import copy
 import math
+import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from glora_kernels.methods.factors import Factor, LowRank, check_changeable, low_rank, put, refuse_wrapped
-from glora_kernels.nn.model import unwrap
+from glora_kernels.methods.factors import Factor, LowRank, Peft, check_changeable, low_rank, put, refuse_wrapped
+from glora_kernels.nn.model import all_paths, unwrap
 from glora_kernels.nn.patterns import unmatched
 from glora_kernels.nn.undo import all_or_none
 from glora_kernels.spec import assign
@@ -39,12 +42,25 @@ Snapshot = Mapping[str, Mapping[str, Kept]]
 
 
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
-    """The optimizer inside the wrappers of accelerate and Lightning."""
-    while optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        optimizer = getattr(optimizer, "optimizer", None)
-    while isinstance(inside := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inside
-    return optimizer
+    """The optimizer inside the wrappers of accelerate and Lightning.
+
+    Raises:
+        TypeError: there is none.
+        ValueError: one whose state does not belong to parameters.
+    """
+    found = optimizer
+    while found is not None and not isinstance(found, torch.optim.Optimizer):
+        found = getattr(found, "optimizer", None)
+    while isinstance(inside := getattr(found, "optimizer", None), torch.optim.Optimizer):
+        found = inside
+    if found is None and optimizer is not None:
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+    if found is not None and (names := [key for key in found.state if not isinstance(key, Tensor)]):
+        raise ValueError(
+            f"{type(found).__name__} keeps its state by names ({names[0]!r}) and not by parameters, so that of a layer "
+            "cannot be found; do this without the optimizer, and make a new one"
+        )
+    return found
 
 
 def snapshot(model: nn.Module, optimizer: Any = None) -> dict[str, dict[str, Kept]]:
@@ -62,6 +78,8 @@ def snapshot(model: nn.Module, optimizer: Any = None) -> dict[str, dict[str, Kep
     }
 
 
+@torch.inference_mode(False)  # what is made here is trained later
+@torch.no_grad()
 def edit_ranks(
     model: nn.Module,
     edits: Mapping[str, Index],
@@ -71,6 +89,7 @@ def edit_ranks(
 ) -> None:
     """Change the ranks of layers in place. Parameters stay the same objects, gradients are cleared.
 
+    A fresh rank changes no output, except under a gain (`set_mid`), whose sum is R: there only while all z are equal.
     A rank that stays keeps its moments, a copied one takes those of the original, a fresh one has zeros. Where a number
     comes twice, the rank stays at its own place (else at the first), and is copied to the others. All low-rank supports
     of a layer (A, B, C) change together. A factor that layers share (ShareLoRA) is changed for all of them, with one
@@ -84,6 +103,7 @@ def edit_ranks(
         generator: of the fresh rows.
 
     Raises:
+        TypeError: an index that is no sequence of integers and None; an optimizer that is none.
         ValueError: an index that is empty or names a rank that is not there; a pattern without a layer; a layer that is
             sharded, merged or fused, or whose model is wrapped in DistributedDataParallel; layers of one shared factor
             with different indices; an optimizer whose state has not the parameter's shape; a factor with a map on it
@@ -106,7 +126,7 @@ def edit_ranks(
         for parameter, (values, moments) in new.items():
             undo.callback(_put, parameter, parameter.data, parameter.grad, found, _state_of(found, parameter))
             _put(parameter, values, None, found, moments)
-    note_patterns(unwrap(model), [layers[path] for path in plan])
+    note_patterns(model, [layers[path] for path in plan])
 
 
 def set_rank(model: nn.Module, ranks: Mapping[str, int], optimizer: Any = None) -> None:
@@ -124,14 +144,31 @@ def set_rank(model: nn.Module, ranks: Mapping[str, int], optimizer: Any = None) 
     edit_ranks(model, edits, optimizer)
 
 
-def note_patterns(root: nn.Module, layers: Sequence[LowRank]) -> None:
-    """Write the ranks of PEFT's layers into the configuration that PEFT saves with the adapter."""
-    configs: Mapping[str, Any] = getattr(root, "peft_config", {})
-    for own in layers:
-        if (config := configs.get(getattr(own, "name", ""))) is not None:
-            path = own.path.removeprefix("base_model.model.")
-            config.rank_pattern[path] = own.rank
-            config.alpha_pattern[path] = own.layer.lora_alpha[own.name]  # type: ignore[attr-defined]
+def note_patterns(model: nn.Module, layers: Sequence[LowRank]) -> None:
+    """Write the ranks of PEFT's layers into the configuration that PEFT saves with the adapter.
+
+    The model gets a configuration of its own: the given one may be that of other models, too. PEFT takes the first
+    pattern that matches the end of a path, in the order of a sorted file. So a path stands for itself alone ("^"), and
+    where a pattern of the user's matches as well, the paths of all layers take the place of the patterns.
+    """
+    root = unwrap(model)
+    configs: dict[str, Any] = getattr(root, "peft_config", {})
+    for name in {own.name for own in layers if isinstance(own, Peft)} & set(configs):
+        config = copy.copy(configs[name])
+        held: dict[str, Any] = {
+            _pattern(path): one for path, one in all_paths(root) if name in (getattr(one, "r", None) or ())
+        }
+        edited = {_pattern(own.path) for own in layers}
+        given = {*config.rank_pattern, *config.alpha_pattern} - held.keys()
+        if any(re.match(rf"(.*\.)?({key})$", path[1:]) for key in given for path in edited):
+            edited, config.rank_pattern, config.alpha_pattern = set(held), {}, {}
+        config.rank_pattern = config.rank_pattern | {path: held[path].r[name] for path in edited}
+        config.alpha_pattern = config.alpha_pattern | {path: held[path].lora_alpha[name] for path in edited}
+        configs[name] = config
+
+
+def _pattern(path: str) -> str:
+    return "^" + path.removeprefix("base_model.model.")
 
 
 def _assigned(given: Mapping[str, Any], layers: Mapping[str, LowRank]) -> dict[str, Any]:
@@ -147,11 +184,16 @@ def _assigned(given: Mapping[str, Any], layers: Mapping[str, LowRank]) -> dict[s
 
 def _checked(own: LowRank, index: Index) -> list[int | None]:
     check_changeable(own, "edit_ranks")
-    index = list(index)
+    try:
+        if isinstance(index, str) or any(isinstance(j, bool) for j in index):
+            raise TypeError
+        index = [None if j is None else operator.index(j) for j in index]
+    except TypeError:
+        raise TypeError(f"edit_ranks: the index of {own.path!r} must hold integers and None, got {index!r}") from None
     if not index:
         raise ValueError(f"edit_ranks: the index of {own.path!r} is empty: a layer keeps at least one rank")
     for j in index:
-        if j is not None and (isinstance(j, bool) or not isinstance(j, int) or not 0 <= j < own.rank):
+        if j is not None and not 0 <= j < own.rank:
             raise ValueError(f"edit_ranks: {own.path!r} has ranks 0 to {own.rank - 1}; got {j!r} in its index")
     for factor in own.factors():
         if fixed := [one for one in factor.maps if not hasattr(one, "of_rank")]:
@@ -226,7 +268,7 @@ def _fresh(own: LowRank, factor: Factor, rank: int, generator: torch.Generator |
     shape[factor.dim] = rank
     if factor.dim or like.ndim < 2:
         return like.new_zeros(shape)
-    r, k = like.shape
+    r, k = shape
     bound = math.sqrt(6 / (r + k)) if own.init == "xavier" else 1 / math.sqrt(k)
     return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator).to(like)
 
@@ -253,7 +295,7 @@ def _moments(optimizer: torch.optim.Optimizer | None, parameter: Tensor, path: s
     """The tensors of the optimizer's state that have an entry for each of the parameter."""
     found = {}
     for key, value in (_state_of(optimizer, parameter) or {}).items():
-        if not isinstance(value, Tensor) or value.numel() == 1 != parameter.numel():
+        if not isinstance(value, Tensor) or key == "step" or (value.numel() == 1 and value.shape != parameter.shape):
             continue
         if value.shape != parameter.shape or not value.is_floating_point():
             raise ValueError(

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import Any
@@ -171,7 +172,7 @@ class Peft(LowRank):
     def __init__(self, path: str, layer: Any) -> None:
         super().__init__(path, layer)
         names = [name for name in layer.active_adapters if name in layer.lora_A]
-        self.name: str = names[0] if names else next(iter(layer.lora_A), "")
+        self.name: str = names[0] if names else ""
         self.active = names
 
     def pairs(self) -> dict[str, tuple[Factor, Factor]]:
@@ -200,7 +201,7 @@ class Peft(LowRank):
         if self.layer.merged:
             return "it is merged; call unmerge_adapter() of the PEFT model first"
         if len(self.active) != 1:
-            return f"it has {len(self.active)} active adapters, and exactly one can be changed; call set_adapter(name)"
+            return f"it has {len(self.active)} active adapters, and only one can be changed; call set_adapter(name)"
         if self.name in getattr(self.layer, "lora_variant", {}):
             return "its adapter is a variant of LoRA (DoRA, say)"
         kinds = {type(module).__mro__[bool(parametrize.is_parametrized(module))] for module in self._modules()}
@@ -212,7 +213,7 @@ class Peft(LowRank):
 
 
 def low_rank(model: nn.Module, caller: str) -> dict[str, LowRank]:
-    """Every layer of a model with a low-rank B, by path: ours and PEFT's LoRA.
+    """Every layer of a model with a low-rank B, by path: ours, and those with an active LoRA of PEFT.
 
     Raises:
         ValueError: there is none.
@@ -226,11 +227,11 @@ def low_rank(model: nn.Module, caller: str) -> dict[str, LowRank]:
         if isinstance(module, GLoRALinear):
             if module.config.B == "lora":
                 found[path] = Ours(path, module)
-        elif _is_peft_lora(module):
-            found[path] = Peft(path, module)
+        elif _is_peft_lora(module) and (own := Peft(path, module)).active:
+            found[path] = own
     if not found:
         raise ValueError(
-            f"{caller}: the model has no low-rank adapter: no GLoRALinear with B='lora', no LoRA layer of PEFT"
+            f"{caller}: the model has no low-rank adapter: no GLoRALinear with B='lora', no active LoRA layer of PEFT"
         )
     return found
 
@@ -278,10 +279,54 @@ def put(parameter: nn.Parameter, values: Tensor) -> None:
     parameter.data = values
 
 
-def unregister(factor: Factor) -> None:
-    """Take the maps off a parameter, and leave what is stored; safe to run twice."""
-    if factor.maps:
-        stored, trained = factor.parameter, factor.parameter.requires_grad
-        parametrize.remove_parametrizations(factor.holder, factor.name, leave_parametrized=False)
-        stored.requires_grad_(trained)
-        factor.holder.register_parameter(factor.name, stored)
+def undo_put(undo: ExitStack, parameter: nn.Parameter) -> None:
+    """Register what undoes a `put` that follows."""
+    undo.callback(setattr, parameter, "grad", parameter.grad)
+    undo.callback(put, parameter, parameter.data)
+
+
+def register(undo: ExitStack, factor: Factor, one: nn.Module) -> None:
+    """Put a map on a parameter. What it gives may have another shape."""
+    _own_class(undo, factor.holder)
+    parametrize.register_parametrization(factor.holder, factor.name, one, unsafe=True)
+
+
+def unregister(undo: ExitStack, factor: Factor) -> None:
+    """Take the maps off a parameter, and leave what is stored."""
+    _own_class(undo, factor.holder)
+    stored, trained = factor.parameter, factor.parameter.requires_grad
+    parametrize.remove_parametrizations(factor.holder, factor.name, leave_parametrized=False)
+    stored.requires_grad_(trained)
+    factor.holder.register_parameter(factor.name, stored)
+
+
+def _own_class(undo: ExitStack, module: nn.Module) -> None:
+    """Give a module with maps a class of its own: its copies have the same one, whose properties PyTorch changes.
+
+    What undoes any change of its maps is registered before. PyTorch makes one in several steps, between which it calls
+    code of the module's, and an interrupt there leaves a module without the parameter.
+    """
+    kind = type(module)
+    maps = module._modules.get("parametrizations")
+    undo.callback(_restore, module, kind, dict(module._parameters), maps, {} if maps is None else dict(maps._modules))
+    if parametrize.is_parametrized(module):
+        body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+        module.__class__ = type(kind.__name__, kind.__bases__, body)
+
+
+def _restore(
+    module: nn.Module,
+    kind: type[Any],
+    parameters: dict[str, nn.Parameter | None],
+    maps: nn.Module | None,
+    held: dict[str, nn.Module | None],
+) -> None:
+    module.__class__ = kind
+    module._parameters.clear()
+    module._parameters.update(parameters)
+    if maps is None:
+        module._modules.pop("parametrizations", None)
+    else:
+        maps._modules.clear()
+        maps._modules.update(held)
+        module._modules["parametrizations"] = maps

@@ -17,9 +17,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from glora_kernels.methods.factors import check_changeable, low_rank, put, refuse_shared, refuse_wrapped, unregister
+from glora_kernels.methods.edit import note_patterns
+from glora_kernels.methods.factors import (
+    check_changeable,
+    low_rank,
+    put,
+    refuse_shared,
+    refuse_wrapped,
+    register,
+    undo_put,
+    unregister,
+)
 from glora_kernels.nn.adapted import Operands
 from glora_kernels.nn.mixed import BatchRows, TakesRows, refuse_inside
 from glora_kernels.nn.undo import all_or_none
@@ -92,6 +101,9 @@ class TaskMid(nn.Module):
         self.theta = nn.Parameter(like.new_empty(tasks, ups))
         nn.init.kaiming_uniform_(self.theta, a=math.sqrt(5))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"task": None}  # a copy is outside of the context
+
     def weights(self, task: int) -> Tensor:
         """w_t (n,); its sum is 1."""
         return torch.softmax(self.theta[task] / self.temperature, 0)
@@ -111,10 +123,12 @@ NOT_SHARED = "use a configuration that shares nothing (share='none')"
 MIDS: Mapping[str, type[Any]] = {"gain": Gain, "gate": Gate, "tasks": TaskMid}
 
 
+@torch.inference_mode(False)  # the maps are trained later
 def set_mid(model: nn.Module, kind: str, **options: Any) -> dict[str, Any]:
     """Put a map on h into every low-rank layer. Gains and tasks change no output, gates halve the adapter's.
 
-    Do it before the optimizer is made: the maps have parameters, which are trained.
+    Do it before the optimizer is made: the maps have parameters, which are trained. PEFT's `save_pretrained` does not
+    know them; call `fold_mids` first.
 
     Args:
         model: with GLoRA layers, or LoRA layers of PEFT, of which the active adapter gets it.
@@ -141,14 +155,14 @@ def set_mid(model: nn.Module, kind: str, **options: Any) -> dict[str, Any]:
             raise ValueError(f"set_mid: {path!r} has a map already; call fold_mids(model) first")
     with all_or_none() as undo:
         for path, own in layers.items():
-            undo.callback(unregister, own.down)
-            parametrize.register_parametrization(own.down.holder, own.down.name, made[path], unsafe=kind == "tasks")
+            register(undo, own.down, made[path])
             if kind == "tasks":
                 up, rank = own.up.parameter, own.rank
                 undo.callback(own.note_rank, rank)
-                undo.callback(put, up, up.data)
+                undo_put(undo, up)
                 put(up, up.data.repeat(1, made[path].ups))
                 own.note_rank(made[path].ups * rank)
+    note_patterns(model, list(layers.values()))
     return made
 
 
@@ -158,29 +172,33 @@ def mids(model: nn.Module) -> dict[str, Any]:
     return {path: one for path, ones in found.items() for one in ones if isinstance(one, tuple(MIDS.values()))}
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def fold_mids(model: nn.Module) -> None:
     """Take the maps out and write μ(D) into D, so that the layers are plain ones that compute the same.
 
+    Make a new optimizer then: the moments are those of another D.
+
     Raises:
+        ValueError: the model is sharded or wrapped in DistributedDataParallel.
         RuntimeError: maps for tasks, outside `tasks`.
     """
+    refuse_wrapped(model, "fold_mids")
     layers = low_rank(model, "fold_mids")
-    for path in mids(model):
-        own = layers[path].down
-        own.value  # noqa: B018 (its error comes before anything changes)
-    for path in mids(model):
-        own = layers[path].down
-        folded = own.value.detach().clone()
-        kept = own.parameter
-        unregister(own)
-        put(kept, folded)
+    downs = [layers[path].down for path in mids(model)]
+    folded = [(down, down.parameter, down.value.detach().clone()) for down in downs]
+
+    with all_or_none() as undo:
+        for down, parameter, values in folded:
+            unregister(undo, down)
+            undo_put(undo, parameter)
+            put(parameter, values)
 
 
 class TaskRows(BatchRows):
     """The tasks of a batch's rows, as the layers of one model are told them."""
 
-    inside = "tasks(model, ...); leave that context first"
+    called, given, inside = "tasks", "ids", "tasks(model, ...); leave that context first"
 
     def __init__(self, index: Tensor, own: Mapping[int, TaskMid], paths: Mapping[int, str]) -> None:
         tasks = max(mid.tasks for mid in own.values())
@@ -231,7 +249,7 @@ def tasks(model: nn.Module, ids: int | Tensor) -> Iterator[None]:
         raise TypeError(f"tasks: ids must be an int or an integer tensor, got {type(ids).__name__}")
     if isinstance(ids, Tensor) and (ids.is_floating_point() or ids.dtype == torch.bool):
         raise TypeError(f"tasks: ids must be integers, got {ids.dtype}")
-    least, most = (ids, ids) if isinstance(ids, int) else (int(ids.min()), int(ids.max()))
+    least, most = (ids, ids) if isinstance(ids, int) else (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
     if not 0 <= least <= most < count:
         raise ValueError(
             f"tasks: ids must be from 0 to {count - 1}, for the model has {count} tasks; got {least} to {most}"

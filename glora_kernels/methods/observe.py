@@ -95,7 +95,7 @@ def observe(model: nn.Module, kind: str) -> Iterator[Seen]:
         if kind == "hidden":
             found = list(blocks(model).items())
             for path, block in found:
-                hooks.callback(block.register_forward_pre_hook(_keeper(seen, path)).remove)
+                hooks.callback(block.register_forward_pre_hook(_keeper(seen, path), with_kwargs=True).remove)
             last = found[-1][1].register_forward_hook(lambda module, args, y: seen.keep("end", _rows(_first(y))))
             hooks.callback(last.remove)
         else:
@@ -130,25 +130,23 @@ def _watch(seen: Seen, path: str, own: LowRank, kind: str) -> list[Any]:
     if kind == "input_norm":
 
         def look(module: nn.Module, args: Any, kwargs: Any) -> None:
-            rows = _rows(args[0] if args else next(iter(kwargs.values())))
+            rows = _rows(_first((*args, *kwargs.values())))
             seen.add(path, rows.detach().float().abs().sum(0), len(rows))
 
         return [own.layer.register_forward_pre_hook(look, with_kwargs=True)]
     handles = []
-    for i, factor in enumerate(own.factors()):
-        parameter = factor.parameter
-        if parameter.requires_grad:
-            # One mean a parameter and not one a layer: a backward may reach one factor and not the other.
-            def look_at(grad: Tensor, parameter: Tensor = parameter, first: bool = i == 0) -> None:
-                seen.add(path, (parameter.detach() * grad).abs().sum().float(), int(first))
+    for i, parameter in enumerate(p for factor in own.factors() if (p := factor.parameter).requires_grad):
+        # The first of them counts the backwards.
+        def look_at(grad: Tensor, parameter: Tensor = parameter, first: bool = i == 0) -> None:
+            seen.add(path, (parameter.detach() * grad).abs().sum().float(), int(first))
 
-            handles.append(parameter.register_hook(look_at))
+        handles.append(parameter.register_hook(look_at))
     return handles
 
 
 def _keeper(seen: Seen, path: str) -> Any:
-    def keep(module: nn.Module, args: Any) -> None:
-        seen.keep(path, _rows(_first(args)))
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.keep(path, _rows(_first((*args, *kwargs.values()))))
 
     return keep
 

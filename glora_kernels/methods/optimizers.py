@@ -11,6 +11,7 @@ from torch import nn
 from glora_kernels.integrations.optimizers import lora_fa_optimizer
 from glora_kernels.methods.factors import LowRank, low_rank, refuse_shared
 from glora_kernels.nn.model import unwrap
+from glora_kernels.nn.ranks import refuse_sharded
 
 KINDS = ("rite", "lora+", "lora-fa")
 
@@ -24,6 +25,9 @@ def optimizer(model: nn.Module, kind: str, lr: float, ratio: float = 16.0, **opt
     | "lora+"   | AdamW with the learning rate ratio·lr for U                                   | PyTorch           |
     | "lora-fa" | D is frozen, U takes g_U·(D·Dᵀ)⁻¹/s² by Adam                                  | PEFT              |
 
+    LoRA-RITE leaves out steps whose gradient, per element and in the basis of the other factor, is above 1 (root mean
+    square): for losses that are sums, scale them or give `update_skipping=0.0`.
+
     What is not a low-rank factor (vectors, heads) is in a group of its own: AdamW's for "lora+", and AdamW-like for
     "lora-fa"; "rite" has no rule for it and refuses.
 
@@ -35,7 +39,8 @@ def optimizer(model: nn.Module, kind: str, lr: float, ratio: float = 16.0, **opt
         options: of the optimizer (betas, eps, weight_decay, ...).
 
     Raises:
-        ValueError: another kind; "rite" or "lora-fa" with shared factors, or with maps on them; "rite" with trained
+        ValueError: another kind; "rite" or "lora-fa" with shared or sharded factors, or with maps on them; "rite" with
+            trained
             parameters that are no factors, or with 16-bit factors on a CPU, whose QR decomposition PyTorch has not.
         ImportError: the library is not installed (`pip install 'glora_kernels[recipes]'`).
 
@@ -47,6 +52,7 @@ def optimizer(model: nn.Module, kind: str, lr: float, ratio: float = 16.0, **opt
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}; got {kind!r}")
     layers = low_rank(model, "optimizer")
     if kind != "lora+":
+        refuse_sharded(unwrap(model), f"optimizer: {kind!r}", "it needs whole factors; use kind='lora+'")
         for own in layers.values():
             refuse_shared(layers, own, f"optimizer: {kind!r}", "use share='none', or kind='lora+'")
             if own.up.maps or own.down.maps:

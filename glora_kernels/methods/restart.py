@@ -10,11 +10,11 @@ nearly all. The chain loses nothing, its rank grows by R with each link, and its
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from glora_kernels.methods.edit import edit_ranks, inner_optimizer, note_patterns
 from glora_kernels.methods.factors import (
@@ -27,7 +27,8 @@ from glora_kernels.methods.factors import (
     put,
     refuse_shared,
     refuse_wrapped,
-    unregister,
+    register,
+    undo_put,
 )
 from glora_kernels.nn.adapted import initialize
 from glora_kernels.nn.merging.models import refuse_tied
@@ -39,6 +40,9 @@ from glora_kernels.spec import select
 
 LOST = 0.05
 """The most of a change that a base may lose by rounding: ‖(W_new − W) − ΔW‖ / ‖ΔW‖."""
+
+
+INSTEAD = "use into='chain', which loses nothing"
 
 
 class Chain(nn.Module):
@@ -55,6 +59,7 @@ class Chain(nn.Module):
         return torch.cat([self.frozen, factor], self.dim)
 
 
+@torch.inference_mode(False)  # what is made here is trained later
 def restart(
     model: nn.Module,
     optimizer: Any = None,
@@ -96,19 +101,19 @@ def restart(
     chosen = _chosen(every, layers)
     for own in chosen.values():
         check_changeable(own, "restart")
+    found = inner_optimizer(optimizer)
     refusals = {path: reason for path, own in chosen.items() if (reason := _refuses_base(own))}
     if into == "base" and refusals:
         path, reason = next(iter(refusals.items()))
-        raise ValueError(f"restart: {path!r} {reason}; use into='chain', which loses nothing")
+        raise ValueError(f"restart: {path!r} {reason}")
     into = into or ("chain" if refusals else "base")
     if into == "base":
         _check_whole(every, chosen)
         _into_base(model, chosen)
     else:
         for own in chosen.values():
-            _check_chain(every, own)
+            _check_chain(every, own, refusals.get(own.path))
         _into_chain(chosen, rank)
-    found = inner_optimizer(optimizer)
     for own in chosen.values():
         for parameter in _parameters(own) if into == "base" else [factor.parameter for factor in own.factors()]:
             parameter.grad = None
@@ -116,7 +121,7 @@ def restart(
                 found.state.pop(parameter, None)
     if into == "base" and rank is not None:  # what is there changes nothing: no rank of it need be kept
         edit_ranks(model, {path: [None] * rank for path in chosen})
-    note_patterns(unwrap(model), list(chosen.values()))
+    note_patterns(model, list(chosen.values()))
     return into
 
 
@@ -129,11 +134,13 @@ def chain_ranks(model: nn.Module) -> dict[str, int]:
 def make_chain(model: nn.Module, ranks: Mapping[str, int]) -> None:
     """Give layers frozen links of these ranks, of zeros, for a state that is loaded after this."""
     layers = low_rank(model, "make_chain")
-    for path, rank in ranks.items():
-        for pair in layers[path].pairs().values():
-            for factor in pair:
-                _put_links(factor, _empty(factor, rank), factor.parameter.data)
-        layers[path].note_rank(layers[path].up.value.shape[1])
+    with all_or_none() as undo:
+        for path, rank in ranks.items():
+            undo.callback(layers[path].note_rank, layers[path].rank)
+            for pair in layers[path].pairs().values():
+                for factor in pair:
+                    _put_links(undo, factor, _empty(factor, rank), factor.parameter.data)
+            layers[path].note_rank(layers[path].up.value.shape[1])
 
 
 def _chosen(every: dict[str, LowRank], layers: str | Iterable[str] | None) -> dict[str, LowRank]:
@@ -154,28 +161,33 @@ def _base_of(own: LowRank) -> Any:
 @torch.no_grad()
 def _refuses_base(own: LowRank) -> str | None:
     """Why a merge into the base would not keep the change of the adapter, or None."""
+    if _link(own.down) is not None:
+        return f"has frozen links of a chain; {INSTEAD}"
     if own.down.maps or own.up.maps:
-        return "has a map on its factors (set_mid, or links of a chain)"
+        return "has a map on its factors; call fold_mids(model) first"
     base = _base_of(own)
     if not base.weight.is_floating_point():
-        return "has a base in 4 bits, whose rounding loses most of an adapter's change"
+        return f"has a base in 4 bits, whose rounding loses most of an adapter's change; {INSTEAD}"
     weight: Tensor = base.weight
     if weight.dtype in (torch.float32, torch.float64):
         return None
-    values = own.layer.merged_values()[0].weight if isinstance(own, Ours) else None
-    change = own.scale * own.up.value.float() @ own.down.value.float()
-    if values is None:
-        if weight.shape != change.shape:
-            change = change.t()
-        after = (weight.float() + change).to(weight.dtype)
-    else:
+    if isinstance(own, Ours):
         wide, _ = own.layer.merged_values(dense=True, dtype=torch.float32)
-        after, change = values, wide.weight - weight.float()
-    size = change.norm()
-    lost = float((after.float() - weight.float() - change).norm() / size) if size > 0 else 0.0
+        lost = max(_lost(weight, wide.weight), _lost(base.bias, wide.bias))
+    else:
+        change = own.scale * own.up.value.float() @ own.down.value.float()
+        lost = _lost(weight, weight.float() + (change if weight.shape == change.shape else change.t()))
     if lost <= LOST:
         return None
-    return f"has a base in {weight.dtype}, whose rounding would lose {100 * lost:.0f}% of the change"
+    return f"has a base in {weight.dtype}, whose rounding would lose {100 * lost:.0f}% of the change; {INSTEAD}"
+
+
+def _lost(before: Tensor | None, after: Tensor | None) -> float:
+    """‖round(after) − after‖ / ‖after − before‖; `after` is in fp32, and is rounded to the dtype of `before`."""
+    if before is None or after is None:
+        return 0.0
+    size = (after - before.float()).norm()
+    return float((after.to(before.dtype).float() - after).norm() / size) if size > 0 else 0.0
 
 
 def _check_whole(every: dict[str, LowRank], chosen: dict[str, LowRank]) -> None:
@@ -189,11 +201,12 @@ def _check_whole(every: dict[str, LowRank], chosen: dict[str, LowRank]) -> None:
             )
 
 
-def _check_chain(every: dict[str, LowRank], own: LowRank) -> None:
+def _check_chain(every: dict[str, LowRank], own: LowRank, no_base: str | None) -> None:
     if isinstance(own, Peft):
+        instead = "use into='base', or" if no_base is None else f"and it {no_base.partition(';')[0]}: use"
         raise ValueError(
-            f"restart: {own.path!r} is a layer of PEFT, whose adapter files cannot hold frozen links; use into='base', "
-            "or GLoRA layers (inject)"
+            f"restart: {own.path!r} is a layer of PEFT, whose adapter files cannot hold frozen links; {instead} GLoRA "
+            "layers (inject)"
         )
     refuse_shared(every, own, "restart", "use into='base'")
     if other := [one for one in own.down.maps if not isinstance(one, Chain)]:
@@ -244,10 +257,9 @@ def _into_chain(chosen: dict[str, LowRank], rank: int | None) -> None:
             fresh = rank or own.down.parameter.shape[0]
             for pair in own.pairs().values():
                 for factor in pair:
-                    undo.callback(_put_links, factor, _frozen(factor), factor.parameter.data)
                     made = _empty(factor, fresh)
                     initialize({factor.name: nn.Parameter(made)}, own.init)
-                    _put_links(factor, factor.value.detach().clone(), made)
+                    _put_links(undo, factor, factor.value.detach().clone(), made)
             own.note_rank(own.up.value.shape[1])
 
 
@@ -267,18 +279,20 @@ def _frozen(factor: Factor) -> Tensor | None:
     return None if link is None else link.frozen
 
 
-def _put_links(factor: Factor, frozen: Tensor | None, trained: Tensor) -> None:
-    """Make these the frozen links, None for none, and the trained one of a factor."""
+def _put_links(undo: ExitStack, factor: Factor, frozen: Tensor, trained: Tensor) -> None:
+    """Make these the frozen links and the trained one of a factor."""
+    undo_put(undo, factor.parameter)
     put(factor.parameter, trained)
-    if (link := _link(factor)) is not None and frozen is not None:
+    if (link := _link(factor)) is not None:
+        undo.callback(setattr, link, "frozen", link.frozen)
         link.frozen = frozen
-    elif frozen is None:
-        unregister(factor)
     else:
-        parametrize.register_parametrization(factor.holder, factor.name, Chain(frozen, factor.dim), unsafe=True)
+        register(undo, factor, Chain(frozen, factor.dim))
 
 
 def _parameters(own: LowRank) -> list[nn.Parameter]:
     """Everything that a merge puts away."""
-    adapter = own.layer.adapter().values() if isinstance(own, Ours) else ()
-    return [*adapter, *(factor.parameter for factor in own.factors() if isinstance(own, Peft))]
+    if isinstance(own, Ours):
+        return list(own.layer.adapter().values())
+    bias = own.up.holder._parameters.get("bias")
+    return [*(factor.parameter for factor in own.factors()), *([] if bias is None else [bias])]

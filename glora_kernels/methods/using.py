@@ -30,7 +30,8 @@ def using(model: nn.Module, path: str | os.PathLike[str]) -> Iterator[nn.Module]
     layers = layers_of(model, "using")
     held = [p for layer in layers.values() for p in layer.adapter().values()]
     held += [t for module in trained_of(unwrap(model)).values() for t in module.state_dict(keep_vars=True).values()]
-    held += [layer.bias for layer in layers.values() if layer.bias is not None and layer.bias.requires_grad]
+    biases = [(layer.bias, layer.bias.requires_grad) for layer in layers.values() if layer.bias is not None]
+    held += [bias for bias, _ in biases]  # a file may have one that is not trained here
     before = [(tensor, tensor.detach().clone()) for tensor in {id(t): t for t in held}.values()]
     try:
         yield load_adapter(model, path)
@@ -38,3 +39,5 @@ def using(model: nn.Module, path: str | os.PathLike[str]) -> Iterator[nn.Module]
         with torch.no_grad():
             for tensor, values in before:
                 tensor.copy_(values)
+        for bias, trained in biases:
+            bias.requires_grad_(trained)

@@ -9,6 +9,7 @@ The layer owns parameters and state (merged, disabled); the mathematics is in `o
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import warnings
 import weakref
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from glora_kernels.depth.deferred import DeferredLinear
 from glora_kernels.dispatch.common import Weight
@@ -412,6 +414,15 @@ class GLoRALinear(TakesRows, Mergeable):
         state = self.__dict__ | {"_disabled": (), "_beta": None, "_deferred": None, "_mixed": {}}
         state.pop("_rows", None)
         return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GLoRALinear:
+        """As without this method: a parametrized class has one of PyTorch's, which passes `__getstate__` by."""
+        kind = type(self)
+        replica = kind.__new__(kind)
+        memo[id(self)] = replica
+        own: Any = kind.__mro__[is_parametrized(self)]
+        replica.__setstate__(copy.deepcopy(own.__getstate__(self), memo))
+        return replica
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

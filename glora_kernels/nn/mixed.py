@@ -67,7 +67,7 @@ class BatchRows:
         paths: of the layers, by id.
     """
 
-    inside = "rows(model, ...); leave that context first"
+    called, given, inside = "gk.rows", "names", "rows(model, ...); leave that context first"
 
     def __init__(
         self, names: tuple[str, ...], index: Tensor, present: Collection[str] | None, paths: Mapping[int, str]
@@ -119,7 +119,7 @@ class BatchRows:
 
     def refused(self, layer: object, reason: str) -> str:
         """The message of an error: a layer and the reason why it takes no rows."""
-        return f"gk.rows: {self._paths.get(id(layer), '')!r} cannot be computed: {reason}"
+        return f"{self.called}: {self._paths.get(id(layer), '')!r} cannot be computed: {reason}"
 
     def of(self, x: Tensor, layer: Any) -> Tensor:
         """The adapter of each row of an x (B, ..., K), of shape (B, ...).
@@ -133,9 +133,9 @@ class BatchRows:
         index, lead = self.index, x.shape[:-1]
         if lead[: index.ndim] != index.shape:
             raise ValueError(
-                f"gk.rows: names has one entry for each of {tuple(index.shape)} examples, but "
+                f"{self.called}: {self.given} has one entry for each of {tuple(index.shape)} examples, but "
                 f"{self._paths.get(id(layer), '')!r} was called with an x of shape {tuple(x.shape)}: a layer must have "
-                "the batch in front (for beam search repeat each name once a beam)"
+                "the batch in front (for beam search repeat each entry once a beam)"
             )
         compiling = torch.compiler.is_compiling()
         is_ordinary = compiling or not index.is_inference() or torch.is_inference_mode_enabled()  # backward can keep it
@@ -145,8 +145,8 @@ class BatchRows:
         is_captured = not compiling and is_capturing(x.device)
         if is_captured and index.device != x.device:
             raise RuntimeError(
-                f"gk.rows: a CUDA graph is being captured, and names are on the host, where its replays cannot read "
-                f"them; give rows an index tensor on {x.device}, which may be written to between replays"
+                f"{self.called}: a CUDA graph is being captured, and {self.given} are on the host, where its replays "
+                f"cannot read them; give it an index tensor on {x.device}, which may be written to between replays"
             )
         if compiling or is_captured or index.is_inference():
             return _copied(index, lead, x.device)
