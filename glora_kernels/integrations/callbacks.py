@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 FILE = "recipe.safetensors"
 """What a transformers checkpoint folder holds of it."""
 
@@ -74,11 +72,30 @@ def lightning_callback(recipe: Acts) -> Any:
 
     class RecipeCallback(Callback):
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-            if stage == "fit" and trainer.ckpt_path:
-                saved = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True)
-                recipe.load_state_dict(saved["callbacks"][self.state_key])
+            if stage == "fit":  # the module's own hook is the only one that runs before its weights are loaded
+                before = pl_module.on_load_checkpoint
+
+                def load(checkpoint: dict[str, Any]) -> None:
+                    if (state := checkpoint.get("callbacks", {}).get(self.state_key)) is None:
+                        raise ValueError(
+                            "the checkpoint holds no state of a recipe: it was saved without this callback"
+                        )
+                    recipe.load_state_dict(state)
+                    before(checkpoint)
+
+                pl_module.on_load_checkpoint = load
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            vars(pl_module).pop("on_load_checkpoint", None)
+            if len(trainer.optimizers) != 1:
+                raise ValueError(
+                    f"a recipe acts after the steps of one optimizer, and there are {len(trainer.optimizers)}"
+                )
+            if trainer.global_step != recipe.step:
+                raise RuntimeError(
+                    f"the Trainer is at step {trainer.global_step} and the recipe at step {recipe.step}: resume with "
+                    "trainer.fit(ckpt_path=...), or begin with a new recipe"
+                )
             recipe.bind(trainer.optimizers[0])
 
         def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:

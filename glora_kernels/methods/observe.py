@@ -71,7 +71,7 @@ class Seen(Mapping[str, Tensor]):
 
 
 @contextlib.contextmanager
-def observe(model: nn.Module, kind: str) -> Iterator[Seen]:
+def observe(model: nn.Module, kind: str, training: bool = False) -> Iterator[Seen]:
     """Inside, watch the layers of a model.
 
     | kind          | of                     | what                                                               |
@@ -83,7 +83,8 @@ def observe(model: nn.Module, kind: str) -> Iterator[Seen]:
 
     A block is an entry of the first `nn.ModuleList` or `nn.Sequential` with the most layers adapted or to adapt. With
     gradient accumulation each backward counts; a gradient scaler's factor is not taken out. A layer's module may be
-    compiled, but what is inside torch.compile or a captured graph is not seen: observe the eager model.
+    compiled, but what is inside torch.compile or a captured graph is not seen: observe the eager model. With
+    `training`, "input_norm" takes no call without gradients: validation in the middle of training does not count.
 
     Raises:
         ValueError: another kind; no low-rank layer, or for "hidden" no blocks.
@@ -100,7 +101,7 @@ def observe(model: nn.Module, kind: str) -> Iterator[Seen]:
             hooks.callback(last.remove)
         else:
             for path, own in low_rank(model, "observe").items():
-                for handle in _watch(seen, path, own, kind):
+                for handle in _watch(seen, path, own, kind, training):
                     hooks.callback(handle.remove)
         yield seen
 
@@ -126,10 +127,12 @@ def _linears(module: nn.Module) -> int:
     return sum(hasattr(m, "in_features") for m in module.modules())
 
 
-def _watch(seen: Seen, path: str, own: LowRank, kind: str) -> list[Any]:
+def _watch(seen: Seen, path: str, own: LowRank, kind: str, training: bool) -> list[Any]:
     if kind == "input_norm":
 
         def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if training and not torch.is_grad_enabled():
+                return
             rows = _rows(_first((*args, *kwargs.values())))
             seen.add(path, rows.detach().float().abs().sum(0), len(rows))
 

@@ -141,7 +141,7 @@ def write(adapter: Adapter, target: Path) -> None:
         "library_version": _library_version(),
         "config": json.dumps(config, sort_keys=True),
     }
-    header["sha256"] = _digest(header, adapter.tensors)
+    header["sha256"] = digest(header, adapter.tensors)
     save_tensors(target, adapter.tensors, header)
 
 
@@ -203,7 +203,7 @@ def read(path: Path) -> Adapter:
         tensors = load(data)
     except (SafetensorError, KeyError, RuntimeError) as error:  # KeyError: a dtype that PyTorch does not have
         raise bad(f"is truncated or damaged: {error}") from error
-    if about.get("sha256") != _digest(about, tensors):
+    if about.get("sha256") != digest(about, tensors):
         raise bad("was altered or damaged: its SHA-256 does not match its contents")
     try:
         return Adapter.parsed(about.get("config", ""), VERSIONS[version], tensors)
@@ -267,15 +267,15 @@ def _strings(values: Iterable[object], what: str, distinct: bool = True) -> list
     return found
 
 
-def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+def digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the metadata, then every tensor's name, dtype and shape, then the bytes in the order of names."""
     about = {key: value for key, value in header.items() if key != "sha256"}
     names = sorted(tensors)
     layout = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
-    digest = hashlib.sha256(json.dumps([about, layout], sort_keys=True).encode())
+    found = hashlib.sha256(json.dumps([about, layout], sort_keys=True).encode())
     for name in names:
-        digest.update(memory_of(tensors[name]))
-    return digest.hexdigest()
+        found.update(memory_of(tensors[name]))
+    return found.hexdigest()
 
 
 def memory_of(tensor: Tensor) -> bytes | ctypes.Array[ctypes.c_char]:

@@ -75,7 +75,7 @@ class BeamLoRA(Recipe):
 
     def weakest(self, kept: float) -> dict[str, list[int]]:
         """The ranks of each layer that come after the share `kept` of the sum of all gains, the weakest last."""
-        gains = [(float(g), path, r) for path, mid in self.gains.items() for r, g in enumerate(mid.gain.detach())]
+        gains = [(g, path, r) for path in self.gains for r, g in enumerate(self._gain(path))]
         gains.sort(key=lambda one: (-one[0], one[1], one[2]))
         pruned: dict[str, list[int]] = {}
         total = 0.0
@@ -94,8 +94,8 @@ class BeamLoRA(Recipe):
         """Put copies of the strongest ranks of each layer in the places of the pruned ones."""
         edits, pairs = {}, {}
         for path, losers in pruned.items():
-            gain = self.gains[path].gain
-            top = sorted(range(len(gain)), key=lambda r: (-float(gain[r]), r))[: len(losers)]
+            gain = self._gain(path)
+            top = sorted(range(len(gain)), key=lambda r: (-gain[r], r))[: len(losers)]
             winners = self.random(self.step, path).sample(top, len(top))
             index: list[int | None] = list(range(len(gain)))
             for loser, winner in zip(losers, winners, strict=True):
@@ -111,6 +111,12 @@ class BeamLoRA(Recipe):
                 z[[loser, winner]] = z_before[path][[loser, winner]].mean()
                 for moment in self._moments(z):
                     moment[[loser, winner]] = 0
+
+    def _gain(self, path: str) -> list[float]:
+        """g of a layer in double precision: rounded to 16 bits, their sum is not R, and p = 1 would prune."""
+        mid = self.gains[path]
+        gain: list[float] = (len(mid.z) * torch.softmax(mid.z.detach().double() / mid.temperature, 0)).tolist()
+        return gain
 
     def _moments(self, z: nn.Parameter) -> list[Tensor]:
         state = {} if self.optimizer is None else self.optimizer.state.get(z, {})

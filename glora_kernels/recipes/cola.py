@@ -12,7 +12,6 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from glora_kernels.methods.edit import set_rank
-from glora_kernels.methods.restart import restart
 from glora_kernels.recipes.recipe import Recipe
 
 
@@ -39,6 +38,8 @@ class ChainOfLoRA(Recipe):
             raise ValueError(f"knots must be rising steps from 1, got {knots!r}")
         if ranks is not None and len(ranks) != len(knots) + 1:
             raise ValueError(f"ranks must be one more than the {len(knots)} knots, got {list(ranks)!r}")
+        if wrong := [rank for rank in ranks or () if type(rank) is not int or rank < 1]:
+            raise ValueError(f"ranks must be integers >= 1, got {wrong[0]!r}")
         super().__init__(model)
         self.knots, self.ranks, self.into = knots, ranks, into
         self.links = 1
@@ -48,7 +49,7 @@ class ChainOfLoRA(Recipe):
     def act(self) -> None:
         if self.step in self.knots:
             rank = None if self.ranks is None else self.ranks[self.knots.index(self.step) + 1]
-            restart(self.model, self.optimizer, rank=rank, into=self.into)
+            self.restart(rank=rank, into=self.into)
             self.links += 1
 
     def values(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Large Language Models", 2025 (arXiv 2501.14859). Its code was not found; what th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from glora_kernels.methods.allocate import allocate
 from glora_kernels.methods.edit import edit_ranks
-from glora_kernels.methods.factors import LowRank, low_rank
+from glora_kernels.methods.factors import LowRank, low_rank, refuse_shared
 from glora_kernels.methods.observe import observe
 from glora_kernels.recipes.recipe import Recipe
 
@@ -24,6 +25,7 @@ class DynamicLoRA(Recipe):
 
     A layer that loses ranks loses those with the smallest ‖U_r‖·‖D_r‖; one that gains gets fresh ones, which change
     nothing. The sum of the ranks stays exactly what it is at the start. s stays.
+    Steps whose gradients are not finite (a gradient scaler's first ones) do not count.
 
     Args:
         model: with low-rank adapters.
@@ -31,6 +33,9 @@ class DynamicLoRA(Recipe):
         until: the last step at which ranks move; None: no last one.
         low, high: bounds of a layer's rank; high None: twice its largest rank at the start.
         decay: of the running mean, a step.
+
+    Raises:
+        ValueError: a number that cannot be; layers that share a factor, and so their rank.
     """
 
     def __init__(
@@ -46,19 +51,25 @@ class DynamicLoRA(Recipe):
             raise ValueError(f"period must be at least 1 and decay in [0, 1), got {period} and {decay}")
         super().__init__(model)
         self.period, self.until, self.low, self.decay = period, until, low, decay
-        ranks = {path: own.rank for path, own in low_rank(model, "DynamicLoRA").items()}
+        layers = low_rank(model, "DynamicLoRA")
+        for own in layers.values():
+            refuse_shared(layers, own, "DynamicLoRA", "use a configuration that shares nothing (share='none')")
+        ranks = {path: own.rank for path, own in layers.items()}
         self.high = 2 * max(ranks.values()) if high is None else high
         self.budget = sum(ranks.values())
+        allocate(dict.fromkeys(ranks, 1.0), self.budget, low, self.high)  # its errors now and not in the middle
         self.scores = dict.fromkeys(ranks, 0.0)
         self._watching = observe(model, "sensitivity")
         self._seen = self._watching.__enter__()
 
     def act(self) -> None:
-        for path, value in self._seen.items():
-            self.scores[path] = self.decay * self.scores[path] + (1 - self.decay) * float(value)
+        seen = {path: float(value) for path, value in self._seen.items()}
         self._seen.clear()
-        is_due = self.step % self.period == 0 and (self.until is None or self.step <= self.until)
-        if is_due and any(self.scores.values()):  # in the first step U is zero, and so is every p·∂p
+        if all(map(math.isfinite, seen.values())):
+            for path, value in seen.items():
+                self.scores[path] = self.decay * self.scores[path] + (1 - self.decay) * value
+        due = self.step % self.period == 0 and (self.until is None or self.step <= self.until)
+        if due and any(self.scores.values()):  # while all U are 0, nothing ranks a layer above another
             self.reallocate()
 
     def reallocate(self) -> dict[str, int]:

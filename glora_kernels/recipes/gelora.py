@@ -12,6 +12,7 @@ from torch import nn
 
 from glora_kernels.methods.allocate import intrinsic_ranks, with_ranks
 from glora_kernels.nn.inject import inject
+from glora_kernels.recipes.recipe import evaluating
 from glora_kernels.spec import GLoRAConfig
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -40,10 +41,7 @@ def gelora(
     Raises:
         ImportError, ValueError: those of `intrinsic_ranks` and `inject`.
     """
-    was_training = model.training
-    try:
-        ranks = intrinsic_ranks(model.eval(), batches, target_modules, samples)
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        ranks = intrinsic_ranks(model, batches, target_modules, samples)
     inject(model, with_ranks(config or GLoRAConfig.lora(8, 16), ranks), list(ranks), train)
     return ranks

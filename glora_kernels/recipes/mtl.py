@@ -30,6 +30,8 @@ class MTLLoRA(Recipe):
         temperature: τ; 0.1, in vision-language 0.8.
     """
 
+    several_processes = True
+
     def __init__(self, model: nn.Module, tasks: int, ups: int = 3, temperature: float = 0.1) -> None:
         super().__init__(model)
         self.maps = set_mid(model, "tasks", tasks=tasks, ups=ups, temperature=temperature)

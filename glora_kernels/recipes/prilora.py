@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from glora_kernels.methods.allocate import linear_ranks, with_ranks
-from glora_kernels.methods.factors import low_rank
+from glora_kernels.methods.factors import low_rank, refuse_shared
 from glora_kernels.methods.observe import observe
 from glora_kernels.nn.inject import inject
 from glora_kernels.recipes.recipe import Recipe
@@ -36,14 +36,17 @@ def inject_prilora(
 class PRILoRA(Recipe):
     """Every `period` steps the share `pruned` of each row of D with the smallest abs(D_ij)·x̄_j becomes zero.
 
-    x̄_j is the running mean of abs(x_j) over the inputs of the layer. Zeroed entries train on (what the authors do with
-    them is not said).
+    x̄_j is the running mean of abs(x_j) over the inputs of the layer, in calls with gradients. Zeroed entries train on
+    (what the authors do with them is not said).
 
     Args:
         model: with low-rank adapters (`inject_prilora`, or PEFT's LoRA with rank_pattern=linear_ranks(...)).
         period: steps between prunings.
         pruned: the share of a row.
         decay: of the running mean, a step.
+
+    Raises:
+        ValueError: a number that cannot be; layers that share a factor, whose D would be pruned for each of them.
     """
 
     def __init__(self, model: nn.Module, period: int = 40, pruned: float = 0.5, decay: float = 0.9) -> None:
@@ -54,7 +57,10 @@ class PRILoRA(Recipe):
         super().__init__(model)
         self.period, self.pruned, self.decay = period, pruned, decay
         self.means: dict[str, Tensor] = {}
-        self._watching = observe(model, "input_norm")
+        layers = low_rank(model, "PRILoRA")
+        for own in layers.values():
+            refuse_shared(layers, own, "PRILoRA", "use a configuration that shares nothing (share='none')")
+        self._watching = observe(model, "input_norm", training=True)
         self._seen = self._watching.__enter__()
 
     def act(self) -> None:
@@ -67,7 +73,15 @@ class PRILoRA(Recipe):
 
     @torch.no_grad()
     def prune(self) -> None:
-        """Zero the entries of every D that matter least now."""
+        """Zero the entries of every D that matter least now.
+
+        Raises:
+            RuntimeError: no layer was seen: the model was compiled before, or is not the one that trains.
+        """
+        if not self.means:
+            raise RuntimeError(
+                "PRILoRA has seen no input of any layer; make it of what trains, before that is compiled or captured"
+            )
         for path, own in low_rank(self.model, "PRILoRA").items():
             down = own.down.parameter
             if path in self.means:

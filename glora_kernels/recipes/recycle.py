@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glora_kernels.methods.using import using
+from glora_kernels.recipes.recipe import evaluating
 from glora_kernels.runtime.progress import progress as shown
 
 Path = str | os.PathLike[str]
@@ -50,21 +51,18 @@ def invert(
         per_class, steps, lr, weight, seed: how many images of each, and how they are made.
         regularizer: images → a penalty; the authors take the distance to the batch statistics of a pretrained network.
     """
-    parameter = next(model.parameters())
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(classes).repeat_interleave(per_class).to(parameter.device)
-    images = torch.randn(len(labels), *shape, generator=generator).to(parameter.device).requires_grad_()
+    images = torch.randn(len(labels), *shape, generator=generator).to(parameter).requires_grad_()
     optimizer = torch.optim.Adam([images], lr=lr)
-    was_training = model.training
-    with using(model, teacher):
-        model.eval()
+    with using(model, teacher), evaluating(model):
         for _ in range(steps):
             loss = F.cross_entropy(model(images), labels)
             if regularizer is not None:
                 loss = loss + weight * regularizer(images)
             (images.grad,) = torch.autograd.grad(loss, images)
             optimizer.step()
-    model.train(was_training)
     return Synthetic(images.detach(), labels, teacher)
 
 
@@ -91,7 +89,7 @@ def recycle(
 
     A task has `ways` classes of one teacher, with `shots` support examples each, the rest as queries: the student's
     prototype logits learn the teacher's (KL). With the probability `mixed` the classes come from several teachers, for
-    whose mixture no teacher exists: cross-entropy on the labels.
+    whose mixture no teacher exists: cross-entropy on the labels. All in eval mode: batch statistics stay.
 
     Args:
         model: with an adapter (the authors: rank 4 on q and v), whose head is not used.
@@ -107,29 +105,27 @@ def recycle(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=lr)
     generator, losses = torch.Generator().manual_seed(seed), []
-    for _ in shown(range(steps), "recycling", progress):
-        is_mixed = float(torch.rand((), generator=generator)) < mixed
-        task = _task(data, ways, shots, is_mixed, generator)
-        if is_mixed:
-            loss = F.cross_entropy(_logits(model, features, task, ways), task.query_labels)
-        else:
-            with torch.no_grad(), using(model, task.teacher):  # first: it writes to what the student's graph holds
-                target = _logits(model, features, task, ways).log_softmax(-1)
-            student = _logits(model, features, task, ways).log_softmax(-1)
-            loss = F.kl_div(student, target, reduction="batchmean", log_target=True)
-        for p, grad in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
-            p.grad = grad
-        optimizer.step()
-        losses.append(loss.item())
+    with evaluating(model):
+        for _ in shown(range(steps), "recycling", progress):
+            is_mixed = float(torch.rand((), generator=generator)) < mixed
+            *_, asked, teacher = task = _task(data, ways, shots, is_mixed, generator)
+            if is_mixed:
+                loss = F.cross_entropy(_logits(model, features, task, ways), asked)
+            else:
+                with torch.no_grad(), using(model, teacher):  # first: it writes to what the student's graph holds
+                    target = _logits(model, features, task, ways).log_softmax(-1)
+                student = _logits(model, features, task, ways).log_softmax(-1)
+                loss = F.kl_div(student, target, reduction="batchmean", log_target=True)
+            for p, grad in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
+                p.grad = grad
+            optimizer.step()
+            losses.append(loss.item())
+    optimizer.zero_grad()
     return losses
 
 
-class _Task(NamedTuple):
-    support: Tensor
-    support_labels: Tensor
-    queries: Tensor
-    query_labels: Tensor
-    teacher: Path
+_Task = tuple[Tensor, Tensor, Tensor, Tensor, Path]
+"""Support examples and their labels, queries and theirs, the teacher."""
 
 
 def _task(data: Sequence[Synthetic], ways: int, shots: int, is_mixed: bool, generator: torch.Generator) -> _Task:
@@ -144,9 +140,10 @@ def _task(data: Sequence[Synthetic], ways: int, shots: int, is_mixed: bool, gene
         for part, own in zip(parts, (images[:shots], images[shots:]), strict=True):
             part.append((own, torch.full((len(own),), label, device=own.device)))
     (support, labels), (queries, asked) = ([torch.cat(own) for own in zip(*part, strict=True)] for part in parts)
-    return _Task(support, labels, queries, asked, data[teacher].teacher)
+    return support, labels, queries, asked, data[teacher].teacher
 
 
 def _logits(model: nn.Module, features: Callable[[nn.Module, Tensor], Tensor], task: _Task, ways: int) -> Tensor:
-    both = features(model, torch.cat([task.support, task.queries]))
-    return prototype_logits(both[: len(task.support)], task.support_labels, both[len(task.support) :], ways)
+    support, labels, queries, *_ = task
+    both = features(model, torch.cat([support, queries]))
+    return prototype_logits(both[: len(support)], labels, both[len(support) :], ways)

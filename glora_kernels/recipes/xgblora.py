@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from glora_kernels.methods.factors import low_rank
-from glora_kernels.methods.restart import restart
+from glora_kernels.methods.factors import low_rank, refuse_shared
 from glora_kernels.recipes.recipe import Recipe
 
 
@@ -45,6 +44,8 @@ class XGBLoRA(Recipe):
                 f"layers must be from 1 to {len(self._all)}, the number of low-rank layers, and steps at least 1; got "
                 f"{layers} and {steps}"
             )
+        for own in self._all.values():
+            refuse_shared(self._all, own, "XGBLoRA", "use a configuration that shares nothing (share='none')")
         self.layers, self.steps, self.into, self.seed = layers, steps, into, seed
         self.booster = 0
         self._factors = [factor for own in self._all.values() for factor in own.factors()]
@@ -72,13 +73,16 @@ class XGBLoRA(Recipe):
             )
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer must hold: everything trained now, and the factors of all layers."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        return list(dict.fromkeys([*trained, *(factor.parameter for factor in self._factors)]))
+        """What the optimizer must hold: everything trained now, and the factors of all layers, in the model's order.
+
+        The order is the same whichever booster trains: an optimizer's state is loaded by it.
+        """
+        factors = {id(factor.parameter) for factor in self._factors}
+        return [p for p in self.model.parameters() if p.requires_grad or id(p) in factors]
 
     def act(self) -> None:
         if self.step % self.steps == 0:
-            restart(self.model, self.optimizer, self.chosen, into=self.into)
+            self.restart(self.chosen, into=self.into)
             self.booster += 1
             self.choose()
 

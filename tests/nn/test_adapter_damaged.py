@@ -94,7 +94,7 @@ def forge(path, change):
     values = json.loads(metadata["config"])
     values = change(values) or values
     metadata["config"] = json.dumps(values, sort_keys=True)
-    metadata["sha256"] = file._digest(metadata, tensors)
+    metadata["sha256"] = file.digest(metadata, tensors)
     save_file(tensors, path, metadata=metadata)
 
 

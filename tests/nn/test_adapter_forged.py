@@ -71,7 +71,7 @@ def assembled(header, values):
     if isinstance(about, dict):
         about["config"] = text(about.get("config"))
         try:
-            about["sha256"] = file._digest(about, load(whole()))
+            about["sha256"] = file.digest(about, load(whole()))
         except Exception:  # what safetensors does not read has no digest
             about["sha256"] = "0" * 64
     return whole()
