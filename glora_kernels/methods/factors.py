@@ -202,6 +202,8 @@ class Peft(LowRank):
             return "it is merged; call unmerge_adapter() of the PEFT model first"
         if len(self.active) != 1:
             return f"it has {len(self.active)} active adapters, and only one can be changed; call set_adapter(name)"
+        if hasattr(self.layer, "num_experts"):
+            return "it adapts the parameters of experts, whose factors stand side by side; name other layers"
         if self.name in getattr(self.layer, "lora_variant", {}):
             return "its adapter is a variant of LoRA (DoRA, say)"
         kinds = {type(module).__mro__[bool(parametrize.is_parametrized(module))] for module in self._modules()}

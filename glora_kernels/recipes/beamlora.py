@@ -43,6 +43,8 @@ class BeamLoRA(Recipe):
         ValueError: a number that cannot be, and the errors of `set_mid`.
     """
 
+    edits = True
+
     def __init__(
         self,
         model: nn.Module,

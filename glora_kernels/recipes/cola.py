@@ -26,6 +26,8 @@ class ChainOfLoRA(Recipe):
         into: where links go: "base", "chain", or None, as for `restart`.
     """
 
+    edits = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -38,6 +38,8 @@ class DynamicLoRA(Recipe):
         ValueError: a number that cannot be; layers that share a factor, and so their rank.
     """
 
+    edits = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -47,6 +47,8 @@ class Recipe:
     seed = 0
     several_processes = False
     """Whether every process of a data-parallel run may have one."""
+    edits = False
+    """Whether it changes the optimizer's state, and so must be told the optimizer."""
 
     def __init__(self, model: nn.Module) -> None:
         refuse_wrapped(model, type(self).__name__)
@@ -72,6 +74,10 @@ class Recipe:
 
     def after_step(self, step: int | None = None) -> None:
         """Do what the method does after an optimizer step. step: its number, from 1; None: the next one."""
+        if self.edits and self.optimizer is None:
+            raise RuntimeError(
+                f"{type(self).__name__} changes the optimizer's state with the parameters: call bind(optimizer) first"
+            )
         self.step = self.step + 1 if step is None else step
         device = next(self.model.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

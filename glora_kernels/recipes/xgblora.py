@@ -29,6 +29,8 @@ class XGBLoRA(Recipe):
         seed: of the choice.
     """
 
+    edits = True
+
     def __init__(
         self,
         model: nn.Module,

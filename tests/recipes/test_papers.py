@@ -274,7 +274,10 @@ def test_dynamic_lora_moves_ranks_to_the_layer_that_has_to_change():
 def test_dynamic_lora_scores_are_a_running_mean_of_sensitivities():
     model = learned(ours(dtype=WIDE))
     recipe = DynamicLoRA(model, period=100, decay=0.75)
+    with pytest.raises(RuntimeError, match=r"DynamicLoRA .* call bind\(optimizer\) first"):
+        recipe.after_step()
     optimizer = optimizer_of(model)
+    recipe.bind(optimizer)
     expected = dict.fromkeys(recipe.scores, 0.0)
     for step in range(3):
         loss_of(model, step).backward()

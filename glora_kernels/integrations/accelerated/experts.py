@@ -21,6 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from glora_kernels.dispatch.common import autocast_dtype
 from glora_kernels.experts import Groups, expert_linear
 from glora_kernels.integrations.bases import HOOKED, IDLE, ON_META, is_plain
+from glora_kernels.nn.adapted import Frozen
 from glora_kernels.nn.mixed import TakesRows
 
 DOWN = "down_proj"
@@ -41,8 +42,8 @@ class Experts(TakesRows, ParamWrapper):
     _glora_fallbacks: dict[str, int]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._rows is not None and not self.disable_adapters:
-            raise RuntimeError(self._rows.refused(self, self.refusal_of_rows()))
+        if (rows := self._rows) is not None and not self.disable_adapters:
+            rows.linear(self, x, Frozen(x, None))  # raises: see `refusal_of_rows`
         reason = self.refusal_of_experts() or _refusal_of_call(self.get_base_layer(), x, args, kwargs)
         if reason is None:
             return self._experts(x, *args, **kwargs)
