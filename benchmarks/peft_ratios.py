@@ -1,0 +1,172 @@
+"""What PEFT's DoRA layers and LoRA over experts cost, plain and accelerated, over the frozen base alone.
+
+    python -m benchmarks.peft_ratios
+    python -m benchmarks.peft_ratios --threads 2 --rounds 21 --out benchmarks/results/peft_ratios/cpu.md
+
+A step is forward and backward, with dx and every gradient of the adapter. The three take turns in every round; a ratio
+is the median of the rounds' own. The accelerated output is compared with PEFT's before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import glora_kernels as gk
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ALLOWED = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
+"""The relative difference from PEFT's output: sums of about a thousand products, in another order."""
+
+
+class Problem(NamedTuple):
+    """A name, the frozen module, and a function that gives it PEFT's adapters; the arguments of a call."""
+
+    name: str
+    frozen: nn.Module
+    adapted: Callable[[nn.Module], nn.Module]
+    arguments: tuple[Tensor, ...]
+    make: Callable[[], nn.Module]
+
+
+class Holder(nn.Module):
+    """A module with one layer, as PEFT wants it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.layer(*args)
+
+
+def dora(rows: int, dtype: torch.dtype, features: int = 2048, rank: int = 16) -> Problem:
+    """One linear layer with DoRA."""
+    from peft import LoraConfig, get_peft_model
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return Holder(nn.Linear(features, features, bias=False)).to(dtype).requires_grad_(False)
+
+    def adapted(model: nn.Module) -> nn.Module:
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["layer"], use_dora=True)
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+    x = torch.randn(rows, features, dtype=dtype, requires_grad=True)
+    return Problem(f"DoRA, {rows} x {features}², rank {rank}", make(), adapted, (x,), make)
+
+
+def experts(
+    rows: int, dtype: torch.dtype, count: int = 32, top: int = 4, hidden: int = 1024, inner: int = 512
+) -> Problem:
+    """An experts module of Qwen3-MoE: `rows` rows an expert on average."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    tokens = rows * count // top
+    config = Qwen3MoeConfig(hidden_size=hidden, moe_intermediate_size=inner, num_experts=count, num_experts_per_tok=top)
+    config._experts_implementation = "grouped_mm"
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model = Holder(Qwen3MoeExperts(config)).to(dtype).requires_grad_(False)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=hidden**-0.5)
+        return model
+
+    def adapted(model: nn.Module) -> nn.Module:
+        names = ["layer.gate_up_proj", "layer.down_proj"]
+        lora = LoraConfig(r=4, lora_alpha=8, target_modules=[], target_parameters=names)
+        return get_peft_model(model, lora, autocast_adapter_dtype=False)
+
+    x = torch.randn(tokens, hidden, dtype=dtype, requires_grad=True)
+    index = torch.stack([torch.randperm(count)[:top] for _ in range(tokens)])
+    weights = torch.rand(tokens, top).to(dtype)
+    name = f"experts, {rows} rows an expert, {count} of {hidden} x {inner}, top {top}, rank 4"
+    return Problem(name, make(), adapted, (x, index, weights), make)
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """With adapters that change something."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def measure(problem: Problem, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a step of each contestant, round by round."""
+    peft = filled(problem.adapted(problem.make()))
+    ours = gk.accelerate(filled(problem.adapted(problem.make())), verbose=False)
+    with torch.no_grad():
+        expected, found = peft(*problem.arguments).double(), ours(*problem.arguments).double()
+        error = float((found - expected).norm() / expected.norm())
+        bound = ALLOWED[problem.arguments[0].dtype]
+        if not error <= bound:
+            raise AssertionError(
+                f"{problem.name}: the accelerated output differs by {error:.1e}, more than {bound:.1e}"
+            )
+
+    def step(model: nn.Module) -> float:
+        started = time.perf_counter()
+        model(*problem.arguments).float().sum().backward()
+        taken = time.perf_counter() - started
+        problem.arguments[0].grad = None
+        return taken
+
+    models = {"frozen": problem.frozen, "PEFT": peft, "accelerated": ours}
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    for place in range(rounds + 2):
+        for name, model in models.items():
+            seconds = step(model)
+            if place >= 2:
+                taken[name].append(seconds)
+    if reasons := gk.acceleration(ours).fallbacks:
+        raise AssertionError(f"{problem.name}: PEFT's path ran: {reasons}")
+    return taken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=11, help="turns of each contestant (default 11)")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default 1)")
+    parser.add_argument("--out", type=Path, help="a file for the table")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    lines = [
+        f"{platform.machine()}, {args.threads} threads, Python {platform.python_version()}, torch {torch.__version__}; "
+        f"median over {args.rounds} rounds [lowest, highest] of the ratio to the frozen base",
+        "",
+        "| what | dtype | frozen, ms | PEFT | accelerated |",
+        "|------|-------|------------|------|-------------|",
+    ]
+    for kind, sizes in ((dora, (256, 1024)), (experts, (8, 64))):
+        for rows in sizes:
+            for name, dtype in DTYPES.items():
+                problem = kind(rows, dtype)
+                taken = measure(problem, args.rounds)
+                cells = [problem.name, name, f"{1e3 * statistics.median(taken['frozen']):.1f}"]
+                for contestant in ("PEFT", "accelerated"):
+                    ratios = [a / b for a, b in zip(taken[contestant], taken["frozen"], strict=True)]
+                    cells.append(f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")
+                lines.append(f"| {' | '.join(cells)} |")
+                print(lines[-1], flush=True)
+    text = "\n".join(lines) + "\n"
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text)
+    print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    main()
