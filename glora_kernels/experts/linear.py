@@ -69,45 +69,137 @@ def expert_linear(
         scale: s.
         of_tokens: whether x is that of the tokens.
     """
+    if torch.compiler.is_compiling():
+        return _registered(x, weight, up, down, *groups, scale, of_tokens)[0]
     return _ExpertLinear.apply(x, weight, up, down, groups, scale, of_tokens)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, up: Tensor | None, down: Tensor | None, groups: Groups, scale: float, of_tokens: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y (M, N) and h (M, R)."""
+    rows = groups.gather(x) if of_tokens else x
+    y = _product(rows, weight, groups.ends)
+    if up is None or down is None:
+        return y, None
+    h = _product(rows, down, groups.ends)
+    return y.add_(_product(h, up, groups.ends), alpha=scale), h
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    up: Tensor | None,
+    down: Tensor | None,
+    h: Tensor | None,
+    groups: Groups,
+    scale: float,
+    of_tokens: bool,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dU and dD: those that are needed."""
+    dy, (needs_x, needs_up, needs_down) = dy.contiguous(), needs
+    dx = dh = dup = ddown = None
+    if up is not None and (needs_x or needs_down):
+        dh = _product(dy, up.transpose(1, 2), groups.ends).mul_(scale)
+    if needs_up and h is not None:
+        dup = _outer(dy, h, groups.ends).mul_(scale)
+    if needs_down and dh is not None and x is not None:
+        ddown = _outer(dh, groups.gather(x) if of_tokens else x, groups.ends)
+    if needs_x:
+        dx = _product(dy, weight.transpose(1, 2), groups.ends)
+        if dh is not None and down is not None:
+            dx.add_(_product(dh, down.transpose(1, 2), groups.ends))
+        dx = groups.sum_back(dx) if of_tokens else dx
+    return dx, dup, ddown
 
 
 class _ExpertLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Any, weight: Tensor, up: Any, down: Any, groups: Groups, scale: float, of_tokens: bool
+        ctx: Any, x: Tensor, weight: Tensor, up: Any, down: Any, groups: Groups, scale: float, of_tokens: bool
     ) -> Tensor:
-        rows = groups.gather(x) if of_tokens else x
-        y, h = _product(rows, weight, groups.ends), None
-        if down is not None:
-            h = _product(rows, down, groups.ends)
-            y = y.add_(_product(h, up, groups.ends), alpha=scale)
-        else:
-            x = None  # backward does not need it
-        ctx.save_for_backward(x, weight, up, down, h, *groups[:3])
-        ctx.each, ctx.scale, ctx.of_tokens = groups.each, scale, of_tokens
+        y, h = _forward(x, weight, up, down, groups, scale, of_tokens)
+        ctx.save_for_backward(None if h is None else x, weight, up, down, h, *groups[:3])
+        ctx.rest = groups.each, scale, of_tokens
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, up, down, h, ends, order, back = ctx.saved_tensors
-        groups, dy = Groups(ends, order, back, ctx.each), dy.contiguous()
-        needs_x, _, needs_up, needs_down = ctx.needs_input_grad[:4]
-        dh = dx = dup = ddown = None
-        if up is not None and (needs_x or needs_down):
-            dh = _product(dy, up.transpose(1, 2), ends).mul_(ctx.scale)
-        if needs_up:
-            dup = _outer(dy, h, ends).mul_(ctx.scale)
-        if needs_down:
-            assert dh is not None
-            ddown = _outer(dh, groups.gather(x) if ctx.of_tokens else x, ends)
-        if needs_x:
-            dx = _product(dy, weight.transpose(1, 2), ends)
-            if dh is not None:
-                dx.add_(_product(dh, down.transpose(1, 2), ends))
-            dx = groups.sum_back(dx) if ctx.of_tokens else dx
-        return dx, None, dup, ddown, None, None, None
+        x, weight, up, down, h, *group = ctx.saved_tensors
+        each, scale, of_tokens = ctx.rest
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]
+        dx, *dfactors = _backward(dy, x, weight, up, down, h, Groups(*group, each), scale, of_tokens, needs)
+        return dx, None, *dfactors, None, None, None
+
+
+# One operator for torch.compile, whose compiler lowers `grouped_mm` in bf16 alone. It gives h as well, for backward.
+
+
+@torch.library.custom_op("glora_kernels::expert_linear", mutates_args=())
+def _registered(
+    x: Tensor,
+    weight: Tensor,
+    up: Tensor | None,
+    down: Tensor | None,
+    ends: Tensor,
+    order: Tensor,
+    back: Tensor,
+    each: int,
+    scale: float,
+    of_tokens: bool,
+) -> tuple[Tensor, Tensor]:
+    y, h = _forward(x, weight, up, down, Groups(ends, order, back, each), scale, of_tokens)
+    return y, x.new_empty(0) if h is None else h.contiguous()
+
+
+@_registered.register_fake
+def _(x, weight, up, down, ends, order, back, each, scale, of_tokens):
+    rows = len(order)
+    return x.new_empty(rows, weight.shape[1]), x.new_empty(0) if down is None else x.new_empty(rows, down.shape[1])
+
+
+@torch.library.custom_op("glora_kernels::expert_linear_backward", mutates_args=())
+def _registered_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    up: Tensor | None,
+    down: Tensor | None,
+    h: Tensor,
+    ends: Tensor,
+    order: Tensor,
+    back: Tensor,
+    each: int,
+    scale: float,
+    of_tokens: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    has_factors = up is not None
+    needs, groups = (True, has_factors, has_factors), Groups(ends, order, back, each)
+    found = _backward(dy, x, weight, up, down, h if has_factors else None, groups, scale, of_tokens, needs)
+    dx, dup, ddown = (dy.new_empty(0) if part is None else part.contiguous() for part in found)
+    return dx, dup, ddown
+
+
+@_registered_backward.register_fake
+def _(dy, x, weight, up, down, h, ends, order, back, each, scale, of_tokens):
+    return x.new_empty(x.shape), *(dy.new_empty(0 if part is None else part.shape) for part in (up, down))
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, up, down, ends, order, back, *ctx.rest = inputs
+    ctx.save_for_backward(x, weight, up, down, output[1], ends, order, back)
+
+
+def _back(ctx: Any, dy: Tensor, dh: Tensor | None) -> Any:
+    dx, dup, ddown = _registered_backward(dy, *ctx.saved_tensors, *ctx.rest)
+    has_factors = ctx.saved_tensors[2] is not None
+    return dx, None, dup if has_factors else None, ddown if has_factors else None, *[None] * 6
+
+
+_registered.register_autograd(_back, setup_context=_keep)
 
 
 def _product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def accelerate(model: M, *, verbose: bool = True) -> M:
 
     Adapters stay PEFT's Parameters under the same names, so optimizers, checkpoints, `save_pretrained` and DDP work as
     before; adapters can be added, switched, disabled, merged and deleted. Each LoRA or DoRA layer over an `nn.Linear`,
-    a `Conv1D` or a bitsandbytes `Linear4bit`, each GLoRA layer and each HiRA layer changes its class to a subclass, whose
+    a `Conv1D` or a bitsandbytes `Linear4bit`, each GLoRA and each HiRA layer changes its class to a subclass, whose
     forward calls `ops.glora_linear` where that supports the call, and else PEFT's forward. LoRA over the parameters of
     experts (`target_parameters`, transformers' MoE models) is computed by groups of rows, without a dense ΔW for every
     expert, by PyTorch's operations. A layer whose weight other code reads without calling the layer is left as it is:
