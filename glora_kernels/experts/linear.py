@@ -131,7 +131,9 @@ class _ExpertLinear(torch.autograd.Function):
         x, weight, up, down, h, *group = ctx.saved_tensors
         each, scale, of_tokens = ctx.rest
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]
-        dx, *dfactors = _backward(dy, x, weight, up, down, h, Groups(*group, each), scale, of_tokens, needs)
+        ends, order, back = group
+        groups = Groups(ends, order, back, each)
+        dx, *dfactors = _backward(dy, x, weight, up, down, h, groups, scale, of_tokens, needs)
         return dx, None, *dfactors, None, None, None
 
 
