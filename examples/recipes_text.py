@@ -203,7 +203,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--methods", nargs="+", choices=list(RATES), default=list(RATES), help="which to run")
+    add("--methods", nargs="+", choices=list(RATES), default=list(RATES), metavar="METHOD", help="which to run")
     add("--seeds", type=int, default=3, help="runs of each method, with other windows and fresh adapters")
     add("--steps", type=int, default=240, help="steps of each run")
     add("--pretraining-steps", type=int, default=400, help="steps of the base's own training")

@@ -42,7 +42,8 @@ def trainer_callback(recipe: Acts) -> Any:
             if state.global_step != recipe.step:
                 raise RuntimeError(
                     f"the Trainer is at step {state.global_step} and the recipe at step {recipe.step}: call "
-                    "callback.resume(checkpoint) before trainer.train(resume_from_checkpoint=checkpoint)"
+                    "callback.resume(checkpoint) before trainer.train(resume_from_checkpoint=checkpoint), or begin "
+                    "with a new recipe"
                 )
             recipe.bind(kwargs["optimizer"])
 

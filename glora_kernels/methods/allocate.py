@@ -60,6 +60,8 @@ def by_block(model: nn.Module, target_modules: str | Iterable[str] | None = None
     """The paths of the linear layers to adapt, block by block."""
     _, chosen = find_targets(unwrap(model), targets_of(target_modules), {}, [])
     paths = [linear.path for linear in chosen]
+    if not paths:
+        raise ValueError("the model has no linear layer to adapt; were adapters injected before?")
     found = [[path for path in paths if f"{path}.".startswith(f"{block}.")] for block in blocks(model)]
     if not any(found):
         raise ValueError(f"none of the layers to adapt ({', '.join(paths[:3])} ...) is inside a block of the model")

@@ -81,7 +81,7 @@ def observe(model: nn.Module, kind: str, training: bool = False) -> Iterator[See
     | "hidden"      | every block            | its inputs, and the last one's output ("end"), (rows, K), on the   |
     |               |                        | host in fp32                                                       |
 
-    A block is an entry of the first `nn.ModuleList` or `nn.Sequential` with the most layers adapted or to adapt. With
+    A block is an entry of the `nn.ModuleList` or `nn.Sequential` with the most linear layers, of one class first. With
     gradient accumulation each backward counts; a gradient scaler's factor is not taken out. A layer's module may be
     compiled, but what is inside torch.compile or a captured graph is not seen: observe the eager model. With
     `training`, "input_norm" takes no call without gradients: validation in the middle of training does not count.
@@ -118,7 +118,7 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m) > 1
     ]
     if not lists:
-        raise ValueError('observe: kind="hidden" needs the blocks of a model in an nn.ModuleList or nn.Sequential')
+        raise ValueError("the model has no blocks: no nn.ModuleList or nn.Sequential with more than one entry")
     path, found = max(lists, key=lambda one: (len({type(m) for m in one[1]}) == 1, _linears(one[1])))
     return {f"{path}.{name}" if path else name: block for name, block in found.named_children()}
 

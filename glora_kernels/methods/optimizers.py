@@ -26,7 +26,8 @@ def optimizer(model: nn.Module, kind: str, lr: float, ratio: float = 16.0, **opt
     | "lora-fa" | D is frozen, U takes g_U·(D·Dᵀ)⁻¹/s² by Adam                                  | PEFT              |
 
     LoRA-RITE leaves out steps whose gradient, per element and in the basis of the other factor, is above 1 (root mean
-    square): for losses that are sums, scale them or give `update_skipping=0.0`.
+    square): for losses that are sums, scale them or give `update_skipping=0.0`. It diverges where U begins at 0 and the
+    gradient of the layer's output has a rank below R (right under a head of R classes or fewer): take a smaller R.
 
     What is not a low-rank factor (vectors, heads) is in a group of its own: AdamW's for "lora+", and AdamW-like for
     "lora-fa"; "rite" has no rule for it and refuses.
@@ -40,8 +41,8 @@ def optimizer(model: nn.Module, kind: str, lr: float, ratio: float = 16.0, **opt
 
     Raises:
         ValueError: another kind; "rite" or "lora-fa" with shared or sharded factors, or with maps on them; "rite" with
-            trained
-            parameters that are no factors, or with 16-bit factors on a CPU, whose QR decomposition PyTorch has not.
+            trained parameters that are no factors, or with 16-bit factors on a CPU, whose QR decomposition PyTorch has
+            not.
         ImportError: the library is not installed (`pip install 'glora_kernels[recipes]'`).
 
     Source: Yen et al., "LoRA Done RITE: Robust Invariant Transformation Equilibration for LoRA Optimization", 2024;

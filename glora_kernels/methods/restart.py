@@ -74,7 +74,8 @@ def restart(
     supports of a layer away, "chain" the low-rank ones; vectors and constants, of which a fresh one would be added,
     train on.
 
-    After "base", `save_adapter` refuses: its file would not say what is in the base. Save the model.
+    After "base", `save_adapter` refuses: its file would not say what is in the base. Save the model. PEFT's
+    `save_pretrained` does not refuse, and leaves it out: save the base as well.
 
     Args:
         model: with GLoRA layers, or ("base" only) LoRA layers of PEFT.

@@ -24,8 +24,8 @@ class BeamLoRA(Recipe):
     Every T = `period` steps, while at least T remain: the gains of all layers are sorted; from the first place where
     their cumulative sum exceeds p times the number of all ranks, ranks are pruned. In a layer with q of them each takes
     a copy of one of the layer's q strongest, drawn at random: its D, U and moments as they were half a period ago, and
-    both gains become their mean. 1 − p falls by a cosine from `pruned` to 0 at step
-    `horizon`. Equal to LoRA at the start; merging and saving fold g into D.
+    both z become their mean, without moments. 1 − p falls by a cosine from `pruned`
+    to 0 at step `horizon`. Equal to LoRA at the start; merging and saving fold g into D.
 
     Differs from the authors' code in two places: copied moments do arrive (there they are written to a copy), and at
     most half of a layer's ranks are pruned at once, so that no rank is winner and loser.

@@ -20,9 +20,9 @@ class ChainOfLoRA(Recipe):
 
     Args:
         model: with low-rank adapters; the authors take R = 8, alpha = 16 on q and v.
-        knots: the steps after which a link ends; chains of 1 to 3 links were best.
-        ranks: of the links behind the knots, of which there is one more than knots, the first is the model's now; a
-            "step-down" chain lowers them. None: all the same.
+        knots: the steps after which a link ends; the authors' chains have 1 to 3 links.
+        ranks: of the links behind the knots, of which there is one more than knots; the model gets the first of them
+            now. A "step-down" chain lowers them. None: all the same.
         into: where links go: "base", "chain", or None, as for `restart`.
     """
 

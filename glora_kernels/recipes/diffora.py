@@ -29,7 +29,8 @@ class DiffoRA(Recipe):
 
     Args:
         model: with low-rank adapters, before the optimizer is made.
-        held_out: → the loss of the model on a held-out batch, with its graph.
+        held_out: → the loss of the model on a held-out batch, with its graph. A resumed run is the same where it draws
+            the same batches: by `recipe.step`, say.
         lr: of the gates.
         every: training steps a step of the gates.
     """

@@ -88,8 +88,8 @@ def recycle(
     """Meta-train the model's adapter on tasks made of synthetic images. Returns the loss of each step.
 
     A task has `ways` classes of one teacher, with `shots` support examples each, the rest as queries: the student's
-    prototype logits learn the teacher's (KL). With the probability `mixed` the classes come from several teachers, for
-    whose mixture no teacher exists: cross-entropy on the labels. All in eval mode: batch statistics stay.
+    prototype logits learn the teacher's (KL). With the probability `mixed` they are drawn from all teachers, for whose
+    mixture no teacher exists: cross-entropy on the labels. All in eval mode: batch statistics stay.
 
     Args:
         model: with an adapter (the authors: rank 4 on q and v), whose head is not used.

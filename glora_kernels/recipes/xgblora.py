@@ -19,7 +19,8 @@ class XGBLoRA(Recipe):
     """Booster t: `layers` layers at random with a fresh adapter, `steps` optimizer steps, W ← W + s·U·D; repeat.
 
     Inject adapters of rank 1 first. Only the booster's layers train; the others keep a fresh adapter, which changes
-    nothing. The authors' L2 on the factors is the optimizer's weight_decay. On LLaMA-3-8B 11 layers were best.
+    nothing. The authors' L2 on the factors is the weight_decay of Adam (AdamW's is decoupled). On LLaMA-3-8B 11
+    layers were best.
 
     Args:
         model: with low-rank adapters.

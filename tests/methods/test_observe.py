@@ -175,7 +175,7 @@ def test_refusals():
     for model, kind, message in (
         (net(), "grad", "kind must be one of 'sensitivity', 'input_norm', 'hidden'; got 'grad'"),
         (plain(), "sensitivity", "observe: the model has no low-rank adapter"),
-        (nn.Linear(3, 3), "hidden", "needs the blocks of a model in an nn.ModuleList or nn.Sequential"),
+        (nn.Linear(3, 3), "hidden", "the model has no blocks: no nn.ModuleList or nn.Sequential"),
     ):
         with pytest.raises(ValueError, match=message), gk.observe(model, kind):
             pass
