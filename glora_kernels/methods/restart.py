@@ -9,6 +9,7 @@ nearly all. The chain loses nothing, its rank grows by R with each link, and its
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -93,37 +94,53 @@ def restart(
             hold it; "base" for some only of the layers that share a factor; a layer that is sharded, merged or fused.
             The message names the layer. Nothing has changed then.
     """
-    if into not in (None, "base", "chain"):
-        raise ValueError(f"into must be 'base', 'chain' or None, got {into!r}")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be an integer >= 1, got {rank!r}")
+    chosen, where = planned(model, layers, into)
+    found = inner_optimizer(optimizer)
+    if where == "base":
+        _into_base(model, chosen)
+    else:
+        _into_chain(chosen, rank)
+    for own in chosen.values():
+        for parameter in _parameters(own) if where == "base" else [factor.parameter for factor in own.factors()]:
+            parameter.grad = None
+            if found is not None:
+                found.state.pop(parameter, None)
+    if where == "base" and rank is not None:  # what is there changes nothing: no rank of it need be kept
+        edit_ranks(model, {path: [None] * rank for path in chosen})
+    note_patterns(model, list(chosen.values()))
+    if where == "base" and any(isinstance(own, Peft) for own in chosen.values()):
+        warnings.warn(
+            "restart: adapters were merged into the base of PEFT layers, and PEFT's save_pretrained leaves it out: "
+            "save the base as well",
+            UserWarning,
+            stacklevel=2,
+        )
+    return where
+
+
+def planned(
+    model: nn.Module, layers: str | Iterable[str] | None, into: str | None
+) -> tuple[dict[str, LowRank], Literal["base", "chain"]]:
+    """The layers that `restart` takes, by path, and where their adapters go; its errors, before anything changes."""
+    if into not in (None, "base", "chain"):
+        raise ValueError(f"into must be 'base', 'chain' or None, got {into!r}")
     refuse_wrapped(model, "restart")
     every = low_rank(model, "restart")
     chosen = _chosen(every, layers)
     for own in chosen.values():
         check_changeable(own, "restart")
-    found = inner_optimizer(optimizer)
     refusals = {path: reason for path, own in chosen.items() if (reason := _refuses_base(own))}
     if into == "base" and refusals:
         path, reason = next(iter(refusals.items()))
         raise ValueError(f"restart: {path!r} {reason}")
-    into = into or ("chain" if refusals else "base")
-    if into == "base":
+    if into == "base" or (into is None and not refusals):
         _check_whole(every, chosen)
-        _into_base(model, chosen)
-    else:
-        for own in chosen.values():
-            _check_chain(every, own, refusals.get(own.path))
-        _into_chain(chosen, rank)
+        return chosen, "base"
     for own in chosen.values():
-        for parameter in _parameters(own) if into == "base" else [factor.parameter for factor in own.factors()]:
-            parameter.grad = None
-            if found is not None:
-                found.state.pop(parameter, None)
-    if into == "base" and rank is not None:  # what is there changes nothing: no rank of it need be kept
-        edit_ranks(model, {path: [None] * rank for path in chosen})
-    note_patterns(model, list(chosen.values()))
-    return into
+        _check_chain(every, own, refusals.get(own.path))
+    return chosen, "chain"
 
 
 def chain_ranks(model: nn.Module) -> dict[str, int]:
@@ -166,6 +183,10 @@ def _refuses_base(own: LowRank) -> str | None:
         return f"has frozen links of a chain; {INSTEAD}"
     if own.down.maps or own.up.maps:
         return "has a map on its factors; call fold_mids(model) first"
+    if isinstance(own, Ours) and (others := own.layer.named()):
+        return (
+            f"has further adapters on its base ({next(iter(others))!r}), which would change; delete them, or {INSTEAD}"
+        )
     base = _base_of(own)
     if not base.weight.is_floating_point():
         return f"has a base in 4 bits, whose rounding loses most of an adapter's change; {INSTEAD}"

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from glora_kernels.methods.edit import set_rank
+from glora_kernels.methods.restart import planned
 from glora_kernels.recipes.recipe import Recipe
 
 
@@ -45,6 +46,7 @@ class ChainOfLoRA(Recipe):
         super().__init__(model)
         self.knots, self.ranks, self.into = knots, ranks, into
         self.links = 1
+        planned(model, None, into)  # its errors, at the beginning
         if ranks is not None:
             set_rank(model, {"*": ranks[0]})
 

@@ -6,6 +6,7 @@ Matrix Adaptation", 2025 (arXiv 2502.08905). Its code was not at hand: what the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -71,6 +72,10 @@ class DiffoRA(Recipe):
         if not 0 < share <= 1:
             raise ValueError(f"share must be in (0, 1], got {share!r}")
         gates = self.gate_values()
+        if wrong := next((path for path, gate in gates.items() if not math.isfinite(gate)), None):
+            raise ValueError(f"DiffoRA: the gate of {wrong!r} is {gates[wrong]}; lower lr, or the learning rate")
+        if len(gates) > 1 and len(set(gates.values())) == 1:
+            raise ValueError("DiffoRA: all gates are equal, which ranks no layer above another; train some steps first")
         types: dict[str, list[str]] = {}
         for path in gates:
             types.setdefault(path.rpartition(".")[2], []).append(path)

@@ -49,8 +49,8 @@ class DynamicLoRA(Recipe):
         high: int | None = None,
         decay: float = 0.9,
     ) -> None:
-        if period < 1 or not 0 <= decay < 1:
-            raise ValueError(f"period must be at least 1 and decay in [0, 1), got {period} and {decay}")
+        if period < 1 or low < 1 or not 0 <= decay < 1:
+            raise ValueError(f"period and low must be at least 1 and decay in [0, 1), got {period}, {low} and {decay}")
         super().__init__(model)
         self.period, self.until, self.low, self.decay = period, until, low, decay
         layers = low_rank(model, "DynamicLoRA")

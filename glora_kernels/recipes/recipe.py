@@ -69,7 +69,17 @@ class Recipe:
         count = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
         if count > 1 and not self.several_processes:
             raise RuntimeError(f"{type(self).__name__} trains in one process, and this is one of {count}")
-        self.optimizer = inner_optimizer(optimizer)
+        found = inner_optimizer(optimizer)
+        held = {id(p) for group in found.param_groups for p in group["params"]} if found is not None else set()
+        for path, own in low_rank(self.model, type(self).__name__).items():
+            trained = [p for factor in own.factors() if (p := factor.parameter).requires_grad]
+            trained += [p for one in own.down.maps for p in one.parameters() if p.requires_grad]
+            if any(id(p) not in held for p in trained):
+                raise ValueError(
+                    f"{type(self).__name__}: the optimizer does not hold all that is trained of {path!r}; make it "
+                    "after the recipe, which adds parameters"
+                )
+        self.optimizer = found
         self._reorder()
 
     def after_step(self, step: int | None = None) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from glora_kernels.methods.factors import low_rank, refuse_shared
+from glora_kernels.methods.restart import planned
 from glora_kernels.recipes.recipe import Recipe
 
 
@@ -41,6 +42,7 @@ class XGBLoRA(Recipe):
         seed: int = 0,
     ) -> None:
         super().__init__(model)
+        planned(model, None, into)  # its errors, at the beginning
         self._all = low_rank(model, "XGBLoRA")
         if not 1 <= layers <= len(self._all) or steps < 1:
             raise ValueError(

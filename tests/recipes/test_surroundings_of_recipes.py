@@ -30,7 +30,7 @@ from torch import nn
 
 import glora_kernels as gk
 from glora_kernels.methods.factors import low_rank
-from glora_kernels.recipes import BeamLoRA, ChainOfLoRA, DynamicLoRA, MTLLoRA, PRILoRA, XGBLoRA
+from glora_kernels.recipes import BeamLoRA, ChainOfLoRA, DiffoRA, DynamicLoRA, MTLLoRA, PRILoRA, XGBLoRA
 
 FILE = "recipe.safetensors"
 WATCHING = ("dynamic", "prilora")
@@ -359,3 +359,25 @@ def test_after_step_leaves_random_numbers_alone():
     recipe.after_step()
     assert torch.equal(torch.rand(3), expected)
     assert loss_of(recipe.model, 1).isfinite()
+
+
+def test_what_cannot_work_is_said_when_the_recipe_is_made():
+    with pytest.raises(ValueError, match="into must be 'base', 'chain' or None, got 'bsae'"):
+        ChainOfLoRA(ours(), [3], into="bsae")
+    with pytest.raises(ValueError, match="has a base in 4 bits"):
+        XGBLoRA(MODELS["4 bits"](), layers=1, into="base")
+    with pytest.raises(ValueError, match="period and low must be at least 1"):
+        DynamicLoRA(ours(), low=0)
+    model = ours()
+    optimizer = optimizer_of(model)
+    recipe = BeamLoRA(model, steps=10)  # its gains came after the optimizer
+    with pytest.raises(ValueError, match="the optimizer does not hold all that is trained of .*after the recipe"):
+        recipe.bind(optimizer)
+    model = ours()
+    gates = DiffoRA(model, lambda: loss_of(model, 0))
+    with pytest.raises(ValueError, match="all gates are equal"):
+        gates.chosen()
+    with torch.no_grad():
+        gates.parameters[0].fill_(float("nan"))
+    with pytest.raises(ValueError, match="the gate of .* is nan"):
+        gates.chosen()
