@@ -93,7 +93,7 @@ def test_layers_with_another_active_adapter(change):
     gk.set_adapter(model, "b")
     refuses(change, model, r"'layers.* its active adapter is 'b'; call set_adapter\(model, 'default'\)")
     gk.set_adapter(model, "default")
-    with pytest.raises(ValueError, match="'layers.* has further adapters on its base .'b'.*into='chain'"):
+    with pytest.raises(ValueError, match=r"'layers.* has further adapters on its base .'b'.*into='chain'"):
         gk.restart(model, into="base")
     gk.delete_adapter(model, "b")
     change(model)

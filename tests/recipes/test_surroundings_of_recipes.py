@@ -371,7 +371,7 @@ def test_what_cannot_work_is_said_when_the_recipe_is_made():
     model = ours()
     optimizer = optimizer_of(model)
     recipe = BeamLoRA(model, steps=10)  # its gains came after the optimizer
-    with pytest.raises(ValueError, match="the optimizer does not hold all that is trained of .*after the recipe"):
+    with pytest.raises(ValueError, match=r"the optimizer does not hold all that is trained of .*after the recipe"):
         recipe.bind(optimizer)
     model = ours()
     gates = DiffoRA(model, lambda: loss_of(model, 0))
@@ -379,5 +379,5 @@ def test_what_cannot_work_is_said_when_the_recipe_is_made():
         gates.chosen()
     with torch.no_grad():
         gates.parameters[0].fill_(float("nan"))
-    with pytest.raises(ValueError, match="the gate of .* is nan"):
+    with pytest.raises(ValueError, match=r"the gate of .* is nan"):
         gates.chosen()
