@@ -95,6 +95,20 @@ class LowRank:
         """s."""
         raise NotImplementedError
 
+    @property
+    def base(self) -> Any:
+        """The module with the frozen weight and bias."""
+        raise NotImplementedError
+
+    @property
+    def committed(self) -> bool:
+        """Whether an adapter was merged into the base for good."""
+        return getattr(self.layer, "committed", False)
+
+    @committed.setter
+    def committed(self, value: bool) -> None:
+        self.layer.committed = value
+
     def note_rank(self, rank: int) -> None:
         """Write down the rank of factors that have changed; s stays as it is."""
         raise NotImplementedError
@@ -127,6 +141,10 @@ class Ours(LowRank):
     """A `GLoRALinear`, by its own adapter."""
 
     layer: GLoRALinear
+
+    @property
+    def base(self) -> Any:
+        return self.layer
 
     def pairs(self) -> dict[str, tuple[Factor, Factor]]:
         config: GLoRAConfig = self.layer.config
@@ -174,6 +192,10 @@ class Peft(LowRank):
         names = [name for name in layer.active_adapters if name in layer.lora_A]
         self.name: str = names[0] if names else ""
         self.active = names
+
+    @property
+    def base(self) -> Any:
+        return self.layer.base_layer
 
     def pairs(self) -> dict[str, tuple[Factor, Factor]]:
         down, up = self._modules()

@@ -172,10 +172,6 @@ def _chosen(every: dict[str, LowRank], layers: str | Iterable[str] | None) -> di
     return {path: own for path, own in every.items() if path in found}
 
 
-def _base_of(own: LowRank) -> Any:
-    return own.layer if isinstance(own, Ours) else own.layer.base_layer
-
-
 @torch.no_grad()
 def _refuses_base(own: LowRank) -> str | None:
     """Why a merge into the base would not keep the change of the adapter, or None."""
@@ -187,7 +183,7 @@ def _refuses_base(own: LowRank) -> str | None:
         return (
             f"has further adapters on its base ({next(iter(others))!r}), which would change; delete them, or {INSTEAD}"
         )
-    base = _base_of(own)
+    base = own.base
     if not base.weight.is_floating_point():
         return f"has a base in 4 bits, whose rounding loses most of an adapter's change; {INSTEAD}"
     weight: Tensor = base.weight
@@ -245,15 +241,16 @@ def _into_base(model: nn.Module, chosen: dict[str, LowRank]) -> None:
             for own in group:
                 for parameter in _parameters(own):
                     undo.callback(parameter.copy_, parameter.detach().clone())
-                base = _base_of(own)
+                base = own.base
                 undo.callback(write, base, keep(base))
+                undo.callback(setattr, own, "committed", own.committed)
                 if isinstance(own, Ours):
-                    undo.callback(setattr, own.layer, "committed", own.layer.committed)
                     own.layer.commit(own.layer.merged_values()[0])
                 elif isinstance(own, Peft):
                     undo.callback(own.layer.merged_adapters.clear)
                     own.layer.merge(safe_merge=True, adapter_names=[own.name])
                     own.layer.merged_adapters.clear()
+                    own.committed = True
             for own in group:
                 own.reset()
 

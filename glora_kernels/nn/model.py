@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 from torch import nn
@@ -86,3 +87,15 @@ def all_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every (path, module) of an unwrapped model; a module with several paths comes once for each."""
     for path, module in model.named_modules(remove_duplicate=False):
         yield clean(path), module
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; after it, each of its modules in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

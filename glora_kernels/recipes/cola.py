@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from glora_kernels.methods.edit import set_rank
-from glora_kernels.methods.restart import planned
+from glora_kernels.methods.restart import planned, restart
 from glora_kernels.recipes.recipe import Recipe
 
 
@@ -53,7 +53,7 @@ class ChainOfLoRA(Recipe):
     def act(self) -> None:
         if self.step in self.knots:
             rank = None if self.ranks is None else self.ranks[self.knots.index(self.step) + 1]
-            self.restart(rank=rank, into=self.into)
+            restart(self.model, self.optimizer, rank=rank, into=self.into)
             self.links += 1
 
     def values(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from glora_kernels.methods.allocate import intrinsic_ranks, with_ranks
 from glora_kernels.nn.inject import inject
-from glora_kernels.recipes.recipe import evaluating
+from glora_kernels.nn.model import evaluating
 from glora_kernels.spec import GLoRAConfig
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glora_kernels.methods.using import using
-from glora_kernels.recipes.recipe import evaluating
+from glora_kernels.nn.model import evaluating
 from glora_kernels.runtime.progress import progress as shown
 
 Path = str | os.PathLike[str]

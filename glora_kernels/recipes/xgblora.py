@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from glora_kernels.methods.factors import low_rank, refuse_shared
-from glora_kernels.methods.restart import planned
+from glora_kernels.methods.restart import planned, restart
 from glora_kernels.recipes.recipe import Recipe
 
 
@@ -87,7 +87,7 @@ class XGBLoRA(Recipe):
 
     def act(self) -> None:
         if self.step % self.steps == 0:
-            self.restart(self.chosen, into=self.into)
+            restart(self.model, self.optimizer, self.chosen, into=self.into)
             self.booster += 1
             self.choose()
 
