@@ -5,7 +5,7 @@
 Rows are sorted by expert; token(i) says which row of x the i-th one reads, for a token goes to several experts. x is
 read through this index, in backward again, and no copy of it is kept; there is no dense U·D, and dx is a sum in the
 order of the experts of a token, the same in every run. The products are PyTorch's `grouped_mm`, and one product an
-expert where it does not serve (float64).
+expert where it does not serve (float64, say, or a W of sizes or strides that it does not take).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from glora_kernels.dispatch.operator import LIBRARY
 
 ALIGNMENT = 16
 """Bytes that `grouped_mm` wants rows to be a multiple of."""
@@ -69,160 +71,94 @@ def expert_linear(
         scale: s.
         of_tokens: whether x is that of the tokens.
     """
-    if torch.compiler.is_compiling():
-        return _registered(x, weight, up, down, *groups, scale, of_tokens)[0]
     return _ExpertLinear.apply(x, weight, up, down, groups, scale, of_tokens)
-
-
-def _forward(
-    x: Tensor, weight: Tensor, up: Tensor | None, down: Tensor | None, groups: Groups, scale: float, of_tokens: bool
-) -> tuple[Tensor, Tensor | None]:
-    """y (M, N) and h (M, R)."""
-    rows = groups.gather(x) if of_tokens else x
-    y = _product(rows, weight, groups.ends)
-    if up is None or down is None:
-        return y, None
-    h = _product(rows, down, groups.ends)
-    return y.add_(_product(h, up, groups.ends), alpha=scale), h
-
-
-def _backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    up: Tensor | None,
-    down: Tensor | None,
-    h: Tensor | None,
-    groups: Groups,
-    scale: float,
-    of_tokens: bool,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dU and dD: those that are needed."""
-    dy, (needs_x, needs_up, needs_down) = dy.contiguous(), needs
-    dx = dh = dup = ddown = None
-    if up is not None and (needs_x or needs_down):
-        dh = _product(dy, up.transpose(1, 2), groups.ends).mul_(scale)
-    if needs_up and h is not None:
-        dup = _outer(dy, h, groups.ends).mul_(scale)
-    if needs_down and dh is not None and x is not None:
-        ddown = _outer(dh, groups.gather(x) if of_tokens else x, groups.ends)
-    if needs_x:
-        dx = _product(dy, weight.transpose(1, 2), groups.ends)
-        if dh is not None and down is not None:
-            dx.add_(_product(dh, down.transpose(1, 2), groups.ends))
-        dx = groups.sum_back(dx) if of_tokens else dx
-    return dx, dup, ddown
 
 
 class _ExpertLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, up: Any, down: Any, groups: Groups, scale: float, of_tokens: bool
+        ctx: Any, x: Any, weight: Tensor, up: Any, down: Any, groups: Groups, scale: float, of_tokens: bool
     ) -> Tensor:
-        y, h = _forward(x, weight, up, down, groups, scale, of_tokens)
-        ctx.save_for_backward(None if h is None else x, weight, up, down, h, *groups[:3])
-        ctx.rest = groups.each, scale, of_tokens
+        rows = groups.gather(x) if of_tokens else x
+        y, h = _product(rows, weight, groups.ends, False), None
+        if down is not None:
+            h = _product(rows, down, groups.ends, True)
+            y = y.add_(_product(h, up, groups.ends, True), alpha=scale)
+        else:
+            x = None  # backward does not need it
+        ctx.save_for_backward(x, weight, up, down, h, *groups[:3])
+        ctx.each, ctx.scale, ctx.of_tokens = groups.each, scale, of_tokens
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, up, down, h, *group = ctx.saved_tensors
-        each, scale, of_tokens = ctx.rest
-        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]
-        ends, order, back = group
-        groups = Groups(ends, order, back, each)
-        dx, *dfactors = _backward(dy, x, weight, up, down, h, groups, scale, of_tokens, needs)
-        return dx, None, *dfactors, None, None, None
+        x, weight, up, down, h, ends, order, back = ctx.saved_tensors
+        groups, dy = Groups(ends, order, back, ctx.each), dy.contiguous()
+        needs_x, _, needs_up, needs_down = ctx.needs_input_grad[:4]
+        dh = dx = dup = ddown = None
+        if up is not None and (needs_x or needs_down):
+            dh = _product(dy, up.transpose(1, 2), ends, True).mul_(ctx.scale)
+        if needs_up:
+            dup = _outer(dy, h, ends).mul_(ctx.scale)
+        if needs_down:
+            assert dh is not None
+            ddown = _outer(dh, groups.gather(x) if ctx.of_tokens else x, ends)
+        if needs_x:
+            dx = _product(dy, weight.transpose(1, 2), ends, False)
+            if dh is not None:
+                dx.add_(_product(dh, down.transpose(1, 2), ends, True))
+            dx = groups.sum_back(dx) if ctx.of_tokens else dx
+        return dx, None, dup, ddown, None, None, None
 
 
-# One operator for torch.compile, whose compiler lowers `grouped_mm` in bf16 alone. It gives h as well, for backward.
-
-
-@torch.library.custom_op("glora_kernels::expert_linear", mutates_args=())
-def _registered(
-    x: Tensor,
-    weight: Tensor,
-    up: Tensor | None,
-    down: Tensor | None,
-    ends: Tensor,
-    order: Tensor,
-    back: Tensor,
-    each: int,
-    scale: float,
-    of_tokens: bool,
-) -> tuple[Tensor, Tensor]:
-    y, h = _forward(x, weight, up, down, Groups(ends, order, back, each), scale, of_tokens)
-    return y, x.new_empty(0) if h is None else h.contiguous()
-
-
-@_registered.register_fake
-def _(x, weight, up, down, ends, order, back, each, scale, of_tokens):
-    rows = len(order)
-    return x.new_empty(rows, weight.shape[1]), x.new_empty(0) if down is None else x.new_empty(rows, down.shape[1])
-
-
-@torch.library.custom_op("glora_kernels::expert_linear_backward", mutates_args=())
-def _registered_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    up: Tensor | None,
-    down: Tensor | None,
-    h: Tensor,
-    ends: Tensor,
-    order: Tensor,
-    back: Tensor,
-    each: int,
-    scale: float,
-    of_tokens: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    has_factors = up is not None
-    needs, groups = (True, has_factors, has_factors), Groups(ends, order, back, each)
-    found = _backward(dy, x, weight, up, down, h if has_factors else None, groups, scale, of_tokens, needs)
-    dx, dup, ddown = (dy.new_empty(0) if part is None else part.contiguous() for part in found)
-    return dx, dup, ddown
-
-
-@_registered_backward.register_fake
-def _(dy, x, weight, up, down, h, ends, order, back, each, scale, of_tokens):
-    return x.new_empty(x.shape), *(dy.new_empty(0 if part is None else part.shape) for part in (up, down))
-
-
-def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, up, down, ends, order, back, *ctx.rest = inputs
-    ctx.save_for_backward(x, weight, up, down, output[1], ends, order, back)
-
-
-def _back(ctx: Any, dy: Tensor, dh: Tensor | None) -> Any:
-    dx, dup, ddown = _registered_backward(dy, *ctx.saved_tensors, *ctx.rest)
-    has_factors = ctx.saved_tensors[2] is not None
-    return dx, None, dup if has_factors else None, ddown if has_factors else None, *[None] * 6
-
-
-_registered.register_autograd(_back, setup_context=_keep)
-
-
-def _product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _product(rows: Tensor, weight: Tensor, ends: Tensor, is_factor: bool) -> Tensor:
     """rows (M, K), weight (E, N, K) → (M, N): each row by the weight of its group."""
-    if rows.dtype not in SERVED or not len(rows):
-        return _each(rows, weight, ends)
-    n = weight.shape[1]
-    rows, weight = _padded(rows, 1), _padded(_padded(weight, 2), 1)
-    return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)[:, :n]
+    run: Any = torch.ops.glora_kernels.expert_product if torch.compiler.is_compiling() else _product_now
+    found: Tensor = run(rows, weight, ends, is_factor)
+    return found
 
 
 def _outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """left (M, N), right (M, R) → (E, N, R): Σ over the rows of each group of left·rightᵀ."""
-    if left.dtype not in SERVED or not len(left):
-        found = left.new_zeros(len(ends), left.shape[1], right.shape[1])
-        for e, (first, last) in enumerate(_spans(ends)):
-            if last > first:
-                found[e] = left[first:last].t() @ right[first:last]
-        return found
+    run: Any = torch.ops.glora_kernels.expert_outer if torch.compiler.is_compiling() else _outer_now
+    found: Tensor = run(left, right, ends)
+    return found
+
+
+def _product_now(rows: Tensor, weight: Tensor, ends: Tensor, is_factor: bool) -> Tensor:
+    fits = _is_aligned(weight)
+    if not _is_served(rows) or not (fits or is_factor):  # a copy of W with zeros would be as large as all experts
+        return _each(rows, weight, ends)
+    n = weight.shape[1]
+    weight = weight if fits else _padded(_padded(weight.contiguous(), 2), 1)
+    return F.grouped_mm(_padded(rows.contiguous(), 1), weight.transpose(1, 2), offs=ends)[:, :n]
+
+
+def _outer_now(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     n, r = left.shape[1], right.shape[1]
-    return F.grouped_mm(_padded(left, 1).t(), _padded(right, 1), offs=ends)[:, :n, :r]
+    if _is_served(left):
+        left, right = _padded(left.contiguous(), 1), _padded(right.contiguous(), 1)
+        return F.grouped_mm(left.t(), right, offs=ends)[:, :n, :r]
+    found = left.new_zeros(len(ends), n, r)
+    for e, (first, last) in enumerate(_spans(ends)):
+        if last > first:
+            found[e] = left[first:last].t() @ right[first:last]
+    return found
+
+
+def _is_served(rows: Tensor) -> bool:
+    """Whether `grouped_mm` takes these rows."""
+    return rows.dtype in SERVED and len(rows) > 0
+
+
+def _is_aligned(weight: Tensor) -> bool:
+    """Whether `grouped_mm` takes a weight (E, N, K) as it lies."""
+    step = ALIGNMENT // weight.element_size()
+    e, n, k = weight.stride()
+    along, across = (n, k) if k == 1 else (k, n)
+    lengths = (*weight.shape[1:], e, along)
+    return across == 1 and not any(length % step for length in lengths) and weight.data_ptr() % ALIGNMENT == 0
 
 
 def _each(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -247,3 +183,21 @@ def _padded(tensor: Tensor, dim: int) -> Tensor:
         return tensor
     behind = [0, 0] * (tensor.ndim - 1 - dim) + [0, lack]
     return F.pad(tensor, behind)
+
+
+# For torch.compile the products are one node each: its fake `grouped_mm` knows bf16 alone, and sizes cannot be read.
+LIBRARY.define("expert_product(Tensor rows, Tensor weight, Tensor ends, bool is_factor) -> Tensor")
+LIBRARY.define("expert_outer(Tensor left, Tensor right, Tensor ends) -> Tensor")
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("expert_product", lambda *arguments: _product_now(*arguments).contiguous(), _device)
+    LIBRARY.impl("expert_outer", lambda *arguments: _outer_now(*arguments).contiguous(), _device)
+
+
+@torch.library.register_fake("glora_kernels::expert_product", lib=LIBRARY)
+def _fake_product(rows: Tensor, weight: Tensor, ends: Tensor, is_factor: bool) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
+@torch.library.register_fake("glora_kernels::expert_outer", lib=LIBRARY)
+def _fake_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    return left.new_empty(ends.shape[0], left.shape[1], right.shape[1])

@@ -220,10 +220,10 @@ def test_a_model_that_is_not_accelerated() -> None:
 
 
 def test_an_adapter_that_the_operators_do_not_take() -> None:
-    configs = METHODS["lora"] | {"dora": LoraConfig(r=2, use_dora=True, target_modules=["up"])}
+    configs = METHODS["lora"] | {"alora": LoraConfig(r=2, alora_invocation_tokens=[1], target_modules=["up"])}
     model, x = with_adapters(configs).eval(), x_of(2)
-    with pytest.raises(RuntimeError, match=r"up' cannot be computed: its adapter 'dora': a variant of LoRA"):
-        mixed(model, x, ["dora", "wide"])
+    with pytest.raises(RuntimeError, match=r"up' cannot be computed: its adapter 'alora': a variant of LoRA"):
+        mixed(model, x, ["alora", "wide"])
     with torch.no_grad():
         near(mixed(model, x, ["rs", "wide"]), alone(model, x, ["rs", "wide"]))
 

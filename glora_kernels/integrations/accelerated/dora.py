@@ -36,7 +36,7 @@ def scaled(
         base: W.
         up, down, scale: U (N, R), D (R, K) and s.
         magnitude: m (N,).
-        kept: of the layer, for ‖W‖².
+        kept: of the layer, for ‖W‖² of a 4-bit W.
     """
     with torch.no_grad(), without_autocast(up.device.type):
         norm = row_norms(base, up.detach(), down.detach(), scale, kept)
@@ -60,25 +60,26 @@ def row_norms(base: Frozen, up: Tensor, down: Tensor, scale: float | Tensor, kep
         rows = (share < CANCELS).nonzero()[:, 0]
     else:
         rows = share.topk(min(CHECKED, len(share)), largest=False).indices
-    if len(rows) and not isinstance(weight, QuantizedWeight):
-        exact = (weight[rows].to(wide) + scale * up[rows] @ down).square().sum(1)
-        squares = squares.index_copy(0, rows, exact)
-    elif len(rows) and up.device.type == "cpu":
-        exact = (_dense(weight, wide)[rows] + scale * up[rows] @ down).square().sum(1)
+    if len(rows) and (isinstance(weight, Tensor) or up.device.type == "cpu"):
+        dense = weight[rows] if isinstance(weight, Tensor) else dequantize(weight, wide)[rows]
+        exact = (dense.to(wide) + scale * up[rows] @ down).square().sum(1)
         squares = squares.index_copy(0, rows, exact)
     return squares.sqrt()
 
 
 def _squares(weight: Any, wide: torch.dtype, kept: dict[str, Any]) -> Tensor:
-    """‖W‖² (N,), computed once for each content of a weight."""
-    stored = weight.packed if isinstance(weight, QuantizedWeight) else weight
+    """‖W‖² (N,). That of a 4-bit weight, which is decoded for it, is computed once for each content.
+
+    That of a dense one is read anew in each call, as W·Dᵀ is: `weight.data.copy_(...)` changes neither its address nor
+    its version, so nothing that is kept could tell.
+    """
+    if not isinstance(weight, QuantizedWeight):
+        return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
     if torch.compiler.is_compiling():
-        return _dense(weight, wide).square().sum(1)
+        return dequantize(weight, wide).square().sum(1)
+    # The codes of a Linear4bit are made of its parameter's `.data`, which has a version of its own.
+    stored = kept.get("parameter", weight.packed)
     key = stored.data_ptr(), 0 if stored.is_inference() else stored._version, wide
     if (found := kept.get("dora")) is None or found[0] != key:
-        found = kept["dora"] = key, _dense(weight, wide).square().sum(1)
+        found = kept["dora"] = key, dequantize(weight, wide).square().sum(1)
     return found[1]
-
-
-def _dense(weight: Any, wide: torch.dtype) -> Tensor:
-    return dequantize(weight, wide) if isinstance(weight, QuantizedWeight) else weight.to(wide)

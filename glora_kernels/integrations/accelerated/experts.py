@@ -19,16 +19,20 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from glora_kernels.dispatch.common import autocast_dtype
+from glora_kernels.dispatch.ways import is_transformed
 from glora_kernels.experts import Groups, expert_linear
-from glora_kernels.integrations.bases import HOOKED, IDLE, ON_META, is_plain
+from glora_kernels.integrations.bases import HOOKED, IDLE, ON_META, PLAIN, SHARDED, SUBCLASS, TRANSFORMED, is_plain
 from glora_kernels.nn.adapted import Frozen
 from glora_kernels.nn.mixed import TakesRows
 
 DOWN = "down_proj"
+INTERFACE = ("is_transposed", "has_gate", "has_bias", "_apply_gate", "_is_expert_parallel")
+"""What transformers' `use_experts_implementation` gives a module."""
 LAYOUT = "experts of another layout than that of transformers' experts interface"
 PARALLEL = "experts spread over processes"
 ONE = "one expert, which PEFT computes as a linear layer"
 FOREIGN = "a parameter of the experts is computed by somebody's parametrization"
+WITHIN = "the wrapper around it runs PEFT's forward"
 TRAINED = "the experts' own weights are trained"
 OTHER_PARAMETER = "a parameter of the experts that is no weight of a product"
 ARGUMENTS = "it is called with more than tokens, experts and weights"
@@ -47,7 +51,7 @@ class Experts(TakesRows, ParamWrapper):
         reason = self.refusal_of_experts() or _refusal_of_call(self.get_base_layer(), x, args, kwargs)
         if reason is None:
             return self._experts(x, *args, **kwargs)
-        if not torch.compiler.is_compiling():
+        if reason != WITHIN and not torch.compiler.is_compiling():
             self._glora_fallbacks[reason] = self._glora_fallbacks.get(reason, 0) + 1
         return ParamWrapper.forward(self, x, *args, **kwargs)
 
@@ -55,12 +59,12 @@ class Experts(TakesRows, ParamWrapper):
         """The reason why PEFT's forward runs whatever the call, or None."""
         base: Any = self.get_base_layer()
         wrappers = self._wrappers()
-        if not all(hasattr(base, name) for name in ("is_transposed", "has_gate", "has_bias", "_apply_gate")):
+        if not all(hasattr(base, name) for name in INTERFACE):
             return LAYOUT
         if base._is_expert_parallel:
             return PARALLEL
         if is_parametrized(base):
-            return FOREIGN
+            return WITHIN if _is_of_peft(base) else FOREIGN
         if not all(map(is_plain, (base, *list(wrappers.values())[1:]))):
             return HOOKED
         up = "gate_up_proj" if base.has_gate else "up_proj"
@@ -69,6 +73,8 @@ class Experts(TakesRows, ParamWrapper):
         weights: list[Any] = [getattr(base, up, None), getattr(base, DOWN, None)]
         if not all(isinstance(weight, nn.Parameter) and weight.ndim == 3 for weight in weights):
             return LAYOUT
+        if any(type(weight) not in PLAIN for weight in weights):
+            return SHARDED
         if self.num_experts == 1:
             return ONE
         if any(weight.requires_grad for weight in weights):
@@ -129,10 +135,20 @@ class Experts(TakesRows, ParamWrapper):
         return state
 
 
+def _is_of_peft(base: Any) -> bool:
+    """Whether all parametrizations are those by which PEFT's forward of a wrapper adds its ΔW."""
+    found = [own for chain in base.parametrizations.values() for own in chain]
+    return all(type(own).__module__.startswith("peft.") for own in found)
+
+
 def _refusal_of_call(base: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """The reason why PEFT's forward runs in this call, or None."""
     if len(args) != 2 or kwargs or x.ndim != 2:
         return ARGUMENTS
+    if type(x) not in PLAIN:
+        return SUBCLASS
+    if is_transformed():
+        return TRANSFORMED
     if x.dtype != base.down_proj.dtype or autocast_dtype(x) not in (None, x.dtype):
         return DTYPES
     return None
@@ -145,13 +161,14 @@ def _linear(
     weight: Tensor = getattr(base, name)
     weight = weight.transpose(1, 2) if base.is_transposed else weight
     active = [] if wrapper is None else [own for own in wrapper.active_adapters if own in wrapper.lora_A]
+    pairs = [_factors(wrapper, own, weight.dtype) for own in active]
+    scales = [wrapper.scaling[own] for own in active]
     up, down, scale = None, None, 1.0
-    if active:
-        pairs = [_factors(wrapper, own, weight.dtype) for own in active]
-        scale = wrapper.scaling[active[0]] if len(active) == 1 else 1.0
-        if len(active) > 1:
-            pairs = [(up * wrapper.scaling[own], down) for own, (up, down) in zip(active, pairs, strict=True)]
-        up, down = torch.cat([up for up, _ in pairs], 2), torch.cat([down for _, down in pairs], 1)
+    if len(pairs) == 1 and not isinstance(scales[0], Tensor):  # hot swapping makes it one
+        (up, down), scale = pairs[0], scales[0]
+    elif pairs:
+        up = torch.cat([up * own for (up, _), own in zip(pairs, scales, strict=True)], 2)
+        down = torch.cat([down for _, down in pairs], 1)
     y = expert_linear(x, weight, groups, up, down, scale, of_tokens)
     return y if expert is None else y + getattr(base, f"{name}_bias")[expert]
 
@@ -159,6 +176,6 @@ def _linear(
 def _factors(wrapper: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """U (E, N, R) and D (E, R, K) of an adapter, in the dtype of the weights, as PEFT casts them."""
     a, b, experts = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.num_experts
-    down = a.view(experts, -1, a.shape[1])
-    up = b.view(b.shape[0], -1, experts).permute(2, 0, 1)
+    down = a.reshape(experts, -1, a.shape[1])
+    up = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
     return up.to(dtype).contiguous(), down.to(dtype)

@@ -257,7 +257,9 @@ class LoraOperands(Accelerated):
 
     def active_parts(self, x: Tensor | None = None) -> tuple[bases.Frozen, Operands] | str:
         if len(names := self.active_adapters) > 1 and not self.lora_variant.keys().isdisjoint(names):
-            return SEVERAL_WITH_DORA
+            found = [type(self.lora_variant.get(name)) for name in names if name in self.lora_A]
+            if len(found) > 1 and DoraLinearVariant in found:
+                return SEVERAL_WITH_DORA
         return super().active_parts(x)
 
 

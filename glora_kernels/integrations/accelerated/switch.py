@@ -199,10 +199,9 @@ def _fallback(layer: Any, is_gathered: bool) -> str | None:
     """Why an accelerated layer runs PEFT's forward, or None. is_gathered: FSDP2 gathers its weight for a forward."""
     if has_other_forward(layer):
         return OWN_FORWARD
-    if (of_experts := getattr(layer, "refusal_of_experts", None)) is not None:
-        return None if (reason := of_experts()) == IDLE else reason
-    parts = layer.active_parts()
-    if isinstance(parts, str):
+    of_experts = getattr(layer, "refusal_of_experts", None)
+    parts = layer.active_parts() if of_experts is None else of_experts()
+    if of_experts is not None or isinstance(parts, str):
         return None if parts == IDLE or (parts == SHARDED and is_gathered) else parts
     return RANK if is_above_rank(parts[1], layer.base_layer.weight.is_cuda) else None
 
