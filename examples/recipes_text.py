@@ -181,7 +181,7 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> str:
         paired = ""
         if name not in (LORA, "LoRA, rank 1") and against in runs:
             d = differences(losses, [run["loss"] for run in runs[against]])
-            paired = f"{d['mean']:+.4f} ± {d['standard_error']:.4f}"
+            paired = f"{d['mean']:+.4f}" + (f" ± {d['standard_error']:.4f}" if len(own) > 1 else "")
         seconds = statistics.mean(run["seconds"] for run in own)
         rows.append([name, f"{own[0]['trainable']:,}", spread(losses, ".4f"), paired, f"{seconds:.1f}"])
     return table(["method", "trained at a time", "loss", "− LoRA, paired", "seconds"], rows)

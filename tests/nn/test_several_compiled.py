@@ -72,7 +72,7 @@ def test_inference_with_any_names_is_one_graph():
 def test_a_cuda_graph_cannot_read_names(monkeypatch):
     monkeypatch.setattr(sys.modules["glora_kernels.nn.mixed"], "is_capturing", lambda device: True)
     model = two()
-    with gk.rows(model, ["b"] * 4), pytest.raises(RuntimeError, match=r"graph .* give rows an index tensor on meta"):
+    with gk.rows(model, ["b"] * 4), pytest.raises(RuntimeError, match=r"graph .* give gk.rows an index tensor on meta"):
         model.blocks[0].up(x_of().to("meta"))
 
 
