@@ -146,7 +146,8 @@ class BatchRows:
         if is_captured and index.device != x.device:
             raise RuntimeError(
                 f"{self.called}: a CUDA graph is being captured, and {self.given} are on the host, where its replays "
-                f"cannot read them; give {self.called} an index tensor on {x.device}, which may be written to between replays"
+                f"cannot read them; give {self.called} an index tensor on {x.device}, which may be written to between "
+                "replays"
             )
         if compiling or is_captured or index.is_inference():
             return _copied(index, lead, x.device)
