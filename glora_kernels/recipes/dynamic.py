@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from glora_kernels.methods.allocate import allocate
 from glora_kernels.methods.edit import edit_ranks
 from glora_kernels.methods.factors import LowRank, low_rank, refuse_shared
+from glora_kernels.methods.mids import NOT_SHARED
 from glora_kernels.methods.observe import observe
 from glora_kernels.recipes.recipe import Recipe
 
@@ -55,7 +56,7 @@ class DynamicLoRA(Recipe):
         self.period, self.until, self.low, self.decay = period, until, low, decay
         layers = low_rank(model, "DynamicLoRA")
         for own in layers.values():
-            refuse_shared(layers, own, "DynamicLoRA", "use a configuration that shares nothing (share='none')")
+            refuse_shared(layers, own, "DynamicLoRA", NOT_SHARED)
         ranks = {path: own.rank for path, own in layers.items()}
         self.high = 2 * max(ranks.values()) if high is None else high
         self.budget = sum(ranks.values())

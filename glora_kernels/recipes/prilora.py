@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from glora_kernels.methods.allocate import linear_ranks, with_ranks
 from glora_kernels.methods.factors import low_rank, refuse_shared
+from glora_kernels.methods.mids import NOT_SHARED
 from glora_kernels.methods.observe import observe
 from glora_kernels.nn.inject import inject
 from glora_kernels.recipes.recipe import Recipe
@@ -59,7 +60,7 @@ class PRILoRA(Recipe):
         self.means: dict[str, Tensor] = {}
         layers = low_rank(model, "PRILoRA")
         for own in layers.values():
-            refuse_shared(layers, own, "PRILoRA", "use a configuration that shares nothing (share='none')")
+            refuse_shared(layers, own, "PRILoRA", NOT_SHARED)
         self._watching = observe(model, "input_norm", training=True)
         self._seen = self._watching.__enter__()
 

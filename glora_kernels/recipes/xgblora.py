@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from glora_kernels.methods.factors import low_rank, refuse_shared
+from glora_kernels.methods.mids import NOT_SHARED
 from glora_kernels.methods.restart import planned, restart
 from glora_kernels.recipes.recipe import Recipe
 
@@ -50,7 +51,7 @@ class XGBLoRA(Recipe):
                 f"{layers} and {steps}"
             )
         for own in self._all.values():
-            refuse_shared(self._all, own, "XGBLoRA", "use a configuration that shares nothing (share='none')")
+            refuse_shared(self._all, own, "XGBLoRA", NOT_SHARED)
         self.layers, self.steps, self.into, self.seed = layers, steps, into, seed
         self.booster = 0
         self._factors = [factor for own in self._all.values() for factor in own.factors()]
