@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from glora_kernels.methods.factors import Factor, LowRank, Peft, check_changeable, low_rank, put, refuse_wrapped
+from glora_kernels.methods.factors import Factor, LowRank, Peft, check_changeable, empty, low_rank, put, refuse_wrapped
 from glora_kernels.nn.model import all_paths, unwrap
 from glora_kernels.nn.patterns import unmatched
 from glora_kernels.nn.undo import all_or_none
@@ -263,14 +263,12 @@ def _edited(
 
 def _fresh(own: LowRank, factor: Factor, rank: int, generator: torch.Generator | None) -> Tensor:
     """A fresh parameter of this rank: random rows in D, zeros elsewhere."""
-    like = factor.parameter.detach()
-    shape = list(like.shape)
-    shape[factor.dim] = rank
-    if factor.dim or like.ndim < 2:
-        return like.new_zeros(shape)
-    r, k = shape
+    fresh = empty(factor, rank)
+    if factor.dim or fresh.ndim < 2:
+        return fresh
+    r, k = fresh.shape
     bound = math.sqrt(6 / (r + k)) if own.init == "xavier" else 1 / math.sqrt(k)
-    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator).to(like)
+    return torch.empty(r, k, dtype=torch.float32).uniform_(-bound, bound, generator=generator).to(fresh)
 
 
 def _stay(index: list[int | None]) -> set[int]:

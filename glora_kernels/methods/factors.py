@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import all_paths, is_in_ddp, unwrap
+from glora_kernels.nn.named import FIRST
 from glora_kernels.nn.ranks import refuse_sharded
 from glora_kernels.spec import GLoRAConfig
 
@@ -69,6 +70,12 @@ class LowRank:
         path: of the layer in the model.
         layer: the module.
     """
+
+    name: str
+    """Of the adapter."""
+
+    of_experts = False
+    """Whether it adapts the parameters of experts, whose factors stand side by side."""
 
     def __init__(self, path: str, layer: Any) -> None:
         self.path, self.layer = path, layer
@@ -141,6 +148,7 @@ class Ours(LowRank):
     """A `GLoRALinear`, by its own adapter."""
 
     layer: GLoRALinear
+    name = FIRST
 
     @property
     def base(self) -> Any:
@@ -190,8 +198,9 @@ class Peft(LowRank):
     def __init__(self, path: str, layer: Any) -> None:
         super().__init__(path, layer)
         names = [name for name in layer.active_adapters if name in layer.lora_A]
-        self.name: str = names[0] if names else ""
+        self.name = names[0] if names else ""
         self.active = names
+        self.of_experts = hasattr(layer, "num_experts")
 
     @property
     def base(self) -> Any:
@@ -224,7 +233,7 @@ class Peft(LowRank):
             return "it is merged; call unmerge_adapter() of the PEFT model first"
         if len(self.active) != 1:
             return f"it has {len(self.active)} active adapters, and only one can be changed; call set_adapter(name)"
-        if hasattr(self.layer, "num_experts"):
+        if self.of_experts:
             return "it adapts the parameters of experts, whose factors stand side by side; name other layers"
         if self.name in getattr(self.layer, "lora_variant", {}):
             return "its adapter is a variant of LoRA (DoRA, say)"
@@ -313,6 +322,13 @@ def register(undo: ExitStack, factor: Factor, one: nn.Module) -> None:
     """Put a map on a parameter. What it gives may have another shape."""
     _own_class(undo, factor.holder)
     parametrize.register_parametrization(factor.holder, factor.name, one, unsafe=True)
+
+
+def empty(factor: Factor, rank: int) -> Tensor:
+    """Zeros like the stored parameter, of this rank."""
+    shape = list(factor.parameter.shape)
+    shape[factor.dim] = rank
+    return factor.parameter.detach().new_zeros(shape)
 
 
 def unregister(undo: ExitStack, factor: Factor) -> None:

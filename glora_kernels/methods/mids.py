@@ -200,28 +200,24 @@ class TaskRows(BatchRows):
 
     called, given, inside = "tasks", "ids", "tasks(model, ...); leave that context first"
 
-    def __init__(self, index: Tensor, own: Mapping[int, TaskMid], paths: Mapping[int, str]) -> None:
-        tasks = max(mid.tasks for mid in own.values())
+    def __init__(self, index: Tensor, own: Mapping[int, tuple[TaskMid, str]], paths: Mapping[int, str]) -> None:
+        tasks = max(mid.tasks for mid, _ in own.values())
         super().__init__(tuple(f"task {t}" for t in range(tasks)), index, None, paths)
         self._own = own
 
     def operands(self, layer: Any) -> list[Operands]:
         """The layer's adapter under each task."""
-        mid, found = self._own[id(layer)], []
+        (mid, name), found = self._own[id(layer)], []
         try:
             for task in range(mid.tasks):
                 mid.task = task
-                own = layer.operands(_active(layer))
+                own = layer.operands(name)
                 if isinstance(own, str):
                     raise RuntimeError(self.refused(layer, own))
                 found.append(own)
         finally:
             mid.task = None
         return found
-
-
-def _active(layer: Any) -> str:
-    return "default" if not hasattr(layer, "lora_A") else layer.active_adapters[0]
 
 
 @contextlib.contextmanager
@@ -263,7 +259,7 @@ def tasks(model: nn.Module, ids: int | Tensor) -> Iterator[None]:
     if isinstance(ids, Tensor):
         if len(takers) < len(modules):
             raise RuntimeError("tasks: several tasks in a batch need PEFT's layers accelerated; call accelerate(model)")
-        by_layer = {id(layers[path].layer): mid for path, mid in own.items()}
+        by_layer = {id(layers[path].layer): (mid, layers[path].name) for path, mid in own.items()}
         rows = TaskRows(ids, by_layer, {id(layers[path].layer): path for path in own})
     try:
         for mid, module in zip(own.values(), modules, strict=True):

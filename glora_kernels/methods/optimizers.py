@@ -56,7 +56,7 @@ def optimizer(model: nn.Module, kind: str, lr: float, ratio: float = 16.0, **opt
         refuse_sharded(unwrap(model), f"optimizer: {kind!r}", "it needs whole factors; use kind='lora+'")
         for own in layers.values():
             refuse_shared(layers, own, f"optimizer: {kind!r}", "use share='none', or kind='lora+'")
-            if hasattr(own.layer, "num_experts"):
+            if own.of_experts:
                 raise ValueError(
                     f"optimizer: {own.path!r} adapts the parameters of experts, which {kind!r} cannot pair"
                 )

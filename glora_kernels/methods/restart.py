@@ -24,6 +24,7 @@ from glora_kernels.methods.factors import (
     Ours,
     Peft,
     check_changeable,
+    empty,
     low_rank,
     put,
     refuse_shared,
@@ -157,7 +158,7 @@ def make_chain(model: nn.Module, ranks: Mapping[str, int]) -> None:
             undo.callback(layers[path].note_rank, layers[path].rank)
             for pair in layers[path].pairs().values():
                 for factor in pair:
-                    _put_links(undo, factor, _empty(factor, rank), factor.parameter.data)
+                    _put_links(undo, factor, empty(factor, rank), factor.parameter.data)
             layers[path].note_rank(layers[path].up.value.shape[1])
 
 
@@ -276,17 +277,10 @@ def _into_chain(chosen: dict[str, LowRank], rank: int | None) -> None:
             fresh = rank or own.down.parameter.shape[0]
             for pair in own.pairs().values():
                 for factor in pair:
-                    made = _empty(factor, fresh)
+                    made = empty(factor, fresh)
                     initialize({factor.name: nn.Parameter(made)}, own.init)
                     _put_links(undo, factor, factor.value.detach().clone(), made)
             own.note_rank(own.up.value.shape[1])
-
-
-def _empty(factor: Factor, rank: int) -> Tensor:
-    """A parameter like the stored one, of this rank."""
-    shape = list(factor.parameter.shape)
-    shape[factor.dim] = rank
-    return factor.parameter.detach().new_zeros(shape)
 
 
 def _link(factor: Factor) -> Chain | None:

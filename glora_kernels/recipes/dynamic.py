@@ -17,7 +17,6 @@ from glora_kernels.methods.allocate import allocate
 from glora_kernels.methods.edit import edit_ranks
 from glora_kernels.methods.factors import LowRank, low_rank, refuse_shared
 from glora_kernels.methods.mids import NOT_SHARED
-from glora_kernels.methods.observe import observe
 from glora_kernels.recipes.recipe import Recipe
 
 
@@ -62,8 +61,7 @@ class DynamicLoRA(Recipe):
         self.budget = sum(ranks.values())
         allocate(dict.fromkeys(ranks, 1.0), self.budget, low, self.high)  # its errors now and not in the middle
         self.scores = dict.fromkeys(ranks, 0.0)
-        self._watching = observe(model, "sensitivity")
-        self._seen = self._watching.__enter__()
+        self._seen = self.watch("sensitivity")
 
     def act(self) -> None:
         seen = {path: float(value) for path, value in self._seen.items()}
@@ -83,10 +81,6 @@ class DynamicLoRA(Recipe):
         if edits:
             edit_ranks(self.model, edits, self.optimizer)
         return ranks
-
-    def finish(self) -> None:
-        self._watching.__exit__(None, None, None)
-        super().finish()
 
     def values(self) -> dict[str, Any]:
         return {"scores": self.scores, "budget": self.budget}

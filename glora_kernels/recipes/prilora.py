@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from glora_kernels.methods.allocate import linear_ranks, with_ranks
 from glora_kernels.methods.factors import low_rank, refuse_shared
 from glora_kernels.methods.mids import NOT_SHARED
-from glora_kernels.methods.observe import observe
 from glora_kernels.nn.inject import inject
 from glora_kernels.recipes.recipe import Recipe
 from glora_kernels.spec import GLoRAConfig
@@ -61,8 +60,7 @@ class PRILoRA(Recipe):
         layers = low_rank(model, "PRILoRA")
         for own in layers.values():
             refuse_shared(layers, own, "PRILoRA", NOT_SHARED)
-        self._watching = observe(model, "input_norm", training=True)
-        self._seen = self._watching.__enter__()
+        self._seen = self.watch("input_norm", training=True)
 
     def act(self) -> None:
         for path, value in self._seen.items():
@@ -89,10 +87,6 @@ class PRILoRA(Recipe):
                 count = int(self.pruned * down.shape[1])
                 least = (down.abs() * self.means[path].to(down)).topk(count, dim=1, largest=False).indices
                 down.scatter_(1, least, 0.0)
-
-    def finish(self) -> None:
-        self._watching.__exit__(None, None, None)
-        super().finish()
 
     def tensors(self) -> dict[str, Tensor]:
         return self.means

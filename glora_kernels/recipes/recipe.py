@@ -14,6 +14,7 @@ A transformers Trainer and a Lightning Trainer take `trainer_callback(recipe)` a
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import nn
 from glora_kernels.methods.edit import inner_optimizer
 from glora_kernels.methods.factors import low_rank, refuse_wrapped
 from glora_kernels.methods.mids import fold_mids, mids
+from glora_kernels.methods.observe import Seen, observe
 from glora_kernels.recipes.state import Resumable
 
 
@@ -45,6 +47,11 @@ class Recipe(Resumable):
     def __init__(self, model: nn.Module) -> None:
         refuse_wrapped(model, type(self).__name__)
         super().__init__(model)
+        self._watching = contextlib.ExitStack()
+
+    def watch(self, kind: str, training: bool = False) -> Seen:
+        """`observe` the model until `finish`."""
+        return self._watching.enter_context(observe(self.model, kind, training))
 
     def bind(self, optimizer: Any) -> None:
         """Tell the optimizer, also one that accelerate or Lightning has wrapped; after its state was loaded.
@@ -91,6 +98,7 @@ class Recipe(Resumable):
 
     def finish(self) -> None:
         """End the method: take out its hooks, and fold its maps, so that plain adapters are left."""
+        self._watching.close()
         if mids(self.model):
             fold_mids(self.model)
 

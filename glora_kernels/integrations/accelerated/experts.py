@@ -48,14 +48,14 @@ class Experts(TakesRows, ParamWrapper):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if (rows := self._rows) is not None and not self.disable_adapters:
             rows.linear(self, x, Frozen(x, None))  # raises: see `refusal_of_rows`
-        reason = self.refusal_of_experts() or _refusal_of_call(self.get_base_layer(), x, args, kwargs)
+        reason = self.standing_refusal() or _refusal_of_call(self.get_base_layer(), x, args, kwargs)
         if reason is None:
             return self._experts(x, *args, **kwargs)
         if reason != WITHIN and not torch.compiler.is_compiling():
             self._glora_fallbacks[reason] = self._glora_fallbacks.get(reason, 0) + 1
         return ParamWrapper.forward(self, x, *args, **kwargs)
 
-    def refusal_of_experts(self) -> str | None:
+    def standing_refusal(self) -> str | None:
         """The reason why PEFT's forward runs whatever the call, or None."""
         base: Any = self.get_base_layer()
         wrappers = self._wrappers()

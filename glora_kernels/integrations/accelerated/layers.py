@@ -95,6 +95,13 @@ class Accelerated(bases.OverBase):
         tensors = [tensor for part in parts for tensor in ([part] if isinstance(part, Tensor) else part.parameters())]
         return any(tensor.is_meta for tensor in tensors)
 
+    def standing_refusal(self) -> str | None:
+        """The reason why PEFT's forward runs whatever the call, or None."""
+        parts = self.active_parts()
+        if isinstance(parts, str):
+            return parts
+        return bases.RANK if bases.is_above_rank(parts[1], self.base_layer.weight.is_cuda) else None
+
     def accelerated(self) -> None:
         """Set up the layer after its class was changed to this one."""
         self.__dict__.pop("forward", None)  # that of the former class, which accelerate's hooks leave behind

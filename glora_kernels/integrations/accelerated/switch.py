@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from glora_kernels.integrations.bases import IDLE, RANK, SHARDED, has_other_forward, is_above_rank
+from glora_kernels.integrations.bases import IDLE, SHARDED, has_other_forward
 from glora_kernels.integrations.release import need_peft
 from glora_kernels.nn.base import M
 from glora_kernels.nn.columns import aligned
@@ -199,11 +199,8 @@ def _fallback(layer: Any, is_gathered: bool) -> str | None:
     """Why an accelerated layer runs PEFT's forward, or None. is_gathered: FSDP2 gathers its weight for a forward."""
     if has_other_forward(layer):
         return OWN_FORWARD
-    of_experts = getattr(layer, "refusal_of_experts", None)
-    parts = layer.active_parts() if of_experts is None else of_experts()
-    if of_experts is not None or isinstance(parts, str):
-        return None if parts == IDLE or (parts == SHARDED and is_gathered) else parts
-    return RANK if is_above_rank(parts[1], layer.base_layer.weight.is_cuda) else None
+    reason: str | None = layer.standing_refusal()
+    return None if reason == IDLE or (reason == SHARDED and is_gathered) else reason
 
 
 def _kinds() -> dict[type, Any]:
