@@ -23,8 +23,8 @@ Row = Sequence[Tensor | None]
 """The tensors of a call in the order of its arguments; lists are concatenated."""
 
 _KINDS = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", str: "str", bool: "bool", float: "float",
-    Sequence[float]: "float[]", Sequence[int]: "int[]", Sequence[bool]: "bool[]",
+    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", str: "str", bool: "bool", int: "int",
+    float: "float", Sequence[float]: "float[]", Sequence[int]: "int[]", Sequence[bool]: "bool[]",
 }  # fmt: skip
 _DEFAULTS = {None: "None", (): "[]"}
 

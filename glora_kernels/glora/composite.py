@@ -20,7 +20,7 @@ from glora_kernels.glora.eager import c_vector, dropped, keep_of
 from glora_kernels.quant import dequantize
 
 
-def _valued(computed: Tensor, saved: Tensor | None) -> Tensor:
+def valued(computed: Tensor, saved: Tensor | None) -> Tensor:
     """The saved value, with the derivatives of `computed`: x, from which that came, may not have been saved."""
     return computed if saved is None else computed + (saved.view(computed.shape) - computed).detach()
 
@@ -36,12 +36,12 @@ def glora_linear(
         return glora_linear(x[None], weight, s, call, h, sigma)[0]
     dtype, wide, narrow = x.dtype, wide_dtype(x.dtype), factor_dtype(x.dtype, s.factors)
     with without_autocast(x.device.type):
-        w = _dense(weight, dtype)
+        w = dense_of(weight, dtype)
         low = None
         if s.a_up is not None and s.a_down is not None:
             if call.matmul:
                 rank = s.a_up.shape[1]
-                p = _valued(linear(x.to(narrow), s.a_down.to(narrow)), None if h is None else h[:, :rank])
+                p = valued(linear(x.to(narrow), s.a_down.to(narrow)), None if h is None else h[:, :rank])
                 h = None if h is None else h[:, rank:]
                 low = linear(p, w.to(narrow) @ s.a_up.to(narrow))
             else:
@@ -55,9 +55,9 @@ def glora_linear(
             keep = keep_of(call.dropout_p, call.seed, math.prod(x.shape[:-1]), x.shape[-1], x.device)
             kept = dropped(x, None if keep is None else keep.view(x.shape))
             own = linear(kept.to(narrow), s.b_down.to(narrow)) * (call.scale / (1.0 - call.dropout_p))
-            y = y + linear(_valued(own, h), s.b_up.to(narrow))
+            y = y + linear(valued(own, h), s.b_up.to(narrow))
         if s.b is not None:
-            y = y + _valued(x.sum(-1, keepdim=True, dtype=wide), sigma) * s.b.to(wide)
+            y = y + valued(x.sum(-1, keepdim=True, dtype=wide), sigma) * s.b.to(wide)
         beta = shift(s, dtype)
         return (y if beta is None else y + beta.to(wide)).to(dtype)
 
@@ -66,10 +66,10 @@ def glora_wc(weight: Weight, c: C) -> Tensor:
     """W·c (N,), as `glora.eager.wc_forward`."""
     wide = wc_dtype(weight, c)
     with without_autocast(weight.device.type):
-        return _dense(weight, wide) @ c_vector(c, wide)
+        return dense_of(weight, wide) @ c_vector(c, wide)
 
 
-def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+def dense_of(weight: Weight, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, Tensor):
         return weight.to(dtype)
     # torch.jit.trace fails on a view of another dtype, so it sees the dequantized matrix as a constant.

@@ -2,7 +2,7 @@
 
 PEFT wraps an experts module of transformers in a `ParamWrapper` for each adapted parameter, one inside the other, and
 adds s·U_e·D_e to every expert's weight in each call. Here the outermost wrapper computes the module itself: rows sorted
-by expert, `expert_linear` up, the module's own gate, `expert_linear` down, the routing weights. Adapters, names and
+by expert, `expert_rows` up, the module's own gate, `expert_rows` down, the routing weights. Adapters, names and
 files stay PEFT's:
 
     lora_A.weight (E·R, K) → D (E, R, K)          lora_B.weight (N, R·E) → U (E, N, R)
@@ -18,9 +18,10 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from glora_kernels.dispatch.common import autocast_dtype
+from glora_kernels.dispatch.common import autocast_dtype, given
 from glora_kernels.dispatch.ways import is_transformed
-from glora_kernels.experts import Groups, expert_linear
+from glora_kernels.experts.groups import Groups
+from glora_kernels.experts.op import expert_rows
 from glora_kernels.integrations.bases import HOOKED, IDLE, ON_META, PLAIN, SHARDED, SUBCLASS, TRANSFORMED, is_plain
 from glora_kernels.nn.adapted import Frozen
 from glora_kernels.nn.mixed import TakesRows
@@ -99,13 +100,12 @@ class Experts(TakesRows, ParamWrapper):
         wrappers = self._wrappers()
         groups = Groups.of(index, self.num_experts)
         up = "gate_up_proj" if base.has_gate else "up_proj"
-        expert = index.reshape(-1)[groups.order] if base.has_bias else None
-        y = _linear(base, up, wrappers.get(up), x, groups, expert, of_tokens=True)
+        y = _linear(base, up, wrappers.get(up), x, groups, of_tokens=True)
         y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
-        y = _linear(base, DOWN, wrappers.get(DOWN), y, groups, expert, of_tokens=False)
+        y = _linear(base, DOWN, wrappers.get(DOWN), y, groups, of_tokens=False)
         if getattr(base, "has_post_expert_norm", False):
             y = base.post_expert_norm(y)
-        y = y * weights.reshape(-1)[groups.order, None]
+        y = y * weights.reshape(-1)[given(groups.order), None]
         return groups.sum_back(y).to(x.dtype)
 
     @property
@@ -154,23 +154,21 @@ def _refusal_of_call(base: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[s
     return None
 
 
-def _linear(
-    base: Any, name: str, wrapper: Any, x: Tensor, groups: Groups, expert: Tensor | None, of_tokens: bool
-) -> Tensor:
+def _linear(base: Any, name: str, wrapper: Any, x: Tensor, groups: Groups, of_tokens: bool) -> Tensor:
     """One product of the experts with the active adapters of its wrapper."""
     weight: Tensor = getattr(base, name)
     weight = weight.transpose(1, 2) if base.is_transposed else weight
     active = [] if wrapper is None else [own for own in wrapper.active_adapters if own in wrapper.lora_A]
     pairs = [_factors(wrapper, own, weight.dtype) for own in active]
     scales = [wrapper.scaling[own] for own in active]
-    up, down, scale = None, None, 1.0
+    adapters: dict[str, Any] = {}
     if len(pairs) == 1 and not isinstance(scales[0], Tensor):  # hot swapping makes it one
-        (up, down), scale = pairs[0], scales[0]
+        adapters = {"b_up": pairs[0][0], "b_down": pairs[0][1], "scale": scales[0]}
     elif pairs:
         up = torch.cat([up * own for (up, _), own in zip(pairs, scales, strict=True)], 2)
-        down = torch.cat([down for _, down in pairs], 1)
-    y = expert_linear(x, weight, groups, up, down, scale, of_tokens)
-    return y if expert is None else y + getattr(base, f"{name}_bias")[expert]
+        adapters = {"b_up": up, "b_down": torch.cat([down for _, down in pairs], 1)}
+    bias = getattr(base, f"{name}_bias") if base.has_bias else None
+    return expert_rows(x, weight, bias, adapters, groups, of_tokens)
 
 
 def _factors(wrapper: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
