@@ -38,32 +38,16 @@ def _beta(bias, wcs, row, n, N, LAYOUT: tl.constexpr):
     return beta
 
 
-@triton.jit(do_not_specialize=["M", "J"])
-def _multi_expand_kernel(
-    out, low_ptr, sums_ptr, bias, wcs, table_ptr, places_ptr, starts_ptr, M, C, J, width,
-    OF_DX: tl.constexpr, READ: tl.constexpr, BANDS: tl.constexpr, LAYOUT: tl.constexpr, NUMERICS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+@triton.jit
+def added(
+    acc, low_ptr, sums_ptr, bias, wcs, row, seed, i, own, c, c0, M, C, width,
+    OF_DX: tl.constexpr, BANDS: tl.constexpr, LAYOUT: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """y[m] = [y[m]∘(1+a_j)] + h[i]·B_up,jᵀ + σ[i]·b_j + β_j, or OF_DX dx[m] = mask∘(S[i]·B_down,j) + τ[i].
+    """acc + h[i]·B_up,jᵀ + σ[i]·b_j + β_j, or OF_DX acc + mask∘(S[i]·B_down,j) + τ[i], of sorted rows i of adapter j.
 
-    Of sorted rows i, m the place of each, j its adapter. With READ the product with W is in y already; else it is to be
-    added to what this writes. h, σ, S and τ are sums over BANDS.
+    own: the rows of the mask. h, σ, S and τ are sums over BANDS, None where absent.
     """
-    blocks = tl.cdiv(C, BLOCK_C)
-    adapter, start, first, end = order.tile_of(starts_ptr, tl.program_id(0) // blocks, J, BLOCK_M)
-    if first >= end:
-        return
-    row = table.row_of(table_ptr, adapter)
-    i = first + tl.arange(0, BLOCK_M)
-    m = tl.load(places_ptr + i, mask=i < end, other=M)
-    own = i - start
-    i = tl.where(i < end, i, M)
-    c0 = tl.program_id(0) % blocks * BLOCK_C
-    c = c0 + tl.arange(0, BLOCK_C)
-    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    if READ:
-        acc = tile.read(out, m, c, M, C).to(tl.float32)
-        acc *= 1.0 + table.vector(row, "a", c, C, LAYOUT.vector_dtype)[None, :]
     if low_ptr is not None:
         R = table.rank(row, LAYOUT)
         right = tile.transposed(table.b_down(row, LAYOUT)) if OF_DX else table.b_up(row, LAYOUT)
@@ -73,7 +57,7 @@ def _multi_expand_kernel(
         if LAYOUT.drops and OF_DX:
             threshold = table.size(row, "threshold")
             if threshold > 0:
-                term = tile.dropped(term, table.seed(row), own, c0, threshold, 1.0, BLOCK_M, BLOCK_C)
+                term = tile.dropped(term, table.key_of(row, seed), own, c0, threshold, 1.0, BLOCK_M, BLOCK_C)
         acc += term
     if sums_ptr is not None:
         sums = tile.read_banded_vector(Vector(sums_ptr, 1), i, M, M, BANDS)[:, None]
@@ -83,6 +67,39 @@ def _multi_expand_kernel(
             acc += sums * table.vector(row, "b", c, C, LAYOUT.vector_dtype)[None, :]
     if not OF_DX:
         acc += _beta(bias, wcs, row, c, C, LAYOUT)[None, :]
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "J"])
+def _multi_expand_kernel(
+    out, low_ptr, sums_ptr, bias, wcs, table_ptr, places_ptr, starts_ptr, M, C, J, width,
+    OF_DX: tl.constexpr, READ: tl.constexpr, BANDS: tl.constexpr, LAYOUT: tl.constexpr, NUMERICS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """y[m] = [y[m]∘(1+a_j)] + h[i]·B_up,jᵀ + σ[i]·b_j + β_j, or OF_DX dx[m] = mask∘(S[i]·B_down,j) + τ[i].
+
+    Of sorted rows i, m the place of each, j its adapter. With READ the product with W is in y already; else it is to be
+    added to what this writes.
+    """
+    blocks = tl.cdiv(C, BLOCK_C)
+    adapter, start, first, end = order.tile_of(starts_ptr, tl.program_id(0) // blocks, J, BLOCK_M)
+    if first >= end:
+        return
+    row = table.row_of(table_ptr, adapter)
+    i = first + tl.arange(0, BLOCK_M)
+    m = order.rows_at(places_ptr, None, i, end, M)
+    own = i - start
+    i = tl.where(i < end, i, M)
+    c0 = tl.program_id(0) % blocks * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C)
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    if READ:
+        acc = tile.read(out, m, c, M, C).to(tl.float32)
+        acc *= 1.0 + table.vector(row, "a", c, C, LAYOUT.vector_dtype)[None, :]
+    acc = added(
+        acc, low_ptr, sums_ptr, bias, wcs, row, None, i, own, c, c0, M, C, width,
+        OF_DX, BANDS, LAYOUT, NUMERICS, BLOCK_M, BLOCK_C, BLOCK_R,
+    )  # fmt: skip
     tile.write(out, tile.rounded(acc, m, c, out.ptr.dtype.element_ty), m, c, M, C)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton import cdiv
 
 from glora_kernels import tile
+from glora_kernels.multi import plan as order
 from glora_kernels.multi import table
 from glora_kernels.multi.plan import Plan
 from glora_kernels.multi.table import Table
@@ -45,7 +46,7 @@ def _keep(ptr, value, index, mask):
 
 @triton.jit
 def _dropped_sum(
-    read, low_ptr, row, places_ptr, start, end, c0, r, M, C, width,
+    read, low_ptr, row, rows_ptr, each, seed, start, end, c0, r, M, C, width,
     BANDS: tl.constexpr, LAYOUT: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -54,29 +55,31 @@ def _dropped_sum(
     R = table.rank(row, LAYOUT)
     acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     if LAYOUT.drops:
-        seed = table.seed(row)
+        key = table.key_of(row, seed)
         threshold = table.size(row, "threshold")
     for i0 in range(start, end, BLOCK_M):
         i = i0 + tl.arange(0, BLOCK_M)
-        m = tl.load(places_ptr + i, mask=i < end, other=M)
+        m = order.rows_at(rows_ptr, each, i, end, M)
         value = tile.read(read, m, c, M, C)
         if LAYOUT.drops:
             if threshold > 0:
-                value = tile.dropped(value, seed, i - start, c0, threshold, 1.0, BLOCK_M, BLOCK_C)
+                masked = i - start if seed is None else m
+                value = tile.dropped(value, key, masked, c0, threshold, 1.0, BLOCK_M, BLOCK_C)
         low = tile.read_banded(Matrix(low_ptr, width, 1), r, tl.where(i < end, i, M), R, M, M, BANDS, TRANSPOSED=True)
         acc = tile.dot_thin(low.to(NUMERICS.factor_dtype), value, acc, NUMERICS)
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "J", "rank_blocks"])
+@triton.jit(do_not_specialize=["M", "J", "rank_blocks", "seed"])
 def _multi_outer_kernel(
-    dy, x, z, h_ptr, s_ptr, sigma_ptr, grads, bias, table_ptr, places_ptr, starts_ptr, M, N, K, J, width, rank_blocks,
+    dy, x, z, h_ptr, s_ptr, sigma_ptr, grads, bias, seed, table_ptr, dy_rows_ptr, x_rows_ptr, x_each, starts_ptr,
+    M, N, K, J, width, rank_blocks,
     BANDS: tl.constexpr, LAYOUT: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """`Gradients` of every adapter: dyᵀh and the sums of columns of dy, or of dy with Z and σ; then Sᵀx̃.
 
-    h, σ and S are sums over BANDS, of rows sorted by adapter.
+    h, σ and S are sums over BANDS, of rows sorted by adapter; the lists of rows tell where each is in dy (and Z) and x.
     """
     rank_block = tl.program_id(0) % rank_blocks
     c0 = tl.program_id(0) // rank_blocks * BLOCK_C
@@ -92,7 +95,7 @@ def _multi_outer_kernel(
     if x is not None:
         if (tl.program_id(2) == tl.num_programs(2) - 1) & (c0 < K):
             acc = _dropped_sum(
-                x, s_ptr, row, places_ptr, start, end, c0, r, M, K, width,
+                x, s_ptr, row, x_rows_ptr, x_each, seed, start, end, c0, r, M, K, width,
                 BANDS, LAYOUT, NUMERICS, BLOCK_M, BLOCK_C, BLOCK_R,
             )  # fmt: skip
             tile.write(Matrix(grads.b_down + first_rank * K, K, 1), acc, r, c, R, K)
@@ -104,7 +107,7 @@ def _multi_outer_kernel(
             da = tl.zeros((BLOCK_C,), tl.float32)
             for i0 in range(start, end, BLOCK_M):
                 i = i0 + tl.arange(0, BLOCK_M)
-                m = tl.load(places_ptr + i, mask=i < end, other=M)
+                m = order.rows_at(dy_rows_ptr, None, i, end, M)
                 i = tl.where(i < end, i, M)
                 value = tile.read(dy, m, c, M, N)
                 if grads.b_up is not None:
@@ -133,9 +136,14 @@ def _multi_outer_kernel(
 def multi_outer_launch(
     grads: Gradients, adapters: Table, plan: Plan,
     *, dy: Tensor, x: Tensor | None = None, z: Tensor | None = None, h: Tensor | None = None, s: Tensor | None = None,
-    sigma: Tensor | None = None, bias: Tensor | None = None, bands: int, arch: str,
+    sigma: Tensor | None = None, bias: Tensor | None = None, dy_rows: Tensor | None, x_rows: Tensor | None,
+    x_each: int | None = None, seed: Any = None, bands: int, arch: str,
 ) -> Launch:  # fmt: skip
-    """`grads` from dy (M,N), x (M,K), z = x·Wᵀ (M,N), and of sorted rows h, s (bands,M,width) and sigma (bands,M)."""
+    """`grads` from dy (M,N), x (·,K), z = x·Wᵀ (M,N), and of sorted rows h, s (bands,M,width) and sigma (bands,M).
+
+    dy_rows, x_rows: the row of each sorted one in dy and z, and in x; None: they are sorted. x_each: as in a `Side`.
+    seed: as in `multi_shrink_launch`.
+    """
     m, n, k = rows(dy), dy.shape[1], 0 if x is None else x.shape[1]
     with_x = grads.b_down is not None
     with_dy = any(grad is not None for name, grad in grads._asdict().items() if name not in ("b_down", "end"))
@@ -144,8 +152,9 @@ def multi_outer_launch(
     config = kind.config("multi_outer", arch, dy.dtype, (m, n, k), aligned=n % 16 == k % 16 == 0)
     args = {
         "dy": matrix(dy) if with_dy else None, "x": matrix(x) if with_x else None, "z": matrix(z), "h_ptr": h,
-        "s_ptr": s, "sigma_ptr": sigma, "grads": grads, "bias": vector(bias), "table_ptr": adapters.entries,
-        "places_ptr": plan.places, "starts_ptr": plan.starts, "M": m, "N": n, "K": k, "J": len(adapters.entries),
+        "s_ptr": s, "sigma_ptr": sigma, "grads": grads, "bias": vector(bias), "seed": seed,
+        "table_ptr": adapters.entries, "dy_rows_ptr": dy_rows, "x_rows_ptr": x_rows,
+        "x_each": x_each, "starts_ptr": plan.starts, "M": m, "N": n, "K": k, "J": len(adapters.entries),
         "width": kind.width, "rank_blocks": rank_blocks, "BANDS": bands, "LAYOUT": kind.layout,
         "NUMERICS": numerics(dy.dtype, kind.factor),
         "BLOCK_M": config["rows"], "BLOCK_C": config["cols"], "BLOCK_R": block,

@@ -44,6 +44,20 @@ def tile_of(starts_ptr, t, J, BLOCK_M: tl.constexpr):
     return adapter, start, first, tl.load(starts_ptr + adapter + 1)
 
 
+@triton.jit
+def rows_at(rows_ptr, each, i, end, M):
+    """The rows of a matrix that stand at i among the sorted ones, i itself where there is no list; M behind the end.
+
+    each: how many of the list's rows one row of the matrix stands for, if not one.
+    """
+    if rows_ptr is None:
+        return tl.where(i < end, i, M)
+    elif each is None:
+        return tl.load(rows_ptr + i, mask=i < end, other=M).to(tl.int32)
+    else:
+        return tl.where(i < end, tl.load(rows_ptr + i, mask=i < end, other=0).to(tl.int32) // each, M)
+
+
 def tiles(m: int, count: int, block: int) -> int:
     """How many tiles there are at most."""
     return m // block + count

@@ -21,13 +21,18 @@ from glora_kernels.runtime.recording import rows
 
 
 class Side(NamedTuple):
-    """A matrix (M, depth) that is read, and what is made of it, sorted by adapter.
+    """A matrix (·, depth) that is read, and what is made of it, sorted by adapter.
+
+    rows: of the matrix, that of each sorted row, (M,); None: they are sorted. each: how many of them one row of the
+    matrix stands for, if not one.
 
     low: (bands, M, width), x̃·B_downᵀ or dy·B_up of each row's adapter, times s/(1-p). sums: (bands, M), Σₖ x or dy·b.
     left: (M, depth), dy∘(1+a), in the order of dy. A band is `band_width` of the depth.
     """
 
     read: Any
+    rows: Any = None
+    each: Any = None
     low: Any = None
     sums: Any = None
     left: Any = None
@@ -38,18 +43,20 @@ class Side(NamedTuple):
 
 @triton.jit
 def _side(
-    side, row, m, i, own, end, rank_block, M, width,
+    side, row, i, own, end, rank_block, seed, M, width,
     OF_DY: tl.constexpr, LAYOUT: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One band of a `Side`, of the rows m of one adapter, which stand at i among the sorted ones."""
+    """One band of a `Side`, of the rows of one adapter that stand at i among the sorted ones."""
     band = tl.program_id(1)
+    m = order.rows_at(side.rows, side.each, i, end, M)
     r = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
     R = table.rank(row, LAYOUT)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     sums = tl.zeros((BLOCK_M,), tl.float32)
     if LAYOUT.drops and not OF_DY:
-        seed = table.seed(row)
+        key = table.key_of(row, seed)
+        masked = own if seed is None else m
         threshold = table.size(row, "threshold")
     first = tl.multiple_of(band * side.band_width, 16)
     for d0 in range(first, tl.minimum(first + side.band_width, side.depth), BLOCK_K):
@@ -71,7 +78,7 @@ def _side(
             else:
                 if LAYOUT.drops:
                     if threshold > 0:
-                        value = tile.dropped(value, seed, own, d0, threshold, 1.0, BLOCK_M, BLOCK_K)
+                        value = tile.dropped(value, key, masked, d0, threshold, 1.0, BLOCK_M, BLOCK_K)
                 factor = tile.read(tile.transposed(table.b_down(row, LAYOUT)), d, r, side.depth, R)
             acc = tile.dot_thin(value, factor.to(NUMERICS.factor_dtype), acc, NUMERICS)
     behind = tl.cast(band, tl.int64) * M
@@ -82,15 +89,15 @@ def _side(
             tl.store(side.sums + behind + i, sums, mask=i < end)
 
 
-@triton.jit(do_not_specialize=["M", "J", "rank_blocks"])
+@triton.jit(do_not_specialize=["M", "J", "rank_blocks", "seed"])
 def _multi_shrink_kernel(
-    x, dy, table_ptr, places_ptr, starts_ptr, M, J, width, rank_blocks,
+    x, dy, seed, table_ptr, starts_ptr, M, J, width, rank_blocks,
     LAYOUT: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """h[i] = s_j/(1-p_j)·(mask∘x[m])·B_down,jᵀ and σ[i] = Σₖ x[m,k]; S[i] = s_j/(1-p_j)·dy[m]·B_up,j, τ[i] = dy[m]·b_j.
 
-    And dy∘(1+a_j). Of sorted rows i = 0 …, m the place of each, j its adapter; `x` and `dy` are a `Side` each, or None.
-    A mask is that of the row's number among those of its adapter.
+    And dy∘(1+a_j). Of sorted rows i = 0 …, m the row of each in x or dy, j its adapter; `x` and `dy` are a `Side` each,
+    or None. A mask is that of the row's number among those of its adapter, or with one `seed` of all of the row m.
     """
     rank_block = tl.program_id(0) % rank_blocks
     adapter, start, first, end = order.tile_of(starts_ptr, tl.program_id(0) // rank_blocks, J, BLOCK_M)
@@ -98,17 +105,16 @@ def _multi_shrink_kernel(
     if (first >= end) | ((rank_block > 0) & (rank_block * BLOCK_R >= table.size(row, "rank"))):
         return
     i = first + tl.arange(0, BLOCK_M)
-    m = tl.load(places_ptr + i, mask=i < end, other=M)
     if x is not None:
         if tl.program_id(2) == 0:
             _side(
-                x, row, m, i, i - start, end, rank_block, M, width,
+                x, row, i, i - start, end, rank_block, seed, M, width,
                 False, LAYOUT, NUMERICS, BLOCK_M, BLOCK_K, BLOCK_R,
             )  # fmt: skip
     if dy is not None:
         if tl.program_id(2) == tl.num_programs(2) - 1:
             _side(
-                dy, row, m, i, i - start, end, rank_block, M, width,
+                dy, row, i, i - start, end, rank_block, seed, M, width,
                 True, LAYOUT, NUMERICS, BLOCK_M, BLOCK_K, BLOCK_R,
             )  # fmt: skip
 
@@ -127,14 +133,19 @@ def shrink_of(m: int, n: int, k: int, kind: Kind, dtype: torch.dtype, arch: str)
 
 
 def multi_shrink_launch(
-    adapters: Table, plan: Plan, *, x: Side | None = None, dy: Side | None = None, how: Shrink, arch: str
-) -> Launch:
-    """What the memory of the sides is for, over `how.bands` bands; their matrices are tensors."""
+    adapters: Table, plan: Plan,
+    *, x: Side | None = None, dy: Side | None = None, seed: Any = None, m: int | None = None, how: Shrink,
+    arch: str,
+) -> Launch:  # fmt: skip
+    """What the memory of the sides is for, over `how.bands` bands; their matrices are tensors.
+
+    seed: of all adapters (`Dropout.key`), or None, if each has its own. m: M, where no matrix has as many rows.
+    """
     config, read = how.config, next(side for side in (x, dy) if side is not None).read
-    m, count, kind = rows(read), len(adapters.entries), adapters.kind
+    m, count, kind = rows(read) if m is None else m, len(adapters.entries), adapters.kind
     rank_blocks, block = kind.rank_blocks(configs.RANK_BLOCK)
     args = {
-        "x": _operand(x, how), "dy": _operand(dy, how), "table_ptr": adapters.entries, "places_ptr": plan.places,
+        "x": _operand(x, how), "dy": _operand(dy, how), "seed": seed, "table_ptr": adapters.entries,
         "starts_ptr": plan.starts, "M": m, "J": count, "width": kind.width, "rank_blocks": rank_blocks,
         "LAYOUT": kind.layout, "NUMERICS": numerics(read.dtype, kind.factor),
         "BLOCK_M": config["rows"], "BLOCK_K": config["cols"], "BLOCK_R": block,

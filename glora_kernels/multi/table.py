@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glora_kernels import tile
 from glora_kernels.dispatch.common import given
 from glora_kernels.multi.adapters import Adapter
 from glora_kernels.operands import Matrix, named_dtype
@@ -104,13 +105,16 @@ def scale(row):
 
 
 @triton.jit
-def seed(row):
-    """The key of the dropout mask: an entry, or behind an address."""
-    key = number(row, "seed")
-    address = number(row, "seed_address")
-    if address != 0:
-        key = tl.load(address.to(tl.pointer_type(tl.int64)))
-    return key
+def key_of(row, seed):
+    """The key of the dropout mask: the one `seed` of all, or the adapter's own, an entry or behind an address."""
+    if seed is None:
+        key = number(row, "seed")
+        address = number(row, "seed_address")
+        if address != 0:
+            key = tl.load(address.to(tl.pointer_type(tl.int64)))
+        return key
+    else:
+        return tile.seed_of(seed)
 
 
 @triton.jit
@@ -240,7 +244,7 @@ def table_of(adapters: Sequence[Adapter], dtype: torch.dtype, device: torch.devi
             step |= up[0] // factor.itemsize | up[1] | rank
             align |= down[0] // factor.itemsize | down[1]
             drops = call.dropout_p > 0.0
-        seed = given(call.seed) if drops else None
+        seed = call.seed if drops else None  # None: the kernels get one for all
         on_host = seed is not None and seed.is_cpu
         values += (
             rank, first, _bits(call.scale / (1.0 - call.dropout_p if drops else 1.0)),

@@ -99,7 +99,7 @@ def _forward(tensors: Sequence[Tensor | None], kind: Kind) -> list[Tensor | None
     y = empty(x, rows(x), len(weight))
     low, sums = _low(x, kind, how), _sums(x, how) if layout.b else None
     if low is not None or sums is not None:
-        multi_shrink_launch(table, plan, x=Side(x, low, sums), how=how, arch=arch_of(x)).run()
+        multi_shrink_launch(table, plan, x=Side(x, places, low=low, sums=sums), how=how, arch=arch_of(x)).run()
     product = LibraryProduct(x, weight.t(), y, accumulates=not layout.a)
     if layout.a:
         product.run()
@@ -183,8 +183,8 @@ def _backward(tensors: Sequence[Tensor | None], kind: Kind, asked: _Asked) -> li
     sigma = _sums(dy, how) if dtypes.b else None
     tau = _sums(dy, how) if asked.x and layout.b else None
     left = empty(dy, m, n) if asked.x and layout.a else None
-    of_x = None if h is None and sigma is None else Side(given(x), h, sigma)
-    of_dy = None if s is None and tau is None and left is None else Side(dy, s, tau, left)
+    of_x = None if h is None and sigma is None else Side(given(x), places, low=h, sums=sigma)
+    of_dy = None if s is None and tau is None and left is None else Side(dy, places, low=s, sums=tau, left=left)
     if of_x is not None or of_dy is not None:
         multi_shrink_launch(table, plan, x=of_x, dy=of_dy, how=how, arch=arch).run()
     dx = None
@@ -207,7 +207,8 @@ def _backward(tensors: Sequence[Tensor | None], kind: Kind, asked: _Asked) -> li
     ])  # fmt: skip
     if any(grad is not None for grad in grads):
         multi_outer_launch(
-            grads, table, plan, dy=dy, x=x, z=z, h=h, s=s, sigma=sigma, bias=bias, bands=how.bands, arch=arch
+            grads, table, plan, dy=dy, x=x, z=z, h=h, s=s, sigma=sigma, bias=bias, dy_rows=places, x_rows=places,
+            bands=how.bands, arch=arch,
         ).run()  # fmt: skip
     return [dx, *grads[:-1]]
 

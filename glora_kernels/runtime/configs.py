@@ -361,6 +361,15 @@ def multi_outer(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     return {"rows": 32, "cols": 32 if dtype == torch.float32 else 64, "num_warps": 4, "num_stages": stages}
 
 
+def expert_product(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
+    """Blocks of `_expert_product_kernel`: rows of an expert, columns of y or dx, depth. M: rows an expert."""
+    rows = 16 if shape.m <= 16 else 64 if shape.m <= 64 or arch not in ("sm_90", "sm_100") else 128
+    if dtype == torch.float32:
+        return {"rows": min(rows, 32), "cols": 64, "depth": 32, "num_warps": 4, "num_stages": 2}
+    stages = 2 if arch.startswith("gfx") else 4 if arch in ("sm_80", "sm_90", "sm_100") else 3
+    return {"rows": rows, "cols": 128, "depth": 64, "num_warps": 8 if rows > 64 else 4, "num_stages": stages}
+
+
 def bands(arch: str, rows: int, block: int, depth: int, step: int, most: int = MAX_BANDS) -> tuple[int, int]:
     """(number, width) of the bands of a reduction over `depth`, up to `most`: with few rows they give enough programs.
 
@@ -439,6 +448,7 @@ KERNELS: dict[str, Kernel] = {
     "multi_shrink": Kernel(multi_shrink, ("_multi_shrink_kernel",)),
     "multi_expand": Kernel(multi_expand, ("_multi_expand_kernel",)),
     "multi_outer": Kernel(multi_outer, ("_multi_outer_kernel",)),
+    "expert_product": Kernel(expert_product, ("_expert_product_kernel",), "products", True),
 }  # fmt: skip
 """The Triton kernels for which `tables.choose` has a configuration."""
 

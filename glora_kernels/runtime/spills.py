@@ -23,7 +23,7 @@ class Beside(NamedTuple):
         aligned: rows are known to begin at multiples of 16 numbers.
         nested: the absmax values of a 4-bit W are themselves quantized, to 8 bits.
         added: terms of GLoRA are added to y. scaled: dy is scaled.
-        cast: W is wider than x.
+        cast: W is wider than x. decoded: it has 4 bits, and blocks of it are decoded in the product.
         reads_y: y holds more than Z∘(1+a), and the other terms are subtracted.
         inside: h is made in the same kernel as the product.
         pointers: the tile is the one for pointers, because the operands allow no TMA descriptors.
@@ -43,6 +43,7 @@ class Beside(NamedTuple):
     added: bool = False
     scaled: bool = False
     cast: bool = False
+    decoded: bool = False
     reads_y: bool = False
     inside: bool = False
     pointers: bool = False
@@ -217,6 +218,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         (lambda b: not b.aligned, {"num_warps": 8}),
     ),
     "multi_outer": ((lambda b: b.halves or b.drops, _REGISTERS),),
+    "expert_product": ((lambda b: b.decoded, _REGISTERS),),
 }
 """For each kernel, rules (condition, changes): those whose condition holds change the configuration, in this order.
 `part`: the columns that one part of a tile has. Every change was found by compiling (`tools.aot`)."""
