@@ -19,7 +19,7 @@ from glora_kernels.multi.plan import Plan
 from glora_kernels.multi.table import Table
 from glora_kernels.operands import Matrix
 from glora_kernels.quant import QuantizedWeight
-from glora_kernels.runtime import configs, tables
+from glora_kernels.runtime import tables
 from glora_kernels.runtime.configs import Shape
 from glora_kernels.runtime.launch import Launch, halves, matrix, numerics, options
 from glora_kernels.runtime.recording import rows
@@ -114,18 +114,18 @@ def _expert_product_kernel(
 
 def expert_product_launch(
     out: Tensor, left: Tensor, weight: Weight, adapters: Table, plan: Plan,
-    *, low: Tensor | None = None, sums: Tensor | None = None, of_dx: bool = False, terms: bool = True,
+    *, rows_each: int, low: Tensor | None = None, sums: Tensor | None = None, of_dx: bool = False, terms: bool = True,
     left_rows: Rows = SORTED, out_rows: Tensor | None = None, mask_rows: Rows = SORTED, seed: Any = None, arch: str,
 ) -> Launch:  # fmt: skip
     """out (M,N) of left (·,K), or with `of_dx` out (M,K) of left (M,N), from low (bands,M,width) and sums (bands,M).
 
-    left_rows, out_rows, mask_rows: for each sorted row its row there. terms False: the product alone. seed: as in
-    `multi_shrink_launch`.
+    rows_each: of an expert (`configs.expert_rows`), what the tile is chosen by. left_rows, out_rows, mask_rows: for each
+    sorted row its row there. terms False: the product alone. seed: as in `multi_shrink_launch`.
     """
     kind, count, m = adapters.kind, len(adapters.entries), rows(out)
     n, k = sizes_of(weight, count - 1)
     cols, how = (k if of_dx else n), numerics(out.dtype, kind.factor)
-    chosen = tables.choose("expert_product", arch, out.dtype, Shape(rows_each(m, count - 1), n, k, kind.rank))
+    chosen = tables.choose("expert_product", arch, out.dtype, Shape(rows_each, n, k, kind.rank))
     dense, coded = (weight, None) if isinstance(weight, Tensor) else (None, weight)
     beside = Beside(
         arch, out.dtype, kind.rank, halves=halves(how), drops=kind.layout.drops, aligned=n % 16 == k % 16 == 0,
@@ -152,11 +152,6 @@ def sizes_of(weight: Weight, experts: int) -> tuple[int, int]:
     if isinstance(weight, QuantizedWeight):
         return weight.shape[0] // experts, weight.shape[1]
     return weight.shape[1], weight.shape[2]
-
-
-def rows_each(m: int, experts: int) -> int:
-    """About how many rows an expert has: what configurations are chosen by."""
-    return max(1, configs.m_class(m) // experts)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -25,16 +25,20 @@ from glora_kernels.multi.outer import Gradients, multi_outer_launch
 from glora_kernels.multi.plan import Plan
 from glora_kernels.multi.shrink import Side, multi_shrink_launch, shrink_of
 from glora_kernels.multi.table import Kind, Table, table_of
-from glora_kernels.runtime import environment, program
+from glora_kernels.runtime import configs, environment, program
 from glora_kernels.runtime.launch import Dropout
 from glora_kernels.runtime.planning import arch_of, is_planning
 from glora_kernels.runtime.recording import empty, rows
 
 
 class _How(NamedTuple):
-    """What a pass depends on besides its tensors; form: of a 4-bit weight (`dispatch.common.Codes`)."""
+    """What a pass depends on besides its tensors.
+
+    rows_each: as `configs.expert_rows` has it. form: of a 4-bit weight (`dispatch.common.Codes`).
+    """
 
     kind: Kind
+    rows_each: int
     form: tuple[int, ...]
     p: float
     each: int
@@ -67,7 +71,8 @@ def _forward(tensors: Sequence[Tensor | None], how: _How) -> list[Tensor | None]
         multi_shrink_launch(own.table, own.plan, x=side, seed=own.seed, m=own.m, how=shrink, arch=arch).run()
     y = empty(x, own.m, n)
     expert_product_launch(
-        y, x, own.weight, own.table, own.plan, low=low, sums=sums, left_rows=own.x_rows, out_rows=own.y_rows, arch=arch
+        y, x, own.weight, own.table, own.plan, rows_each=how.rows_each, low=low, sums=sums, left_rows=own.x_rows,
+        out_rows=own.y_rows, arch=arch,
     ).run()  # fmt: skip
     return [y]
 
@@ -125,8 +130,8 @@ def _backward(tensors: Sequence[Tensor | None], how: _How, wanted: _Wanted) -> l
     if wanted.x:
         by_rows = empty(dy, m, k)
         expert_product_launch(
-            by_rows, dy if left is None else left, own.weight, own.table, own.plan, low=s, sums=tau, of_dx=True,
-            left_rows=Rows(own.y_rows), out_rows=own.x_rows.list, mask_rows=own.x_rows, seed=own.seed, arch=arch,
+            by_rows, dy if left is None else left, own.weight, own.table, own.plan, rows_each=how.rows_each, low=s,
+            sums=tau, of_dx=True, left_rows=Rows(own.y_rows), out_rows=own.x_rows.list, mask_rows=own.x_rows, seed=own.seed, arch=arch,
         ).run()  # fmt: skip
         dx = by_rows
         if own.x_rows.each is not None:
@@ -136,8 +141,8 @@ def _backward(tensors: Sequence[Tensor | None], how: _How, wanted: _Wanted) -> l
     if dtypes.a:
         z = empty(dy, m, n)
         expert_product_launch(
-            z, given(x), own.weight, own.table, own.plan, terms=False, left_rows=own.x_rows, out_rows=own.y_rows,
-            arch=arch,
+            z, given(x), own.weight, own.table, own.plan, rows_each=how.rows_each, terms=False,
+            left_rows=own.x_rows, out_rows=own.y_rows, arch=arch,
         ).run()  # fmt: skip
     shapes = Gradients(
         (sum(kind.ranks) * n,), (sum(kind.ranks) * k,), *[(len(kind.ranks), n)] * (len(Gradients._fields) - 3)
@@ -184,7 +189,10 @@ def _passed(
     )  # fmt: skip
     m = len(given(groups.order if groups.order is not None else x if x is not None else dy))
     with_rows = (0, 8) if by_token else (0, 1, 8)
-    values = _How(table.kind, tuple(codes.form), call.dropout_p, call.each, call.of_tokens, call.is_sorted), *wanted
+    each = configs.expert_rows(m, groups.experts)
+    values = (
+        _How(table.kind, each, tuple(codes.form), call.dropout_p, call.each, call.of_tokens, call.is_sorted), *wanted,
+    )  # fmt: skip
     device = groups.starts.get_device()
     found = program.find(name, function, program.PassInputs(tensors, frozenset(with_rows), m, device), values)
     return function(tensors, *values) if found is None else found.run(tensors, m)

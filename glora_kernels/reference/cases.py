@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from glora_kernels.spec import CHOICES, SUPPORTS, GLoRAConfig
 
@@ -16,6 +17,25 @@ VIT_B_16 = {"qkv": (2304, 768), "proj": (768, 768), "fc1": (3072, 768), "fc2": (
 """N and K of the linears of an encoder layer, which have a bias."""
 QWEN3_30B_A3B = {"q": (4096, 2048), "k": (512, 2048), "v": (512, 2048), "o": (2048, 4096)}
 """N and K of the dense linears of a decoder layer, without the experts."""
+
+
+class Mixture(NamedTuple):
+    """The experts of a model: their number, how many read a token, and sizes.
+
+    up: (2·inner, hidden); down: (hidden, inner). transposed: stored as (in, out), and with a bias, as gpt-oss does.
+    """
+
+    experts: int
+    each: int
+    hidden: int
+    inner: int
+    transposed: bool = False
+
+
+MIXTURES = {
+    "Qwen3-30B-A3B": Mixture(128, 8, 2048, 768), "gpt-oss-20b": Mixture(32, 4, 2880, 2880, transposed=True),
+    "DeepSeek-V2-Lite": Mixture(64, 6, 2048, 1408),
+}  # fmt: skip
 MODELS = {"LLaMA-3-8B": LLAMA_3_8B, "ViT-B/16": VIT_B_16, "Qwen3-30B-A3B": QWEN3_30B_A3B}
 SIBLINGS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 """The linears of a decoder layer that read one input."""

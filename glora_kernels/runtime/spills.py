@@ -218,7 +218,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
         (lambda b: not b.aligned, {"num_warps": 8}),
     ),
     "multi_outer": ((lambda b: b.halves or b.drops, _REGISTERS),),
-    "expert_product": ((lambda b: b.decoded, _REGISTERS),),
+    "expert_product": (
+        (lambda b: b.decoded, _REGISTERS),
+        (lambda b: not b.aligned, {"rows": Most(64), "cols": Most(64), "num_warps": 8}),
+    ),
 }
 """For each kernel, rules (condition, changes): those whose condition holds change the configuration, in this order.
 `part`: the columns that one part of a tile has. Every change was found by compiling (`tools.aot`)."""

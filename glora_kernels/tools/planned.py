@@ -9,15 +9,18 @@ to be measured with (`tools.trials`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from glora_kernels.depth.table import Layer, SharedFactor, SharedProduct
-from glora_kernels.dispatch.common import Codes, codes_of, given, path_of, stored
+from glora_kernels.dispatch.common import Codes, codes_of, given, path_of, stored, wide_dtype
 from glora_kernels.dispatch.prepared import AskedPass, Prepared
 from glora_kernels.dispatch.signature import Row, Values
+from glora_kernels.experts import op as expert_layers
+from glora_kernels.experts.call import Terms
 from glora_kernels.glora import op as operator
 from glora_kernels.glora.call import Supports
 from glora_kernels.grouped import op as grouped
@@ -206,6 +209,41 @@ def multi(layer: Linear, configs: Sequence[GLoRAConfig], how: How) -> Planned:
     return _passes(
         multis.MULTI.prepare(row, multis.values_of(weight, chosen.numbers, sizes, how.route), wanted), row, how
     )
+
+
+class Experts(NamedTuple):
+    """How many experts a layer has, how many of them read a token, and whether x is that of the tokens, or sorted."""
+
+    number: int
+    each: int = 1
+    of_tokens: bool = False
+
+
+def experts(layer: Linear, among: Experts, how: How) -> Planned:
+    """What `ops.expert_glora_linear` launches for experts of a layer's sizes, which have `how.m` rows in all.
+
+    A and B are the configuration's; the base's bias, C, D and E are parts of β, which PyTorch computes.
+    """
+    e, n, k, config = among.number, layer.n, layer.k, layer.config
+    adapter = _adapter(layer._replace(config=replace(config, C="none", D="none", E="none")), how)
+    own = {name: _tensor(how, e, *t.shape, dtype=t.dtype, std=0.1) for name, t in adapter.items()}
+    beta = _tensor(how, e, n, dtype=wide_dtype(how.dtype)) if layer.bias or config.E != "none" else None
+    stacked = weight_of(layer._replace(n=e * n, transposed=False), how)
+    if isinstance(stacked, Tensor):
+        stacked = stacked.view(e, k, n).mT if layer.transposed else stacked.view(e, n, k)
+    p = config.dropout if config.B == "lora" else 0.0
+    a, up, down, b = map(own.get, ("A", "B_up", "B_down", "B"))
+    terms = Terms(a, up, down, b, beta, _seed(how) if p else None)
+    order = torch.zeros(how.m, dtype=torch.int64, device=how.device) if among.of_tokens else None
+    row = (
+        _tensor(how, how.m // among.each, k), stored(stacked), torch.zeros(e + 2, dtype=torch.int32, device=how.device),
+        order, *terms, *codes_of(stacked)[:4],
+    )  # fmt: skip
+    values = Values((config.scale, p, among.each, among.of_tokens, True, how.route, codes_of(stacked).form))
+    frozen = {"weight", "starts", "order", "seed", *Codes._fields, *(("x",) if how.first else ())}
+    names = expert_layers.EXPERTS.signature.tensors
+    wanted = [how.training and t is not None and name not in frozen for name, t in zip(names, row, strict=True)]
+    return _passes(expert_layers.EXPERTS.prepare(row, values, wanted), row, how)
 
 
 def over_depth(layer: Linear, how: How) -> list[Any]:

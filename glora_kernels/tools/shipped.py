@@ -17,7 +17,7 @@ from glora_kernels.reference.cases import BOTH, CONFIGS, CONSTANTS, DROPPING, EV
 from glora_kernels.runtime import configs
 from glora_kernels.spec import GLoRAConfig
 from glora_kernels.tools import planned
-from glora_kernels.tools.planned import How, Linear
+from glora_kernels.tools.planned import Experts, How, Linear
 
 LAYERS = {f"{model} {name}": size for model, of in cases.MODELS.items() for name, size in cases.distinct(of).items()}
 """N and K of the models' layers; of layers of one size only the first."""
@@ -32,6 +32,7 @@ ROWS = configs.classes(8192)
 """Numbers of tokens, one for every class of M."""
 
 RANKS = (8, 16, 64)
+ALONE = GLoRAConfig("vector", "vector", "none", "none", "vector")
 BF16 = torch.bfloat16
 
 
@@ -74,7 +75,7 @@ def others(arch: str, dtype: torch.dtype) -> Iterator[Asked]:
     variants = {
         "product variant": q._replace(config=PRODUCT),
         "constants": q._replace(config=CONSTANTS),
-        "vectors alone": q._replace(config=GLoRAConfig("vector", "vector", "none", "none", "vector")),
+        "vectors alone": q._replace(config=ALONE),
         "everything, dropout": q._replace(config=EVERYTHING),
         "everything, dropout, fp32": q._replace(config=EVERYTHING, adapter=torch.float32),
         "A=B=lora, dropout": q._replace(config=replace(BOTH, dropout=0.1)),
@@ -117,6 +118,7 @@ def others(arch: str, dtype: torch.dtype) -> Iterator[Asked]:
         for name, (base, adapters) in many.items():
             both = planned.multi(base, adapters, how)
             yield Asked(f"{name} M={m}", [*both.forward, *both.backward])
+        yield from _experts(how)
     for name, layer in {
         "LoRA": q, "LoRA fp32": q._replace(adapter=torch.float32), "everything, dropout": q._replace(config=EVERYTHING),
         "product variant": q._replace(config=PRODUCT), "rows off 16 bytes": Linear(EVERYTHING, 4097, 4095, bias=True),
@@ -126,6 +128,33 @@ def others(arch: str, dtype: torch.dtype) -> Iterator[Asked]:
             ranked = layer._replace(config=_ranked(layer.config, rank))
             steps = planned.over_depth(ranked, How(4096, dtype, arch))
             yield Asked(f"many layers, {name} r={rank}", steps)
+
+
+def _experts(how: How) -> Iterator[Asked]:
+    """Both products of the experts of published models for `how.m` tokens. Ranks of 1 and 2 are usual there."""
+    for name, rank in (("Qwen3-30B-A3B", 1), ("gpt-oss-20b", 16), ("DeepSeek-V2-Lite", 16)):
+        count, each, hidden, inner, transposed = cases.MIXTURES[name]
+        read, alone = Experts(count, each, of_tokens=True), Experts(count)
+        up = Linear(LORA, 2 * inner, hidden, bias=transposed, transposed=transposed)
+        down = up._replace(n=hidden, k=inner)
+        asked = {"LoRA": (up, read), "down LoRA": (down, alone)}
+        if name == "DeepSeek-V2-Lite":
+            asked |= {
+                "everything, dropout": (up._replace(config=EVERYTHING), read),
+                "vectors alone": (down._replace(config=ALONE), alone),
+                "NF4": (up._replace(quant_type="nf4"), read),
+                "down NF4, nested": (down._replace(quant_type="nf4", nested=True), alone),
+                "everything, FP4": (up._replace(config=EVERYTHING, quant_type="fp4"), read),
+                "everything, sizes off 16 bytes": (up._replace(n=2813, k=2045, config=EVERYTHING), read),
+            }  # fmt: skip
+            if how.dtype != torch.float32:
+                wide = up._replace(adapter=torch.float32)
+                asked |= {"LoRA fp32": (wide, read), "everything, fp32": (wide._replace(config=EVERYTHING), read)}
+        for text, (layer, among) in asked.items():
+            both = planned.experts(
+                layer._replace(config=_ranked(layer.config, rank)), among, how._replace(m=how.m * each)
+            )
+            yield Asked(f"{name} {text} r={rank} T={how.m}", [*both.forward, *both.backward])
 
 
 def _each(text: str, layer: Linear, rank: int, how: How) -> Iterator[Asked]:
