@@ -119,8 +119,8 @@ def expert_product_launch(
 ) -> Launch:  # fmt: skip
     """out (M,N) of left (·,K), or with `of_dx` out (M,K) of left (M,N), from low (bands,M,width) and sums (bands,M).
 
-    rows_each: of an expert (`configs.expert_rows`), what the tile is chosen by. left_rows, out_rows, mask_rows: for each
-    sorted row its row there. terms False: the product alone. seed: as in `multi_shrink_launch`.
+    rows_each: of an expert (`configs.expert_rows`), what the tile is chosen by. left_rows, out_rows, mask_rows: for
+    each sorted row its row there. terms False: the product alone. seed: as in `multi_shrink_launch`.
     """
     kind, count, m = adapters.kind, len(adapters.entries), rows(out)
     n, k = sizes_of(weight, count - 1)

@@ -131,7 +131,8 @@ def _backward(tensors: Sequence[Tensor | None], how: _How, wanted: _Wanted) -> l
         by_rows = empty(dy, m, k)
         expert_product_launch(
             by_rows, dy if left is None else left, own.weight, own.table, own.plan, rows_each=how.rows_each, low=s,
-            sums=tau, of_dx=True, left_rows=Rows(own.y_rows), out_rows=own.x_rows.list, mask_rows=own.x_rows, seed=own.seed, arch=arch,
+            sums=tau, of_dx=True, left_rows=Rows(own.y_rows), out_rows=own.x_rows.list, mask_rows=own.x_rows,
+            seed=own.seed, arch=arch,
         ).run()  # fmt: skip
         dx = by_rows
         if own.x_rows.each is not None:
