@@ -15,7 +15,7 @@ import math
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeVar, get_args
 
 SUPPORTS: tuple[str, ...] = ("A", "B", "C", "D", "E")
@@ -37,12 +37,18 @@ Variant = Literal["hadamard", "matmul"]
 Init = Literal["xavier", "kaiming"]
 Share = Literal["none", "A", "B", "AB"]
 
+SCALED: dict[str, str] = {"alpha": "B", "alpha_A": "A"}
+"""The fields that scale a support, and which: its low-rank form only."""
+
 VARIANTS: tuple[str, ...] = get_args(Variant)
 INITS: tuple[str, ...] = get_args(Init)
 
 SHARED_FACTORS: Mapping[str, tuple[str, ...]] = {"none": (), "A": ("B_down",), "B": ("B_up",), "AB": ("B_down", "B_up")}
 """What `ShareLoRAConfig.share` ties over depth. The letters are the ShareLoRA paper's: its A is our `B_down`."""
 
+
+LATER: tuple[str, ...] = ("alpha_A",)
+"""Fields that earlier versions do not know: a saved configuration has them only where they are set."""
 
 C = TypeVar("C", bound="_Config")
 
@@ -53,7 +59,8 @@ class _Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values; `from_dict` takes it back."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: value for name, value in values.items() if value is not None or name not in LATER}
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
@@ -61,17 +68,17 @@ class _Config:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown {cls.__name__} fields {unknown}; accepted: {sorted(known)}")
-        if missing := sorted(known - set(values)):
+        if missing := sorted(known - set(values) - set(LATER)):
             raise ValueError(f"missing {cls.__name__} fields {missing}")
         return cls(**values)
 
 
 @dataclass(frozen=True)
 class GLoRAConfig(_Config):
-    """One GLoRA configuration: the form of each support, the rank, and the scale of the B path.
+    """One GLoRA configuration: the form of each support, the rank, and the scales of the A and B paths.
 
-    The layer computes ``y = x (W + W∘A + s·B)ᵀ + b + b∘D + E + W·C``, where s = alpha/rank multiplies
-    the low-rank form of B only, and dropout acts on x in that path only.
+    The layer computes ``y = x (W + s_A·W∘A + s·B)ᵀ + b + b∘D + E + W·C``, where s = alpha/rank multiplies
+    the low-rank form of B only, s_A = alpha_A/rank that of A, and dropout acts on x in the B path only.
 
     Args:
         A: "lora" (N,R)·(R,K), "vector" (N,) per output row, "constant" (1,) or "none".
@@ -85,6 +92,9 @@ class GLoRAConfig(_Config):
             supports see x itself, so it has no effect where B is not "lora" (a warning).
         variant: "hadamard" (W∘A, elementwise, A is (N,K)) or "matmul" (W·A, A is (K,K): "lora" or "none").
         init: initialization of the ``_down`` factors: "xavier" (GLoRA's own) or "kaiming" (as PEFT's LoRA, a=√5).
+        alpha_A: with A="lora", s_A = alpha_A/rank, which is not 0; None means s_A = 1, as in the paper. LyCORIS scales
+            both products by one alpha: there alpha_A = alpha. Folded into the factors, the scale would make the same
+            layer, but an optimizer such as Adam would take other steps.
 
     Raises:
         ValueError: a value outside the accepted ones; the message names the argument, what was given
@@ -103,6 +113,7 @@ class GLoRAConfig(_Config):
     dropout: float = 0.0
     variant: Variant = "hadamard"
     init: Init = "xavier"
+    alpha_A: float | None = None
 
     def __post_init__(self) -> None:
         for name in SUPPORTS:
@@ -113,13 +124,15 @@ class GLoRAConfig(_Config):
             raise ValueError(f"rank must be an integer >= 1, got {self.rank!r}")
         if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
-        if self.alpha is not None:
-            if not _is_number(self.alpha) or not abs(self.alpha) < float("inf"):
-                raise ValueError(f"alpha must be a finite number or None, got {self.alpha!r}")
-            if self.B != "lora":
-                raise ValueError(f"alpha scales B='lora' only; got alpha={self.alpha!r} with B={self.B!r}")
-            if self.alpha == 0:
-                raise ValueError("alpha must not be 0: B='lora' would have no effect and never be trained")
+        for name, support in SCALED.items():
+            if (alpha := getattr(self, name)) is None:
+                continue
+            if not _is_number(alpha) or not abs(alpha) < float("inf"):
+                raise ValueError(f"{name} must be a finite number or None, got {alpha!r}")
+            if (form := getattr(self, support)) != "lora":
+                raise ValueError(f"{name} scales {support}='lora' only; got {name}={alpha!r} with {support}={form!r}")
+            if alpha == 0:
+                raise ValueError(f"{name} must not be 0: {support}='lora' would have no effect and never be trained")
         if self.dropout and self.B != "lora":
             warnings.warn(
                 f"dropout={self.dropout!r} has no effect with B={self.B!r}: it acts in the low-rank B path only",
@@ -138,18 +151,27 @@ class GLoRAConfig(_Config):
     def of(cls, forms: Iterable[str], **others: Any) -> GLoRAConfig:
         """The configuration with these forms of A, B, C, D and E, given as text, and the other arguments.
 
-        alpha and dropout are ignored where B is not "lora".
+        alpha and dropout are ignored where B is not "lora", alpha_A where A is not.
         """
         supports: dict[str, Any] = dict(zip(SUPPORTS, forms, strict=True))
-        low_rank = supports["B"] == "lora"
-        return cls(
-            **supports, **{name: v for name, v in others.items() if low_rank or name not in ("alpha", "dropout")}
-        )
+        ignored = {name for name, support in (SCALED | {"dropout": "B"}).items() if supports[support] != "lora"}
+        return cls(**supports, **{name: value for name, value in others.items() if name not in ignored})
+
+    def with_rank(self, rank: int) -> GLoRAConfig:
+        """This configuration with another rank and the same scales s and s_A."""
+        scales = {"alpha": self.scale, "alpha_A": self.scale_A}
+        kept: dict[str, Any] = {name: scales[name] * rank for name in SCALED if getattr(self, name) is not None}
+        return replace(self, rank=rank, **kept)
 
     @property
     def scale(self) -> float:
         """s = alpha/rank, the factor on the low-rank B path; 1 where alpha is None."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def scale_A(self) -> float:
+        """s_A = alpha_A/rank, the factor on the low-rank A; 1 where alpha_A is None."""
+        return 1.0 if self.alpha_A is None else self.alpha_A / self.rank
 
     @property
     def is_empty(self) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,10 +22,7 @@ from glora_kernels.spec import GLoRAConfig
 
 def with_ranks(config: GLoRAConfig, ranks: Mapping[str, int]) -> dict[str, GLoRAConfig | None]:
     """A mapping for `inject`: the configuration with each layer's rank and the same s; None for a rank of 0."""
-    return {
-        path: replace(config, rank=rank, alpha=config.scale * rank if config.B == "lora" else None) if rank else None
-        for path, rank in ranks.items()
-    }
+    return {path: config.with_rank(rank) if rank else None for path, rank in ranks.items()}
 
 
 def linear_ranks(

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from dataclasses import replace as changed
 from typing import Any
 
 import torch
@@ -175,8 +174,7 @@ class Ours(LowRank):
         return self.layer.config.init
 
     def note_rank(self, rank: int) -> None:
-        config, scale = self.layer.config, self.layer._scale
-        self.layer.config = changed(config, rank=rank, alpha=scale * rank if config.B == "lora" else None)
+        self.layer.config = self.layer.config.with_rank(rank)
         self.layer._mixed.clear()
 
     def reset(self) -> None:

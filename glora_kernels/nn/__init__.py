@@ -1,6 +1,6 @@
 """Modules, injection, merging, saving."""
 
-from glora_kernels.nn.adapter import load_adapter, save_adapter
+from glora_kernels.nn.adapter import load_adapter
 from glora_kernels.nn.depth import deferred_shared_grads, shift_once
 from glora_kernels.nn.frozen import QuantizedLinear
 from glora_kernels.nn.fuse import FusedReport, fuse_cross_attention, fuse_siblings, split_siblings
@@ -11,6 +11,7 @@ from glora_kernels.nn.merging.models import disabled, merge, merge_and_unload, u
 from glora_kernels.nn.merging.rounding import MergeReport
 from glora_kernels.nn.model import trainable_parameters
 from glora_kernels.nn.quantize import quantize
+from glora_kernels.nn.saving import save_adapter
 from glora_kernels.nn.several import adapters, add_adapter, delete_adapter, rows, set_adapter
 from glora_kernels.nn.sharded import clip_grad_norm_, fully_shard, parameter_groups
 from glora_kernels.nn.share import shared

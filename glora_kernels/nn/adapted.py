@@ -48,7 +48,8 @@ class Frozen(NamedTuple):
 class Operands(NamedTuple):
     """The adapter in one call.
 
-    tensors: every name of `ADAPTER_NAMES` is a key; None where the adapter has no such parameter. scale: s.
+    tensors: every name of `ADAPTER_NAMES` is a key; None where the adapter has no such parameter. scale: s. There is
+    no s_A: A_up comes multiplied by it (`with_scale_A`).
     dropout_p: dropout on x in the low-rank B path; the caller passes 0 in eval mode.
     """
 
@@ -61,7 +62,14 @@ class Operands(NamedTuple):
     def of(cls, config: GLoRAConfig, tensors: Mapping[str, Tensor], training: bool) -> Operands:
         """The operands of an adapter with this configuration; `tensors` holds only the parameters that it has."""
         dropout_p = config.dropout if training and config.B == "lora" else 0.0
-        return cls({**ABSENT, **tensors}, config.scale, dropout_p, config.variant)
+        return cls({**ABSENT, **with_scale_A(tensors, config.scale_A)}, config.scale, dropout_p, config.variant)
+
+
+def with_scale_A(tensors: Mapping[str, Any], scale_A: float) -> Mapping[str, Any]:
+    """The supports with s_A·A_up in the place of A_up, which is all that a scale of A is to a call."""
+    if scale_A == 1.0 or tensors.get("A_up") is None:
+        return tensors
+    return {**tensors, "A_up": tensors["A_up"] * scale_A}
 
 
 def adapted_linear(

@@ -1,11 +1,11 @@
-"""Saving and loading the adapters of a model; a file is checked against the model before the model is changed."""
+"""Loading the adapters of a model; a file is checked against the model before the model is changed."""
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import overload
@@ -14,88 +14,50 @@ import torch
 from torch import Tensor, nn
 
 from glora_kernels.nn.base import M, unsupported
-from glora_kernels.nn.file import Adapter, LayerEntry, host_copy, read, write
+from glora_kernels.nn.file import Adapter, LayerEntry, host_copy, read
+from glora_kernels.nn.formats.places import Prefix
+from glora_kernels.nn.formats.read import FLOATS, adapter_of, as_in, is_foreign
 from glora_kernels.nn.frozen import QuantizedLinear
 from glora_kernels.nn.inject import Planned, check_replaceable, replace
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.model import all_paths, clean, join, layers_of, named_layers, trained_of, unwrap
+from glora_kernels.nn.model import all_paths, join, named_layers, trained_of, unwrap
 from glora_kernels.nn.named import FIRST
 from glora_kernels.nn.patterns import some_of
-from glora_kernels.nn.ranks import mesh_of, on_first_rank, refuse_sharded, whole
-from glora_kernels.nn.several import adapters, check_known, check_new, put_beside
+from glora_kernels.nn.ranks import refuse_sharded
+from glora_kernels.nn.saving import held_adapter, shared_names, trained_state
+from glora_kernels.nn.several import adapters, check_new, put_beside
 from glora_kernels.nn.share import Sharing, Tie, check_devices
-from glora_kernels.nn.siblings import tied_sets
 from glora_kernels.nn.targets import Linear, linears, refuse_4bit
 from glora_kernels.nn.undo import all_or_none
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""The dtypes that loading casts between; a tensor of any other dtype must have it in the model too."""
-
-
-def save_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = FIRST) -> None:
-    """Write an adapter and the modules trained whole (`inject(..., train=...)`) to one safetensors file.
-
-    The file appears complete or not at all: a temporary file is written, flushed to disk, and renamed. A shared
-    factor is stored once, with all its names. A bias of the base that was made trainable is saved too.
-    Works while merged.
-
-    With a sharded model (FSDP2) every rank must call this: the parameters are gathered one at a time, the first rank
-    of the mesh writes the same file as for an unsharded model, the others wait. With a model that every rank has in
-    full (DistributedDataParallel) every caller writes: let one rank call.
-
-    Args:
-        model: a model with GLoRA layers. It may be wrapped (torch.compile, DistributedDataParallel, AveragedModel,
-            ...); the file has the names of the model inside.
-        path: the file; an existing one is replaced.
-        name: of the adapter, where the model has several (`add_adapter`). The file does not say it.
-
-    Raises:
-        ValueError: the model has no GLoRA layer or no adapter of this name, parameters on the meta device, or parts of
-            parameters under the first FSDP.
-        FileNotFoundError: the directory does not exist.
-        RuntimeError: the model is sharded, and the first rank failed.
-
-    Warns:
-        UserWarning: other parameters require a gradient as well; they are not saved.
-    """
-    root = unwrap(model)
-    layers = layers_of(model, "save_adapter")
-    mesh = mesh_of(root)
-    target = on_first_rank(mesh, "save_adapter", lambda: _target(path))
-    check_known(layers, name, "save_adapter")
-    if committed := [full for full, layer in layers.items() if layer.committed]:
-        raise ValueError(
-            f"save_adapter: an adapter of {committed[0]!r} was merged into its base for good (restart), and a file of "
-            "the present one would leave that out; save the model's state_dict, or restart(into='chain')"
-        )
-    adapter = _adapter_of(root, name)
-    state = adapter.values()
-    _warn_unsaved(root, layers, adapter)
-    for name, entry in adapter.layers.items():
-        for own, shape in entry.shapes().items():
-            full = join(name, own)
-            if (found := tuple(state[full].shape)) != shape:
-                raise ValueError(
-                    f"save_adapter: {full!r} has shape {found} in place of {shape}, as a part of a sharded parameter "
-                    "has; under the first FSDP, save inside FullyShardedDataParallel.summon_full_params(model)"
-                )
-    if meta := [name for name, tensor in state.items() if tensor.is_meta]:
-        raise ValueError(f"save_adapter: {meta[0]!r} is on the meta device and has no values")
-    tensors = {}
-    for name, tensor in adapter.tensors.items():
-        gathered = whole(tensor)
-        if target is not None:
-            tensors[name] = host_copy(gathered)
-    adapter = changed(adapter, tensors=tensors)
-    on_first_rank(mesh, "save_adapter", lambda: None if target is None else write(adapter, target))
-
 
 @overload
-def load_adapter(model: nn.Linear | QuantizedLinear, path: str | os.PathLike[str], name: str = ...) -> GLoRALinear: ...
+def load_adapter(
+    model: nn.Linear | QuantizedLinear,
+    path: str | os.PathLike[str],
+    name: str = ...,
+    *,
+    prefix: Prefix = ...,
+    rs_lora: bool | None = ...,
+) -> GLoRALinear: ...
 @overload
-def load_adapter(model: M, path: str | os.PathLike[str], name: str = ...) -> M: ...
-def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = FIRST) -> nn.Module:
-    """Load a file of `save_adapter`. A plain model is injected first, exactly as the saved one was.
+def load_adapter(
+    model: M,
+    path: str | os.PathLike[str],
+    name: str = ...,
+    *,
+    prefix: Prefix = ...,
+    rs_lora: bool | None = ...,
+) -> M: ...
+def load_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str = FIRST,
+    *,
+    prefix: Prefix = None,
+    rs_lora: bool | None = None,
+) -> nn.Module:
+    """Load a file of `save_adapter`, or of another tool. A plain model is injected first, exactly as the saved one was.
 
     A model with GLoRA layers gets an adapter that it does not have yet beside the others, as `add_adapter` adds it. One
     that it has gets the file's values in the same memory, so that nothing is compiled again and captured graphs use
@@ -105,26 +67,39 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = FIR
     unless the values were saved in the base's dtype, so that loading rounds nothing. After an error the model is as
     before.
 
+    Files of other tools are read by their keys: GLoRA of LyCORIS (a1, a2, b1, b2; also with the roles that earlier
+    versions gave these), which is variant="matmul" with alpha_A = alpha, and LoRA of linear layers by kohya's names
+    (lora_down, lora_up), as LyCORIS, kohya's scripts and others write, or by PEFT's (lora_A, lora_B). The names of
+    layers are looked up in the model. Training continues with the steps that it would have had there.
+
     Args:
         model: the plain or injected model; changed in place.
         path: the file.
         name: of the adapter in the model.
+        prefix: of a file of another tool: what comes before a layer's path in its names. None: the one known prefix
+            that all of them have (lycoris_, lora_unet_, lora_te_, lora_te1_, transformer., ...). With one given, names
+            with other known prefixes are those of other models, and are left out. A mapping gives the parts of a model
+            prefixes of their own: {"unet": "lora_unet_", "text_encoder": "lora_te_"}.
+        rs_lora: of a file of LyCORIS: whether it was trained with rs_lora, s = alpha/√R in place of alpha/R. Needed
+            where the file does not say it in its metadata, as its trainers write.
 
     Returns:
         The model; where it is itself a linear layer, the GLoRALinear in its place.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, altered, no adapter or of a newer format; or a model with several adapters has
+        ValueError: the file is damaged, altered, no adapter or of a newer format; or it is another tool's and has
+            what cannot be represented (DoRA, convolutions, LoHa, ...), or only a part of a layer; or a
+            model with several adapters has
             other values in the modules that the file trains whole; or it does not fit the model (also
             where a value overflows the model's dtype), and the message names the first differences; or the model is
             sharded already.
         RuntimeError: a layer of the model is merged.
     """
     refuse_sharded(unwrap(model), "load_adapter", "load the adapter before fully_shard")
-    adapter = read(Path(path))
     where = f"load_adapter: {str(path)!r}"
     layers = named_layers(unwrap(model))
+    adapter = _read(unwrap(model), layers, Path(path), where, name, prefix, rs_lora)
     if merged := [full for full, layer in layers.items() if layer.merged]:
         raise RuntimeError(f"load_adapter: {merged[0]!r} is merged; call unmerge(model) first")
     for full, layer in layers.items():
@@ -142,7 +117,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = FIR
             _add(model, adapter, where, name, undo)
         root = unwrap(model)
         biases = [path for path, entry in adapter.layers.items() if entry.train_bias]
-        own = _adapter_of(root, name, biases)
+        own = held_adapter(root, name, biases)
         state = own.values()
         _check_fits(where, adapter, own, state)
         if meta := [full for full, tensor in state.items() if tensor.is_meta]:
@@ -160,6 +135,33 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = FIR
                 undo.callback(bias.requires_grad_, bias.requires_grad)
                 bias.requires_grad_(True)
     return model
+
+
+def _read(
+    root: nn.Module,
+    layers: Mapping[str, GLoRALinear],
+    path: Path,
+    where: str,
+    name: str,
+    prefix: Prefix,
+    rs_lora: bool | None,
+) -> Adapter:
+    """The adapter of a file; of another tool's, with the model's own configurations where they say the same."""
+    found = read(path, is_foreign)
+    if isinstance(found, Adapter):
+        for argument, value in (("prefix", prefix), ("rs_lora", rs_lora)):
+            if value is not None:
+                raise ValueError(f"{where} is a file of this library, which {argument}={value!r} does not apply to")
+        return found
+    try:
+        adapter = adapter_of(found.tensors, found.about, root, prefix, rs_lora)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    for full, entry in adapter.layers.items():
+        if full in layers and name in layers[full].adapter_names():
+            own = layers[full].saved_adapter(name)[1]
+            adapter.layers[full] = changed(entry, config=as_in(entry.config, own))
+    return adapter
 
 
 def _add(model: nn.Module, adapter: Adapter, where: str, name: str, undo: ExitStack) -> None:
@@ -195,7 +197,7 @@ def _check_common(
     where: str, root: nn.Module, own: Adapter, state: Mapping[str, Tensor], values: Mapping[str, Tensor]
 ) -> None:
     """Raise a ValueError where a file differs in what all adapters of a model have in common."""
-    common = set(_trained_state(trained_of(root)))
+    common = set(trained_state(trained_of(root)))
     common |= {join(path, "bias") for path, entry in own.layers.items() if entry.train_bias}
     for name in sorted(common & state.keys()):
         if not torch.equal(state[name].detach().to(values[name].device), values[name]):
@@ -215,15 +217,6 @@ def _cast(where: str, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _target(path: str | os.PathLike[str]) -> Path:
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"save_adapter: the directory {str(target.parent)!r} does not exist")
-    if target.is_dir():
-        raise IsADirectoryError(f"save_adapter: {str(target)!r} is a directory; give the name of a file")
-    return target
-
-
 def _inject(model: nn.Module, adapter: Adapter, where: str, undo: ExitStack) -> nn.Module:
     """Give a plain model the file's layers, after checking that file and model fit."""
     root = unwrap(model)
@@ -232,7 +225,7 @@ def _inject(model: nn.Module, adapter: Adapter, where: str, undo: ExitStack) -> 
     if absent := sorted(set(adapter.train) - set(modules)):
         raise ValueError(f"{where} trains the module {absent[0]!r}, which the model does not have")
     trained = {path: modules[path] for path in adapter.train}
-    kept = _trained_state(trained)  # tensors that the model has already, with their sharing
+    kept = trained_state(trained)  # tensors that the model has already, with their sharing
     expected: dict[str, Tensor] = {}
     entries: dict[str, LayerEntry] = {}
     for path, entry in adapter.layers.items():
@@ -243,12 +236,12 @@ def _inject(model: nn.Module, adapter: Adapter, where: str, undo: ExitStack) -> 
     for path, module in trained.items():
         refuse_4bit(path, module)
     new = {name: first for name, first in adapter.tied.items() if kept.keys().isdisjoint((name, first))}
-    fitting = Adapter(entries, adapter.train, new | _ties(kept), {}, adapter.siblings)
+    fitting = Adapter(entries, adapter.train, new | shared_names(kept), {}, adapter.siblings)
     _check_fits(where, adapter, fitting, expected | kept)
     values = adapter.values()
     # Modules that were trained in fp32 inside a 16-bit model become fp32 again.
     kept_fp32 = {name for name, value in values.items() if value.dtype == torch.float32}
-    widened = [m for path, m in trained.items() if not kept_fp32.isdisjoint(_trained_state({path: m}))]
+    widened = [m for path, m in trained.items() if not kept_fp32.isdisjoint(trained_state({path: m}))]
     ties = _planned_ties(new, values, found)
     shared = {*adapter.tied, *adapter.tied.values(), *kept}
     plan: list[Planned] = []
@@ -318,7 +311,7 @@ def _check_fits(where: str, adapter: Adapter, own: Adapter, state: Mapping[str, 
         if value.shape != tensor.shape:
             takes = tuple(tensor.shape)
             raise ValueError(f"{where} holds {name!r} with shape {tuple(value.shape)}; the model takes {takes}")
-        if value.dtype != tensor.dtype and not (value.dtype in _FLOATS and tensor.dtype in _FLOATS):
+        if value.dtype != tensor.dtype and not (value.dtype in FLOATS and tensor.dtype in FLOATS):
             raise ValueError(f"{where} holds {name!r} in {value.dtype}; the model takes {tensor.dtype}")
     _check_sharing(where, adapter, own)
 
@@ -326,7 +319,7 @@ def _check_fits(where: str, adapter: Adapter, own: Adapter, state: Mapping[str, 
 def _check_entry(where: str, path: str, given: LayerEntry, own: LayerEntry) -> None:
     """Raise a ValueError where the entries of file and model differ in anything but dropout and train_bias."""
     sizes = ("in_features", "out_features", "bias")
-    have, want = (of.config.to_dict() | {name: getattr(of, name) for name in sizes} for of in (given, own))
+    have, want = (asdict(of.config) | {name: getattr(of, name) for name in sizes} for of in (given, own))
     if differing := [key for key in have if key != "dropout" and have[key] != want[key]]:
         first = ", ".join(f"{key}={have[key]!r} (the model: {want[key]!r})" for key in differing[:4])
         raise ValueError(
@@ -362,60 +355,3 @@ def _same_names(where: str, what: str, given: Iterable[str], own: Iterable[str])
         parts.append(f"not {some_of(less)}, which the model has")
     if parts:
         raise ValueError(f"{where} {what} {'; and '.join(parts)}")
-
-
-def _adapter_of(root: nn.Module, name: str, biases: Collection[str] | None = None) -> Adapter:
-    """An adapter of a model, without copies. biases: layers whose bias counts as trained; None: ask requires_grad."""
-    entries: dict[str, LayerEntry] = {}
-    trained = trained_of(root)
-    state: dict[str, Tensor] = {}
-    layers = {path: layer for path, layer in named_layers(root).items() if name in layer.adapter_names()}
-    for path, layer in layers.items():
-        parameters, config = layer.saved_adapter(name)
-        base_bias, bias = layer.base_bias, layer.bias
-        is_trained = bias is not None and bias.requires_grad if biases is None else path in biases
-        has_bias = base_bias is not None
-        entries[path] = LayerEntry(config, layer.in_features, layer.out_features, has_bias, has_bias and is_trained)
-        state |= {join(path, own): parameter for own, parameter in parameters.items()}
-        if base_bias is not None and is_trained:
-            state[join(path, "bias")] = base_bias
-    state |= _trained_state(trained)
-    tied = _ties(state)
-    tensors = {full: tensor for full, tensor in state.items() if full not in tied}
-    return Adapter(entries, sorted(trained), tied, tensors, tied_sets(layers) if name == FIRST else [])
-
-
-def _trained_state(trained: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of the modules trained whole, by full name; no copies."""
-    state: dict[str, Tensor] = {}
-    for path, module in trained.items():
-        for name, value in module.state_dict(prefix=f"{path}.", keep_vars=True).items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"{name!r} is state that is no tensor, which an adapter file cannot hold")
-            state[clean(name)] = value
-    return state
-
-
-def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Map each further name of a tensor to the first of its names in sorted order."""
-    first: dict[int, str] = {}
-    tied = {}
-    for name in sorted(state):
-        if (known := first.setdefault(id(state[name]), name)) != name:
-            tied[name] = known
-    return tied
-
-
-def _warn_unsaved(root: nn.Module, layers: Mapping[str, GLoRALinear], adapter: Adapter) -> None:
-    saved = set(map(id, adapter.tensors.values()))
-    saved |= {id(p) for layer in layers.values() if not layer.is_intact for p in layer.parameters()}  # by their product
-    saved |= {id(layers[path].bias) for path, entry in adapter.layers.items() if entry.train_bias}
-    saved |= {id(p) for layer in layers.values() for p in layer.all_adapters()}  # the others have files of their own
-    lost = [clean(name) for name, p in root.named_parameters() if p.requires_grad and id(p) not in saved]
-    if lost:
-        warnings.warn(
-            f"save_adapter: {some_of(lost)} require a gradient but are not "
-            "saved; name their modules in inject(..., train=[...]) to have them in the adapter",
-            UserWarning,
-            stacklevel=3,
-        )

@@ -4,7 +4,8 @@ Metadata (strings): "format", "format_version", "library_version", "config" (JSO
 there are any, siblings) and "sha256" over the other entries and every tensor's name, dtype, shape and bytes. A tensor
 with several names is stored under the first; "tied" maps the others to it. "siblings" lists the sets of layers with one
 B_down and one dropout mask. A file with siblings has version 2, because a library that reads only version 1 would give
-each layer its own mask; any other file has version 1.
+each layer its own mask; any other file has version 1. A layer's config has later fields (`spec.LATER`) only where they
+are set: earlier libraries refuse a file with a field that they do not know, and read all others.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +29,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from glora_kernels.nn.model import join
-from glora_kernels.spec import SUPPORTS, GLoRAConfig
+from glora_kernels.spec import LATER, SCALED, SUPPORTS, GLoRAConfig
 
 FORMAT = "glora_kernels.adapter"
 
@@ -47,6 +48,8 @@ ENTRY: Schema = {
 CONFIG: Schema = dict.fromkeys((*SUPPORTS, "variant", "init"), (str,)) | {
     "rank": (int,), "alpha": (int, float, type(None)), "dropout": (int, float),
 }  # fmt: skip
+SET: Schema = dict.fromkeys(LATER, (int, float))
+"""Fields of a layer's "config" that are there only where they are set."""
 TENSOR: Schema = {"dtype": (str,), "shape": (list,), "data_offsets": (list,)}
 
 
@@ -60,6 +63,11 @@ class LayerEntry:
     bias: bool
     train_bias: bool
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the adapter's parameters, without a trained bias."""
+        return tuple(self.config.parameter_shapes(1, 1, self.bias))
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the layer's saved tensors, by name."""
         trained = {"bias": (self.out_features,)} if self.train_bias else {}
@@ -68,10 +76,11 @@ class LayerEntry:
     @classmethod
     def parsed(cls, values: object, what: str) -> LayerEntry:
         found = _fields(values, ENTRY, what)
-        config = _fields(found["config"], CONFIG, f"the config of {what}")
-        alpha = config["alpha"]
-        if alpha is not None and not -float_info.max <= alpha <= float_info.max:
-            raise ValueError(f"the alpha of {what} is no finite number")
+        here = _typed(found["config"], (dict,), f"the config of {what}")
+        config = _fields(here, {**CONFIG, **{key: SET[key] for key in SET if key in here}}, f"the config of {what}")
+        for name in SCALED:
+            if (alpha := config.get(name)) is not None and not -float_info.max <= alpha <= float_info.max:
+                raise ValueError(f"the {name} of {what} is no finite number")
         if found["in_features"] < 0 or found["out_features"] < 0:
             raise ValueError(f"{what} has a negative size")
         if found["train_bias"] and not found["bias"]:
@@ -131,7 +140,7 @@ class Adapter:
 
 def write(adapter: Adapter, target: Path) -> None:
     """Write the file of an adapter."""
-    layers = {path: asdict(entry) for path, entry in adapter.layers.items()}
+    layers = {path: asdict(entry) | {"config": entry.config.to_dict()} for path, entry in adapter.layers.items()}
     config: dict[str, object] = {"layers": layers, "train": adapter.train, "tied": adapter.tied}
     if adapter.siblings:
         config["siblings"] = adapter.siblings
@@ -170,8 +179,20 @@ def flush_folder(folder: Path) -> None:
             os.close(directory)
 
 
-def read(path: Path) -> Adapter:
-    """Read a file and check everything in it.
+@dataclass(frozen=True)
+class Foreign:
+    """The metadata and tensors of a file that another tool wrote."""
+
+    about: dict[str, str]
+    tensors: dict[str, Tensor]
+
+
+def read(path: Path, is_foreign: Callable[[Iterable[str]], bool]) -> Adapter | Foreign:
+    """Read a file and check everything in it; of another tool's, that it is whole.
+
+    Args:
+        path: the file.
+        is_foreign: whether tensors of these names, in a file that is not ours, are an adapter of another tool.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -191,18 +212,24 @@ def read(path: Path) -> Adapter:
             raise bad(f"is truncated or no safetensors file ({size} bytes)")
         data += file.read(length)
         try:
-            about = _metadata(data[8:])
+            about, names = _header(data[8:])
         except ValueError as error:
             raise bad(f"is truncated or no safetensors file: {error}") from error
-        if about.get("format") != FORMAT:
-            raise bad(f"is no adapter of this library: its metadata lacks format={FORMAT!r}")
-        if (version := about.get("format_version", "")) not in VERSIONS:
+        ours = about.get("format") == FORMAT
+        if not ours and not is_foreign(names):
+            raise bad(
+                f"is no adapter of this library: its metadata lacks format={FORMAT!r}; nor does it have the keys of "
+                "LyCORIS's GLoRA (.a1.weight, ...) or of LoRA (.lora_down.weight, .lora_A.weight, ...)"
+            )
+        if (version := about.get("format_version", "")) not in VERSIONS and ours:
             raise bad(f"has format version {version!r}; this library reads {', '.join(VERSIONS)}: upgrade it")
         data += file.read()
     try:
         tensors = load(data)
     except (SafetensorError, KeyError, RuntimeError) as error:  # KeyError: a dtype that PyTorch does not have
         raise bad(f"is truncated or damaged: {error}") from error
+    if not ours:
+        return Foreign(about, tensors)
     if about.get("sha256") != digest(about, tensors):
         raise bad("was altered or damaged: its SHA-256 does not match its contents")
     try:
@@ -211,8 +238,8 @@ def read(path: Path) -> Adapter:
         raise bad(f"has a configuration that cannot be used: {error}") from error
 
 
-def _metadata(header: bytes) -> dict[str, str]:
-    """The metadata of a safetensors header, after checking the form of every entry."""
+def _header(header: bytes) -> tuple[dict[str, str], list[str]]:
+    """The metadata and the names of the tensors in a safetensors header, after checking the form of every entry."""
     entries = _typed(_json(header), (dict,), "its header")
     about = _typed(entries.pop("__metadata__", {}), (dict,), "its metadata")
     _strings(about.values(), "metadata", distinct=False)
@@ -222,7 +249,7 @@ def _metadata(header: bytes) -> dict[str, str]:
             count *= max(_typed(size, (int,), f"a size of tensor {name!r}"), 1)
             if size < 0 or count >= 2**63:  # a tensor without elements has strides too
                 raise ValueError(f"tensor {name!r} has a shape that no tensor has")
-    return about
+    return about, list(entries)
 
 
 def _json(text: str | bytes) -> Any:

@@ -30,6 +30,7 @@ from glora_kernels.nn.adapted import (
     adapted_linear,
     base_linear,
     initialize,
+    with_scale_A,
 )  # fmt: skip
 from glora_kernels.nn.base import FROZEN, Base, base_of, check_config, is_linear, shell, unsupported
 from glora_kernels.nn.frozen import check_dtype, describe
@@ -215,6 +216,7 @@ class GLoRALinear(TakesRows, Mergeable):
         self._mixed: dict[str, Any] = {}
         # Kept here, since computing them in each forward costs host time.
         _, self._scale, self._dropout, self._variant = Operands.of(config, {}, training=True)
+        self._scale_A = config.scale_A
 
     def _apply(self, fn: Any, recurse: bool = True) -> GLoRALinear:
         """PyTorch's `_apply`, after which factors stay shared where it had to make a new parameter (from meta, say)."""
@@ -350,6 +352,8 @@ class GLoRALinear(TakesRows, Mergeable):
         dropout_p, seed = self._dropout if self.training else 0.0, None
         if dropout_p and siblings is not None:
             seed = siblings.seed(self, x)
+        if self._scale_A != 1.0:
+            tensors = {**with_scale_A(tensors, self._scale_A)}
         adapter = tensors, self._scale, dropout_p, self._variant
         return adapted_linear(x, base, adapter, seed, self._deferred or glora_linear, self.kept_shift())
 
@@ -443,6 +447,7 @@ class GLoRALinear(TakesRows, Mergeable):
         details = {
             f"rank={config.rank}": "lora" in (config.A, config.B, config.C),
             f"scale={config.scale:g}": config.B == "lora",
+            f"scale_A={config.scale_A:g}": config.alpha_A is not None,
             f"dropout={config.dropout:g}": self._dropout,
             f"variant={config.variant}": config.variant != "hadamard",
             f"siblings={len(self._siblings.names) if self._siblings else 0}": fused,

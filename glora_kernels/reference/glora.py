@@ -1,7 +1,7 @@
 """GLoRA, literally: build W_eff and the bias, then apply one linear layer. Slow, dense, differentiable by autograd.
 
-    y = x (W + W∘A + s·B)ᵀ + [ b + b∘D + E + W·C ]        variant "hadamard"
-    y = x (W + W·A + s·B)ᵀ + [ b + b∘D + E + W·C ]        variant "matmul", A = A_up·A_down (K,K)
+    y = x (W + s_A·W∘A + s·B)ᵀ + [ b + b∘D + E + W·C ]        variant "hadamard"
+    y = x (W + s_A·W·A + s·B)ᵀ + [ b + b∘D + E + W·C ]        variant "matmul", A = A_up·A_down (K,K)
 
 Nothing here is clever, on purpose: in float64 it is the truth that the factored path and the kernels are compared
 with, and in 16 bits it is the plain computation (a dense W_eff) that bounds their error (`tolerance`).
@@ -10,6 +10,7 @@ with, and in 16 bits it is the plain computation (a dense W_eff) that bounds the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,19 +19,18 @@ from glora_kernels.spec import GLoRAConfig
 
 
 def effective_weight(weight: Tensor, params: Mapping[str, Tensor], config: GLoRAConfig) -> Tensor:
-    """W + W∘A + s·B (or W + W·A + s·B), an (N, K) tensor in the dtype of `weight`.
+    """W + s_A·W∘A + s·B (or W + s_A·W·A + s·B), an (N, K) tensor in the dtype of `weight`.
 
     Args:
         weight: W, (N, K).
         params: the supports by the names of `GLoRAConfig.parameter_shapes`.
-        config: which supports exist; its scale s multiplies B="lora" only.
+        config: which supports exist; its scale s multiplies B="lora" only, s_A A="lora" only.
     """
     params = {name: value.to(weight.dtype) for name, value in params.items()}
     effective = weight
-    if config.variant == "matmul" and config.A == "lora":
-        effective = effective + weight @ (params["A_up"] @ params["A_down"])
-    elif config.A == "lora":
-        effective = effective + weight * (params["A_up"] @ params["A_down"])
+    if config.A == "lora":
+        a = config.scale_A * (params["A_up"] @ params["A_down"])
+        effective = effective + (weight @ a if config.variant == "matmul" else weight * a)
     elif config.A == "vector":
         effective = effective + weight * params["A"][:, None]
     elif config.A == "constant":
@@ -83,7 +83,7 @@ def glora_linear(
     full_bias = effective_bias(weight, bias, params, config)
     if keep is None or config.B != "lora":
         return torch.nn.functional.linear(x, effective_weight(weight, params, config), full_bias)
-    without_b = GLoRAConfig(config.A, "none", config.C, config.D, config.E, config.rank, variant=config.variant)
+    without_b = replace(config, B="none", alpha=None, dropout=0.0)
     y = torch.nn.functional.linear(x, effective_weight(weight, params, without_b), full_bias)
     dropped = torch.where(keep, x / (1.0 - config.dropout), torch.zeros_like(x))
     b = (params["B_up"] @ params["B_down"]).to(x.dtype)

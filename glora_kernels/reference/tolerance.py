@@ -62,10 +62,12 @@ def literal_terms(
     """For each element of the results of `literal_step`: the root of the sum of the squares of its terms, in float64.
 
     The results are multilinear in the inputs: the sum of the squared terms is the same formula of squared inputs, with
-    s² in place of s and (1-p)² in place of 1-p.
+    s² in place of s, s_A² in place of s_A and (1-p)² in place of 1-p.
     """
     if config.B == "lora":
         config = replace(config, alpha=config.scale**2 * config.rank, dropout=1.0 - (1.0 - config.dropout) ** 2)
+    if config.A == "lora":
+        config = replace(config, alpha_A=config.scale_A**2 * config.rank)
     x, weight, dy = (tensor.detach().double().square() for tensor in (x, weight, dy))
     b = None if bias is None else bias.detach().double().square()
     squares = {name: value.detach().double().square() for name, value in params.items()}

@@ -122,6 +122,8 @@ class SearchSpace:
                 raise ValueError(f"{gene} must be one of {', '.join(map(repr, accepted))}; got {given[gene]!r}")
         if config.variant != "hadamard" and config.A != "none":
             raise ValueError(f"variant must be 'hadamard' in a search; got {config.variant!r}")
+        if config.alpha_A is not None:
+            raise ValueError(f"alpha_A must be None in a search; got {config.alpha_A!r}")
         if config.dropout:
             raise ValueError(
                 f"dropout must be 0 in a search, got {config.dropout!r}; set it where the result is trained"

@@ -11,6 +11,7 @@ from peft.config import PeftConfig
 
 from glora_kernels.integrations.peft.registry import peft_type
 from glora_kernels.spec import (
+    LATER,
     GLoRAConfig,
     Init,
     Matrix,
@@ -28,7 +29,7 @@ FORMAT = 1
 SETTINGS = tuple("r" if field.name == "rank" else field.name for field in fields(GLoRAConfig))
 """The fields of `GLoRAPeftConfig` that `patterns` can set for some of the layers."""
 
-_LATER = ("layers_to_transform", "layers_pattern")
+_LATER = ("layers_to_transform", "layers_pattern", *LATER)
 _INSTEAD = {
     "lora_alpha": "alpha", "lora_dropout": "dropout", "rank_pattern": "patterns, {'*.q_proj': {'r': 4}}",
     "alpha_pattern": "patterns, {'*.q_proj': {'alpha': 8}}", "init_lora_weights": "init", "rank": "r",
@@ -135,6 +136,7 @@ class GLoRAPeftConfig(AdapterConfig):
         patterns: other settings for some layers: a pattern (as in `inject`) → the fields that differ,
             {"*.q_proj": {"A": "none", "r": 4}}. A path wins, then the first pattern that matches. Pairs are accepted
             too.
+        alpha_A: s_A = alpha_A/r with A="lora"; None means s_A = 1.
 
     The other arguments are those of `AdapterConfig` and `peft.PeftConfig`.
 
@@ -153,6 +155,7 @@ class GLoRAPeftConfig(AdapterConfig):
     variant: Variant = "hadamard"
     init: Init = "xavier"
     patterns: dict[str, dict[str, Any]] | None = None
+    alpha_A: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,8 +188,9 @@ class GLoRAPeftConfig(AdapterConfig):
     def layer_config(self, settings: Mapping[str, Any] = MappingProxyType({})) -> GLoRAConfig:
         """The configuration of one layer, with the settings of the pattern that it matches."""
         values = {name: settings.get(name, getattr(self, name)) for name in SETTINGS}
-        if values["B"] != "lora" and "B" in settings:  # the general alpha and dropout are for a low-rank B only
-            values |= {name: settings.get(name, default) for name, default in (("alpha", None), ("dropout", 0.0))}
+        for name, support, default in (("alpha", "B", None), ("dropout", "B", 0.0), ("alpha_A", "A", None)):
+            if values[support] != "lora" and support in settings:  # the general one is for the low-rank form only
+                values[name] = settings.get(name, default)
         return GLoRAConfig(rank=values.pop("r"), **values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -159,6 +159,7 @@ def _to_peft(
         ("D and E in one form", config.D == config.E, f"D={config.D!r} and E={config.E!r}"),
         ("one setting for all layers", not config.patterns, "patterns"),
         ("no scale", s == 1.0, f"alpha={config.alpha!r} with r={config.r}"),
+        ("no scale", config.alpha_A in (None, config.r), f"alpha_A={config.alpha_A!r} with r={config.r}"),
         ("no dropout", config.dropout == 0.0, f"dropout={config.dropout!r}"),
         ("the elementwise variant", config.variant == "hadamard", f"variant={config.variant!r}"),
         ("no exclude_modules", not config.exclude_modules, "exclude_modules"),

@@ -20,6 +20,7 @@ from glora_kernels.nn.biases import added_biases, keep_biases, warn_of_biases
 from glora_kernels.nn.door import refuse, warn_skipped
 from glora_kernels.nn.named import NamedAdapter
 from glora_kernels.quant.bnb import keep_codes
+from glora_kernels.spec import SCALED
 
 
 class AdaptedModel(BaseTuner):
@@ -204,7 +205,7 @@ def _with_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str
 
 
 _MAY_DIFFER = (
-    "r", "alpha", "dropout", "init", "inference_mode", "revision", "base_model_name_or_path", "runtime_config",
+    "r", *SCALED, "dropout", "init", "inference_mode", "revision", "base_model_name_or_path", "runtime_config",
 )  # fmt: skip
 
 
@@ -226,7 +227,8 @@ def _weighted_config(configs: Sequence[Any], names: Sequence[str]) -> Any:
             raise ValueError(
                 f"add_weighted_adapter: {names[0]!r} and {name!r} differ in {what}; r and alpha may differ"
             )
-    return replace(first, r=sum(config.r for config in configs), alpha=None, inference_mode=False)
+    unscaled = dict.fromkeys(name for name in SCALED if hasattr(first, name))
+    return replace(first, r=sum(config.r for config in configs), **unscaled, inference_mode=False)
 
 
 @torch.no_grad()

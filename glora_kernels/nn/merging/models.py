@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from glora_kernels.depth import op as depth
 from glora_kernels.depth.table import Layer
+from glora_kernels.nn.adapted import with_scale_A
 from glora_kernels.nn.base import FROZEN, M
 from glora_kernels.nn.biases import added_biases, keep_biases, warn_of_biases
 from glora_kernels.nn.linear import GLoRALinear
@@ -250,6 +251,7 @@ def _adds_bias(layer: GLoRALinear) -> bool:
 def table_entry(layer: GLoRALinear) -> Layer:
     """A layer in the form that the operators over all layers (`depth`) take; its parameters stay part of the graph."""
     adapter, config = layer.active_adapter()
+    adapter = with_scale_A(adapter, config.scale_A)
     return Layer(layer.base_weight(), layer.bias, adapter, config.scale, config.variant == "matmul")
 
 
