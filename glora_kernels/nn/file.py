@@ -187,12 +187,13 @@ class Foreign:
     tensors: dict[str, Tensor]
 
 
-def read(path: Path, is_foreign: Callable[[Iterable[str]], bool]) -> Adapter | Foreign:
+def read(path: Path, is_foreign: Callable[[Iterable[str]], bool], caller: str = "load_adapter") -> Adapter | Foreign:
     """Read a file and check everything in it; of another tool's, that it is whole.
 
     Args:
         path: the file.
         is_foreign: whether tensors of these names, in a file that is not ours, are an adapter of another tool.
+        caller: for messages.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -200,7 +201,7 @@ def read(path: Path, is_foreign: Callable[[Iterable[str]], bool]) -> Adapter | F
     """
 
     def bad(reason: str) -> ValueError:
-        return ValueError(f"load_adapter: {str(path)!r} {reason}")
+        return ValueError(f"{caller}: {str(path)!r} {reason}")
 
     if path.exists() and not path.is_file():
         raise bad("is a directory, not a file" if path.is_dir() else "is no regular file")

@@ -1,4 +1,4 @@
-"""Converting checkpoints of PEFT's GLoRA into ours and back: the same numbers under other names.
+"""Converting checkpoints of PEFT's GLoRA, and files of other tools, into ours and back: the same under other names.
 
     PEFT's   glora_A.Xd (N,R)  glora_A.Xu (R,K)  glora_A.X (N,1) or (1,)  glora_C.Xd (K,R)  glora_C.X (K,1)  ...
     ours     A_up              A_down            A (N,)   or (1,)         C_up              C (K,)           ...
@@ -20,9 +20,11 @@ from uuid import uuid4
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from glora_kernels.integrations.peft.config import FORMAT, GLoRAPeftConfig
+from glora_kernels.integrations.peft.foreign import checkpoint_of, parts_of, read_file, write_file
+from glora_kernels.nn.formats.places import Prefix
 from glora_kernels.spec import SUPPORTS, GLoRAConfig
 
 Layers = dict[str, dict[str, Tensor]]
@@ -40,35 +42,63 @@ _COMMON = (
 _N, _K = -1, -2  # placeholders for unknown sizes
 
 
-def convert_checkpoint(source_dir: str | Path, target_dir: str | Path, *, every_layer_has_bias: bool = False) -> None:
-    """Convert a checkpoint of PEFT's GLoRA to one of ours ("GKGLORA"), or the reverse.
+def convert_checkpoint(
+    source_dir: str | Path,
+    target_dir: str | Path,
+    *,
+    every_layer_has_bias: bool = False,
+    format: str | None = None,
+    model: nn.Module | None = None,
+    prefix: Prefix = None,
+    rs_lora: bool | None = None,
+) -> None:
+    """Convert a checkpoint of PEFT's GLoRA, or an adapter file of another tool, to one of ours, or the reverse.
 
-    The `peft_type` of the source decides the direction. Both checkpoints make a model compute the same. PEFT's form
-    can only express: A and B in one form, D and E in one form, no patterns, no scale, no dropout, the elementwise
-    variant, and no C, D or E on layers without a bias. Other tensors of the checkpoint (`modules_to_save`, trained
-    biases) are copied.
+        PEFT's "GLORA" folder        ↔  our "GKGLORA" folder      the `peft_type` of the source decides
+        file of another tool         →  our "GKGLORA" folder      LyCORIS GLoRA, LoRA; with model=
+        file of save_adapter         →  our "GKGLORA" folder
+        either of these two of ours  →  file of another tool      format="lycoris", "kohya" or "peft"
+
+    Both make a model compute the same. PEFT's form can only express: A and B in one form, D and E in one form, no
+    patterns, no scale, no dropout, the elementwise variant, and no C, D or E on layers without a bias. What a file of
+    another tool can express is said at `save_adapter`. Other tensors of a folder (`modules_to_save`, trained biases)
+    are copied to a folder.
 
     Args:
-        source_dir: a folder with adapter_config.json and adapter_model.safetensors.
-        target_dir: the folder to write; it must not exist. It is written completely or not at all.
+        source_dir: a folder with adapter_config.json and adapter_model.safetensors, or a safetensors file: of another
+            tool, or of `save_adapter`.
+        target_dir: the folder, or with a format the file, to write; it must not exist. It is written completely or not
+            at all.
         every_layer_has_bias: True confirms that all layers have a bias. Needed only towards PEFT for C without D,
             where the checkpoint does not show it.
+        format: of the file to write, as in `save_adapter`; None: a folder is written.
+        model: the base model, for the names in a file of another tool; on the meta device, if you like.
+        prefix: of the names in a file of another tool that is read (`load_adapter`) or written (`save_adapter`).
+        rs_lora: of a file of LyCORIS, as in `load_adapter`.
 
     Raises:
-        FileNotFoundError: the source lacks one of the two files.
+        FileNotFoundError: there is no source, or it lacks one of the two files.
         FileExistsError: the target exists.
         ValueError: a file that cannot be read, or holds NaN, inf, or parameters that do not fit its configuration; a
             source of another method or a newer format, or one that the other form cannot express.
     """
     source, target = Path(source_dir), Path(target_dir)
     if target.exists():
-        raise FileExistsError(f"{target} exists; give a folder that does not")
+        raise FileExistsError(f"{target} exists; give a {'file' if format else 'folder'} that does not")
+    if source.is_file():
+        _from_file(source, target, format, model, prefix, rs_lora)
+        return
+    if model is not None or rs_lora is not None or (prefix is not None and format is None):
+        raise ValueError(f"model, prefix and rs_lora are for a file of another tool, and {source} is none")
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (source / name).is_file():
             raise FileNotFoundError(f"{source} has no {name}; a checkpoint in another form is to be saved again first")
     config, tensors = _read_config(source / CONFIG_NAME), _read_tensors(source / SAFETENSORS_WEIGHTS_NAME)
     kind = config.get("peft_type")
     try:
+        if format is not None:
+            _to_file(target, config, tensors, format, prefix)
+            return
         if kind == "GLORA":
             config, tensors = _from_peft(config, tensors)
         elif kind == "GKGLORA":
@@ -77,6 +107,45 @@ def convert_checkpoint(source_dir: str | Path, target_dir: str | Path, *, every_
             raise ValueError(f"peft_type must be 'GLORA' or 'GKGLORA', got {kind!r}")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
+    _write_folder(target, config, tensors)
+
+
+def _from_file(
+    source: Path, target: Path, format: str | None, model: nn.Module | None, prefix: Prefix, rs_lora: bool | None
+) -> None:
+    """Convert a file of another tool to a folder, or one of ours to either."""
+    try:
+        if format is None:
+            made, layers = checkpoint_of(read_file(source, model, prefix, rs_lora))
+            named = {f"base_model.model.{path}": stored for path, stored in layers.items()}
+            _write_folder(target, _plain(made), _joined(named, "gkglora_adapter."))
+        else:
+            if model is not None or rs_lora is not None:
+                raise ValueError(
+                    f"format={format!r} is written from a file of ours or a folder; load a file of another tool by "
+                    "load_adapter, and save it by save_adapter"
+                )
+            configs, layers, others = parts_of(read_file(source, None, None, None))
+            write_file(target, configs, layers, others, format, prefix)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _to_file(
+    target: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor], format: str, prefix: Prefix
+) -> None:
+    """Convert a "GKGLORA" checkpoint to a file."""
+    if (kind := values.get("peft_type")) != "GKGLORA":
+        raise ValueError(f"with format={format!r} peft_type must be 'GKGLORA', got {kind!r}; convert it to that first")
+    config = GLoRAPeftConfig(**values)
+    stored, rest = _split(tensors, _OURS)
+    _check_shapes(config, stored)
+    layers = {_module(path): own for path, own in stored.items()}
+    write_file(target, config.layer_configs(list(layers)), layers, rest, format, prefix)
+
+
+def _write_folder(target: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a checkpoint completely or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}-{uuid4().hex}")
     temporary.mkdir()

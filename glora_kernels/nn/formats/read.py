@@ -130,7 +130,7 @@ def _layouts(name: str, stored: Mapping[str, Tensor]) -> list[Layout]:
 def _fitting(name: str, stored: Mapping[str, Tensor], layouts: list[Layout], linear: Linear) -> list[Layout]:
     """Those of the layouts whose shapes fit the layer, after checking dtypes and values."""
     for ending, tensor in stored.items():
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in FLOATS and (ending != ALPHA or tensor.is_complex()):  # LyCORIS writes alpha=2 as int64
             raise ValueError(f"{name!r} has {ending!r} in {tensor.dtype}; accepted are {', '.join(map(str, FLOATS))}")
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name!r} has NaN or inf in {ending!r}")
