@@ -11,15 +11,19 @@ from safetensors.torch import load_file
 import glora_kernels as gk
 from glora_kernels import GLoRAConfig
 
-lycoris = pytest.importorskip("lycoris", reason="needs the extra test")
-
 ENDINGS = {
     "glora": {"A_up": "a1.weight", "A_down": "a2.weight", "B_up": "b1.weight", "B_down": "b2.weight"},
     "locon": {"B_up": "lora_up.weight", "B_down": "lora_down.weight"},
 }
 
 
-def theirs(algo, **options):
+@pytest.fixture(scope="module")
+def lycoris():
+    """The package; importing it takes seconds, which collecting the tests must not."""
+    return pytest.importorskip("lycoris", reason="it is in the extra 'test'")
+
+
+def theirs(lycoris, algo, **options):
     """A model under LyCORIS, with alpha/rank = 2/4."""
     model = net()
     lycoris.LycorisNetwork.apply_preset({"lora_prefix": "lycoris"})
@@ -47,9 +51,9 @@ adam = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
 
 @pytest.mark.parametrize("algo", ENDINGS)
 @pytest.mark.parametrize("bypass_mode", [False, True])
-def test_a_run_continues_with_the_same_steps(tmp_path, algo, bypass_mode):
+def test_a_run_continues_with_the_same_steps(lycoris, tmp_path, algo, bypass_mode):
     path, back = tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors"
-    model, network = theirs(algo, bypass_mode=bypass_mode)
+    model, network = theirs(lycoris, algo, bypass_mode=bypass_mode)
     optimizer = adam(network.parameters())
     steps(model, optimizer)
     network.save_weights(path, None, {})
@@ -72,10 +76,10 @@ def test_a_run_continues_with_the_same_steps(tmp_path, algo, bypass_mode):
     near(changed(back, net(), "lycoris_")[0](X), ours(X))
 
 
-def test_a_scale_folded_into_a_factor_would_not_continue_so(tmp_path):
+def test_a_scale_folded_into_a_factor_would_not_continue_so(lycoris, tmp_path):
     """Why there is alpha_A: the same layer and the same gradients, up to s, but other steps."""
     path = tmp_path / "theirs.safetensors"
-    model, network = theirs("glora")
+    model, network = theirs(lycoris, "glora")
     network.save_weights(path, None, {})
     ours = gk.load_adapter(net(), path, rs_lora=False)
     folded = gk.inject(net(), GLoRAConfig("lora", "lora", rank=4, alpha=2, variant="matmul"))
@@ -92,7 +96,7 @@ def test_a_scale_folded_into_a_factor_would_not_continue_so(tmp_path):
 
 
 @pytest.mark.parametrize("algo", ENDINGS)
-def test_their_package_reads_what_is_saved_here(tmp_path, algo):
+def test_their_package_reads_what_is_saved_here(lycoris, tmp_path, algo):
     path = tmp_path / "a.safetensors"
     glora = GLoRAConfig("lora", "lora", rank=4, alpha=2, variant="matmul", alpha_A=8)
     ours = adapted(glora if algo == "glora" else GLoRAConfig.lora(4, 2))  # another scale of A goes into a1
@@ -106,10 +110,10 @@ def test_their_package_reads_what_is_saved_here(tmp_path, algo):
 
 
 @pytest.mark.parametrize("rs_lora", [False, True])
-def test_rs_lora_and_use_scalar(tmp_path, rs_lora):
+def test_rs_lora_and_use_scalar(lycoris, tmp_path, rs_lora):
     """The file of a training with rs_lora has the same alpha; use_scalar is in its factors."""
     path = tmp_path / "theirs.safetensors"
-    model, network = theirs("glora", use_scalar=True)
+    model, network = theirs(lycoris, "glora", use_scalar=True)
     for module in network.loras:  # the wrapper does not pass rs_lora on
         module.rs_lora, module.scale = rs_lora, 2.0 / (4**0.5 if rs_lora else 4)
     network.save_weights(path, None, {})
@@ -117,18 +121,18 @@ def test_rs_lora_and_use_scalar(tmp_path, rs_lora):
     assert (gk.load_adapter(net(), path, rs_lora=not rs_lora)(X) - model(X)).abs().max() > 1e-3
 
 
-def test_dora_of_theirs_is_refused_by_name(tmp_path):
+def test_dora_of_theirs_is_refused_by_name(lycoris, tmp_path):
     path = tmp_path / "theirs.safetensors"
-    _, network = theirs("locon", dora_wd=True)
+    _, network = theirs(lycoris, "locon", dora_wd=True)
     network.save_weights(path, None, {})
     with pytest.raises(ValueError, match="has 'dora_scale', DoRA's magnitudes"):
         gk.load_adapter(net(), path, rs_lora=False)
 
 
-def test_trained_in_16_bits(tmp_path):
+def test_trained_in_16_bits(lycoris, tmp_path):
     """fp16 files over an fp32 base: the numbers as they are, in the dtype of the base."""
     path = tmp_path / "theirs.safetensors"
-    _, network = theirs("glora")
+    _, network = theirs(lycoris, "glora")
     network.save_weights(path, torch.float16, {})
     ours = gk.load_adapter(net().float(), path, rs_lora=False)
     for name, parameter in trained(ours).items():
