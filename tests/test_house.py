@@ -18,7 +18,7 @@ FLOORS = {
     "ops": 7, "nn": 8, "search": 9, "integrations": 9,
     "methods": 10, "recipes": 11, "__init__": 12, "tools": 12, "__main__": 12,
 }  # fmt: skip
-SLICES = ("four_bit", "glora", "grouped", "depth", "multi")
+SLICES = ("four_bit", "glora", "grouped", "depth", "multi", "experts")
 """One folder an operator: its launchers under their kernels, its eager twin and its registration beside them."""
 PUBLIC = {
     "AccelerationReport", "FusedReport", "GLoRAConfig", "GLoRALinear", "GroupedLoRALinear", "MergeReport",

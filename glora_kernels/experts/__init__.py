@@ -7,4 +7,9 @@ call.py       the data of a call
 groups.py     the rows sorted by expert
 eager.py      both passes in plain PyTorch, by products.py
 composite.py  the same as differentiable operations of PyTorch
+triton.py     both passes by kernels, of which those of the factors and gradients are those of `multi`: an expert is an
+              adapter with a weight
+product.py    `_expert_product_kernel`: x·W_eᵀ and all that is added, or dx; `_expert_sum_kernel`: dx of a token
+
+Forward: shrink, product. Backward: shrink, product, sum, outer, and before that Z once more where A is trained.
 """
