@@ -90,6 +90,7 @@ TRAINED: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "q/k/v fused": (fused, 512),
     "PEFT, accelerated": (accelerated, 512),
     "NF4": (nf4, 2048),
+    "64 experts": (lambda: Experts(), 512),
 }
 """What is trained: how it is made, and M."""
 
@@ -112,9 +113,23 @@ def _rows(count: int) -> Tensor:
     return torch.arange(count, device="cuda")
 
 
+class Experts(nn.Module):
+    """The product of experts of a mixture, each with a LoRA: every row has one."""
+
+    def __init__(self, count: int = 64) -> None:
+        super().__init__()
+        self.weight, self.count = tensor(1, 4096, 4096).expand(count, -1, -1), count
+        self.up, self.down = (nn.Parameter(tensor(*size)) for size in ((count, 4096, 16), (count, 16, 4096)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapters = {"b_up": self.up, "b_down": self.down, "scale": 2.0}
+        return gk.ops.expert_glora_linear(x, self.weight, None, adapters, index=_rows(len(x)) % self.count)
+
+
 DECODED: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "decode": (layer, 1),
     "decode, NF4": (nf4, 1),
+    "decode, 64 experts": (Experts, 8),
     **{f"decode, {j} adapters": ((lambda j=j: Many(j)), j) for j in (1, 8, 32, 128)},
     **{f"decode, {j} adapters as a list": ((lambda j=j: Many(j, kept=False)), j) for j in (1, 8, 32, 128)},
 }
