@@ -219,7 +219,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "multi_outer": ((lambda b: b.halves or b.drops, _REGISTERS),),
     "expert_product": (
-        (lambda b: b.decoded, _REGISTERS),
+        (lambda b: b.decoded or b.single, _REGISTERS),
+        (lambda b: b.single, {"num_warps": 8}),
         (lambda b: not b.aligned, {"rows": Most(64), "cols": Most(64), "num_warps": 8}),
     ),
 }
