@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from twins import assert_same, randomized, reasons, step
 
 import glora_kernels as gk
@@ -227,6 +228,13 @@ def change_of(name):
     def trained(model):
         base_of(model).down_proj.requires_grad_()
 
+    def subclass(model):
+        kind = type(base_of(model))
+        base_of(model).__class__ = type("Mine", (kind,), {"forward": lambda *given: 2 * kind.forward(*given)})
+
+    def implementation(model):
+        base_of(model).config._experts_implementation = "doubled"
+
     return locals()[name]
 
 
@@ -237,18 +245,47 @@ CHANGES = {
     "hooked_inside": HOOKED,
     "other_forward": HOOKED,
     "trained": experts.TRAINED,
+    "subclass": experts.OTHER_FORWARD,
+    "implementation": experts.OTHER_FORWARD,
 }
 
 
+def doubled(*given):
+    return 2 * ALL_EXPERTS_FUNCTIONS["batched_mm"](*given)
+
+
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_left_to_peft(change, twins):
+def test_what_is_left_to_peft(change, twins, monkeypatch):
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "doubled", doubled)
     plain, fast, check = twins
+    y = plain(X)
     for model in (plain, fast):
         change_of(change)(model)
     assert reasons(fast) == {CHANGES[change]}
     check(0, 0.0)
     found = {reason for _, reason in gk.acceleration(fast).fallbacks}
     assert found == {CHANGES[change]}
+    assert torch.equal(plain(X), y) == (change in ("parallel", "hooked_inside", "trained"))  # the others change y
+
+
+@pytest.mark.parametrize("name", ["eager", "batched_mm"])  # the others take no float64
+def test_implementations_of_transformers(name, twins):
+    plain, fast, check = twins
+    for model in (plain, fast):
+        base_of(model).config._experts_implementation = name
+    check(2)
+
+
+def test_a_forward_put_in_place_of_the_classes(twins, monkeypatch):
+    _, fast, check = twins
+    kind = type(base_of(fast))
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *given: 2 * own(*given))
+    check(0, 0.0)
+    assert reasons(fast) == {experts.OTHER_FORWARD}
+    monkeypatch.undo()
+    check(0)  # the products were counted by the same monkeypatch
+    assert not reasons(fast)
 
 
 def test_offloaded_experts(twins, ran):
@@ -313,6 +350,9 @@ def test_calls_with_keywords_and_of_other_types(twins, ran):
     modules = [model.base_model.model.experts for model in (plain, fast)]
     expected, got = (m(x, top_k_index=index, top_k_weights=weights) for m in modules)
     assert torch.equal(got, expected)
+    wider = torch.cat([weights, weights.flip(0)], 1)  # read at the places that the experts have
+    expected, got = (m(x, index, wider) for m in modules)
+    assert torch.equal(got, expected)
 
     class Sub(torch.Tensor):
         pass
@@ -327,6 +367,18 @@ def test_calls_with_keywords_and_of_other_types(twins, ran):
         y = modules[1](torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), index, weights)
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(y).tangent, want, rtol=1e-11, atol=1e-11)
     assert {reason for _, reason in gk.acceleration(fast).fallbacks} == {TRANSFORMED}
+
+
+@pytest.mark.parametrize("given", ["lora_", ""])
+def test_parameters_of_a_functional_call(given, twins, ran):
+    found = []
+    for model in twins[:2]:
+        given_ = {name: p.detach() * 1.1 for name, p in model.named_parameters() if given in name}
+        trained = [tensor.requires_grad_() for name, tensor in given_.items() if "lora_" in name]
+        y = torch.func.functional_call(model, given_, (X,))
+        found.append([y, *torch.autograd.grad(y.square().sum(), trained)])
+    assert len(ran) == 2
+    torch.testing.assert_close(found[1], found[0], rtol=1e-11, atol=1e-11)
 
 
 def test_llama_4_keeps_pefts_path(ran):

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from glora_kernels.dispatch.common import autocast_dtype, given
@@ -30,13 +30,14 @@ DOWN = "down_proj"
 INTERFACE = ("is_transposed", "has_gate", "has_bias", "_apply_gate", "_is_expert_parallel")
 """What transformers' `use_experts_implementation` gives a module."""
 LAYOUT = "experts of another layout than that of transformers' experts interface"
+OTHER_FORWARD = "experts whose forward, or whose registered implementation, is not transformers' own"
 PARALLEL = "experts spread over processes"
 ONE = "one expert, which PEFT computes as a linear layer"
 FOREIGN = "a parameter of the experts is computed by somebody's parametrization"
 WITHIN = "the wrapper around it runs PEFT's forward"
 TRAINED = "the experts' own weights are trained"
 OTHER_PARAMETER = "a parameter of the experts that is no weight of a product"
-ARGUMENTS = "it is called with more than tokens, experts and weights"
+ARGUMENTS = "it is called with other than tokens, and a weight for each of their experts"
 DTYPES = "tokens, weights and autocast have different dtypes"
 
 
@@ -62,6 +63,8 @@ class Experts(TakesRows, ParamWrapper):
         wrappers = self._wrappers()
         if not all(hasattr(base, name) for name in INTERFACE):
             return LAYOUT
+        if not _is_of_transformers(type(base), base.config._experts_implementation):
+            return OTHER_FORWARD
         if base._is_expert_parallel:
             return PARALLEL
         if is_parametrized(base):
@@ -72,7 +75,7 @@ class Experts(TakesRows, ParamWrapper):
         if not wrappers.keys() <= {up, DOWN}:
             return OTHER_PARAMETER
         weights: list[Any] = [getattr(base, up, None), getattr(base, DOWN, None)]
-        if not all(isinstance(weight, nn.Parameter) and weight.ndim == 3 for weight in weights):
+        if not all(isinstance(weight, Tensor) and weight.ndim == 3 for weight in weights):
             return LAYOUT
         if any(type(weight) not in PLAIN for weight in weights):
             return SHARDED
@@ -135,6 +138,19 @@ class Experts(TakesRows, ParamWrapper):
         return state
 
 
+@torch.compiler.assume_constant_result
+def _is_of_transformers(kind: type, implementation: str | None) -> bool:
+    """Whether a call of an experts module of this class runs code of transformers: not a forward of a subclass or one
+    put in its place, nor an implementation that somebody registered.
+    """
+    forward: Any = kind.forward  # type: ignore[attr-defined]
+    scope = getattr(forward, "__globals__", {})  # of the decorator, where it made this forward
+    if scope.get("__name__") != "transformers.integrations.moe":
+        return False
+    runs = scope["ALL_EXPERTS_FUNCTIONS"].get(implementation, forward.__wrapped__)
+    return str(runs.__module__).startswith("transformers.")
+
+
 def _is_of_peft(base: Any) -> bool:
     """Whether all parametrizations are those by which PEFT's forward of a wrapper adds its ΔW."""
     found = [own for chain in base.parametrizations.values() for own in chain]
@@ -143,7 +159,7 @@ def _is_of_peft(base: Any) -> bool:
 
 def _refusal_of_call(base: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """The reason why PEFT's forward runs in this call, or None."""
-    if len(args) != 2 or kwargs or x.ndim != 2:
+    if len(args) != 2 or kwargs or x.ndim != 2 or args[0].shape != args[1].shape:
         return ARGUMENTS
     if type(x) not in PLAIN:
         return SUBCLASS
