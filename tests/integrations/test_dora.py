@@ -15,6 +15,7 @@ from twins import Net, Twins, assert_same, randomized, reasons, step
 
 import glora_kernels as gk
 from glora_kernels.integrations.accelerated import dora, layers
+from glora_kernels.integrations.bases import ON_META, SHARDED_ADAPTER
 
 ALL = ["up", "mix", "down"]
 
@@ -406,6 +407,24 @@ def test_warmup_and_the_report(adapted, x):
     assert_same(model.state_dict(), before, 0.0)
     assert_same(step(model, x.float()), expected, 0.0)
     assert gk.acceleration(model).accelerated == {"lora.Linear": 3}
+
+
+@pytest.mark.parametrize("kind", ["meta", "part"])
+def test_a_magnitude_without_values_or_of_a_sharded_model_is_told(adapted, x, kind):
+    class Part(torch.Tensor):
+        pass
+
+    model = gk.accelerate(adapted(config(target_modules=["up"])), verbose=False)
+    magnitude = model.base_model.model.up.lora_magnitude_vector["default"]
+    weight = magnitude.weight.detach()
+    magnitude.weight = nn.Parameter(weight.to("meta") if kind == "meta" else weight.as_subclass(Part))
+    assert reasons(model) == {ON_META if kind == "meta" else SHARDED_ADAPTER}
+    if kind == "meta":
+        with pytest.raises(RuntimeError, match=ON_META):
+            model(x)
+    else:
+        y = model(x)
+        assert torch.equal(gk.decelerate(model)(x), y)
 
 
 def test_other_variants_keep_pefts_path(adapted):

@@ -5,6 +5,8 @@ The truth is float64 over what bitsandbytes itself decodes.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -96,14 +98,42 @@ def test_a_wide_x_over_a_narrow_compute_dtype(made):
         assert error <= 2 * its[name] + 4 * torch.finfo(torch.bfloat16).eps, name
 
 
-def test_a_weight_that_is_written_to(made):
+def codes(weight):
+    weight.copy_(weight.flip(0))
+
+
+def absmax(weight):
+    weight.quant_state.state2.absmax.mul_(1.7)
+
+
+def state(weight):
+    """Another one over the same codes."""
+    new, nested = copy.copy(weight.quant_state), copy.copy(weight.quant_state.state2)
+    nested.absmax = nested.absmax * 1.7
+    new.state2 = nested
+    weight.quant_state = new
+
+
+@pytest.mark.parametrize("write", [codes, absmax, state])
+def test_a_weight_that_is_written_to(made, write):
     x = torch.randn(40, 128, generator=torch.Generator().manual_seed(1))
     pair = made(compute=torch.float32)
     pair.check(x, 1, 1e-4)
     for model in pair:
         with torch.no_grad():
-            weight = model.base_model.model.up.base_layer.weight
-            weight.copy_(weight.flip(0))
+            write(model.base_model.model.up.base_layer.weight)
+    pair.check(x, 1, 1e-4)
+
+
+def test_codes_that_are_written_to_through_data_and_a_move(made):
+    """The write changes no version; after a move, also to where it is, the layer reads its base again."""
+    x = torch.randn(40, 128, generator=torch.Generator().manual_seed(1))
+    pair = made(compute=torch.float32)
+    pair.check(x, 1, 1e-4)
+    for model in pair:
+        weight = model.base_model.model.up.base_layer.weight
+        weight.data.copy_(weight.data.flip(0))
+        model.to("cpu")
     pair.check(x, 1, 1e-4)
 
 

@@ -78,8 +78,10 @@ def _squares(weight: Any, wide: torch.dtype, kept: dict[str, Any]) -> Tensor:
     if torch.compiler.is_compiling():
         return dequantize(weight, wide).square().sum(1)
     # The codes of a Linear4bit are made of its parameter's `.data`, which has a version of its own.
-    stored = kept.get("parameter", weight.packed)
-    key = stored.data_ptr(), 0 if stored.is_inference() else stored._version, wide
+    read = (kept.get("parameter", weight.packed), *weight.state.tensors())
+    key = wide, [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in read]
     if (found := kept.get("dora")) is None or found[0] != key:
-        found = kept["dora"] = key, dequantize(weight, wide).square().sum(1)
-    return found[1]
+        # With the weight, so that its memory is not that of another one meanwhile.
+        found = kept["dora"] = key, weight, dequantize(weight, wide).square().sum(1)
+    squares: Tensor = found[2]
+    return squares

@@ -257,6 +257,10 @@ class LoraOperands(Accelerated):
         base = self.frozen()
         if isinstance(base, str):
             return base
+        if layer.weight.is_meta and not is_planning():
+            return ON_META
+        if any(type(tensor) not in bases.PLAIN for tensor in (up, down, layer.weight)):
+            return bases.SHARDED_ADAPTER
         a, up = dora.scaled(base, up, down, scale, layer.weight, self._glora_kept)
         if isinstance(scale, Tensor):
             up, scale = up * scale, 1.0

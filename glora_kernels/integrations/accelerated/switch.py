@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from glora_kernels.integrations.bases import IDLE, SHARDED, has_other_forward
+from glora_kernels.integrations.bases import IDLE, SHARDED, SHARDED_ADAPTER, has_other_forward
 from glora_kernels.integrations.release import need_peft
 from glora_kernels.nn.base import M
 from glora_kernels.nn.columns import aligned
@@ -200,7 +200,7 @@ def _fallback(layer: Any, is_gathered: bool) -> str | None:
     if has_other_forward(layer):
         return OWN_FORWARD
     reason: str | None = layer.standing_refusal()
-    return None if reason == IDLE or (reason == SHARDED and is_gathered) else reason
+    return None if reason == IDLE or (reason in (SHARDED, SHARDED_ADAPTER) and is_gathered) else reason
 
 
 def _kinds() -> dict[type, Any]:
