@@ -1,4 +1,4 @@
-"""The plugin and the comparison over it, on a checkout of five small tests, and a broken file, in place of PEFT's."""
+"""The plugin and the comparison over it, on a checkout of seven small tests, and a broken file, in place of PEFT's."""
 
 from __future__ import annotations
 
@@ -30,11 +30,20 @@ def test_fails_either_way():
 def test_fails_when_accelerated():
     model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 4)), peft.LoraConfig(target_modules=["0"]))
     assert type(model.get_base_model()[0]).__module__ == "peft.tuners.lora.layer"
+
+test_mixed_adapter_batches_lora_with_dora_raises = test_fails_when_accelerated
+
+def test_of_a_model_of_the_hub():
+    import transformers
+    name = "peft-internal-testing/tiny-random-gpt2"
+    assert transformers.AutoModelForCausalLM.from_pretrained(name).config.n_layer == 2
 """
 PLAIN = {
     **{f"test_calls[{method}Config]": "passed" for method in ("Lora", "Glora", "Hira")},
     "test_fails_either_way": "failed",
     "test_fails_when_accelerated": "passed",
+    "test_mixed_adapter_batches_lora_with_dora_raises": "passed",
+    "test_of_a_model_of_the_hub": "passed",
 }
 
 
@@ -65,12 +74,24 @@ def compare(tmp_path, monkeypatch, capsys) -> Any:
 def test_what_passes_only_without_acceleration_is_found(compare, tmp_path):
     status, printed = compare("-k", "test_small")
     assert status == 1
-    differences = re.findall(r"^(\S+): (\w+) without, (\w+) with acceleration$", printed, re.M)
-    assert differences == [("tests.test_small::test_fails_when_accelerated", "passed", "failed")]
-    assert re.search(r"^all +6 +4 +2 +0 +1$", printed, re.M), printed
+    differences = re.findall(r"^(\S+): (\w+) without, (\w+) with acceleration(.*)$", printed, re.M)
+    name, reason = next(iter(peft_suite.MEANT.items()))
+    assert differences == [
+        ("tests.test_small::test_fails_when_accelerated", "passed", "failed", ""),
+        (f"tests.test_small::{name}", "passed", "failed", f" ({reason})"),
+    ]
+    assert re.search(r"^all +8 +6 +2 +0 +1$", printed, re.M), printed
     assert "could not be collected, a failed test each: test_broken " in printed
     assert re.findall(r"^ +(\d+)  (\w+)", printed, re.M) == [("3", "glora_kernels"), ("3", "PEFT")]
     assert "AssertionError" in (tmp_path / "kept" / "accelerated.log").read_text()
+
+
+def test_a_difference_that_is_meant_is_no_failure():
+    name = f"tests.test_custom_models.TestMixed::{next(iter(peft_suite.MEANT))}[lora]"
+    assert peft_suite.meant(name, "passed", "failed")
+    assert not peft_suite.meant(name, "failed", "passed")
+    assert not peft_suite.meant(name, "passed", peft_suite.GONE)
+    assert not peft_suite.meant("tests.test_custom_models.TestMixed::test_other[lora]", "passed", "failed")
 
 
 def test_a_selection_without_an_accelerated_call_is_no_success(compare, monkeypatch):
