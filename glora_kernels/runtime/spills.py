@@ -221,6 +221,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "expert_product": (
         (lambda b: b.decoded or b.single, _REGISTERS),
         (lambda b: b.single, {"num_warps": 8}),
+        (lambda b: b.newest, {"rows": Most(64)}),
         (lambda b: not b.aligned, {"rows": Most(64), "cols": Most(64), "num_warps": 8}),
     ),
 }
