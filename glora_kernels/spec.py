@@ -178,10 +178,13 @@ class GLoRAConfig(_Config):
         """Whether every support is "none": such a layer is its base."""
         return all(getattr(self, name) == "none" for name in SUPPORTS)
 
-    def parameter_shapes(self, in_features: int, out_features: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(
+        self, in_features: int, out_features: int, bias: bool = True, experts: int = 0, common: Collection[str] = ()
+    ) -> dict[str, tuple[int, ...]]:
         """The adapter's parameters for a (N=out_features, K=in_features) layer: name → shape.
 
-        D is left out where the layer has no bias to scale.
+        D is left out where the layer has no bias to scale. Over a number of `experts` their number E is in front of
+        every shape, and 1 in front of the parameters that are `common` to them.
         """
         n, k, r = out_features, in_features, self.rank
         factors = {
@@ -196,6 +199,8 @@ class GLoRAConfig(_Config):
                 shapes[f"{name}_up"], shapes[f"{name}_down"] = factors[name]
             elif form != "none" and (name != "D" or bias):
                 shapes[name] = (1,) if form == "constant" else (k,) if name == "C" else (n,)
+        if experts:
+            shapes = {name: (1 if name in common else experts, *shape) for name, shape in shapes.items()}
         return shapes
 
     def num_parameters(self, in_features: int, out_features: int, bias: bool = True) -> int:

@@ -256,6 +256,11 @@ def low_rank(model: nn.Module, caller: str) -> dict[str, LowRank]:
             continue
         seen.add(id(module))
         if isinstance(module, GLoRALinear):
+            if module.experts:
+                raise ValueError(
+                    f"{caller}: {path!r} is a layer of experts, whose factors are stacks of matrices; accepted are "
+                    "models whose GLoRA layers are over linear layers"
+                )
             if module.config.B == "lora":
                 found[path] = Ours(path, module)
         elif _is_peft_lora(module) and (own := Peft(path, module)).active:

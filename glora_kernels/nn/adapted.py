@@ -265,11 +265,16 @@ def weighted_sum(adapters: Sequence[Operands], weights: Iterable[float]) -> dict
 
 @torch.no_grad()
 def initialize(adapter: Mapping[str, nn.Parameter], init: str) -> None:
-    """Make an adapter (name → parameter) change nothing: `_down` factors random (`init`), everything else zero."""
+    """Make an adapter (name → parameter) change nothing: `_down` factors random (`init`), everything else zero.
+
+    Those of experts, (E, ...), are drawn one expert after the other.
+    """
     for name, parameter in adapter.items():
         if not name.endswith("_down"):
             nn.init.zeros_(parameter)
-        elif init == "kaiming":
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-        else:
-            nn.init.xavier_uniform_(parameter)
+            continue
+        for own in parameter if parameter.ndim == 3 else (parameter,):
+            if init == "kaiming":
+                nn.init.kaiming_uniform_(own, a=math.sqrt(5))
+            else:
+                nn.init.xavier_uniform_(own)

@@ -13,7 +13,7 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
-from glora_kernels.nn.base import M, unsupported
+from glora_kernels.nn.base import M
 from glora_kernels.nn.file import Adapter, LayerEntry, host_copy, read
 from glora_kernels.nn.formats.places import Prefix
 from glora_kernels.nn.formats.read import FLOATS, adapter_of, as_in, is_foreign
@@ -180,7 +180,8 @@ def _add(model: nn.Module, adapter: Adapter, where: str, name: str, undo: ExitSt
                  if (path, own) not in tied]  # fmt: skip
         is_wide = any(_dtype(value, linear) != linear.base.dtype for value in alone)
         plan[linear] = entry.config, linear.adapter_dtype if is_wide else linear.base.dtype
-    put_beside(model, name, plan, ties, undo)
+    common = {path: entry.common for path, entry in adapter.layers.items()}
+    put_beside(model, name, plan, ties, undo, common)
 
 
 def _untied(adapter: Adapter, where: str) -> Adapter:
@@ -253,7 +254,8 @@ def _inject(model: nn.Module, adapter: Adapter, where: str, undo: ExitStack) -> 
         plan.append((linear, entry.config, torch.float32 if every else dtype))
         ties += [] if every else [Tie(((path, name),), torch.float32) for name in wide]
     check_replaceable(root, [linear for linear, _, _ in plan])
-    return replace(model, plan, trained, Sharing(ties, adapter.siblings), undo, widened)
+    common = {path: entry.common for path, entry in entries.items()}
+    return replace(model, plan, trained, Sharing(ties, adapter.siblings, common), undo, widened)
 
 
 def _found(root: nn.Module, adapter: Adapter, where: str, adapted: bool = False) -> dict[str, Linear]:
@@ -271,13 +273,13 @@ def _entry_of(where: str, path: str, entry: LayerEntry, linear: Linear) -> Layer
     if path != (first := linear.paths[0]):
         raise ValueError(f"{where} adapts {path!r}, which in the model is one module with {first!r}")
     is_adapted = isinstance(linear.module, GLoRALinear)
-    if not is_adapted and (reason := unsupported(linear.module)):
+    if not is_adapted and (reason := linear.refusal()):
         raise ValueError(f"{where} adapts {path!r}, which cannot be replaced: {reason}")
     if linear.base.weight.is_meta:
         raise ValueError(f"{where}: the weight of {path!r} is on the meta device; load the base model first")
     n, k = linear.base.shape
     bias = linear.module.base_bias if isinstance(linear.module, GLoRALinear) else linear.base.bias
-    return changed(entry, in_features=k, out_features=n, bias=bias is not None)
+    return changed(entry, in_features=k, out_features=n, bias=bias is not None, experts=linear.experts)
 
 
 def _planned_ties(tied: Mapping[str, str], values: Mapping[str, Tensor], found: Mapping[str, Linear]) -> list[Tie]:
@@ -318,7 +320,7 @@ def _check_fits(where: str, adapter: Adapter, own: Adapter, state: Mapping[str, 
 
 def _check_entry(where: str, path: str, given: LayerEntry, own: LayerEntry) -> None:
     """Raise a ValueError where the entries of file and model differ in anything but dropout and train_bias."""
-    sizes = ("in_features", "out_features", "bias")
+    sizes = ("in_features", "out_features", "bias", "experts", "common")
     have, want = (asdict(of.config) | {name: getattr(of, name) for name in sizes} for of in (given, own))
     if differing := [key for key in have if key != "dropout" and have[key] != want[key]]:
         first = ", ".join(f"{key}={have[key]!r} (the model: {want[key]!r})" for key in differing[:4])

@@ -37,10 +37,9 @@ def shift_once(model: nn.Module) -> Iterator[None]:
     With activation checkpointing of either kind call backward inside the context, because it runs the forward again.
     Each segment of a reentrant checkpoint has its own launch in backward.
 
-    Layers without C, D and E, merged or disabled ones, and those with an active adapter beside the first are left out,
-    and β does not serve `rows`; copies and pickles made inside do not carry
-    β. The context may be nested. Where the kernels do not apply (float64, CPUs, `backend("eager")`), β is computed
-    layer by layer.
+    Layers without C, D and E, layers of experts, merged or disabled ones, and those with an active adapter beside the
+    first are left out, and β does not serve `rows`; copies and pickles made inside do not carry β. The context may be
+    nested. Where the kernels do not apply (float64, CPUs, `backend("eager")`), β is computed layer by layer.
 
     Raises:
         ValueError: the model has no GLoRA layer.
@@ -89,14 +88,14 @@ def deferred_shared_grads(model: nn.Module) -> Iterator[Deferred]:
     layers read counts once. `deferred.bytes` is the sum over all backwards so far.
 
     Autograd also accumulates where torch.compile traces a layer, under a dispatch mode or a transform of torch.func,
-    in layers fused with siblings, for adapters beside the first and inside `rows`, and in a backward with
-    create_graph=True.
+    in layers fused with siblings, in layers of experts, for adapters beside the first and inside `rows`, and in a
+    backward with create_graph=True.
 
     Raises:
         ValueError: the model has no GLoRA layer.
         RuntimeError: the context is open already.
     """
-    layers = list(layers_of(model, "deferred_shared_grads").values())
+    layers = [layer for layer in layers_of(model, "deferred_shared_grads").values() if not layer.experts]
     if any(layer._deferred is not None for layer in layers):
         raise RuntimeError("deferred_shared_grads was entered inside deferred_shared_grads of the same layers")
     shared = _shared(layers)
@@ -156,7 +155,7 @@ def _state(tensor: Tensor) -> tuple[int, bool]:
 
 
 def _is_shifted(layer: GLoRALinear) -> bool:
-    return layer.has_shift and not layer.merged and not layer._disabled and layer._active is None
+    return layer.has_shift and not layer.experts and not layer.merged and not layer._disabled and layer._active is None
 
 
 def _shared(layers: list[GLoRALinear]) -> dict[GLoRALinear, dict[str, nn.Parameter]]:

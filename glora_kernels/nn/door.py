@@ -98,7 +98,8 @@ def warn_skipped(caller: str, root: nn.Module, left: Iterable[nn.Module]) -> Non
     if sum(parts.values()) > _SKIPPED or parts.get(_STACKED, 0) > _EXPERTS:
         warnings.warn(
             f"{caller}: {share}, and stay as they are: only linear layers (nn.Linear, Conv1D) are adapted. Name what "
-            "you want in target_modules=[...], or train other modules whole (train=[...])",
+            "you want in target_modules=[...], experts in target_parameters=[...], or train other modules whole "
+            "(train=[...])",
             UserWarning,
             stacklevel=3,
         )
@@ -117,7 +118,7 @@ def _skipped(root: nn.Module, left: Iterable[nn.Module]) -> tuple[str, dict[str,
     for module in root.modules():
         features = getattr(module, "in_features", None), getattr(module, "out_features", None)
         if isinstance(features[0], int) and isinstance(features[1], int):  # not numel(): 4-bit codes are packed
-            total += features[0] * features[1]
+            total += features[0] * features[1] * max(1, getattr(module, "experts", 0))
             continue
         for parameter in module._parameters.values():
             if parameter is None or parameter.ndim < 2 or isinstance(module, nn.Embedding):

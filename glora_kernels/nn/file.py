@@ -4,8 +4,10 @@ Metadata (strings): "format", "format_version", "library_version", "config" (JSO
 there are any, siblings) and "sha256" over the other entries and every tensor's name, dtype, shape and bytes. A tensor
 with several names is stored under the first; "tied" maps the others to it. "siblings" lists the sets of layers with one
 B_down and one dropout mask. A file with siblings has version 2, because a library that reads only version 1 would give
-each layer its own mask; any other file has version 1. A layer's config has later fields (`spec.LATER`) only where they
-are set: earlier libraries refuse a file with a field that they do not know, and read all others.
+each layer its own mask. One with layers of experts has version 3: each of its layers says its number of experts (0: a
+linear layer) and which parameters its experts have in common. Any other file has version 1. A layer's config has later
+fields (`spec.LATER`) only where they are set: earlier libraries refuse a file with a field that they do not know, and
+read all others.
 """
 
 from __future__ import annotations
@@ -39,12 +41,15 @@ Schema = Mapping[str, tuple[type, ...]]
 VERSIONS: Mapping[str, Schema] = {
     "1": {"layers": (dict,), "train": (list,), "tied": (dict,)},
     "2": {"layers": (dict,), "train": (list,), "tied": (dict,), "siblings": (list,)},
+    "3": {"layers": (dict,), "train": (list,), "tied": (dict,), "siblings": (list,)},
 }
 """The schema of "config" in each version of the format."""
 
 ENTRY: Schema = {
     "config": (dict,), "in_features": (int,), "out_features": (int,), "bias": (bool,), "train_bias": (bool,),
 }  # fmt: skip
+OF_EXPERTS: Schema = {"experts": (int,), "common": (list,)}
+"""The further keys of a layer in version 3."""
 CONFIG: Schema = dict.fromkeys((*SUPPORTS, "variant", "init"), (str,)) | {
     "rank": (int,), "alpha": (int, float, type(None)), "dropout": (int, float),
 }  # fmt: skip
@@ -55,13 +60,18 @@ TENSOR: Schema = {"dtype": (str,), "shape": (list,), "data_offsets": (list,)}
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One adapted layer: configuration, sizes, whether the base has a bias, and whether the bias is trained."""
+    """One adapted layer: configuration, sizes, whether the base has a bias, and whether the bias is trained.
+
+    experts: the number of a layer of experts; 0 for a linear layer. common: the parameters that all experts share.
+    """
 
     config: GLoRAConfig
     in_features: int
     out_features: int
     bias: bool
     train_bias: bool
+    experts: int = 0
+    common: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,12 +80,18 @@ class LayerEntry:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the layer's saved tensors, by name."""
-        trained = {"bias": (self.out_features,)} if self.train_bias else {}
-        return self.config.parameter_shapes(self.in_features, self.out_features, self.bias) | trained
+        sizes = self.in_features, self.out_features, self.bias
+        of_bias = (self.experts, self.out_features) if self.experts else (self.out_features,)
+        trained: dict[str, tuple[int, ...]] = {"bias": of_bias} if self.train_bias else {}
+        return self.config.parameter_shapes(*sizes, self.experts, self.common) | trained
+
+    def to_dict(self, with_experts: bool) -> dict[str, Any]:
+        values = asdict(self) | {"config": self.config.to_dict()}
+        return {name: value for name, value in values.items() if with_experts or name not in OF_EXPERTS}
 
     @classmethod
-    def parsed(cls, values: object, what: str) -> LayerEntry:
-        found = _fields(values, ENTRY, what)
+    def parsed(cls, values: object, what: str, with_experts: bool) -> LayerEntry:
+        found = _fields(values, {**ENTRY, **OF_EXPERTS} if with_experts else ENTRY, what)
         here = _typed(found["config"], (dict,), f"the config of {what}")
         config = _fields(here, {**CONFIG, **{key: SET[key] for key in SET if key in here}}, f"the config of {what}")
         for name in SCALED:
@@ -83,9 +99,16 @@ class LayerEntry:
                 raise ValueError(f"the {name} of {what} is no finite number")
         if found["in_features"] < 0 or found["out_features"] < 0:
             raise ValueError(f"{what} has a negative size")
+        if with_experts:
+            found["common"] = tuple(_strings(found["common"], f"common of {what}"))
+            if found["experts"] < 0 or found["experts"] == 1:
+                raise ValueError(f"{what} has a number of experts that no layer has")
         if found["train_bias"] and not found["bias"]:
             raise ValueError(f"{what} trains a bias that it does not have")
-        return cls(**found | {"config": GLoRAConfig.from_dict(config)})
+        entry = cls(**found | {"config": GLoRAConfig.from_dict(config)})
+        if not set(entry.common) <= (entry.config.parameter_shapes(1, 1).keys() if entry.experts else set()):
+            raise ValueError(f"{what} has parameters common to its experts that it does not have")
+        return entry
 
 
 @dataclass(frozen=True)
@@ -99,15 +122,17 @@ class Adapter:
     siblings: list[list[str]] = field(default_factory=list)
 
     @classmethod
-    def parsed(cls, text: str, schema: Schema, tensors: dict[str, Tensor]) -> Adapter:
+    def parsed(cls, text: str, version: str, tensors: dict[str, Tensor]) -> Adapter:
         """Parse and check "config".
 
         Raises:
             ValueError: it is no JSON, a key is missing or unknown, a value has another type, or ties or siblings refer
                 to tensors or layers that the file does not have.
         """
-        found = _fields(_json(text), schema, "the configuration")
-        layers = {path: LayerEntry.parsed(entry, f"layer {path!r}") for path, entry in found["layers"].items()}
+        found = _fields(_json(text), VERSIONS[version], "the configuration")
+        layers = {
+            path: LayerEntry.parsed(entry, f"layer {path!r}", version == "3") for path, entry in found["layers"].items()
+        }
         if not layers:
             raise ValueError("it has no layers")
         train = _strings(found["train"], "train")
@@ -140,13 +165,15 @@ class Adapter:
 
 def write(adapter: Adapter, target: Path) -> None:
     """Write the file of an adapter."""
-    layers = {path: asdict(entry) | {"config": entry.config.to_dict()} for path, entry in adapter.layers.items()}
+    experts = any(entry.experts for entry in adapter.layers.values())
+    version = "3" if experts else "2" if adapter.siblings else "1"
+    layers = {path: entry.to_dict(experts) for path, entry in adapter.layers.items()}
     config: dict[str, object] = {"layers": layers, "train": adapter.train, "tied": adapter.tied}
-    if adapter.siblings:
+    if "siblings" in VERSIONS[version]:
         config["siblings"] = adapter.siblings
     header = {
         "format": FORMAT,
-        "format_version": "2" if adapter.siblings else "1",
+        "format_version": version,
         "library_version": _library_version(),
         "config": json.dumps(config, sort_keys=True),
     }
@@ -234,7 +261,7 @@ def read(path: Path, is_foreign: Callable[[Iterable[str]], bool], caller: str = 
     if about.get("sha256") != digest(about, tensors):
         raise bad("was altered or damaged: its SHA-256 does not match its contents")
     try:
-        return Adapter.parsed(about.get("config", ""), VERSIONS[version], tensors)
+        return Adapter.parsed(about.get("config", ""), version, tensors)
     except ValueError as error:
         raise bad(f"has a configuration that cannot be used: {error}") from error
 

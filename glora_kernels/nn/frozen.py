@@ -37,10 +37,13 @@ class FrozenBase(nn.Module):
     """A module with a frozen weight (N, K), dense or 4-bit, and a bias (N,) or none.
 
     Attributes:
+        experts: E in a layer of experts, whose weight is (E, N, K), or in 4 bits (E·N, K), and whose bias is (E, N);
+            0 in a linear layer.
         quant_state: the metadata of the packed codes; None where the weight is dense.
         compute_dtype: the dtype that x is cast to; y is cast back. None: x stays as it is.
     """
 
+    experts = 0
     in_features: int
     out_features: int
     weight: Tensor
@@ -70,7 +73,7 @@ class FrozenBase(nn.Module):
         """W (N, K): the parameter, transposed if it is stored as (K, N), or the 4-bit weight."""
         if self.quant_state is not None:
             return self.codes()
-        return self.weight.t() if self._transposed else self.weight
+        return self.weight.mT if self._transposed else self.weight
 
     def codes(self) -> QuantizedWeight:
         """The 4-bit weight; the base must be 4-bit."""

@@ -5,27 +5,42 @@ Everything is decided and checked (`_chosen`, `check_replaceable`) before the mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
-from typing import overload
+from dataclasses import replace as changed
+from typing import Literal, get_args, overload
 
 import torch
 from torch import nn
 
 from glora_kernels.nn.base import FROZEN, M, is_linear
 from glora_kernels.nn.door import refuse, skipped_share, warn_skipped
+from glora_kernels.nn.expert_linear import GLoRAExpertLinear
+from glora_kernels.nn.experts import ExpertLinear, keep_names
 from glora_kernels.nn.frozen import QuantizedLinear, check_dtype
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import TRAINED, is_in_ddp, named_layers, unwrap
 from glora_kernels.nn.patterns import listed, patterns_of, unmatched
 from glora_kernels.nn.share import Sharing, forget_tied, keep_tied, plan_sharing, tie
-from glora_kernels.nn.targets import Linear, find_targets, linears, named_by, some, targets_of, trained_modules
+from glora_kernels.nn.targets import (
+    Linear,
+    find_targets,
+    linears,
+    named_by,
+    put,
+    some,
+    targets_of,
+    top_k_of,
+    trained_modules,
+)  # fmt: skip
 from glora_kernels.nn.undo import all_or_none
 from glora_kernels.nn.wide import to_widen, widen, widened
 from glora_kernels.quant.bnb import free_codes, keep_codes
-from glora_kernels.spec import GLoRAConfig, ShareLoRAConfig, assign
+from glora_kernels.spec import GLoRAConfig, ShareLoRAConfig, assign, check_choice
 
 Config = GLoRAConfig | ShareLoRAConfig
+ExpertRank = Literal["rank", "rank // top_k"]
+"""What rank the adapter of each expert has, from the rank of its configuration."""
 Planned = tuple[Linear, GLoRAConfig, torch.dtype]
 """A linear layer to replace, the configuration of its adapter, and the adapter's dtype."""
 
@@ -39,6 +54,8 @@ def inject(
     adapter_dtype: torch.dtype | None = None,
     *,
     exclude_modules: str | Iterable[str] = (),
+    target_parameters: str | Iterable[str] = (),
+    expert_rank: ExpertRank = "rank",
 ) -> GLoRALinear: ...
 @overload
 def inject(
@@ -49,6 +66,8 @@ def inject(
     adapter_dtype: torch.dtype | None = None,
     *,
     exclude_modules: str | Iterable[str] = (),
+    target_parameters: str | Iterable[str] = (),
+    expert_rank: ExpertRank = "rank",
 ) -> M: ...
 def inject(
     model: nn.Module,
@@ -58,6 +77,8 @@ def inject(
     adapter_dtype: torch.dtype | None = None,
     *,
     exclude_modules: str | Iterable[str] = (),
+    target_parameters: str | Iterable[str] = (),
+    expert_rank: ExpertRank = "rank",
 ) -> nn.Module:
     r"""Replace linear layers of a model by GLoRA layers and freeze everything but the adapters and `train`.
 
@@ -81,6 +102,15 @@ def inject(
             score or embed_out or directly inside a module of these names, and an "fc" of the model itself.
         train: patterns of modules that are trained whole and saved with the adapter. Linear layers in them are not
             adapted.
+        target_parameters: patterns of the weights of experts ("experts.gate_up_proj", "experts.down_proj"), which
+            transformers' mixtures of experts hold as one parameter for all experts; they are adapted beside
+            target_modules, which may be [] then. Each expert gets an adapter, but factors that a ShareLoRAConfig shares
+            are one for all experts, and over depth as for linear layers. No other argument takes experts, except a
+            pattern of target_modules that matches no linear layer.
+        expert_rank: of the adapter of each expert: "rank" is that of its configuration, as in PEFT; "rank // top_k"
+            divides it by the number of experts that a token has (`num_experts_per_tok`), as NeMo's
+            `normalize_moe_lora` does, so that a token meets about as much rank as in a dense layer. alpha stays, and
+            s = alpha/rank with the rank of the expert.
         adapter_dtype: of the adapters. None means the dtype of the weight, but fp32 over a 16-bit base, as in PEFT:
             16-bit numbers round away most of an optimizer's step. Modules in `train` then become fp32 too and cast
             their inputs and outputs, except those that share parameters with a module outside (a tied head).
@@ -104,8 +134,10 @@ def inject(
     check_dtype("adapter_dtype", adapter_dtype)
     configs = checked_configs(config)
     trained = trained_modules(root, patterns_of("train", train))
-    targets, excluded = targets_of(target_modules), patterns_of("exclude_modules", exclude_modules)
-    chosen = chosen_layers("inject", root, configs, targets, trained, excluded)
+    parameters = patterns_of("target_parameters", target_parameters)
+    targets, excluded = targets_of(target_modules, parameters), patterns_of("exclude_modules", exclude_modules)
+    chosen = chosen_layers("inject", root, configs, targets, trained, excluded, parameters=parameters)
+    chosen = with_expert_ranks(chosen, expert_rank)
     check_replaceable(root, list(chosen))
     sharers = {linear: own for linear, own in chosen.items() if isinstance(own, ShareLoRAConfig)}
     sharing = plan_sharing(root, sharers, adapter_dtype)
@@ -164,7 +196,7 @@ def replace(
         module: tuple(name for name, own in module._parameters.items() if own is not None and own.requires_grad)
         for module in root.modules()
     }
-    layers = [GLoRALinear.from_linear(item.module, config, adapter_dtype=dtype) for item, config, dtype in plan]
+    layers = [layer_over(item, config, dtype, sharing.common.get(item.path, ())) for item, config, dtype in plan]
     tie({item.path: layer for (item, _, _), layer in zip(plan, layers, strict=True)}, sharing)
     casting = to_widen(root, wide)
     values = widened(casting)
@@ -181,20 +213,41 @@ def replace(
         for parameter in module.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
     widen(casting, values, undo)
+    undo.callback(keep_names, root)
     for (linear, _, _), layer in zip(plan, layers, strict=True):
         put(linear, layer, undo)
+    keep_names(root)
     if sharing.ties:
         undo.callback(forget_tied, root)
         keep_tied(root)
     return layers[0] if is_linear(root) else model
 
 
-def put(linear: Linear, layer: nn.Module, undo: ExitStack) -> None:
-    """Put a layer in every place of a linear layer; `undo` gets callbacks that put the linear layer back."""
-    for parent, name in linear.parents:
-        if parent is not None:
-            undo.callback(parent._modules.__setitem__, name, linear.module)
-            parent._modules[name] = layer
+def layer_over(item: Linear, config: GLoRAConfig, dtype: torch.dtype, common: Collection[str] = ()) -> GLoRALinear:
+    """The GLoRA layer for a linear layer, or for a product of experts; common: what all its experts share."""
+    if isinstance(item.module, ExpertLinear):
+        return GLoRAExpertLinear(item.module, config, common=common, adapter_dtype=dtype)
+    return GLoRALinear.from_linear(item.module, config, adapter_dtype=dtype)
+
+
+def with_expert_ranks(chosen: Mapping[Linear, Config], expert_rank: str) -> dict[Linear, Config]:
+    """The configurations, those of experts with the rank that `expert_rank` says; the errors of `inject`."""
+    check_choice("expert_rank", expert_rank, get_args(ExpertRank))
+    if expert_rank == "rank":
+        return dict(chosen)
+    if not any(linear.experts for linear in chosen):
+        raise ValueError(f"expert_rank={expert_rank!r} has no effect: no experts are adapted (target_parameters=[...])")
+    found: dict[Linear, Config] = {}
+    for linear, config in chosen.items():
+        if linear.experts:
+            if (rank := config.rank // (each := top_k_of(linear))) < 1:
+                raise ValueError(
+                    f"expert_rank={expert_rank!r}: the rank of {linear.path!r} would be {config.rank} // {each} = 0; "
+                    f"accepted are ranks of {each} and more"
+                )
+            config = changed(config, rank=rank)
+        found[linear] = config
+    return found
 
 
 def chosen_layers(
@@ -205,9 +258,10 @@ def chosen_layers(
     trained: Mapping[str, nn.Module],
     excluded: list[str],
     adapted: bool = False,
+    parameters: Iterable[str] = (),
 ) -> dict[Linear, Config]:
     """The layers to adapt, and the configuration of each; `adapted`: GLoRA layers may be among them."""
-    every, candidates = find_targets(root, targets, trained, excluded, adapted)
+    every, candidates = find_targets(root, targets, trained, excluded, adapted, parameters)
     nothing = f"{caller}: no linear layer is left to adapt ({skipped_share(root)}). {listed(*some(every))}"
     if not candidates:
         raise ValueError(nothing)
@@ -215,7 +269,10 @@ def chosen_layers(
         named = named_by(pattern, every)
         # A pattern whose configuration is None may name layers that are not adapted anyway.
         if not named or (config is not None and set(candidates).isdisjoint(named)):
-            others = "; it matches only the head, layers inside train modules, or layers not in target_modules"
+            others = (
+                "; it matches only the head, layers inside train modules, or layers not in target_modules or "
+                "target_parameters"
+            )
             what = f"matches no linear layer to adapt{others if named else ''}"
             raise unmatched("config", pattern, what, *some(candidates))
     try:
@@ -246,7 +303,14 @@ def _trains_nothing(linear: Linear, config: Config) -> bool:
 
 def check_replaceable(root: nn.Module, chosen: list[Linear]) -> None:
     """Raise one ValueError for all layers that cannot be replaced, or whose replacement would have no effect."""
-    refuse(root, {linear.path: linear.module for linear in chosen}, "replaced")
+    items: dict[nn.Module, list[Linear]] = {}
+    for linear in chosen:
+        items.setdefault(linear.owner, []).append(linear)
+
+    def unfit(owner: nn.Module) -> str | None:
+        return next(filter(None, (linear.refusal() for linear in items[owner])), None)
+
+    refuse(root, {linear.path: linear.owner for linear in chosen}, "replaced", unfit)
 
 
 def check_wrapper(model: nn.Module, root: nn.Module) -> None:

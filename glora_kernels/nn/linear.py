@@ -13,7 +13,7 @@ import copy
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -182,14 +182,16 @@ class GLoRALinear(TakesRows, Mergeable):
         return layer.train(linear.training)
 
     @torch.inference_mode(False)  # the layer may be trained later
-    def _register(self, base: Base, config: GLoRAConfig, adapter_dtype: torch.dtype | None) -> None:
+    def _register(
+        self, base: Base, config: GLoRAConfig, adapter_dtype: torch.dtype | None, common: Collection[str] = ()
+    ) -> None:
         check_config(config)
         weight, bias = base.weight, base.bias
         check_dtype("dtype", base.dtype)
         check_dtype("adapter_dtype", adapter_dtype)
         self.out_features, self.in_features = base.shape
         self.config = config
-        shapes = config.parameter_shapes(self.in_features, self.out_features, bias is not None)
+        shapes = config.parameter_shapes(*base.shape[::-1], bias is not None, self.experts, common)
         made = {
             name: nn.Parameter(torch.empty(shape, device=weight.device, dtype=adapter_dtype or base.dtype))
             for name, shape in shapes.items()
@@ -252,6 +254,11 @@ class GLoRALinear(TakesRows, Mergeable):
         """Make the layer equal to its base: `_down` factors random (`config.init`), everything else zero."""
         self.check_intact("reset_adapter", ADAPTER_NAMES)
         initialize(self.adapter(), self.config.init)
+
+    def shapes_of(self, config: GLoRAConfig, common: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+        """The shapes of an adapter on this layer; `common`: of what the experts of a layer of experts share."""
+        sizes = self.in_features, self.out_features, self.base_bias is not None
+        return config.parameter_shapes(*sizes, self.experts, common)
 
     def named(self) -> Mapping[str, NamedAdapter]:
         """The adapters beside the first, by name."""
@@ -341,11 +348,7 @@ class GLoRALinear(TakesRows, Mergeable):
             weight = tensors["weight"].t() if self._transposed else tensors["weight"]
         base = weight, tensors["bias"], self.compute_dtype  # a plain tuple, cheaper than a `Frozen`
         if self._disabled or self._base is not None:
-            if not self._disabled and self.training and torch.is_grad_enabled():
-                raise RuntimeError(
-                    "this layer is merged: its adapter takes no part in forward and would not be trained. To "
-                    "train, call unmerge(); to run the merged weights, call eval() or use torch.no_grad()"
-                )
+            self.refuse_merged_training()
             return base_linear(x, base)
         if not is_alone:
             return self._chosen(x, Frozen(*base))
@@ -356,6 +359,14 @@ class GLoRALinear(TakesRows, Mergeable):
             tensors = {**with_scale_A(tensors, self._scale_A)}
         adapter = tensors, self._scale, dropout_p, self._variant
         return adapted_linear(x, base, adapter, seed, self._deferred or glora_linear, self.kept_shift())
+
+    def refuse_merged_training(self) -> None:
+        """Raise a RuntimeError where a layer is called that is merged, in training mode, with gradients enabled."""
+        if self.merged and not self._disabled and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "this layer is merged: its adapter takes no part in forward and would not be trained. To "
+                "train, call unmerge(); to run the merged weights, call eval() or use torch.no_grad()"
+            )
 
     def _chosen(self, x: Tensor, base: Frozen) -> Tensor:
         """y by the adapters of `gk.rows`, or by an active one beside the first."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from glora_kernels.nn.expert_linear import common_of
 from glora_kernels.nn.file import Adapter, LayerEntry, host_copy, save_tensors, write
 from glora_kernels.nn.formats.places import Prefix
 from glora_kernels.nn.formats.write import plan
@@ -77,6 +78,11 @@ def save_adapter(
     state = adapter.values()
     foreign = None
     if format is not None:
+        if of_experts := [path for path, entry in adapter.layers.items() if entry.experts]:
+            raise ValueError(
+                f"format={format!r} has no place for {of_experts[0]!r}, a layer of experts; without format= the file "
+                "has all"
+            )
         inside = {join(path, own) for path, entry in adapter.layers.items() for own in entry.names}
         configs = {path: entry.config for path, entry in adapter.layers.items()}
         foreign = plan(configs, state.keys() - inside, format, prefix)
@@ -120,7 +126,8 @@ def held_adapter(root: nn.Module, name: str, biases: Collection[str] | None = No
         base_bias, bias = layer.base_bias, layer.bias
         is_trained = bias is not None and bias.requires_grad if biases is None else path in biases
         has_bias = base_bias is not None
-        entries[path] = LayerEntry(config, layer.in_features, layer.out_features, has_bias, has_bias and is_trained)
+        sizes, common = (layer.in_features, layer.out_features), common_of(parameters) if layer.experts else ()
+        entries[path] = LayerEntry(config, *sizes, has_bias, has_bias and is_trained, layer.experts, common)
         state |= {join(path, own): parameter for own, parameter in parameters.items()}
         if base_bias is not None and is_trained:
             state[join(path, "bias")] = base_bias

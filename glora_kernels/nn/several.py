@@ -15,16 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from glora_kernels.nn.base import M
+from glora_kernels.nn.experts import keep_names
 from glora_kernels.nn.frozen import check_dtype
 from glora_kernels.nn.inject import (  # fmt: skip
     Config,
+    ExpertRank,
     check_replaceable,
     check_trained,
     check_wrapper,
     checked_configs,
     chosen_layers,
     is_tuner,
-    put,
+    layer_over,
+    with_expert_ranks,
 )
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.mixed import BatchRows, TakesRows, refuse_inside
@@ -33,7 +36,7 @@ from glora_kernels.nn.named import FIRST, NONE, NamedAdapter
 from glora_kernels.nn.patterns import patterns_of, some_of
 from glora_kernels.nn.ranks import refuse_sharded
 from glora_kernels.nn.share import Tie, plan_sharing
-from glora_kernels.nn.targets import Linear, linears, named_by, targets_of
+from glora_kernels.nn.targets import Linear, linears, named_by, put, targets_of
 from glora_kernels.nn.undo import all_or_none, finish
 from glora_kernels.spec import GLoRAConfig, ShareLoRAConfig
 
@@ -55,6 +58,8 @@ def add_adapter(
     adapter_dtype: torch.dtype | None = None,
     *,
     exclude_modules: str | Iterable[str] = (),
+    target_parameters: str | Iterable[str] = (),
+    expert_rank: ExpertRank = "rank",
 ) -> M:
     """Add a further adapter to a model with GLoRA layers: calls use it after `set_adapter`, or by `rows`.
 
@@ -73,7 +78,7 @@ def add_adapter(
         config: as in `inject`.
         target_modules: as in `inject`, but None means the layers that have GLoRA layers already. Layers that the first
             adapter does not adapt may be named: they become GLoRA layers without a first adapter.
-        adapter_dtype, exclude_modules: as in `inject`.
+        adapter_dtype, exclude_modules, target_parameters, expert_rank: as in `inject`.
 
     Returns:
         The model.
@@ -88,10 +93,12 @@ def add_adapter(
     check_dtype("adapter_dtype", adapter_dtype)
     configs, trained = checked_configs(config), trained_of(root)
     excluded = patterns_of("exclude_modules", exclude_modules)
-    targets = _adapted(root, excluded) if target_modules is None else targets_of(target_modules)
+    parameters = patterns_of("target_parameters", target_parameters)
+    targets = _adapted(root, excluded) if target_modules is None else targets_of(target_modules, parameters)
     if targets == [""]:  # the model is itself a layer
         targets = None
-    chosen = chosen_layers("add_adapter", root, configs, targets, trained, excluded, adapted=True)
+    chosen = chosen_layers("add_adapter", root, configs, targets, trained, excluded, True, parameters)
+    chosen = with_expert_ranks(chosen, expert_rank)
     sharers = {linear: own for linear, own in chosen.items() if isinstance(own, ShareLoRAConfig)}
     sharing = plan_sharing(root, sharers, adapter_dtype)
     if sharing.siblings:
@@ -106,7 +113,7 @@ def add_adapter(
         for linear, own in chosen.items()
     }  # fmt: skip
     with all_or_none() as undo:
-        put_beside(model, name, plan, sharing.ties, undo)
+        put_beside(model, name, plan, sharing.ties, undo, sharing.common)
     return model
 
 
@@ -211,12 +218,14 @@ def put_beside(
     plan: Mapping[Linear, tuple[GLoRAConfig, torch.dtype]],
     ties: Iterable[Tie],
     undo: ExitStack,
+    common: Mapping[str, tuple[str, ...]],
 ) -> None:
     """Give linear and GLoRA layers an adapter of this name; each change is preceded by a callback that reverts it.
 
     Args:
         plan: the configuration and dtype for each layer.
         ties: factors that several of the layers share.
+        common: by path, the factors that all experts of a layer share.
     """
     root = unwrap(model)
     new = [linear for linear in plan if not isinstance(linear.module, GLoRALinear)]
@@ -228,15 +237,16 @@ def put_beside(
     made: dict[str, NamedAdapter] = {}
     held = [own for layer in named_layers(root).values() for own in layer.named().values()]
     place = 1 + max((own.place for own in held), default=0)
+    undo.callback(keep_names, root)
     for linear, (config, dtype) in plan.items():
         layer = linear.module
         if not isinstance(layer, GLoRALinear):
             for parameter in layer.parameters():
                 undo.callback(parameter.requires_grad_, parameter.requires_grad)
-            layer = GLoRALinear.from_linear(linear.module, NONE)
+            layer = layer_over(linear, NONE, linear.adapter_dtype)
             layer.has_first = False
             put(linear, layer, undo)
-        shapes = config.parameter_shapes(layer.in_features, layer.out_features, layer.base_bias is not None)
+        shapes = layer.shapes_of(config, common.get(linear.path, ()))
         own = {factor: factors[linear.path, factor] for factor in shapes if (linear.path, factor) in factors}
         with torch.inference_mode(False):  # it may be trained later
             made[linear.path] = adapter = NamedAdapter(
@@ -247,6 +257,7 @@ def put_beside(
         adapter.place = place
         undo.callback(layer.drop_named, name)
         layer.add_named(name, adapter.train(layer.training))
+    keep_names(root)
 
 
 def _adapted(root: nn.Module, excluded: Iterable[str]) -> list[str]:

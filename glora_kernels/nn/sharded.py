@@ -96,6 +96,11 @@ def fully_shard(
     if merged := [path for path, layer in layers_of(model, "fully_shard").items() if layer.merged]:
         raise RuntimeError(f"fully_shard: {merged[0]!r} is merged; call unmerge(model) first")
     for path, layer in named_layers(model).items():
+        if layer.experts:
+            raise ValueError(
+                f"fully_shard: {path!r} is a layer of experts, which cannot be sharded; use DistributedDataParallel, "
+                "or adapt linear layers alone"
+            )
         for name, own in layer.named().items():
             if own.shares:
                 raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -43,10 +43,14 @@ class Tie:
 
 @dataclass(frozen=True)
 class Sharing:
-    """The sharing between the layers of a model: the ties, and the sets of siblings with one dropout mask."""
+    """The sharing between the layers of a model: the ties, and the sets of siblings with one dropout mask.
+
+    common: for layers of experts by path, the factors that all their experts share.
+    """
 
     ties: list[Tie]
     siblings: list[list[str]]
+    common: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def plan_sharing(
@@ -54,8 +58,9 @@ def plan_sharing(
 ) -> Sharing:
     """The sharing that the configurations of linear layers ask for; layers with equal configurations share.
 
-    A factor is shared by the layers of one `projection_type`. With `tie_siblings`, the siblings of a block share B_down
-    as well; if it is shared over depth too, then all types that are siblings of each other share one.
+    A factor is shared by the layers of one `projection_type`; in layers of experts, by all experts too. With
+    `tie_siblings`, the siblings of a block share B_down as well; if it is shared over depth too, then all types that
+    are siblings of each other share one.
 
     Where some layers of a configuration share B_down (or B_up), it has one dtype in all layers of the configuration:
     `adapter_dtype`, or fp32 over a 16-bit base. So layers that share can be computed in one call with siblings that do
@@ -75,6 +80,7 @@ def plan_sharing(
     tied_sets: list[list[str]] = []
     depths = numbered(root)
     of_depth: list[tuple[str, list[Linear]]] = []
+    common: dict[str, tuple[str, ...]] = {}
     for config, alike in configs.items():
         sharers = _projected(root, config, alike)
         types: dict[str, list[Linear]] = {}
@@ -82,6 +88,7 @@ def plan_sharing(
             types.setdefault(projection_type(member.path, *member.base.shape, depths), []).append(member)
         if config.shared_factors:
             of_depth += types.items()
+            common |= {member.path: config.shared_factors for member in sharers if member.experts}
         siblings = _siblings(root, sharers) if config.tie_siblings else []
         tied_sets += [[member.path for member in group] for group in siblings]
         for name in ("B_down", "B_up"):
@@ -91,9 +98,9 @@ def plan_sharing(
             if any(len(group) > 1 for group in groups):
                 groups += [[member] for member in alike if member not in sharers]
                 ties += [_tie(name, group, adapter_dtype) for group in groups]
-    if of_depth and all(len(alike) == 1 for _, alike in of_depth):
+    if of_depth and not common and all(len(alike) == 1 for _, alike in of_depth):
         warnings.warn(_nothing_shared([key for key, _ in of_depth]), stacklevel=3)
-    return Sharing(ties, tied_sets)
+    return Sharing(ties, tied_sets, common)
 
 
 def check_devices(factors: Iterable[tuple[str, str]], layers: Mapping[str, Linear]) -> None:

@@ -1,18 +1,25 @@
-"""Choosing linear layers of a model: those that patterns name, or every one but the head."""
+"""Choosing layers of a model: those that patterns name, or every linear one but the head.
+
+The products of experts, which are parameters of an experts module, are chosen as linear layers are, but only where a
+pattern names them.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from glora_kernels.nn.base import Base, base_of, is_linear
-from glora_kernels.nn.frozen import FrozenBase, QuantizedLinear
-from glora_kernels.nn.model import all_paths
-from glora_kernels.nn.patterns import patterns_of, unmatched
+from glora_kernels.nn import mixture
+from glora_kernels.nn.base import Base, base_of, is_linear, unsupported
+from glora_kernels.nn.experts import ExpertLinear, install, refusal
+from glora_kernels.nn.frozen import DTYPES, FrozenBase, QuantizedLinear, dtype_name
+from glora_kernels.nn.model import all_paths, join
+from glora_kernels.nn.patterns import listed, patterns_of, unmatched
 from glora_kernels.quant.bnb import is_linear4bit
 from glora_kernels.spec import is_exact, select
 
@@ -25,7 +32,10 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(eq=False)
 class Linear:
-    """One linear layer of the model and every place where it is used."""
+    """One linear layer of the model and every place where it is used; or a product of experts.
+
+    Where a product is not a layer yet, `module` is one that the model does not have, on the experts' parameters.
+    """
 
     module: nn.Module
     paths: list[str] = field(default_factory=list)
@@ -34,6 +44,31 @@ class Linear:
     @property
     def path(self) -> str:
         return self.paths[0]
+
+    @property
+    def experts(self) -> int:
+        """E of a product of experts; 0 for a linear layer."""
+        return self.module.experts if isinstance(self.module, FrozenBase) else 0
+
+    @property
+    def owner(self) -> nn.Module:
+        """What the model has: the layer, or the experts module that has the product."""
+        parent = self.parents[0][0]
+        return parent if self.experts and parent is not None else self.module
+
+    def refusal(self) -> str | None:
+        """The reason why it cannot be replaced by itself, or None."""
+        if not self.experts:
+            return unsupported(self.module)
+        if reason := refusal(self.owner):
+            return reason
+        base = self.base
+        for name, tensor in (("weight", base.weight), ("bias", base.bias)):
+            if tensor is not None and base.quant_state is None and type(tensor) not in (torch.Tensor, nn.Parameter):
+                return f"its {name} is a {type(tensor).__name__}, not a plain tensor"
+        if base.quant_state is None and base.dtype not in DTYPES:
+            return f"its weight is {dtype_name(base.dtype)}; accepted: {', '.join(map(dtype_name, DTYPES))}"
+        return None
 
     @functools.cached_property
     def base(self) -> Base:
@@ -46,11 +81,19 @@ class Linear:
 
 
 def linears(root: nn.Module, adapted: bool = False) -> list[Linear]:
-    """The linear layers of a model, each once, in the order of their first paths; `adapted`: GLoRA layers too."""
+    """The linear layers of a model, each once, in the order of their first paths; `adapted`: GLoRA layers too.
+
+    The products of experts are among them (`Linear.experts`).
+    """
     modules = dict(root.named_modules(remove_duplicate=False))
-    found: dict[nn.Module, Linear] = {}
+    found: dict[object, Linear] = {}
     for (raw, module), (path, _) in zip(modules.items(), all_paths(root), strict=True):
-        if is_linear(module) or (adapted and isinstance(module, FrozenBase)):
+        for name in mixture.products(module):
+            item = found.get((module, name))
+            if item is None:
+                item = found[module, name] = Linear(ExpertLinear.of(module, name), parents=[(module, name)])
+            item.paths.append(join(path, name))
+        if is_linear(module) or isinstance(module, ExpertLinear) or (adapted and isinstance(module, FrozenBase)):
             item = found.setdefault(module, Linear(module))
             prefix, _, name = raw.rpartition(".")
             item.paths.append(path)
@@ -58,12 +101,22 @@ def linears(root: nn.Module, adapted: bool = False) -> list[Linear]:
     return list(found.values())
 
 
-def targets_of(given: str | Iterable[str] | None) -> list[str] | None:
-    """The patterns of `target_modules`; None for every linear layer but the head."""
+def put(linear: Linear, layer: nn.Module, undo: ExitStack) -> None:
+    """Put a layer in every place of a linear layer; `undo` gets callbacks that put the linear layer back."""
+    for parent, name in linear.parents:
+        if parent is not None and name in parent._modules:
+            undo.callback(parent._modules.__setitem__, name, linear.module)
+            parent._modules[name] = layer
+        elif parent is not None:
+            install(parent, name, layer, undo)
+
+
+def targets_of(given: str | Iterable[str] | None, parameters: Collection[str] = ()) -> list[str] | None:
+    """The patterns of `target_modules`; None for every linear layer but the head. parameters: `target_parameters`."""
     if given is None or given == ALL_LINEAR:
         return None
     targets = patterns_of("target_modules", given)
-    if not targets:
+    if not targets and not parameters:
         raise ValueError(
             f"target_modules is empty; give at least one pattern, or None ({ALL_LINEAR!r}) for every layer but the head"
         )
@@ -76,10 +129,12 @@ def find_targets(
     trained: Mapping[str, nn.Module],
     excluded: list[str],
     adapted: bool = False,
+    parameters: Iterable[str] = (),
 ) -> tuple[list[Linear], list[Linear]]:
     """(all linear layers, the chosen ones): named by `targets`, not by `excluded`, and in no module of `trained`.
 
-    targets None: all but the head. adapted: among them GLoRA layers.
+    targets None: all but the head, and no experts. A pattern of `targets` that names no linear layer may name products
+    of experts, and one of `parameters` names these alone. adapted: among them GLoRA layers.
 
     Raises:
         ValueError: a pattern that matches no linear layer, or only layers that are trained whole or excluded.
@@ -93,10 +148,15 @@ def find_targets(
         out.update(named)
     if targets is None:
         heads = _heads(root)
-        chosen = {linear for linear in every if not _is_head(linear, heads)}
+        chosen = {linear for linear in every if not linear.experts and not _is_head(linear, heads)}
     else:
         chosen = {linear for pattern in targets for linear in _targeted(root, pattern, every, owners, out)}
-    return every, [linear for linear in every if linear in chosen - out and linear.module not in owners]
+    experts = [linear for linear in every if linear.experts]
+    for pattern in parameters:
+        if not named_by(pattern, experts):
+            raise _no_experts(root, pattern, experts)
+        chosen.update(_targeted(root, pattern, experts, owners, out, "target_parameters"))
+    return every, [linear for linear in every if linear in chosen - out and linear.owner not in owners]
 
 
 def named_by(pattern: str, among: list[Linear]) -> list[Linear]:
@@ -111,25 +171,47 @@ def some(among: list[Linear]) -> tuple[str, list[str]]:
 
 
 def _targeted(
-    root: nn.Module, pattern: str, every: list[Linear], owners: Mapping[nn.Module, str], out: set[Linear]
-) -> list[Linear]:
+    root: nn.Module, pattern: str, every: list[Linear], owners: Mapping[nn.Module, str], out: set[Linear],
+    argument: str = "target_modules",
+) -> list[Linear]:  # fmt: skip
     """The layers that a target pattern names; an error for none, or where it is at odds with `train` or `exclude`."""
-    named = named_by(pattern, every)
+    named = named_by(pattern, [linear for linear in every if not linear.experts]) or named_by(pattern, every)
     if not named:
         modules = dict(all_paths(root))
         selected = select(pattern, modules.keys())
         other = next((f"{path!r} is a {type(m).__name__}" for path, m in modules.items() if path in selected), None)
         what = "matches no module" if other is None else f"matches no linear layer ({other})"
-        raise unmatched("target_modules", pattern, what, *some(every))
-    taken = [linear for linear in named if linear.module in owners]
+        raise unmatched(argument, pattern, what, *some(every))
+    taken = [linear for linear in named if linear.owner in owners]
     if taken and (is_exact(pattern) or len(taken) == len(named)):
         raise ValueError(
-            f"target_modules: the pattern {pattern!r} names {taken[0].path!r}, which is trained whole with "
-            f"{owners[taken[0].module]!r} (train=...); name it in one of the two"
+            f"{argument}: the pattern {pattern!r} names {taken[0].path!r}, which is trained whole with "
+            f"{owners[taken[0].owner]!r} (train=...); name it in one of the two"
         )
     if out.issuperset(named):
-        raise ValueError(f"target_modules: all that the pattern {pattern!r} matches is in exclude_modules")
+        raise ValueError(f"{argument}: all that the pattern {pattern!r} matches is in exclude_modules")
     return named
+
+
+def _no_experts(root: nn.Module, pattern: str, experts: list[Linear]) -> ValueError:
+    """The error for a pattern of `target_parameters` that names no product of experts."""
+    owners = {join(path, name): m for path, m in all_paths(root) for name in m._parameters}
+    if not (selected := sorted(select(pattern, owners.keys()))):
+        return unmatched("target_parameters", pattern, "matches no parameter", "parameter of experts", some(experts)[1])
+    module = owners[selected[0]]
+    if mixture.has_interface(module):
+        reason = "a parameter of experts that is no weight (E, N, K) of a product"
+    elif getattr(module, selected[0].rpartition(".")[2]).ndim == 3:
+        reason = mixture.LAYOUT
+    else:
+        reason = (
+            "not one of experts; train its module whole (train=[...]), or name it in target_modules if it is linear"
+        )
+    return ValueError(
+        f"target_parameters: the pattern {pattern!r} names {selected[0]!r} of a {type(module).__name__}, which is "
+        f"{reason}. Accepted are the weights of the products (gate_up_proj, up_proj, down_proj) of such experts. "
+        f"{listed('parameter of experts', some(experts)[1])}"
+    )
 
 
 def _heads(root: nn.Module) -> set[nn.Module]:
@@ -143,6 +225,21 @@ def _heads(root: nn.Module) -> set[nn.Module]:
         if found := {inner for head in heads for inner in head.modules() if is_linear(inner)}:
             return found
     return set()
+
+
+def top_k_of(linear: Linear) -> int:
+    """How many experts a token has, by the configuration of the experts module of a product.
+
+    Raises:
+        ValueError: it does not say that.
+    """
+    found = getattr(getattr(linear.owner, "config", None), "num_experts_per_tok", None)
+    if not isinstance(found, int) or found < 1:
+        raise ValueError(
+            f"expert_rank: the configuration of {linear.path!r} has no num_experts_per_tok; leave expert_rank at "
+            "'rank' and give experts a configuration of their own, with the rank that you want"
+        )
+    return found
 
 
 def _is_head(linear: Linear, heads: set[nn.Module]) -> bool:
@@ -169,7 +266,8 @@ def trained_modules(root: nn.Module, patterns: list[str]) -> dict[str, nn.Module
 
 def refuse_4bit(path: str, module: nn.Module) -> None:
     """Raise a ValueError where a module to be trained whole is or contains a 4-bit layer."""
-    packed = next((m for m in module.modules() if isinstance(m, QuantizedLinear) or is_linear4bit(m)), None)
+    kinds = (QuantizedLinear, ExpertLinear)  # the latter stays in a model in 4 bits alone
+    packed = next((m for m in module.modules() if isinstance(m, kinds) or is_linear4bit(m)), None)
     if packed is not None:
         raise ValueError(
             f"train: {path!r} is or holds a layer in 4 bits ({type(packed).__name__}), which cannot be trained "

@@ -60,8 +60,8 @@ def warmup(
     known sizes: only these are run.
 
     In training the input requires a gradient, as for all layers but the first of a model. Merged or disabled layers are
-    skipped, and so are those that do not use Triton kernels: on a CPU nothing is done (except in Triton's interpreter
-    under `backend("triton")`, where the layers are run but nothing is compiled).
+    skipped, and so are layers of experts and those that do not use Triton kernels: on a CPU nothing is done (except in
+    Triton's interpreter under `backend("triton")`, where the layers are run but nothing is compiled).
 
     Args:
         model: a model with GLoRA layers, also inside torch.compile or DistributedDataParallel.
@@ -88,7 +88,7 @@ def warmup(
             "of PEFT"
         )
     sizes = _sizes(tokens)
-    units = [list(map(_form, unit)) for unit in _units(layers.values())]
+    units = [list(map(_form, unit)) for unit in _units(layer for layer in layers.values() if not layer.experts)]
     units += [[form] for form in others if form is not None]
     kinds: dict[object, list[list[Form]]] = {}
     for unit in units:

@@ -230,7 +230,8 @@ def test_the_page_of_reasons_has_all_of_them() -> None:
     page = (ROOT / "docs" / "what-is-accelerated.md").read_text()
     folder = ROOT / "glora_kernels" / "integrations"
     found = []
-    for path in (folder / "bases.py", *sorted((folder / "accelerated").glob("*.py"))):
+    shared = ROOT / "glora_kernels" / "nn" / "mixture.py"
+    for path in (folder / "bases.py", shared, *sorted((folder / "accelerated").glob("*.py"))):
         found += re.findall(r"""^[A-Z_0-9]+ = f?"([^"{]+ [^"{]+)""", path.read_text(), re.MULTILINE)
         found += re.findall(r"""^    return f?"([^"{]+ [^"{]+)""", path.read_text(), re.MULTILINE)
     assert len(found) > 20

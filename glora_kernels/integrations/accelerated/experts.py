@@ -1,8 +1,8 @@
 """PEFT's LoRA over the parameters of experts (`target_parameters`), without a dense ΔW.
 
 PEFT wraps an experts module of transformers in a `ParamWrapper` for each adapted parameter, one inside the other, and
-adds s·U_e·D_e to every expert's weight in each call. Here the outermost wrapper computes the module itself: rows sorted
-by expert, `expert_rows` up, the module's own gate, `expert_rows` down, the routing weights. Adapters, names and
+adds s·U_e·D_e to every expert's weight in each call. Here the outermost wrapper computes the module itself, by groups
+of rows (`nn.mixture`). Adapters, names and
 files stay PEFT's:
 
     lora_A.weight (E·R, K) → D (E, R, K)          lora_B.weight (N, R·E) → U (E, N, R)
@@ -18,20 +18,16 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
-from glora_kernels.dispatch.common import autocast_dtype, given
+from glora_kernels.dispatch.common import autocast_dtype
 from glora_kernels.dispatch.ways import is_transformed
 from glora_kernels.experts.groups import Groups
 from glora_kernels.experts.op import expert_rows
 from glora_kernels.integrations.bases import HOOKED, IDLE, ON_META, PLAIN, SHARDED, SUBCLASS, TRANSFORMED, is_plain
 from glora_kernels.nn.adapted import Frozen
 from glora_kernels.nn.mixed import TakesRows
+from glora_kernels.nn.mixture import DOWN, LAYOUT, PARALLEL, bias_of, compute, has_interface, up_of
 
-DOWN = "down_proj"
-INTERFACE = ("is_transposed", "has_gate", "has_bias", "_apply_gate", "_is_expert_parallel")
-"""What transformers' `use_experts_implementation` gives a module."""
-LAYOUT = "experts of another layout than that of transformers' experts interface"
 OTHER_FORWARD = "experts whose forward, or whose registered implementation, is not transformers' own"
-PARALLEL = "experts spread over processes"
 ONE = "one expert, which PEFT computes as a linear layer"
 FOREIGN = "a parameter of the experts is computed by somebody's parametrization"
 WITHIN = "the wrapper around it runs PEFT's forward"
@@ -61,7 +57,7 @@ class Experts(TakesRows, ParamWrapper):
         """The reason why PEFT's forward runs whatever the call, or None."""
         base: Any = self.get_base_layer()
         wrappers = self._wrappers()
-        if not all(hasattr(base, name) for name in INTERFACE):
+        if not has_interface(base):
             return LAYOUT
         if not _is_of_transformers(type(base), base.config._experts_implementation):
             return OTHER_FORWARD
@@ -71,7 +67,7 @@ class Experts(TakesRows, ParamWrapper):
             return WITHIN if _is_of_peft(base) else FOREIGN
         if not all(map(is_plain, (base, *list(wrappers.values())[1:]))):
             return HOOKED
-        up = "gate_up_proj" if base.has_gate else "up_proj"
+        up = up_of(base)
         if not wrappers.keys() <= {up, DOWN}:
             return OTHER_PARAMETER
         weights: list[Any] = [getattr(base, up, None), getattr(base, DOWN, None)]
@@ -101,15 +97,11 @@ class Experts(TakesRows, ParamWrapper):
     def _experts(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         base: Any = self.get_base_layer()
         wrappers = self._wrappers()
-        groups = Groups.of(index, self.num_experts)
-        up = "gate_up_proj" if base.has_gate else "up_proj"
-        y = _linear(base, up, wrappers.get(up), x, groups, of_tokens=True)
-        y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
-        y = _linear(base, DOWN, wrappers.get(DOWN), y, groups, of_tokens=False)
-        if getattr(base, "has_post_expert_norm", False):
-            y = base.post_expert_norm(y)
-        y = y * weights.reshape(-1)[given(groups.order), None]
-        return groups.sum_back(y).to(x.dtype)
+
+        def product(name: str, x: Tensor, groups: Groups, of_tokens: bool) -> Tensor:
+            return _linear(base, name, wrappers.get(name), x, groups, of_tokens)
+
+        return compute(base, self.num_experts, x, index, weights, product)
 
     @property
     def kept(self) -> dict[str, Any]:
@@ -183,7 +175,7 @@ def _linear(base: Any, name: str, wrapper: Any, x: Tensor, groups: Groups, of_to
     elif pairs:
         up = torch.cat([up * own for (up, _), own in zip(pairs, scales, strict=True)], 2)
         adapters = {"b_up": up, "b_down": torch.cat([down for _, down in pairs], 1)}
-    bias = getattr(base, f"{name}_bias") if base.has_bias else None
+    bias = getattr(base, bias_of(name)) if base.has_bias else None
     return expert_rows(x, weight, bias, adapters, groups, of_tokens)
 
 

@@ -69,7 +69,9 @@ class Places:
         if prefix is None:
             prefix = _only_prefix(names)
         self._parts = {prefix: ""} if isinstance(prefix, str) else {text: part for part, text in prefix.items()}
-        self._linear: dict[str, Linear] = {path: one for one in linears(root, adapted=True) for path in one.paths}
+        self._linear: dict[str, Linear] = {
+            path: one for one in linears(root, adapted=True) if not one.experts for path in one.paths
+        }
         self._modules = dict(all_paths(root))
         if absent := [part for part in self._parts.values() if part not in self._modules]:
             raise ValueError(f"prefix names {absent[0]!r}, which the model does not have")

@@ -234,6 +234,11 @@ class Mergeable(FrozenBase):
         Raises:
             RuntimeError: the base is dense, or the layer is not merged.
         """
+        bias = None if self.bias is None else self.bias.clone()
+        return QuantizedLinear(self.copied_codes(), bias, self.compute_dtype).train(self.training)
+
+    def copied_codes(self) -> QuantizedWeight:
+        """The merged codes in memory of their own; the errors of `to_quantized`."""
         if self.quant_state is None:
             raise RuntimeError("to_quantized: the base is dense; quantize(layer.to_linear()) gives a 4-bit layer")
         if self._base is None:
@@ -242,9 +247,7 @@ class Mergeable(FrozenBase):
                 "to 4 bits loses"
             )
         state = self.quant_state.copied("cpu").to(self.weight.device)
-        bias = None if self.bias is None else self.bias.clone()
-        codes = QuantizedWeight(self.weight.detach().clone(), state)
-        return QuantizedLinear(codes, bias, self.compute_dtype).train(self.training)
+        return QuantizedWeight(self.weight.detach().clone(), state)
 
     def to_plain(self) -> nn.Module:
         """A module of the class that this layer was made from, on this merged layer's own Parameters.

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from glora_kernels.depth import op as depth
 from glora_kernels.depth.table import Layer
 from glora_kernels.nn.adapted import with_scale_A
-from glora_kernels.nn.base import FROZEN, M
+from glora_kernels.nn.base import FROZEN, HOOKS, M
 from glora_kernels.nn.biases import added_biases, keep_biases, warn_of_biases
+from glora_kernels.nn.experts import ExpertLinear, give_back, keep_names
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.merging.layer import UNSHARD
 from glora_kernels.nn.merging.rounding import MergeReport, refusal
@@ -36,8 +37,8 @@ def merge(model: nn.Module, requantize: bool = False, *, progress: bool = False)
 
     On a GPU one launch (for each weight dtype, adapter dtype and order of storage) computes every W_eff in fp32 and
     rounds once, after the bases were copied into pinned host memory. Where the kernels do not apply (float64, CPUs,
-    `backend("eager")`, a product variant above rank 64) layers are merged one by one; so are 4-bit layers, which need
-    `requantize=True`:
+    `backend("eager")`, a product variant above rank 64) layers are merged one by one; so are layers of experts, and
+    4-bit layers, which need `requantize=True`:
 
         print(gk.merge(model, requantize=True))
 
@@ -70,7 +71,7 @@ def merge(model: nn.Module, requantize: bool = False, *, progress: bool = False)
     refuse_tied("merge", unwrap(model), layers)
     four_bit = {path: layer for path, layer in layers.items() if layer.quant_state is not None}
     dense = {path: layer for path, layer in layers.items() if path not in four_bit}
-    single = {path: layer for path, layer in dense.items() if depth.served(table_entry(layer)) is None}
+    single = {path: layer for path, layer in dense.items() if layer.experts or depth.served(table_entry(layer)) is None}
     biases = added_biases(unwrap(model), [path for path, layer in layers.items() if _adds_bias(layer)])
     reports: dict[str, MergeReport] = {}
     with all_or_none() as undo:
@@ -104,7 +105,7 @@ def unmerge(model: nn.Module) -> None:
     single = {
         path: layer
         for path, layer in layers.items()
-        if layer.quant_state is not None or depth.restorable(_copies(layer)) is None
+        if layer.experts or layer.quant_state is not None or depth.restorable(_copies(layer)) is None
     }
     with all_or_none() as undo:
         for layer in single.values():
@@ -171,7 +172,8 @@ def merge_and_unload(model: nn.Module, requantize: bool = False, *, progress: bo
 
     Where a layer without a bias gets one (from C, E), a transformers model drops it when it is loaded, unless a flag of
     its configuration asks for it. This flag is looked for and set, and the other layers it affects get a bias of zeros.
-    A warning says where there is no such flag.
+    A warning says where there is no such flag. The weights of experts become parameters of their module again, which
+    has no place for a bias that it did not have: such layers are refused.
 
     Args:
         model: with GLoRA layers, merged or not; changed in place. Also inside torch.compile.
@@ -184,11 +186,18 @@ def merge_and_unload(model: nn.Module, requantize: bool = False, *, progress: bo
 
     Raises:
         ValueError: the model has no GLoRA layer, is sharded or inside DistributedDataParallel, has tied weights that
-            would change, merged or rounded values that hold NaN or inf, or a layer whose forward was replaced.
+            would change, merged or rounded values that hold NaN or inf, or a layer whose forward was replaced; or C or
+            E would give experts a bias that their module has no place for, or a layer of experts has hooks.
         RuntimeError: a layer is disabled, or has a 4-bit base and `requantize` is False.
     """
     layers, root = layers_of(model, "merge_and_unload"), unwrap(model)
     _check_replaceable("merge_and_unload", model, root, layers)
+    for path, layer in layers.items():
+        if layer.experts and layer.quant_state is None and _adds_bias(layer):
+            raise ValueError(
+                f"merge_and_unload: C and E of {path!r} would become a bias, which these experts do not have; train "
+                "them with C='none' and E='none', or keep the layers and merge(model)"
+            )
     unmerged = {path: layer for path, layer in layers.items() if not layer.merged}
     _refuse_four_bit("merge_and_unload", unmerged, requantize)
     refuse_tied("merge_and_unload", root, unmerged)
@@ -395,15 +404,21 @@ def _check_replaceable(caller: str, model: nn.Module, root: nn.Module, layers: d
                 f"{caller}: the forward of {path!r} was replaced (accelerate's hooks do that), and would be "
                 "lost; take it off first"
             )
+        if layer.experts and layer.quant_state is None and any(vars(layer)[hooks] for hooks in HOOKS):
+            raise ValueError(
+                f"{caller}: {path!r} has hooks, which a parameter of its experts module cannot have; remove them first"
+            )
 
 
 def _replaced(root: nn.Module, layer: GLoRALinear) -> nn.Module:
     """Put the plain module in every place of a layer, and return it."""
     plain = layer.as_plain()
     with all_or_none() as undo:
-        for parent in root.modules():
-            for name, child in parent._modules.items():
-                if child is layer:
+        for parent in list(root.modules()):
+            for name, child in list(parent._modules.items()):
+                if child is layer and isinstance(plain, ExpertLinear) and plain.quant_state is None:
+                    give_back(parent, name, plain, undo)
+                elif child is layer:
                     undo.callback(parent._modules.__setitem__, name, layer)
                     parent._modules[name] = plain
     return plain
@@ -413,6 +428,7 @@ def _thaw(root: nn.Module) -> None:
     """Undo the other changes of `inject`: marks, frozen parameters, hooks, codes kept from repacking."""
     forget_tied(root)
     free_codes(root)
+    keep_names(root)
     for module in root.modules():
         vars(module).pop(TRAINED, None)
         for name in vars(module).pop(FROZEN, ()):
