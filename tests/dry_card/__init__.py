@@ -29,6 +29,7 @@ Tests run a function of theirs on it with `dry_run`.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -39,18 +40,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+SECONDS = 800
+"""What a function has."""
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """A process with torch, Triton and the card, none of this library; of each function one is forked from it."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent)], env={**environment, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+    )  # fmt: skip
+
 
 def dry_run(function: Callable, *arguments: Any, **environment: str) -> Any:
     """What a function at the top of a module returns on the dry card, in a process of its own; by way of JSON."""
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder, "answer.json")
+        answer, log = Path(folder, "answer.json"), Path(folder, "log")
         target = f"{function.__module__}:{function.__qualname__}"
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).parent), target, json.dumps(arguments), str(answer)],
-            env={**inherited, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, timeout=800,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{target} failed on the dry card:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+        asked = {"target": target, "arguments": arguments, "environment": environment}
+        print(json.dumps({**asked, "log": str(log), "kept": str(answer)}), file=server.stdin, flush=True)
+        code = server.stdout.readline().strip()
+        wrote = log.read_text(errors="replace")[-12000:] if log.exists() else "the dry card's server has ended"
+        assert code == "0", f"{target} failed on the dry card ({code}):\n{wrote}"
         return json.loads(answer.read_text())
 
 
