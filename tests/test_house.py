@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def floor(module: str) -> int:
     raise AssertionError(f"glora_kernels.{module} has no floor: give it one in FLOORS")
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Every module that a file imports, at whatever depth, `from package import module` resolved to the module."""
     found = set()
