@@ -40,7 +40,7 @@ NAMES = ("A", "A_up", "A_down", "B", "B_up", "B_down", "bias", "wc", "D", "E")
 
 
 def thinned(step: int, cases: Iterable) -> list:
-    """One case in `step`, the first among them, where the interpreter runs the kernels, and a case takes a second.
+    """One case in `step`, the first among them, where a case takes long (the interpreter, processes) or they are many.
 
     Of a product of lists each entry of each list is met where `step` has no common divisor with the length of any but
     the first of them. A GPU runs all cases.

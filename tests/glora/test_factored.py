@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import helpers
 import pytest
 import torch
-from helpers import check, exact, layer, ours, problem, train_only, truth
+from helpers import check, exact, layer, ours, problem, thinned, train_only, truth
 
 from glora_kernels.glora import eager as eager_path
 from glora_kernels.glora.call import Supports, shift
@@ -47,11 +47,10 @@ def test_gradient_of_a_where_one_plus_a_is_near_zero(form, a, trained, bias):
     exact(train_only(p, trained), ours(train_only(p, trained)), 1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("adapters", [torch.float32, None])
-@pytest.mark.parametrize("form", ["vector", "constant"])
-@pytest.mark.parametrize("a", [-1.0, -0.99, -0.97, -0.9, -0.7, -0.55, -0.45])
-@pytest.mark.parametrize("others", [["B_down"], []], ids=["beside B_down", "alone"])
+@pytest.mark.parametrize(("others", "a", "form", "adapters", "dtype"), thinned(3, itertools.product(
+    [["B_down"], []], [-1.0, -0.99, -0.97, -0.9, -0.7, -0.55, -0.45], ["vector", "constant"], [torch.float32, None],
+    [torch.float32, torch.bfloat16],
+)))  # fmt: skip
 def test_gradient_of_a_in_few_bits(form, a, others, dtype, adapters):
     """Whether anything else keeps x or not, dA is as good as from Z."""
     p = problem(config(form, "lora"), (29,), 40, 45, True, dtype, adapters, size=0.1)
@@ -69,19 +68,19 @@ def test_gradient_of_a_beside_a_large_bias(form, dtype):
     check(p, ours(p), "eager")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["contiguous", "strided"])
-@forms
-def test_in_few_bits(a, b, variant, dtype, layout):
+@pytest.mark.parametrize(("form", "layout", "dtype"), thinned(3, itertools.product(
+    FORMS, ["contiguous", "strided"], [torch.float32, torch.bfloat16]
+)))  # fmt: skip
+def test_in_few_bits(form, dtype, layout):
+    a, b, variant = form
     p = problem(config(a, b, variant, "vector"), (3, 11), 70, 45, True, dtype, layout=layout, size=0.1)
     check(p, ours(p), "eager")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("c", ["lora", "vector", "none"])
-@pytest.mark.parametrize(("d", "e"), list(itertools.product(["vector", "constant", "none"], repeat=2)))
-@pytest.mark.parametrize("a", ["none", "vector"])
+@pytest.mark.parametrize(("a", "c", "d", "e", "bias", "dtype"), thinned(5, itertools.product(
+    ["none", "vector"], ["lora", "vector", "none"], ["vector", "constant", "none"], ["vector", "constant", "none"],
+    [True, False], [torch.float64, torch.bfloat16],
+)))  # fmt: skip
 def test_every_form_of_c_d_and_e(a, c, d, e, bias, dtype):
     """Each of them alone and beside the others, with a gradient and without."""
     p = problem(GLoRAConfig(a, "none", c, d, e, rank=3), (29,), 40, 45, bias, dtype, size=0.1)
@@ -127,9 +126,11 @@ def test_shift_over_16_bits_keeps_a_small_e(dtype):
     assert torch.equal(beta, torch.full((11,), 1 + 2.0**-14))
 
 
-@pytest.mark.parametrize("lead", [(), (1,), (4,), (2, 3), (2, 3, 2), (0,), (2, 0)])
-@forms
-def test_leading_sizes(a, b, variant, lead):
+@pytest.mark.parametrize(("form", "lead"), thinned(3, itertools.product(
+    FORMS, [(), (1,), (4,), (2, 3), (2, 3, 2), (0,), (2, 0)]
+)))  # fmt: skip
+def test_leading_sizes(form, lead):
+    a, b, variant = form
     p = problem(config(a, b, variant, "vector"), lead, 20, 11)
     exact(p, ours(p))
 
