@@ -3,6 +3,7 @@
 Importing the package touches no GPU and loads no kernel.
 """
 
+from glora_kernels import parallel
 from glora_kernels.integrations import AccelerationReport, accelerate, acceleration, decelerate
 from glora_kernels.methods import *  # noqa: F403 (what methods lists as public)
 from glora_kernels.methods import __all__ as _of_methods
@@ -25,6 +26,7 @@ __all__ = [
     "backend",
     "batch_invariant",
     "decelerate",
+    "parallel",
 ]
 __all__ += [*_of_methods, *_of_nn]
 

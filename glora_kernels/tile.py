@@ -326,12 +326,18 @@ def column_parts(tile, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constex
 
 
 @triton.jit
-def dropped(x, seed, rows, first_col, threshold, inv_keep, ROWS: tl.constexpr, COLS: tl.constexpr):
+def dropped(
+    x, seed, rows, first_col, threshold, inv_keep, ROWS: tl.constexpr, COLS: tl.constexpr, columns_before=None
+):  # fmt: skip
     """mask∘x·inv_keep of the (ROWS, COLS) block at (rows, first_col), first_col a multiple of 8.
+
+    columns_before: where x is a part of a matrix, how many columns of that come before it, a multiple of 8; or None.
 
     Philox with the counter (col // 8, row, 0, 0) gives the 16-bit numbers of eight neighbouring columns.
     """
     group = first_col // 8 + tl.arange(0, COLS // 8)
+    if columns_before is not None:
+        group += columns_before // 8
     c0 = tl.broadcast_to(group[None, :], (ROWS, COLS // 8))
     c1 = tl.broadcast_to(rows[:, None], (ROWS, COLS // 8))
     zero = c0 * 0

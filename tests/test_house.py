@@ -16,7 +16,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = {
     "spec": 0, "modes": 0, "operands": 0, "reference": 1, "quant": 1, "runtime": 2, "tile": 3, "dispatch": 3,
     "four_bit": 4, "glora": 5, "grouped": 6, "depth": 6, "multi": 6, "experts": 6,
-    "ops": 7, "nn": 8, "search": 9, "integrations": 9,
+    "ops": 7, "nn": 8, "parallel": 8, "search": 9, "integrations": 9,
     "methods": 10, "recipes": 11, "__init__": 12, "tools": 12, "__main__": 12,
 }  # fmt: skip
 SLICES = ("four_bit", "glora", "grouped", "depth", "multi", "experts")
@@ -27,9 +27,9 @@ PUBLIC = {
     "add_adapter", "allocate", "backend", "batch_invariant", "clip_grad_norm_", "decelerate", "deferred_shared_grads",
     "delete_adapter", "disabled", "edit_ranks", "fold_mids", "fully_shard", "fuse_cross_attention", "fuse_siblings",
     "inject", "intrinsic_dimensions", "intrinsic_ranks", "linear_ranks", "load_adapter", "merge", "merge_and_unload",
-    "mids", "observe", "optimizer", "parameter_groups", "quantize", "restart", "rows", "save_adapter", "set_adapter",
-    "set_mid", "set_rank", "shared", "shift_once", "snapshot", "split_siblings", "tasks", "trainable_parameters",
-    "unload", "unmerge", "using", "warmup", "with_ranks", "__version__",
+    "mids", "observe", "optimizer", "parallel", "parameter_groups", "quantize", "restart", "rows", "save_adapter",
+    "set_adapter", "set_mid", "set_rank", "shared", "shift_once", "snapshot", "split_siblings", "tasks",
+    "trainable_parameters", "unload", "unmerge", "using", "warmup", "with_ranks", "__version__",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Runs a worker script as two processes, rank 0 and rank 1, over gloo on the CPU."""
+"""Runs a worker script as two processes or more, one a rank, over gloo on the CPU."""
 
 import os
 import subprocess
@@ -14,16 +14,16 @@ needs_distributed = pytest.mark.skipif(
 )
 
 
-def run_two(worker: Path, folder: Path, seconds: int) -> None:
-    """Start `worker RANK FOLDER` twice and wait; a failure of either, or no end in time, fails with what they wrote."""
+def run_two(worker: Path, folder: Path, seconds: int, ranks: int = 2) -> None:
+    """Start `worker RANK FOLDER RANKS` for each rank and wait; a failure, or no end in time, fails with all output."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # the host's own name need not resolve
-    logs = [folder / f"rank{rank}.log" for rank in range(2)]
+    logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank, log in enumerate(logs):
-            command = [sys.executable, worker, str(rank), folder]
+            command = [sys.executable, worker, str(rank), folder, str(ranks)]
             with open(log, "wb") as output:
                 processes.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment))
         codes = _wait(processes, seconds)
@@ -32,7 +32,7 @@ def run_two(worker: Path, folder: Path, seconds: int) -> None:
             process.kill()
             process.wait()
     text = "\n".join(f"--- {log.name}\n{log.read_text()}" for log in logs)
-    assert codes == [0, 0], f"exit codes {codes} (None: stopped after {seconds} s)\n{text}"
+    assert codes == [0] * ranks, f"exit codes {codes} (None: stopped after {seconds} s)\n{text}"
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], seconds: int) -> list[int | None]:

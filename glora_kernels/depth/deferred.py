@@ -35,7 +35,7 @@ from glora_kernels.dispatch.ways import is_batched, is_elsewhere, is_plain, is_w
 from glora_kernels.glora import op as plain
 from glora_kernels.glora.call import Made, Supports
 from glora_kernels.glora.chunks import thin
-from glora_kernels.glora.eager import dropped, keep_of
+from glora_kernels.glora.eager import dropped, mask_of
 from glora_kernels.glora.wc import glora_wc
 from glora_kernels.runtime import routes
 
@@ -129,7 +129,7 @@ def _sum(products: list[SharedProduct], transposed: bool) -> Tensor:
     wide = wide_dtype(first.left.dtype)
     total = first.left.new_zeros(first.left.shape[1], first.right.shape[1], dtype=wide)
     for left, right, scale, p, seed in products:
-        right = dropped(right, keep_of(p, seed, right.shape[0], right.shape[1], right.device))
+        right = dropped(right, mask_of(p, seed, right.shape[0], right.shape[1], right.device))
         total.addmm_(left.to(wide).t(), right.to(wide), alpha=scale / (1.0 - p))
     return total.t() if transposed else total
 

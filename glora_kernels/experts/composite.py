@@ -11,7 +11,7 @@ from glora_kernels.experts.call import Call, Terms
 from glora_kernels.experts.groups import Groups
 from glora_kernels.experts.products import of_expert
 from glora_kernels.glora.composite import dense_of, valued
-from glora_kernels.glora.eager import dropped, keep_of
+from glora_kernels.glora.eager import dropped, mask_of
 
 
 def expert_linear(
@@ -22,7 +22,7 @@ def expert_linear(
     rows = groups.gather(x) if call.of_tokens else x
     kept = rows
     if call.dropout_p > 0.0:
-        kept = dropped(x, keep_of(call.dropout_p, t.seed, x.shape[0], x.shape[1], x.device))
+        kept = dropped(x, mask_of(call.dropout_p, t.seed, x.shape[0], x.shape[1], x.device))
         kept = groups.gather(kept) if call.of_tokens else kept
     found, n = [], 0
     with without_autocast(x.device.type):

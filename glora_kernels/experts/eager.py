@@ -19,7 +19,7 @@ from glora_kernels.experts.products import by_factor, by_weight, of_expert, oute
 from glora_kernels.glora import call as glora
 from glora_kernels.glora import recover
 from glora_kernels.glora.chunks import row_chunks
-from glora_kernels.glora.eager import dropped, keep_of, scaled
+from glora_kernels.glora.eager import dropped, mask_of, scaled
 from glora_kernels.reference.random import round_dithered
 
 
@@ -154,7 +154,7 @@ def _dropped(x: Tensor, t: Terms, call: Call) -> Tensor:
 
 
 def _keep(rows: int, cols: int, t: Terms, call: Call, device: torch.device) -> Tensor | None:
-    return keep_of(call.dropout_p, t.seed, rows, cols, device)
+    return mask_of(call.dropout_p, t.seed, rows, cols, device)
 
 
 def _fitting(grad: Tensor, like: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from glora_kernels.experts import composite
 from glora_kernels.experts.call import Call, Inputs, Made, Needs, Terms, groups_of
 from glora_kernels.experts.groups import Groups
 from glora_kernels.experts.products import of_expert, thin_of_each
-from glora_kernels.glora.eager import dropped, keep_of
+from glora_kernels.glora.eager import dropped, mask_of
 from glora_kernels.glora.op import glora_linear
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import routes
@@ -251,7 +251,7 @@ def _apart(
     if p:
         if routes.invariant():
             raise ValueError("dropout_p must be 0 for experts inside batch_invariant(), whose masks go by the row of x")
-        kept = dropped(x, keep_of(p, numbers["seed"], x.shape[0], x.shape[1], x.device)) * (
+        kept = dropped(x, mask_of(p, numbers["seed"], x.shape[0], x.shape[1], x.device)) * (
             numbers["scale"] / (1.0 - p)
         )
         kept, t = groups.gather(kept) if of_tokens else kept, {**t, "b_up": None, "b_down": None}

@@ -72,7 +72,7 @@ def _of_row(known: Made, m: int) -> Made:
 
 
 def _mask(x: Tensor, s: Supports, call: Call) -> Tensor | None:
-    return None if s.b_up is None else eager.keep_of(call.dropout_p, call.seed, x.shape[0], x.shape[1], x.device)
+    return None if s.b_up is None else eager.keep_of(call, x.shape[0], x.shape[1], x.device)
 
 
 def _beside(s: Supports, call: Call) -> Supports:

@@ -48,7 +48,8 @@ class Call(NamedTuple):
     """The numbers of one call, and the dropout seed.
 
     scale: s on the low-rank B path. dropout_p: p of that path. seed: one int64 on the CPU or the device of x, or
-    None where p = 0. matmul: A=lora is the product variant. route: as `runtime.routes.route` says.
+    None where p = 0. matmul: A=lora is the product variant. route: as `runtime.routes.route` says. columns_before: of
+    the dropout mask, where x is a part of the columns of a matrix.
     """
 
     scale: float
@@ -56,6 +57,7 @@ class Call(NamedTuple):
     seed: Tensor | None
     matmul: bool
     route: str
+    columns_before: int = 0
 
 
 class Made(NamedTuple):

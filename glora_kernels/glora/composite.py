@@ -52,7 +52,7 @@ def glora_linear(
         if low is not None:
             y = y + low
         if s.b_up is not None and s.b_down is not None:
-            keep = keep_of(call.dropout_p, call.seed, math.prod(x.shape[:-1]), x.shape[-1], x.device)
+            keep = keep_of(call, math.prod(x.shape[:-1]), x.shape[-1], x.device)
             kept = dropped(x, None if keep is None else keep.view(x.shape))
             own = linear(kept.to(narrow), s.b_down.to(narrow)) * (call.scale / (1.0 - call.dropout_p))
             y = y + linear(valued(own, h), s.b_up.to(narrow))

@@ -74,7 +74,7 @@ def small_terms(
     """Return all terms of y but x·Wᵀ, and what backward reads of them; y is not there yet. `known`: as in `forward`."""
     keep = known.mask
     if keep is None and s.b_up is not None:
-        keep = keep_of(call.dropout_p, call.seed, x.shape[0], x.shape[1], x.device)
+        keep = keep_of(call, x.shape[0], x.shape[1], x.device)
     u = product_factor(weight, s, call, x.dtype) if known.u is None else known.u
     factor, h = _low_rank(x, s, call, keep, u)
     sigma = None if s.b is None else x.sum(-1, dtype=wide_dtype(x.dtype))
@@ -150,7 +150,7 @@ def small_gradients(
             ds = scaled(thin(dy, cast(s.b_up, narrow).t(), dtype), call.scale / (1.0 - call.dropout_p))
             keep = made.mask
             if keep is None:
-                keep = keep_of(call.dropout_p, call.seed, dy.shape[0], s.b_down.shape[1], dy.device)
+                keep = keep_of(call, dy.shape[0], s.b_down.shape[1], dy.device)
             if needs.b_down:
                 db_down = gathered(ds, dropped(given(x), keep), dtype)
             if needs.x:
@@ -361,9 +361,18 @@ def shift_gradients(g: Tensor, s: Supports, needs: Needs) -> tuple[Tensor | None
     return dbias, g if needs.wc else None, dd, de
 
 
-def keep_of(p: float, seed: Tensor | None, rows: int, cols: int, device: torch.device) -> Tensor | None:
+def keep_of(call: Call, rows: int, cols: int, device: torch.device) -> Tensor | None:
+    """The dropout mask of a call, on a device; None without dropout."""
+    return mask_of(call.dropout_p, call.seed, rows, cols, device, call.columns_before)
+
+
+def mask_of(
+    p: float, seed: Tensor | None, rows: int, cols: int, device: torch.device, columns_before: int = 0
+) -> Tensor | None:  # fmt: skip
     """The dropout mask that a seed determines, on a device; None without dropout."""
-    return None if p == 0.0 else keep_mask(given(seed).to(device, non_blocking=True), rows, cols, p)
+    if p == 0.0:
+        return None
+    return keep_mask(given(seed).to(device, non_blocking=True), rows, cols, p, columns_before)
 
 
 def dropped(x: Tensor, keep: Tensor | None) -> Tensor:

@@ -69,6 +69,7 @@ def glora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     variant: str = "hadamard",
+    columns_before: int = 0,
 ) -> Tensor:
     """y = x (W + W∘A + s·B)ᵀ + bias∘(1+d) + e + W·c, without building W_eff where A is not lora.
 
@@ -97,6 +98,8 @@ def glora_linear(
         seed: one int64, the key of the dropout mask, on the CPU or on the device of x; needed where p > 0
             (`dropout_seed`). One on the CPU is a constant to a CUDA graph that captures the call.
         variant: "hadamard" (W∘A) or "matmul" (W·A).
+        columns_before: where x and W are a part of the columns of wider matrices (tensor parallelism by rows), how many
+            columns of those come before: the dropout mask is that part of the whole mask. Kernels take multiples of 8.
 
     Returns:
         (..., N) in the dtype of x (of autocast where it is on). The adapters may have another dtype; their
@@ -115,11 +118,11 @@ def glora_linear(
     s = Supports(a, a_up, a_down, b, b_up, b_down, bias, wc, d, e)
 
     def check(row: Row) -> Values:
-        return checked(given(row[0]), weight, s, cs, Settings(scale, dropout_p, seed, variant))
+        return checked(given(row[0]), weight, s, cs, Settings(scale, dropout_p, seed, variant, columns_before))
 
     codes = codes_of(weight)
     row = row_of(x, stored(weight), s, seed, codes, cs)
-    return GLORA.call(row, (codes.form, scale, dropout_p, variant), check)[0]
+    return GLORA.call(row, (codes.form, scale, dropout_p, variant, columns_before), check)[0]
 
 
 class Settings(NamedTuple):
@@ -129,6 +132,7 @@ class Settings(NamedTuple):
     dropout_p: float = 0.0
     seed: Tensor | None = None
     variant: str = "hadamard"
+    columns_before: int = 0
 
 
 def prepare_uncached(x: Tensor, weight: Weight, s: Supports, settings: Settings) -> tuple[Prepared, Row]:
@@ -169,6 +173,8 @@ def checked(x: Tensor, weight: Weight, s: Supports, cs: Row, settings: Settings)
         if tensors[name] is not None:
             checks.check_vector(name, tensors[name], n, constant)
     checks.check_dropout(settings.dropout_p)
+    if settings.columns_before < 0:
+        raise ValueError(f"columns_before must be a number of columns, 0 or more; got {settings.columns_before}")
     if settings.dropout_p and s.b_up is not None and settings.seed is None:
         raise ValueError(f"dropout_p={settings.dropout_p} needs a seed: pass seed=dropout_seed(x.device)")
     if settings.seed is not None:
@@ -178,7 +184,8 @@ def checked(x: Tensor, weight: Weight, s: Supports, cs: Row, settings: Settings)
 
 
 def values_of(weight: Weight, settings: Settings, route: str) -> Values:
-    return Values((settings.scale, settings.dropout_p, settings.variant == "matmul", route, codes_of(weight).form))
+    product, form = settings.variant == "matmul", codes_of(weight).form
+    return Values((settings.scale, settings.dropout_p, product, route, settings.columns_before, form))
 
 
 class _Inputs(NamedTuple):

@@ -36,7 +36,7 @@ MAX_BANDS = 4
 
 @triton.jit
 def _into_rank(
-    x, a_down, b_down, seed, m, M, first_k, last_k, P, R, scale, threshold, inv_keep,
+    x, a_down, b_down, seed, m, M, first_k, last_k, P, R, scale, threshold, inv_keep, columns_before,
     WITH_SUM: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,9 @@ def _into_rank(
             p_acc = tile.dot_thin(block, factor, p_acc, NUMERICS)
         if b_down is not None:
             if seed is not None:
-                block = tile.dropped(block, tile.seed_of(seed), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K)
+                block = tile.dropped(
+                    block, tile.seed_of(seed), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K, columns_before
+                )  # fmt: skip
             factor = tile.read(tile.transposed(b_down), k, r, last_k, R).to(NUMERICS.factor_dtype)
             h_acc = tile.dot_thin(block, factor, h_acc, NUMERICS)
     return p_acc, h_acc * (scale * inv_keep), total + 0.0  # one use of a loop's sum: Triton 3.7 asserts it in a pass
@@ -71,10 +73,10 @@ def _write_low(low, p_acc, h_acc, a_down, b_down, m, M, P, R, BLOCK_P: tl.conste
         tile.write(tile.columns_from(low, None if a_down is None else P), h_acc, m, tl.arange(0, BLOCK_R), M, R)
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "row_programs", "M", "P", "R"])
+@triton.jit(do_not_specialize=["seed", "threshold", "columns_before", "row_programs", "M", "P", "R"])
 def _prepare_kernel(
     x, w, a_up, a_down, b_down, a, low, sigma_ptr, u_ptr, weff_ptr, seed, M, N, K, P, R, row_programs, scale, threshold,
-    inv_keep,
+    inv_keep, columns_before,
     NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_WN: tl.constexpr, BLOCK_WK: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +97,8 @@ def _prepare_kernel(
             p_down = None if u_ptr is None else a_down
             p_acc, h_acc, total = _into_rank(
                 x, p_down, b_down, seed, m, M, first, tl.minimum(first + width, K),
-                P, R, scale, threshold, inv_keep, sigma_ptr is not None, NUMERICS, BLOCK_M, BLOCK_K, BLOCK_P, BLOCK_R,
+                P, R, scale, threshold, inv_keep, columns_before, sigma_ptr is not None, NUMERICS,
+                BLOCK_M, BLOCK_K, BLOCK_P, BLOCK_R,
             )  # fmt: skip
             if low is not None:
                 _write_low(tile.band(low, band, M), p_acc, h_acc, p_down, b_down, m, M, P, R, BLOCK_P, BLOCK_R)
@@ -187,9 +190,9 @@ def prepare_launch(
     return Launch(_prepare_kernel, (row_programs + weight_programs,), args, options(config, args))
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "M", "P", "R"])
+@triton.jit(do_not_specialize=["seed", "threshold", "columns_before", "M", "P", "R"])
 def _added_terms_kernel(
-    x, a_down, b_down, y, terms, seed, M, N, K, P, R, scale, threshold, inv_keep,
+    x, a_down, b_down, y, terms, seed, M, N, K, P, R, scale, threshold, inv_keep, columns_before,
     READ_Z: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -199,8 +202,8 @@ def _added_terms_kernel(
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     p_acc, h_acc, sigma = _into_rank(
-        x, a_down, b_down, seed, m, M, 0, K, P, R, scale, threshold, inv_keep, terms.b is not None, NUMERICS,
-        BLOCK_M, BLOCK_K, BLOCK_P, BLOCK_R,
+        x, a_down, b_down, seed, m, M, 0, K, P, R, scale, threshold, inv_keep, columns_before, terms.b is not None,
+        NUMERICS, BLOCK_M, BLOCK_K, BLOCK_P, BLOCK_R,
     )  # fmt: skip
     if terms.low is not None:
         _write_low(terms.low, p_acc, h_acc, a_down, b_down, m, M, P, R, BLOCK_P, BLOCK_R)

@@ -131,9 +131,10 @@ def glora_fwd_launch(
     return product_launch(_glora_fwd_kernel, [y], args, config, arch)
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "M", "P", "R"])
+@triton.jit(do_not_specialize=["seed", "threshold", "columns_before", "M", "P", "R"])
 def _glora_dx_kernel(
     dy, w, dx, s, a_down, b_down, a, tau, vectors_ptr, totals_ptr, seed, M, N, K, P, R, threshold, inv_keep,
+    columns_before,
     RANK_STEP: tl.constexpr, TOTALS: tl.constexpr, BANDS: tl.constexpr, TMA: tl.constexpr, COLS_FIRST: tl.constexpr,
     PARTS: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
@@ -171,7 +172,9 @@ def _glora_dx_kernel(
                     R, s.row if a_down is None else R, BANDS, NUMERICS, BLOCK_M, BLOCK_K // PARTS, BLOCK_R,
                 )  # fmt: skip
                 if seed is not None:
-                    term = tile.dropped(term, tile.seed_of(seed), m, k0, threshold, inv_keep, BLOCK_M, BLOCK_K // PARTS)
+                    term = tile.dropped(
+                        term, tile.seed_of(seed), m, k0, threshold, inv_keep, BLOCK_M, BLOCK_K // PARTS, columns_before
+                    )  # fmt: skip
                 part += term
             if tau is not None:
                 part += tile.read_banded_vector(tau, m, M, M, BANDS)[:, None]

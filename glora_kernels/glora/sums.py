@@ -199,9 +199,9 @@ def dy_launch(
     return Launch(_dy_kernel, grid, args, options(config, args))
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "M", "P", "R"])
+@triton.jit(do_not_specialize=["seed", "threshold", "columns_before", "M", "P", "R"])
 def _x_kernel(
-    x, s, tau, a_down, b_down, dx, p_part, v_part, seed, M, K, P, R, threshold, inv_keep,
+    x, s, tau, a_down, b_down, dx, p_part, v_part, seed, M, K, P, R, threshold, inv_keep, columns_before,
     BANDS: tl.constexpr, NUMERICS: tl.constexpr, P_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -230,7 +230,9 @@ def _x_kernel(
             p_acc = tile.dot_thin(s_block, block, p_acc, NUMERICS)
         if v_part is not None:
             if seed is not None:
-                block = tile.dropped(block, tile.seed_of(seed), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K)
+                block = tile.dropped(
+                    block, tile.seed_of(seed), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K, columns_before
+                )  # fmt: skip
             # Padded rows of S are read whole: the compiler knows that their length is a multiple of 16, but not of R.
             s_block = tile.read_banded(tile.columns_from(s, P), r, m, s.row - P, M, M, BANDS, True).to(
                 NUMERICS.factor_dtype
@@ -245,7 +247,9 @@ def _x_kernel(
                         BANDS, NUMERICS, BLOCK_M, BLOCK_K, BLOCK_R,
                     )  # fmt: skip
                     if seed is not None:
-                        term = tile.dropped(term, tile.seed_of(seed), m, k0, threshold, inv_keep, BLOCK_M, BLOCK_K)
+                        term = tile.dropped(
+                            term, tile.seed_of(seed), m, k0, threshold, inv_keep, BLOCK_M, BLOCK_K, columns_before
+                        )  # fmt: skip
                 if a_down is not None:
                     term += tile.thin_product(
                         s, tile.transposed(a_down), m, k, M, K, P, P, BANDS, NUMERICS, BLOCK_M, BLOCK_K, BLOCK_P

@@ -102,6 +102,10 @@ def _route(x: Tensor, weight: Weight, layer: _Layer, backward: bool) -> str:
     )
 
 
+def _dropout(call: Call) -> Dropout:
+    return Dropout(call.dropout_p, call.seed, call.columns_before)
+
+
 def check_rank(rank: int) -> None:
     if rank > MAX_RANK:
         raise RuntimeError(
@@ -164,7 +168,7 @@ def _on_library_route(x: Tensor, weight: Tensor, layer: _Layer, made: BeforeProd
         terms = _terms(s, made.u)._replace(low=None if h is None else h[None], sigma=sigma)
         added_terms_launch(
             x, y, terms, read_z=scaled, a_down=s.a_down if layer.p else None, b_down=s.b_down, scale=call.scale,
-            dropout=Dropout(call.dropout_p, call.seed), arch=layer.arch,
+            dropout=_dropout(call), arch=layer.arch,
         ).run()  # fmt: skip
     if added and not scaled:
         LibraryProduct(x, effective.t(), y, accumulates=True).run()
@@ -186,7 +190,7 @@ def _fused(x: Tensor, weight: Tensor, layer: _Layer, made: BeforeProduct) -> Mad
     if any(t is not None for t in (low, sigmas, made.weff)):
         prepare_launch(
             x, weight, made, a_up=s.a_up, a_down=s.a_down, b_down=s.b_down, scale=call.scale,
-            dropout=Dropout(call.dropout_p, call.seed), by_m=layer.shape.m, arch=layer.arch,
+            dropout=_dropout(call), by_m=layer.shape.m, arch=layer.arch,
         ).run()  # fmt: skip
     h, sigma = (None if t is None else t[0] for t in (low, sigmas))
     low_sum = sigma_sum = None
@@ -254,7 +258,7 @@ class _Backward:
             # Scaling dy in the kernel rounds with a dither by rows.
             and (library or layer.invariant or cost.scales_weight_first(layer.arch, dy.dtype, layer.shape))
         )
-        self.dropout = Dropout(layer.call.dropout_p if layer.r else 0.0, layer.call.seed)
+        self.dropout = _dropout(layer.call)._replace(p=layer.call.dropout_p if layer.r else 0.0)
         self.grads: dict[str, Tensor] = {}
         self.sums: list[Sum] = []
 
@@ -345,7 +349,7 @@ class _Backward:
         read = layer.dense(weight, dy.dtype) if isinstance(weight, QuantizedWeight) and k % 8 else weight
         hadamard_grad_launch(
             dy, given(self.x), read, a_up, a_down, out, s=None if s is None else s[..., : layer.r],
-            dropout=Dropout(layer.call.dropout_p, layer.call.seed), factors=layer.wide, by_m=layer.shape.m,
+            dropout=_dropout(layer.call), factors=layer.wide, by_m=layer.shape.m,
             arch=layer.arch,
         ).run()  # fmt: skip
         self._sum(out.dup, "a_up")

@@ -48,9 +48,9 @@ def _weight_as(
         return block
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "M"])
+@triton.jit(do_not_specialize=["seed", "threshold", "columns_before", "M"])
 def _hadamard_grad_kernel(
-    dy, x, w, codes, pair, dup, ddown, weff, s, db_down, seed, M, N, K, R, B_RANK, threshold, inv_keep,
+    dy, x, w, codes, pair, dup, ddown, weff, s, db_down, seed, M, N, K, R, B_RANK, threshold, inv_keep, columns_before,
     BANDS: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,9 @@ def _hadamard_grad_kernel(
                 m = m0 + tl.arange(0, BLOCK_M)
                 x_tile = tile.read(x, m, k, M, K)
                 if seed is not None:
-                    x_tile = tile.dropped(x_tile, tile.seed_of(seed), m, j * BLOCK_K, threshold, 1.0, BLOCK_M, BLOCK_K)
+                    x_tile = tile.dropped(
+                        x_tile, tile.seed_of(seed), m, j * BLOCK_K, threshold, 1.0, BLOCK_M, BLOCK_K, columns_before
+                    )  # fmt: skip
                 s_tile = tile.read_banded(s, b, m, B_RANK, M, M, BANDS, TRANSPOSED=True)
                 db = tile.dot_thin(s_tile.to(NUMERICS.factor_dtype), x_tile, db, NUMERICS)
             tile.write(Matrix(db_down, K, 1), db * inv_keep, b, k, B_RANK, K)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glora_kernels.dispatch.common import cast, wide_dtype
 from glora_kernels.glora.chunks import gathered, spread, thin
-from glora_kernels.glora.eager import AddedTerms, cast_weight, dropped, keep_of, scaled, with_terms
+from glora_kernels.glora.eager import AddedTerms, cast_weight, dropped, mask_of, scaled, with_terms
 from glora_kernels.grouped.group import ABSENT, Group, Operands, Trained, add, factor_dtype
 
 
@@ -76,7 +76,7 @@ def backward(dys: list[Tensor], operands: Operands, hs: list[Tensor], group: Gro
 
 def _keep(rows: int, cols: int, operands: Operands, group: Group, seed_of: int) -> Tensor | None:
     seed = None if seed_of == ABSENT else operands.seeds[seed_of]
-    return keep_of(group.dropout_p, seed, rows, cols, operands.xs[0].device)
+    return mask_of(group.dropout_p, seed, rows, cols, operands.xs[0].device)
 
 
 def _add_product(totals: list[Tensor | None], index: int, left: Tensor, right: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from glora_kernels.glora.op import Settings
 from glora_kernels.multi.adapters import ABSENT, Adapter, Operands
 
-_SETTINGS: dict[str, Any] = Settings()._asdict()
+_SETTINGS: dict[str, Any] = {name: value for name, value in Settings()._asdict().items() if name != "columns_before"}
 _ACCEPTED = {*Operands._fields, *_SETTINGS}
 _KEPT = 8
 """Of how many classes of calls (dtypes of x, bases, backends) a set keeps what it found."""

@@ -98,7 +98,7 @@ class Stack(NamedTuple):
         keep = None
         if first.call.dropout_p and first.s.b_down is not None:
             k = first.s.b_down.shape[1]
-            keep = torch.stack([given(keep_of(p.call.dropout_p, p.call.seed, size, k, like.device)) for p in parts])
+            keep = torch.stack([given(keep_of(p.call, size, k, like.device)) for p in parts])
         return cls(parts, at, size, places, Supports(bias=first.s.bias, **tensors), scale, keep, like.dtype, wide)
 
     def padded(self, matrix: Tensor) -> Tensor:

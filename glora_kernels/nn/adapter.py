@@ -23,7 +23,7 @@ from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import all_paths, join, named_layers, trained_of, unwrap
 from glora_kernels.nn.named import FIRST
 from glora_kernels.nn.patterns import some_of
-from glora_kernels.nn.ranks import refuse_sharded
+from glora_kernels.nn.ranks import own_part, part_of, refuse_fsdp
 from glora_kernels.nn.saving import held_adapter, shared_names, trained_state
 from glora_kernels.nn.several import adapters, check_new, put_beside
 from glora_kernels.nn.share import Sharing, Tie, check_devices
@@ -65,7 +65,7 @@ def load_adapter(
     differ), the same modules trained whole, and share the factors that the file's model shared. Values are cast to the
     dtype of the model's parameters. A plain model gets parameters in the dtype of the base; over a 16-bit base fp32,
     unless the values were saved in the base's dtype, so that loading rounds nothing. After an error the model is as
-    before.
+    before. A model that is cut by tensor parallelism takes the file too, every rank its parts: all must read it.
 
     Files of other tools are read by their keys: GLoRA of LyCORIS (a1, a2, b1, b2; also with the roles that earlier
     versions gave these), which is variant="matmul" with alpha_A = alpha, and LoRA of linear layers by kohya's names
@@ -93,10 +93,10 @@ def load_adapter(
             model with several adapters has
             other values in the modules that the file trains whole; or it does not fit the model (also
             where a value overflows the model's dtype), and the message names the first differences; or the model is
-            sharded already.
+            sharded by FSDP already.
         RuntimeError: a layer of the model is merged.
     """
-    refuse_sharded(unwrap(model), "load_adapter", "load the adapter before fully_shard")
+    refuse_fsdp(unwrap(model), "load_adapter", "load the adapter before fully_shard")
     where = f"load_adapter: {str(path)!r}"
     layers = named_layers(unwrap(model))
     adapter = _read(unwrap(model), layers, Path(path), where, name, prefix, rs_lora)
@@ -127,8 +127,9 @@ def load_adapter(
             _check_common(where, root, own, state, values)
         with torch.no_grad():
             for full, tensor in state.items():
-                undo.callback(tensor.detach().copy_, host_copy(tensor))
-                tensor.copy_(values[full])
+                mine = own_part(tensor)
+                undo.callback(mine.detach().copy_, host_copy(mine))
+                mine.copy_(part_of(values[full], tensor))
         layers = named_layers(root)
         for path in biases:
             if (bias := layers[path].bias) is not None:

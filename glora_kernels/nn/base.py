@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from glora_kernels.nn.frozen import DTYPES, FrozenBase, QuantizedLinear, dtype_name
+from glora_kernels.parallel.found import found_in, is_cut
 from glora_kernels.quant import QuantState
 from glora_kernels.quant.bnb import is_linear4bit, linear4bit_class, refusal
 from glora_kernels.spec import GLoRAConfig
@@ -89,6 +90,8 @@ def unsupported(linear: nn.Module) -> str | None:
         return "its sizes are not known yet; run the model once first"
     if hasattr(linear, "parametrizations"):
         return "it is parametrized; use torch.nn.utils.parametrize.remove_parametrizations first"
+    if is_cut(linear):
+        return found if isinstance(found := found_in(linear), str) else None
     if "forward" in vars(linear) or not computes_as(linear, plain):
         return f"its forward is not that of {plain.__name__}, and would be lost"
     if any(getattr(linear, hooks) for hooks in _HOOKS):

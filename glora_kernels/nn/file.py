@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from sys import float_info
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -187,6 +187,8 @@ def save_tensors(target: Path, tensors: Mapping[str, Tensor], header: dict[str, 
     try:
         save_file(dict(tensors), temporary, metadata=header)
         with open(temporary, "rb+") as file:
+            _order_metadata(file)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
@@ -194,6 +196,18 @@ def save_tensors(target: Path, tensors: Mapping[str, Tensor], header: dict[str, 
             os.unlink(temporary)
         raise
     flush_folder(target.parent)
+
+
+def _order_metadata(file: BinaryIO) -> None:
+    """Sort the metadata of a safetensors file, in whose random order equal adapters would be different files."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+    if len(text) != length:
+        raise AssertionError("the header of a safetensors file is written in another way than JSON without spaces")
+    file.seek(8)
+    file.write(text)
 
 
 def flush_folder(folder: Path) -> None:

@@ -51,6 +51,7 @@ class FrozenBase(nn.Module):
     quant_state: QuantState | None
     compute_dtype: torch.dtype | None
     _transposed: bool
+    _cut: Any = None  # where codes are the part of one rank (`parallel.attach`), which no state dict holds
     _entries = SimpleNamespace(weight=_METADATA_NAMES)
 
     def hold(self, weight: QuantizedWeight) -> None:
@@ -106,10 +107,10 @@ class FrozenBase(nn.Module):
         return {} if self.quant_state is None else {"weight": "_entries"}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self.quant_state is not None:
+        if self.quant_state is not None and self._cut is None:
             destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.quant_state is not None:
+        if self.quant_state is not None and self._cut is None:
             destination |= {f"{prefix}weight.{k}": v for k, v in state_tensors(self.quant_state).items()}
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *found: Any) -> None:
@@ -120,6 +121,10 @@ class FrozenBase(nn.Module):
         if (state := self.quant_state) is None:
             if parts:
                 errors.append(f"{name} is in 4 bits and this layer's is dense; build the layer with quantize()")
+                return
+        elif self._cut is not None:
+            if name in state_dict:
+                errors.append(f"{name}: the codes of this layer are cut over ranks; load them before the model is cut")
                 return
         elif name in state_dict:
             known.add(name)

@@ -35,6 +35,7 @@ from glora_kernels.nn.targets import (
 )  # fmt: skip
 from glora_kernels.nn.undo import all_or_none
 from glora_kernels.nn.wide import to_widen, widen, widened
+from glora_kernels.parallel.found import found_in, is_cut
 from glora_kernels.quant.bnb import free_codes, keep_codes
 from glora_kernels.spec import GLoRAConfig, ShareLoRAConfig, assign, check_choice
 
@@ -198,6 +199,7 @@ def replace(
     }
     layers = [layer_over(item, config, dtype, sharing.common.get(item.path, ())) for item, config, dtype in plan]
     tie({item.path: layer for (item, _, _), layer in zip(plan, layers, strict=True)}, sharing)
+    cut_as_before({item.path: (item.module, layer) for (item, _, _), layer in zip(plan, layers, strict=True)})
     casting = to_widen(root, wide)
     values = widened(casting)
     for module, names in thawed.items():
@@ -227,7 +229,7 @@ def layer_over(item: Linear, config: GLoRAConfig, dtype: torch.dtype, common: Co
     """The GLoRA layer for a linear layer, or for a product of experts; common: what all its experts share."""
     if isinstance(item.module, ExpertLinear):
         return GLoRAExpertLinear(item.module, config, common=common, adapter_dtype=dtype)
-    return GLoRALinear.from_linear(item.module, config, adapter_dtype=dtype)
+    return GLoRALinear.in_place_of(item.module, config, dtype)
 
 
 def with_expert_ranks(chosen: Mapping[Linear, Config], expert_rank: str) -> dict[Linear, Config]:
@@ -248,6 +250,23 @@ def with_expert_ranks(chosen: Mapping[Linear, Config], expert_rank: str) -> dict
             config = changed(config, rank=rank)
         found[linear] = config
     return found
+
+
+def cut_as_before(places: Mapping[str, tuple[nn.Module, GLoRALinear]]) -> None:
+    """Cut layers over the ranks that the linear layers were cut over in whose places they come."""
+    cut = {path: place for path, place in places.items() if is_cut(place[0])}
+    if not cut:
+        return
+    from glora_kernels.parallel.attach import attach  # torch.distributed.tensor takes a second to import
+
+    for path, (linear, layer) in cut.items():
+        found = found_in(linear)
+        assert not isinstance(found, str), found
+        try:
+            attach(layer, found.mesh, found.direction)
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from None
+        found.hook(layer)
 
 
 def chosen_layers(

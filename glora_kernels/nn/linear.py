@@ -38,6 +38,7 @@ from glora_kernels.nn.merging.layer import MERGED, NAMES, Mergeable
 from glora_kernels.nn.mixed import TakesRows, refuse_inside
 from glora_kernels.nn.named import FIRST, NONE, NamedAdapter
 from glora_kernels.ops import glora_linear
+from glora_kernels.parallel.found import is_cut
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.spec import SUPPORTS, GLoRAConfig
 
@@ -46,6 +47,15 @@ class FullBias(Protocol):
     """β of a layer, computed before its forward (`nn.depth.shift_once`)."""
 
     def current(self, layer: GLoRALinear) -> Tensor | None: ...
+
+
+class Parallel(Protocol):
+    """The part of `parallel.call.Cut`, how a layer is cut over ranks, that a layer uses."""
+
+    def linear(
+        self, x: Tensor, base: tuple[Weight, Tensor | None, torch.dtype | None], config: GLoRAConfig | None,
+        tensors: Mapping[str, Tensor | None], training: bool,
+    ) -> Tensor: ...  # fmt: skip
 
 
 class Siblings(Protocol):
@@ -128,6 +138,7 @@ class GLoRALinear(TakesRows, Mergeable):
     config: GLoRAConfig
     D: nn.Parameter | None
     adapters: nn.ModuleDict
+    _cut: Parallel | None  # how it is cut over ranks; None where it is not
 
     def __init__(
         self,
@@ -173,6 +184,13 @@ class GLoRALinear(TakesRows, Mergeable):
             )
         if reason := unsupported(linear):
             raise ValueError(f"from_linear cannot take this {type(linear).__name__}: {reason}")
+        if is_cut(linear):
+            raise ValueError("from_linear cannot take this Linear: it is cut over ranks; inject(model, ...) takes it")
+        return cls.in_place_of(linear, config, adapter_dtype)
+
+    @classmethod
+    def in_place_of(cls, linear: nn.Module, config: GLoRAConfig, adapter_dtype: torch.dtype | None) -> GLoRALinear:
+        """`from_linear` without its checks. Of a layer that is cut over ranks, only the base is (`parallel.attach`)."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         thawed = tuple(name for name, parameter in linear.named_parameters() if parameter.requires_grad)
@@ -334,6 +352,8 @@ class GLoRALinear(TakesRows, Mergeable):
                 siblings (`fuse_siblings`), and one of them was called with another tensor. Other errors are those of
                 `ops.glora_linear`.
         """
+        if self._cut is not None:
+            return self._parallel(self._cut, x)
         siblings, is_alone = self._siblings, self._rows is None and self._active is None
         if siblings is not None and is_alone and (y := siblings.output(self, x)) is not None:
             return y
@@ -367,6 +387,17 @@ class GLoRALinear(TakesRows, Mergeable):
                 "this layer is merged: its adapter takes no part in forward and would not be trained. To "
                 "train, call unmerge(); to run the merged weights, call eval() or use torch.no_grad()"
             )
+
+    def _parallel(self, cut: Parallel, x: Tensor) -> Tensor:
+        """y by this rank's parts of the parameters."""
+        if self._rows is not None or self._active is not None:
+            raise RuntimeError("a layer that is cut over ranks has one adapter: rows and set_adapter cannot be used")
+        own: dict[str, Any] = self._parameters
+        weight: Any = self.codes() if self.quant_state is not None else own["weight"]
+        base = weight.t() if self._transposed else weight, own["bias"], self.compute_dtype
+        if self._disabled:
+            return cut.linear(x, base, None, {}, False)
+        return cut.linear(x, base, self.config, {name: own[name] for name in ADAPTER_NAMES}, self.training)
 
     def _chosen(self, x: Tensor, base: Frozen) -> Tensor:
         """y by the adapters of `gk.rows`, or by an active one beside the first."""

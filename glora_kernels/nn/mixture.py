@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from glora_kernels.dispatch.common import given
 from glora_kernels.experts.groups import Groups
+from glora_kernels.nn.ranks import is_part
 
 INTERFACE = ("is_transposed", "has_gate", "has_bias", "_apply_gate", "_is_expert_parallel")
 """What transformers' `use_experts_implementation` gives a module."""
@@ -54,7 +55,7 @@ def products(module: nn.Module) -> tuple[str, ...]:
 def refusal(experts: Any) -> str | None:
     """The reason why the products of an experts module cannot be replaced by layers, or None."""
     kind = type(experts)
-    if experts._is_expert_parallel:
+    if experts._is_expert_parallel or any(map(is_part, experts.parameters())):
         return f"{PARALLEL}; accepted are modules whose process has all experts"
     if "forward" in vars(experts) or not hasattr(kind.forward, "__wrapped__"):
         return "its forward is not that of transformers' experts interface, and would be lost"

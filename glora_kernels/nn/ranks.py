@@ -1,7 +1,7 @@
 """Work on a sharded model that its ranks do together: gather parameters, let the first rank act for all.
 
-A parameter sharded by FSDP2 is a DTensor, whose `full_tensor()` gathers it on every rank; all ranks must call the
-functions here that communicate, in the same order.
+A parameter sharded by FSDP2, or cut by tensor parallelism, is a DTensor, whose `full_tensor()` gathers it on every
+rank; all ranks must call the functions here that communicate, in the same order.
 """
 
 from __future__ import annotations
@@ -30,8 +30,18 @@ _WHOLE = (Tensor, nn.Parameter)
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether parameters of the module are sharded; also True while FSDP has gathered them for a forward."""
-    managed = any(vars(inner).get("_is_fsdp_managed_module") for inner in module.modules())
-    return managed or any(is_part(parameter) for parameter in module.parameters())
+    return is_in_fsdp(module) or any(is_part(parameter) for parameter in module.parameters())
+
+
+def is_in_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP2 manages parameters of the module."""
+    return any(vars(inner).get("_is_fsdp_managed_module") for inner in module.modules())
+
+
+def refuse_fsdp(module: nn.Module, caller: str, instead: str) -> None:
+    """Raise a ValueError where FSDP2 holds the model; one that is cut by tensor parallelism alone is accepted."""
+    if is_in_fsdp(module):
+        raise ValueError(f"{caller}: the model is sharded, each rank holds a part of its parameters; {instead}")
 
 
 def refuse_sharded(module: nn.Module, caller: str, instead: str) -> None:
@@ -41,7 +51,10 @@ def refuse_sharded(module: nn.Module, caller: str, instead: str) -> None:
 
 
 def mesh_of(root: nn.Module) -> DeviceMesh | None:
-    """The mesh over which the model is sharded, or None; parameters that a forward left gathered are sharded again."""
+    """The mesh over which the model is sharded, or None; parameters that a forward left gathered are sharded again.
+
+    Of several meshes (FSDP over tensor parallelism, which only some parameters are cut by) the one of all dimensions.
+    """
     if not is_sharded(root):
         return None
     from torch.distributed.fsdp import FSDPModule
@@ -49,12 +62,29 @@ def mesh_of(root: nn.Module) -> DeviceMesh | None:
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    return next((parameter.device_mesh for parameter in root.parameters() if is_part(parameter)), None)  # type: ignore[attr-defined]
+    meshes = [parameter.device_mesh for parameter in root.parameters() if is_part(parameter)]  # type: ignore[attr-defined]
+    return max(meshes, key=lambda mesh: mesh.ndim, default=None)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or the full tensor gathered from all ranks; every rank must call this."""
     return tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The tensor itself, or the memory of the part that this rank holds."""
+    with torch.no_grad():
+        return tensor.to_local() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """A whole value, or this rank's part of it where `like` is a part; without communication."""
+    if not is_part(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None).to_local()
 
 
 def on_first_rank(mesh: DeviceMesh | None, caller: str, act: Callable[[], T]) -> T | None:

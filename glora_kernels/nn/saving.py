@@ -37,9 +37,9 @@ def save_adapter(
     factor is stored once, with all its names. A bias of the base that was made trainable is saved too.
     Works while merged.
 
-    With a sharded model (FSDP2) every rank must call this: the parameters are gathered one at a time, the first rank
-    of the mesh writes the same file as for an unsharded model, the others wait. With a model that every rank has in
-    full (DistributedDataParallel) every caller writes: let one rank call.
+    With a sharded model (FSDP2, tensor parallelism) every rank must call this: the parameters are gathered one at a
+    time, the first rank of the mesh writes the same file as for an unsharded model, the others wait. With a model that
+    every rank has in full (DistributedDataParallel) every caller writes: let one rank call.
 
     Args:
         model: a model with GLoRA layers. It may be wrapped (torch.compile, DistributedDataParallel, AveragedModel,

@@ -26,7 +26,8 @@ from glora_kernels.nn.frozen import FrozenBase
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.model import all_paths, check_module, clean, layers_of, named_layers, unwrap
 from glora_kernels.nn.named import FIRST
-from glora_kernels.nn.ranks import is_part, refuse_sharded, whole
+from glora_kernels.nn.ranks import is_part, own_part, refuse_fsdp, whole
+from glora_kernels.parallel.grads import settle
 from glora_kernels.spec import select
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def fully_shard(
     first rank, and its gradient is averaged over the mesh in backward. The codes of a 4-bit base are not parameters:
     every rank keeps all of them on the mesh's device, and they must be equal on all ranks. Gradient accumulation
     (`model.set_requires_gradient_sync(False)`), both kinds of activation checkpointing and 2-D (hybrid) meshes work as
-    for any FSDP model. Inject and load before this call, make the optimizer after it.
+    for any FSDP model. Inject and load before this call, make the optimizer after it. A model that is cut by tensor
+    parallelism is sharded over the other dimension of the mesh; a factor that is whole is averaged over that one alone.
 
         model = gk.inject(build(), gk.ShareLoRAConfig(rank=64, share="A"))     # on every rank
         gk.fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
@@ -72,7 +74,7 @@ def fully_shard(
         blocks: modules of the model, or patterns of their paths. None means the elements of the outermost
             `nn.ModuleList`s with GLoRA layers in them; an empty list, that the model is the only group.
         mesh: the ranks: 1-D, or 2-D to replicate over the first dimension and shard over the second. None means all
-            ranks, on the accelerator if there is one.
+            ranks, on the accelerator if there is one; a model cut by tensor parallelism needs one.
         reshard_after_forward: this and the other arguments are those of `torch.distributed.fsdp.fully_shard`.
         mp_policy: the dtypes to gather and reduce in. A shared factor keeps its dtype (fp32 over 16-bit weights, say);
             its gradient is averaged in `reduce_dtype`.
@@ -83,16 +85,23 @@ def fully_shard(
 
     Raises:
         TypeError: `model` or a block is of the wrong kind.
-        ValueError: a model that is wrapped, sharded already, without a GLoRA layer, or has a shared parameter on the
-            meta device, or an adapter beside the first that shares factors; blocks that are not in the model, that are
-            lists, or (with None) are not found; trained parameters of several dtypes in one group.
+        ValueError: a model that is wrapped, sharded already, without a GLoRA layer, cut by tensor parallelism without
+            `mesh`, or has a shared parameter on the meta device, or an adapter beside the first that shares factors;
+            blocks that are not in the model, that are lists, or (with None) are not found; trained parameters of
+            several dtypes in one group.
         RuntimeError: a layer is merged.
     """
     from torch.distributed.fsdp import fully_shard as shard
 
     if unwrap(model) is not model:
         raise ValueError(f"fully_shard: the model is wrapped ({type(model).__name__}); shard it first, then wrap it")
-    refuse_sharded(model, "fully_shard", "call it once")
+    refuse_fsdp(model, "fully_shard", "call it once")
+    if mesh is None and any(is_part(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            "fully_shard: the model is cut by tensor parallelism; give mesh=, the data-parallel dimension of the mesh "
+            'that both have in common: init_device_mesh(..., mesh_dim_names=("dp", "tp")), tensor parallelism over '
+            'mesh["tp"], and fully_shard(model, mesh=mesh["dp"])'
+        )
     if merged := [path for path, layer in layers_of(model, "fully_shard").items() if layer.merged]:
         raise RuntimeError(f"fully_shard: {merged[0]!r} is merged; call unmerge(model) first")
     for path, layer in named_layers(model).items():
@@ -127,7 +136,7 @@ def fully_shard(
 
 
 def parameter_groups(model: nn.Module, by_adapter: bool = False) -> list[dict[str, Any]]:
-    """The trained parameters as parameter groups for an optimizer: one of sharded parameters, one of whole ones.
+    """The trained parameters as parameter groups for an optimizer: one of whole ones, one of sharded ones a mesh.
 
     by_adapter: such groups for each adapter of the model (`adapters`), with its name under the key "adapter"; what
     belongs to none (modules trained whole) has None there. Set learning rates by it, say:
@@ -172,6 +181,7 @@ def clip_grad_norm_(
         RuntimeError: `error_if_nonfinite`, and the norm is not finite.
     """
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    settle(given)
     clipped = [parameter for parameter in given if parameter.grad is not None]
     grads = [parameter.grad for parameter in clipped if parameter.grad is not None]
     if not grads:
@@ -210,25 +220,38 @@ class _Average:
         self._watched.add(parameter)
 
     @torch.no_grad()
-    def _mean(self, parameter: nn.Parameter, grad: Tensor) -> Tensor:
+    def _mean(self, parameter: nn.Parameter, given: Tensor) -> Tensor:
+        grad = own_part(given)
         if (kept := self._kept.pop(parameter, None)) is not None:
             grad = grad + kept
         if not self.on:
             self._kept[parameter] = grad
-            return torch.zeros_like(grad)
+            return _with_part(given, torch.zeros_like(grad))
         mean = (grad / self.ranks).to(self.dtype or grad.dtype).contiguous()
         for group in self.groups:
             dist.all_reduce(mean, group=group)
-        return mean.to(grad.dtype)
+        return _with_part(given, mean.to(grad.dtype))
+
+
+def _with_part(given: Any, part: Tensor) -> Tensor:
+    """The part itself, or where `given` is a DTensor one like it with this part."""
+    if not is_part(given):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part, given.device_mesh, given.placements, run_check=False, shape=given.shape, stride=given.stride()
+    )
 
 
 def _replicate(model: Any, common: list[nn.Parameter], mesh: DeviceMesh, reduce_dtype: torch.dtype | None) -> None:
     """Move the parameters that FSDP ignores to the mesh's device, broadcast their values, average their gradients."""
     average = _Average(mesh, reduce_dtype)
     for parameter in common:
-        parameter.data = parameter.data.to(mesh.device_type)
+        if not is_part(parameter):
+            parameter.data = parameter.data.to(mesh.device_type)
         for group in mesh.get_all_groups():
-            dist.broadcast(parameter.data, group=group, group_src=0)
+            dist.broadcast(own_part(parameter.data), group=group, group_src=0)
         average.watch(parameter)
     shared = set(common)
     places = [(m, name) for m in model.modules() for name, parameter in m._parameters.items() if parameter in shared]
@@ -359,6 +382,8 @@ def _is_uneven(tensor: Any) -> bool:
 
 
 def _by_kind(parameters: list[Any]) -> list[list[Any]]:
-    """The sharded parameters and the whole ones, as two lists; an empty list is left out."""
-    kinds = [[p for p in parameters if is_part(p)], [p for p in parameters if not is_part(p)]]
-    return [kind for kind in kinds if kind]
+    """The sharded parameters, by their meshes, and the whole ones, as lists."""
+    kinds: dict[object, list[Any]] = {}
+    for parameter in sorted(parameters, key=lambda p: not is_part(p)):
+        kinds.setdefault(parameter.device_mesh if is_part(parameter) else None, []).append(parameter)
+    return list(kinds.values())

@@ -21,6 +21,7 @@ from glora_kernels.nn.model import all_paths, clean, join, layers_of, trainable_
 from glora_kernels.nn.named import FIRST
 from glora_kernels.nn.names import numbered, readers, sibling_sets
 from glora_kernels.nn.patterns import some_of, unmatched
+from glora_kernels.nn.ranks import own_part
 from glora_kernels.nn.siblings import install
 from glora_kernels.nn.targets import Linear
 from glora_kernels.spec import ShareLoRAConfig, projection_type, select
@@ -205,7 +206,8 @@ def _same(left: Tensor, right: Tensor) -> bool:
         return True
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    return torch.equal(left.detach(), right.detach().to(left.device))
+    left, right = own_part(left.detach()), own_part(right.detach())
+    return left.shape == right.shape and torch.equal(left, right.to(left.device))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def dropout_threshold(p: float) -> int:
     return round(p * 65536)
 
 
-def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
+def keep_mask(seed: Tensor, rows: int, cols: int, p: float, columns_before: int = 0) -> Tensor:
     """The dropout mask of a (rows, cols) matrix: True where an element is kept, with probability 1-p.
 
     Args:
@@ -42,12 +42,14 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
         rows: M; the row number is the counter's second word.
         cols: K; column k takes number k % 8 of the counter whose first word is k // 8.
         p: the probability of dropping, in [0, 1).
+        columns_before: of the mask of a wider matrix, the part (rows, cols) after so many columns.
     """
-    groups = (cols + 7) // 8
+    first, skipped = divmod(columns_before, 8)
+    groups = (skipped + cols + 7) // 8
     threshold = dropout_threshold(p)
     parts = []
     step = max(1, _CHUNK // max(1, groups))
-    c0 = torch.arange(groups, device=seed.device)
+    c0 = torch.arange(first, first + groups, device=seed.device)
     for i in range(0, rows, step):
         c1 = torch.arange(i, min(i + step, rows), device=seed.device)[:, None]
         halves = [
@@ -55,7 +57,7 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
         ]
         parts.append(torch.stack(halves, -1).reshape(-1, groups * 8))
     keep = torch.cat(parts) if parts else torch.empty(0, groups * 8, dtype=torch.bool, device=seed.device)
-    return keep[:, :cols]
+    return keep[:, skipped : skipped + cols]
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -231,10 +231,14 @@ def descriptor(tensor: Tensor, tall: int, wide: int) -> Any:
 
 
 class Dropout(NamedTuple):
-    """The probability of dropping, and the seed of the mask: a number, or a tensor that holds one."""
+    """The probability of dropping, and the seed of the mask: a number, or a tensor that holds one.
+
+    columns_before: of the mask; where x is a part of the columns of a matrix, those of the matrix before it.
+    """
 
     p: float = 0.0
     seed: Tensor | int | None = None
+    columns_before: int = 0
 
     def arguments(self, dropped: Tensor | None) -> dict[str, Any]:
         """A kernel's dropout arguments, for the input of the factor `dropped`; seed is None where nothing is dropped.
@@ -243,7 +247,16 @@ class Dropout(NamedTuple):
         """
         p = 0.0 if dropped is None else self.p
         seed = None if p == 0.0 else self.key()
-        return {"seed": seed, "threshold": dropout_threshold(p), "inv_keep": 1.0 / (1.0 - p)}
+        before = self.columns_before if p else 0
+        if before % 8:
+            raise RuntimeError(
+                "the Triton kernels draw a dropout mask for 8 columns at a time: where x is a part of the columns of a "
+                f"matrix, a multiple of 8 must come before it, got {before}: use backend('eager')"
+            )
+        return {
+            "seed": seed, "threshold": dropout_threshold(p), "inv_keep": 1.0 / (1.0 - p),
+            "columns_before": before or None,
+        }  # fmt: skip
 
     def key(self) -> Tensor | int | None:
         """The seed as a kernel takes it: a number, or a tensor on the device."""

@@ -223,6 +223,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         (lambda b: b.single, {"num_warps": 8}),
         (lambda b: b.newest, {"rows": Most(64)}),
         (lambda b: not b.aligned, {"rows": Most(64), "cols": Most(64), "num_warps": 8}),
+        (lambda b: not b.aligned and b.single, {"cols": Most(32)}),
     ),
 }
 """For each kernel, rules (condition, changes): those whose condition holds change the configuration, in this order.

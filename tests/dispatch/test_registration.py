@@ -41,7 +41,7 @@ def forward_args(p, route, grad=True):
         of["wc"] = wc.requires_grad_(grad)
     drop = p.config.dropout if p.seed is not None else 0.0
     supports = (of.get(n) for n in NAMES)
-    return (of["x"], p.weight, *supports, p.config.scale, drop, p.seed, p.config.variant == "matmul", route)
+    return (of["x"], p.weight, *supports, p.config.scale, drop, p.seed, p.config.variant == "matmul", route, 0)
 
 
 def needs_of(args):

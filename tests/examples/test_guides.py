@@ -29,6 +29,7 @@ GUIDES = {
     "from-timm-and-lightning": "timm_lightning",
     "four-bit": "four_bit",
     "several-gpus": "several_processes",
+    "parallel": "tensor_parallel",
 }
 """The guides with a script each; the other pages of docs/ have none."""
 
@@ -82,7 +83,7 @@ def programs(page: Path) -> dict[str, str]:
             lines = found.setdefault(here, [])
             lines += [""] * (number - len(lines)) + [line]
     for name, lines in found.items():
-        if name != page.stem or page.stem == "several-gpus":
+        if name != page.stem or page.stem in ("several-gpus", "parallel"):
             lines[0] = TORCHRUN
     return {name: "\n".join(lines) for name, lines in found.items()}
 
@@ -188,6 +189,23 @@ def test_two_processes(launcher: list[str], methods: list[str], tmp_path: Path) 
         assert by_step <= FLOOR * EPS * loss, method
         assert 0.0 <= loaded < 1e-4, method
     assert (tmp_path / "several_processes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_in_parts(tmp_path: Path) -> None:
+    script = [str(SCRIPTS / "tensor_parallel.py"), "--smoke", "--device", "cpu", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
+    process = subprocess.run(
+        [*command, "--methods", "plan", "shared"], capture_output=True, encoding="utf-8", env=ENVIRONMENT, timeout=400,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    # B_down of 10 column layers, or of their 5 types; B_up of 4 row layers, and A.
+    for method, sums in (("plan", 10 + 2 * 4), ("shared", 5 + 4)):
+        loss, by_step, loaded, counted = numbers(process.stdout, f"{method} ")[-4:]
+        assert 0.0 < loss < 10.0
+        assert by_step <= FLOOR * EPS * loss, method
+        assert 0.0 <= loaded < 1e-4, method
+        assert counted == sums, method
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)

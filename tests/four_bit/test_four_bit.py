@@ -339,7 +339,7 @@ def forward_args(p: Problem, route="eager", grad=True):
     if c is not None:
         of["wc"] = glora_wc(p.weight, c).detach().requires_grad_(grad)
     drop, supports = p.config.dropout if p.seed is not None else 0.0, (of.get(n) for n in NAMES)
-    values = (p.config.scale, drop, p.seed, p.config.variant == "matmul", route)
+    values = (p.config.scale, drop, p.seed, p.config.variant == "matmul", route, 0)
     return (of["x"], p.weight.packed, *supports, *values, *codes_of(p.weight))
 
 

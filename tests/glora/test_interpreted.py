@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 import torch
 from helpers import check, ours, problem, same, thinned, train_only, truth
 
+from glora_kernels.ops import glora_linear
 from glora_kernels.reference.cases import AWKWARD, FORMS
+from glora_kernels.runtime import routes
+from glora_kernels.runtime.routes import backend
 from glora_kernels.spec import GLoRAConfig
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -55,6 +59,47 @@ def test_dropout(a, variant, dtype, device):
     p = problem(config(a, "lora", variant, 5, dropout=0.25), (41,), 70, 45, True, dtype, device=device)
     assert 0.6 < p.keep().double().mean() < 0.9
     check(p, ours(p, "triton"), "triton")
+
+
+@pytest.mark.parametrize("how", ["triton", "eager"])
+@pytest.mark.parametrize(("a", "route"), [("lora", "fused"), ("none", "fused"), ("none", "library")])
+def test_columns_of_a_wider_matrix_have_its_mask(a, route, how, device, monkeypatch):
+    """y is a sum over parts of the columns of x and W, and what belongs to a column has the gradient of the whole."""
+    monkeypatch.setattr(routes, "product_route", lambda *args, **kwargs: route)
+    p = problem(config(a, "lora", rank=5, dropout=0.4, cde=False), (41,), 72, 45, False, torch.float32, device=device)
+    names = {"A_up": "a_up", "A_down": "a_down", "B_up": "b_up", "B_down": "b_down"}
+
+    def run(columns):
+        def own(name, tensor):
+            return (tensor[..., columns] if name.endswith("_down") else tensor).clone().requires_grad_()
+
+        leaves = {"x": own("x_down", p.x), **{name: own(name, tensor) for name, tensor in p.params.items()}}
+        given = {names[name]: tensor for name, tensor in leaves.items() if name != "x"}
+        with backend(how):
+            y = glora_linear(
+                leaves["x"], p.weight[:, columns], **given, scale=p.config.scale, dropout_p=0.4, seed=p.seed,
+                columns_before=columns.start,
+            )  # fmt: skip
+            y.backward(p.dy)
+        return y.detach(), {name: leaf.grad for name, leaf in leaves.items()}
+
+    y, grads = run(slice(0, 72))
+    (left, left_grads), (right, right_grads) = run(slice(0, 24)), run(slice(24, 72))
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=2e-5)  # sums of fp32 in another order
+    close(left + right, y)
+    for name, grad in grads.items():
+        parts = left_grads[name], right_grads[name]
+        whole = name == "x" or name.endswith("_down")
+        close(torch.cat(parts, -1) if whole else sum(parts), grad)
+
+
+def test_kernels_refuse_columns_that_split_a_group_of_the_mask(device):
+    p = problem(config("none", "lora", dropout=0.4, cde=False), (8,), 16, 8, False, torch.float32, device=device)
+    up, down = p.params["B_up"], p.params["B_down"]
+    with backend("triton"), pytest.raises(RuntimeError, match="a multiple of 8 must come before it, got 12"):
+        glora_linear(p.x, p.weight, b_up=up, b_down=down, dropout_p=0.4, seed=p.seed, columns_before=12)
+    with pytest.raises(ValueError, match="columns_before must be a number of columns, 0 or more; got -8"):
+        glora_linear(p.x, p.weight, b_up=up, b_down=down, dropout_p=0.4, seed=p.seed, columns_before=-8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -210,7 +210,7 @@ def test_what_backward_keeps_of_an_x_of_three_dimensions(monkeypatch):
     from glora_kernels.glora import triton as path
 
     monkeypatch.setattr(path, "_route", lambda *a, **k: "library")
-    values = 1.0, 0.0, None, False, "triton", None, None, None, None, []
+    values = 1.0, 0.0, None, False, "triton", 0, None, None, None, None, []
     none = [None] * 4
     for lead in ((2, 3), (3, 2), (6,)):
         x = filled(6, K).view(*lead, K)

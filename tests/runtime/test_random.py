@@ -82,6 +82,12 @@ def test_a_mask_does_not_depend_on_the_size():
     assert torch.equal(keep_mask(torch.tensor([9]), 20, 33, 0.3), big[:20, :33])
 
 
+@pytest.mark.parametrize("before", [8, 40, 3, 29])
+def test_a_mask_of_some_columns_is_that_part_of_the_whole(before):
+    big = keep_mask(torch.tensor([9]), 50, 99, 0.3)
+    assert torch.equal(keep_mask(torch.tensor([9]), 50, 41, 0.3, columns_before=before), big[:, before : before + 41])
+
+
 @triton.jit
 def _drop_kernel(x, out, seed, threshold, inv_keep, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr):
     rows = row0 + tl.arange(0, ROWS)

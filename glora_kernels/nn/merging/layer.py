@@ -114,6 +114,7 @@ class Mergeable(FrozenBase):
 
     def check_mergeable(self) -> None:
         """Raise the errors of `merge` that depend on the state of this layer and of layers that share its memory."""
+        refuse_sharded(self, "merge", UNSHARD)  # before asking for memory, which a DTensor does not have
         if self._base is not None:
             raise RuntimeError("merge() was called on a layer that is merged already; call unmerge() first")
         if self._disabled:
