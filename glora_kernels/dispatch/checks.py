@@ -25,10 +25,14 @@ def check_product(x_name: str, x: Tensor, weight_name: str, weight: Weight) -> N
         raise TypeError(
             f"{x_name} and {weight_name} must have one dtype outside autocast; got {x.dtype}, {weight.dtype}"
         )
+    check_frozen(weight_name, weight)
+
+
+def check_frozen(name: str, weight: Weight) -> None:
     if weight.requires_grad and torch.is_grad_enabled() and not is_transformed():
         raise ValueError(
-            f"{weight_name} requires a gradient, but the base of an adapted layer is frozen and gets none; "
-            f"call {weight_name}.requires_grad_(False)"
+            f"{name} requires a gradient, but the base of an adapted layer is frozen and gets none; "
+            f"call {name}.requires_grad_(False)"
         )
 
 
@@ -83,6 +87,8 @@ def check_dropout(p: float) -> None:
 
 
 def check_seed(name: str, seed: Tensor, device: torch.device) -> None:
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"{name} must be one int64 in a tensor (`dropout_seed`); got {type(seed).__name__}")
     elsewhere = seed.device != device and seed.device.type != "cpu"
     if seed.dtype != torch.int64 or seed.numel() != 1 or elsewhere:
         raise ValueError(

@@ -161,6 +161,7 @@ class Operator(Operation):
             dy, made = list(dys), [list(made[len(dys) :])]
         needs = [wanted[place] for place in self._places(len(wanted))]
         grads = self._backward_operator(dy, *made[: len(self.reads)], needs, *self.signature.join(own, values))
+        grads = (grads,) if isinstance(grads, Tensor) else grads
         return [grad for grad, need in zip(grads, needs, strict=True) if need]
 
     def _check_composite(self, values: Values) -> None:
@@ -268,7 +269,7 @@ class Operator(Operation):
             found = self.prepare(row, values, wanted, registered=True)
             found.has_kernels &= prepared.are_even(dys)
             grads = iter(found.backward(dys, [everything[i] for i in found.saved]))
-        return owned([(next(grads) if need else None) for need in needs], dys[0])
+        return self._as_declared(owned([(next(grads) if need else None) for need in needs], dys[0]))
 
     def _fake_backward(self, *arguments: Any) -> Any:
         dys, row, _, values, needs = self._of_backward(arguments)
@@ -276,10 +277,14 @@ class Operator(Operation):
         shapes = [*shapes, *((0,) if t is None else t.shape for t in row[len(shapes) :])]
         dtypes = [dys[0].dtype if t is None else t.dtype for t in row]
         empty = dys[0].new_empty
-        return [
+        return self._as_declared([
             empty(shapes[place], dtype=dtypes[place]) if need else empty(0)
             for place, need in zip(self._places(len(row)), needs, strict=True)
-        ]
+        ])  # fmt: skip
+
+    def _as_declared(self, grads: list[Tensor]) -> Any:
+        """Gradients as the schema of backward has them: a single one is no list."""
+        return grads if self.signature.has_lists or len(grads) != 1 else grads[0]
 
     def _keep(self, ctx: Any, inputs: Any, output: Any) -> None:
         row, values = self.signature.split(inputs)

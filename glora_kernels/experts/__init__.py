@@ -4,6 +4,7 @@
 
 op.py         the call, its checks, and what PyTorch is told of it
 call.py       the data of a call
+wc.py         W_e·C_e, and W_e·A_up of the product variant
 groups.py     the rows sorted by expert
 eager.py      both passes in plain PyTorch, by products.py
 composite.py  the same as differentiable operations of PyTorch

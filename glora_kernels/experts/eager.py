@@ -4,7 +4,7 @@
 
 x is read through the rows' tokens, in backward again, and no copy of it is kept; dx is a sum in the order of the
 experts of a token, the same in every run. Where nothing but U·D is added, y is rounded to 16 bits twice, as PEFT's is;
-where A, B or β are, once more, with a dither.
+where A, B or β are, or factors in fp32, once more, with a dither. So is dx.
 """
 
 from __future__ import annotations
@@ -37,28 +37,31 @@ def forward(x: Tensor, weight: Weight, groups: Groups, t: Terms, call: Call) -> 
     if t.up is not None and t.down is not None:
         narrow = factor_dtype(x.dtype, (t.up, t.down))
         mine = rows if call.dropout_p == 0.0 else _rows(_dropped(x, t, call), groups, call)
-        h = scaled(by_factor(cast(mine, narrow), cast(t.down, narrow), groups), call.low_scale)
+        h = scaled(by_factor(cast(mine, narrow), cast(t.down, narrow), groups), call.low_scale).contiguous()
         low = by_factor(h, cast(t.up, narrow), groups)
     sigma = None if t.b is None else rows.sum(-1, dtype=wide_dtype(x.dtype))
     if t.a is not None or sigma is not None or t.beta is not None or (low is not None and low.dtype != y.dtype):
-        _finish(y, low, sigma, groups, t)
+        _finish(y, groups, low, sigma, t.a, t.b, t.beta)
     elif low is not None:
         y.add_(low)
     return Made(y if call.is_sorted else groups.unsort(y), h, sigma)
 
 
-def _finish(y: Tensor, low: Tensor | None, sigma: Tensor | None, groups: Groups, t: Terms) -> None:
-    """y = y∘(1+a) + low + σ·b + β, in place and rounded once."""
+def _finish(
+    y: Tensor, groups: Groups, low: Tensor | None, column: Tensor | None, a: Tensor | None = None,
+    b: Tensor | None = None, beta: Tensor | None = None,
+) -> None:  # fmt: skip
+    """y = y∘(1+a) + low + column·b + β, in place and rounded once; column (M,), b of ones where it is None."""
     wide, expert = wide_dtype(y.dtype), groups.expert_of_rows(len(y)).clamp_(max=groups.experts - 1)
-    a, b, beta = (None if own is None else cast(own, wide) for own in (t.a, t.b, t.beta))
+    a, b, beta = (None if own is None else cast(own, wide) for own in (a, b, beta))
     for part in row_chunks(y, always=True):
         own, mine = expert[part], y[part].to(wide)
         if a is not None:
             mine = mine * (1 + a[own])
         if low is not None:
             mine = mine + low[part]
-        if b is not None:
-            mine = mine + given(sigma)[part, None] * b[own]
+        if column is not None:
+            mine = mine + (column[part, None] if b is None else column[part, None] * b[own])
         if beta is not None:
             mine = mine + beta[own]
         y[part] = round_dithered(mine, y.dtype, first_row=part.start)
@@ -113,17 +116,15 @@ def _input_gradient(
         for part in row_chunks(dy, always=True):
             left[part] = round_dithered(dy[part] * (1 + a[given(expert)[part]]), dy.dtype, first_row=part.start)
     dx = by_weight(left, weight, groups, transposed=True)
-    if t.b is not None:
-        tau = (dy.to(wide) * cast(t.b, wide)[given(expert)]).sum(1, keepdim=True)
-        dx = without_rest((dx + tau).to(dx.dtype), groups)
-    if low is not None and call.dropout_p == 0.0:
-        dx.add_(low)
-    if call.of_tokens:
-        dx = groups.sum_back(dx)
     if low is not None and call.dropout_p > 0.0:
-        low = groups.sum_back(low) if call.of_tokens else low
-        dx.add_(dropped(low, _keep(len(dx), dx.shape[1], t, call, dx.device)))
-    return dx
+        keep = given(_keep(len(dx) // (call.each if call.of_tokens else 1), dx.shape[1], t, call, dx.device))
+        low = dropped(low, groups.gather(keep) if call.of_tokens else keep)
+    if t.b is not None or (low is not None and low.dtype != dx.dtype):
+        tau = None if t.b is None else (dy.to(wide) * cast(t.b, wide)[given(expert)]).sum(1)
+        _finish(dx, groups, low, tau)
+    elif low is not None:
+        dx.add_(low)
+    return groups.sum_back(dx) if call.of_tokens else dx
 
 
 def _scale_gradient(dy: Tensor, rows: Tensor, weight: Weight, groups: Groups, t: Terms, made: Made) -> Tensor:

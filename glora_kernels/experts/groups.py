@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from glora_kernels.dispatch.ways import is_watched
+
 
 class Groups(NamedTuple):
     """The rows of a step sorted by expert, for all products that have these rows.
@@ -60,7 +62,9 @@ class Groups(NamedTuple):
         """Sorted rows (M, ·) in the places that they had before."""
         if self.order is None:
             return rows
-        return torch.empty_like(rows).index_put_((self.order,), rows)  # index_copy_ would keep the rows for backward
+        places, found = (self.order,), torch.empty_like(rows)
+        # `index_copy` would keep the rows for backward; selective checkpoints keep results that nobody overwrites.
+        return found.index_put(places, rows) if is_watched(rows) else found.index_put_(places, rows)
 
     def sum_back(self, rows: Tensor) -> Tensor:
         """For each token the sum of its rows: (M, K) → (T, K)."""

@@ -7,7 +7,9 @@ What it computes: `experts.eager`. C and A=lora of the product variant are made 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -29,23 +31,26 @@ from glora_kernels.dispatch.common import (
     wide_dtype,
     without_autocast,
 )
-from glora_kernels.dispatch.operator import Operator
+from glora_kernels.dispatch.operator import LIBRARY, Operator
 from glora_kernels.dispatch.prepared import Prepared
 from glora_kernels.dispatch.signature import Row, Signature, Values
-from glora_kernels.dispatch.ways import is_plain
+from glora_kernels.dispatch.ways import is_batched, is_elsewhere, is_plain, is_watched
 from glora_kernels.experts import composite
 from glora_kernels.experts.call import Call, Inputs, Made, Needs, Terms, groups_of
 from glora_kernels.experts.groups import Groups
-from glora_kernels.experts.products import of_expert, thin_of_each
+from glora_kernels.experts.products import of_expert
+from glora_kernels.experts.wc import expert_wc
 from glora_kernels.glora.eager import dropped, mask_of
 from glora_kernels.glora.op import glora_linear
 from glora_kernels.quant import QuantizedWeight
+from glora_kernels.reference.random import round_dithered
 from glora_kernels.runtime import routes
 from glora_kernels.runtime.workspace import workspace_lock
 from glora_kernels.spec import VARIANTS
 
 Adapters = Mapping[str, Any]
 _TENSORS = ("a", "a_up", "a_down", "b", "b_up", "b_down", "c", "c_up", "c_down", "d", "e")
+_DIRECT = ("a", "b", "b_up", "b_down")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 _NUMBERS: dict[str, Any] = {"scale": 1.0, "dropout_p": 0.0, "seed": None, "variant": "hadamard"}
 
@@ -58,6 +63,7 @@ def expert_glora_linear(
     *,
     index: Tensor | None = None,
     offsets: Tensor | None = None,
+    experts: int | None = None,
 ) -> Tensor:
     """The linear layers of E experts, each with its adapter, over the rows that each expert has.
 
@@ -65,7 +71,7 @@ def expert_glora_linear(
     of its experts, and dx is the sum over them. Gradients of an expert's adapter are sums over its rows, zero where it
     has none; those of a tensor that all experts share are sums over all. Sums have a fixed order. No tensor of E·N·K
     elements is made in either pass, and of the size of rows backward keeps h (M, R) alone; besides y where a vector or
-    constant A is trained.
+    constant A is trained, and with a hadamard A=lora the rows of x.
 
     Args:
         x: with `index` the tokens (T, K); with `offsets` the rows (M, K), those of an expert together.
@@ -78,14 +84,21 @@ def expert_glora_linear(
         index: the experts of each token, (T,) or (T, k), integers. A number outside of 0 … E-1 is that of no expert:
             such a row of y is zero, and gives no gradient.
         offsets: (E,) integers, where the rows of each expert end, as in `torch.nn.functional.grouped_mm`. Rows behind
-            the last have no expert.
+            the last have no expert. They rise, to the number of rows at most, which is checked on a CPU alone: a GPU
+            would have to be waited for.
+        experts: E, which a weight in 4 bits does not say. Needed beside one where neither offsets nor the bias nor an
+            adapter has E in front.
 
     Returns:
         (T, N) or (T, k, N) with `index`, (M, N) with `offsets`, in the dtype of x (of autocast where it is on).
 
     Raises:
-        ValueError: sizes, devices or a combination of arguments that do not fit, or a weight that requires grad.
-        TypeError: an argument that `glora_linear` has not, or a dtype that differs from the weight's.
+        ValueError: sizes, devices or a combination of arguments that do not fit, or a weight that requires grad. On the
+            eager path also a weight in 4 bits of whose blocks one lies in two experts, and inside `batch_invariant` a
+            dropout.
+        TypeError: an argument that `glora_linear` has not, one of another type, or a dtype that differs from the
+            weight's.
+        RuntimeError: see `glora_linear`.
 
     On a GPU a hadamard A=lora and `batch_invariant` wait for the sizes of the groups: each expert is a call of
     `glora_linear` there.
@@ -97,17 +110,26 @@ def expert_glora_linear(
         raise ValueError("give one of index (the experts of each token) and offsets (where the rows of experts end)")
     if not isinstance(x, Tensor) or not is_plain(x) or x.ndim != 2:
         raise ValueError(f"x must be a matrix, of tokens (T, K) or of rows (M, K); got {_shape(x)}")
-    experts = _experts(weight, bias, adapters or {})
+    _check_types(weight, bias, adapters)
     if index is not None:
         check_numbers("index", index, x)
-        if index.ndim not in (1, 2) or len(index) != len(x):
-            raise ValueError(f"index must be ({len(x)},) or ({len(x)}, k), one row a token; got {tuple(index.shape)}")
+        experts = _experts(weight, bias, adapters or {}, experts)
+        if index.ndim not in (1, 2) or index.shape[0] != x.shape[0] or 0 in index.shape[1:]:
+            raise ValueError(
+                f"index must be ({x.shape[0]},) or ({x.shape[0]}, k), one row a token, k >= 1; got {tuple(index.shape)}"
+            )
         y = expert_rows(x, weight, bias, adapters, Groups.of(index, experts), of_tokens=True, is_sorted=False)
         return y.view(*index.shape, y.shape[1])
-    check_numbers("offsets", given(offsets), x)
-    if given(offsets).shape != (experts,):
-        raise ValueError(f"offsets must be ({experts},), one an expert; got {tuple(given(offsets).shape)}")
-    return expert_rows(x, weight, bias, adapters, Groups.sorted_by(given(offsets), len(x)), of_tokens=False)
+    ends = given(offsets)
+    check_numbers("offsets", ends, x)
+    if experts is None and isinstance(weight, QuantizedWeight) and ends.ndim == 1:
+        experts = ends.shape[0]
+    experts = _experts(weight, bias, adapters or {}, experts)
+    if ends.shape != (experts,):
+        raise ValueError(f"offsets must be ({experts},), one an expert; got {tuple(ends.shape)}")
+    if ends.device.type == "cpu" and not is_elsewhere(x):
+        _check_ends(ends.tolist(), x.shape[0])
+    return expert_rows(x, weight, bias, adapters, Groups.sorted_by(ends, x.shape[0]), of_tokens=False)
 
 
 def expert_rows(
@@ -128,8 +150,18 @@ def expert_rows(
     if numbers["variant"] not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}; got {numbers['variant']!r}")
     product = numbers["variant"] == "matmul"
-    _check(x, weight, bias, t, groups.experts, product, numbers)
-    t = {name: None if own is None else own.expand(groups.experts, *own.shape[1:]) for name, own in t.items()}
+    # What goes to the operator as it is, is checked once for each class of calls; what is made of others, in each call.
+    is_direct = (
+        bias is None
+        and isinstance(numbers["seed"], (Tensor, NoneType))
+        and all(
+            own is None or (name in _DIRECT and own.ndim > 1 and own.shape[0] == groups.experts)
+            for name, own in t.items()
+        )
+    )
+    if not is_direct:
+        _check(x, weight, bias, t, groups.experts, product, numbers)
+        t = {name: None if own is None else own.expand(groups.experts, *own.shape[1:]) for name, own in t.items()}
     drops = numbers["dropout_p"] > 0.0 and t["b_up"] is not None
     if routes.invariant() or (t["a_up"] is not None and (drops or not product)):  # the input of A is not dropped
         return _apart(x, weight, bias, t, numbers, groups, of_tokens, is_sorted)
@@ -139,7 +171,7 @@ def expert_rows(
     with without_autocast(x.device.type):
         if t["a_up"] is not None:
             narrow = factor_dtype(dtype, (t["a_up"], t["a_down"], up))
-            own = thin_of_each(weight, cast(given(t["a_up"]), narrow))
+            own = expert_wc(weight, cast(given(t["a_up"]), narrow))
             pairs = [(own, cast(given(t["a_down"]), narrow))]
             if up is not None:
                 pairs.append((cast(up, narrow) * scale, cast(given(down), narrow)))
@@ -154,6 +186,8 @@ def expert_rows(
 
     def check(row: Row) -> Values:
         own = given(row[0])
+        if is_direct:
+            _check(own, weight, bias, t, groups.experts, product, numbers)
         route = routes.route(own.device.type, own.dtype, four_bit=isinstance(weight, QuantizedWeight))
         return Values((scale, p, groups.each, of_tokens, is_sorted, route, codes.form))
 
@@ -162,61 +196,96 @@ def expert_rows(
 
 def check_numbers(name: str, tensor: Any, x: Tensor) -> None:
     """The numbers of experts, or of rows, are integers on the device of x."""
-    if (
-        not isinstance(tensor, Tensor)
-        or tensor.dtype.is_floating_point
-        or tensor.dtype in (torch.bool, torch.complex64)
-    ):
+    if not isinstance(tensor, Tensor) or tensor.dtype not in INTEGERS:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name} must be a tensor of integers; got {got}")
     if tensor.device != x.device:
         raise ValueError(f"x and {name} must be on one device; got x on {x.device} and {name} on {tensor.device}")
+    if not torch.compiler.is_compiling() and is_batched(tensor):
+        raise ValueError(f"{name} must be one for the whole batch of torch.func.vmap; got one for each entry")
 
 
-def _experts(weight: Weight, bias: Tensor | None, adapters: Adapters) -> int:
-    """E: of a dense W its first size; beside a 4-bit one the largest first size of another operand."""
+def _check_types(weight: Any, bias: Any, adapters: Any) -> None:
+    if not isinstance(weight, (Tensor, QuantizedWeight)):
+        raise TypeError(f"weight must be a tensor or a QuantizedWeight; got {type(weight).__name__}")
+    if adapters is not None and not isinstance(adapters, Mapping):
+        raise TypeError(f"adapters must be a mapping of names to tensors, or None; got {type(adapters).__name__}")
+    for name, own in (("bias", bias), *((name, (adapters or {}).get(name)) for name in _TENSORS)):
+        if own is not None and not isinstance(own, Tensor):
+            raise TypeError(f"{name} must be a tensor or None; got {type(own).__name__}")
+
+
+def _check_ends(ends: list[int], rows: int) -> None:
+    if any(after < before for before, after in itertools.pairwise((0, *ends, rows))):
+        raise ValueError(f"offsets must rise from 0 on to {rows}, the number of rows, at most; got {ends}")
+
+
+def _experts(weight: Weight, bias: Tensor | None, adapters: Adapters, experts: int | None) -> int:
+    """E: of a dense W its first size; beside a 4-bit one what is given, or what an operand has in front."""
     if isinstance(weight, Tensor):
-        return weight.shape[0] if weight.ndim else 0
-    others = [t for t in (bias, *(adapters.get(name) for name in _TENSORS)) if isinstance(t, Tensor) and t.ndim]
-    found = max((t.shape[0] for t in others), default=1)
-    if weight.shape[0] % max(1, found):
-        raise ValueError(f"a 4-bit weight of {found} experts has {found}·N rows; got {weight.shape[0]}")
-    return found
+        if weight.ndim != 3 or weight.shape[0] == 0:
+            raise ValueError(f"weight must be (E, N, K) with E >= 1; got {tuple(weight.shape)}")
+        if experts not in (None, weight.shape[0]):
+            raise ValueError(f"experts must be {weight.shape[0]}, as weight {tuple(weight.shape)} says; got {experts}")
+        return weight.shape[0]
+    if experts is None:
+        own = [bias] if bias is not None else [adapters.get(name) for name in _TENSORS]
+        found = [t.shape[0] for t in own if isinstance(t, Tensor) and t.ndim]
+        experts = max(found, default=0)
+        if not experts or (bias is None and experts == 1):  # what is there may be shared by all
+            raise ValueError(
+                "a 4-bit weight (E·N, K) does not say how many experts it has, nor does an operand with E in front: "
+                "give experts=E"
+            )
+    if experts < 1 or weight.shape[0] % experts:
+        raise ValueError(f"a 4-bit weight of E experts has E·N rows; got {weight.shape[0]} rows and E = {experts}")
+    return experts
 
 
 def _check(
     x: Tensor, weight: Weight, bias: Tensor | None, t: Mapping[str, Tensor | None], experts: int, product: bool,
     numbers: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    if isinstance(weight, Tensor) and weight.ndim != 3:
-        raise ValueError(f"weight must be (E, N, K); got {tuple(weight.shape)}")
-    if isinstance(weight, QuantizedWeight) and weight.shape[0] % experts:
-        raise ValueError(f"a 4-bit weight of {experts} experts has {experts}·N rows; got {weight.shape[0]}")
-    one = weight[0] if isinstance(weight, Tensor) else weight
+    if isinstance(weight, Tensor) and (weight.ndim != 3 or weight.shape[0] != experts):
+        raise ValueError(f"weight must be ({experts}, N, K); got {tuple(weight.shape)}")
+    checks.check_frozen("weight", weight)
+    one = _one(weight) if isinstance(weight, Tensor) else weight
     checks.check_product("x", x, "weight[e]", one)
     k, n = one.shape[1], one.shape[0] if isinstance(weight, Tensor) else one.shape[0] // experts
     checks.check_devices(("x", x.device), [("weight", weight), ("bias", bias), *t.items()])
-    for name, own in (("bias", bias), *t.items()):
+    for name, own in t.items():
         if own is not None and (own.ndim < 2 or own.shape[0] not in (1, experts)):
             raise ValueError(f"{name} must have {experts} (one an expert) or 1 in front; got {_shape(own)}")
     if bias is not None and bias.shape != (experts, n):
         raise ValueError(f"bias must be ({experts}, {n}); got {tuple(bias.shape)}")
-    s = {name: None if own is None else own[0] for name, own in t.items()}
+    try:
+        _check_one(n, k, {name: None if own is None else _one(own) for name, own in t.items()}, product)
+    except ValueError as error:
+        raise ValueError(f"of one expert: {error}") from None
+    if t["d"] is not None and bias is None:
+        raise ValueError("d scales the bias: it cannot be given where bias is None")
+    checks.check_dropout(numbers["dropout_p"])
+    if numbers["dropout_p"] and t["b_up"] is not None:
+        if numbers["seed"] is None:
+            raise ValueError(f"dropout_p={numbers['dropout_p']} needs a seed: pass seed=dropout_seed(x.device)")
+        checks.check_seed("seed", numbers["seed"], x.device)
+
+
+def _one(stacked: Tensor) -> Tensor:
+    """What one expert has of it, without values: an index would be an operation on a tensor that may be watched."""
+    return torch.empty(stacked.shape[1:], dtype=stacked.dtype, device="meta")
+
+
+def _check_one(n: int, k: int, s: Mapping[str, Tensor | None], product: bool) -> None:
+    """The adapter of one expert."""
     checks.check_form("a", n, True, (k if product else n, k), s["a"], s["a_up"], s["a_down"])
     if product and s["a"] is not None:
         raise ValueError("variant='matmul' accepts a_up and a_down, not a")
     checks.check_form("b", n, True, (n, k), s["b"], s["b_up"], s["b_down"])
     checks.check_form("c", k, False, (k, 1), s["c"], s["c_up"], s["c_down"])
-    if s["d"] is not None and bias is None:
-        raise ValueError("d scales the bias: it cannot be given where bias is None")
     for name in ("d", "e"):
         if s[name] is not None:
             checks.check_vector(name, given(s[name]), n, constant=True)
-    checks.check_dropout(numbers["dropout_p"])
-    if numbers["dropout_p"] and s["b_up"] is not None:
-        if numbers["seed"] is None:
-            raise ValueError(f"dropout_p={numbers['dropout_p']} needs a seed: pass seed=dropout_seed(x.device)")
-        checks.check_seed("seed", numbers["seed"], x.device)
 
 
 def _beta(weight: Weight, bias: Tensor | None, t: Mapping[str, Any], dtype: torch.dtype) -> Tensor | None:
@@ -235,7 +304,7 @@ def _beta(weight: Weight, bias: Tensor | None, t: Mapping[str, Any], dtype: torc
         column = (
             cast(t["c"], of_w)[..., None] if t["c"] is not None else cast(t["c_up"], of_w) @ cast(t["c_down"], of_w)
         )
-        parts.append(cast(thin_of_each(weight, column).squeeze(2), wide))
+        parts.append(cast(expert_wc(weight, column).squeeze(2), wide))
     for part in parts:
         found = part if found is None else found + part
     return found
@@ -251,9 +320,8 @@ def _apart(
     if p:
         if routes.invariant():
             raise ValueError("dropout_p must be 0 for experts inside batch_invariant(), whose masks go by the row of x")
-        kept = dropped(x, mask_of(p, numbers["seed"], x.shape[0], x.shape[1], x.device)) * (
-            numbers["scale"] / (1.0 - p)
-        )
+        mask = torch.ops.glora_kernels.expert_mask if is_watched(x) else _mask
+        kept = dropped(x, mask(given(numbers["seed"]), x.detach(), p)) * (numbers["scale"] / (1.0 - p))
         kept, t = groups.gather(kept) if of_tokens else kept, {**t, "b_up": None, "b_down": None}
     found = []
     for e, span in enumerate(groups.spans()):
@@ -265,11 +333,42 @@ def _apart(
         if kept is not None:
             narrow = factor_dtype(y.dtype, (up, down))
             low = linear(cast(kept[span], narrow), cast(given(down)[e], narrow))
-            y = (y + linear(low, cast(given(up)[e], narrow))).to(y.dtype)
+            y = _added(y, linear(low, cast(given(up)[e], narrow)))
         found.append(y)
-    rest = len(rows) - sum(map(len, found))
+    rest = rows.shape[0] - sum(y.shape[0] for y in found)
     y = torch.cat([*found, found[0].new_zeros(rest, found[0].shape[1])])
     return y if is_sorted else groups.unsort(y)
+
+
+def _mask(seed: Tensor, x: Tensor, p: float) -> Tensor:
+    """The dropout mask of x; as an operator one node, whose work in place no selective checkpoint sees."""
+    return given(mask_of(p, seed, x.shape[0], x.shape[1], x.device))
+
+
+LIBRARY.define("expert_mask(Tensor seed, Tensor x, float p) -> Tensor")
+LIBRARY.impl("expert_mask", _mask, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "glora_kernels::expert_mask", lambda seed, x, p: x.new_empty(x.shape, dtype=torch.bool), lib=LIBRARY
+)
+
+
+def _added(y: Tensor, low: Tensor) -> Tensor:
+    """y + low in the dtype of y, to 16 bits with a dither, as `experts.eager` has it."""
+    if y.dtype.itemsize > 2 or is_elsewhere(y):
+        return (y + low).to(y.dtype)
+    found: Tensor = _Added.apply(y, low)
+    return found
+
+
+class _Added(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, low: Tensor) -> Tensor:
+        ctx.dtype = low.dtype
+        return round_dithered(y.float() + low, y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, cast(dy, ctx.dtype)
 
 
 class _ExpertGLoRALinear(Operator):
@@ -283,13 +382,15 @@ class _ExpertGLoRALinear(Operator):
         needs, count = _needs(wanted), len(row)
         weight, _, t, call = self.read(row, values)
         eager = routes.is_eager(call.route)  # kernels make h, σ and Z again from x
+        keeps_shift = needs.a or needs.beta
         keeps_x = needs.a or needs.down or (not eager and (needs.up or needs.b))
         kept = Made(
             y=needs.a and (eager or registered),
             h=(needs.up or (needs.a and t.up is not None)) and (eager or registered),
             sigma=t.b is not None and (needs.b or needs.a) and (eager or registered),
         )
-        saved = [i for i, keep in enumerate((keeps_x, *[t is not None for t in row[1:]], *kept)) if keep]
+        own = [t is not None and (keeps_shift or i != _BETA) for i, t in enumerate(row)]
+        saved = [i for i, keep in enumerate((keeps_x, *own[1:], *kept)) if keep]
         builds = isinstance(weight, QuantizedWeight) or weight.dtype != given(row[0]).dtype
         return Prepared(
             self, values, wanted, saved, size=count + len(kept), with_rows=(0,), has_kernels=False, keeps=registered,
@@ -357,6 +458,7 @@ class _ExpertGLoRALinear(Operator):
 
 EXPERTS = _ExpertGLoRALinear()
 EXPERTS.register()
+_BETA = EXPERTS.signature.tensors.index("beta")
 _PLACES = [EXPERTS.signature.tensors.index(name) for name in EXPERTS.trained]
 
 

@@ -7,7 +7,6 @@ that it does not take, and a W in 4 bits, of which the weight of one expert at a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from torch.nn import functional as F
 
 from glora_kernels.dispatch.common import Weight
 from glora_kernels.experts.groups import Groups
-from glora_kernels.glora.chunks import gathered, thin
 from glora_kernels.glora.eager import cast_weight
 from glora_kernels.quant import QuantizedWeight, QuantState
 from glora_kernels.quant.codec import absmax_of
@@ -66,29 +64,6 @@ def sums(rows: Tensor, groups: Groups) -> Tensor:
     if not len(rows):
         return rows.new_zeros(groups.experts, rows.shape[1])
     return torch.segment_reduce(rows, "sum", offsets=starts, axis=0, initial=0.0, unsafe=True)
-
-
-def thin_of_each(weight: Weight, columns: Tensor) -> Tensor:
-    """W_e·columns_e (E, N, P) of thin columns (E, K, P), in their dtype; differentiable in the columns."""
-    found: Tensor = _Thin.apply(columns, weight)
-    return found
-
-
-class _Thin(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, columns: Tensor, weight: Weight) -> Tensor:
-        ctx.weight = weight
-        return torch.stack([
-            thin(of_expert(weight, e, len(columns)), own.t(), columns.dtype)
-            for e, own in enumerate(columns)
-        ])  # fmt: skip
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
-        return torch.stack([
-            gathered(own, of_expert(ctx.weight, e, len(d)), d.dtype).t() for e, own in enumerate(d)
-        ]), None  # fmt: skip
 
 
 def of_expert(weight: Weight, e: int, experts: int) -> Weight:
