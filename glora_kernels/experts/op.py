@@ -52,7 +52,7 @@ Adapters = Mapping[str, Any]
 _TENSORS = ("a", "a_up", "a_down", "b", "b_up", "b_down", "c", "c_up", "c_down", "d", "e")
 _DIRECT = ("a", "b", "b_up", "b_down")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
-_NUMBERS: dict[str, Any] = {"scale": 1.0, "dropout_p": 0.0, "seed": None, "variant": "hadamard"}
+_NUMBERS = ("scale", "dropout_p", "seed", "variant")
 
 
 def expert_glora_linear(
@@ -145,7 +145,10 @@ def expert_rows(
     given_ = {name: value for name, value in (adapters or {}).items() if value is not None}
     if unknown := sorted(given_.keys() - {*_TENSORS, *_NUMBERS}):
         raise TypeError(f"adapters has {unknown[0]!r}; accepted are {', '.join((*_TENSORS, *_NUMBERS))}")
-    numbers = {name: given_.get(name, default) for name, default in _NUMBERS.items()}
+    numbers: dict[str, Any] = {
+        "scale": given_.get("scale", 1.0), "dropout_p": given_.get("dropout_p", 0.0), "seed": given_.get("seed"),
+        "variant": given_.get("variant", "hadamard"),
+    }  # fmt: skip
     t = {name: given_.get(name) for name in _TENSORS}
     if numbers["variant"] not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(map(repr, VARIANTS))}; got {numbers['variant']!r}")
