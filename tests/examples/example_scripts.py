@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import forked
 import pytest
 import torch
 
@@ -37,9 +37,7 @@ def needs(*packages: str) -> None:
 
 
 def start(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, str(script), *arguments]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300)
+    return forked.run(script, *arguments, seconds=300)
 
 
 def finished(script: Path, out: Path, *arguments: str) -> Finished:

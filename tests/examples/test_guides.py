@@ -10,8 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
+from helpers import thinned
+from torchvision_apart import FOLDER as TIMM
+from torchvision_apart import import_torchvision
 
 from glora_kernels.reference.tolerance import FLOOR
 
@@ -41,8 +45,7 @@ TORCHRUN = (
 
 EPS = torch.finfo(torch.float32).eps
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "TOKENIZERS_PARALLELISM": "false"}
-TIMM = os.environ.get("GLORA_KERNELS_TIMM")
-"""A folder with timm and torchvision (`scripts/setup.sh` makes it): they cannot stand beside a CPU build of torch."""
+SMOKE = ["--smoke", "--device", "cpu"]
 
 
 def installed(*packages: str) -> bool:
@@ -95,7 +98,7 @@ def can_run(code: str) -> bool:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the output of every script and page that runs in one process, each in a child of its own."""
+    """A folder with the output of every script and page that runs in one process, in a process of its own."""
     out = tmp_path_factory.mktemp("guides")
     names = ["plain_pytorch", "peft_lora", "peft_glora"]
     names += ["four_bit"] * installed("trl", "datasets", "bitsandbytes")
@@ -106,14 +109,16 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if can_run(code):
             paths.append(out / "pages" / f"{name}.py")
             paths[-1].write_text(code)
-    command = [sys.executable, str(Path(__file__).with_name("run_guides.py")), str(out)]
-    command += ["--timm", TIMM] * bool(TIMM) + list(map(str, paths))
-    names = [path.stem for path in paths]
-    process = subprocess.run(command, capture_output=True, encoding="utf-8", env=ENVIRONMENT, timeout=800, cwd=out)
-    codes = dict(line.split() for line in process.stdout.splitlines() if line.split()[0] in names)
-    failed = [name for name in names if codes.get(name) != "0"]
-    logs = "\n".join((out / f"{name}.txt").read_text() for name in failed if (out / f"{name}.txt").exists())
-    assert not failed, f"{failed}\n{logs}\n{process.stderr}"
+    failed = {}
+    for path in paths:
+        log, folder = out / f"{path.stem}.txt", out / f"{path.stem}-files"
+        folder.mkdir()
+        before = import_torchvision if TIMM and "import timm" in path.read_text() else None
+        process = forked.start(path, *SMOKE, "--out", out, out=log, folder=folder, before=before)
+        if code := forked.end_of(process, 800):
+            failed[path.stem] = code
+    logs = "\n".join((out / f"{name}.txt").read_text() for name in failed)
+    assert not failed, f"{failed}\n{logs}"
     return out
 
 
@@ -168,17 +173,24 @@ def test_timm_and_lightning(ran: Path) -> None:
 
 @pytest.mark.parametrize(
     ("launcher", "methods"),
-    [
-        (
-            ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
-            ["ddp", "fsdp2"],
-        ),
-        (["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], ["shared"]),
-    ],
-    ids=["accelerate launch", "torchrun"],
+    thinned(  # `accelerate launch` is torchrun's launcher with more variables in the environment
+        2,
+        [
+            pytest.param(
+                ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+                ["ddp", "fsdp2", "shared"],
+                id="accelerate launch",
+            ),
+            pytest.param(
+                ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+                ["fsdp2", "shared"],
+                id="torchrun",
+            ),
+        ],
+    ),
 )
 def test_two_processes(launcher: list[str], methods: list[str], tmp_path: Path) -> None:
-    script = [str(SCRIPTS / "several_processes.py"), "--smoke", "--device", "cpu", "--out", str(tmp_path)]
+    script = [str(SCRIPTS / "several_processes.py"), *SMOKE, "--out", str(tmp_path)]
     command = [sys.executable, "-m", *launcher, *script, "--methods", *methods]
     process = subprocess.run(command, capture_output=True, encoding="utf-8", env=ENVIRONMENT, timeout=400, cwd=tmp_path)
     assert process.returncode == 0, process.stderr

@@ -4,19 +4,17 @@ timm needs torchvision, and torchvision one build of torch; a build that does no
 the two may lie in a folder that nothing else imports from, named by GLORA_KERNELS_TIMM.
 """
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import forked
 import pytest
+from torchvision_apart import FOLDER, import_torchvision
 
 for name in ("lightning", "peft", "sklearn"):
     pytest.importorskip(name)
 
 CHILD = Path(__file__).with_name("timm_child.py")
-FOLDER = os.environ.get("GLORA_KERNELS_TIMM")
 
 
 @pytest.mark.skipif(
@@ -25,12 +23,9 @@ FOLDER = os.environ.get("GLORA_KERNELS_TIMM")
 )
 def test_lightning_trains_a_vision_transformer(tmp_path):
     assert not FOLDER or (Path(FOLDER) / "timm").is_dir(), f"GLORA_KERNELS_TIMM={FOLDER} has no timm in it"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    if FOLDER:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [FOLDER, os.environ.get("PYTHONPATH")]))
-    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    outside, inside, log = tmp_path / "outside", tmp_path / "inside", tmp_path / "log.txt"
     outside.mkdir()
-    command = [sys.executable, CHILD, inside]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=outside, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    before = import_torchvision if FOLDER else None
+    code = forked.end_of(forked.start(CHILD, inside, out=log, folder=outside, before=before), 300)
+    assert code == 0, log.read_text()
     assert not list(outside.iterdir()), "Lightning wrote files that nobody asked for"

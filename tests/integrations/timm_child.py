@@ -1,13 +1,10 @@
 """Lightning trains a vision transformer of timm on scikit-learn's digits; `test_lightning.py` starts this process.
 
-timm needs torchvision, whose build need not fit the torch of these tests: its fake kernels are not registered then,
-and the folder with both is on the path of this process alone. In float64 (Lightning's "64-true") every loss is plain
-PEFT's to rounding, and PEFT's own forward raises while an accelerated model trains.
+timm, and torchvision that it needs, are on the path of this process alone. In float64 (Lightning's "64-true") every
+loss is plain PEFT's to rounding, and PEFT's own forward raises while an accelerated model trains.
 
     python timm_child.py FOLDER
 """
-
-# ruff: noqa: E402  (torchvision comes first)
 
 from __future__ import annotations
 
@@ -18,23 +15,10 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from unittest import mock
-
-import torch
-
-
-def register_fake(name, *args, register=torch.library.register_fake, **kwargs):
-    """torch's own, but for the operators of torchvision, which a build for another torch lacks."""
-    if str(name).startswith("torchvision::"):
-        return lambda function: function
-    return register(name, *args, **kwargs)
-
-
-with mock.patch.object(torch.library, "register_fake", register_fake):
-    import torchvision  # noqa: F401  (before transformers, which imports it where it is there)
 
 import peft
 import timm
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from only_ours import only_ours
