@@ -30,9 +30,13 @@ def check_product(x_name: str, x: Tensor, weight_name: str, weight: Weight) -> N
 
 def check_frozen(name: str, weight: Weight) -> None:
     if weight.requires_grad and torch.is_grad_enabled() and not is_transformed():
+        first_fsdp = (
+            ". The first FSDP (FullyShardedDataParallel) gives the frozen weights of a unit one beside its trained "
+            "parameters: use gk.fully_shard"
+        )
         raise ValueError(
             f"{name} requires a gradient, but the base of an adapted layer is frozen and gets none; "
-            f"call {name}.requires_grad_(False)"
+            f"call {name}.requires_grad_(False){'' if weight.is_leaf else first_fsdp}"
         )
 
 

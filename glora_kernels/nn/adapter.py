@@ -127,9 +127,9 @@ def load_adapter(
             _check_common(where, root, own, state, values)
         with torch.no_grad():
             for full, tensor in state.items():
-                mine = own_part(tensor)
-                undo.callback(mine.detach().copy_, host_copy(mine))
-                mine.copy_(part_of(values[full], tensor))
+                part = own_part(tensor)
+                undo.callback(part.detach().copy_, host_copy(part))
+                part.copy_(part_of(values[full], tensor))
         layers = named_layers(root)
         for path in biases:
             if (bias := layers[path].bias) is not None:

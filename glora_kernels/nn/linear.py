@@ -393,8 +393,7 @@ class GLoRALinear(TakesRows, Mergeable):
         if self._rows is not None or self._active is not None:
             raise RuntimeError("a layer that is cut over ranks has one adapter: rows and set_adapter cannot be used")
         own: dict[str, Any] = self._parameters
-        weight: Any = self.codes() if self.quant_state is not None else own["weight"]
-        base = weight.t() if self._transposed else weight, own["bias"], self.compute_dtype
+        base = self.base_weight(), own["bias"], self.compute_dtype
         if self._disabled:
             return cut.linear(x, base, None, {}, False)
         return cut.linear(x, base, self.config, {name: own[name] for name in ADAPTER_NAMES}, self.training)

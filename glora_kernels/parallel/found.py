@@ -98,8 +98,9 @@ def _by_forward(linear: nn.Module, direction: str) -> Callable[[Any], None] | No
     if code is None or not cells:
         return None
     inside = dict(zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=True))
-    style, mesh, around = (inside.get(name) for name in ("self", "mesh", "original_forward"))
-    if style is None or type(style).__module__ != "transformers.distributed.tensor_parallel" or mesh is None:
+    style: Any = inside.get("self")
+    mesh, around = inside.get("mesh"), inside.get("original_forward")
+    if type(style).__module__ != "transformers.distributed.tensor_parallel" or mesh is None:
         return None
     if _OF_TRANSFORMERS.get(type(style).__name__) != direction or getattr(around, "__self__", None) is not linear:
         return None

@@ -156,6 +156,10 @@ class QuantizedWeight:
     def requires_grad(self) -> bool:
         return False
 
+    @property
+    def is_leaf(self) -> bool:
+        return True
+
     def numel(self) -> int:
         return self.state.shape[0] * self.state.shape[1]
 

@@ -7,6 +7,7 @@ from collections import Counter
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -346,6 +347,8 @@ def refuses(mesh):
     raises(ValueError, "give mesh=, the data-parallel dimension", lambda: gk.fully_shard(in_parts))
     raises(ValueError, "merge: the model is sharded", lambda: gk.merge(in_parts))
     raises(ValueError, "the model is sharded", lambda: gk.add_adapter(in_parts, "second", LORA))
+    first = FullyShardedDataParallel(layer(LORA), use_orig_params=True, device_id=torch.device("cpu"))
+    raises(ValueError, "use gk.fully_shard", lambda: first(torch.ones(2, 24, dtype=torch.float64)))
 
 
 def seeds_must_agree(mesh):
