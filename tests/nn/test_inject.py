@@ -110,7 +110,7 @@ def test_injecting_twice_is_refused(vit):
 def test_a_failure_while_building_changes_nothing(vit, monkeypatch):
     model = vit()
     model.embed.weight.requires_grad_(False)
-    original, calls = GLoRALinear.from_linear.__func__, []
+    original, calls = GLoRALinear.in_place_of.__func__, []
 
     def fail_at_the_third(cls, *args, **kwargs):
         calls.append(args)
@@ -118,7 +118,7 @@ def test_a_failure_while_building_changes_nothing(vit, monkeypatch):
             raise MemoryError("no room for a third")
         return original(cls, *args, **kwargs)
 
-    monkeypatch.setattr(GLoRALinear, "from_linear", classmethod(fail_at_the_third))
+    monkeypatch.setattr(GLoRALinear, "in_place_of", classmethod(fail_at_the_third))
     refused(model, CFG, error=MemoryError, match="third")
     assert len(calls) == 3
 
