@@ -71,7 +71,7 @@ def _block(
             return tile.read(tile.transposed(own), d, c, K, N).to(NUMERICS.dtype)
 
 
-@triton.jit(do_not_specialize=["M", "J", "seed"])
+@triton.jit(do_not_specialize=["seed", "M", "J"])
 def _expert_product_kernel(
     out, left, w, codes, low_ptr, sums_ptr, seed, table_ptr, left_rows_ptr, left_each,
     out_rows_ptr, mask_rows_ptr, mask_each, starts_ptr,

@@ -70,7 +70,7 @@ def _dropped_sum(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "J", "rank_blocks", "seed"])
+@triton.jit(do_not_specialize=["seed", "M", "J", "rank_blocks"])
 def _multi_outer_kernel(
     dy, x, z, h_ptr, s_ptr, sigma_ptr, grads, bias, seed, table_ptr, dy_rows_ptr, x_rows_ptr, x_each, starts_ptr,
     M, N, K, J, width, rank_blocks,

@@ -89,7 +89,7 @@ def _side(
             tl.store(side.sums + behind + i, sums, mask=i < end)
 
 
-@triton.jit(do_not_specialize=["M", "J", "rank_blocks", "seed"])
+@triton.jit(do_not_specialize=["seed", "M", "J", "rank_blocks"])
 def _multi_shrink_kernel(
     x, dy, seed, table_ptr, starts_ptr, M, J, width, rank_blocks,
     LAYOUT: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,

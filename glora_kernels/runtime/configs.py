@@ -362,13 +362,13 @@ def multi_outer(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
 
 
 def expert_rows(m: int, experts: int) -> int:
-    """The class of the rows that an expert has on average, of M in all: up to 16, up to 64, or more."""
+    """The class of the rows that an expert has on average, of M in all: up to 16, up to 64, or more (128)."""
     return next((most for most in (16, 64) if m <= most * experts), 128)
 
 
 def expert_product(arch: str, dtype: torch.dtype, shape: Shape) -> dict[str, int]:
     """Blocks of `_expert_product_kernel`: rows of an expert, columns of y or dx, depth. M: rows an expert."""
-    rows = min(shape.m, 128 if arch in ("sm_90", "sm_100") else 64)
+    rows = min(expert_rows(shape.m, 1), 128 if arch in ("sm_90", "sm_100") else 64)
     if dtype == torch.float32:
         return {"rows": min(rows, 32), "cols": 64, "depth": 32, "num_warps": 4, "num_stages": 2}
     stages = 2 if arch.startswith("gfx") else 4 if arch in ("sm_80", "sm_90", "sm_100") else 3
