@@ -72,7 +72,16 @@ class Groups(NamedTuple):
         return rows if self.each == 1 else rows.view(-1, self.each, rows.shape[-1]).sum(1)
 
     def spans(self) -> list[slice]:
-        """The sorted rows of each expert; on a GPU it waits for their numbers."""
+        """The sorted rows of each expert; on a GPU it waits for their numbers.
+
+        Raises:
+            RuntimeError: under torch.jit.trace, where these would be constants of the trace.
+        """
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError(
+                "torch.jit.trace would keep how many rows each expert has in this call for all others: use "
+                "torch.compile or torch.export"
+            )
         starts = self.starts[:-1].tolist()
         return [slice(first, last) for first, last in itertools.pairwise(starts)]
 

@@ -98,7 +98,7 @@ def expert_glora_linear(
             dropout.
         TypeError: an argument that `glora_linear` has not, one of another type, or a dtype that differs from the
             weight's.
-        RuntimeError: see `glora_linear`.
+        RuntimeError: see `glora_linear`; and under torch.jit.trace.
 
     On a GPU a hadamard A=lora and `batch_invariant` wait for the sizes of the groups: each expert is a call of
     `glora_linear` there.

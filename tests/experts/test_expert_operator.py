@@ -82,6 +82,11 @@ def test_adapters_that_all_experts_share(form):
         p.exact(p.ours())
 
 
+def drawn(*shape: int) -> Tensor:
+    """An index with rows that have no expert."""
+    return torch.randint(-1, 5, shape, generator=torch.Generator().manual_seed(0))
+
+
 def odd(tensor: Tensor) -> Tensor:
     """The same numbers, with other strides and at an address that is no multiple of 16 bytes."""
     wide = torch.zeros(*tensor.shape[:-1], 2 * tensor.shape[-1] + 1, dtype=tensor.dtype)
@@ -129,8 +134,7 @@ def test_dropout_goes_by_the_row_of_x(form, rate):
 @pytest.mark.parametrize("dtype", DTYPES)
 @forms
 def test_other_dtypes_are_as_near_as_the_letter(form, dtype, adapters):
-    index = torch.randint(-1, 5, (40, 2), generator=torch.Generator().manual_seed(0))
-    p = problem(FORMS[form], dtype=dtype, adapters=adapters, index=index, k=70, n=33)
+    p = problem(FORMS[form], dtype=dtype, adapters=adapters, index=drawn(40, 2), k=70, n=33)
     p.check(p.ours(), dtype)
 
 
@@ -244,7 +248,7 @@ KEPT = {
 @pytest.mark.parametrize("form", KEPT)
 def test_what_backward_keeps(form):
     """Of the size of rows h, σ, and where A is trained y; x is the caller's own, and nothing is of the size of W."""
-    p = problem(FORMS[form], index=torch.randint(-1, 5, (500, 2)))
+    p = problem(FORMS[form], index=drawn(500, 2))
     leaves = {name: own.detach().requires_grad_() for name, own in p.leaves().items()}
     kept: dict[int, Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(id(t), t), lambda t: t):
@@ -282,7 +286,7 @@ def test_what_backward_does_not_read_may_be_overwritten():
 
 @forms
 def test_the_same_bits_every_time_and_on_the_eager_path(form):
-    p = problem(FORMS[form], dtype=torch.bfloat16, index=torch.randint(-1, 5, (64, 3)))
+    p = problem(FORMS[form], dtype=torch.bfloat16, index=drawn(64, 3))
     first = p.ours()
     for _ in range(2):
         assert all(torch.equal(first[name], own) for name, own in p.ours().items())

@@ -141,6 +141,15 @@ def test_traced_pretended_and_exported(form):
     assert (y.shape, y.dtype) == (p.dy.shape, p.dy.dtype)
 
 
+def test_a_trace_of_torch_jit_is_refused():
+    """It would take the sizes of groups for constants, and answer wrongly for another index."""
+    p = problem(FORMS["LoRA"])
+    with pytest.raises(
+        RuntimeError, match=r"torch\.jit\.trace would keep how many rows.*torch\.compile or torch\.export"
+    ):
+        torch.jit.trace(lambda x, index: replace(p, where={"index": index}).call({"x": x}), (p.x, p.where["index"]))
+
+
 @pytest.mark.parametrize("form", [*BIG])
 def test_compiled_into_one_graph_for_any_tokens(form):
     torch._dynamo.reset()
