@@ -50,7 +50,7 @@ PLAIN = (nn.Parameter, Tensor)
 IN_A_TRAINED_UNIT = "in_a_trained_unit"
 """Key: FSDP1 has flattened the base together with trained parameters, so its weight is a view that requires a gradient
 only because they do."""
-_PARALLEL = ("_hf_tp_plan", "_hf_device_mesh")  # attributes that transformers sets on a tensor-parallel module
+_PARALLEL = ("_hf_tp_plan", "_hf_device_mesh")  # attributes that PEFT, or transformers, sets on a tensor-parallel module
 Mixed = tuple[Frozen, list[Operands], Tensor, dict[str, Any]]
 """The arguments of `mixed_linear` after x."""
 _Layer: Any = object  # typed Any, because subclasses also derive from a class of PEFT and use its attributes
@@ -186,6 +186,12 @@ def has_other_forward(module: nn.Module) -> bool:
     return forward is not None and not own
 
 
+def is_tensor_parallel(base: nn.Module) -> bool:
+    """Whether transformers has cut the base over ranks, or PEFT has read a plan of that for it."""
+    attributes = vars(base)
+    return any(attributes.get(name) is not None for name in _PARALLEL)
+
+
 def tensor_of(module: nn.Module, name: str) -> Any:
     """The parameter of this name, or another attribute in its place; None where the module has none.
 
@@ -205,11 +211,10 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
             synchronizes with the device; `IN_A_TRAINED_UNIT`.
         x: the input of the layer; a `Linear4bit` sets its compute dtype from its first one.
     """
+    if is_tensor_parallel(base):
+        return TENSOR_PARALLEL
     if not is_plain(base):
         return HOOKED
-    attributes = vars(base)
-    if any(attributes.get(name) is not None for name in _PARALLEL):
-        return TENSOR_PARALLEL
     if "base_layer" in base._modules:
         return NESTED
     if "parametrizations" in base._modules:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import mesh_cases
+import peft_cases
 import torch
 import torch.distributed as dist
 import tp_cases
@@ -34,6 +35,8 @@ def cases(ranks, folder):
         "models, injected after": partial(tp_cases.models_equal_one_process, mesh, folder, True),
         "a file into a plain model": partial(tp_cases.a_plain_model_takes_a_file, mesh, folder),
         "transformers": partial(tp_cases.of_transformers, mesh, folder),
+        "PEFT": partial(peft_cases.accelerates, mesh, folder),
+        "PEFT, columns": partial(peft_cases.columns_equal_pefts, mesh, folder),
         "4 bits": partial(tp_cases.of_4_bits, mesh),
         "collectives": partial(tp_cases.collectives, mesh),
         "one sum of dx": partial(tp_cases.one_sum_of_dx, mesh),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from glora_kernels.integrations import bases
-from glora_kernels.integrations.accelerated import dora
+from glora_kernels.integrations.accelerated import dora, parallel
 from glora_kernels.integrations.accelerated.experts import Experts
 from glora_kernels.integrations.bases import HOOKED, IDLE, ON_META, is_plain, peft_linear, tensor_of
 from glora_kernels.nn.adapted import ABSENT, Operands, mixed_linear
@@ -45,12 +45,20 @@ class Accelerated(bases.OverBase):
         if self._rows is not None and not self._disable_adapters:
             return self.rowed(x, self._rows, *args, *kwargs.values())
         call: Any = self.call(x, args, kwargs)
+        if call == bases.TENSOR_PARALLEL:
+            call = self.in_parts(x)
+            if isinstance(call, Tensor):
+                return call
         if isinstance(call, str):
             if not torch.compiler.is_compiling():
                 self._glora_fallbacks[call] = self._glora_fallbacks.get(call, 0) + 1
             bases.before_its_own_forward(self.get_base_layer(), (x, *(() if call == IDLE else self.parameters())))
             return self.plain.forward(self, x, *args, **kwargs)
         return mixed_linear(x, *call) if len(call) == 4 else peft_linear(x, *call)
+
+    def in_parts(self, x: Tensor | None) -> Tensor | str | None:
+        """y over a tensor-parallel base, or the reason why PEFT's forward runs. x None: that reason alone, or None."""
+        return bases.TENSOR_PARALLEL
 
     def mixed(self, x: Tensor, names: Sequence[str]) -> bases.Mixed | str:
         """The arguments of `mixed_linear` for examples with these adapters, or the reason why PEFT's forward runs."""
@@ -98,6 +106,9 @@ class Accelerated(bases.OverBase):
     def standing_refusal(self) -> str | None:
         """The reason why PEFT's forward runs whatever the call, or None."""
         parts = self.active_parts()
+        if parts == bases.TENSOR_PARALLEL:
+            reason = self.in_parts(None)
+            return reason if isinstance(reason, str) else None
         if isinstance(parts, str):
             return parts
         return bases.RANK if bases.is_above_rank(parts[1], self.base_layer.weight.is_cuda) else None
@@ -217,6 +228,9 @@ class LoraOperands(Accelerated):
             return MIXED_BATCH
         return self.mixed_parts(x, names)
 
+    def in_parts(self, x: Tensor | None) -> Tensor | str | None:
+        return parallel.refusal(self) if x is None else parallel.linear(self, x)
+
     def operands(self, name: str) -> Operands | str | None:
         # Not self.lora_A[name]: nn.Module.__getattr__ costs more than all of this method.
         downs, ups, dropouts = (self._modules[part]._modules for part in ("lora_A", "lora_B", "lora_dropout"))
@@ -228,7 +242,7 @@ class LoraOperands(Accelerated):
         down, up, dropout = downs[name], ups[name], dropouts[name]
         if not (_is_linear(down) and _is_linear(up)):
             return FOREIGN
-        if not (is_plain(down) and is_plain(up)):
+        if not (is_plain(down) and is_plain(up)) and not bases.is_tensor_parallel(self.base_layer):
             return HOOKED
         p = dropout_of(dropout)
         if isinstance(p, str):
