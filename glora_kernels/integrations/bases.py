@@ -50,7 +50,10 @@ PLAIN = (nn.Parameter, Tensor)
 IN_A_TRAINED_UNIT = "in_a_trained_unit"
 """Key: FSDP1 has flattened the base together with trained parameters, so its weight is a view that requires a gradient
 only because they do."""
-_PARALLEL = ("_hf_tp_plan", "_hf_device_mesh")  # attributes that PEFT, or transformers, sets on a tensor-parallel module
+_PARALLEL = (
+    "_hf_tp_plan",
+    "_hf_device_mesh",
+)  # attributes that PEFT, or transformers, sets on a tensor-parallel module
 Mixed = tuple[Frozen, list[Operands], Tensor, dict[str, Any]]
 """The arguments of `mixed_linear` after x."""
 _Layer: Any = object  # typed Any, because subclasses also derive from a class of PEFT and use its attributes

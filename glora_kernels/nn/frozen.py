@@ -2,8 +2,9 @@
 
 A 4-bit base holds the packed codes as its attribute `weight`, uint8 (P, 1), and their metadata (absmax, ...) as
 `quant_state`. These are plain tensors, neither parameters nor buffers, because codes must not be averaged, cast,
-decayed, pruned, sharded or broadcast, and code that does so goes through a module's parameters and buffers. The module
-itself moves them between devices, saves and loads them.
+decayed, pruned or broadcast, and code that does so goes through a module's parameters and buffers. The module
+itself moves them between devices, saves and loads them. Only `fully_shard` makes the codes a frozen parameter, of which
+FSDP2 keeps a part on each rank.
 """
 
 from __future__ import annotations
@@ -67,8 +68,18 @@ class FrozenBase(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and (state := self.__dict__.get("quant_state")) is not None:
-            _check_codes(value, state)
+            _check_codes(value, state, self.has_codes_as_parameter)
         super().__setattr__(name, value)
+
+    @property
+    def has_codes_as_parameter(self) -> bool:
+        """Whether the codes are a parameter, as `fully_shard` makes them."""
+        return self.quant_state is not None and "weight" in self._parameters
+
+    def make_codes_a_parameter(self, parameter: nn.Parameter) -> None:
+        """Put a frozen parameter on the memory of the codes in their place; layers on the same codes are given one."""
+        del self.__dict__["weight"]
+        self.register_parameter("weight", parameter)
 
     def base_weight(self) -> Weight:
         """W (N, K): the parameter, transposed if it is stored as (K, N), or the 4-bit weight."""
@@ -99,7 +110,9 @@ class FrozenBase(nn.Module):
 
     def change_codes(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the codes and every tensor of their metadata by `change(tensor)`; a dense base is left alone."""
-        if self.quant_state is not None:
+        if self.has_codes_as_parameter:
+            self.quant_state = self.quant_state.map(change)  # type: ignore[union-attr]
+        elif self.quant_state is not None:
             self.hold(QuantizedWeight(change(self.weight), self.quant_state.map(change)))
 
     def _fqn_modifiers(self) -> dict[str, str]:
@@ -112,6 +125,8 @@ class FrozenBase(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.quant_state is not None and self._cut is None:
             destination |= {f"{prefix}weight.{k}": v for k, v in state_tensors(self.quant_state).items()}
+        if self._cut is not None and self.has_codes_as_parameter:
+            del destination[f"{prefix}weight"]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *found: Any) -> None:
         _, missing, unexpected, errors = found
@@ -129,7 +144,10 @@ class FrozenBase(nn.Module):
         elif name in state_dict:
             known.add(name)
             try:
-                self._load_codes(state, state_dict[name], parts, metadata.get("assign_to_params_buffers", False))
+                if self.has_codes_as_parameter:  # which `nn.Module` loads as any other
+                    self.quant_state = state.written(_like(state, state_from_tensors(parts, state.absmax.device)))
+                else:
+                    self._load_codes(state, state_dict[name], parts, metadata.get("assign_to_params_buffers", False))
             except (ValueError, TypeError, RuntimeError) as error:
                 errors.append(f"{name}: {error}")
                 return
@@ -138,6 +156,8 @@ class FrozenBase(nn.Module):
             missing.extend(key for key in own if key not in state_dict)
         super()._load_from_state_dict(state_dict, prefix, metadata, *found)
         unexpected[:] = [key for key in unexpected if key not in known]
+        if self._cut is not None and self.has_codes_as_parameter:
+            missing[:] = [key for key in missing if key != name]
 
     def _load_codes(self, mine: QuantState, given: Tensor, parts: dict[str, Tensor], assign: bool) -> None:
         """Load the codes of a state dict, in place unless `assign`; an error changes nothing."""
@@ -152,8 +172,7 @@ class FrozenBase(nn.Module):
             raise ValueError(f"it is dense ({given.dtype}) and this layer's is in 4 bits; load first, then quantize()")
         codes = packed_bytes(given).to(given.device if assign else self.weight.device)
         new = QuantizedWeight(codes, state_from_tensors(parts, codes.device))
-        if new.state.shape != mine.shape:
-            raise ValueError(f"it has shape {new.state.shape}, the layer {mine.shape}")
+        _like(mine, new.state)
         if assign:
             self.hold(new)
         else:
@@ -228,9 +247,16 @@ def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     return moved if (moved.dtype, moved.shape) == (tensor.dtype, tensor.shape) else tensor.to(moved.device)
 
 
-def _check_codes(value: Any, state: QuantState) -> None:
+def _like(mine: QuantState, given: QuantState) -> QuantState:
+    """The given state, if it is of a weight of the same shape; else a ValueError."""
+    if given.shape != mine.shape:
+        raise ValueError(f"it has shape {given.shape}, the layer {mine.shape}")
+    return given
+
+
+def _check_codes(value: Any, state: QuantState, as_parameter: bool) -> None:
     """Raise an error where something other than codes is assigned to the weight of a 4-bit layer."""
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.dtype == torch.uint8:
+    if isinstance(value, Tensor) and isinstance(value, nn.Parameter) is as_parameter and value.dtype == torch.uint8:
         QuantizedWeight(value, state)
         return
     given = type(value).__name__

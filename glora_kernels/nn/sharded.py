@@ -48,11 +48,12 @@ def fully_shard(
 
     Every block becomes an FSDP group, and the model a group of all other parameters. A parameter that several groups
     have (a factor shared over depth, say) belongs to none: it is whole on every rank, gets the values of the mesh's
-    first rank, and its gradient is averaged over the mesh in backward. The codes of a 4-bit base are not parameters:
-    every rank keeps all of them on the mesh's device, and they must be equal on all ranks. Gradient accumulation
-    (`model.set_requires_gradient_sync(False)`), both kinds of activation checkpointing and 2-D (hybrid) meshes work as
-    for any FSDP model. Inject and load before this call, make the optimizer after it. A model that is cut by tensor
-    parallelism is sharded over the other dimension of the mesh; a factor that is whole is averaged over that one alone.
+    first rank, and its gradient is averaged over the mesh in backward. The codes of a 4-bit base become a frozen
+    parameter and are sharded as others, byte by byte; every rank keeps their scales (absmax). Both must be equal on all
+    ranks before. Gradient accumulation (`model.set_requires_gradient_sync(False)`), both kinds of activation
+    checkpointing and 2-D (hybrid) meshes work as for any FSDP model. Inject and load before this call, make the
+    optimizer after it. A model that is cut by tensor parallelism is sharded over the other dimension of the mesh; a
+    factor that is whole is averaged over that one alone.
 
         model = gk.inject(build(), gk.ShareLoRAConfig(rank=64, share="A"))     # on every rank
         gk.fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
@@ -125,6 +126,9 @@ def fully_shard(
     given = {"mp_policy": mp_policy, "offload_policy": offload_policy, "reshard_after_forward": reshard_after_forward}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     mesh = mesh or _every_rank()
+    if _codes_become_parameters(model):
+        groups = _groups(model, chosen)
+        common = _common(model, groups)
     everything: list[nn.Module] = [*chosen, model]
     for module in everything:
         shard(module, mesh=mesh, ignored_params=set(common), **options)
@@ -133,6 +137,18 @@ def fully_shard(
             module.change_codes(lambda codes: codes.to(mesh.device_type))
     _replicate(model, common, mesh, None if mp_policy is None else mp_policy.reduce_dtype)
     return model
+
+
+def _codes_become_parameters(model: nn.Module) -> bool:
+    """Make the codes of every 4-bit layer a parameter, one for layers on the same codes; whether there were any."""
+    made: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, FrozenBase) and module.quant_state is not None:
+            codes = module.weight
+            if codes not in made:
+                made[codes] = nn.Parameter(codes, requires_grad=False)
+            module.make_codes_a_parameter(made[codes])
+    return bool(made)
 
 
 def parameter_groups(model: nn.Module, by_adapter: bool = False) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from two_ranks import (
     Classifier,
     assert_alike,
@@ -90,7 +91,7 @@ def fsdp_resumes_from_a_distributed_checkpoint(rank, mesh, folder):
 
 
 def fsdp_of_4_bits(rank, mesh, folder):
-    """Every rank holds all codes: the gradients of one process in fp32; a checkpoint brings them along."""
+    """Every rank holds a part of the codes: the gradients of one process in fp32; a checkpoint brings them along."""
 
     def packed(seed):
         torch.manual_seed(seed)
@@ -107,9 +108,25 @@ def fsdp_of_4_bits(rank, mesh, folder):
     backward(model, 0, rank, torch.float32)
     backward(whole_one, 0, None, torch.float32)
     assert_alike(gradients(model), gradients(whole_one), 1e-5)
+    for mine, other in zip(codes_of(model), codes_of(whole_one), strict=True):
+        assert mine.to_local().numel() < other.numel()
+        assert torch.equal(mine.full_tensor(), other)
     dcp.save(get_model_state_dict(model), checkpoint_id=folder / "packed")
     other = gk.fully_shard(packed(7), mesh=mesh)
     state = get_model_state_dict(other)
     dcp.load(state, checkpoint_id=folder / "packed")
     set_model_state_dict(other, state)
     assert torch.equal(other(batch(1, rank, torch.float32)[0]), model(batch(1, rank, torch.float32)[0]))
+    mixed = gk.fully_shard(packed(0), mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    assert all(codes.dtype == torch.uint8 for codes in codes_of(mixed))
+    y, wanted = (m(batch(1, rank, torch.float32)[0]).float() for m in (mixed, model))
+    torch.testing.assert_close(y, wanted, rtol=0.05, atol=0.05)
+    tied = packed(0)
+    tied.blocks[1].mlp.hold(tied.blocks[0].mlp.codes())
+    tied = gk.fully_shard(tied, mesh=mesh)
+    assert tied.blocks[0].mlp.weight is tied.blocks[1].mlp.weight, "codes that blocks share are whole"
+    backward(tied, 0, rank, torch.float32)
+
+
+def codes_of(model):
+    return [layer.weight for layer in model.modules() if getattr(layer, "quant_state", None) is not None]

@@ -34,8 +34,15 @@ def fsdp_over_tensor_parallel(mesh):
 
 
 def of_4_bits(mesh):
+    """A rank holds its part of the part of codes that its tensor-parallel rank has; no state dict does."""
     ours, alone = quantized(), quantized()
     equal_steps(sharded(ours, mesh), alone, mesh)
+    codes = ours.model.layers[0].mlp.up_proj.weight
+    assert codes.to_local().numel() * 4 == alone.model.layers[0].mlp.up_proj.weight.numel()
+    held = ours.state_dict()
+    assert held
+    assert not any(name.endswith("_proj.weight") for name in held)
+    assert not ours.load_state_dict(held).missing_keys
 
 
 def saves(mesh, folder):

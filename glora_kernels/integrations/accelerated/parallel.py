@@ -10,6 +10,7 @@ The gradient of the whole factor is added up over the ranks in backward, so that
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -103,16 +104,19 @@ def _found(base: Any) -> Any:
 
 
 def _is_cut_with(factor: Any, cut: Any) -> bool:
-    """Whether only PEFT's own style stands around a factor that is cut with W."""
+    """Whether a factor is cut as W is, and has no hooks; PEFT's style has replaced its forward."""
     from torch.distributed.tensor import DTensor, Shard
 
-    weight = factor.weight
-    dim = 0 if cut.direction == "column" else 1
-    return isinstance(weight, DTensor) and weight.placements == (Shard(dim),) and weight.device_mesh == cut.mesh
+    weight: Any = bases.tensor_of(factor, "weight")
+    wanted = (Shard(0 if cut.direction == "column" else 1),)
+    is_hooked = factor._forward_hooks or factor._forward_pre_hooks or factor._backward_hooks
+    return (
+        not is_hooked and isinstance(weight, DTensor) and weight.placements == wanted and weight.device_mesh == cut.mesh
+    )
 
 
 @lru_cache(maxsize=1024)
 def _config(rank: int, scale: float, dropout: float, has_bias: bool) -> GLoRAConfig:
     """The adapter's forms: a trained bias of lora_B is E."""
-    e = "vector" if has_bias else "none"
-    return GLoRAConfig(B="lora", A="none", C="none", D="none", E=e, rank=rank, alpha=scale * rank, dropout=dropout)
+    plain = GLoRAConfig.lora(rank, alpha=scale * rank, dropout=dropout)
+    return replace(plain, E="vector") if has_bias else plain
