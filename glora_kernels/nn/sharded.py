@@ -12,6 +12,7 @@ while FSDP's gradient sync was off. What `.grad` already holds was averaged befo
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
@@ -126,7 +127,16 @@ def fully_shard(
     given = {"mp_policy": mp_policy, "offload_policy": offload_policy, "reshard_after_forward": reshard_after_forward}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     mesh = mesh or _every_rank()
-    if _codes_become_parameters(model):
+    casts_codes = mp_policy is not None and mp_policy.param_dtype is not None and _CASTS_ALL
+    packed = _of_codes(model)
+    if packed and casts_codes:
+        warnings.warn(
+            "fully_shard: FSDP2 of this torch would cast 4-bit codes to param_dtype, so every rank keeps all of them; "
+            "torch 2.12 shards them, or leave param_dtype out and use autocast",
+            stacklevel=2,
+        )
+    elif packed:
+        _make_codes_parameters(packed)
         groups = _groups(model, chosen)
         common = _common(model, groups)
     everything: list[nn.Module] = [*chosen, model]
@@ -139,16 +149,22 @@ def fully_shard(
     return model
 
 
-def _codes_become_parameters(model: nn.Module) -> bool:
-    """Make the codes of every 4-bit layer a parameter, one for layers on the same codes; whether there were any."""
+_CASTS_ALL = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
+"""Whether FSDP2 of this torch casts all parameters to `param_dtype`, not the floating-point ones alone."""
+
+
+def _of_codes(model: nn.Module) -> list[FrozenBase]:
+    return [module for module in model.modules() if isinstance(module, FrozenBase) and module.quant_state is not None]
+
+
+def _make_codes_parameters(layers: Iterable[FrozenBase]) -> None:
+    """Make the codes of 4-bit layers parameters, one for layers on the same codes."""
     made: dict[Tensor, nn.Parameter] = {}
-    for module in model.modules():
-        if isinstance(module, FrozenBase) and module.quant_state is not None:
-            codes = module.weight
-            if codes not in made:
-                made[codes] = nn.Parameter(codes, requires_grad=False)
-            module.make_codes_a_parameter(made[codes])
-    return bool(made)
+    for layer in layers:
+        codes = layer.weight
+        if codes not in made:
+            made[codes] = nn.Parameter(codes, requires_grad=False)
+        layer.make_codes_a_parameter(made[codes])
 
 
 def parameter_groups(model: nn.Module, by_adapter: bool = False) -> list[dict[str, Any]]:
