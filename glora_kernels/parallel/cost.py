@@ -26,7 +26,8 @@ class Traffic:
     """The communication of adapters in one step, on one rank.
 
     Attributes:
-        tensor_sums: sums over the tensor-parallel ranks, one a parameter that each of them has whole.
+        tensor_sums: gradients added up over the tensor-parallel ranks, one a parameter that each of them has whole; a
+            collective takes many of them (`grads.BUCKET`).
         tensor_bytes: the size of what they add up.
         data_bytes: the size of the gradients that are averaged over the data-parallel ranks.
         trained: numbers in the adapters of the whole model.

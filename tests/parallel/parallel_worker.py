@@ -11,6 +11,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import layout_cases
 import mesh_cases
 import peft_cases
 import torch
@@ -40,6 +41,9 @@ def cases(ranks, folder):
         "4 bits": partial(tp_cases.of_4_bits, mesh),
         "collectives": partial(tp_cases.collectives, mesh),
         "one sum of dx": partial(tp_cases.one_sum_of_dx, mesh),
+        "sequence parallel": partial(layout_cases.sequence_parallel, mesh),
+        "compiled": partial(layout_cases.compiled, mesh),
+        "trainers": partial(layout_cases.trainers_refuse, mesh, folder),
         "accumulation": partial(tp_cases.accumulates, mesh),
         "16 bits": partial(tp_cases.small_terms_survive_16_bits, mesh),
         "refusals": partial(tp_cases.refuses, mesh),
@@ -52,8 +56,8 @@ def main(rank, folder, ranks):
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "For backward hooks to be called")
     warnings.filterwarnings("ignore", "Full backward hook is firing")
-    # Through a server: transformers' loading looks for the variables that torchrun sets.
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    # Through a server: transformers' loading and accelerate look for the variables that torchrun sets.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost"}
     store = f"file://{folder / f'store{ranks}'}"
     dist.init_process_group("gloo", store, timeout=timedelta(seconds=60), rank=rank, world_size=ranks)
     for name, case in cases(ranks, folder).items():
