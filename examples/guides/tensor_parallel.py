@@ -118,7 +118,7 @@ def main() -> None:
         apart = largest_difference(curves[method], one)
         back = gk.load_adapter(build_decoder(), path)
         again = largest_difference(logits_of(alone, held_out), logits_of(back, held_out))
-        sums = str(counted["all_reduce"])
+        sums = str(counted.total())
         rows.append((method, str(data), str(mesh["tp"].size()), f"{one[-1]:.4f}", f"{apart:.1e}", f"{again:.1e}", sums))
         dist.barrier()
     if dist.get_rank() == 0:
