@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import floor, results
-from benchmarks.results import Found, Line, over_frozen, select
-from benchmarks.tables import MIXED_NAMES, is_pair
+from benchmarks.cases import FROZEN
+from benchmarks.results import Found, Line, Spread, over_frozen, select
+from benchmarks.tables import CASE_NAMES, IMPL_NAMES, MIXED_NAMES, is_pair, label
 from benchmarks.targets import PASS_NAMES
 
-COLOURS = ("#2a6f97", "#bc6c25", "#588157", "#9d4edd", "#c1121f", "#6c757d", "#0a9396", "#ca6702")
-MARKS = {"ours": "o", "peft": "s", "eager": "^", "compile": "v", "bnb": "D", "unsloth": "P", "lorafusion": "X"}
-Series = dict[tuple[str, str], dict[int, float]]
+
+class Look(NamedTuple):
+    """How a contestant is drawn, in every picture."""
+
+    name: str
+    colour: str
+    mark: str
+    line: str
+
+
+LOOKS = {
+    impl: Look(IMPL_NAMES[impl], colour, mark, line)
+    for impl, colour, mark, line in (
+        ("ours", "#2a6f97", "o", "-"), ("peft", "#bc6c25", "s", "--"), ("eager", "#588157", "^", ":"),
+        ("compile", "#9d4edd", "v", "-."), ("bnb", "#c1121f", "D", "--"), ("unsloth", "#0a9396", "P", "--"),
+        ("lorafusion", "#ca6702", "X", "--"),
+    )
+}  # fmt: skip
+FROZEN_COLOUR = "#6c757d"
+Points = Mapping[int, Spread]
+Series = dict[tuple[str, str], dict[int, Spread]]
 """By case and impl: points."""
 TITLES = {
+    "headline": "a training step over the frozen model, and what it keeps for backward",
     "by_m": "time over the frozen layer by M", "roofline": "roofline", "saved": "bytes saved for backward",
-    "multi": "several adapters in a batch: times over one call",
-    "growth": "growth with M, r and the number of layers",
+    "multi": "several adapters in a batch: times over one call", "growth": "growth with r and the number of layers",
     "small_adapters": "the share of a small adapter that survives in 16 bits",
 }  # fmt: skip
 
@@ -57,19 +77,51 @@ def series(found: Found, by: str) -> Series:
     points: Series = defaultdict(dict)
     for which, spread in adapted.items():
         if which[fixed] == value:
-            points[which[0], which[1]][int(which[axis] or 0)] = spread.median
+            points[which[0], which[1]][int(which[axis] or 0)] = spread
     return dict(points)
 
 
+def headline(found: Found) -> Any:
+    """A training step of a small LLaMA under PEFT, as it is and accelerated: time, and what autograd keeps."""
+    pairs = [line for line in found["models"] if is_pair(line) and line["row"]["case"] != FROZEN]
+    names = list(dict.fromkeys(_pair_name(line) for line in pairs))
+    if not names:
+        return None
+    figure = _figure(9, 0.62 * len(names) + 1.2)
+    time, kept = figure.subplots(1, 2, sharey=True)
+    for impl, at in (("peft", -0.19), ("ours", 0.19)):
+        own = [line for line in pairs if line["row"]["impl"] == impl]
+        places = [names.index(_pair_name(line)) + at for line in own]
+        ratios = [line["detail"]["over_frozen"] for line in own]
+        ends = [[abs(line["detail"][f"over_frozen_{end}"] - ratio) for line, ratio in zip(own, ratios, strict=True)]
+                for end in ("p20", "p80")]  # fmt: skip
+        sizes = [line["detail"]["saved_bytes"] / 2**20 for line in own]
+        look = LOOKS[impl]
+        bars = time.barh(places, ratios, 0.36, xerr=ends, color=look.colour, label=look.name, error_kw={"lw": 1})
+        time.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=6, fontsize=8)
+        kept.bar_label(kept.barh(places, sizes, 0.36, color=look.colour), fmt="%.0f", padding=4, fontsize=8)
+    time.axvline(1.0, color=FROZEN_COLOUR, linewidth=1, linestyle="--")
+    time.set_yticks(range(len(names)), names, fontsize=9)
+    time.invert_yaxis()
+    time.set(xlabel="time of a training step over the frozen model's", xlim=(0, None))
+    kept.set_xlabel("kept for backward, MiB")
+    for axes in (time, kept):
+        axes.margins(x=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    return figure
+
+
+def _pair_name(line: Line) -> str:
+    return CASE_NAMES[line["row"]["case"]] + ", dropout" * (", dropout" in line["row"]["model"])
+
+
 def by_m(found: Found) -> Any:
-    """Time over frozen by M, a line for each case and implementation."""
+    """Time over frozen by M: a panel for each case, a line for each contestant, a band from p20 to p80."""
     points = {name: at for name, at in series(found, "m").items() if len(at) > 1}
     if not points:
         return None
-    figure = _figure(8, 5)
-    axes = figure.add_subplot()
-    _lines(axes, points, "rows of x, M", "forward + backward, over frozen", sorted(points))
-    return _finished(figure, axes, _subtitle(dense(found)))
+    return _grid([("rows of x, M", "forward + backward, over frozen", points)], 1.0, _subtitle(dense(found)))
 
 
 def roofline(found: Found) -> Any:
@@ -77,27 +129,28 @@ def roofline(found: Found) -> Any:
     lines, rates = dense(found), found["notes"].get("ceilings")
     if not lines or not rates:
         return None
-    figure = _figure(8, 5)
-    axes = figure.add_subplot()
-    groups: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    groups: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         work = floor.work(results.entry_of(line), line["row"]["pass"])
         point = (work.flops / work.bytes, work.flops / line["row"]["median_ms"] / 1e9)
-        groups[line["row"]["case"], line["row"]["impl"]].append(point)
-    for i, ((case, impl), points) in enumerate(sorted(groups.items())):
-        colour = COLOURS[i % len(COLOURS)]
-        axes.scatter(
-            *zip(*points, strict=True), s=22, alpha=0.75, label=f"{case} ({impl})", color=colour, marker=MARKS[impl]
-        )
-    least, most = axes.get_xlim()
+        groups[line["row"]["case"]][line["row"]["impl"]].append(point)
+    figure = _figure(3.1 * len(groups), 3.4)
+    panels = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
     bend = 1e3 * rates["tflops"] / rates["gbps"]
-    left, right = min(max(least, 1e-3), bend / 4), max(most, bend * 4)
-    axes.plot(
-        [left, bend, right], [left * rates["gbps"] / 1e3, rates["tflops"], rates["tflops"]], color="black", linewidth=1
-    )
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte, at least", ylabel="TFLOP/s achieved")
+    for axes, case in zip(panels, sorted(groups, key=_order), strict=True):
+        for impl, points in sorted(groups[case].items()):
+            look = LOOKS[impl]
+            axes.scatter(
+                *zip(*points, strict=True), s=22, alpha=0.8, label=look.name, color=look.colour, marker=look.mark
+            )
+        ends = (bend / 4, bend, 64 * bend)
+        axes.plot(ends, [min(at * rates["gbps"] / 1e3, rates["tflops"]) for at in ends], color="black", linewidth=1)
+        axes.set(xscale="log", yscale="log", xlabel="operations per byte, at least")
+        axes.set_title(_wrapped(CASE_NAMES.get(case, case)), fontsize=9)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("TFLOP/s achieved")
     measured = f"{rates['tflops']:.3g} TFLOP/s, {rates['gbps']:.4g} GB/s measured"
-    return _finished(figure, axes, f"{_subtitle(lines)}; {measured}")
+    return _finished(figure, panels, f"{_subtitle(lines)}; {measured}")
 
 
 def saved(found: Found) -> Any:
@@ -106,41 +159,34 @@ def saved(found: Found) -> Any:
     if not rows:
         return None
     m, r = commonest([row["m"] for row in rows]), commonest([row["r"] for row in rows])
-    sums: dict[str, dict[Any, int]] = defaultdict(dict)
+    sums: dict[tuple[str, str], dict[Any, int]] = defaultdict(dict)
     for row in rows:
         if (row["m"], row["r"]) == (m, r) and row["saved_bytes"] is not None:
-            sums[f"{row['case']} ({row['impl']})"][row["layer"]] = row["saved_bytes"]
+            sums[row["case"], row["impl"]][row["layer"]] = row["saved_bytes"]
     names = sorted(sums, key=lambda name: sum(sums[name].values()))
     values = [max(sum(sums[name].values()), 1) for name in names]
     figure = _figure(8, 0.36 * len(names) + 1.6)
     axes = figure.add_subplot()
-    bars = axes.barh(names, values, color=COLOURS[0])
+    bars = axes.barh([label(*name) for name in names], values, color=[LOOKS[impl].colour for _, impl in names])
     axes.bar_label(bars, [f"{value:,}" for value in values], padding=4, fontsize=8)
     axes.set(xscale="log", xlabel="bytes saved for backward beyond x, y and the parameters")
     axes.set_xlim(right=20 * max(values))
-    axes.set_title(f"{_subtitle(dense(found))}, M={m}, r={r}", fontsize=10)
+    figure.suptitle(f"{_subtitle(dense(found))}, M={m}, r={r}", fontsize=10)
     return figure
 
 
 def growth(found: Found) -> Any:
-    """How cost grows: over frozen by M, by r, and the time of a step of 1, 2, 4, 8 decoder layers."""
+    """How cost grows: over frozen by r, and the time of a step of 1, 2, 4, 8 decoder layers; a panel for each case."""
     layers: Series = defaultdict(dict)
     for line in found["models"]:
         if not is_pair(line):
-            layers[line["row"]["case"], line["row"]["impl"]][line["detail"]["layers"]] = line["row"]["median_ms"]
-    panels = {"rows of x, M": series(found, "m"), "rank r": series(found, "r"), "decoder layers": dict(layers)}
-    if not any(panels.values()):
-        return None
-    figure = _figure(13, 4.6)
-    order = sorted({name for points in panels.values() for name in points})
-    handles: dict[str, Any] = {}
-    for axes, (label, points) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        what = "a step, ms" if points is panels["decoder layers"] else "forward + backward, over frozen"
-        _lines(axes, points, label, what, order)
-        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.set_yscale("log")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
-    return figure
+            row = line["row"]
+            layers[row["case"], row["impl"]][line["detail"]["layers"]] = Spread(*[row["median_ms"]] * 3)
+    frozen = layers.pop((FROZEN, "eager"), {})
+    ranks = {name: at for name, at in series(found, "r").items() if len(at) > 1}
+    rows = [("rank r", "forward + backward,\nover frozen", ranks), ("decoder layers", "a step, ms", dict(layers))]
+    rows = [row for row in rows if row[2]]
+    return _grid(rows, 1.0, "", frozen) if rows else None
 
 
 def small_adapters(found: Found) -> Any:
@@ -155,11 +201,9 @@ def small_adapters(found: Found) -> Any:
     figure = _figure(9, 3.2)
     panels = figure.subplots(1, len(forms), sharey=True, squeeze=False)[0]
     for axes, (form, of) in zip(panels, forms.items(), strict=True):
-        for way, style, colour in (("ours", "o-", COLOURS[0]), ("plain", "s--", COLOURS[1])):
-            label = "ours" if way == "ours" else "bf16 W_eff"
-            axes.plot(
-                [row["size"] for row in of], [row[f"{way}_share"] for row in of], style, color=colour, label=label
-            )
+        for way, look, name in (("ours", LOOKS["ours"], "here"), ("plain", LOOKS["eager"], "W_eff in bf16")):
+            sizes, shares = [row["size"] for row in of], [row[f"{way}_share"] for row in of]
+            axes.plot(sizes, shares, look.line, marker=look.mark, color=look.colour, label=name)
         axes.set(xscale="log", xlabel="|A|", title=form.replace(" ", " = "))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("share of Δ in y, bf16")
@@ -177,9 +221,11 @@ def multi(found: Found) -> Any:
     for axes, (direction, count) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         own = [row for row in rows if (row["pass"], row["adapters"]) == (direction, count)]
         ticks = [row["rows"] for row in own]
-        for colour, (key, name) in zip(COLOURS, MIXED_NAMES.items(), strict=False):
+        others = (look for impl, look in LOOKS.items() if impl != "ours")
+        for look, (key, name) in zip(others, MIXED_NAMES.items(), strict=False):
             if f"{key}_over_mixed" in own[0]:
-                axes.plot(ticks, [row[f"{key}_over_mixed"] for row in own], "o-", color=colour, label=name, ms=4)
+                ratios = [row[f"{key}_over_mixed"] for row in own]
+                axes.plot(ticks, ratios, look.line, marker=look.mark, color=look.colour, label=name, ms=4)
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set(xscale="log", xlabel="rows of an adapter")
         axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
@@ -192,25 +238,53 @@ def multi(found: Found) -> Any:
 
 
 FIGURES: dict[str, Callable[[Found], Any]] = {
-    "by_m": by_m, "roofline": roofline, "saved": saved, "growth": growth, "small_adapters": small_adapters,
-    "multi": multi,
+    "headline": headline, "by_m": by_m, "roofline": roofline, "saved": saved, "growth": growth,
+    "small_adapters": small_adapters, "multi": multi,
 }  # fmt: skip
 """What is drawn, where the rows allow it."""
 
 
-def _lines(axes: Any, points: Mapping[Any, Mapping[int, float]], x: str, y: str, order: Sequence[Any]) -> None:
-    """A line for each case and implementation, over an x axis that is labelled with the very values."""
-    for name in sorted(points):
-        at, style = sorted(points[name]), "-" if name[1] == "ours" else "--"
-        colour, label = COLOURS[list(order).index(name) % len(COLOURS)], f"{name[0]} ({name[1]})"
-        values = [points[name][one] for one in at]
-        axes.plot(at, values, style, marker=MARKS[name[1]], color=colour, label=label, markersize=4)
-    ticks = sorted({at for one in points.values() for at in one})
+def _grid(rows: Sequence[tuple[str, str, Series]], line: float, title: str, frozen: Points = {}) -> Any:  # noqa: B006
+    """Rows of panels, one a case, with a line for each contestant; `line`: where the frozen layer is in ratios."""
+    cases = sorted({case for _, _, points in rows for case, _ in points}, key=_order)
+    figure = _figure(3.1 * len(cases), 2.9 * len(rows) + 0.7)
+    grid = figure.subplots(len(rows), len(cases), sharey="row", squeeze=False)
+    for first, axes_row, (x, y, points) in zip([True, *[False] * len(rows)], grid, rows, strict=False):
+        for axes, case in zip(axes_row, cases, strict=True):
+            for impl in (impl for of, impl in sorted(points) if of == case):
+                _line(axes, points[case, impl], LOOKS[impl].name, LOOKS[impl])
+            if "over frozen" in y:
+                axes.axhline(line, color=FROZEN_COLOUR, linewidth=1, linestyle="--")
+            elif frozen:
+                _line(axes, frozen, "no adapter", Look("no adapter", FROZEN_COLOUR, ".", "--"))
+            axes.set_xlabel(x)
+            axes.grid(alpha=0.3)
+            if first:
+                axes.set_title(_wrapped(CASE_NAMES.get(case, case)), fontsize=9)
+        axes_row[0].set_ylabel(y)
+        if "over frozen" not in y:
+            axes_row[0].set_ylim(bottom=0)
+    return _finished(figure, list(grid.flat), title)
+
+
+def _line(axes: Any, points: Points, name: str, look: Look) -> None:
+    """A line over an x axis that is labelled with the very values, and a band from p20 to p80."""
+    at = sorted(points)
+    axes.plot(at, [points[one].median for one in at], look.line, marker=look.mark, color=look.colour, label=name, ms=4)
+    ends = [points[one].p20 for one in at], [points[one].p80 for one in at]
+    axes.fill_between(at, *ends, color=look.colour, alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [str(at) for at in ticks], fontsize=8)
+    axes.set_xticks(at, [str(one) for one in at], fontsize=8)
     axes.minorticks_off()
-    axes.set(xlabel=x, ylabel=y)
-    axes.grid(alpha=0.3)
+
+
+def _order(case: str) -> int:
+    """The place of a case in the order of their names."""
+    return list(CASE_NAMES).index(case) if case in CASE_NAMES else len(CASE_NAMES)
+
+
+def _wrapped(name: str) -> str:
+    return textwrap.fill(name, 28)
 
 
 def _figure(width: float, height: float) -> Any:
@@ -219,10 +293,13 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _finished(figure: Any, axes: Any, title: str) -> Any:
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+def _finished(figure: Any, panels: Sequence[Any], title: str) -> Any:
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        handles |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    if title:
+        figure.suptitle(title, fontsize=10)
     return figure
 
 

@@ -12,7 +12,7 @@ device, source and versions goes on from there, and one that finds everything th
 to measure again. At the end --out (benchmarks/results unless given) has <slug>.json by the schema and
 <slug>_detail.json with everything, on a CPU cpu.json with everything, where stages that were not measured keep their
 figures; <slug>.md; and pictures. Figures of another device, on a card also of another source, are put aside as
-<file>.old. README.md is rewritten from benchmarks/results (benchmarks.readme) where --out is
+<file>.old. README.md and docs/benchmarks.md are rewritten from benchmarks/results (benchmarks.pages) where --out is
 that folder.
 """
 
@@ -27,7 +27,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import cases, devices, peers, plots, readme, results, tables
+from benchmarks import cases, devices, pages, peers, plots, results, tables
 from benchmarks.cases import Stage, row_key
 from benchmarks.devices import Device
 from benchmarks.measure import DEVICE_LOST, OUT_OF_TIME
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="timed rounds of every group")
     parser.add_argument("--no-tests", action="store_true", help="leave out pytest -m gpu")
     parser.add_argument(
-        "--out", type=outputs.folder, default=readme.RESULTS, metavar="DIR", help="benchmarks/results unless given"
+        "--out", type=outputs.folder, default=pages.RESULTS, metavar="DIR", help="benchmarks/results unless given"
     )
     args = parser.parse_args()
     if not importlib.util.find_spec("pytest"):
@@ -192,10 +192,10 @@ def main() -> None:
     files = report.write()
     if files:
         print(f"written: {', '.join(path.name for path in files)}")
-        if args.out.resolve() == readme.RESULTS.resolve():
-            print("README.md rewritten" if readme.update() else "README.md is up to date")
+        if args.out.resolve() == pages.RESULTS.resolve():
+            print(pages.said(pages.update()))
         else:
-            print(f"README.md shows {readme.RESULTS}: with the files there `python -m benchmarks.readme` rewrites it")
+            print(f"The pages show {pages.RESULTS}: with the files there `python -m benchmarks.pages` rewrites them")
     if not done:
         again = " ".join(["python -m benchmarks.report", *sys.argv[1:]])
         print(

@@ -1,6 +1,6 @@
 """How what was measured is shown: sections of sentences and tables, all made of `results.Found`.
 
-A device's Markdown file has every section; README.md has some of them, without p20 and p80.
+A device's Markdown file has every section; README.md and docs/benchmarks.md have some, without p20 and p80.
 """
 
 from __future__ import annotations
@@ -347,6 +347,26 @@ def of_peft(found: Found, ends: bool) -> list[str]:
         "after were compared with float64 in the same run, without dropout: masks differ. "
         + f"{about(found, 'peft')} {COMMAND.format('peft')}",
         table(rows),
+    ]
+
+
+def of_headline(found: Found) -> list[str]:
+    """The same steps in short, for README: PEFT's time and ours over the frozen model's, and what each keeps."""
+    pairs = [line for line in filter(is_pair, found["models"]) if line["row"]["case"] != FROZEN]
+    if not pairs or "peft" not in found["notes"]:
+        return []
+    rows: dict[str, dict[str, str]] = {}
+    for line in sorted(pairs, key=lambda line: line["row"]["impl"] == "ours"):
+        name = CASE_NAMES[line["row"]["case"]] + ", dropout" * (", dropout" in line["row"]["model"])
+        who, row = IMPL_NAMES[line["row"]["impl"]], rows.setdefault(name, {"a training step": name})
+        row[f"{who}: time over frozen"] = f"{line['detail']['over_frozen']:.2f}"
+        row[f"{who}: kept for backward"] = f"{_mebibytes(line['detail']['saved_bytes'])} MiB"
+    sizes = found["notes"]["peft"]
+    return [
+        table(list(rows.values())),
+        f"A LLaMA of {sizes['layers']} layers of width {sizes['hidden']}, {sizes['dtype']}, r = {sizes['rank']}, "
+        f"{sizes['batch'] * sizes['length']} tokens, under PEFT as it is and behind `gk.accelerate`. "
+        f"{found['header']['device']}, {about(found, 'peft')} {COMMAND.format('peft')} The rest is in [benchmarks](docs/benchmarks.md).",
     ]
 
 

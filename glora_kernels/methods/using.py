@@ -25,7 +25,7 @@ def using(model: nn.Module, path: str | os.PathLike[str]) -> Iterator[nn.Module]
         path: a file of `save_adapter`.
 
     Raises:
-        The errors of `load_adapter`, before anything has changed.
+        ValueError: and the other errors of `load_adapter`, before anything has changed.
     """
     layers = layers_of(model, "using")
     held = [p for layer in layers.values() for p in layer.adapter().values()]

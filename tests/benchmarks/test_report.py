@@ -11,7 +11,7 @@ import pytest
 import torch
 from made import STAGES, Quiet
 
-from benchmarks import cases, devices, readme, report, schema
+from benchmarks import cases, devices, pages, report, schema
 from benchmarks.measure import OUT_OF_TIME, Bench
 from benchmarks.store import ROOT
 
@@ -92,7 +92,7 @@ def test_a_card_gets_its_files(
     shown = capsys.readouterr().out
     assert "3 passed" in shown
     assert "the same command goes on" in shown
-    assert "python -m benchmarks.readme" in shown  # these are not the committed results
+    assert "python -m benchmarks.pages" in shown  # these are not the committed results
     result = json.loads((tmp_path / "h100.json").read_text())
     schema.check_report(result)
     assert result["device"] == "NVIDIA H100 80GB HBM3"
@@ -148,10 +148,10 @@ def test_figures_of_another_run_are_put_aside(
 
 
 def test_without_figures_nothing_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the README is rewritten of the committed results alone."""
+    """And the pages are rewritten of the committed results alone."""
     updates: list[bool] = []
-    monkeypatch.setattr(readme, "update", lambda: updates.append(True) or True)
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    monkeypatch.setattr(pages, "update", lambda: updates.append(True) or [])
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
     (tmp_path / "cpu.json").write_text('{"header": {"device": "another"}, "notes": {}}')
     before = (tmp_path / "cpu.json").read_bytes()
     command(monkeypatch, "--device", "cpu", "--minutes", "0.1", "--out", str(tmp_path))

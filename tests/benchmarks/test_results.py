@@ -1,4 +1,4 @@
-"""The schema, the store, the files, and the README that is generated from them."""
+"""The schema, the store, the files, and the pages that are generated from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import made
 import pytest
 from made import HEADER
 
-from benchmarks import cases, plots, readme, results, schema, store, tables
+from benchmarks import cases, pages, plots, results, schema, store, tables
 from benchmarks.schema import SchemaError
 from benchmarks.store import Store
 from benchmarks.targets import FORM_NAMES, LAYERS, QUANTIZED, SIBLINGS
@@ -149,20 +149,20 @@ def test_results_and_the_readme_do_not_make_a_commit_dirty(tmp_path: Path, monke
     assert store.commit() == f"{clean}-dirty"
 
 
-def test_the_readme_shows_the_committed_results() -> None:
-    text = readme.README.read_text()
-    assert text == readme.expected(text), "run python -m benchmarks.readme"
+@pytest.mark.parametrize("page", pages.PARTS, ids=lambda page: page.name)
+def test_the_pages_show_the_committed_results(page: Path) -> None:
+    assert page.read_text() == pages.expected(page), "run python -m benchmarks.pages"
 
 
-def test_the_readme_with_a_gpu_result(tmp_path: Path) -> None:
-    assert "≤ 1.08" in readme.gpu_text(tmp_path)  # the targets alone
+def test_a_page_with_a_gpu_result(tmp_path: Path) -> None:
+    assert "≤ 1.08" in pages.gpu_text(tmp_path)  # the targets alone
     (tmp_path / "h100.json").write_text(json.dumps(made.report()))
     (tmp_path / "h100_by_m.png").write_bytes(b"")
-    text = readme.gpu_text(tmp_path)
+    text = pages.gpu_text(tmp_path)
     for part in ("NVIDIA H100 80GB HBM3", "580.1", "0123456789ab", "1.050", "≤ 1.08", "h100_by_m.png", "h100.md"):
         assert part in text
     assert "h100_roofline.png" not in text
-    assert "Not measured yet" in readme.peft_text(tmp_path)
+    assert "Not measured yet" in pages.peft_text(tmp_path)
 
 
 def test_a_card_that_measured_everything(tmp_path: Path) -> None:
@@ -186,11 +186,13 @@ def test_a_card_that_measured_everything(tmp_path: Path) -> None:
         for target in targets:
             assert None not in [target.measure(whole, mode) for mode in cases.MODES], target.label
             assert target.beside is None or target.beside(whole, "eager") == pytest.approx(1.0)
-    assert "| 1.100 " in readme.gpu_text(tmp_path)
+    assert "| 1.100 " in pages.gpu_text(tmp_path)
     text = tables.markdown(whole, {})
     for part in ("## Targets", "## Layers with one input", "M=2048: forward + backward", "M=32", "gate, up: forward"):
         assert part in text
-    assert plots.series(whole, "r")["lora", "ours"] == pytest.approx({8: 1.1, 16: 1.1, 64: 1.1})
+    assert {r: at.median for r, at in plots.series(whole, "r")["lora", "ours"].items()} == pytest.approx(
+        {8: 1.1, 16: 1.1, 64: 1.1}
+    )
 
 
 def test_what_is_not_measured_again_stays() -> None:
@@ -217,9 +219,11 @@ def test_what_is_not_measured_again_stays() -> None:
 def test_pictures_need_all_seven(tmp_path: Path) -> None:
     rows = made.seven("frozen", "eager", 8192, 1.0) + made.seven("frozen", "eager", 512, 0.5)
     rows += made.seven("lora", "ours", 8192, 1.1) + made.seven("lora", "ours", 512, 0.6)[:6]
-    assert plots.series(made.found(*rows), "m")["lora", "ours"] == {8192: pytest.approx(1.1)}
+    points = plots.series(made.found(*rows), "m")["lora", "ours"]
+    assert {m: at.median for m, at in points.items()} == {8192: pytest.approx(1.1)}
     whole = made.found(*rows)
     whole["models"][0]["detail"] = {"layers": 1}
+    whole["models"][0]["row"]["case"] = "lora"
     shares = {"size": 1e-3, "ours_share": 1.0, "plain_share": 0.2}
     whole["notes"]["small_adapters"] = {"rows": [{"dtype": "bf16", "support": "A vector", "tensor": "y", **shares}]}
     assert {name.partition("_")[2] for name in plots.draw_all(whole, tmp_path, "h100")} == {
@@ -229,13 +233,13 @@ def test_pictures_need_all_seven(tmp_path: Path) -> None:
 
 def test_paragraphs_are_wrapped() -> None:
     text = " ".join(f"word{i} `some code of {i}`" for i in range(40))
-    lines = readme.wrapped(text).split("\n")
+    lines = pages.wrapped(text).split("\n")
     assert " ".join(lines) == text
-    assert max(map(len, lines)) <= readme.WIDTH
+    assert max(map(len, lines)) <= pages.WIDTH
     assert all(line.count("`") % 2 == 0 for line in lines)
     assert tables.table([{"a": None, "b": 1.23456, "c": True}]).split("\n")[2] == "| – | 1.235 | yes |"
 
 
 def test_markers_must_stand_once() -> None:
     with pytest.raises(ValueError, match="gpu"):
-        readme.replaced("no markers", {"gpu": ""})
+        pages.replaced("no markers", {"gpu": ""})

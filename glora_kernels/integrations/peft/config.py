@@ -141,7 +141,8 @@ class GLoRAPeftConfig(AdapterConfig):
     The other arguments are those of `AdapterConfig` and `peft.PeftConfig`.
 
     Raises:
-        The errors of `AdapterConfig` and `GLoRAConfig`; TypeError for patterns that are no mapping.
+        ValueError: what `AdapterConfig` and `GLoRAConfig` refuse.
+        TypeError: patterns that are no mapping.
     """
 
     r: int = 8
@@ -218,7 +219,7 @@ class ShareLoRAPeftConfig(AdapterConfig):
     The other arguments are those of `AdapterConfig` and `peft.PeftConfig`.
 
     Raises:
-        The errors of `AdapterConfig` and `ShareLoRAConfig`; ValueError for tie_siblings with dropout.
+        ValueError: what `AdapterConfig` and `ShareLoRAConfig` refuse; tie_siblings with dropout.
     """
 
     r: int = 64

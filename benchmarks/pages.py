@@ -1,10 +1,10 @@
-"""Rewrites the measured parts of README.md from benchmarks/results, between markers.
+"""Rewrites the measured parts of README.md and docs/benchmarks.md from benchmarks/results, between markers.
 
-    python -m benchmarks.readme           # rewrite
-    python -m benchmarks.readme --check   # exit code 1 if README.md is not what the results give
+    python -m benchmarks.pages           # rewrite
+    python -m benchmarks.pages --check   # exit code 1 if a page is not what the results give
 
-The markers are HTML comments, measured:cpu:begin and measured:cpu:end, and the same with gpu and peft; what stands
-between them is generated, all else is left alone.
+The markers are HTML comments, measured:NAME:begin and measured:NAME:end, with the names of `PARTS`; what stands between
+them is generated, all else is left alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks import plots, results, tables
@@ -20,9 +20,12 @@ from benchmarks.results import Found
 from benchmarks.store import ROOT
 
 WIDTH = 140
-README = ROOT / "README.md"
+README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 RESULTS = Path(__file__).parent / "results"
-WHERE = "`python -m benchmarks.report` wrote this, and [{0}.md](benchmarks/results/{0}.md) with every row, p20 and p80."
+FOLDER = "../benchmarks/results"  # from docs/
+WHERE = (
+    "`python -m benchmarks.report` wrote this, and [{0}.md](../benchmarks/results/{0}.md) with every row, p20 and p80."
+)
 NOTHING = "Not measured yet: `python -m benchmarks.report` {} measures it and fills this in."
 
 
@@ -59,9 +62,18 @@ def peft_text(folder: Path) -> str:
     return blocks(*parts) or NOTHING.format("--stages peft")
 
 
+def headline_text(folder: Path) -> str:
+    """README's one table and picture: the same step, its time and what it keeps."""
+    found = results.read(folder).get("cpu")
+    if found is None or not (part := tables.of_headline(found)):
+        return NOTHING.format("--stages peft")
+    title = plots.TITLES["headline"]
+    return blocks(*part, f"![{title}](benchmarks/results/cpu_headline.png)")
+
+
 def _pictures(folder: Path, name: str, *which: str) -> list[str]:
     files = {f"{name}_{one}.png": plots.TITLES[one] for one in which}
-    return [f"![{title}](benchmarks/results/{file})" for file, title in files.items() if (folder / file).exists()]
+    return [f"![{title}]({FOLDER}/{file})" for file, title in files.items() if (folder / file).exists()]
 
 
 def blocks(*parts: str) -> str:
@@ -84,32 +96,45 @@ def replaced(text: str, parts: Mapping[str, str]) -> str:
     for name, part in parts.items():
         begin, end = (f"<!-- measured:{name}:{which} -->" for which in ("begin", "end"))
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"README.md must have {begin} and {end} once each")
+            raise ValueError(f"the page must have {begin} and {end} once each")
         before, rest = text.split(begin)
         text = f"{before}{begin}\n\n{part.strip()}\n\n{end}{rest.split(end)[1]}"
     return text
 
 
-def expected(text: str, folder: Path = RESULTS) -> str:
-    """README.md as the results have it."""
-    return replaced(text, {"cpu": cpu_text(folder), "gpu": gpu_text(folder), "peft": peft_text(folder)})
+PARTS: Mapping[Path, Mapping[str, Callable[[Path], str]]] = {
+    README: {"headline": headline_text},
+    BENCHMARKS: {"peft": peft_text, "cpu": cpu_text, "gpu": gpu_text},
+}
+"""The pages, and by the name of their markers what each part shows."""
 
 
-def update() -> bool:
-    """Rewrite README.md; whether it changed."""
-    before = README.read_text()
-    after = expected(before)
-    README.write_text(after)
-    return after != before
+def expected(page: Path, folder: Path = RESULTS) -> str:
+    """A page as the results have it."""
+    return replaced(page.read_text(), {name: part(folder) for name, part in PARTS[page].items()})
+
+
+def update() -> list[str]:
+    """Rewrite the pages; the names of those that changed."""
+    changed = []
+    for page in PARTS:
+        after = expected(page)
+        if after != page.read_text():
+            page.write_text(after)
+            changed.append(page.name)
+    return changed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is out of date")
     if parser.parse_args().check:
-        text = README.read_text()
-        raise SystemExit(int(text != expected(text)))
-    print("README.md rewritten" if update() else "README.md is up to date")
+        raise SystemExit(int(any(page.read_text() != expected(page) for page in PARTS)))
+    print(said(update()))
+
+
+def said(changed: list[str]) -> str:
+    return f"rewritten: {', '.join(changed)}" if changed else "README.md and docs/benchmarks.md are up to date"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,53 @@
+"""The documentation site: every page has its place, every public name its entry, and the build is strict."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import glora_kernels
+from glora_kernels import ops, parallel, recipes
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+REFERENCE = {name for page in (DOCS / "reference").glob("*.md")
+             for name in re.findall(r"^::: glora_kernels\.(\S+)$", page.read_text(), re.MULTILINE)}  # fmt: skip
+
+
+def test_the_reference_has_every_public_name() -> None:
+    peft = (ROOT / "glora_kernels" / "integrations" / "peft" / "__init__.py").read_text()
+    (listed,) = re.findall(r"__all__ = \[(.*?)\]", peft, re.DOTALL)
+    wanted = {name for name in glora_kernels.__all__ if name not in ("__version__", "parallel")}
+    for module, names in (("ops", ops.__all__), ("parallel", parallel.__all__), ("recipes", recipes.__all__)):
+        wanted |= {f"{module}.{name}" for name in names}
+    wanted |= {f"integrations.peft.{name}" for name in re.findall(r'"(\w+)"', listed)}
+    assert wanted == REFERENCE
+
+
+def test_every_page_has_its_place() -> None:
+    named = re.findall(r"([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+def test_the_page_of_errors_quotes_what_the_package_says() -> None:
+    source = "".join(path.read_text() for path in sorted((ROOT / "glora_kernels").rglob("*.py")))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # a message in several literals
+    quoted = re.findall(r"^\| `(.+?)` \|", (DOCS / "errors.md").read_text(), re.MULTILINE)
+    assert len(quoted) > 30
+    assert not [text for text in quoted if text not in source]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed")
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300)
+    assert process.returncode == 0, process.stderr
+    for page in ("index.html", "formula/index.html", "reference/layers/index.html", "search/search_index.json"):
+        assert (tmp_path / page).exists(), page
+    layers = (tmp_path / "reference" / "layers" / "index.html").read_text()
+    assert "y = x (W + s_A" in layers, "docstrings are missing"
