@@ -63,12 +63,11 @@ def peft_text(folder: Path) -> str:
 
 
 def headline_text(folder: Path) -> str:
-    """README's one table and picture: the same step, its time and what it keeps."""
+    """README's one table: the same step, its time and what it keeps; its picture stands above."""
     found = results.read(folder).get("cpu")
     if found is None or not (part := tables.of_headline(found)):
         return NOTHING.format("--stages peft")
-    title = plots.TITLES["headline"]
-    return blocks(*part, f"![{title}](benchmarks/results/cpu_headline.png)")
+    return blocks(*part)
 
 
 def _pictures(folder: Path, name: str, *which: str) -> list[str]:

@@ -366,7 +366,8 @@ def of_headline(found: Found) -> list[str]:
         table(list(rows.values())),
         f"A LLaMA of {sizes['layers']} layers of width {sizes['hidden']}, {sizes['dtype']}, r = {sizes['rank']}, "
         f"{sizes['batch'] * sizes['length']} tokens, under PEFT as it is and behind `gk.accelerate`. "
-        f"{found['header']['device']}, {about(found, 'peft')} {COMMAND.format('peft')} The rest is in [benchmarks](docs/benchmarks.md).",
+        f"{found['header']['device']}, {about(found, 'peft')} {COMMAND.format('peft')} The rest is in "
+        "[benchmarks](docs/benchmarks.md).",
     ]
 
 
