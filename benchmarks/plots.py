@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -121,7 +122,7 @@ def by_m(found: Found) -> Any:
     points = {name: at for name, at in series(found, "m").items() if len(at) > 1}
     if not points:
         return None
-    return _grid([("rows of x, M", "forward + backward, over frozen", points)], 1.0, _subtitle(dense(found)))
+    return _grid([("rows of x, M", "forward + backward,\nover frozen", points)], 1.0, _subtitle(dense(found)))
 
 
 def roofline(found: Found) -> Any:
@@ -186,7 +187,7 @@ def growth(found: Found) -> Any:
     ranks = {name: at for name, at in series(found, "r").items() if len(at) > 1}
     rows = [("rank r", "forward + backward,\nover frozen", ranks), ("decoder layers", "a step, ms", dict(layers))]
     rows = [row for row in rows if row[2]]
-    return _grid(rows, 1.0, "", frozen) if rows else None
+    return _grid(rows, 1.0, "", frozen or None) if rows else None
 
 
 def small_adapters(found: Found) -> Any:
@@ -244,26 +245,33 @@ FIGURES: dict[str, Callable[[Found], Any]] = {
 """What is drawn, where the rows allow it."""
 
 
-def _grid(rows: Sequence[tuple[str, str, Series]], line: float, title: str, frozen: Points = {}) -> Any:  # noqa: B006
-    """Rows of panels, one a case, with a line for each contestant; `line`: where the frozen layer is in ratios."""
+def _grid(rows: Sequence[tuple[str, str, Series]], line: float, title: str, frozen: Points | None = None) -> Any:
+    """Panels, a row for each of `rows` and a column for each case (one row alone is folded), with a line for each
+    contestant. line: where the frozen layer is in ratios; frozen: its own times."""
     cases = sorted({case for _, _, points in rows for case, _ in points}, key=_order)
-    figure = _figure(3.1 * len(cases), 2.9 * len(rows) + 0.7)
-    grid = figure.subplots(len(rows), len(cases), sharey="row", squeeze=False)
-    for first, axes_row, (x, y, points) in zip([True, *[False] * len(rows)], grid, rows, strict=False):
-        for axes, case in zip(axes_row, cases, strict=True):
+    folded = len(rows) == 1 and len(cases) > 3
+    shape = (math.ceil(len(cases) / 2), 2) if folded else (len(rows), len(cases))
+    figure = _figure(3.3 * shape[1], 2.7 * shape[0] + 0.7)
+    grid = figure.subplots(*shape, sharey="all" if folded else "row", squeeze=False)
+    for number, (x, y, points) in enumerate(rows):
+        panels = grid.flat if folded else grid[number]
+        for axes, case in zip(panels, cases, strict=False):
             for impl in (impl for of, impl in sorted(points) if of == case):
                 _line(axes, points[case, impl], LOOKS[impl].name, LOOKS[impl])
-            if "over frozen" in y:
+            if "frozen" in y:
                 axes.axhline(line, color=FROZEN_COLOUR, linewidth=1, linestyle="--")
             elif frozen:
                 _line(axes, frozen, "no adapter", Look("no adapter", FROZEN_COLOUR, ".", "--"))
             axes.set_xlabel(x)
             axes.grid(alpha=0.3)
-            if first:
+            if number == 0:
                 axes.set_title(_wrapped(CASE_NAMES.get(case, case)), fontsize=9)
-        axes_row[0].set_ylabel(y)
-        if "over frozen" not in y:
-            axes_row[0].set_ylim(bottom=0)
+        for axes in grid[:, 0] if folded else grid[number, :1]:
+            axes.set_ylabel(y)
+        if "frozen" not in y:
+            grid[number, 0].set_ylim(bottom=0)
+    for axes in list(grid.flat)[len(cases) :] if folded else ():
+        axes.set_visible(False)
     return _finished(figure, list(grid.flat), title)
 
 
