@@ -1,4 +1,4 @@
-"""The arguments that every example has: on what it runs, and where it writes."""
+"""What every example has: the arguments for where it runs and writes, and how a mean over its seeds is shown."""
 
 from __future__ import annotations
 
@@ -28,3 +28,8 @@ def settle_where(parser: ArgumentParser, args: Namespace) -> None:
     need(parser, args.out.is_dir() or not args.out.exists(), "--out", f"{args.out} exists and is not a folder")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def plus_minus(mean: float, deviation: float, count: int, form: str = ".4f") -> str:
+    """The mean ± its deviation; of one value the value alone."""
+    return f"{mean:{form}}" + (f" ± {deviation:{form.removeprefix('+')}}" if count > 1 else "")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import add_where, need, settle_where
+from arguments import add_where, need, plus_minus, settle_where
 from digits_model import (
     LINEARS,
     SIZES,
@@ -184,7 +184,7 @@ def check_reload(model: nn.Module, pretrained: nn.Module, scans: Tensor, path: P
 def print_table(rows: Rows, device: torch.device) -> None:
     print(f"\n{'method':14}{'accuracy, %':>14}{'trainable':>12}{'seconds/run':>14}{'peak memory, KiB*':>20}")
     for name, row in rows.items():
-        spread = f"{100 * row['accuracy_mean']:.1f} ± {100 * row['accuracy_std']:.1f}"
+        spread = plus_minus(100 * row["accuracy_mean"], 100 * row["accuracy_std"], len(row["runs"]), ".1f")
         print(
             f"{name:14}{spread:>14}{row['trainable_parameters']:>12,}{row['seconds_per_run']:>14.1f}"
             f"{row['peak_memory_bytes'] / 1024:>20,.0f}"

@@ -38,6 +38,7 @@ from glora_kernels.runtime import workspace
 if missing := [name for name in ("matplotlib", "tqdm", "transformers") if find_spec(name) is None]:
     sys.exit(f"missing: {', '.join(missing)}; the examples need: pip install 'glora_kernels[examples]'")
 
+from arguments import plus_minus
 from docstring_text import Corpus
 from language_model import WINDOW, Run, build_model, held_out_loss, train
 from study_plots import LABELS, Rows, draw_four_bit
@@ -248,8 +249,8 @@ def print_table(rows: Rows, bases: Rows, device: str) -> None:
     print(f"{'before':9}{before:>17.4f}{quantized_before:>17.4f}{quantized_before - before:>+18.4f}")
     for name, row in rows.items():
         dense, four_bit = row["dense"], row["nf4"]
-        losses = [f"{base['loss_mean']:.4f} ± {base['loss_std']:.4f}" for base in (dense, four_bit)]
-        difference = f"{row['difference_mean']:+.4f} ± {row['difference_std']:.4f}"
+        losses = [plus_minus(base["loss_mean"], base["loss_std"], len(base["runs"])) for base in (dense, four_bit)]
+        difference = plus_minus(row["difference_mean"], row["difference_std"], len(dense["runs"]), "+.4f")
         memory = " → ".join(f"{base['peak_memory_bytes'] / 2**20:.1f}" for base in (dense, four_bit))
         times = " → ".join(f"{1000 * base['seconds_per_step']:.0f}" for base in (dense, four_bit))
         print(

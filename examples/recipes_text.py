@@ -31,7 +31,7 @@ from glora_kernels import recipes
 if missing := [n for n in ("matplotlib", "pytorch_optimizer", "skdim", "tqdm", "transformers") if find_spec(n) is None]:
     sys.exit(f"missing: {', '.join(missing)}; this needs: pip install 'glora_kernels[examples,recipes,peft]'")
 
-from arguments import add_where, need, settle_where
+from arguments import add_where, need, plus_minus, settle_where
 from docstring_text import Corpus
 from language_model import WINDOW, build_model, held_out_loss, token_loss, train
 from search_study import differences, machine, spread, table
@@ -181,7 +181,7 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> str:
         paired = ""
         if name not in (LORA, "LoRA, rank 1") and against in runs:
             d = differences(losses, [run["loss"] for run in runs[against]])
-            paired = f"{d['mean']:+.4f}" + (f" ± {d['standard_error']:.4f}" if len(own) > 1 else "")
+            paired = plus_minus(d["mean"], d["standard_error"], len(own), "+.4f")
         seconds = statistics.mean(run["seconds"] for run in own)
         rows.append([name, f"{own[0]['trainable']:,}", spread(losses, ".4f"), paired, f"{seconds:.1f}"])
     return table(["method", "trained at a time", "loss", "− LoRA, paired", "seconds"], rows)

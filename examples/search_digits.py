@@ -39,6 +39,7 @@ from glora_kernels.search import Candidate
 if missing := [name for name in ("matplotlib", "sklearn", "tqdm") if find_spec(name) is None]:
     sys.exit(f"missing: {', '.join(missing)}; the examples need: pip install 'glora_kernels[examples]'")
 
+from arguments import plus_minus
 from digits_model import LINEARS, SIZES, Pictures, VisionTransformer, accuracy, load_pictures, predict, split, train
 from search_study import (
     Budget,
@@ -327,7 +328,9 @@ def comparison_tables(runs: list[dict[str, Any]], budget: Budget) -> str:
     paired = []
     for name in names[:-1]:
         d = differences(test[SEARCHED], test[name])
-        paired.append([name, f"{d['mean']:+.2f} ± {d['standard_error']:.2f}", f"{d['higher']} of {len(runs)}"])
+        paired.append(
+            [name, plus_minus(d["mean"], d["standard_error"], len(runs), "+.2f"), f"{d['higher']} of {len(runs)}"]
+        )
     random_scores = [run["random_mean"] for run in runs]
     best = [run["inherited_best"] for run in runs]
     return "\n\n".join([
@@ -371,7 +374,9 @@ def run_sampling(digits: Digits, sizes: Sizes, args: argparse.Namespace, bar: tq
         [str(run["seed"]), *(f"{means[per][i]:.1f}" for per in PER), f"{d['each'][i]:+.1f}"]
         for i, run in enumerate(runs)
     ]
-    rows.append(["mean", *(spread(means[per]) for per in PER), f"{d['mean']:+.1f} ± {d['standard_error']:.1f}"])
+    rows.append(
+        ["mean", *(spread(means[per]) for per in PER), plus_minus(d["mean"], d["standard_error"], len(runs), "+.1f")]
+    )
     title = (
         f"Supernets after {sizes.sampling_steps} steps of up to 50 scans: mean test accuracy, %, of {sizes.subnets} "
         "random configurations (± in the last column: standard error)"

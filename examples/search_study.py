@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import add_where, need, settle_where
+from arguments import add_where, need, plus_minus, settle_where
 from torch import Tensor, nn
 
 import glora_kernels as gk
@@ -199,9 +199,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def spread(values: Sequence[float], form: str = ".1f") -> str:
     """The mean ± the standard deviation, of one value the value alone."""
-    if len(values) == 1:
-        return f"{values[0]:{form}}"
-    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return plus_minus(statistics.mean(values), deviation, len(values), form)
 
 
 def write(out: Path, about: str, args: Namespace, sizes: Any, sections: dict[str, Any], tables: Sequence[str]) -> None:

@@ -30,6 +30,7 @@ from glora_kernels.search import Candidate, parameters_of
 if missing := [name for name in ("matplotlib", "tqdm", "transformers") if find_spec(name) is None]:
     sys.exit(f"missing: {', '.join(missing)}; the examples need: pip install 'glora_kernels[examples]'")
 
+from arguments import plus_minus
 from docstring_text import Corpus, entropy
 from language_model import WINDOW, build_model, held_out_loss, train
 from search_study import (
@@ -151,7 +152,11 @@ def tables(runs: list[dict[str, Any]], sizes: Sizes, before: float) -> list[str]
     for name in names[:-1]:
         d = differences(losses[SEARCHED], losses[name])
         paired.append(
-            [name, f"{d['mean']:+.4f} ± {d['standard_error']:.4f}", f"{len(runs) - d['higher']} of {len(runs)}"]
+            [
+                name,
+                plus_minus(d["mean"], d["standard_error"], len(runs), "+.4f"),
+                f"{len(runs) - d['higher']} of {len(runs)}",
+            ]
         )
     scores = [[run[key] for run in runs] for key in ("random_mean", "inherited_best")]
     return [

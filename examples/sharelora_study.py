@@ -34,6 +34,7 @@ import glora_kernels as gk
 if missing := [name for name in ("matplotlib", "tqdm", "transformers") if find_spec(name) is None]:
     sys.exit(f"missing: {', '.join(missing)}; the examples need: pip install 'glora_kernels[examples]'")
 
+from arguments import plus_minus
 from docstring_text import Corpus, entropy
 from language_model import WINDOW, Run, build_model, held_out_loss, train
 from study_plots import Rows, draw_comparison, draw_spectra
@@ -190,7 +191,7 @@ def print_table(rows: Rows, loss_before: float) -> None:
         f"{'adapter file, B':>17}{'seconds/run':>13}"
     )
     for name, row in rows.items():
-        after = f"{row['loss_mean']:.4f} ± {row['loss_std']:.4f}"
+        after = plus_minus(row["loss_mean"], row["loss_std"], len(row["runs"]))
         print(
             f"{name:11}{loss_before:12.4f}{after:>18}{row['trainable_parameters']:>11,}{row['optimizer_bytes']:>14,}"
             f"{row['adapter_bytes']:>17,}{row['seconds_per_run']:>13.1f}"
