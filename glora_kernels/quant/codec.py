@@ -1,9 +1,14 @@
 """Quantizing and dequantizing in plain PyTorch: the reference for the kernels, and the implementation on CPUs.
 
-Every step rounds where bitsandbytes rounds, so that both give the same bits in both directions.
+Every step rounds where bitsandbytes rounds, so that both give the same bits in both directions. Where bitsandbytes is
+loaded, whole blocks on a CPU are decoded by its operator, in a quarter of the time.
 """
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +20,7 @@ from glora_kernels.spec import check_choice
 
 _CHUNK = 1 << 18  # elements at a time, so that the temporaries stay in the cache
 _GRID = 65535
+_NATIVE_BLOCKSIZE = 1024
 
 
 @torch.inference_mode(False)  # the result may be kept and used in training
@@ -85,9 +91,13 @@ def dequantize(
     step = max(_CHUNK // blocksize, 1) * blocksize
     # One buffer for all steps: allocating one in each step would cost as much as the look-up.
     levels = torch.empty(min(step, end - begin + blocksize) // 2 + 1, dtype=torch.int64, device=weight.device)
+    native = _native(weight)
     for a in range(begin // blocksize * blocksize, end, step):
         b = min(a + step, end)
-        values = _decode(weight, a, b, levels).to(weight.state.dtype)
+        if native is not None and (b - a) % blocksize == 0:
+            values = _decoded_by(native, weight, a, b)
+        else:
+            values = _decode(weight, a, b, levels).to(weight.state.dtype)
         low = max(a, begin)
         flat[low - begin : b - begin] = values[low - a :]
     return out
@@ -121,6 +131,34 @@ def _encode(values: Tensor, absmax: Tensor, quant_type: str, blocksize: int) -> 
     if len(scaled) % 2:
         scaled = torch.nn.functional.pad(scaled, (0, 1))
     return codes[torch.bucketize(scaled.clamp_(-1, 1), bounds, out_int32=True)]
+
+
+def _native(weight: QuantizedWeight) -> Callable[..., Tensor] | None:
+    """bitsandbytes' operator where it is loaded (which takes a second) and has one for this device, a CPU.
+
+    Blocks of 2048 and more it decodes by a function that it compiles first.
+    """
+    if weight.device.type != "cpu" or weight.state.blocksize > _NATIVE_BLOCKSIZE or torch.compiler.is_compiling():
+        return None
+    if "bitsandbytes" not in sys.modules:
+        return None
+    name = "bitsandbytes::dequantize_4bit"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"):
+        return None
+    native: Any = torch.ops.bitsandbytes.dequantize_4bit.default
+    return native
+
+
+def _decoded_by(native: Callable[..., Tensor], weight: QuantizedWeight, begin: int, end: int) -> Tensor:
+    """The flat elements [begin, end), whole blocks, in the dtype that W was quantized from.
+
+    A row a block: rows that are no whole blocks it would decode wrongly.
+    """
+    state, size = weight.state, weight.state.blocksize
+    blocks = slice(begin // size, end // size)
+    packed = weight.packed.view(-1)[begin // 2 : end // 2]
+    shape = [blocks.stop - blocks.start, size]
+    return native(packed, absmax_of(state, blocks), size, state.quant_type, shape, state.dtype).view(-1)
 
 
 def _decode(weight: QuantizedWeight, begin: int, end: int, buffer: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glora_kernels.quant import QuantizedWeight, dequantize, quantize_weight
+from glora_kernels.quant import QuantizedWeight, codec, dequantize, quantize_weight
 from glora_kernels.quant.codes import FP4, NF4
 
 BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
@@ -96,15 +96,33 @@ def test_codes_equal_those_of_bitsandbytes(quant_type, nested, dtype):
 @types
 @nesting
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_decoded_values_equal_those_of_bitsandbytes(quant_type, nested, dtype):
+def test_decoded_values_equal_those_of_bitsandbytes(quant_type, nested, dtype, monkeypatch):
     """Where blocks and rows line up: elsewhere bitsandbytes' own CPU code (0.50) reads the absmax of other blocks."""
     functional = pytest.importorskip("bitsandbytes.functional")
+    monkeypatch.setattr(codec, "_native", lambda weight: None)
     for shape, blocksize in (((130, 64), 64), ((3, 4096), 32), ((3, 4096), 4096), ((257, 96), 32), ((1, 256), 128)):
         packed, state = bnb_quantized(draw(shape, std=0.05, dtype=dtype), quant_type, blocksize, nested)
         ours = quantize_weight(draw(shape, std=0.05, dtype=dtype), quant_type, blocksize, nested)
         with torch.compiler.set_stance("force_eager"):  # on a CPU it would compile itself, for seconds a shape
             expected = functional.dequantize_4bit(packed, state)
         assert torch.equal(dequantize(ours, dtype), expected)
+
+
+@types
+@nesting
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bitsandbytes_decodes_whole_blocks_with_the_same_bits(quant_type, nested, dtype, monkeypatch):
+    """All rows and some, also of a K that is no multiple of the block size, where a last block is shorter."""
+    pytest.importorskip("bitsandbytes")
+    for shape, blocksize in (((96, 96), 64), ((7, 33), 32), ((300, 512), 1024), ((130, 64), 64)):
+        weight = quantize_weight(draw(shape, std=0.05, dtype=dtype), quant_type, blocksize, nested)
+        assert codec._native(weight) is not None
+        cases = [(other, rows) for other in DTYPES for rows in (None, slice(3, 6))]
+        native = [dequantize(weight, other, rows) for other, rows in cases]
+        with monkeypatch.context() as patch:
+            patch.setattr(codec, "_native", lambda weight: None)
+            for found, (other, rows) in zip(native, cases, strict=True):
+                assert torch.equal(found, dequantize(weight, other, rows)), (shape, blocksize, other, rows)
 
 
 @types
