@@ -8,6 +8,7 @@ take something, functions return a string: the reason, for a summary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -56,12 +57,15 @@ _PARALLEL = (
 )  # attributes that PEFT, or transformers, sets on a tensor-parallel module
 Mixed = tuple[Frozen, list[Operands], Tensor, dict[str, Any]]
 """The arguments of `mixed_linear` after x."""
+_CASTING = ("layerwise_casting", "peft_autocast_disable")
+"""The names of diffusers' hooks for layerwise casting: on a linear layer, and on a layer of PEFT around it."""
 _Layer: Any = object  # typed Any, because subclasses also derive from a class of PEFT and use its attributes
 
 
 class OverBase(TakesRows, _Layer):
     """A mixin for layers of PEFT whose base our operators take; it comes before PEFT's class in the MRO."""
 
+    cast_input_dtype_enabled = True  # diffusers' layerwise casting asks every layer of PEFT for it, and sets it
     _glora_kept: dict[str, Any]  # the cache of `frozen_base` and of `mixed_linear`
 
     @property
@@ -173,13 +177,30 @@ class OverBase(TakesRows, _Layer):
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling the module only runs the forward of its class: no hooks, no replaced forward."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or ("forward" in vars(module) and has_other_forward(module))
+    return not (_has_hooks(module) or ("forward" in vars(module) and has_other_forward(module)))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def casting_hook(module: nn.Module) -> Any:
+    """diffusers' hook for layerwise casting, where nothing but it comes between a call and the class's forward.
+
+    A linear layer with it is kept in a narrow dtype, and has `compute_dtype` for a call. On a layer of PEFT it keeps
+    PEFT from casting x, which is not done here. None: there is none, or another hook beside it.
+    """
+    hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", {})
+    forward = vars(module).get("forward")
+    if len(hooks) != 1 or _has_hooks(module) or not isinstance(forward, functools.partial):
+        return None
+    [(name, hook)] = hooks.items()
+    inner = getattr(hook.fn_ref, "original_forward", None) or hook.fn_ref.forward
+    is_outermost = forward.func.__module__.startswith("diffusers.") and forward.args == (module,)
+    is_innermost = getattr(inner, "__func__", None) is type(module).forward
+    return hook if name in _CASTING and is_outermost and is_innermost else None
 
 
 def has_other_forward(module: nn.Module) -> bool:
@@ -216,7 +237,8 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
     """
     if is_tensor_parallel(base):
         return TENSOR_PARALLEL
-    if not is_plain(base):
+    casting = None
+    if not is_plain(base) and (casting := casting_hook(base)) is None:
         return HOOKED
     if "base_layer" in base._modules:
         return NESTED
@@ -234,6 +256,8 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
     weight = tensor_of(base, "weight")
     if weight is not None and weight.is_meta and not is_planning():  # planning needs no values
         return ON_META
+    if casting is not None and (kept["is_4bit"] or isinstance(base, QuantizedLinear)):
+        return HOOKED
     if isinstance(base, QuantizedLinear):
         return base.frozen()
     if kept["is_4bit"]:
@@ -246,7 +270,10 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
         # A trained leaf also without gradients: reentrant checkpoints run forward without them, and again with them.
         if weight.is_leaf or torch.is_grad_enabled():
             return TRAINED_BASE
-    return Frozen(weight if plain is nn.Linear else weight.t(), tensor_of(base, "bias"))
+    bias = tensor_of(base, "bias")
+    if casting is not None:  # what its hook does for a call, on copies
+        weight, bias = weight.to(casting.compute_dtype), None if bias is None else bias.to(casting.compute_dtype)
+    return Frozen(weight if plain is nn.Linear else weight.t(), bias)
 
 
 def read_base(base: nn.Module) -> dict[str, Any]:

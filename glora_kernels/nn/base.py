@@ -92,6 +92,10 @@ def unsupported(linear: nn.Module) -> str | None:
         return "it is parametrized; use torch.nn.utils.parametrize.remove_parametrizations first"
     if is_cut(linear):
         return found if isinstance(found := found_in(linear), str) else None
+    if "forward" in vars(linear) and "_diffusers_hook" in vars(linear):
+        return (
+            "a hook of diffusers (layerwise casting, offloading) has replaced its forward; adapt the model before that"
+        )
     if "forward" in vars(linear) or not computes_as(linear, plain):
         return f"its forward is not that of {plain.__name__}, and would be lost"
     if any(getattr(linear, hooks) for hooks in _HOOKS):

@@ -19,8 +19,9 @@ from glora_kernels.nn.expert_linear import GLoRAExpertLinear
 from glora_kernels.nn.experts import ExpertLinear, keep_names
 from glora_kernels.nn.frozen import QuantizedLinear, check_dtype
 from glora_kernels.nn.linear import GLoRALinear
-from glora_kernels.nn.model import TRAINED, is_in_ddp, named_layers, unwrap
+from glora_kernels.nn.model import TRAINED, is_in_ddp, is_tuner, named_layers, unwrap
 from glora_kernels.nn.patterns import listed, patterns_of, unmatched
+from glora_kernels.nn.projections import guard
 from glora_kernels.nn.share import Sharing, forget_tied, keep_tied, plan_sharing, tie
 from glora_kernels.nn.targets import (
     Linear,
@@ -171,11 +172,6 @@ def refuse_adapted(caller: str, root: nn.Module) -> None:
         raise ValueError(f"{caller}: the model has low-rank adapters of another kind ({low_rank!r}); merge them first")
 
 
-def is_tuner(module: nn.Module) -> bool:
-    """Whether a module is a layer or a model of a PEFT method, ours among them."""
-    return any(kind.__module__.startswith("peft.tuners.") for kind in type(module).__mro__)
-
-
 def replace(
     model: nn.Module,
     plan: list[Planned],
@@ -222,6 +218,7 @@ def replace(
     if sharing.ties:
         undo.callback(forget_tied, root)
         keep_tied(root)
+    guard(root, undo)
     return layers[0] if is_linear(root) else model
 
 

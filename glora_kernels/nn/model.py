@@ -38,6 +38,11 @@ def is_in_ddp(model: nn.Module) -> bool:
     return any(isinstance(wrapper, nn.parallel.DistributedDataParallel) for wrapper in wrappers(model))
 
 
+def is_tuner(module: nn.Module) -> bool:
+    """Whether a module is a layer or a model of a PEFT method, ours among them."""
+    return any(kind.__module__.startswith("peft.tuners.") for kind in type(module).__mro__)
+
+
 def check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")

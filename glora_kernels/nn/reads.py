@@ -93,6 +93,13 @@ def reads(root: nn.Module, passed: Collection[nn.Module] = ()) -> dict[nn.Module
     return found
 
 
+def read_by(module: nn.Module, method: str) -> set[nn.Module]:
+    """The modules inside `module` whose parameters a method of its class reads without calling them."""
+    reader = _Reader()
+    reader.follow(member(inspect.getattr_static(type(module), method), module))
+    return reader.found.keys() & set(module.modules()) - {module}
+
+
 class _Scope:
     """The names in a function and the values each may have; `outer` is the scope around a local function."""
 
@@ -129,10 +136,14 @@ class _Reader:
 
     def run(self, module: nn.Module) -> dict[nn.Module, Read]:
         for name in ("forward", "__call__"):
-            self._use(self._apply(self._attribute(Values({module}), name), [], {}))
+            self.follow(self._attribute(Values({module}), name))
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            self._use(self._apply(of_object(hook), [Values({module})], {}))
+            self.follow(of_object(hook), Values({module}))
         return self.found
+
+    def follow(self, functions: Values[Any], *given: Values[Any]) -> None:
+        """Analyse calls of functions, and take what they return for read."""
+        self._use(self._apply(functions, list(given), {}))
 
     # Functions.
 

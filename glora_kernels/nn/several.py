@@ -25,15 +25,15 @@ from glora_kernels.nn.inject import (  # fmt: skip
     check_wrapper,
     checked_configs,
     chosen_layers,
-    is_tuner,
     layer_over,
     with_expert_ranks,
 )
 from glora_kernels.nn.linear import GLoRALinear
 from glora_kernels.nn.mixed import BatchRows, TakesRows, refuse_inside
-from glora_kernels.nn.model import clean, layers_of, named_layers, trained_of, unwrap
+from glora_kernels.nn.model import clean, is_tuner, layers_of, named_layers, trained_of, unwrap
 from glora_kernels.nn.named import FIRST, NONE, NamedAdapter
 from glora_kernels.nn.patterns import patterns_of, some_of
+from glora_kernels.nn.projections import guard
 from glora_kernels.nn.ranks import refuse_sharded
 from glora_kernels.nn.share import Tie, plan_sharing
 from glora_kernels.nn.targets import Linear, linears, named_by, put, targets_of
@@ -258,6 +258,7 @@ def put_beside(
         undo.callback(layer.drop_named, name)
         layer.add_named(name, adapter.train(layer.training))
     keep_names(root)
+    guard(root, undo)
 
 
 def _adapted(root: nn.Module, excluded: Iterable[str]) -> list[str]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
-from glora_kernels.integrations.bases import IDLE, SHARDED, SHARDED_ADAPTER, has_other_forward
+from glora_kernels.integrations.bases import IDLE, SHARDED, SHARDED_ADAPTER, casting_hook, has_other_forward
 from glora_kernels.integrations.release import need_peft
-from glora_kernels.nn.base import M
 from glora_kernels.nn.columns import aligned
 from glora_kernels.nn.mixed import refuse_inside
-from glora_kernels.nn.model import check_module, unwrap
+from glora_kernels.nn.model import unwrap
+from glora_kernels.nn.projections import guard, unguard
 from glora_kernels.nn.reads import reads
 from glora_kernels.nn.undo import all_or_none
 from glora_kernels.quant.bnb import free_codes, keep_codes
@@ -23,6 +23,16 @@ from glora_kernels.quant.bnb import free_codes, keep_codes
 OWN_FORWARD = "its forward was replaced, or it has accelerate's offloading hooks"
 DERIVED = "a class of its own, derived from PEFT's"
 ON_OURS = "glora_kernels"
+
+
+class Pipeline(Protocol):
+    """Several models by name, and whatever else they need: diffusers' `DiffusionPipeline`."""
+
+    @property
+    def components(self) -> Mapping[str, Any]: ...
+
+
+P = TypeVar("P", bound=nn.Module | Pipeline)
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,7 +66,7 @@ class AccelerationReport:
         return "\n".join(lines)
 
 
-def accelerate(model: M, *, verbose: bool = True) -> M:
+def accelerate(model: P, *, verbose: bool = True) -> P:
     """Move the PEFT layers of a model onto our operators, in place; nothing else changes.
 
     Adapters stay PEFT's Parameters under the same names, so optimizers, checkpoints, `save_pretrained` and DDP work as
@@ -74,18 +84,20 @@ def accelerate(model: M, *, verbose: bool = True) -> M:
     of a GLoRA layer whose vector or constant A is trained.
 
     Args:
-        model: a `PeftModel`, or any module with PEFT layers, also inside DDP or torch.compile's wrapper.
+        model: a `PeftModel`, or any module with PEFT layers, also inside DDP or torch.compile's wrapper. Or a pipeline,
+            an object with several models in a mapping `components`, as diffusers' have: all that have PEFT layers.
         verbose: print the summary (`acceleration`), on the first process only.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, and has no `components` either.
         ImportError: PEFT is missing, or older than the oldest supported release.
         ValueError: the model has no PEFT layers, or none that can be accelerated.
     """
-    layers = _tuner_layers(model)
+    root = _root(model)
+    layers = _tuner_layers(root)
     if not layers:
         raise ValueError(
             "accelerate: the model has no PEFT layers; use it on the result of peft.get_peft_model, or inject() for "
@@ -93,19 +105,20 @@ def accelerate(model: M, *, verbose: bool = True) -> M:
         )
     kinds = _kinds()
     new = {path: layer for path, layer in layers.items() if _refusal(layer, kinds) is None}
-    read = _read(model, layers.values()) if new else {}
+    read = _read(root, layers.values()) if new else {}
     new = {path: layer for path, layer in new.items() if layer not in read}
     again = any(map(_is_accelerated, layers.values()))
     if not new and not again and not all(map(_is_ours, layers.values())):
         raise ValueError(f"accelerate: no layer of this model can be accelerated\n{acceleration(model)}")
     with all_or_none() as undo:
         if not again:
-            undo.callback(free_codes, model)
+            undo.callback(free_codes, root)
         for layer in new.values():
             undo.callback(_put_back, layer, type(layer), dict(vars(layer)))
             layer.__class__ = kinds[type(layer)]
             layer.accelerated()
-        keep_codes(model)
+        guard(root, undo)
+        keep_codes(root)
     if verbose and _is_first_process():
         print(acceleration(model))
         if again and not new:
@@ -113,20 +126,24 @@ def accelerate(model: M, *, verbose: bool = True) -> M:
     return model
 
 
-def decelerate(model: M) -> M:
+def decelerate(model: P) -> P:
     """Give the layers of an accelerated model their PEFT classes back, in place; parameters stay as they are.
 
     On a model without accelerated layers it changes nothing, and prints that.
+
+    Args:
+        model: what `accelerate` takes.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, and has no `components` either.
         ValueError: it has no PEFT layers, or a layer's class or forward was changed since. The model is unchanged.
         RuntimeError: inside `rows`, which PEFT's own layers do not know.
     """
-    found = _tuner_layers(model).values()
+    root = _root(model)
+    found = _tuner_layers(root).values()
     if not found:
         raise ValueError("decelerate: the model has no PEFT layers")
     layers = [layer for layer in found if _is_accelerated(layer)]
@@ -147,12 +164,14 @@ def decelerate(model: M) -> M:
             "accelerated one (accelerate's offloading hooks do); take it off first"
         )
     with all_or_none() as undo:
-        undo.callback(keep_codes, model)
+        undo.callback(keep_codes, root)
         for layer in layers:
             undo.callback(_put_back, layer, type(layer), dict(vars(layer)))
             layer.decelerated()
             layer.__class__ = layer.plain
-        free_codes(model)
+        free_codes(root)
+        if not any(map(_is_ours, found)):
+            unguard(root)
     return model
 
 
@@ -161,20 +180,21 @@ def _put_back(layer: Any, kind: type, attributes: dict[str, Any]) -> None:
     object.__setattr__(layer, "__dict__", attributes)
 
 
-def acceleration(model: nn.Module, *, reset: bool = False) -> AccelerationReport:
+def acceleration(model: nn.Module | Pipeline, *, reset: bool = False) -> AccelerationReport:
     """Report how many PEFT layers of a model run on our operators at present, and why the others do not.
 
     A disabled or merged layer counts as if it were enabled and unmerged. Single calls that run PEFT's forward because
     of their arguments (an x in another dtype, a batch of several adapters) are counted in `fallbacks`.
 
     Args:
-        model: a model with PEFT layers.
+        model: a model with PEFT layers, or a pipeline of such.
         reset: whether to set the counts of single calls to zero after the report.
     """
-    layers, kinds = _tuner_layers(model), _kinds()
+    root = _root(model)
+    layers, kinds = _tuner_layers(root), _kinds()
     left = any(_refusal(layer, kinds) is None for layer in layers.values())
-    read = _read(model, layers.values()) if left else {}
-    units = _sharded_units(model)
+    read = _read(root, layers.values()) if left else {}
+    units = _sharded_units(root)
     served: Counter[str] = Counter()
     kept: Counter[tuple[str, str]] = Counter()
     fallbacks: dict[tuple[str, str], int] = {}
@@ -197,7 +217,7 @@ def acceleration(model: nn.Module, *, reset: bool = False) -> AccelerationReport
 
 def _fallback(layer: Any, is_gathered: bool) -> str | None:
     """Why an accelerated layer runs PEFT's forward, or None. is_gathered: FSDP2 gathers its weight for a forward."""
-    if has_other_forward(layer):
+    if has_other_forward(layer) and casting_hook(layer) is None:
         return OWN_FORWARD
     reason: str | None = layer.standing_refusal()
     return None if reason == IDLE or (reason in (SHARDED, SHARDED_ADAPTER) and is_gathered) else reason
@@ -210,12 +230,25 @@ def _kinds() -> dict[type, Any]:
     return KINDS
 
 
-def _tuner_layers(model: nn.Module) -> dict[str, Any]:
-    check_module(model)
+def _root(model: object) -> nn.Module:
+    """The model, or a module that holds those of a pipeline that have PEFT layers, under the names they have there."""
+    if isinstance(model, nn.Module):
+        return model
+    components = getattr(model, "components", None)
+    if not isinstance(components, Mapping):
+        raise TypeError(
+            "model must be an nn.Module, or a pipeline that has its models in a mapping `components` (diffusers' "
+            f"DiffusionPipeline), got {type(model).__name__}"
+        )
+    modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+    return nn.ModuleDict({name: unwrap(part) for name, part in modules.items() if _tuner_layers(part)})
+
+
+def _tuner_layers(root: nn.Module) -> dict[str, Any]:
     need_peft("accelerate")
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    return {path: module for path, module in root.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
 def _sharded_units(model: nn.Module) -> tuple[str, ...]:

@@ -19,6 +19,8 @@ from glora_kernels.nn.adapted import weighted_sum
 from glora_kernels.nn.biases import added_biases, keep_biases, warn_of_biases
 from glora_kernels.nn.door import refuse, warn_skipped
 from glora_kernels.nn.named import NamedAdapter
+from glora_kernels.nn.projections import guard, unguard
+from glora_kernels.nn.undo import all_or_none
 from glora_kernels.quant.bnb import keep_codes
 from glora_kernels.spec import SCALED
 
@@ -41,6 +43,12 @@ class AdaptedModel(BaseTuner):
         keep_codes(model)
         if everything:
             warn_skipped(type(peft_config).__name__, model, ())
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """PEFT's method; then an error stands where a module would fuse projections without their adapters."""
+        super().inject_adapter(model, *args, **kwargs)
+        with all_or_none() as undo:
+            guard(model, undo)
 
     def _plan(self, config: Any, model: nn.Module, targets: dict[str, nn.Module]) -> None:
         """Decide which factors the target layers share; by default none."""
@@ -93,6 +101,7 @@ class AdaptedModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         layers, bare = self._bare()  # keeps all layers alive: unmerging asks others with the same weight
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        unguard(model)
         found = added_biases(model, _with_bias(layers, bare))
         keep_biases(dict(model.named_modules()), found)
         if found.lost:

@@ -22,6 +22,7 @@ from glora_kernels.nn.merging.layer import UNSHARD
 from glora_kernels.nn.merging.rounding import MergeReport, refusal
 from glora_kernels.nn.merging.values import Kept, ToMerge, check_finite
 from glora_kernels.nn.model import TRAINED, all_paths, clean, is_in_ddp, join, layers_of, unwrap
+from glora_kernels.nn.projections import unguard
 from glora_kernels.nn.ranks import refuse_sharded
 from glora_kernels.nn.share import forget_tied
 from glora_kernels.nn.ties import memory, overlaps, owned
@@ -429,6 +430,7 @@ def _thaw(root: nn.Module) -> None:
     forget_tied(root)
     free_codes(root)
     keep_names(root)
+    unguard(root)
     for module in root.modules():
         vars(module).pop(TRAINED, None)
         for name in vars(module).pop(FROZEN, ()):

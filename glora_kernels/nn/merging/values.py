@@ -47,7 +47,14 @@ def writable(base: Any) -> Any:
 
 
 def check_writable(base: Any) -> None:
-    """Raise a ValueError for a `Linear4bit` whose absmax is not in fp32: we read a copy of it, so writes are lost."""
+    """Raise a ValueError where merged values cannot be written.
+
+    A weight in 8 bits, as diffusers' layerwise casting keeps it, would round them away. Of a `Linear4bit` whose absmax
+    is not in fp32 we read a copy, so that writes are lost.
+    """
+    dtype = base.weight.dtype
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        raise ValueError(f"merge: the weight is kept in {dtype} (layerwise casting); merge before that is enabled")
     layer = writable(base)
     if layer is base:
         return
