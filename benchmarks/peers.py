@@ -11,8 +11,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -190,6 +192,35 @@ def peft(problem: Problem) -> Contestant:
         parameter.data = parameter.data.to(problem.weight.dtype)
     copy_values(params, problem.params)
     return Contestant(layer, params)
+
+
+def lycoris(problem: Problem, bypass: bool = False, backend: str = "torch") -> Contestant:
+    """LyCORIS's GLoRA module over the base, which is our product variant with alpha = alpha_A = R.
+
+    bypass: its other forward, W(x + A(x)) + B(x), in place of the default, which builds ΔW and takes a second product.
+    backend: what builds ΔW, by LyCORIS's names; "triton" is its default on a card, "torch" on a CPU.
+
+    Raises:
+        Unavailable: the backend cannot run here.
+        ImportError: lycoris is not installed.
+    """
+    kind = importlib.import_module("lycoris.modules.glora").GLoRAModule
+    usable = importlib.import_module("lycoris.kernels.dispatch").available_backends(problem.x.device)
+    if backend not in usable or (backend == "triton" and not problem.x.is_cuda):
+        raise Unavailable(f"LyCORIS has no backend {backend!r} on {problem.x.device}")
+    linear = base_layer(problem)
+    rank = problem.config.rank
+    layer = kind("layer", linear, lora_dim=rank, alpha=rank, bypass_mode=bypass).to(problem.x)
+    names = {"A_up": "a1", "A_down": "a2", "B_up": "b1", "B_down": "b2"}
+    params = {ours: layer.get_submodule(theirs).get_parameter("weight") for ours, theirs in names.items()}
+    copy_values(params, problem.params)
+
+    def forward(x: Tensor) -> Tensor:
+        with mock.patch.dict(os.environ, {"LYCORIS_KERNEL_BACKEND": backend}):
+            y: Tensor = layer(x)
+        return y
+
+    return Contestant(forward, params)
 
 
 def peft_config(library: Any, config: GLoRAConfig, modules: Sequence[str], biased: bool = True) -> Any:

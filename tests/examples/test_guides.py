@@ -34,6 +34,7 @@ GUIDES = {
     "four-bit": "four_bit",
     "several-gpus": "several_processes",
     "parallel": "tensor_parallel",
+    "diffusion": "diffusion",
 }
 """The guides with a script each; the other pages of docs/ have none."""
 
@@ -102,6 +103,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("guides")
     names = ["plain_pytorch", "peft_lora", "peft_glora"]
     names += ["four_bit"] * installed("trl", "datasets", "bitsandbytes")
+    names += ["diffusion"] * installed("diffusers")
     names += ["timm_lightning"] * bool(TIMM and installed("lightning"))
     paths = [SCRIPTS / f"{name}.py" for name in names]
     (out / "pages").mkdir()
@@ -160,6 +162,19 @@ def test_four_bit(ran: Path) -> None:
     largest = number(printed, "largest logit")
     allowed = 2 * number(printed, "logits: plain PEFT in bf16, PEFT in fp32") + 4 * 2**-8 * largest
     assert 0.0 < number(printed, "logits: accelerated in bf16, PEFT in fp32") <= allowed
+
+
+@pytest.mark.skipif(not installed("diffusers"), reason="diffusers is missing")
+def test_diffusion(ran: Path) -> None:
+    printed = (ran / "diffusion.txt").read_text()
+    for model in ("unet", "flux"):
+        for method in ("GLoRA", "LoRA"):
+            trained, before, after, loaded, merged = numbers(printed, f"{model}, {method} ")
+            assert trained > 40_000
+            assert after < before
+            assert loaded == 0.0
+            assert 0.0 < merged < 1e-4
+            assert (ran / f"diffusion-{model}-{method}.safetensors").exists()
 
 
 @pytest.mark.skipif(not (TIMM and installed("lightning")), reason="GLORA_KERNELS_TIMM or lightning is missing")
