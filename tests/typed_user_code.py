@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,14 @@ class Net(nn.Module):
         return y
 
 
+class Pipeline:
+    """As diffusers' pipelines have it."""
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {"net": Net(), "scheduler": None}
+
+
 # The user's own class comes back.
 net = gk.inject(Net(), gk.GLoRAConfig(rank=2))
 assert_type(net, Net)
@@ -32,6 +40,7 @@ assert_type(gk.quantize(net, "nf4", double_quant=True), Net)
 assert_type(gk.load_adapter(net, "adapter.safetensors"), Net)
 assert_type(gk.accelerate(net), Net)
 assert_type(gk.decelerate(net), Net)
+assert_type(gk.accelerate(Pipeline()), Pipeline)
 assert_type(gk.fully_shard(net), Net)
 assert_type(gk.merge_and_unload(net), Net)
 
