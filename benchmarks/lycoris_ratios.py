@@ -76,17 +76,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a file for the table")
     args = parser.parse_args()
     device = devices.get(args.device)
-    command = " ".join(
-        ["python -m benchmarks.lycoris_ratios", *(["--device cuda"] * (device.kind == "cuda")), "--dtype", args.dtype]
-    )
+    on_cpu = device.kind == "cpu"
+    threads = f"OMP_NUM_THREADS={torch.get_num_threads()} " if on_cpu else ""
+    command = f"{threads}python -m benchmarks.lycoris_ratios --device {device.kind} --dtype {args.dtype}"
+    command += f" --rounds {args.rounds}"
     found = {
         name: measure(problem_of(*shape, args.dtype, device.torch_device), device, args.rounds)
         for name, shape in devices.progress(list(SHAPES.items()), "shapes")
     }
     names = [name for name in CONTESTANTS if any(name in row for row in found.values())]
-    threads = f", {torch.get_num_threads()} threads" if device.kind == "cpu" else ""
     lines = [
-        f"{device.name()}{threads}, {args.dtype}; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{device.name()}, {args.dtype}; Python {platform.python_version()}, torch {torch.__version__}, "
         f"lycoris-lora {version('lycoris-lora')}; `{command}`",
         "",
         f"Forward and backward over the frozen layer: median of {args.rounds} rounds [20th, 80th percentile].",

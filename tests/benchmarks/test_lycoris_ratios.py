@@ -10,6 +10,11 @@ from benchmarks import devices, lycoris_ratios, peers
 pytest.importorskip("lycoris")
 
 
+@pytest.fixture(autouse=True)
+def _same_environment_afterwards(monkeypatch):
+    monkeypatch.setenv("LYCORIS_KERNEL_BACKEND", "torch")
+
+
 def problem():
     return lycoris_ratios.problem_of(6, 10, 8, 3, "fp32", torch.device("cpu"))
 
