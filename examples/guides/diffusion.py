@@ -56,7 +56,7 @@ class UNet(nn.Module):
             sample_size=8,
             in_channels=1,
             out_channels=1,
-            block_out_channels=(32, 48),
+            block_out_channels=(24, 32),
             layers_per_block=1,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -182,7 +182,7 @@ def draw(rows: dict[str, dict[str, Tensor]], steps: int, path: Path) -> None:
 
 
 def main() -> None:
-    args = parse_arguments(__doc__, steps=250, smoke=10, methods=list(MODELS))
+    args = parse_arguments(__doc__, steps=200, smoke=10, methods=list(MODELS))
     images, labels = load_images(range(5, 10), args.device)
     unseen = torch.arange(len(labels), device=labels.device) % 4 == 0
     seen, test = (images[~unseen], labels[~unseen]), (images[unseen], labels[unseen])

@@ -170,7 +170,7 @@ def test_diffusion(ran: Path) -> None:
     for model in ("unet", "flux"):
         for method in ("GLoRA", "LoRA"):
             trained, before, after, loaded, merged = numbers(printed, f"{model}, {method} ")
-            assert trained > 40_000
+            assert trained > 30_000
             assert after < before
             assert loaded == 0.0
             assert 0.0 < merged < 1e-4
