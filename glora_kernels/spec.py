@@ -179,16 +179,19 @@ class GLoRAConfig(_Config):
         return all(getattr(self, name) == "none" for name in SUPPORTS)
 
     def parameter_shapes(
-        self, in_features: int, out_features: int, bias: bool = True, experts: int = 0, common: Collection[str] = ()
-    ) -> dict[str, tuple[int, ...]]:
+        self, in_features: int, out_features: int, bias: bool = True, experts: int = 0, common: Collection[str] = (),
+        kernel: Sequence[int] = (),
+    ) -> dict[str, tuple[int, ...]]:  # fmt: skip
         """The adapter's parameters for a (N=out_features, K=in_features) layer: name → shape.
 
         D is left out where the layer has no bias to scale. Over a number of `experts` their number E is in front of
-        every shape, and 1 in front of the parameters that are `common` to them.
+        every shape, and 1 in front of the parameters that are `common` to them. A convolution has a `kernel`, and
+        K = in_features times its size: the weight is flattened. But the product variant's A is of the channels alone.
         """
-        n, k, r = out_features, in_features, self.rank
+        n, c, r = out_features, in_features, self.rank
+        k = c * math.prod(kernel)
         factors = {
-            "A": ((k if self.variant == "matmul" else n, r), (r, k)),
+            "A": ((c, r), (r, c)) if self.variant == "matmul" else ((n, r), (r, k)),
             "B": ((n, r), (r, k)),
             "C": ((k, r), (r, 1)),
         }

@@ -22,7 +22,7 @@ FLOORS = {
 SLICES = ("four_bit", "glora", "grouped", "depth", "multi", "experts")
 """One folder an operator: its launchers under their kernels, its eager twin and its registration beside them."""
 PUBLIC = {
-    "AccelerationReport", "FusedReport", "GLoRAConfig", "GLoRALinear", "GroupedLoRALinear", "MergeReport",
+    "AccelerationReport", "FusedReport", "GLoRAConfig", "GLoRAConv", "GLoRALinear", "GroupedLoRALinear", "MergeReport",
     "QuantizedLinear", "Search", "SearchSpace", "ShareLoRAConfig", "Supernet", "accelerate", "acceleration", "adapters",
     "add_adapter", "allocate", "backend", "batch_invariant", "clip_grad_norm_", "decelerate", "deferred_shared_grads",
     "delete_adapter", "disabled", "edit_ranks", "fold_mids", "fully_shard", "fuse_cross_attention", "fuse_siblings",

@@ -256,10 +256,10 @@ def low_rank(model: nn.Module, caller: str) -> dict[str, LowRank]:
             continue
         seen.add(id(module))
         if isinstance(module, GLoRALinear):
-            if module.experts:
+            if not module.is_linear:
+                kind = "layer of experts, whose factors are stacks of matrices" if module.experts else "convolution"
                 raise ValueError(
-                    f"{caller}: {path!r} is a layer of experts, whose factors are stacks of matrices; accepted are "
-                    "models whose GLoRA layers are over linear layers"
+                    f"{caller}: {path!r} is a {kind}; accepted are models whose GLoRA layers are over linear layers"
                 )
             if module.config.B == "lora":
                 found[path] = Ours(path, module)

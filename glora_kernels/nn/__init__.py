@@ -1,6 +1,7 @@
 """Modules, injection, merging, saving."""
 
 from glora_kernels.nn.adapter import load_adapter
+from glora_kernels.nn.convolutions.layer import GLoRAConv
 from glora_kernels.nn.depth import deferred_shared_grads, shift_once
 from glora_kernels.nn.frozen import QuantizedLinear
 from glora_kernels.nn.fuse import FusedReport, fuse_cross_attention, fuse_siblings, split_siblings
@@ -19,6 +20,7 @@ from glora_kernels.nn.warmup import warmup
 
 __all__ = [
     "FusedReport",
+    "GLoRAConv",
     "GLoRALinear",
     "GroupedLoRALinear",
     "MergeReport",

@@ -68,9 +68,10 @@ def load_adapter(
     before. A model that is cut by tensor parallelism takes the file too, every rank its parts: all must read it.
 
     Files of other tools are read by their keys: GLoRA of LyCORIS (a1, a2, b1, b2; also with the roles that earlier
-    versions gave these), which is variant="matmul" with alpha_A = alpha, and LoRA of linear layers by kohya's names
-    (lora_down, lora_up), as LyCORIS, kohya's scripts and others write, or by PEFT's (lora_A, lora_B). The names of
-    layers are looked up in the model. Training continues with the steps that it would have had there.
+    versions gave these), which is variant="matmul" with alpha_A = alpha, and LoRA by kohya's names (lora_down,
+    lora_up), as LyCORIS, kohya's scripts and others write, or by PEFT's (lora_A, lora_B); of linear layers and
+    convolutions. The names of layers are looked up in the model. Training continues with the steps that it would have
+    had there.
 
     Args:
         model: the plain or injected model; changed in place.
@@ -84,16 +85,15 @@ def load_adapter(
             where the file does not say it in its metadata, as its trainers write.
 
     Returns:
-        The model; where it is itself a linear layer, the GLoRALinear in its place.
+        The model; where it is itself a linear layer or a convolution, the GLoRA layer in its place.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, altered, no adapter or of a newer format; or it is another tool's and has
-            what cannot be represented (DoRA, convolutions, LoHa, ...), or only a part of a layer; or a
-            model with several adapters has
-            other values in the modules that the file trains whole; or it does not fit the model (also
-            where a value overflows the model's dtype), and the message names the first differences; or the model is
-            sharded by FSDP already.
+            what cannot be represented (DoRA, LoHa, Tucker cores, ...), or only a part of a layer; or a model with
+            several adapters has other values in the modules that the file trains whole; or it does not fit the model
+            (also where a value overflows the model's dtype), and the message names the first differences; or the model
+            is sharded by FSDP already.
         RuntimeError: a layer of the model is merged.
     """
     refuse_fsdp(unwrap(model), "load_adapter", "load the adapter before fully_shard")
@@ -260,12 +260,13 @@ def _inject(model: nn.Module, adapter: Adapter, where: str, undo: ExitStack) -> 
 
 
 def _found(root: nn.Module, adapter: Adapter, where: str, adapted: bool = False) -> dict[str, Linear]:
-    """The linear layers of a model by path, and `adapted` its GLoRA layers; all of the file's are among them."""
+    """The layers of a model to adapt by path, and `adapted` its GLoRA layers; all of the file's are among them."""
     found = {path: linear for linear in linears(root, adapted) for path in linear.paths}
     if absent := [path for path in adapter.layers if path not in found]:
         modules = dict(all_paths(root))
         has = f"a {type(modules[absent[0]]).__name__}" if absent[0] in modules else "no module"
-        raise ValueError(f"{where} adapts a linear layer {absent[0]!r}, where the model has {has}")
+        kind = "convolution" if adapter.layers[absent[0]].kernel else "linear layer"
+        raise ValueError(f"{where} adapts a {kind} {absent[0]!r}, where the model has {has}")
     return found
 
 
@@ -280,7 +281,8 @@ def _entry_of(where: str, path: str, entry: LayerEntry, linear: Linear) -> Layer
         raise ValueError(f"{where}: the weight of {path!r} is on the meta device; load the base model first")
     n, k = linear.base.shape
     bias = linear.module.base_bias if isinstance(linear.module, GLoRALinear) else linear.base.bias
-    return changed(entry, in_features=k, out_features=n, bias=bias is not None, experts=linear.experts)
+    kernel, experts = linear.base.kernel, linear.experts
+    return changed(entry, in_features=k, out_features=n, bias=bias is not None, experts=experts, kernel=kernel)
 
 
 def _planned_ties(tied: Mapping[str, str], values: Mapping[str, Tensor], found: Mapping[str, Linear]) -> list[Tie]:
@@ -321,7 +323,7 @@ def _check_fits(where: str, adapter: Adapter, own: Adapter, state: Mapping[str, 
 
 def _check_entry(where: str, path: str, given: LayerEntry, own: LayerEntry) -> None:
     """Raise a ValueError where the entries of file and model differ in anything but dropout and train_bias."""
-    sizes = ("in_features", "out_features", "bias", "experts", "common")
+    sizes = ("in_features", "out_features", "bias", "experts", "common", "kernel")
     have, want = (asdict(of.config) | {name: getattr(of, name) for name in sizes} for of in (given, own))
     if differing := [key for key in have if key != "dropout" and have[key] != want[key]]:
         first = ", ".join(f"{key}={have[key]!r} (the model: {want[key]!r})" for key in differing[:4])

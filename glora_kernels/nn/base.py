@@ -34,7 +34,10 @@ FROZEN = "_glora_frozen"
 
 
 class Base(NamedTuple):
-    """The parts of a linear layer. weight: as stored: (N, K), (K, N) where transposed, or packed. shape: (N, K)."""
+    """The parts of a layer. weight: as stored: (N, K), (K, N) where transposed, or packed. shape: (N, K).
+
+    Of a convolution: (N, channels, *kernel), and shape: (N, channels).
+    """
 
     weight: Tensor
     bias: nn.Parameter | None
@@ -43,23 +46,25 @@ class Base(NamedTuple):
     transposed: bool = False
     quant_state: QuantState | None = None
     compute_dtype: torch.dtype | None = None
+    kernel: tuple[int, ...] = ()
 
 
 def base_of(linear: nn.Module) -> Base:
-    """The parts of a linear layer for which `unsupported` returns None."""
+    """The parts of a linear layer or convolution for which `unsupported` returns None."""
     bias = linear._parameters.get("bias")
     if is_linear4bit(linear):
         linear = QuantizedLinear.from_linear4bit(linear)
     if isinstance(linear, FrozenBase):
         shape = linear.out_features, linear.in_features
         return Base(
-            linear.weight, bias, shape, linear.base_dtype, linear._transposed, linear.quant_state, linear.compute_dtype
-        )
+            linear.weight, bias, shape, linear.base_dtype, linear._transposed, linear.quant_state, linear.compute_dtype,
+            linear.kernel,
+        )  # fmt: skip
     stored, transposed = linear._parameters["weight"], conv1d_class(linear) is not None
     if stored is None:
         raise ValueError("a linear layer without a weight cannot be adapted")
-    n, k = stored.shape[::-1] if transposed else stored.shape
-    return Base(stored, bias, (n, k), stored.dtype, transposed)
+    n, k, *kernel = stored.shape[::-1] if transposed else stored.shape
+    return Base(stored, bias, (n, k), stored.dtype, transposed, kernel=tuple(kernel))
 
 
 def is_linear(module: object) -> bool:
@@ -76,15 +81,23 @@ def plain_class(module: object) -> Any:
     return conv1d_class(module)
 
 
+def convolution_class(module: object) -> Any:
+    """The base class of a convolution, `nn.Conv1d` to `nn.Conv3d`; None for others, transposed ones too."""
+    return next((kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind)), None)
+
+
 def computes_as(linear: nn.Module, plain: Any) -> bool:
     """Whether the class of a layer inherits the forward of its `plain_class`, or reimplements that of `nn.Linear`."""
     kind: Any = type(linear)
-    return kind.forward is plain.forward or (plain is nn.Linear and _reimplements_linear(linear))
+    inner = "_conv_forward"
+    if kind.forward is plain.forward:
+        return getattr(kind, inner, None) is getattr(plain, inner, None) and inner not in vars(linear)
+    return plain is nn.Linear and _reimplements_linear(linear)
 
 
 def unsupported(linear: nn.Module) -> str | None:
-    """The reason why a linear layer cannot be replaced by a GLoRALinear; None where it can."""
-    plain, is_quantized = plain_class(linear), isinstance(linear, QuantizedLinear)
+    """The reason why a linear layer or a convolution cannot be replaced by a GLoRA layer; None where it can."""
+    plain, is_quantized = plain_class(linear) or convolution_class(linear), isinstance(linear, QuantizedLinear)
     four_bits = is_quantized or is_linear4bit(linear)
     if isinstance(linear, nn.modules.lazy.LazyModuleMixin):
         return "its sizes are not known yet; run the model once first"
@@ -98,6 +111,8 @@ def unsupported(linear: nn.Module) -> str | None:
         )
     if "forward" in vars(linear) or not computes_as(linear, plain):
         return f"its forward is not that of {plain.__name__}, and would be lost"
+    if (groups := getattr(linear, "groups", 1)) != 1 and convolution_class(linear) is not None:
+        return f"it is a grouped convolution (groups={groups}); accepted are convolutions with groups=1"
     if any(getattr(linear, hooks) for hooks in _HOOKS):
         return "it has forward or backward hooks, which would be lost; remove them and register them afterwards"
     extra = [*(set(linear._parameters) - {"weight", "bias"}), *linear._buffers, *linear._modules]

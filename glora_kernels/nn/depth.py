@@ -95,7 +95,7 @@ def deferred_shared_grads(model: nn.Module) -> Iterator[Deferred]:
         ValueError: the model has no GLoRA layer.
         RuntimeError: the context is open already.
     """
-    layers = [layer for layer in layers_of(model, "deferred_shared_grads").values() if not layer.experts]
+    layers = [layer for layer in layers_of(model, "deferred_shared_grads").values() if layer.is_linear]
     if any(layer._deferred is not None for layer in layers):
         raise RuntimeError("deferred_shared_grads was entered inside deferred_shared_grads of the same layers")
     shared = _shared(layers)
@@ -155,7 +155,7 @@ def _state(tensor: Tensor) -> tuple[int, bool]:
 
 
 def _is_shifted(layer: GLoRALinear) -> bool:
-    return layer.has_shift and not layer.experts and not layer.merged and not layer._disabled and layer._active is None
+    return layer.has_shift and layer.is_linear and not layer.merged and not layer._disabled and layer._active is None
 
 
 def _shared(layers: list[GLoRALinear]) -> dict[GLoRALinear, dict[str, nn.Parameter]]:

@@ -7,6 +7,7 @@ A warning says where most of the model is in no linear layer.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 
@@ -98,8 +99,8 @@ def warn_skipped(caller: str, root: nn.Module, left: Iterable[nn.Module]) -> Non
     if sum(parts.values()) > _SKIPPED or parts.get(_STACKED, 0) > _EXPERTS:
         warnings.warn(
             f"{caller}: {share}, and stay as they are: only linear layers (nn.Linear, Conv1D) are adapted. Name what "
-            "you want in target_modules=[...], experts in target_parameters=[...], or train other modules whole "
-            "(train=[...])",
+            "you want in target_modules=[...], convolutions too, experts in target_parameters=[...], or train other "
+            "modules whole (train=[...])",
             UserWarning,
             stacklevel=3,
         )
@@ -118,7 +119,8 @@ def _skipped(root: nn.Module, left: Iterable[nn.Module]) -> tuple[str, dict[str,
     for module in root.modules():
         features = getattr(module, "in_features", None), getattr(module, "out_features", None)
         if isinstance(features[0], int) and isinstance(features[1], int):  # not numel(): 4-bit codes are packed
-            total += features[0] * features[1] * max(1, getattr(module, "experts", 0))
+            parts = max(1, getattr(module, "experts", 0)) * math.prod(getattr(module, "kernel", ()))
+            total += features[0] * features[1] * parts
             continue
         for parameter in module._parameters.values():
             if parameter is None or parameter.ndim < 2 or isinstance(module, nn.Embedding):

@@ -5,9 +5,10 @@ there are any, siblings) and "sha256" over the other entries and every tensor's 
 with several names is stored under the first; "tied" maps the others to it. "siblings" lists the sets of layers with one
 B_down and one dropout mask. A file with siblings has version 2, because a library that reads only version 1 would give
 each layer its own mask. One with layers of experts has version 3: each of its layers says its number of experts (0: a
-linear layer) and which parameters its experts have in common. Any other file has version 1. A layer's config has later
-fields (`spec.LATER`) only where they are set: earlier libraries refuse a file with a field that they do not know, and
-read all others.
+linear layer) and which parameters its experts have in common. One with convolutions has version 4: each of its layers
+says these two and its kernel ([]: a linear layer). Any other file has version 1. A layer's config has later fields
+(`spec.LATER`) only where they are set: earlier libraries refuse a file with a field that they do not know, and read all
+others.
 """
 
 from __future__ import annotations
@@ -42,14 +43,18 @@ VERSIONS: Mapping[str, Schema] = {
     "1": {"layers": (dict,), "train": (list,), "tied": (dict,)},
     "2": {"layers": (dict,), "train": (list,), "tied": (dict,), "siblings": (list,)},
     "3": {"layers": (dict,), "train": (list,), "tied": (dict,), "siblings": (list,)},
+    "4": {"layers": (dict,), "train": (list,), "tied": (dict,), "siblings": (list,)},
 }
 """The schema of "config" in each version of the format."""
 
 ENTRY: Schema = {
     "config": (dict,), "in_features": (int,), "out_features": (int,), "bias": (bool,), "train_bias": (bool,),
 }  # fmt: skip
-OF_EXPERTS: Schema = {"experts": (int,), "common": (list,)}
-"""The further keys of a layer in version 3."""
+FURTHER: Mapping[str, Schema] = {
+    "3": {"experts": (int,), "common": (list,)},
+    "4": {"experts": (int,), "common": (list,), "kernel": (list,)},
+}
+"""The further keys of a layer, by version."""
 CONFIG: Schema = dict.fromkeys((*SUPPORTS, "variant", "init"), (str,)) | {
     "rank": (int,), "alpha": (int, float, type(None)), "dropout": (int, float),
 }  # fmt: skip
@@ -63,6 +68,7 @@ class LayerEntry:
     """One adapted layer: configuration, sizes, whether the base has a bias, and whether the bias is trained.
 
     experts: the number of a layer of experts; 0 for a linear layer. common: the parameters that all experts share.
+    kernel: of a convolution, whose in_features are channels; empty for a linear layer.
     """
 
     config: GLoRAConfig
@@ -72,6 +78,7 @@ class LayerEntry:
     train_bias: bool
     experts: int = 0
     common: tuple[str, ...] = ()
+    kernel: tuple[int, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -83,15 +90,15 @@ class LayerEntry:
         sizes = self.in_features, self.out_features, self.bias
         of_bias = (self.experts, self.out_features) if self.experts else (self.out_features,)
         trained: dict[str, tuple[int, ...]] = {"bias": of_bias} if self.train_bias else {}
-        return self.config.parameter_shapes(*sizes, self.experts, self.common) | trained
+        return self.config.parameter_shapes(*sizes, self.experts, self.common, self.kernel) | trained
 
-    def to_dict(self, with_experts: bool) -> dict[str, Any]:
+    def to_dict(self, version: str) -> dict[str, Any]:
         values = asdict(self) | {"config": self.config.to_dict()}
-        return {name: value for name, value in values.items() if with_experts or name not in OF_EXPERTS}
+        return {name: values[name] for name in (*ENTRY, *FURTHER.get(version, ()))}
 
     @classmethod
-    def parsed(cls, values: object, what: str, with_experts: bool) -> LayerEntry:
-        found = _fields(values, {**ENTRY, **OF_EXPERTS} if with_experts else ENTRY, what)
+    def parsed(cls, values: object, what: str, version: str) -> LayerEntry:
+        found = _fields(values, {**ENTRY, **FURTHER.get(version, {})}, what)
         here = _typed(found["config"], (dict,), f"the config of {what}")
         config = _fields(here, {**CONFIG, **{key: SET[key] for key in SET if key in here}}, f"the config of {what}")
         for name in SCALED:
@@ -99,10 +106,14 @@ class LayerEntry:
                 raise ValueError(f"the {name} of {what} is no finite number")
         if found["in_features"] < 0 or found["out_features"] < 0:
             raise ValueError(f"{what} has a negative size")
-        if with_experts:
+        if "experts" in found:
             found["common"] = tuple(_strings(found["common"], f"common of {what}"))
             if found["experts"] < 0 or found["experts"] == 1:
                 raise ValueError(f"{what} has a number of experts that no layer has")
+        if "kernel" in found:
+            found["kernel"] = tuple(_typed(size, (int,), f"a size of the kernel of {what}") for size in found["kernel"])
+            if len(found["kernel"]) > 3 or any(size < 1 for size in found["kernel"]):
+                raise ValueError(f"{what} has a kernel that no layer has: {list(found['kernel'])}")
         if found["train_bias"] and not found["bias"]:
             raise ValueError(f"{what} trains a bias that it does not have")
         entry = cls(**found | {"config": GLoRAConfig.from_dict(config)})
@@ -130,9 +141,7 @@ class Adapter:
                 to tensors or layers that the file does not have.
         """
         found = _fields(_json(text), VERSIONS[version], "the configuration")
-        layers = {
-            path: LayerEntry.parsed(entry, f"layer {path!r}", version == "3") for path, entry in found["layers"].items()
-        }
+        layers = {path: LayerEntry.parsed(entry, f"layer {path!r}", version) for path, entry in found["layers"].items()}
         if not layers:
             raise ValueError("it has no layers")
         train = _strings(found["train"], "train")
@@ -166,8 +175,9 @@ class Adapter:
 def write(adapter: Adapter, target: Path) -> None:
     """Write the file of an adapter."""
     experts = any(entry.experts for entry in adapter.layers.values())
-    version = "3" if experts else "2" if adapter.siblings else "1"
-    layers = {path: entry.to_dict(experts) for path, entry in adapter.layers.items()}
+    convolutions = any(entry.kernel for entry in adapter.layers.values())
+    version = "4" if convolutions else "3" if experts else "2" if adapter.siblings else "1"
+    layers = {path: entry.to_dict(version) for path, entry in adapter.layers.items()}
     config: dict[str, object] = {"layers": layers, "train": adapter.train, "tied": adapter.tied}
     if "siblings" in VERSIONS[version]:
         config["siblings"] = adapter.siblings

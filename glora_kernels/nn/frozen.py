@@ -40,11 +40,13 @@ class FrozenBase(nn.Module):
     Attributes:
         experts: E in a layer of experts, whose weight is (E, N, K), or in 4 bits (E·N, K), and whose bias is (E, N);
             0 in a linear layer.
+        kernel: of a convolution, whose weight is (N, channels, *kernel); empty in a linear layer.
         quant_state: the metadata of the packed codes; None where the weight is dense.
         compute_dtype: the dtype that x is cast to; y is cast back. None: x stays as it is.
     """
 
     experts = 0
+    kernel: tuple[int, ...] = ()
     in_features: int
     out_features: int
     weight: Tensor
@@ -80,6 +82,11 @@ class FrozenBase(nn.Module):
         """Put a frozen parameter on the memory of the codes in their place; layers on the same codes are given one."""
         del self.__dict__["weight"]
         self.register_parameter("weight", parameter)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether a call is one product of rows with W: neither experts nor a convolution."""
+        return not self.experts and not self.kernel
 
     def base_weight(self) -> Weight:
         """W (N, K): the parameter, transposed if it is stored as (K, N), or the 4-bit weight."""

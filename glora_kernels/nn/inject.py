@@ -13,7 +13,8 @@ from typing import Literal, get_args, overload
 import torch
 from torch import nn
 
-from glora_kernels.nn.base import FROZEN, M, is_linear
+from glora_kernels.nn.base import FROZEN, M, convolution_class, is_linear
+from glora_kernels.nn.convolutions.layer import GLoRAConv
 from glora_kernels.nn.door import refuse, skipped_share, warn_skipped
 from glora_kernels.nn.expert_linear import GLoRAExpertLinear
 from glora_kernels.nn.experts import ExpertLinear, keep_names
@@ -82,7 +83,7 @@ def inject(
     target_parameters: str | Iterable[str] = (),
     expert_rank: ExpertRank = "rank",
 ) -> nn.Module:
-    r"""Replace linear layers of a model by GLoRA layers and freeze everything but the adapters and `train`.
+    r"""Replace linear layers and convolutions by GLoRA layers and freeze everything but the adapters and `train`.
 
     A pattern is a module path, the end of one ("q_proj", "attn.q_proj"), a glob on the path or on its last name
     ("blocks.0.*", "*.attn.?_proj"), or a regular expression that matches whole paths (r".*\.(q|v)_proj"); the first of
@@ -101,14 +102,15 @@ def inject(
             that no pattern matches, is not adapted.
         target_modules: patterns of linear layers. None or "all-linear" means every linear layer but the head: what
             `get_output_embeddings()` or timm's `get_classifier()` returns, else those named lm_head, head, classifier,
-            score or embed_out or directly inside a module of these names, and an "fc" of the model itself.
+            score or embed_out or directly inside a module of these names, and an "fc" of the model itself. A pattern
+            that matches no linear layer means convolutions (nn.Conv1d, Conv2d, Conv3d): "conv1", r".*resnets.*conv\d".
         train: patterns of modules that are trained whole and saved with the adapter. Linear layers in them are not
             adapted.
         target_parameters: patterns of the weights of experts ("experts.gate_up_proj", "experts.down_proj"), which
             transformers' mixtures of experts hold as one parameter for all experts; they are adapted beside
             target_modules, which may be [] then. Each expert gets an adapter, but factors that a ShareLoRAConfig shares
             are one for all experts, and over depth as for linear layers. No other argument takes experts, except a
-            pattern of target_modules that matches no linear layer.
+            pattern of target_modules that matches no linear layer and no convolution.
         expert_rank: of the adapter of each expert: "rank" is that of its configuration, as in PEFT; "rank // top_k"
             divides it by the number of experts that a token has (`num_experts_per_tok`), as NeMo's
             `normalize_moe_lora` does, so that a token meets about as much rank as in a dense layer. alpha stays, and
@@ -118,13 +120,13 @@ def inject(
             their inputs and outputs, except those that share parameters with a module outside (a tied head).
 
     Returns:
-        The model; where the model is itself a linear layer, the GLoRALinear in its place.
+        The model; where the model is itself a linear layer or a convolution, the GLoRA layer in its place.
 
     Raises:
         ValueError: a pattern that matches nothing, or only layers that other arguments take out; a model that has GLoRA
             layers already; layers that cannot be replaced, or whose weight is read by code that does not call them
-            (one error names them all); a factor to be shared over several devices or dtypes; and any other argument
-            that would have no effect. The model is unchanged.
+            (one error names them all); a ShareLoRAConfig for a convolution; a factor to be shared over several devices
+            or dtypes; and any other argument that would have no effect. The model is unchanged.
         TypeError: an argument of the wrong kind.
 
     Warns:
@@ -151,7 +153,8 @@ def inject(
     with all_or_none() as undo:
         model = replace(model, plan, trained, sharing, undo, wide)
         if targets is None:
-            left = [*named_layers(root).values(), *(linear.module for linear in linears(root)), *trained.values()]
+            every = (linear.module for linear in linears(root) if not linear.is_convolution)
+            left = [*named_layers(root).values(), *every, *trained.values()]
             warn_skipped("inject", root, left)
     return model
 
@@ -219,13 +222,20 @@ def replace(
         undo.callback(forget_tied, root)
         keep_tied(root)
     guard(root, undo)
-    return layers[0] if is_linear(root) else model
+    return layers[0] if _is_layer(root) else model
+
+
+def _is_layer(root: nn.Module) -> bool:
+    """Whether a model is itself a layer to replace."""
+    return is_linear(root) or convolution_class(root) is not None
 
 
 def layer_over(item: Linear, config: GLoRAConfig, dtype: torch.dtype, common: Collection[str] = ()) -> GLoRALinear:
-    """The GLoRA layer for a linear layer, or for a product of experts; common: what all its experts share."""
+    """The GLoRA layer for a linear layer, convolution or product of experts; common: what all its experts share."""
     if isinstance(item.module, ExpertLinear):
         return GLoRAExpertLinear(item.module, config, common=common, adapter_dtype=dtype)
+    if item.is_convolution:
+        return GLoRAConv(item.module, config, adapter_dtype=dtype)
     return GLoRALinear.in_place_of(item.module, config, dtype)
 
 
@@ -331,7 +341,7 @@ def check_replaceable(root: nn.Module, chosen: list[Linear]) -> None:
 
 def check_wrapper(model: nn.Module, root: nn.Module) -> None:
     """Raise a ValueError where the model is in a wrapper that must be applied after layers are replaced."""
-    if model is not root and is_linear(root):
+    if model is not root and _is_layer(root):
         raise ValueError("a single wrapped linear layer cannot be replaced; inject first, then wrap it")
     if is_in_ddp(model):
         raise ValueError(

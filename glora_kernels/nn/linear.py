@@ -207,9 +207,9 @@ class GLoRALinear(TakesRows, Mergeable):
         weight, bias = base.weight, base.bias
         check_dtype("dtype", base.dtype)
         check_dtype("adapter_dtype", adapter_dtype)
-        self.out_features, self.in_features = base.shape
+        (self.out_features, self.in_features), self.kernel = base.shape, base.kernel
         self.config = config
-        shapes = config.parameter_shapes(*base.shape[::-1], bias is not None, self.experts, common)
+        shapes = config.parameter_shapes(*base.shape[::-1], bias is not None, self.experts, common, base.kernel)
         made = {
             name: nn.Parameter(torch.empty(shape, device=weight.device, dtype=adapter_dtype or base.dtype))
             for name, shape in shapes.items()
@@ -264,7 +264,7 @@ class GLoRALinear(TakesRows, Mergeable):
             raise RuntimeError("reset_parameters: the base is in 4 bits; reset_adapter() leaves it as it is")
         nn.init.kaiming_uniform_(self.weight.t() if self._transposed else self.weight, a=math.sqrt(5))
         if self.bias is not None:
-            bound = 1.0 / math.sqrt(self.in_features)
+            bound = 1.0 / math.sqrt(self.in_features * math.prod(self.kernel))
             nn.init.uniform_(self.bias, -bound, bound)
         self.reset_adapter()
 
@@ -276,7 +276,7 @@ class GLoRALinear(TakesRows, Mergeable):
     def shapes_of(self, config: GLoRAConfig, common: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
         """The shapes of an adapter on this layer; `common`: of what the experts of a layer of experts share."""
         sizes = self.in_features, self.out_features, self.base_bias is not None
-        return config.parameter_shapes(*sizes, self.experts, common)
+        return config.parameter_shapes(*sizes, self.experts, common, self.kernel)
 
     def named(self) -> Mapping[str, NamedAdapter]:
         """The adapters beside the first, by name."""

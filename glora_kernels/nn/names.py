@@ -88,7 +88,10 @@ def readers(root: nn.Module) -> Iterator[Readers]:
     """
     paths = {module: clean(path) for path, module in root.named_modules()}
     for module, path in paths.items():
-        layers = {name: m for name, m in module.named_children() if isinstance(m, GLoRALinear) or is_linear(m)}
+        layers = {
+            name: m for name, m in module.named_children()
+            if (isinstance(m, GLoRALinear) and m.is_linear) or is_linear(m)
+        }  # fmt: skip
         cross = _is_cross(path, module)
         for names in (*ATTENTION, *GATED):
             own = [layers[name] for name in (names[1:] if cross and names in ATTENTION else names) if name in layers]

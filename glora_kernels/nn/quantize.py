@@ -95,6 +95,10 @@ def quantize(
     root = unwrap(module)
     refuse_adapted("quantize", root)
     chosen = _chosen(root, target_modules, exclude_modules, target_parameters)
+    if convolutions := [linear for linear in chosen if linear.is_convolution]:
+        raise ValueError(
+            f"quantize: {_named(convolutions[0])} is a convolution; accepted are linear layers and experts"
+        )
     check_wrapper(module, root)
     check_replaceable(root, chosen)
     for path, other in _half_tied(root, chosen).items():

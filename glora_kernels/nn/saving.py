@@ -47,10 +47,10 @@ def save_adapter(
         path: the file; an existing one is replaced.
         name: of the adapter, where the model has several (`add_adapter`). The file does not say it.
         format: None: this library's own, which holds everything. Others are for the programs that read them, and hold
-            low-rank adapters of linear layers only: "lycoris" (GLoRA of the product variant, ΔW = s·(W·a1·a2 + b1·b2),
-            and LoRA; for ComfyUI and LyCORIS), "kohya" (LoRA: lora_down, lora_up, alpha) and "peft" (LoRA: lora_A,
-            lora_B; for diffusers and ComfyUI, which know no scale there: s is multiplied into lora_B). They do not say
-            which dropout there was; a factor shared by several layers is written for each.
+            low-rank adapters of linear layers and convolutions only: "lycoris" (GLoRA of the product variant,
+            ΔW = s·(W·a1·a2 + b1·b2), and LoRA; for ComfyUI and LyCORIS), "kohya" (LoRA: lora_down, lora_up, alpha) and
+            "peft" (LoRA: lora_A, lora_B; for diffusers and ComfyUI, which know no scale there: s is multiplied into
+            lora_B). They do not say which dropout there was; a factor shared by several layers is written for each.
         prefix: with a format, what comes before a layer's path in the names of the file. None: "lycoris_",
             "lora_unet_" or "transformer.". A mapping gives the parts of a model prefixes of their own:
             {"unet": "lora_unet_", "text_encoder": "lora_te_"}.
@@ -85,7 +85,8 @@ def save_adapter(
             )
         inside = {join(path, own) for path, entry in adapter.layers.items() for own in entry.names}
         configs = {path: entry.config for path, entry in adapter.layers.items()}
-        foreign = plan(configs, state.keys() - inside, format, prefix)
+        kernels = {path: entry.kernel for path, entry in adapter.layers.items()}
+        foreign = plan(configs, state.keys() - inside, format, prefix, kernels)
     elif prefix is not None:
         raise ValueError(f"save_adapter: prefix={prefix!r} is for the names in files of another format; give format=")
     _warn_unsaved(root, layers, adapter)
@@ -127,7 +128,9 @@ def held_adapter(root: nn.Module, name: str, biases: Collection[str] | None = No
         is_trained = bias is not None and bias.requires_grad if biases is None else path in biases
         has_bias = base_bias is not None
         sizes, common = (layer.in_features, layer.out_features), common_of(parameters) if layer.experts else ()
-        entries[path] = LayerEntry(config, *sizes, has_bias, has_bias and is_trained, layer.experts, common)
+        entries[path] = LayerEntry(
+            config, *sizes, has_bias, has_bias and is_trained, layer.experts, common, layer.kernel
+        )
         state |= {join(path, own): parameter for own, parameter in parameters.items()}
         if base_bias is not None and is_trained:
             state[join(path, "bias")] = base_bias

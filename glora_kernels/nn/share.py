@@ -72,8 +72,13 @@ def plan_sharing(
     Raises:
         ValueError: a projections pattern that matches no member; tie_siblings without siblings, or with siblings by
             name that differ in in_features; a factor to be shared by layers on several devices or, without an
-            `adapter_dtype`, of several dtypes. The message names the modules.
+            `adapter_dtype`, of several dtypes; or a convolution. The message names the modules.
     """
+    if convolutions := [member.path for member in members if member.is_convolution]:
+        raise ValueError(
+            f"{convolutions[0]!r} is a convolution, for which there is no ShareLoRAConfig; give it a GLoRAConfig "
+            "(GLoRAConfig.lora(...), say), in a mapping of patterns to configurations, or leave it out"
+        )
     configs: dict[ShareLoRAConfig, list[Linear]] = {}
     for member, config in members.items():
         configs.setdefault(config, []).append(member)

@@ -1,7 +1,7 @@
 """Choosing layers of a model: those that patterns name, or every linear one but the head.
 
-The products of experts, which are parameters of an experts module, are chosen as linear layers are, but only where a
-pattern names them.
+Convolutions, and the products of experts, which are parameters of an experts module, are chosen as linear layers are,
+but only where a pattern names them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from glora_kernels.nn import mixture
-from glora_kernels.nn.base import Base, base_of, is_linear, unsupported
+from glora_kernels.nn.base import Base, base_of, convolution_class, is_linear, unsupported
 from glora_kernels.nn.experts import ExpertLinear, install, refusal
 from glora_kernels.nn.frozen import DTYPES, FrozenBase, QuantizedLinear, dtype_name
 from glora_kernels.nn.model import all_paths, join
@@ -32,7 +32,7 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(eq=False)
 class Linear:
-    """One linear layer of the model and every place where it is used; or a product of experts.
+    """One linear layer of the model and every place where it is used; or a convolution, or a product of experts.
 
     Where a product is not a layer yet, `module` is one that the model does not have, on the experts' parameters.
     """
@@ -47,8 +47,19 @@ class Linear:
 
     @property
     def experts(self) -> int:
-        """E of a product of experts; 0 for a linear layer."""
+        """E of a product of experts; 0 for others."""
         return self.module.experts if isinstance(self.module, FrozenBase) else 0
+
+    @property
+    def is_convolution(self) -> bool:
+        if isinstance(self.module, FrozenBase):
+            return bool(self.module.kernel)
+        return convolution_class(self.module) is not None
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear layer, plain or adapted: what patterns mean first."""
+        return not self.experts and not self.is_convolution
 
     @property
     def owner(self) -> nn.Module:
@@ -83,7 +94,7 @@ class Linear:
 def linears(root: nn.Module, adapted: bool = False) -> list[Linear]:
     """The linear layers of a model, each once, in the order of their first paths; `adapted`: GLoRA layers too.
 
-    The products of experts are among them (`Linear.experts`).
+    Convolutions and the products of experts are among them (`Linear.is_linear`).
     """
     modules = dict(root.named_modules(remove_duplicate=False))
     found: dict[object, Linear] = {}
@@ -93,7 +104,8 @@ def linears(root: nn.Module, adapted: bool = False) -> list[Linear]:
             if item is None:
                 item = found[module, name] = Linear(ExpertLinear.of(module, name), parents=[(module, name)])
             item.paths.append(join(path, name))
-        if is_linear(module) or isinstance(module, ExpertLinear) or (adapted and isinstance(module, FrozenBase)):
+        is_plain = is_linear(module) or isinstance(module, ExpertLinear) or convolution_class(module) is not None
+        if is_plain or (adapted and isinstance(module, FrozenBase)):
             item = found.setdefault(module, Linear(module))
             prefix, _, name = raw.rpartition(".")
             item.paths.append(path)
@@ -133,11 +145,12 @@ def find_targets(
 ) -> tuple[list[Linear], list[Linear]]:
     """(all linear layers, the chosen ones): named by `targets`, not by `excluded`, and in no module of `trained`.
 
-    targets None: all but the head, and no experts. A pattern of `targets` that names no linear layer may name products
-    of experts, and one of `parameters` names these alone. adapted: among them GLoRA layers.
+    targets None: all but the head, no convolutions and no experts; of a model that is itself a convolution, this. A
+    pattern of `targets` that names no linear layer may name convolutions, and one that names none of these products of
+    experts; one of `parameters` names the last alone. adapted: among them GLoRA layers.
 
     Raises:
-        ValueError: a pattern that matches no linear layer, or only layers that are trained whole or excluded.
+        ValueError: a pattern that matches no layer, or only layers that are trained whole or excluded.
     """
     every = linears(root, adapted)
     owners = {module: path for path, top in trained.items() for module in top.modules()}
@@ -148,7 +161,7 @@ def find_targets(
         out.update(named)
     if targets is None:
         heads = _heads(root)
-        chosen = {linear for linear in every if not linear.experts and not _is_head(linear, heads)}
+        chosen = {one for one in every if (one.is_linear or one.module is root) and not _is_head(one, heads)}
     else:
         chosen = {linear for pattern in targets for linear in _targeted(root, pattern, every, owners, out)}
     experts = [linear for linear in every if linear.experts]
@@ -167,7 +180,8 @@ def named_by(pattern: str, among: list[Linear]) -> list[Linear]:
 
 def some(among: list[Linear]) -> tuple[str, list[str]]:
     """The choices to list in an error: the arguments of `patterns.listed`."""
-    return "linear layer", [path for linear in among for path in linear.paths]
+    kind = "linear layer" if all(linear.is_linear for linear in among) else "layer"
+    return kind, [path for linear in among for path in linear.paths]
 
 
 def _targeted(
@@ -175,12 +189,13 @@ def _targeted(
     argument: str = "target_modules",
 ) -> list[Linear]:  # fmt: skip
     """The layers that a target pattern names; an error for none, or where it is at odds with `train` or `exclude`."""
-    named = named_by(pattern, [linear for linear in every if not linear.experts]) or named_by(pattern, every)
+    kinds = [linear for linear in every if linear.is_linear], [linear for linear in every if not linear.experts], every
+    named = next(filter(None, (named_by(pattern, kind) for kind in kinds)), [])
     if not named:
         modules = dict(all_paths(root))
         selected = select(pattern, modules.keys())
         other = next((f"{path!r} is a {type(m).__name__}" for path, m in modules.items() if path in selected), None)
-        what = "matches no module" if other is None else f"matches no linear layer ({other})"
+        what = "matches no module" if other is None else f"matches no linear layer or convolution ({other})"
         raise unmatched(argument, pattern, what, *some(every))
     taken = [linear for linear in named if linear.owner in owners]
     if taken and (is_exact(pattern) or len(taken) == len(named)):

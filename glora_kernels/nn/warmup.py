@@ -88,7 +88,7 @@ def warmup(
             "of PEFT"
         )
     sizes = _sizes(tokens)
-    units = [list(map(_form, unit)) for unit in _units(layer for layer in layers.values() if not layer.experts)]
+    units = [list(map(_form, unit)) for unit in _units(layer for layer in layers.values() if layer.is_linear)]
     units += [[form] for form in others if form is not None]
     kinds: dict[object, list[list[Form]]] = {}
     for unit in units:

@@ -73,6 +73,10 @@ def _check_plain(module: nn.Module) -> None:
 def _applied(
     style: ColwiseParallel | RowwiseParallel, layer: GLoRALinear, mesh: DeviceMesh, direction: str
 ) -> nn.Module:  # fmt: skip
+    if not layer.is_linear:
+        raise ValueError(
+            f"a {type(layer).__name__} cannot be cut over ranks, only a linear layer; leave it out of the plan"
+        )
     attach(layer, mesh, direction, src_data_rank=style.src_data_rank)
     style.desired_input_layouts = (Replicate(),) if direction == COLUMN else (Shard(-1),)
     return distribute_module(

@@ -3,6 +3,9 @@
     y = x (W + s_A·W∘A + s·B)ᵀ + [ b + b∘D + E + W·C ]        variant "hadamard"
     y = x (W + s_A·W·A + s·B)ᵀ + [ b + b∘D + E + W·C ]        variant "matmul", A = A_up·A_down (K,K)
 
+The weight of a convolution, (N, channels, *kernel), stands for the (N,K) that it is flattened to; there W·A is the
+product over the channels.
+
 Nothing here is clever, on purpose: in float64 it is the truth that the factored path and the kernels are compared
 with, and in 16 bits it is the plain computation (a dense W_eff) that bounds their error (`tolerance`).
 """
@@ -19,26 +22,28 @@ from glora_kernels.spec import GLoRAConfig
 
 
 def effective_weight(weight: Tensor, params: Mapping[str, Tensor], config: GLoRAConfig) -> Tensor:
-    """W + s_A·W∘A + s·B (or W + s_A·W·A + s·B), an (N, K) tensor in the dtype of `weight`.
+    """W + s_A·W∘A + s·B (or W + s_A·W·A + s·B), a tensor of the shape and dtype of `weight`.
 
     Args:
-        weight: W, (N, K).
+        weight: W, (N, K), or (N, channels, *kernel) of a convolution.
         params: the supports by the names of `GLoRAConfig.parameter_shapes`.
         config: which supports exist; its scale s multiplies B="lora" only, s_A A="lora" only.
     """
     params = {name: value.to(weight.dtype) for name, value in params.items()}
-    effective = weight
+    effective, rows = weight, (-1, *[1] * (weight.ndim - 1))
     if config.A == "lora":
         a = config.scale_A * (params["A_up"] @ params["A_down"])
-        effective = effective + (weight @ a if config.variant == "matmul" else weight * a)
+        is_product = config.variant == "matmul"
+        wa = (weight.movedim(1, -1) @ a).movedim(-1, 1) if is_product else weight * a.view(weight.shape)
+        effective = effective + wa
     elif config.A == "vector":
-        effective = effective + weight * params["A"][:, None]
+        effective = effective + weight * params["A"].view(rows)
     elif config.A == "constant":
         effective = effective + weight * params["A"]
     if config.B == "lora":
-        effective = effective + config.scale * (params["B_up"] @ params["B_down"])
+        effective = effective + config.scale * (params["B_up"] @ params["B_down"]).view(weight.shape)
     elif config.B == "vector":
-        effective = effective + params["B"][:, None]
+        effective = effective + params["B"].view(rows)
     elif config.B == "constant":
         effective = effective + params["B"]
     return effective
@@ -57,7 +62,7 @@ def effective_bias(
         effective = e if effective is None else effective + e
     if config.C != "none":
         c = (params["C_up"] @ params["C_down"]).squeeze(-1) if config.C == "lora" else params["C"]
-        wc = weight @ c
+        wc = weight.flatten(1) @ c
         effective = wc if effective is None else effective + wc
     return effective
 

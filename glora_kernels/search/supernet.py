@@ -95,11 +95,12 @@ class Supernet(nn.Module):
             model, largest, target_modules, train, adapter_dtype, exclude_modules=exclude_modules
         )
         self._layers = named_layers(unwrap(self.model))
-        if experts := [path for path, layer in self._layers.items() if layer.experts]:
+        if others := [path for path, layer in self._layers.items() if not layer.is_linear]:
+            kind = "a parameter of experts" if self._layers[others[0]].experts else "a convolution"
             unload(self.model)
             raise ValueError(
-                f"Supernet: {experts[0]!r} is a parameter of experts, whose rows cannot have a configuration each; "
-                "name linear layers in target_modules"
+                f"Supernet: {others[0]!r} is {kind}, whose rows cannot have a configuration each; name linear layers "
+                "in target_modules"
             )
         patterns = assign(spaces, paths)
         self.spaces: dict[str, SearchSpace] = {path: spaces[patterns[path]] for path in self._layers}

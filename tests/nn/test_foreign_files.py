@@ -223,10 +223,10 @@ def test_bad_files_are_refused_by_name(file, case):
 @pytest.mark.parametrize(
     ("convolution", "match"),
     [
-        (nn.Conv2d(12, 9, 3), r"'lycoris_conv' is a convolution \(Conv2d of \(3, 3\), groups=1\); accepted are linear"),
-        (nn.Conv2d(12, 9, 1, groups=3), r"is a convolution \(Conv2d of \(1, 1\), groups=3\)"),
-        (nn.ConvTranspose2d(12, 9, 2), r"is a transposed convolution \(ConvTranspose2d\)"),
-        (nn.LayerNorm(12), "is a LayerNorm; accepted are linear layers"),
+        (nn.Conv2d(12, 9, 1), r"'lycoris_conv' has 'b2.weight' of shape \(3, 12, 3, 3\), where .* \(9, 12, 1, 1\)"),
+        (nn.Conv2d(12, 9, 3, groups=3), r"'conv' of this model, .*: it is a grouped convolution \(groups=3\)"),
+        (nn.ConvTranspose2d(12, 9, 2), "is a ConvTranspose2d; accepted are linear layers and convolutions"),
+        (nn.LayerNorm(12), "is a LayerNorm; accepted are linear layers and convolutions"),
     ],
 )
 def test_other_modules_are_refused_by_name(file, convolution, match):

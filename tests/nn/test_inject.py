@@ -75,7 +75,7 @@ def test_patterns_that_match_nothing_are_named_with_what_there_is(vit):
 
 
 def test_targets_that_are_no_linear_layers_are_named_with_their_type(vit):
-    refused(vit(), CFG, ["ln"], match=r"'ln' matches no linear layer \('blocks\.0\.ln' is a LayerNorm\)")
+    refused(vit(), CFG, ["ln"], match=r"'ln' matches no linear layer or convolution \('blocks\.0\.ln' is a LayerNorm\)")
     refused(vit(), CFG, ["blocks.0.attn"], match="is a Attention")
     assert paths(gk.inject(vit(), CFG, ["blocks.0.*"])), "a glob may match other modules as well"
 

@@ -125,8 +125,9 @@ def _from_file(
                     f"format={format!r} is written from a file of ours or a folder; load a file of another tool by "
                     "load_adapter, and save it by save_adapter"
                 )
-            configs, layers, others = parts_of(read_file(source, None, None, None))
-            write_file(target, configs, layers, others, format, prefix)
+            adapter = read_file(source, None, None, None)
+            kernels = {path: entry.kernel for path, entry in adapter.layers.items()}
+            write_file(target, *parts_of(adapter), format, prefix, kernels)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
@@ -141,7 +142,7 @@ def _to_file(
     stored, rest = _split(tensors, _OURS)
     _check_shapes(config, stored)
     layers = {_module(path): own for path, own in stored.items()}
-    write_file(target, config.layer_configs(list(layers)), layers, rest, format, prefix)
+    write_file(target, config.layer_configs(list(layers)), layers, rest, format, prefix, {})
 
 
 def _write_folder(target: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,12 @@ def checkpoint_of(adapter: Adapter) -> tuple[GLoRAPeftConfig, dict[str, dict[str
     """The configuration and the parameters by path and name of an adapter of linear layers, for PEFT.
 
     Raises:
-        ValueError: it has modules trained whole, trained biases or shared factors.
+        ValueError: it has modules trained whole, trained biases or shared factors, or convolutions.
     """
+    if convolutions := [path for path, entry in adapter.layers.items() if entry.kernel]:
+        raise ValueError(
+            f"{convolutions[0]!r} is a convolution, which our methods of PEFT do not adapt; load it by load_adapter"
+        )
     configs, layers, others = parts_of(adapter)
     if others or adapter.tied:
         raise ValueError("it has modules trained whole, trained biases or shared factors; load it by load_adapter")
@@ -67,9 +71,10 @@ def write_file(
     others: Mapping[str, Tensor],
     format: str,
     prefix: Prefix,
+    kernels: Mapping[str, Sequence[int]],
 ) -> None:
     """Write layers, by path and then by name, to a file in a format of `nn.formats`; the errors of `plan`."""
-    planned = plan(configs, others, format, prefix)
+    planned = plan(configs, others, format, prefix, kernels)
     values = {join(path, own): tensor for path, stored in layers.items() for own, tensor in stored.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(target, planned.tensors(values), planned.header)

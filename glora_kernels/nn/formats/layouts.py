@@ -9,11 +9,14 @@ for LyCORIS and kohya with `_` for `.`:
     LoRA of PEFT     ΔW = s·B·A                    lora_B.weight (N,R)     lora_A.weight (R,K)
 
 and `<name>.alpha`, with s = alpha/R; without it s = 1. GLoRA there is our product variant with s on both products.
+
+Of a convolution each is a convolution's weight: B_down (R, channels, *kernel), the others 1 x 1. Ours are flattened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from glora_kernels.spec import SCALED, SUPPORTS, GLoRAConfig
@@ -22,12 +25,20 @@ ALPHA = "alpha"
 """The ending of the scale's numerator."""
 
 
+def stored_shape(name: str, shape: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
+    """The shape in a file of a parameter of this name and shape, of a layer with this kernel."""
+    rows, columns = shape
+    if name == "B_down":
+        return rows, columns // math.prod(kernel), *kernel
+    return rows, columns, *[1] * len(kernel)
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the adapter of one layer is stored.
 
     title: what users call it. forms: a configuration with the forms that the layer has. endings: our name of a
-    parameter → the ending of its key; shapes and values are the same, nothing is transposed.
+    parameter → the ending of its key; shapes (`stored_shape`) and values are the same, nothing is transposed.
     """
 
     title: str
@@ -43,10 +54,12 @@ class Layout:
         """The configuration of a layer of this rank; alpha None: s = 1."""
         return replace(self.forms, rank=rank, **dict.fromkeys(self.scales, alpha))
 
-    def shapes(self, rank: int, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+    def shapes(
+        self, rank: int, in_features: int, out_features: int, kernel: Sequence[int]
+    ) -> dict[str, tuple[int, ...]]:
         """The shapes of a layer's tensors, by ending."""
-        shapes = self.config(rank, None).parameter_shapes(in_features, out_features)
-        return {ending: shapes[name] for name, ending in self.endings.items()}
+        shapes = self.config(rank, None).parameter_shapes(in_features, out_features, kernel=kernel)
+        return {ending: stored_shape(name, shapes[name], kernel) for name, ending in self.endings.items()}
 
     def holds(self, config: GLoRAConfig) -> bool:
         """Whether a layer of this configuration has the forms of this layout."""
@@ -106,8 +119,8 @@ REFUSED: Mapping[str, str] = {
     "dora_scale": "DoRA's magnitudes (dora_wd)",
     "lora_magnitude_vector": "DoRA's magnitudes (use_dora)",
     "lora_magnitude_vector.weight": "DoRA's magnitudes (use_dora)",
-    "bm.weight": "a Tucker core (use_tucker), which only convolutions have",
-    "lora_mid.weight": "a Tucker core (use_tucker), which only convolutions have",
+    "bm.weight": "a Tucker core (use_tucker)",
+    "lora_mid.weight": "a Tucker core (use_tucker)",
     "scalar": "a scalar that multiplies the factors (use_scalar) apart from them",
     "lora_up.bias": "a bias of a factor",
     "lora_B.bias": "a bias of a factor (lora_bias)",

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from glora_kernels.nn.base import convolution_class
 from glora_kernels.nn.formats.layouts import PREFIXES
 from glora_kernels.nn.model import all_paths, join
 from glora_kernels.nn.patterns import some_of
@@ -18,8 +19,6 @@ from glora_kernels.nn.targets import Linear, linears
 
 Prefix = str | Mapping[str, str] | None
 """`prefix` as users give it: of all names, or a mapping from the path of a part of the model to its names' prefix."""
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def check_prefix(prefix: object) -> None:
@@ -82,10 +81,10 @@ class Places:
             self._flat[flat] = self._distinct(paths)
 
     def find(self, name: str) -> Linear | None:
-        """The linear or GLoRA layer of this name; None for a name of another part of a pipeline, by its prefix.
+        """The linear layer, convolution or GLoRA layer of this name; None for a name of another part of a pipeline.
 
         Raises:
-            ValueError: there is no such module, or more than one, or it is no linear layer.
+            ValueError: there is no such module, or more than one, or it is no such layer or a grouped convolution.
         """
         prefix = max((text for text in self._parts if name.startswith(text)), key=len, default=None)
         if prefix is None:
@@ -102,8 +101,12 @@ class Places:
             raise ValueError(f"{name!r} may mean {some_of(paths)} of this model, and a file cannot tell them apart")
         path = (linear_paths or paths)[0]
         if path not in self._linear:
-            raise ValueError(f"{name!r} is {_described(self._modules[path])}; accepted are linear layers")
-        return self._linear[path]
+            kind = type(self._modules[path]).__name__
+            raise ValueError(f"{name!r} is a {kind}; accepted are linear layers and convolutions (nn.Conv1d to Conv3d)")
+        found = self._linear[path]
+        if convolution_class(found.module) is not None and (reason := found.refusal()):
+            raise ValueError(f"{name!r} is {path!r} of this model, which cannot be adapted: {reason}")
+        return found
 
     def _distinct(self, paths: list[str]) -> list[str]:
         """One path for each of the modules that have these."""
@@ -132,12 +135,3 @@ def _only_prefix(names: Iterable[str]) -> str:
             'are in it, prefix={"unet": "lora_unet_", ...}'
         )
     return next(iter(counts))
-
-
-def _described(module: nn.Module) -> str:
-    kind = type(module).__name__
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return f"a transposed convolution ({kind})"
-    if isinstance(module, _CONVOLUTIONS):
-        return f"a convolution ({kind} of {module.kernel_size}, groups={module.groups})"
-    return f"a {kind}"

@@ -48,7 +48,7 @@ def adapter_of(
         rs_lora: whether s = alpha/√R; None where the user has not said it.
 
     Raises:
-        ValueError: a key, a shape, a dtype or a value that is no adapter of this model's linear layers, by name.
+        ValueError: a key, a shape, a dtype or a value that is no adapter of this model's layers, by name.
     """
     check_prefix(prefix)
     stored = _by_name(tensors)
@@ -76,8 +76,8 @@ def adapter_of(
             raise ValueError(f"{name!r} is {linear.path!r} in this model, which another name of the file means too")
         n, k = linear.base.shape
         has_bias = (linear.module.base_bias if isinstance(linear.module, GLoRALinear) else linear.base.bias) is not None
-        entries[linear.path] = LayerEntry(layout.config(rank, alpha), k, n, has_bias, False)
-        values |= {join(linear.path, own): stored[name][ending] for own, ending in layout.endings.items()}
+        entries[linear.path] = LayerEntry(layout.config(rank, alpha), k, n, has_bias, False, kernel=linear.base.kernel)
+        values |= {join(linear.path, own): stored[name][ending].flatten(1) for own, ending in layout.endings.items()}
     return Adapter(entries, [], {}, values)
 
 
@@ -134,15 +134,20 @@ def _fitting(name: str, stored: Mapping[str, Tensor], layouts: list[Layout], lin
             raise ValueError(f"{name!r} has {ending!r} in {tensor.dtype}; accepted are {', '.join(map(str, FLOATS))}")
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name!r} has NaN or inf in {ending!r}")
-    n, k = linear.base.shape
+    (n, k), kernel = linear.base.shape, linear.base.kernel
     given = {ending: tuple(tensor.shape) for ending, tensor in stored.items() if ending != ALPHA}
-    if fitting := [layout for layout in layouts if given == layout.shapes(_rank(stored, layout), k, n)]:
+    # Of a 1 x 1 convolution some tools write matrices.
+    kernels = [kernel, ()] if set(kernel) == {1} else [kernel]
+    fitting = [
+        layout for layout in layouts if given in [layout.shapes(_rank(stored, layout), k, n, own) for own in kernels]
+    ]
+    if fitting:
         return fitting
-    wanted = layouts[0].shapes(_rank(stored, layouts[0]), k, n)
+    wanted = layouts[0].shapes(_rank(stored, layouts[0]), k, n, kernel)
     ending = next(ending for ending in wanted if given[ending] != wanted[ending])
     raise ValueError(
-        f"{name!r} has {ending!r} of shape {given[ending]}, where {linear.path!r} of this model, which is ({n}, {k}), "
-        f"takes {wanted[ending]}"
+        f"{name!r} has {ending!r} of shape {given[ending]}, where {linear.path!r} of this model, which is "
+        f"{(n, k, *kernel)}, takes {wanted[ending]}"
     )
 
 

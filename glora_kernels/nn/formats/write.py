@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from glora_kernels.nn.formats.layouts import ALPHA, FORMATS, LYCORIS, Format, Layout
+from glora_kernels.nn.formats.layouts import ALPHA, FORMATS, LYCORIS, Format, Layout, stored_shape
 from glora_kernels.nn.formats.places import Prefix, check_prefix, name_of
 from glora_kernels.nn.model import join
 from glora_kernels.spec import GLoRAConfig, check_choice
@@ -19,24 +19,26 @@ from glora_kernels.spec import GLoRAConfig, check_choice
 class Plan:
     """What will be written for which layers; made and checked before any value is read.
 
-    names: of the layers in the file, by path. layouts, configs: by path.
+    names: of the layers in the file, by path. layouts, configs: by path. kernels: of those that are convolutions.
     """
 
     format: Format
     names: Mapping[str, str]
     layouts: Mapping[str, Layout]
     configs: Mapping[str, GLoRAConfig]
+    kernels: Mapping[str, Sequence[int]]
 
     def tensors(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of the file. values: the parameters in host memory, by path and name."""
         found: dict[str, Tensor] = {}
         for path, layout in self.layouts.items():
-            name, config = self.names[path], self.configs[path]
+            name, config, kernel = self.names[path], self.configs[path], self.kernels.get(path, ())
             scale = config.scale if self.format.has_alpha else 1.0  # as the file will say it
             factors = {"A_up": config.scale_A / scale, "B_up": config.scale / scale}
             for own, ending in layout.endings.items():
                 full = join(path, own)
-                found[f"{name}.{ending}"] = _times(full, values[full], factors.get(own, 1.0))
+                scaled = _times(full, values[full], factors.get(own, 1.0))
+                found[f"{name}.{ending}"] = scaled.view(stored_shape(own, scaled.shape, kernel))
             if self.format.has_alpha:
                 found[f"{name}.{ALPHA}"] = _number(config.rank if config.alpha is None else config.alpha)
         return found
@@ -52,7 +54,13 @@ class Plan:
         return about
 
 
-def plan(configs: Mapping[str, GLoRAConfig], others: Iterable[str], format: str, prefix: Prefix) -> Plan:
+def plan(
+    configs: Mapping[str, GLoRAConfig],
+    others: Iterable[str],
+    format: str,
+    prefix: Prefix,
+    kernels: Mapping[str, Sequence[int]],
+) -> Plan:
     """How the layers of an adapter, by path, are written in a format.
 
     Args:
@@ -60,6 +68,7 @@ def plan(configs: Mapping[str, GLoRAConfig], others: Iterable[str], format: str,
         others: tensors that the adapter has beside those of the layers (modules trained whole, biases), by name.
         format: a key of `FORMATS`.
         prefix: of the names; None: that of the format.
+        kernels: of the layers that are convolutions, by path.
 
     Raises:
         ValueError: the format cannot hold a layer or another tensor; the message names it and what is accepted.
@@ -86,7 +95,7 @@ def plan(configs: Mapping[str, GLoRAConfig], others: Iterable[str], format: str,
             raise ValueError(
                 f"format={format!r} calls both {first!r} and {path!r} {name!r}, and could not tell them apart"
             )
-    return Plan(chosen, names, layouts, dict(configs))
+    return Plan(chosen, names, layouts, dict(configs), kernels)
 
 
 def _times(name: str, tensor: Tensor, factor: float) -> Tensor:

@@ -38,8 +38,8 @@ def merge(model: nn.Module, requantize: bool = False, *, progress: bool = False)
 
     On a GPU one launch (for each weight dtype, adapter dtype and order of storage) computes every W_eff in fp32 and
     rounds once, after the bases were copied into pinned host memory. Where the kernels do not apply (float64, CPUs,
-    `backend("eager")`, a product variant above rank 64) layers are merged one by one; so are layers of experts, and
-    4-bit layers, which need `requantize=True`:
+    `backend("eager")`, a product variant above rank 64) layers are merged one by one; so are convolutions, layers of
+    experts, and 4-bit layers, which need `requantize=True`:
 
         print(gk.merge(model, requantize=True))
 
@@ -72,7 +72,9 @@ def merge(model: nn.Module, requantize: bool = False, *, progress: bool = False)
     refuse_tied("merge", unwrap(model), layers)
     four_bit = {path: layer for path, layer in layers.items() if layer.quant_state is not None}
     dense = {path: layer for path, layer in layers.items() if path not in four_bit}
-    single = {path: layer for path, layer in dense.items() if layer.experts or depth.served(table_entry(layer)) is None}
+    single = {
+        path: layer for path, layer in dense.items() if not layer.is_linear or depth.served(table_entry(layer)) is None
+    }
     biases = added_biases(unwrap(model), [path for path, layer in layers.items() if _adds_bias(layer)])
     reports: dict[str, MergeReport] = {}
     with all_or_none() as undo:
@@ -106,7 +108,7 @@ def unmerge(model: nn.Module) -> None:
     single = {
         path: layer
         for path, layer in layers.items()
-        if layer.experts or layer.quant_state is not None or depth.restorable(_copies(layer)) is None
+        if not layer.is_linear or layer.quant_state is not None or depth.restorable(_copies(layer)) is None
     }
     with all_or_none() as undo:
         for layer in single.values():

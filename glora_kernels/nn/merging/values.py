@@ -109,7 +109,10 @@ class ToMerge(NamedTuple):
         return stored.t() if is_transposed else stored
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W (N, K) on the layer's device, in fp32 (or float64); a 4-bit weight is dequantized to `dtype`."""
+        """W (N, K) on the layer's device, in fp32 (or float64); a 4-bit weight is dequantized to `dtype`.
+
+        That of a convolution is (N, channels, *kernel).
+        """
         weight, _, state = self.original
         device = self.base.weight.device
         if state is not None:
@@ -227,7 +230,7 @@ def check_finite(own: ToMerge, values: Kept) -> None:
     """Raise a ValueError where merged values hold NaN or inf (fp16 overflows) in rows where W and b are finite."""
     if values.is_finite:
         return
-    rows = torch.isfinite(own.dense()).all(1)
+    rows = torch.isfinite(own.dense()).flatten(1).all(1)
     if own.original.bias is not None:
         rows = rows & torch.isfinite(own.original.bias.to(rows.device))
     weight = own.rows(values.weight) if values.weight.is_floating_point() else None
