@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from glora_kernels.dispatch.ways import is_plain as is_strided
 from glora_kernels.dispatch.ways import is_transformed
 from glora_kernels.nn.adapted import Frozen, Operands, adapted_linear, rows_of_examples, weighted_sum
-from glora_kernels.nn.base import computes_as, plain_class
+from glora_kernels.nn.base import computes_as, convolution_class, plain_class
 from glora_kernels.nn.frozen import QuantizedLinear
 from glora_kernels.nn.mixed import TakesRows
 from glora_kernels.nn.warmup import Form, form_of
@@ -230,7 +230,8 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
     """The weight and bias of a layer's base, or the reason why the operators cannot take it.
 
     Args:
-        base: an `nn.Linear`, a transformers `Conv1D`, a bitsandbytes `Linear4bit` or a `QuantizedLinear`.
+        base: an `nn.Linear`, a transformers `Conv1D`, a bitsandbytes `Linear4bit` or a `QuantizedLinear`; or a
+            convolution, whose weight is (N, C, *kernel).
         kept: a cache of the caller for this base: its class; the 4-bit weight of a `Linear4bit`, since reading that
             synchronizes with the device; `IN_A_TRAINED_UNIT`.
         x: the input of the layer; a `Linear4bit` sets its compute dtype from its first one.
@@ -246,7 +247,7 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
         return PARAMETRIZED
     kind = type(base)
     if kept.get("kind") is not kind:
-        plain = plain_class(base)
+        plain = plain_class(base) or convolution_class(base)
         computes = plain is not None and computes_as(base, plain)
         kept |= {"kind": kind, "plain": plain, "computes": computes, "is_4bit": is_linear4bit(base)}
     plain = kept["plain"]
@@ -273,7 +274,8 @@ def frozen_base(base: nn.Module, kept: dict[str, Any], x: Tensor | None = None) 
     bias = tensor_of(base, "bias")
     if casting is not None:  # what its hook does for a call, on copies
         weight, bias = weight.to(casting.compute_dtype), None if bias is None else bias.to(casting.compute_dtype)
-    return Frozen(weight if plain is nn.Linear else weight.t(), bias)
+    as_stored = plain is nn.Linear or weight.ndim > 2
+    return Frozen(weight if as_stored else weight.t(), bias)
 
 
 def read_base(base: nn.Module) -> dict[str, Any]:
@@ -316,8 +318,11 @@ def total(adapters: Sequence[Operands]) -> Operands | str:
     return Operands(tensors, variant=adapters[0].variant)
 
 
-def refusal_of_x(x: Tensor, base: Frozen, operands: Operands) -> str | None:
-    """The reason why the operators cannot take this x with this base and these operands, or None."""
+def refusal_of_x(x: Tensor, base: Frozen, operands: Operands, channels: int = -1) -> str | None:
+    """The reason why the operators cannot take this x with this base and these operands, or None.
+
+    channels: the dimension of x that the weight multiplies.
+    """
     if type(x) not in PLAIN:
         return SUBCLASS
     if not is_strided(x):
@@ -325,7 +330,7 @@ def refusal_of_x(x: Tensor, base: Frozen, operands: Operands) -> str | None:
     if not x.is_floating_point():
         return "x is not floating point"
     weight = base.weight
-    if x.ndim == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
+    if x.ndim < -channels or x.shape[channels] != weight.shape[1] or x.device != weight.device:
         return MISFIT
     if is_transformed():
         return TRANSFORMED

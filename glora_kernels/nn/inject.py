@@ -152,7 +152,7 @@ def inject(
     wide = trained.values() if adapter_dtype in (None, torch.float32) else ()
     with all_or_none() as undo:
         model = replace(model, plan, trained, sharing, undo, wide)
-        if targets is None:
+        if targets is None and not _is_layer(root):
             every = (linear.module for linear in linears(root) if not linear.is_convolution)
             left = [*named_layers(root).values(), *every, *trained.values()]
             warn_skipped("inject", root, left)

@@ -14,6 +14,9 @@ import torch
 from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.glora.layer import GloraEmptyPath, GloraLinear, GloraLoraPath, GloraScalarPath, GloraVectorPath
 from peft.tuners.hira.layer import Linear as PeftHiraLinear
+from peft.tuners.lora.layer import Conv1d as PeftLoraConv1d
+from peft.tuners.lora.layer import Conv2d as PeftLoraConv2d
+from peft.tuners.lora.layer import Conv3d as PeftLoraConv3d
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
@@ -24,6 +27,9 @@ from glora_kernels.integrations.accelerated import dora, parallel
 from glora_kernels.integrations.accelerated.experts import Experts
 from glora_kernels.integrations.bases import HOOKED, IDLE, ON_META, is_plain, peft_linear, tensor_of
 from glora_kernels.nn.adapted import ABSENT, Operands, mixed_linear
+from glora_kernels.nn.base import convolution_class
+from glora_kernels.nn.convolutions.forms import adapted_conv
+from glora_kernels.nn.convolutions.geometry import Geometry
 from glora_kernels.runtime.planning import is_planning
 from glora_kernels.spec import SUPPORTS
 
@@ -33,6 +39,8 @@ FOREIGN = "its adapter is made of other modules than PEFT's own"
 INPUT_DROPOUT = "dropout acts on the input of its product with W"
 MIXED_BATCH = "a batch of several adapters (adapter_names)"
 ARGUMENTS = "it is called with more than x"
+GROUPED = "its base is a grouped convolution"
+GEOMETRY = "the convolutions of its adapter are not those of its base (PEFT gives them no dilation and no padding_mode)"
 
 
 class Accelerated(bases.OverBase):
@@ -54,7 +62,14 @@ class Accelerated(bases.OverBase):
                 self._glora_fallbacks[call] = self._glora_fallbacks.get(call, 0) + 1
             bases.before_its_own_forward(self.get_base_layer(), (x, *(() if call == IDLE else self.parameters())))
             return self.plain.forward(self, x, *args, **kwargs)
-        return mixed_linear(x, *call) if len(call) == 4 else peft_linear(x, *call)
+        return mixed_linear(x, *call) if len(call) == 4 else self.run(x, *call)
+
+    def run(self, x: Tensor, base: bases.Frozen, operands: Operands) -> Tensor:
+        """y on our operators."""
+        return peft_linear(x, base, operands)
+
+    def refusal_of_x(self, x: Tensor, base: bases.Frozen, operands: Operands) -> str | None:
+        return bases.refusal_of_x(x, base, operands)
 
     def in_parts(self, x: Tensor | None) -> Tensor | str | None:
         """y over a tensor-parallel base, or the reason why PEFT's forward runs. x None: that reason alone, or None."""
@@ -92,7 +107,7 @@ class Accelerated(bases.OverBase):
             # first without gradients and then with them, and needs the same mask both times: use PEFT's path for both.
             # The flag is kept, because in between FSDP may have put the parameter back in place of the view.
             return bases.TRAINED_BASE
-        return bases.refusal_of_x(x, *found) or found
+        return self.refusal_of_x(x, *found) or found
 
     def _is_unwritten(self) -> bool:
         """Whether an active adapter is on the meta device, other than by accelerate's offloading hooks."""
@@ -240,8 +255,8 @@ class LoraOperands(Accelerated):
         if is_dora and type(self.lora_variant[name]) is not DoraLinearVariant:
             return f"{VARIANT} ({type(self.lora_variant[name]).__name__.removesuffix('Variant')})"
         down, up, dropout = downs[name], ups[name], dropouts[name]
-        if not (_is_linear(down) and _is_linear(up)):
-            return FOREIGN
+        if reason := self.refusal_of_factors(down, up):
+            return reason
         if not (is_plain(down) and is_plain(up)) and not bases.is_tensor_parallel(self.base_layer):
             return HOOKED
         p = dropout_of(dropout)
@@ -260,6 +275,10 @@ class LoraOperands(Accelerated):
         if isinstance(scale, Tensor):
             b_up, scale = b_up * scale, 1.0
         return Operands({**ABSENT, "B_up": b_up, "B_down": b_down, "E": e}, scale, p)
+
+    def refusal_of_factors(self, down: nn.Module, up: nn.Module) -> str | None:
+        """The reason why modules are no factors of this kind of layer, or None."""
+        return None if _is_linear(down) and _is_linear(up) else FOREIGN
 
     def _dora(self, name: str, up: Tensor, down: Tensor, scale: float | Tensor, p: float) -> Operands | str:
         """A DoRA adapter: its magnitude as a vector A, and in U."""
@@ -308,6 +327,65 @@ class HiraOperands(Accelerated):
         return Operands({**ABSENT, "A_up": up, "A_down": down})
 
 
+class LoraConvOperands(LoraOperands):
+    """LoRA over a convolution: B=lora, a convolution like the base and one of 1 x 1; see `nn.convolutions`."""
+
+    def run(self, x: Tensor, base: bases.Frozen, operands: Operands) -> Tensor:
+        return adapted_conv(x, base, operands, Geometry.of(self.base_layer))
+
+    def refusal_of_x(self, x: Tensor, base: bases.Frozen, operands: Operands) -> str | None:
+        sizes = self._kernel_dim - 2
+        if x.ndim > sizes + 2:
+            return bases.MISFIT
+        return bases.refusal_of_x(x, base, operands, channels=-1 - sizes)
+
+    def refusal_of_factors(self, down: nn.Module, up: nn.Module) -> str | None:
+        base: Any = self.base_layer
+        if any(type(module) is not type(base) for module in (down, up)):  # PEFT makes them of its class
+            return FOREIGN
+        if base.groups != 1:
+            return GROUPED
+        own = Geometry.of(base)
+        return None if (Geometry.of(down), Geometry.of(up)) == (own, own.of_channels) else GEOMETRY
+
+    def operands(self, name: str) -> Operands | str | None:
+        if convolution_class(self.base_layer) is None:
+            return bases.NESTED if hasattr(self.base_layer, "base_layer") else FOREIGN
+        found = super().operands(name)
+        if not isinstance(found, Operands):
+            return found
+        factors = {name: found.tensors[name] for name in ("B_up", "B_down")}
+        flat = {name: None if tensor is None else tensor.flatten(1) for name, tensor in factors.items()}
+        return found._replace(tensors={**found.tensors, **flat})
+
+    def mixed(self, x: Tensor, names: Sequence[str]) -> bases.Mixed | str:
+        return MIXED_BATCH
+
+    def refusal_of_rows(self) -> str:
+        return "it is a convolution, whose adapters cannot differ by example"
+
+    def warmup_form(self) -> None:
+        return None
+
+
+class LoraConv1d(LoraConvOperands, PeftLoraConv1d):
+    """`peft.tuners.lora.Conv1d`."""
+
+    plain = PeftLoraConv1d
+
+
+class LoraConv2d(LoraConvOperands, PeftLoraConv2d):
+    """`peft.tuners.lora.Conv2d`."""
+
+    plain = PeftLoraConv2d
+
+
+class LoraConv3d(LoraConvOperands, PeftLoraConv3d):
+    """`peft.tuners.lora.Conv3d`."""
+
+    plain = PeftLoraConv3d
+
+
 class LoraLinear(LoraOperands, PeftLoraLinear):
     """`peft.tuners.lora.Linear` over `nn.Linear` or `Conv1D`."""
 
@@ -347,7 +425,7 @@ class Glora(Accelerated, GloraLinear):
         return Operands(tensors)
 
 
-_KINDS: list[Any] = [LoraLinear, HiraLinear, Glora, Experts]
+_KINDS: list[Any] = [LoraLinear, LoraConv1d, LoraConv2d, LoraConv3d, HiraLinear, Glora, Experts]
 
 if is_bnb_4bit_available():
     from peft.tuners.hira.bnb import Linear4bit as PeftHiraLinear4bit

@@ -74,8 +74,9 @@ def accelerate(model: P, *, verbose: bool = True) -> P:
     a `Conv1D` or a bitsandbytes `Linear4bit`, each GLoRA and each HiRA layer changes its class to a subclass, whose
     forward calls `ops.glora_linear` where that supports the call, and else PEFT's forward. LoRA over the parameters of
     experts (`target_parameters`, transformers' MoE models) is computed by groups of rows, without a dense ΔW for every
-    expert, by PyTorch's operations. A layer whose weight other code reads without calling the layer is left as it is:
-    its adapter has no effect there, which PEFT does not report, but the summary does.
+    expert, by PyTorch's operations; LoRA over an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` by the vendor's convolutions,
+    without copies of x for dropout or for fp32 adapters. A layer whose weight other code reads without calling the
+    layer is left as it is: its adapter has no effect there, which PEFT does not report, but the summary does.
 
     On an accelerated model it adds the layers that are new since; where there are none, nothing changes.
 
@@ -269,7 +270,7 @@ def _refusal(layer: Any, kinds: dict[type, Any]) -> str | None:
         return "accelerated already"
     if any(isinstance(layer, kind) for kind in kinds):
         return DERIVED
-    return "no linear layer of LoRA, GLoRA or HiRA, and no experts of LoRA"
+    return "no linear layer of LoRA, GLoRA or HiRA, and no convolution or experts of LoRA"
 
 
 def _read(model: nn.Module, layers: Collection[Any]) -> dict[Any, str]:

@@ -153,15 +153,29 @@ def _effective(weight: Tensor, a_up: Tensor | None, a_down: Tensor | None, dtype
 
 
 def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded so that the result is the value on average, in the order of memory that it has."""
+    """Rounded so that the result is the value on average, in the order of memory that it has; no view."""
     if value.dtype == dtype:
         return value
     if is_elsewhere(value):
         return value.to(dtype)
-    last = value.movedim(1, -1)
-    if last.is_contiguous():
-        return round_dithered(last.flatten(0, -2), dtype).view(last.shape).movedim(-1, 1)
-    return round_dithered(value.contiguous().flatten(1), dtype).view(value.shape)
+    rounded = torch.empty_like(value, dtype=dtype)
+    if not value.is_contiguous() and (last := value.movedim(1, -1)).is_contiguous():
+        rounded.movedim(1, -1).flatten(0, -2).copy_(round_dithered(last.flatten(0, -2), dtype))
+    else:
+        rounded.copy_(round_dithered(value.contiguous().flatten(1), dtype).view(value.shape))
+    return rounded
+
+
+def _plus(y: Tensor, h: Tensor, up: Tensor) -> Tensor:
+    """y + up·h over the channels, in the memory of y."""
+    if y.is_contiguous():
+        y.flatten(2).baddbmm_(up.expand(len(y), *up.shape), h.flatten(2))
+        return y
+    rows = y.movedim(1, -1)
+    if not rows.is_contiguous():
+        return _plus(y.contiguous(), h, up)
+    rows.flatten(0, -2).addmm_(h.movedim(1, -1).flatten(0, -2), up.t())
+    return y
 
 
 def _sum(
@@ -170,7 +184,8 @@ def _sum(
 ) -> Tensor:  # fmt: skip
     """(x∗W_eff)∘(1+a) + h·upᵀ + added + β, in fp32 for 16-bit values where there is more than x∗W_eff + b.
 
-    With all supports at zero it equals the vendor's x∗W + b bit for bit.
+    With all supports at zero it equals the vendor's x∗W + b bit for bit. Where no gradients are recorded it is computed
+    in the memory of x∗W.
     """
     dtype, wide = x.dtype, wide_dtype(x.dtype)
     bias = None if beta is None else cast(beta, dtype)
@@ -178,18 +193,22 @@ def _sum(
     if a is None and h is None and added is None and (beta is None or beta.dtype == dtype):
         return y
     y, shape = cast(y, wide), (-1, *[1] * len(geometry.kernel))
+    out = None if torch.is_grad_enabled() else y
     scale = None if a is None else (1 + cast(a, wide)).view(shape)
     if beta is not None and bias is not None:
         rounded, exact = cast(bias, wide).view(shape), cast(beta, wide).view(shape)
         if scale is not None:  # the vendor has added b: (x∗W)∘(1+a) + β
-            y = torch.lerp(rounded, y, scale)
+            y = torch.lerp(rounded, y, scale, out=out)
         if dtype != wide:
-            y = y + (exact - rounded)
+            y = torch.add(y, exact - rounded, out=out)
     elif scale is not None:
-        y = y * scale
-    if h is not None and up is not None:
-        y = y + geometry.of_channels.product(cast(h, wide), cast(up, wide).view(*up.shape, *shape[1:]))
-    return y if added is None else y + added
+        y = torch.mul(y, scale, out=out)
+    if added is not None:
+        y = torch.add(y, cast(added, wide), out=out)
+    if h is None or up is None:
+        return y
+    h, up = cast(h, wide), cast(up, wide)
+    return _plus(y, h, up) if out is not None else y + geometry.of_channels.product(h, up.view(*up.shape, *shape[1:]))
 
 
 class _Sum(torch.autograd.Function):
