@@ -206,9 +206,9 @@ class GLoRAConfig(_Config):
             shapes = {name: (1 if name in common else experts, *shape) for name, shape in shapes.items()}
         return shapes
 
-    def num_parameters(self, in_features: int, out_features: int, bias: bool = True) -> int:
+    def num_parameters(self, in_features: int, out_features: int, bias: bool = True, kernel: Sequence[int] = ()) -> int:
         """The number of trainable parameters of one layer's adapter (the base is not counted)."""
-        return sum(map(math.prod, self.parameter_shapes(in_features, out_features, bias).values()))
+        return sum(map(math.prod, self.parameter_shapes(in_features, out_features, bias, kernel=kernel).values()))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True)

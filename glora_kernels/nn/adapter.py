@@ -33,7 +33,7 @@ from glora_kernels.nn.undo import all_or_none
 
 @overload
 def load_adapter(
-    model: nn.Linear | QuantizedLinear,
+    model: nn.Linear | QuantizedLinear | nn.Conv1d | nn.Conv2d | nn.Conv3d,
     path: str | os.PathLike[str],
     name: str = ...,
     *,

@@ -50,7 +50,7 @@ Planned = tuple[Linear, GLoRAConfig, torch.dtype]
 
 @overload
 def inject(
-    model: nn.Linear | QuantizedLinear,
+    model: nn.Linear | QuantizedLinear | nn.Conv1d | nn.Conv2d | nn.Conv3d,
     config: Config | Mapping[str, Config | None],
     target_modules: str | Iterable[str] | None = None,
     train: str | Iterable[str] = (),

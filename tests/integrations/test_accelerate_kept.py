@@ -62,7 +62,7 @@ def test_layers_of_other_kinds(adapted):
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.emb, self.up, self.conv = nn.Embedding(9, 6), nn.Linear(6, 4), nn.Conv1d(4, 3, 1)
+            self.emb, self.up, self.conv = nn.Embedding(9, 6), nn.Linear(6, 4), nn.Conv1d(4, 4, 1, groups=2)
 
         def forward(self, tokens):
             return self.conv(self.up(self.emb(tokens)).transpose(-1, -2))

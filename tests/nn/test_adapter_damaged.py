@@ -72,8 +72,8 @@ def test_altered_contents(vit, saved):
 
 def test_foreign_files(vit, saved):
     tensors, _ = contents(saved)
-    rewrite(saved, format_version="4")
-    refused(vit(), saved, "'4'.*reads 1, 2, 3")
+    rewrite(saved, format_version="5")
+    refused(vit(), saved, "'5'.*reads 1, 2, 3, 4")
     rewrite(saved, format_version="one")
     refused(vit(), saved, "'one'")
     rewrite(saved, format="pt")

@@ -32,10 +32,14 @@ from torch import Tensor
 from glora_kernels.dispatch.common import autocast_dtype, cast, factor_dtype, given, wide_dtype, without_autocast
 from glora_kernels.dispatch.ways import is_elsewhere, once_differentiable
 from glora_kernels.glora.call import Supports, shift
+from glora_kernels.glora.chunks import row_chunks
 from glora_kernels.nn.adapted import Frozen, Operands, adapted_linear
 from glora_kernels.nn.convolutions.geometry import Geometry
 from glora_kernels.ops import glora_wc
 from glora_kernels.reference.random import round_dithered
+
+_CHUNK = {True: 1 << 17, False: 1 << 24}
+"""Is it on a CPU → how many elements are rounded at a time: what a cache holds, or little memory beside the rest."""
 
 
 def adapted_conv(x: Tensor, base: Frozen, adapter: Operands, geometry: Geometry) -> Tensor:
@@ -158,11 +162,12 @@ def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
         return value
     if is_elsewhere(value):
         return value.to(dtype)
+    if not value.is_contiguous() and not value.movedim(1, -1).is_contiguous():
+        value = value.contiguous()
     rounded = torch.empty_like(value, dtype=dtype)
-    if not value.is_contiguous() and (last := value.movedim(1, -1)).is_contiguous():
-        rounded.movedim(1, -1).flatten(0, -2).copy_(round_dithered(last.flatten(0, -2), dtype))
-    else:
-        rounded.copy_(round_dithered(value.contiguous().flatten(1), dtype).view(value.shape))
+    given, out = ((t if t.is_contiguous() else t.movedim(1, -1)).flatten(0, -2) for t in (value, rounded))
+    for rows in row_chunks(given, always=True, size=_CHUNK[value.device.type == "cpu"]):
+        out[rows] = round_dithered(given[rows], dtype, first_row=rows.start)
     return rounded
 
 
