@@ -101,7 +101,7 @@ def round_dithered(value: Tensor, dtype: torch.dtype, first_row: int = 0) -> Ten
     bits = _lattice(value.shape[0], value.shape[1], value.device, first_row, dropped)
     rounded = bits.add_(value.view(torch.int32)).bitwise_and_(-(1 << dropped)).view(torch.float32)
     # The addition could turn a NaN into a number. Checking first is cheap on a CPU; with a GPU the host would wait.
-    if value.device.type != "cpu" or not math.isfinite(value.sum()):
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or not math.isfinite(value.sum()):
         rounded = torch.where(torch.isfinite(value), rounded, value)
     return rounded.to(dtype)
 

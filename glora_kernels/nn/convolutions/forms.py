@@ -111,7 +111,7 @@ def _general(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Operands, 
     a = None if a is None else a.expand(len(weight))
     call = (x, weight, a, a_up, a_down, h, h_up, added, beta)
     if is_elsewhere(x):
-        return _sum(geometry, *call).to(x.dtype)
+        return _rounded(_sum(geometry, *call), x.dtype)
     y: Tensor = _Sum.apply(geometry, *call)
     return y
 
@@ -160,6 +160,9 @@ def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounded so that the result is the value on average, in the order of memory that it has; no view."""
     if value.dtype == dtype:
         return value
+    if torch.compiler.is_compiling():
+        dithered: Tensor = _Dithered.apply(value, dtype)
+        return dithered
     if is_elsewhere(value):
         return value.to(dtype)
     if not value.is_contiguous() and not value.movedim(1, -1).is_contiguous():
@@ -169,6 +172,19 @@ def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
     for rows in row_chunks(given, always=True, size=_CHUNK[value.device.type == "cpu"]):
         out[rows] = round_dithered(given[rows], dtype, first_row=rows.start)
     return rounded
+
+
+class _Dithered(torch.autograd.Function):
+    """A value rounded with the dither in a graph of torch.compile, where gradients pass as through a cast."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = value.dtype
+        return round_dithered(value.contiguous().flatten(0, -2), dtype).view(value.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy.to(ctx.dtype), None
 
 
 def _plus(y: Tensor, h: Tensor, up: Tensor) -> Tensor:
