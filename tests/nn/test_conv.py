@@ -217,8 +217,10 @@ def test_bad_inputs(x, error, match, size):
 def test_a_thawed_weight_is_refused():
     layer = GLoRAConv.from_conv(conv(kernel_size=3), LORA)
     layer.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match="the weight requires a gradient"):
+    with pytest.raises(ValueError, match="weight requires a gradient, but the base of an adapted layer is frozen"):
         layer(images())
+    with torch.no_grad():
+        assert layer(images()).shape == (2, 4, 3, 3)
 
 
 class Causal(nn.Conv3d):

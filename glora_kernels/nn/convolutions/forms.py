@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glora_kernels.dispatch.checks import check_frozen
 from glora_kernels.dispatch.common import autocast_dtype, cast, factor_dtype, given, wide_dtype, without_autocast
 from glora_kernels.dispatch.ways import is_elsewhere, once_differentiable
 from glora_kernels.glora.call import Supports, shift
@@ -78,8 +79,7 @@ def _check(x: Tensor, weight: Tensor) -> None:
         )
     if x.dtype != weight.dtype and autocast_dtype(x) is None:
         raise TypeError(f"x is {x.dtype} and the weight {weight.dtype}, which autocast settles, and it is off")
-    if weight.requires_grad:
-        raise ValueError("the weight requires a gradient, and the base of an adapter is frozen; freeze it")
+    check_frozen("weight", weight)
 
 
 def _general(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Operands, geometry: Geometry) -> Tensor:
