@@ -7,23 +7,38 @@ import os
 import sys
 from typing import Any
 
-from glora_kernels.tools.commands import bench, check, info, params, tune
+from glora_kernels.tools.commands import bench, check, info, params, printing, tune
 
 COMMANDS: dict[str, Any] = {"info": info, "check": check, "tune": tune, "bench": bench, "params": params}
+"""Each has HELP and DESCRIPTION, FACTS (the keys of its JSON), `add_arguments`, and `run`, which returns a `Report`."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 where something failed, 2 where it could not be tried."""
+    """Run a command; returns the exit status, which the help of every command documents."""
     parser = argparse.ArgumentParser(
         prog="python -m glora_kernels",
         description="GLoRA and LoRA layers at the cost of a frozen linear layer.",
+        epilog="COMMAND --help has the options, the keys of --json, and the exit status.",
+        formatter_class=printing.Help,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.HELP))
+        command = commands.add_parser(
+            name, help=module.HELP, description=printing.wrapped(module.DESCRIPTION),
+            epilog=printing.epilog(module.FACTS), formatter_class=printing.Help,
+        )  # fmt: skip
+        module.add_arguments(command)
+        command.add_argument("--json", action="store_true", help="print JSON (see below) instead of text")
     args = parser.parse_args(argv)
-    status: int = COMMANDS[args.command].run(args)
-    return status
+    try:
+        report = COMMANDS[args.command].run(args)
+    except printing.Refused as error:
+        print(f"{args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(*stop.args or (f"{args.command}: interrupted",), file=sys.stderr)
+        return 130
+    return printing.show(args.command, report, args.json)
 
 
 def run() -> int:

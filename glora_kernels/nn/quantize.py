@@ -94,7 +94,7 @@ def quantize(
     check_dtype("compute_dtype", compute_dtype)
     root = unwrap(module)
     refuse_adapted("quantize", root)
-    chosen = _chosen(root, target_modules, exclude_modules, target_parameters)
+    chosen = to_quantize(root, target_modules, exclude_modules, target_parameters)
     if convolutions := [linear for linear in chosen if linear.is_convolution]:
         raise ValueError(
             f"quantize: {_named(convolutions[0])} is a convolution; accepted are linear layers and experts"
@@ -142,7 +142,7 @@ def quantize(
     return layers[0] if chosen[0].module is root else module
 
 
-def _chosen(root: nn.Module, target_modules: Any, exclude_modules: Any, target_parameters: Any) -> list[Linear]:
+def to_quantize(root: nn.Module, target_modules: Any, exclude_modules: Any, target_parameters: Any) -> list[Linear]:
     """The linear layers of a model to quantize; the model where it is one itself."""
     parameters = patterns_of("target_parameters", target_parameters)
     targets = targets_of(target_modules, parameters)

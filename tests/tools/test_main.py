@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import sys
@@ -15,7 +14,7 @@ import torch
 from helpers import interpreted
 
 import glora_kernels as gk
-from glora_kernels.__main__ import COMMANDS, main, run
+from glora_kernels.__main__ import main
 from glora_kernels.four_bit import kinds as four_bit
 from glora_kernels.runtime import configs, environment, extension, tables
 from glora_kernels.runtime.configs import Shape
@@ -45,39 +44,13 @@ def own_tables(monkeypatch, tmp_path):
     tables.reload()
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_help(command, capsys):
-    with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
-    assert end.value.code == 0
-    text = capsys.readouterr().out
-    options = re.findall(r"^  (--[\w-]+)", text, re.M)
-    assert len(options) >= 2
-    assert all(re.search(rf"^  {name}\b.*\n?.*\w{{3,}}", text, re.M) for name in options)
-    assert len(text) > 300
-
-
-@pytest.mark.parametrize(
-    "args",
-    [
-        [], ["nonsense"], ["info", "--layer", "8x8"], ["tune", "--rank", "0"], ["info", "--arch", "90"],
-        ["info", "--layer", f"8x8x{10**20}"], ["info", "--layer", "8x8x8", "--rank", f"{2**31}"],
-        ["params", "--hidden", f"{10**20}", "--intermediate", "4"], ["tune", "--out", os.path.dirname(__file__)],
-    ],
-)  # fmt: skip
-def test_bad_arguments(args, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(args)
-    assert end.value.code == 2
-    assert "error" in capsys.readouterr().err
-
-
 def test_info(capsys):
     text = out(capsys, "info")
     for part in ("torch", "cpu", "Triton kernels", "table for", "A lora, product variant"):
         assert part in text
     facts = json.loads(out(capsys, "info", "--json"))
-    assert set(facts) == {"versions", "devices", "built", "tables", "routes", "layers"}
+    assert set(facts) >= {"versions", "devices", "built", "tables", "routes", "layers"}
+    assert (facts["command"], facts["status"]) == ("info", 0)
 
 
 def test_info_names_kernels_that_exist(capsys):
@@ -97,9 +70,8 @@ def test_info_says_which_tables_there_are(capsys, monkeypatch, tmp_path):
     tables.write(tables.Table("Card", "sm_90", "2.11.0", "3.6.0", "2026-01-01", (row,)), tmp_path / "card.json")
     monkeypatch.setattr(tables, "SHIPPED", tmp_path)
     tables.reload()
-    assert "1 configurations, 0 routes, 0 of 4-bit layers; torch 2.11.0, triton 3.6.0, 2026-01-01" in out(
-        capsys, "info"
-    )
+    found = json.loads(out(capsys, "info", "--json"))["tables"][0]
+    assert found["entries"] == "1 configurations, 0 routes, 0 of 4-bit layers; torch 2.11.0, triton 3.6.0, 2026-01-01"
     _, found = steps(capsys)
     first = next(step for step in found["forward"]["steps"] if step["kernel"] == "_glora_fwd_kernel")
     assert (first["source"], first["stages"]) == ("shipped table card.json", 3)
@@ -330,10 +302,10 @@ def test_other_cards_and_sizes(capsys):
     text = out(capsys, "info", "--layer", "48x4096x4097", "--arch", "sm_80", "--dtype", "fp16", "--dropout", "0.1")
     assert "tma" not in text
     assert "dropout 0.1" in text
-    text = out(capsys, "info", "--layer", "48x4096x4097", "--arch", "sm_90")
+    text = out(capsys, "info", "--layer", "48x4096x4097", "--arch", "sm_90", "--json")
     assert "default for pointers" in text, "rows that TMA cannot read"
     with pytest.warns(UserWarning, match="sm_79"):
-        assert "default of an unknown card" in out(capsys, "info", "--layer", "64x64x64", "--arch", "sm_79")
+        assert "default of an unknown card" in out(capsys, "info", "--layer", "64x64x64", "--arch", "sm_79", "--json")
 
 
 @pytest.mark.parametrize(
@@ -357,14 +329,14 @@ def test_a_layer_that_there_is_not(args, message, capsys):
 
 @no_gpu
 def test_tune_needs_a_gpu(capsys):
-    assert main(["tune", "--layers", "llama-3-8b"]) == 2
+    assert main(["tune", "--config", "llama-3-8b"]) == 2
     assert "PyTorch sees no GPU here" in capsys.readouterr().err
     assert main(["tune"]) == 2
     assert "--shape MxNxK" in capsys.readouterr().err
 
 
 def test_tune_lists_without_a_gpu(capsys):
-    text = out(capsys, "tune", "--layers", "llama-3-8b", "--list", "--arch", "sm_90")
+    text = out(capsys, "tune", "--config", "llama-3-8b", "--list", "--arch", "sm_90")
     assert text.count("M=8192") == 4
     assert int(re.search(r"about (\d+) compilations", text).group(1)) > 20
     text = out(
@@ -425,23 +397,10 @@ def test_the_times_and_the_ratio_of_bench_are_of_one_round():
         frozen, ours = (
             [generator.choice([0.2, 2.0]) * generator.uniform(0.9, 1.1) for _ in range(rounds)] for _ in "ab"
         )
-        name, *shown = row("forward", frozen, ours)
-        a, b, over, low, high = map(float, shown)
-        assert name == "forward"
-        assert (a, b) in [(round(x, 3), round(y, 3)) for x, y in zip(frozen, ours, strict=True)]
+        a, b, over, low, high = row(frozen, ours)
+        assert (a, b) in zip(frozen, ours, strict=True)
         assert over == pytest.approx(b / a, rel=1e-2)
         assert low <= over <= high
-
-
-def test_a_reader_that_goes_away(monkeypatch):
-    """As `tune --list | head` does: 141 without a traceback, also for what is still to be flushed."""
-    read, write = os.pipe()
-    os.close(read)
-    monkeypatch.setattr(sys, "argv", ["glora_kernels", "tune", "--list", "--shape", "64x64x64"])
-    with os.fdopen(write, "w") as gone, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", gone)
-        assert run() == 141
-        gone.write("the descriptor can be written to at exit")
 
 
 def test_outputs_are_tried_first(tmp_path):
@@ -470,8 +429,14 @@ def test_check_names_what_fails_last(capsys, monkeypatch):
     for more in ([], ["--json"]):
         assert main(["check", "--device", "cpu", "--quick", *more]) == 1
         said = capsys.readouterr()
-        last = (said.err if more else said.out).splitlines()[-1]
-        assert last == "FAILED: eager float32 dA (plain PyTorch): error 3.000e-05 over 2.000e-05 at A=constant B=none"
+        assert (said.err if more else said.out).splitlines()[-1] == "FAILED: eager float32 dA (plain PyTorch)"
+        if more:
+            found = json.loads(said.out)
+            assert (found["status"], found["failed"]) == (1, ["eager float32 dA (plain PyTorch)"])
+            assert found["results"][0]["case"] == "A=constant B=none"
+        else:
+            assert re.search(r"\(plain PyTorch\): error 3.000e-05 over 2.000e-05\s+at A=constant\s+B=none", said.out)
+            assert "0 of 1 results within their tolerance" in said.out
 
 
 @no_gpu

@@ -11,13 +11,18 @@ import torch
 import glora_kernels as gk
 from glora_kernels.__main__ import main
 from glora_kernels.tools.commands import params
-from glora_kernels.tools.commands.params import MODELS, Sizes, count, methods, skeleton
+from glora_kernels.tools.commands.models import MODELS, Sizes, skeleton
+from glora_kernels.tools.commands.params import methods
 
 PUBLISHED = {
     "llama-7b": (159_907_840, 89_309_184, 75_595_776, 4_997_120),
     "llama-3-8b": (167_772_160, 90_570_752, 82_444_288, 5_242_880),
 }
 """LoRA, ShareA, ShareB, ShareAB on every linear at rank 64."""
+
+
+def count(name: str, sizes: Sizes, rank: int, targets=None):
+    return params.count(name, lambda: skeleton(sizes), rank, targets)
 
 
 def by_method(*args, **options):
@@ -65,7 +70,7 @@ def test_the_skeleton_counts_as_the_model_of_transformers():
         vocab_size=128,
     )  # fmt: skip
     found = by_method("llama", sizes, 8)
-    for method, chosen in methods(8, None).items():
+    for method, chosen in methods(8, None, ["layers.0.q_proj", "k_proj", "v_proj"]).items():
         with torch.device("meta"):
             model = transformers.LlamaForCausalLM(config)
         linears = {name: m.weight.shape for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -77,7 +82,9 @@ def test_the_skeleton_counts_as_the_model_of_transformers():
 def test_the_bytes_are_those_of_a_file_and_of_adamw(tmp_path):
     sizes = Sizes(hidden=16, intermediate=24, layers=3, kv=8)
     row = next(row for row in count("small", sizes, 4) if row.method == "ShareA")
-    model = gk.inject(skeleton(sizes), methods(4, None)["ShareA"], adapter_dtype=torch.bfloat16).to_empty(device="cpu")
+    model = gk.inject(skeleton(sizes), methods(4, None, [])["ShareA"], adapter_dtype=torch.bfloat16).to_empty(
+        device="cpu"
+    )
     path = tmp_path / "a.safetensors"
     gk.save_adapter(model, path)
     header = int.from_bytes(path.read_bytes()[:8], "little")
@@ -93,7 +100,7 @@ def test_the_bytes_are_those_of_a_file_and_of_adamw(tmp_path):
 
 
 def test_the_table(capsys):
-    assert main(["params", "--model", "llama-7b"]) == 0
+    assert main(["params", "--config", "llama-7b"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "rank 64, every linear"
     assert [line.split()[2] for line in lines if line.startswith("llama-7b")][:2] == ["159,907,840", "89,309,184"]
@@ -125,10 +132,10 @@ def test_other_sizes_and_json(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "llama-9"], "llama-7b, llama-13b, llama-3-8b, llama-3-70b"),
+        (["--config", "llama-9"], "llama-7b, llama-13b, llama-3-8b, llama-3-70b, vit-b-16; a model on a hub is not"),
         (["--targets", "up"], "'gate_proj', 'k_proj'"),
         (["--hidden", "64"], "--intermediate"),
-        (["--model", "llama-7b", "--hidden", "64", "--intermediate", "64"], "give one of them"),
+        (["--config", "llama-7b", "--hidden", "64", "--intermediate", "64"], "give one of them"),
     ],
 )
 def test_what_is_not_known(arguments, message, capsys):

@@ -13,8 +13,16 @@ from glora_kernels.nn import GLoRALinear
 from glora_kernels.runtime.tables import DTYPES
 from glora_kernels.tools import timing
 from glora_kernels.tools.commands import text
+from glora_kernels.tools.commands.printing import Refused, Report, Table
 
 HELP = "time one layer over the frozen F.linear here, forward and backward (a quick look, some seconds)"
+DESCRIPTION = """Time one layer over the frozen F.linear on this machine, one step at a time in interleaved rounds. \
+The two times are those of the round whose ratio is the median, so they were measured together."""
+FACTS = {
+    "layer, m, dtype, device, threads, rounds": "what was timed, and where",
+    "passes": "for each pass: frozen_ms, ours_ms, over_frozen, p20, p80 (of the ratio over the rounds)",
+}
+COLUMNS = ("frozen_ms", "ours_ms", "over_frozen", "p20", "p80")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=text.positive, default=20, help="interleaved rounds (default: 20)")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Report:
+    device = text.device(args)
     try:
-        device = text.device(args)
         m, n, k = args.layer or ((8192, 4096, 4096) if device == "cuda" else (512, 1024, 1024))
         dtype = DTYPES[args.dtype or ("bf16" if device == "cuda" else "fp32")]
         linear = nn.Linear(k, n, bias=args.bias, device=device, dtype=dtype)
@@ -38,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         inputs = [torch.randn(m, k, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
         dy = torch.randn(m, n, device=device, dtype=dtype)
     except (ValueError, RuntimeError) as error:  # RuntimeError: sizes that do not fit the memory
-        return text.refused(f"bench: {str(error).splitlines()[0]}")
+        raise Refused(str(error).splitlines()[0]) from error
     with torch.no_grad():
         for parameter in layer.adapter().values():
             parameter.normal_(std=0.02)
@@ -55,21 +63,27 @@ def run(args: argparse.Namespace) -> int:
         "forward": ([forward(linear, x) for x in inputs], [forward(layer, x) for x in inputs]),
         "forward + backward": ([both(linear, x, []) for x in inputs], [both(layer, x, wanted) for x in inputs]),
     }
-    rows = [row(name, *timer(contenders, args.rounds)) for name, contenders in passes.items()]
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    rows = {name: row(*timer(contenders, args.rounds)) for name, contenders in passes.items()}
+    threads = torch.get_num_threads()
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} threads"
     name = str(dtype).removeprefix("torch.")
-    print(f"{layer}\nM={m} tokens, {name}, {where}, {args.rounds} interleaved rounds, one step at a time")
-    print("The round whose ratio is the median; then the ratio's 20th and 80th percentile over the rounds.\n")
-    print(text.table(["pass", "frozen ms", "ours ms", "over frozen", "p20", "p80"], rows))
-    return 0
+    facts = {
+        "layer": str(layer), "m": m, "dtype": name, "device": device, "threads": threads, "rounds": args.rounds,
+        "passes": {name: dict(zip(COLUMNS, values, strict=True)) for name, values in rows.items()},
+    }  # fmt: skip
+    return Report(facts, [
+        f"{layer}\nM={m} tokens, {name}, {where}, {args.rounds} interleaved rounds, one step at a time\n"
+        "The round whose ratio is the median; then the ratio's 20th and 80th percentile over the rounds.\n",
+        Table(
+            ["pass", *(column.replace("_", " ") for column in COLUMNS)],
+            [(name, *(f"{value:.3f}" for value in values)) for name, values in rows.items()],
+        ),
+    ])  # fmt: skip
 
 
-def row(name: str, frozen: Sequence[float], ours: Sequence[float]) -> tuple[str, ...]:
+def row(frozen: Sequence[float], ours: Sequence[float]) -> tuple[float, ...]:
     """The row of a pass. The two times are those of the round with the median ratio, so they were measured together."""
     rounds = sorted((b / a, a, b) for a, b in zip(frozen, ours, strict=True))
     last = len(rounds) - 1
     over, a, b = rounds[last // 2]
-    return (
-        name,
-        *(f"{value:.3f}" for value in (a, b, over, rounds[round(0.2 * last)][0], rounds[round(0.8 * last)][0])),
-    )
+    return a, b, over, rounds[round(0.2 * last)][0], rounds[round(0.8 * last)][0]

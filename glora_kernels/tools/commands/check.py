@@ -15,50 +15,64 @@ from glora_kernels.runtime import environment
 from glora_kernels.runtime.routes import Backend
 from glora_kernels.tools import selftest
 from glora_kernels.tools.commands import text
+from glora_kernels.tools.commands.printing import Refused, Report, Table
 
 HELP = "test every kernel on this machine against the oracle (about a minute)"
+DESCRIPTION = """Compare every result of the kernels of dense layers with the literal mathematics in float64, on a GPU \
+or, through Triton's interpreter, on a CPU. An error of up to twice that of plain PyTorch at the same dtype, plus a \
+floor, is allowed. The last line says how many passed, or names what failed."""
+FACTS = {
+    "device": "cpu or cuda",
+    "results": "for each route, dtype and result: kernel, cases, passed, and of the worst case its error, what is "
+    "allowed, their ratio (worst) and the case",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_device(parser, ", where the Triton kernels run in Triton's interpreter")
     parser.add_argument("--quick", action="store_true", help="the path of plain PyTorch in fp32 alone (seconds)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
-def run(args: argparse.Namespace) -> int:
-    try:
-        device = text.device(args)
-    except ValueError as error:
-        return text.refused(f"check: {error}")
+def run(args: argparse.Namespace) -> Report:
+    device, start = text.device(args), time.perf_counter()
     kernels = environment.has_triton() and not args.quick
     if device == "cpu" and kernels and not environment.interpreting():
-        # Triton read TRITON_INTERPRET when it was imported: start a process that has it set.
-        command = [sys.executable, "-m", "glora_kernels", "check", "--device", "cpu", *["--json"] * args.json]
-        return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
-    start, rows = time.perf_counter(), _rows(device, kernels, args.quick)
-    failed = [row for row in rows if not row.passed]
-    if args.json:
-        print(json.dumps([vars(row) | {"passed": row.passed} for row in rows], indent=1))
+        rows = _interpreted()
     else:
-        columns = ["route", "dtype", "result", "kernel", "cases", "error", "allowed", "ok"]
-        cells = [
-            (r.route, r.dtype, r.result, r.kernel, r.cases, f"{r.error:.1e}", f"{r.allowed:.1e}",
-             "yes" if r.passed else "NO") for r in rows
-        ]  # fmt: skip
-        print(text.table(columns, cells))
-        how = "in Triton's interpreter" if device == "cpu" else torch.cuda.get_device_name()
-        print("error and allowed (twice plain PyTorch's at this dtype, plus a floor) are those of the worst case.")
-        print(
+        rows = _rows(device, kernels, args.quick)
+    failed = [row for row in rows if not row.passed]
+    columns = ["route", "dtype", "result", "kernel", "cases", "error", "allowed", "ok"]
+    cells = [
+        (r.route, r.dtype, r.result, r.kernel, r.cases, f"{r.error:.1e}", f"{r.allowed:.1e}",
+         "yes" if r.passed else "NO") for r in rows
+    ]  # fmt: skip
+    how = "in Triton's interpreter" if device == "cpu" else torch.cuda.get_device_name()
+    said = [
+        f"{row.route} {row.dtype} {row.result} ({row.kernel}): error {row.error:.3e} over {row.allowed:.3e} "
+        f"at {row.case}"
+        for row in failed
+    ]
+    return Report(
+        {"device": device, "results": [vars(row) | {"passed": row.passed} for row in rows]},
+        [
+            Table(columns, cells),
+            "error and allowed (twice plain PyTorch's at this dtype, plus a floor) are those of the worst case.",
+            *said,
             f"{len(rows) - len(failed)} of {len(rows)} results within their tolerance on {device} ({how}), "
-            f"{sum(r.cases for r in rows)} comparisons in {time.perf_counter() - start:.0f} s"
-        )
-    for row in failed:  # last, where a reader of a long table looks
-        print(
-            f"FAILED: {row.route} {row.dtype} {row.result} ({row.kernel}): error {row.error:.3e} over "
-            f"{row.allowed:.3e} at {row.case}",
-            file=sys.stderr if args.json else sys.stdout,
-        )
-    return 1 if failed else 0
+            f"{sum(r.cases for r in rows)} comparisons in {time.perf_counter() - start:.0f} s",
+        ],
+        [f"{row.route} {row.dtype} {row.result} ({row.kernel})" for row in failed],
+    )
+
+
+def _interpreted() -> list[selftest.Row]:
+    """The rows of a process with TRITON_INTERPRET=1, which Triton reads when it is imported."""
+    command = [sys.executable, "-m", "glora_kernels", "check", "--device", "cpu", "--json"]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, text=True)
+    if not done.stdout:
+        raise Refused(f"the process in which Triton's interpreter runs ended with status {done.returncode}")
+    results = json.loads(done.stdout)["results"]
+    return [selftest.Row(**{name: value for name, value in row.items() if name != "passed"}) for row in results]
 
 
 def _rows(device: str, kernels: bool, quick: bool) -> list[selftest.Row]:

@@ -1,28 +1,45 @@
-"""`python -m glora_kernels info`: this machine and installation, or with --layer the kernels that serve one layer."""
+"""`python -m glora_kernels info`: this machine and installation, or the kernels that serve a model or a layer."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from glora_kernels.runtime import environment, extension, routes, tables
-from glora_kernels.spec import SHARED_FACTORS, GLoRAConfig
-from glora_kernels.tools.commands import text
+from glora_kernels.spec import SHARED_FACTORS
+from glora_kernels.tools import planned
+from glora_kernels.tools.commands import model, models, text
 from glora_kernels.tools.commands.layer import Call, base, called, fused, plan, shared
+from glora_kernels.tools.commands.printing import Refused, Report, Table
 
-HELP = "versions, devices, tables and routes; with --layer, which kernels serve a layer, and how they are launched"
+HELP = "this machine and installation; which kernels serve the layers of a model, or one layer, and why"
+DESCRIPTION = """Alone: versions, devices, tables and routes. With --config, which kernels serve each layer of a \
+model, how many layers are alike, and what stays as it is; with --layer or --module, the launches of one layer, in \
+order, with their configurations. Plans are made for a card that need not be here."""
+FACTS = {
+    "versions, devices, built, tables, routes, layers": "alone: this machine and installation",
+    "dtype, config, four_bit, share": "with --layer and --config: what was asked for",
+    "m, n, k, siblings": "with --layer, too",
+    "module": "with --module: its name",
+    "arch": "with --layer, --module and --config: the card's, or cpu",
+    "forward, backward": "with --layer and --module: steps (kernel, file, grid, blocks, warps, stages, features, "
+    "source), launches, route, decided_by, through (the line that launches them)",
+    "model, tokens, trainable, compilations, here, notes": "with --config: its name, M, how many parameters are "
+    "trained, how many kernels a first step compiles, what this machine takes, and what inject warned of",
+    "groups": "with --config, for each kind of adapted layer: layers (their names, # for numbers), number, n, k, "
+    "experts, base, adapter, bias, operator, why, forward and backward as above (null where PyTorch serves)",
+    "untouched": "with --config, what is not adapted: layers, number, module (its class), shape, why",
+}
 PACKAGES = ("glora_kernels", "torch", "triton", "safetensors", "peft", "transformers", "bitsandbytes")
 QUANT_TYPES = ("nf4", "fp4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    models.add_config(parser, "which kernels serve each layer of this model, and why")
     parser.add_argument(
         "--layer", type=text.sizes, metavar="MxNxK",
         help="tokens x out_features x in_features: print the steps of this layer's forward and backward",
@@ -34,66 +51,77 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     text.add_case(parser)
     parser.add_argument(
+        "--tokens", type=text.positive, default=8192, metavar="M", help="of --config: rows of x (default: 8192)"
+    )
+    parser.add_argument(
+        "--targets", nargs="+", metavar="PATTERN",
+        help="of --config: adapt only these, as q_proj v_proj (default: every linear layer but the head)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--exclude", nargs="+", default=[], metavar="PATTERN", help="of --config: leave these layers as they are"
+    )
+    parser.add_argument("--experts", action="store_true", help="of --config: adapt the experts too")
+    parser.add_argument(
         "--siblings", type=text.positive, nargs="+", default=[], metavar="N",
         help="with --layer: more layers that take its x, by their out_features, fused with it",
     )  # fmt: skip
     parser.add_argument(
         "--share", choices=tuple(SHARED_FACTORS),
-        help="with --layer: two such layers, which share factors, inside shift_once and deferred_shared_grads",
+        help="with --layer: two such layers, which share factors, inside shift_once and deferred_shared_grads; with "
+        "--config: ShareLoRA",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=tables.DTYPES, default="bf16", help="of the layer and x (default: bf16)")
-    parser.add_argument("--four-bit", choices=QUANT_TYPES, help="with --layer: the base is held in 4 bits")
+    parser.add_argument("--dtype", choices=tables.DTYPES, default="bf16", help="of the layers and x (default: bf16)")
+    parser.add_argument("--four-bit", choices=QUANT_TYPES, help="with --layer, --config: the base is held in 4 bits")
     parser.add_argument(
         "--backend", choices=("auto", "triton", "cuda"), default="auto",
         help="with --four-bit: whose kernels serve the 4-bit weight (default: those that are measured or expected to)",
     )  # fmt: skip
     parser.add_argument(
-        "--arch", type=text.architecture, help="the card's, like sm_90 (default: this GPU's, else sm_90)"
+        "--arch", type=text.architecture, help="the card's, like sm_90, or cpu (default: this GPU's, else sm_90)"
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Report:
+    if sum(asked is not None for asked in (args.layer, args.module, args.config)) > 1:
+        raise Refused("--layer, --module and --config are three questions: give one of them")
+    if args.config is not None:
+        return model.report(args)
     if args.layer is not None or args.module is not None:
         return _layer(args)
     pairs = {"versions": _versions(), "devices": _devices(), "built": _built()}
     rows = {"tables": _tables(), "routes": _routes(), "layers": _layers()}
-    if args.json:
-        devices = [{"name": name, "about": about} for name, about in pairs["devices"].items()]
-        print(json.dumps(pairs | {"devices": devices} | rows, indent=1))
-        return 0
+    devices = [{"name": name, "about": about} for name, about in pairs["devices"].items()]
     heads = {"versions": ("package", "version"), "devices": ("device", "what it is"), "built": ("part", "state")}
-    for name, found in pairs.items():
-        print(text.table(heads[name], list(found.items())))
-    for of in rows.values():
-        print(text.table(list(of[0]), [list(row.values()) for row in of]))
-    print("products: those of the size of W in one forward and backward; a frozen linear layer has 2.")
-    print("The kernels of one layer, in order and with their configurations: info --layer MxNxK --case ...")
-    return 0
+    said: list[str | Table] = [Table(heads[name], list(found.items())) for name, found in pairs.items()]
+    said += [Table(list(of[0]), [list(row.values()) for row in of]) for of in rows.values()]
+    said.append("products: those of the size of W in one forward and backward; a frozen linear layer has 2.")
+    said.append("The kernels of a model's layers: info --config PATH_OR_NAME. Of one layer, in order and with their "
+                "configurations: info --layer MxNxK --case ...")  # fmt: skip
+    return Report(pairs | {"devices": devices} | rows, said)
 
 
-def _layer(args: argparse.Namespace) -> int:
+def _layer(args: argparse.Namespace) -> Report:
+    option = "--module" if args.module else "--layer"
     if not environment.has_triton():
-        return text.refused("info --layer plans Triton launches, and the triton package is not installed")
+        raise Refused(f"{option} plans Triton launches, and the triton package is not installed")
     arch = args.arch or text.this_arch()
+    if arch == "cpu":
+        raise Refused(f"{option} plans launches, and {routes.explain('cpu', tables.DTYPES[args.dtype])[1]}")
     try:
-        title, head, model, x = _own_module(args) if args.module else _asked_for(args)
-        plans = plan(model, x.requires_grad_(), arch, args.backend)
+        title, head, call, x = _own_module(args) if args.module else _asked_for(args)
+        plans = plan(planned.of_module(call, x.requires_grad_(), arch, args.backend))
     except (ValueError, RuntimeError) as error:
-        return text.refused(f"info --{'module' if args.module else 'layer'}: {error}")
-    if args.json:
-        passes = {
-            name: asdict(p) | {"steps": [step._asdict() for step in p.steps], "launches": p.launches}
-            for name, p in plans.items()
-        }
-        print(json.dumps(head | {"arch": arch} | passes, indent=1))
-        return 0
-    print(f"{title}, in training on {arch}\n")
-    columns = ["", "kernel", "file", "grid", "blocks", "warps", "stages", "how", "configuration"]
+        raise Refused(f"{option}: {error}") from error
+    said: list[str | Table] = [f"{title}, in training on {arch}\n"]
+    columns = ["", "kernel, file", "grid", "blocks", "warps", "stages", "how", "configuration"]
     for name, p in plans.items():
-        print(f"{name}: {p.count()}; route {p.route} ({p.decided_by})")
-        print(f"{'the module' if args.module else 'nn.GLoRALinear'} -> {p.through} -> the file of each kernel")
-        print(text.table(columns, [(i, *(cell or "" for cell in step)) for i, step in enumerate(p.steps, start=1)]))
-    return 0
+        said.append(f"{name}: {p.count()}; route {p.route} ({p.decided_by})")
+        said.append(f"{'the module' if args.module else 'nn.GLoRALinear'} -> {p.through} -> the file of each kernel")
+        said.append(Table(columns, [
+            (i, f"{step.kernel} {step.file.removeprefix('glora_kernels/')}", *(cell or "" for cell in step[2:]))
+            for i, step in enumerate(p.steps, start=1)
+        ]))  # fmt: skip
+    return Report(head | {"arch": arch} | {name: p.facts() for name, p in plans.items()}, said)
 
 
 _Asked = tuple[str, dict[str, object], Call, Tensor]
@@ -101,11 +129,11 @@ _Asked = tuple[str, dict[str, object], Call, Tensor]
 
 
 def _own_module(args: argparse.Namespace) -> _Asked:
-    model, x = called(args.module)
+    call, x = called(args.module)
     return (
         f"{args.module}: x {tuple(x.shape)}, {str(x.dtype).removeprefix('torch.')}",
         {"module": args.module},
-        model,
+        call,
         x,
     )
 
@@ -118,8 +146,12 @@ def _asked_for(args: argparse.Namespace) -> _Asked:
         raise ValueError("--siblings are fused layers of one block, --share is over depth: give one of them")
     sizes = [n, n] if args.share else [n, *args.siblings]
     bases = [base(size, k, dtype, args.bias, args.four_bit) for size in sizes]
-    model = shared(bases, config, args.share) if args.share else fused(bases, config)
-    title = _title(config, args.bias) + (f", {args.four_bit} base" if args.four_bit else "")
+    call = shared(bases, config, args.share) if args.share else fused(bases, config)
+    title = (
+        text.title(config)
+        + (", bias" if args.bias else ", no bias")
+        + (f", {args.four_bit} base" if args.four_bit else "")
+    )
     title += f", two layers, share={args.share}" if args.share else ""
     title += f": M={m} tokens, N={', '.join(map(str, sizes[: 1 if args.share else None]))}, K={k}, {args.dtype}"
     head = {"m": m, "n": n, "k": k, "dtype": args.dtype, "config": config.to_dict(), "four_bit": args.four_bit}
@@ -127,16 +159,9 @@ def _asked_for(args: argparse.Namespace) -> _Asked:
     return (
         title,
         head | {name: value for name, value in more.items() if value},
-        model,
+        call,
         torch.empty(m, k, dtype=dtype, device="meta"),
     )
-
-
-def _title(config: GLoRAConfig, bias: bool) -> str:
-    supports = [f"{name}={getattr(config, name)}" for name in "ABCDE" if getattr(config, name) != "none"]
-    supports += [f"rank {config.rank}"] * ("lora" in (config.A, config.B, config.C))
-    supports += [f"dropout {config.dropout:g}"] * (config.dropout > 0) + [config.variant] * (config.variant == "matmul")
-    return ", ".join([*supports, "bias" if bias else "no bias"])
 
 
 def _versions() -> dict[str, str]:

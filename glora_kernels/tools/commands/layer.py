@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +16,17 @@ import glora_kernels
 from glora_kernels.dispatch.common import path_of
 from glora_kernels.four_bit.cuda import CudaLaunch
 from glora_kernels.nn import GLoRALinear, QuantizedLinear, deferred_shared_grads, fuse_siblings, inject, shift_once
+from glora_kernels.quant import QuantizedWeight
 from glora_kernels.runtime import configs
 from glora_kernels.runtime.launch import Launch, LibraryProduct
-from glora_kernels.runtime.routes import TRITON_DTYPES, Backend
+from glora_kernels.runtime.routes import TRITON_DTYPES
 from glora_kernels.runtime.tables import DEQUANTIZE, SMALL_M
 from glora_kernels.spec import GLoRAConfig, Share, ShareLoRAConfig
 from glora_kernels.tools import planned
-from glora_kernels.tools.planned import Decided, How, Linear
+from glora_kernels.tools.planned import Decided, How, Linear, Traced
+
+_SLICES = {"_grouped_": "grouped", "_expert_": "experts"}
+"""The operators whose kernels have a name of their own, and that name."""
 
 Call = Callable[[Tensor], Any]
 """A module, or any function of x."""
@@ -54,6 +58,10 @@ class Plan:
     def launches(self) -> int:
         return sum(step.file != "" for step in self.steps)
 
+    def facts(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self) | {"steps": [step._asdict() for step in self.steps], "launches": self.launches}
+
     def count(self) -> str:
         """The numbers of our launches and of the library's products, as text."""
         products = len(self.steps) - self.launches
@@ -75,10 +83,15 @@ class Together(nn.Module):
 def base(n: int, k: int, dtype: torch.dtype, bias: bool, four_bit: str | None) -> nn.Module:
     """A frozen linear layer on the meta device, dense or 4-bit."""
     linear = nn.Linear(k, n, bias, device="meta", dtype=dtype)
-    if four_bit is None:
-        return linear
-    codes = planned.weight_of(Linear(GLoRAConfig.lora(1), n, k, quant_type=four_bit), How(1, dtype, ""))
-    return QuantizedLinear(codes, linear.bias)
+    return linear if four_bit is None else QuantizedLinear(codes(n, k, dtype, four_bit), linear.bias)
+
+
+def codes(n: int, k: int, dtype: torch.dtype, four_bit: str) -> QuantizedWeight:
+    """A weight (N,K) in 4 bits on the meta device."""
+    weight: QuantizedWeight = planned.weight_of(
+        Linear(GLoRAConfig.lora(1), n, k, quant_type=four_bit), How(1, dtype, "")
+    )
+    return weight
 
 
 def fused(bases: Sequence[nn.Module], config: GLoRAConfig) -> nn.Module:
@@ -101,16 +114,25 @@ def shared(bases: Sequence[nn.Module], config: GLoRAConfig, share: Share) -> Cal
     Raises:
         ValueError: the configuration is not one of ShareLoRA.
     """
-    if config.B != "lora" or config.variant != "hadamard":
-        raise ValueError("--share shares the factors of B = lora, without --variant")
-    own = {name: getattr(config, name) for name in ("rank", "alpha", "dropout", "A", "C", "D", "E")}
-    model = inject(Together(bases), ShareLoRAConfig(share=share, **own), target_modules=["layers.*"])
+    model = inject(Together(bases), sharing(config, share), target_modules=["layers.*"])
 
     def call(x: Tensor) -> Any:
         with shift_once(model), deferred_shared_grads(model):
             return model(x)
 
     return call
+
+
+def sharing(config: GLoRAConfig, share: Share) -> ShareLoRAConfig:
+    """The configuration whose layers share factors over depth.
+
+    Raises:
+        ValueError: the configuration is not one of ShareLoRA.
+    """
+    if config.B != "lora" or config.variant != "hadamard":
+        raise ValueError("--share shares the factors of B = lora, without --variant")
+    own = {name: getattr(config, name) for name in ("rank", "alpha", "dropout", "A", "C", "D", "E")}
+    return ShareLoRAConfig(share=share, **own)
 
 
 def called(name: str) -> tuple[nn.Module, Tensor]:
@@ -133,16 +155,16 @@ def called(name: str) -> tuple[nn.Module, Tensor]:
     return found
 
 
-def plan(call: Call, x: Tensor, arch: str, backend: Backend = "auto") -> dict[str, Plan]:
+def plan(traced: Traced) -> dict[str, Plan]:
     """The steps of a call's "forward" and "backward", with the source of each configuration."""
-    steps, count, decided = planned.of_module(call, x, arch, backend)
+    steps, count, decided = traced
     shown = [_step(step, [one for one in decided if one.before <= i]) for i, step in enumerate(steps)]
     parts = {"forward": range(count), "backward": range(count, len(steps))}
     return {name: _plan(name, [shown[i] for i in part], decided, part) for name, part in parts.items()}
 
 
 def _plan(name: str, steps: list[Step], decided: Sequence[Decided], part: range) -> Plan:
-    slice_ = "grouped" if any("_grouped_" in step.kernel for step in steps) else "glora"
+    slice_ = next((of for part, of in _SLICES.items() if any(part in step.kernel for step in steps)), "glora")
     through = _where(getattr(path_of(slice_, "triton"), name))
     if few := [step for step in steps if _four_bit(step.kernel) == SMALL_M]:
         return Plan(steps, through, "few tokens", few[0].source)

@@ -1,39 +1,32 @@
-"""`python -m glora_kernels params`: what LoRA and ShareLoRA train on known models, counted on the meta device."""
+"""`python -m glora_kernels params`: what LoRA and ShareLoRA train on a model, counted on the meta device."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import nn
 
 from glora_kernels.nn import inject, trainable_parameters
+from glora_kernels.nn.base import is_linear
+from glora_kernels.nn.model import all_paths
 from glora_kernels.spec import Share, ShareLoRAConfig, select
-from glora_kernels.tools.commands import text
+from glora_kernels.tools.commands import models, text
+from glora_kernels.tools.commands.models import Sizes
+from glora_kernels.tools.commands.printing import Refused, Report, Table
 
-HELP = "trainable parameters, file and optimizer bytes of LoRA and ShareLoRA on a LLaMA-style model; no weights needed"
-DESCRIPTION = """Count what LoRA and ShareLoRA train on models with LLaMA's linear layers: their skeleton is made on the
-meta device, which holds no values, and adapted by gk.inject. A shared factor counts once, as in the optimizer and in
-the file. Share-qkv shares A among q, k and v each, and is plain LoRA elsewhere."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes that determine a LLaMA-style model's linear layers. kv: out_features of k_proj and v_proj."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    kv: int
-
-
-MODELS = {
-    "llama-7b": Sizes(4096, 11008, 32, 4096),
-    "llama-13b": Sizes(5120, 13824, 40, 5120),
-    "llama-3-8b": Sizes(4096, 14336, 32, 1024),
-    "llama-3-70b": Sizes(8192, 28672, 80, 1024),
+HELP = "trainable parameters, file and optimizer bytes of LoRA and ShareLoRA on a model; no weights needed"
+DESCRIPTION = """Count what LoRA and ShareLoRA train on a model: its skeleton is made on the meta device, which holds \
+no values, and adapted by gk.inject. A shared factor counts once, as in the optimizer and in the file. Share-qkv \
+shares A among q, k and v each, and is plain LoRA elsewhere."""
+FACTS = {
+    "rank, targets": "as given",
+    "models": "for each model what it was made of: sizes, or the config",
+    "rows": "for each model and method: parameters (trained), file_bytes (in bf16), optimizer_bytes (AdamW)",
+    "notes": "what inject warned of, such as experts that are left as they are",
 }
 DEFAULT = ("llama-7b", "llama-13b", "llama-3-8b")
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -52,85 +45,67 @@ class Count:
     optimizer_bytes: int
 
 
-def skeleton(sizes: Sizes) -> nn.Module:
-    """The linear layers of the decoder, under LLaMA's names, on the meta device. It cannot be called."""
-    h, f, kv = sizes.hidden, sizes.intermediate, sizes.kv
-    shapes = {
-        "self_attn": {"q_proj": (h, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, h)},
-        "mlp": {"gate_proj": (f, h), "up_proj": (f, h), "down_proj": (h, f)},
-    }
-
-    def part(name: str) -> nn.Module:
-        return nn.ModuleDict(
-            {linear: nn.Linear(k, n, bias=False, device="meta") for linear, (n, k) in shapes[name].items()}
-        )
-
-    layers = nn.ModuleList(nn.ModuleDict({name: part(name) for name in shapes}) for _ in range(sizes.layers))
-    return nn.ModuleDict({"model": nn.ModuleDict({"layers": layers})})
-
-
-def methods(rank: int, targets: Sequence[str] | None) -> dict[str, ShareLoRAConfig]:
-    """The configuration of each method; Share-qkv only if q, k or v is adapted."""
+def methods(rank: int, targets: Sequence[str] | None, paths: Iterable[str]) -> dict[str, ShareLoRAConfig]:
+    """The configuration of each method for a model with these linear layers; Share-qkv only if q, k or v is adapted."""
     shares: dict[str, Share] = {"LoRA": "none", "ShareA": "A", "ShareB": "B", "ShareAB": "AB"}
     found = {name: ShareLoRAConfig(rank=rank, share=share) for name, share in shares.items()}
-    paths = {f"model.layers.0.self_attn.{name}": name for name in QKV}
-    selected = paths.keys() if targets is None else {path for pattern in targets for path in select(pattern, paths)}
-    shared = tuple(name for path, name in paths.items() if path in selected)
+    paths = set(paths)
+    selected = paths if targets is None else {path for pattern in targets for path in select(pattern, paths)}
+    shared = tuple(name for name in QKV if any(path.split(".")[-1] == name for path in selected))
     if shared:
         found["Share-qkv"] = ShareLoRAConfig(rank=rank, share="A", projections=shared)
     return found
 
 
-def count(name: str, sizes: Sizes, rank: int, targets: Sequence[str] | None = None) -> list[Count]:
+def count(name: str, make: Callable[[], nn.Module], rank: int, targets: Sequence[str] | None = None) -> list[Count]:
     """Count what every method trains on one model.
 
     Args:
         name: of the model, for the rows.
-        sizes: of the model.
+        make: makes the model, on the meta device.
         rank: R.
-        targets: patterns of the layers to adapt; None: every linear layer.
+        targets: patterns of the layers to adapt; None: every linear layer but the head.
 
     Raises:
         ValueError: a target matches no layer; the message lists the layers.
     """
     rows = []
-    for method, config in methods(rank, targets).items():
-        model = inject(skeleton(sizes), config, target_modules=None if targets is None else list(targets))
+    linears = [path for path, module in all_paths(make()) if is_linear(module)]
+    for method, config in methods(rank, targets, linears).items():
+        model = inject(make(), config, target_modules=None if targets is None else list(targets))
         parameters = trainable_parameters(model)
         rows.append(Count(name, method, parameters, 2 * parameters, 8 * parameters))
     return rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = DESCRIPTION
-    parser.add_argument(
-        "--model", nargs="+", metavar="NAME", help=f"of {', '.join(MODELS)} (default: {', '.join(DEFAULT)})"
-    )
+    models.add_config(parser, f"the models (default: {' '.join(DEFAULT)})", several=True)
     parser.add_argument("--rank", type=text.positive, default=64, help="R (default: 64)")
     parser.add_argument(
         "--targets", nargs="+", metavar="PATTERN",
-        help="adapt only these, as q_proj v_proj, or *.mlp.* (default: all seven linears of a layer)",
+        help="adapt only these, as q_proj v_proj, or *.mlp.* (default: every linear layer but the head)",
     )  # fmt: skip
-    parser.add_argument("--hidden", type=text.positive, help="another model: its hidden size, with --intermediate")
-    parser.add_argument("--intermediate", type=text.positive, help="another model: the width of its MLP")
-    parser.add_argument("--layers", type=text.positive, help="another model: its decoder layers (default: 32)")
-    parser.add_argument("--kv", type=text.positive, help="another model: out_features of k and v (default: hidden)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--hidden", type=text.positive, help="a LLaMA of other sizes, with --intermediate")
+    parser.add_argument("--intermediate", type=text.positive, help="of these sizes: the width of its MLP")
+    parser.add_argument("--layers", type=text.positive, help="of these sizes: its decoder layers (default: 32)")
+    parser.add_argument("--kv", type=text.positive, help="of these sizes: out_features of k and v (default: hidden)")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> Report:
+    asked = _models(args)
     try:
-        models = _models(args)
-        rows = [row for name, sizes in models.items() for row in count(name, sizes, args.rank, args.targets)]
+        with text.noted() as notes:
+            rows = [
+                row for name, made in asked.items()
+                for row in count(name, functools.partial(_made, made), args.rank, args.targets)
+            ]  # fmt: skip
     except ValueError as error:
-        return text.refused(f"params: {error}")
-    if args.json:
-        head = {"rank": args.rank, "targets": args.targets}
-        sizes_of = {name: asdict(sizes) for name, sizes in models.items()}
-        print(json.dumps(head | {"models": sizes_of, "rows": [asdict(row) for row in rows]}, indent=1))
-        return 0
-    where = "every linear" if args.targets is None else ", ".join(args.targets)
-    print(f"rank {args.rank}, {where}\n")
+        raise Refused(str(error)) from error
+    facts = {
+        "rank": args.rank, "targets": args.targets,
+        "models": {name: made if isinstance(made, str) else asdict(made) for name, made in asked.items()},
+        "rows": [asdict(row) for row in rows], "notes": notes,
+    }  # fmt: skip
     plain = {row.model: row.parameters for row in rows if row.method == "LoRA"}
     width = max(len(f"{row.parameters:,}") for row in rows)
     cells = [
@@ -140,29 +115,28 @@ def run(args: argparse.Namespace) -> int:
         )
         for row in rows
     ]  # fmt: skip
-    print(text.table(["model", "method", "trainable", "of LoRA", "bf16 file", "AdamW state"], cells))
-    print(
-        "bf16 file: two bytes a parameter, with adapter_dtype=torch.bfloat16. AdamW state: two fp32 values a parameter."
-    )
-    return 0
+    return Report(facts, [
+        f"rank {args.rank}, {'every linear' if args.targets is None else ', '.join(args.targets)}\n",
+        Table(["model", "method", "trainable", "of LoRA", "bf16 file", "AdamW state"], cells),
+        "bf16 file: two bytes a parameter, with adapter_dtype=torch.bfloat16. AdamW state: two fp32 values of each.",
+        *notes,
+    ])  # fmt: skip
 
 
-def _models(args: argparse.Namespace) -> dict[str, Sizes]:
-    """The models that the arguments ask for, by name."""
+def _made(of: Sizes | str) -> nn.Module:
+    return models.build(of, torch.float32) if isinstance(of, str) else models.skeleton(of)
+
+
+def _models(args: argparse.Namespace) -> dict[str, Sizes | str]:
+    """The models that the arguments ask for, by name: known ones and others of given sizes, or a config."""
     own = {name: getattr(args, name) for name in ("hidden", "intermediate", "layers", "kv")}
     if any(value is not None for value in own.values()):
-        if args.model:
-            raise ValueError("--model names a known model, --hidden and the like another; give one of them")
+        if args.config:
+            raise Refused("--config names a model, --hidden and the like another; give one of them")
         if args.hidden is None or args.intermediate is None:
-            raise ValueError("another model needs --hidden and --intermediate")
+            raise Refused("a model of other sizes needs --hidden and --intermediate")
         return {CUSTOM: Sizes(args.hidden, args.intermediate, args.layers or 32, args.kv or args.hidden)}
-    names = args.model or DEFAULT
-    if unknown := [name for name in names if name not in MODELS]:
-        raise ValueError(
-            f"--model {unknown[0]!r} is not known; there are {', '.join(MODELS)}, or give --hidden, --intermediate, "
-            "--layers and --kv"
-        )
-    return {name: MODELS[name] for name in names}
+    return {name: models.MODELS.get(name, name) for name in args.config or DEFAULT}
 
 
 def _bytes(size: int) -> str:

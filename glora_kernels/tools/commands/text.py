@@ -1,18 +1,18 @@
-"""Argument types and text tables that the commands share."""
+"""Arguments that the commands share: their types, and what they mean."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
-import sys
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Iterator
 
 import torch
 
-from glora_kernels.nn.columns import aligned
 from glora_kernels.runtime import environment
 from glora_kernels.spec import SUPPORTS, VARIANTS, GLoRAConfig
+from glora_kernels.tools.commands.printing import Refused
 
 
 def sizes(text: str) -> tuple[int, int, int]:
@@ -32,9 +32,9 @@ def positive(text: str) -> int:
 
 
 def architecture(text: str) -> str:
-    """The architecture of a card, named as in `runtime.configs`."""
-    if not re.fullmatch(r"sm_\d+|gfx\w+", text):
-        raise argparse.ArgumentTypeError(f"must be like sm_90 or gfx942, got {text!r}")
+    """The architecture of a card, named as in `runtime.configs`, or "cpu"."""
+    if not re.fullmatch(r"sm_\d+|gfx\w+|cpu", text):
+        raise argparse.ArgumentTypeError(f"must be like sm_90 or gfx942, or cpu, got {text!r}")
     return text
 
 
@@ -53,18 +53,22 @@ def device(args: argparse.Namespace) -> str:
     """The device that --device chooses, "cpu" or "cuda".
 
     Raises:
-        ValueError: there is no such device here.
+        Refused: there is no such device here.
     """
     here = torch.cuda.is_available()
     if args.device == "cuda" and not here:
-        raise ValueError("--device cuda was asked for, but PyTorch sees no GPU")
+        raise Refused("--device cuda was asked for, but PyTorch sees no GPU")
     return ("cuda" if here else "cpu") if args.device == "auto" else str(args.device)
 
 
-def refused(why: str) -> int:
-    """Print why a command could not be tried, and return its exit status."""
-    print(why, file=sys.stderr)
-    return 2
+@contextlib.contextmanager
+def noted() -> Iterator[list[str]]:
+    """Inside, warnings of this package are not printed but collected, each once."""
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield found
+    found += dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, UserWarning))
 
 
 def add_case(parser: argparse.ArgumentParser) -> None:
@@ -94,8 +98,9 @@ def case(args: argparse.Namespace) -> GLoRAConfig:
     return GLoRAConfig.of(forms, rank=args.rank, dropout=args.dropout, variant=args.variant)
 
 
-def table(head: Sequence[str], rows: Sequence[Any]) -> str:
-    """The rows as aligned columns of text under a head."""
-    cells = [list(map(str, head)), *(list(map(str, row)) for row in rows)]
-    rule = ["-" * max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(aligned([cells[0], rule, *cells[1:]], "<" * len(head))) + "\n"
+def title(config: GLoRAConfig) -> str:
+    """A configuration in words."""
+    supports = [f"{name}={getattr(config, name)}" for name in SUPPORTS if getattr(config, name) != "none"]
+    supports += [f"rank {config.rank}"] * ("lora" in (config.A, config.B, config.C))
+    supports += [f"dropout {config.dropout:g}"] * (config.dropout > 0) + [config.variant] * (config.variant == "matmul")
+    return ", ".join(supports) or "no support"
