@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> Report:
             Table(columns, cells),
             "error and allowed (twice plain PyTorch's at this dtype, plus a floor) are those of the worst case.",
             *said,
-            f"{len(rows) - len(failed)} of {len(rows)} results within their tolerance on {device} ({how}), "
-            f"{sum(r.cases for r in rows)} comparisons in {time.perf_counter() - start:.0f} s",
+            f"{len(rows) - len(failed)} of {len(rows)} results passed on {device} ({how}): "
+            f"{sum(r.cases for r in rows)} comparisons, {time.perf_counter() - start:.0f} s",
         ],
         [f"{row.route} {row.dtype} {row.result} ({row.kernel})" for row in failed],
     )
