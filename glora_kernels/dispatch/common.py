@@ -57,7 +57,7 @@ def path_of(operator: str, route: str) -> Any:
         environment.require_triton()
     if routes.is_invariant(route):
         name = _INVARIANT.get((operator, name), name)
-    return importlib.import_module(f"glora_kernels.{operator}.{name}")
+    return importlib.import_module(f"..{operator}.{name}", __package__)
 
 
 LINE = 64

@@ -27,8 +27,13 @@ from glora_kernels.dispatch.ways import is_batched, is_elsewhere, is_plain, is_t
 from glora_kernels.runtime import routes
 from glora_kernels.runtime.workspace import private_workspace
 
-LIBRARY = torch.library.Library("glora_kernels", "DEF")
+NAMESPACE = __name__.partition(".")[0]
+"""The name of the package: glora_kernels, or another under which a copy of it is loaded beside it."""
+
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 """Every operator of the package is defined in this one namespace: torch.ops.glora_kernels."""
+
+OPS = getattr(torch.ops, NAMESPACE)
 
 Shape = Sequence[int]
 
@@ -200,14 +205,14 @@ class Operator(Operation):
         arguments = f"{kind} dy{made}, bool[] needs, {self.signature.schema(optional=True)}"
         LIBRARY.define(f"{self.name}_backward({arguments}) -> ({grads})")
         forward, backward = self.name, f"{self.name}_backward"
-        self._forward_operator = getattr(torch.ops.glora_kernels, forward)
-        self._backward_operator = getattr(torch.ops.glora_kernels, backward)
+        self._forward_operator = getattr(OPS, forward)
+        self._backward_operator = getattr(OPS, backward)
         for device in ("CPU", "CUDA"):
             LIBRARY.impl(forward, self._run, device)
             LIBRARY.impl(backward, self._run_backward, device)
             if self.has_inputs:
                 LIBRARY.impl(forward, self._run_in_autocast, f"Autocast{device}")
-        space = "glora_kernels::"
+        space = f"{NAMESPACE}::"
         torch.library.register_fake(space + forward, self._fake, lib=LIBRARY)
         torch.library.register_fake(space + backward, self._fake_backward, lib=LIBRARY)
         torch.library.register_autograd(

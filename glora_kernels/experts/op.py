@@ -31,7 +31,7 @@ from glora_kernels.dispatch.common import (
     wide_dtype,
     without_autocast,
 )
-from glora_kernels.dispatch.operator import LIBRARY, Operator
+from glora_kernels.dispatch.operator import LIBRARY, NAMESPACE, OPS, Operator
 from glora_kernels.dispatch.prepared import Prepared
 from glora_kernels.dispatch.signature import Row, Signature, Values
 from glora_kernels.dispatch.ways import is_batched, is_elsewhere, is_plain, is_watched
@@ -323,7 +323,7 @@ def _apart(
     if p:
         if routes.invariant():
             raise ValueError("dropout_p must be 0 for experts inside batch_invariant(), whose masks go by the row of x")
-        mask = torch.ops.glora_kernels.expert_mask if is_watched(x) else _mask
+        mask = OPS.expert_mask if is_watched(x) else _mask
         kept = dropped(x, mask(given(numbers["seed"]), x.detach(), p)) * (numbers["scale"] / (1.0 - p))
         kept, t = groups.gather(kept) if of_tokens else kept, {**t, "b_up": None, "b_down": None}
     found = []
@@ -351,7 +351,7 @@ def _mask(seed: Tensor, x: Tensor, p: float) -> Tensor:
 LIBRARY.define("expert_mask(Tensor seed, Tensor x, float p) -> Tensor")
 LIBRARY.impl("expert_mask", _mask, "CompositeExplicitAutograd")
 torch.library.register_fake(
-    "glora_kernels::expert_mask", lambda seed, x, p: x.new_empty(x.shape, dtype=torch.bool), lib=LIBRARY
+    f"{NAMESPACE}::expert_mask", lambda seed, x, p: x.new_empty(x.shape, dtype=torch.bool), lib=LIBRARY
 )
 
 

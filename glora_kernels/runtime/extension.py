@@ -80,7 +80,7 @@ def runs_on(arch: str, built: str | tuple[str, ...]) -> str | None:
 def _load() -> ModuleType | str:
     """The module, or the reason why there is none. Importing it touches no device."""
     try:
-        return importlib.import_module("glora_kernels._C")
+        return importlib.import_module(".._C", __package__)
     except ModuleNotFoundError:
         record = Path(__file__).parent.parent / _RECORD
         why = record.read_text().strip() if record.exists() else "the package was installed without building it"
