@@ -1,0 +1,12 @@
+{
+  description = "GLoRA and LoRA linear layers at the cost of the frozen layer";
+
+  inputs.kernel-builder.url = "github:huggingface/kernels";
+
+  outputs =
+    { self, kernel-builder }:
+    kernel-builder.lib.genKernelFlakeOutputs {
+      inherit self;
+      path = ./.;
+    };
+}
