@@ -53,8 +53,11 @@ def _block(
     w, codes, expert, N, K, d0, c0,
     OF_DX: tl.constexpr, NUMERICS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The (BLOCK_D, BLOCK_C) block of W_eᵀ (K, N), or OF_DX W_e (N, K), from (d0, c0) on, in the dtype of products."""
-    if codes is not None:
+    """The (BLOCK_D, BLOCK_C) block of W_eᵀ (K, N), or OF_DX W_e (N, K), from (d0, c0) on, in the dtype of products.
+
+    `w` is tested and not `codes`, which may hold a None (`operands.Terms`).
+    """
+    if w is None:
         # Behind the last row of an expert come those of the next, which meet zeros of the other factor or are not kept.
         if OF_DX:
             block = _weight_tile(codes, expert * N + d0, c0, (expert + 1) * N, K, NUMERICS.upcast, BLOCK_D, BLOCK_C)

@@ -31,10 +31,14 @@ def pick(values, g):
 
 @triton.jit
 def pick_field(entries, g, FIELD: tl.constexpr):
-    """A field of entries[g]. Field by field, since Triton can build a structure only of a class named in the code."""
-    value = getattr(entries[0], FIELD)
+    """Field number FIELD of entries[g].
+
+    Field by field, since Triton can build a structure only of a class named in the code; and by number, since Triton
+    3.6 loses the names of the fields on the way into `getattr`.
+    """
+    value = entries[0][FIELD]
     for i in tl.static_range(1, len(entries)):
-        value = tl.where(g == i, getattr(entries[i], FIELD), value)
+        value = tl.where(g == i, entries[i][FIELD], value)
     return value
 
 
@@ -50,7 +54,7 @@ def rows_of(M, Ms, g):
 @triton.jit
 def pick_rows(matrices, g):
     """matrices[g], where all have contiguous rows."""
-    return Matrix(pick_field(matrices, g, "ptr"), pick_field(matrices, g, "row"), 1)
+    return Matrix(pick_field(matrices, g, 0), pick_field(matrices, g, 1), 1)
 
 
 @triton.jit
@@ -59,25 +63,25 @@ def pick_weight(weights, g, COLS_FIRST: tl.constexpr):
     if COLS_FIRST:
         return pick_rows(weights, g)
     else:
-        return Matrix(pick_field(weights, g, "ptr"), 1, pick_field(weights, g, "col"))
+        return Matrix(pick_field(weights, g, 0), 1, pick_field(weights, g, 2))
 
 
 @triton.jit
 def pick_low(lows, g):
     return Low(
-        pick_field(lows, g, "up"), pick_field(lows, g, "h"), pick_field(lows, g, "leaves"),
-        pick_field(lows, g, "rank"), pick_field(lows, g, "scale"),
+        pick_field(lows, g, 0), pick_field(lows, g, 1), pick_field(lows, g, 2), pick_field(lows, g, 3),
+        pick_field(lows, g, 4),
     )  # fmt: skip
 
 
 @triton.jit
 def pick_path(paths, t):
-    return Path(pick_field(paths, t, "s"), pick_field(paths, t, "down"), pick_field(paths, t, "rank"))
+    return Path(pick_field(paths, t, 0), pick_field(paths, t, 1), pick_field(paths, t, 2))
 
 
 @triton.jit
 def pick_bias(biases, g):
-    return Bias(pick_field(biases, g, "ptr"), pick_field(biases, g, "size"))
+    return Bias(pick_field(biases, g, 0), pick_field(biases, g, 1))
 
 
 @triton.jit

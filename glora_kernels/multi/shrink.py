@@ -97,7 +97,8 @@ def _multi_shrink_kernel(
     """h[i] = s_j/(1-p_j)·(mask∘x[m])·B_down,jᵀ and σ[i] = Σₖ x[m,k]; S[i] = s_j/(1-p_j)·dy[m]·B_up,j, τ[i] = dy[m]·b_j.
 
     And dy∘(1+a_j). Of sorted rows i = 0 …, m the row of each in x or dy, j its adapter; `x` and `dy` are a `Side` each,
-    or None. A mask is that of the row's number among those of its adapter, or with one `seed` of all of the row m.
+    without `read` where absent. A mask is that of the row's number among those of its adapter, or with one `seed` of
+    all of the row m.
     """
     rank_block = tl.program_id(0) % rank_blocks
     adapter, start, first, end = order.tile_of(starts_ptr, tl.program_id(0) // rank_blocks, J, BLOCK_M)
@@ -105,13 +106,13 @@ def _multi_shrink_kernel(
     if (first >= end) | ((rank_block > 0) & (rank_block * BLOCK_R >= table.size(row, "rank"))):
         return
     i = first + tl.arange(0, BLOCK_M)
-    if x is not None:
+    if x.read is not None:
         if tl.program_id(2) == 0:
             _side(
                 x, row, i, i - start, end, rank_block, seed, M, width,
                 False, LAYOUT, NUMERICS, BLOCK_M, BLOCK_K, BLOCK_R,
             )  # fmt: skip
-    if dy is not None:
+    if dy.read is not None:
         if tl.program_id(2) == tl.num_programs(2) - 1:
             _side(
                 dy, row, i, i - start, end, rank_block, seed, M, width,
@@ -155,9 +156,9 @@ def multi_shrink_launch(
     return Launch(_multi_shrink_kernel, grid, args, options(config, args))
 
 
-def _operand(side: Side | None, how: Shrink) -> Side | None:
-    if side is None:
-        return None
+def _operand(side: Side | None, how: Shrink) -> Side:
+    if side is None:  # told by an entry: Triton 3.6 cannot compare a structure that holds a None (`operands.Terms`)
+        return Side(None)
     depth, step = side.read.shape[1], how.config["cols"]
     width = cdiv(cdiv(depth, how.bands), step) * step
     return side._replace(read=matrix(side.read), left=matrix(side.left), depth=depth, band_width=width)
