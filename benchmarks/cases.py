@@ -8,15 +8,18 @@ target table come first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from glora_kernels.reference import cases as known
 from glora_kernels.reference.cases import SIBLINGS
 
+T = TypeVar("T")
 LLAMA, VIT = known.LLAMA_3_8B, tuple(known.VIT_B_16.values())
 MLP = ("gate", "up", "down")
+DISTINCT = ("q", "k", "gate", "down")
+"""Linears of LLaMA-3-8B of different sizes: each of the others has the size of one of these."""
 VIT_TOKENS = 197
 FEW = (1, 8, 32)
 """Tokens of a step of generation."""
@@ -182,10 +185,18 @@ def group(
     return Group(tuple(found), tuple(passes), tuple(modes))
 
 
-def llama(contenders: Iterable[Contender], *ms: int, r: int = 16, **options: Any) -> tuple[Group, ...]:
-    """The seven linears of LLaMA-3-8B at each M."""
+def llama(
+    contenders: Iterable[Contender], *ms: int, r: int = 16, layers: Sequence[str] = tuple(LLAMA), **options: Any
+) -> tuple[Group, ...]:
+    """The seven linears of LLaMA-3-8B, or those named, at each M."""
     listed = tuple(contenders)
-    return tuple(group(listed, m, n, k, r, name, **options) for m in ms for name, (n, k) in LLAMA.items())
+    return tuple(group(listed, m, *LLAMA[name], r, name, **options) for m in ms for name in layers)
+
+
+def with_twins(members: Mapping[str, T]) -> dict[str, T]:
+    """By linear of LLaMA-3-8B what is known, where one is missing that of a linear of the same size."""
+    of_size = {LLAMA[name]: value for name, value in members.items()}
+    return {name: members.get(name, of_size[size]) for name, size in LLAMA.items() if size in of_size}
 
 
 def sibling_groups(
@@ -239,6 +250,22 @@ def gpu_stages() -> list[Stage]:
     ]  # fmt: skip
 
 
+def first_stages() -> list[Stage]:
+    """What `benchmarks.first_light` measures of a card in minutes; one layer of every size stands for its twins."""
+    both: dict[str, Any] = {"passes": PASSES, "layers": DISTINCT, "nf4": True}
+    decode: dict[str, Any] = {"passes": ("fwd",), "nf4": True, "decode": True}
+    one = (*by("ours", LORA), *by("peft", LORA))
+    large = by("ours", LORA, VECTOR_LORA, FULL, LORA_LORA, VECTORS, QLORA) + PEFTS[:2] + by("peft", QLORA)
+    small = by("ours", LORA, VECTOR_LORA, QLORA) + by("peft", LORA)
+    return [
+        Stage("one-layer", "LoRA on q of LLaMA-3-8B, M=2048", llama(one, 2048, layers=("q",))),
+        Stage("headline", "LoRA, GLoRA and QLoRA, M=8192, 2048 and 512",
+              llama(large, 8192, **both) + llama(small, 2048, 512, **both)),
+        Stage("few-tokens", "4-bit base, 1 to 32 tokens", llama(NF4_DECODE, *FEW, layers=("gate", "down"), **decode)),
+        Stage("routed", "a batch of several adapters; experts", parts=("adapters", "experts")),
+    ]  # fmt: skip
+
+
 def _small(contenders: Iterable[Contender], m: int, n: int, k: int, r: int, **options: Any) -> Group:
     return group(contenders, m, n, k, r, dtype="fp32", modes=("eager",), **options)
 
@@ -284,6 +311,7 @@ def tiny_stages() -> list[Stage]:
         Stage("nf4", "tiny, 4-bit", (_small(NF4_TRAIN, 8, 64, 64, 4, passes=PASSES, nf4=True), *decode)),
         Stage("merging", "tiny: merging", parts=("merging",)),
         Stage("multi", "tiny: a batch of several adapters", parts=("multi",)),
+        Stage("routed", "tiny: one size of adapters and experts", parts=("adapters", "experts")),
         Stage("nf4-parts", "tiny: dequantizing, memory", parts=("dequantizing", "memory")),
         Stage("models", "tiny models", parts=("growth", "peft")),
     ]
@@ -295,8 +323,8 @@ def stages(scale: str) -> list[Stage]:
 
 
 def find(scale: str, name: str) -> Stage:
-    """A stage by its name."""
-    listed = {stage.name: stage for stage in stages(scale)}
+    """A stage by its name: of `stages`, on a card also of `first_stages`."""
+    listed = {stage.name: stage for stage in [*stages(scale), *(first_stages() if scale == "cuda" else ())]}
     if name not in listed:
         raise SystemExit(f"--stages {name}: no such stage; there are {', '.join(listed)}")
     return listed[name]

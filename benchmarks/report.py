@@ -35,6 +35,8 @@ from benchmarks.schema import slug
 from benchmarks.store import ROOT, Store, header, store_path
 from glora_kernels.tools import outputs
 
+PYTHON = [sys.executable]
+"""What a stage's process is started with."""
 STAGE_MINUTES = 8.5
 GRACE_S = 60.0
 """How long after its time a stage may take to end by itself before it is killed."""
@@ -48,7 +50,7 @@ RESERVE_S = 20.0
 @dataclass
 class Report:
     """One run: a device, which battery of it ("cuda", "cpu", or "tiny" of the tests), where the files go, all the time
-    there is or None, what to run, and the rounds of every group or None for the stages' own."""
+    there is or None, what to run, the rounds of every group or None for the stages' own, and whether to draw."""
 
     device: Device
     scale: str
@@ -56,6 +58,7 @@ class Report:
     minutes: float | None
     stages: list[Stage]
     rounds: int | None = None
+    pictures: bool = True
 
     def __post_init__(self) -> None:
         self.end = None if self.minutes is None else time.monotonic() + 60 * self.minutes
@@ -97,7 +100,7 @@ class Report:
 
     def _process(self, stage: Stage, minutes: float) -> int | None:
         """The exit code of one process of a stage; None where it had to be killed."""
-        command = [sys.executable, "-m", "pytest", str(Path(__file__).parent), "-q", "-p", "no:cacheprovider"]
+        command = [*PYTHON, "-m", "pytest", str(Path(__file__).parent), "-q", "-p", "no:cacheprovider"]
         command += ["--no-header", "--no-summary", "--capture", "tee-sys"]  # shows how far it is
         command += ["--benchmark-disable"] if importlib.util.find_spec("pytest_benchmark") else []
         command += ["--stage", stage.name, "--scale", self.scale, "--device", self.device.kind]
@@ -123,8 +126,9 @@ class Report:
             tail = done.stdout.strip().splitlines()[-40:]
             result = f"exit code {done.returncode}, {tail[-1] if tail else 'no output'}"
             print("\n".join(tail), flush=True)
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired as late:
             result = f"not finished in {limit:.0f} s"
+            print((late.stdout or b"").decode(errors="replace")[-4000:], flush=True)
         store.add("note", name="tests", value={"command": "pytest -m gpu", "result": result})
 
     def write(self) -> list[Path]:
@@ -148,8 +152,10 @@ class Report:
         if self.scale == "cuda":
             results.put_aside(self.out / f"{name}.json", found["header"], ("device", "commit"))
             results.write_json(self.out / f"{name}.json", results.by_schema(found))
-        pictures = {}
-        if importlib.util.find_spec("matplotlib"):
+        pictures: dict[str, str] = {}
+        if not self.pictures:
+            print("no pictures: --no-pictures", flush=True)
+        elif importlib.util.find_spec("matplotlib"):
             pictures = plots.draw_all(found, self.out, name)
         else:
             print("no pictures: matplotlib is not installed", flush=True)
@@ -172,6 +178,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these stages")
     parser.add_argument("--rounds", type=int, help="timed rounds of every group")
     parser.add_argument("--no-tests", action="store_true", help="leave out pytest -m gpu")
+    parser.add_argument("--no-pictures", action="store_true", help="write no pictures")
     parser.add_argument(
         "--out", type=outputs.folder, default=pages.RESULTS, metavar="DIR", help="benchmarks/results unless given"
     )
@@ -181,7 +188,7 @@ def main() -> None:
     device = devices.get(args.device)
     listed = [stage for stage in cases.stages(device.kind) if stage.quick or not args.quick]
     stages = listed if args.stages is None else [cases.find(device.kind, name) for name in args.stages]
-    report = Report(device, device.kind, args.out, args.minutes, stages, args.rounds)
+    report = Report(device, device.kind, args.out, args.minutes, stages, args.rounds, not args.no_pictures)
     store = report.store()
     print(store.message or f"{device.name()}: {len(store.of('row'))} rows in {report.path.name}", flush=True)
     for peer, reason in peers.unavailable().items():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers, schema
-from benchmarks.cases import FROZEN, GROUP_IMPLS, IMPLS, LLAMA, NO_LAYER, Entry
+from benchmarks.cases import FROZEN, GROUP_IMPLS, IMPLS, LLAMA, NO_LAYER, Entry, with_twins
 from benchmarks.devices import Spread
 from benchmarks.schema import ROW_KEY
 from benchmarks.store import Store
@@ -159,8 +159,8 @@ def best_mode(lines: Iterable[Line]) -> str:
 def over_frozen(lines: Sequence[Line]) -> dict[Which, Spread]:
     """The time over the dense frozen layer's in the same rounds, of lines of one pass and mode.
 
-    On LLaMA-3-8B rows over the seven linears, which needs all of them: the ratio of each stands for that times its
-    frozen layer, since its rows may come from stages far apart; the p20 and p80 of such a sum are its median.
+    On LLaMA-3-8B rows over the seven linears, for which one of every size is needed: the ratio of each stands for that
+    times its frozen layer, since its rows may come from stages far apart; the p20 and p80 of such a sum are its median.
     """
     base = {_place(line): line["row"]["median_ms"] for line in lines if entry_of(line).reference}
     found: dict[Which, Spread] = {}
@@ -176,7 +176,8 @@ def over_frozen(lines: Sequence[Line]) -> dict[Which, Spread]:
             found[which] = Spread(ratio, more.get("over_frozen_p20", ratio), more.get("over_frozen_p80", ratio))
         else:
             parts[which][row["layer"]] = (ratio * below, below)
-    for which, members in parts.items():
+    for which, known in parts.items():
+        members = with_twins(known)
         if set(members) == set(LLAMA):
             ratio = sum(above for above, _ in members.values()) / sum(below for _, below in members.values())
             found[which] = Spread(ratio, ratio, ratio)

@@ -6,6 +6,7 @@ A device's Markdown file has every section; README.md and docs/benchmarks.md hav
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks import floor, results, targets
@@ -215,7 +216,7 @@ def merging(merge: Mapping[str, Any]) -> list[str]:
     return [" ".join(sentences)]
 
 
-def multi(part: Mapping[str, Any]) -> list[str]:
+def multi(part: Mapping[str, Any], stage: str = "multi") -> list[str]:
     """A batch of several adapters: the others' times over that of one call, and where it stops paying."""
     rows, n = [], part["features"]
     for one in part["rows"]:
@@ -232,11 +233,25 @@ def multi(part: Mapping[str, Any]) -> list[str]:
     return [
         f"A batch of several LoRA adapters, r={part['rank']}, N = K = {n}, {part['dtype']}: the others' time over that "
         f"of one call of `ops.multi_glora_linear`, medians of the ratios of a round. One call is faster than a loop "
-        f"over our single layers for {'; '.join(until)}. {COMMAND.format('multi')}",
+        f"over our single layers for {'; '.join(until)}. {COMMAND.format(stage)}",
         table(rows),
     ]
 
 
+def experts(part: Mapping[str, Any]) -> list[str]:
+    """Experts with a LoRA each: our time, and over that of the base alone by our product and by PyTorch's."""
+    rows = []
+    for one in part["rows"]:
+        over = {f"over {name}": _number(one.get(f"over_{key}"), ".2f") for key, name in EXPERT_NAMES.items()}
+        rows.append({"pass": PASS_NAMES[one["pass"]], "ours, ms": f"{one['ours_ms']:.3g}", **over})
+    return [
+        f"{part['experts']} experts of {part['n']}x{part['k']}, {part['top']} of them for each of {part['tokens']} "
+        f"tokens, LoRA r={part['rank']} each, {part['dtype']}: `ops.expert_glora_linear`. {COMMAND.format('routed')}",
+        table(rows),
+    ]
+
+
+EXPERT_NAMES = {"base": "the same without adapters", "grouped_mm": "torch.nn.functional.grouped_mm alone"}
 MIXED_NAMES = {
     "frozen": "the base alone", "loop": "our layers in a loop", "peft": "PEFT's mixed batch",
     "separate": "PEFT's layers in a loop",
@@ -430,6 +445,8 @@ SECTIONS: dict[str, Callable[[Found, bool], list[str]]] = {
     "Launches": of_launches,
     "Merging": of_merging,
     "Several adapters in a batch": noted("multi", multi),
+    "Several adapters, one size": noted("adapters", partial(multi, stage="routed")),
+    "Experts": noted("experts", experts),
     "A 4-bit base": of_quantized,
     "Dequantizing": noted("dequantizing", dequantizing),
     "Memory": of_memory,

@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks.cases import FEW, FULL, LORA, LORA_LORA, MLP, PASSES, QGLORA, QLORA, VECTOR_LORA, VECTORS
+from benchmarks.cases import (
+    FEW,
+    FULL,
+    LORA,
+    LORA_LORA,
+    MLP,
+    PASSES,
+    QGLORA,
+    QLORA,
+    VECTOR_LORA,
+    VECTORS,
+    with_twins,
+)
 from benchmarks.floor import BYTES, packed_bytes
 from benchmarks.floor import seven as least_of_seven
 from benchmarks.results import Found, over_frozen, select
@@ -51,7 +63,7 @@ def over(found: Found, mode: str, case: str, m: int = M, p: float = 0.0, impl: s
 def saved(found: Found, mode: str) -> float | None:
     """What LoRA keeps for backward beyond x, y and parameters, over the bytes of R·M values in its dtype."""
     own = select(found["rows"], case=LORA, impl="ours", m=M, r=RANK, p=0.0, mode=mode, direction="fwd_bwd")
-    rows = {line["row"]["layer"]: line["row"] for line in own if line["row"]["layer"]}
+    rows = with_twins({line["row"]["layer"]: line["row"] for line in own if line["row"]["layer"]})
     sizes = [row["saved_bytes"] for row in rows.values()]
     if len(rows) < 7 or None in sizes:
         return None
@@ -82,9 +94,9 @@ def merged(found: Found, mode: str) -> float | None:
 
 
 def few(found: Found, mode: str, m: int, impl: str) -> dict[str, Mapping[str, Any]]:
-    """The rows of gate, up and down in a step of generation of m tokens; none unless there are all."""
+    """The rows of gate, up and down in a step of generation of m tokens; none unless there is one of every size."""
     own = select(found["rows"], case=QLORA, impl=impl, m=m, r=RANK, p=0.0, mode=mode, direction="fwd")
-    rows = {line["row"]["layer"]: line["row"] for line in own}
+    rows = with_twins({line["row"]["layer"]: line["row"] for line in own if line["row"]["layer"]})
     return {layer: rows[layer] for layer in MLP} if set(MLP) <= set(rows) else {}
 
 
