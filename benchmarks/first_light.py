@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import steps, warm_cache
-from benchmarks.cases import DISTINCT, LLAMA
+from benchmarks.cases import DISTINCT, FULL, LLAMA
 from benchmarks.steps import Run, Step
 from glora_kernels.tools import outputs
 
@@ -47,6 +47,9 @@ PYTEST = ["-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovid
 """-v: each test is named when it ends, so that a log which was cut short says what failed."""
 ORDER = ("tests/csrc/", "tests/gpu/test_gpu_", "tests/gpu/", "")
 """Of the files with the card's tests, by the beginnings of their names."""
+CSRC = Step("csrc", 150, ["setup.py", "-q", "build_ext", "--inplace"])
+PROFILED = "regex:^_|nvjet|gemm|cutlass"
+"""Our kernels, and the products of the vendor's library."""
 MUCH = 400
 """More lines than a step prints that is shown whole."""
 
@@ -95,11 +98,12 @@ def second(out: Path, card: str) -> list[Step]:
     """The steps of a second call: csrc and the main path under compute-sanitizer, the costliest layer under ncu."""
     csrc, kernels = [*PYTEST, "tests/csrc/test_gpu_csrc.py", "-k", "not 14336"], [*PYTEST, "tests/gpu/test_gpu.py"]
     ours = ["--kernel-regex", "kns=small_m", "--kernel-regex", "kns=dequantize"]
-    check = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
+    check = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "1", "--tool"]
     case, m, n, k = worst(out, card)
     layer = ["-m", "glora_kernels", "bench", "--layer", f"{m}x{n}x{k}", "--case", case, "--rounds", "1"]
-    profile = ["ncu", "--set", "full", "--clock-control", "none", "--launch-skip", "40", "--launch-count", "24"]
-    profile += ["--force-overwrite", "-o", str(out / "worst")]
+    layer += ["--bias"] if case == FULL else []
+    profile = ["ncu", "--set", "full", "--clock-control", "none", "--force-overwrite", "-o", str(out / "worst")]
+    profile += ["-k", PROFILED, "--launch-skip", "30", "--launch-count", "30"]  # from forward alone into both passes
     shown = ["ncu", "--import", str(out / "worst.ncu-rep"), "--page", "details"]
     return [
         *(Step(f"{tool} of csrc", s, csrc, [*check, tool, *ours, sys.executable]) for tool, s in TOOLS.items()),
@@ -173,17 +177,11 @@ def on_card(args: argparse.Namespace) -> None:
         raise SystemExit("first-light measures a card, and PyTorch sees none here")
     card, arch = slug(torch.cuda.get_device_name()), "".join(map(str, torch.cuda.get_device_capability()))
     variables = environment(args.cache) | {"GLORA_KERNELS_CUDA_ARCHS": arch}
-    run = Run(
-        args.out,
-        args.minutes - TABLES_S / 60,
-        args.cache,
-        [sys.executable],
-        variables,
-        SECOND_LOG if args.second else LOG,
-    )
+    log, minutes = SECOND_LOG if args.second else LOG, args.minutes - TABLES_S / 60
+    run = Run(args.out, minutes, args.cache, [sys.executable], variables, log)
     watch = _clocks(args.out / "clocks.csv")
     try:
-        run.beside(Step("csrc", 150, ["setup.py", "-q", "build_ext", "--inplace"]))
+        run.beside(CSRC)
         run.run(prepared(args.warm, args.cache))
         if args.second:
             run.join()

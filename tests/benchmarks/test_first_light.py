@@ -147,6 +147,30 @@ def test_what_is_profiled_is_the_layer_that_costs_most(tmp_path: Path) -> None:
     assert first_light.worst(tmp_path, "h100") == (cases.FULL, 512, 1024, 4096)
 
 
+def test_a_call_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is beside the others ends before times are taken; the tables come last, also where a step fails."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["first-light", "--out", "out", "--cache", "cache", "--warm", "warm"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    talks = [Step(name, 20, ["-c", f"print({name!r}, 'ran')"]) for name in ("one layer", "headline")]
+    monkeypatch.setattr(first_light, "first", lambda out, processes: [*talks, Step("fails", 20, ["-c", "1 / 0"])])
+    monkeypatch.setattr(first_light, "CSRC", Step("csrc", 20, ["-c", "import time; time.sleep(1); print('built')"]))
+    monkeypatch.setattr(first_light, "prepared", lambda warm, cache: [])
+    monkeypatch.setattr(first_light, "report", lambda name, seconds, out, *stages, shows: Step(name, 20, ["-c", ""]))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        first_light.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    log = (tmp_path / "out" / "first-light.log").read_text()
+    heads = [line.split(" (")[0].split(",")[0] for line in log.splitlines() if line.startswith("==== ")]
+    assert heads == ["==== one layer", "==== csrc", "==== headline", "==== fails", "==== tables"]
+    assert "ZeroDivisionError" in log
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"first-light.log", "clocks.csv"}
+
+
 def test_it_wants_a_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["first-light", "--out", "out", "--cache", "cache"])
