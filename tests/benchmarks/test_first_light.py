@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, devices, first_light, report, steps
+from benchmarks import cases, devices, first_light, report, steps, warm_cache
 from benchmarks.steps import Run, Step
 from benchmarks.store import ROOT
 
@@ -169,6 +171,21 @@ def test_a_call_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert heads == ["==== one layer", "==== csrc", "==== headline", "==== fails", "==== tables"]
     assert "ZeroDivisionError" in log
     assert {path.name for path in (tmp_path / "out").iterdir()} <= {"first-light.log", "clocks.csv"}
+
+
+@pytest.mark.parametrize(
+    ("triton", "name", "wrong"),
+    [("0.1", "0/k.cubin", "made with Triton 0.1, and here is "), (None, "../k.cubin", "no file of a kernel")],
+)
+def test_an_archive_that_does_not_fit_is_refused(tmp_path: Path, triton: str | None, name: str, wrong: str) -> None:
+    manifest = {"triton": triton or importlib.metadata.version("triton"), "kernels": ["rest"], "modules": []}
+    archive, cache = tmp_path / "a.tar.xz", tmp_path / "cache"
+    with tarfile.open(archive, "w:xz") as tar:
+        warm_cache._add(tar, "manifest.json", json.dumps(manifest).encode())
+        warm_cache._add(tar, name, b"code")
+    with pytest.raises(ValueError, match=wrong):
+        warm_cache.unpack(archive, cache)
+    assert not cache.exists()
 
 
 def test_it_wants_a_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
