@@ -110,6 +110,22 @@ def test_dropout_is_on_the_input_of_the_low_rank_path(size):
     near((gradients(y, None, x)[0] * x).sum(), y)
 
 
+def test_what_is_repeated_outside_is_dropped_with_what_it_repeats():
+    layer = GLoRAConv.from_conv(
+        conv(channels=1, out=1, kernel_size=3, padding=1, padding_mode="reflect"), GLoRAConfig.lora(1, dropout=0.5)
+    )
+    x, found = images(channels=1, size=30), []
+    for tap in (3, 4):  # the place before in a row, and the place itself
+        with torch.no_grad():
+            layer.B_up.fill_(1.0)
+            layer.B_down.copy_(torch.eye(9)[tap].view(1, 9))
+            torch.manual_seed(2)
+            found.append(layer(x) - layer._base_alone(x))
+    before, here = found
+    assert (here[..., 1].abs() < 1e-12).any()
+    near(before[..., 0], here[..., 1])
+
+
 def saved_by(call):
     """The bytes of distinct memory that a call saves for backward."""
     found = {}

@@ -66,7 +66,7 @@ def adapted_conv(x: Tensor, base: Frozen, adapter: Operands, geometry: Geometry)
         return adapted_linear(rows[places], (weight.flatten(1), base.bias, None), adapter).movedim(-1, 1)
     dtype = autocast_dtype(x) or x.dtype
     with without_autocast(x.device.type):
-        return _general(geometry.padded(cast(x, dtype)), weight, base.bias, adapter, geometry)
+        return _general(cast(x, dtype), weight, base.bias, adapter, geometry)
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
@@ -83,14 +83,17 @@ def _check(x: Tensor, weight: Tensor) -> None:
 
 
 def _general(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Operands, geometry: Geometry) -> Tensor:
-    """y of a padded x, with autocast off."""
+    """y of an x in the dtype of the computation, with autocast off."""
     own, s, p, variant = adapter
+    keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p) if p else None
+    if keep is not None and geometry.outside:  # what is repeated outside is dropped with what it repeats
+        keep = geometry.padded(cast(keep, x.dtype)) != 0
+    x = geometry.padded(x)
     down, up, b = own["B_down"], own["B_up"], own["B"]
     a, a_up, a_down = own["A"], own["A_up"], own["A_down"]
     narrow = factor_dtype(x.dtype, (a_up, a_down, up, down))
     h = h_up = added = None
     if up is not None and down is not None:
-        keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p) if p else None
         h = _thin(x, cast(down, narrow).view(len(down), *weight.shape[1:]), keep, geometry)
         h_up = cast(up, narrow) * (s / (1 - p))
     elif b is not None:
