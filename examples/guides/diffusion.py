@@ -40,8 +40,9 @@ ASKED = [5, 5, 6, 6, 7, 7, 8, 8, 9, 9]
 """The digits that are drawn for the picture."""
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "proj_in", "proj_out"]
 TARGETS = {
-    "unet": [*ATTENTION, "ff.net.0.proj", "ff.net.2", "time_emb_proj"],
+    "unet": [*ATTENTION, "ff.net.0.proj", "ff.net.2", "time_emb_proj", *CONVOLUTIONS],
     "flux": [*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "net.0.proj", "net.2", "proj_mlp", "proj_out"],
 }
 """The layers that get adapters, by the ends of their names."""
