@@ -160,13 +160,16 @@ def step(forward: Forward, x: Tensor, direction: str) -> Callable[[], object]:
     def decode() -> None:
         forward(x)
 
-    own, dy = x.clone().requires_grad_(), torch.randn_like(x)
+    own = x.clone().requires_grad_()
+    if direction == "fwd":
+        return decode
+    dy = torch.randn_like(forward(own))
 
     def train() -> None:
         forward(own).backward(dy)
         own.grad = None
 
-    return decode if direction == "fwd" else train
+    return train
 
 
 def test_multi(bench: Bench) -> None:

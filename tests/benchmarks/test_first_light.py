@@ -12,9 +12,10 @@ import tarfile
 import time
 from pathlib import Path
 
+import made
 import pytest
 
-from benchmarks import cases, devices, first_light, report, steps, warm_cache
+from benchmarks import bench_routed, cases, devices, first_light, report, steps, tables, warm_cache
 from benchmarks.steps import Run, Step
 from benchmarks.store import ROOT
 
@@ -92,8 +93,8 @@ def test_what_a_kill_leaves_of_a_battery_becomes_its_files(tmp_path: Path) -> No
     with path.open("a") as file:
         file.write('{"kind": "row", "key": ')
     left = [json.loads(line) for line in path.read_text().splitlines()[:-1]]
-    made = report.Report(devices.get("cpu"), "tiny", tmp_path, None, [], pictures=False)
-    assert {"tiny.json", "tiny.md"} <= {one.name for one in made.write()}
+    again = report.Report(devices.get("cpu"), "tiny", tmp_path, None, [], pictures=False)
+    assert {"tiny.json", "tiny.md"} <= {one.name for one in again.write()}
     rows = [line["row"] for line in left if line["kind"] == "row"]
     assert rows
     assert [line["row"] for line in json.loads((tmp_path / "tiny.json").read_text())["rows"]] == rows
@@ -171,6 +172,24 @@ def test_a_call_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert heads == ["==== one layer", "==== csrc", "==== headline", "==== fails", "==== tables"]
     assert "ZeroDivisionError" in log
     assert {path.name for path in (tmp_path / "out").iterdir()} <= {"first-light.log", "clocks.csv"}
+
+
+def test_a_row_of_adapters_and_one_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = made.bench(tmp_path, given_rounds=2)
+    bench_routed.test_adapters(bench)
+    bench_routed.test_experts(bench)
+    notes = bench.store.notes()
+    assert [row["pass"] for row in notes["experts"]["rows"]] == ["fwd", "fwd_bwd"]
+    assert all(row["over_base"] > 0 for row in notes["experts"]["rows"])
+    assert [row["rows"] for row in notes["adapters"]["rows"]] == [2, 2]
+    shown = "\n".join(block for name in ("Several adapters, one size", "Experts")
+                      for block in tables.SECTIONS[name]({"notes": notes}, True))  # fmt: skip
+    assert "3 experts of 24x16, 2 of them for each of 8 tokens" in shown
+    assert "--stages routed" in shown
+    ours = bench_routed.expert_glora_linear
+    monkeypatch.setattr(bench_routed, "expert_glora_linear", lambda *args, **given: 1.01 * ours(*args, **given))
+    with pytest.raises(AssertionError, match="experts: y is off"):
+        bench_routed.experts(bench_routed.EXPERTS["tiny"], bench)
 
 
 @pytest.mark.parametrize(
