@@ -97,6 +97,12 @@ def linear_paths(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
+def convolution_paths(model: nn.Module) -> list[str]:
+    """Those that are not grouped."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [path for path, module in model.named_modules() if isinstance(module, kinds) and module.groups == 1]
+
+
 def moved_away(model: Any, size: float = 0.2) -> Any:
     """The model, every trained parameter away from zero."""
     with torch.no_grad():

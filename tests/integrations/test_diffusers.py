@@ -10,6 +10,7 @@ from diffusers_models import (
     MODELS,
     PROJECTIONS,
     base_model,
+    convolution_paths,
     dense,
     gradients,
     linear_paths,
@@ -51,18 +52,21 @@ def test_accelerated_one_step_is_pefts(name):
 
 @every_model
 def test_injected_it_computes_what_the_formula_says(name):
+    """Linear layers and, but for grouped ones, convolutions: W·A and B of a kernel are products over its channels."""
     base = base_model(name)
     config = gk.GLoRAConfig(rank=3, alpha=4, alpha_A=5, **PRODUCT)
-    model = moved_away(gk.inject(copy.deepcopy(base), config, linear_paths(base)))
-    assert sum(isinstance(module, gk.GLoRALinear) for module in model.modules()) == len(linear_paths(base))
+    paths = [*linear_paths(base), *convolution_paths(base)]
+    model = moved_away(gk.inject(copy.deepcopy(base), config, paths))
+    assert sum(isinstance(module, (gk.GLoRALinear, gk.GLoRAConv)) for module in model.modules()) == len(paths)
     values = {path: parameter.detach().clone().requires_grad_() for path, parameter in trained(model).items()}
 
     def change(path):
         up_a, down_a, up_b, down_b = (values[f"{path}.{factor}"] for factor in ("A_up", "A_down", "B_up", "B_down"))
         weight = base.get_submodule(path).weight.detach()
-        return 5 / 3 * weight @ up_a @ down_a + 4 / 3 * up_b @ down_b, 0
+        of_a = torch.einsum("nc...,cr,rd->nd...", weight, up_a.flatten(1), down_a.flatten(1))
+        return 5 / 3 * of_a + 4 / 3 * torch.einsum("nr,r...->n...", up_b.flatten(1), down_b).view_as(weight), 0
 
-    y = dense(base, name, {path: change(path) for path in linear_paths(base)})
+    y = dense(base, name, {path: change(path) for path in paths})
     assert_same(step(model, name), {"y": y.detach(), **gradients(y, values)})
 
 
