@@ -107,6 +107,22 @@ def test_experts(capsys, saved):
     assert main(["info", "--config", "llama-3-8b", "--experts"]) == 2
 
 
+@pytest.mark.parametrize("dropout", ["0", "0.1"])
+def test_experts_that_are_computed_one_by_one(dropout, capsys, saved):
+    """As `ops.expert_glora_linear` computes them, which would have to know how many rows each has."""
+    case = ["--case", "glora:lora,lora,vector,none,none", "--dropout", dropout]
+    told = found(capsys, "--config", saved("mixtral"), "--experts", *case)
+    up, down = (group for group in told["groups"] if group["experts"])
+    for group in (up, down):
+        assert "A is lora, so each expert is a call of ops.glora_linear" in group["why"]
+        assert ("without the dropped B" in group["why"]) == (dropout != "0")
+        assert "_hadamard_grad_kernel" in kernels(group, "backward")
+        assert ("_dy_kernel" in kernels(group, "backward")) or dropout != "0"
+    product = ["--variant", "matmul", "--case", "glora:lora,lora,none,none,none"]
+    told = found(capsys, "--config", saved("mixtral"), "--experts", *product)
+    assert any("_expert_product_kernel" in kernels(group, "forward") for group in told["groups"])
+
+
 def test_experts_of_another_layout_and_what_inject_refuses(capsys, saved):
     path = saved("llama4")
     assert main(["info", "--config", path]) == 2

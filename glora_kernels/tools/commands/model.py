@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from glora_kernels.experts.groups import Groups
+from glora_kernels.experts.products import of_expert
 from glora_kernels.nn import QuantizedLinear, inject, mixture, trainable_parameters
+from glora_kernels.nn.adapted import Frozen, Operands, adapted_linear
 from glora_kernels.nn.experts import ExpertLinear
 from glora_kernels.nn.frozen import dtype_name
 from glora_kernels.nn.linear import GLoRALinear
@@ -212,6 +214,9 @@ def _group(
         steps += traced.steps
         plans = plan(traced)
         why = f"Triton kernels on {arch}, {args.tokens} tokens" + f" with {each} experts each" * bool(layer.experts)
+        if layer.experts and _is_apart(layer):
+            why += "; A is lora, so each expert is a call of ops.glora_linear: the passes of one with its share of rows"
+            why += ", without the dropped B, which PyTorch adds" * (layer.config.dropout > 0)
     base = args.four_bit if layer.quant_state is not None else dtype_name(layer.base_dtype).removeprefix("torch.")
     return Group(
         names, number, layer.out_features, layer.in_features, layer.experts, base,
@@ -222,15 +227,31 @@ def _group(
 
 def _call(layer: GLoRALinear, path: str, tokens: int, each: int, dtype: torch.dtype) -> tuple[Any, Tensor]:
     """What to call for a plan, and its input: a linear layer, or a product of experts with the rows of their tokens."""
+
+    def x(rows: int) -> Tensor:
+        return torch.empty(rows, layer.in_features, dtype=dtype, device="meta").requires_grad_()
+
     if not layer.experts:
-        return layer, torch.empty(tokens, layer.in_features, dtype=dtype, device="meta").requires_grad_()
-    of_tokens, rows = not path.endswith(mixture.DOWN), tokens * each
+        return layer, x(tokens)
+    if _is_apart(layer):
+        bias = None if layer.bias is None else layer.bias[0]
+        base = Frozen(of_expert(layer.base_weight(), 0, layer.experts), bias, layer.compute_dtype)
+        own = {name: parameter[0] for name, parameter in layer.adapter().items()}
+        if layer.config.dropout:
+            own = {name: tensor for name, tensor in own.items() if name not in ("B_up", "B_down")}
+        adapter = Operands.of(layer.config, own, training=False)
+        return (lambda x: adapted_linear(x, base, adapter)), x(max(1, tokens * each // layer.experts))
     starts = torch.empty(layer.experts + 2, dtype=torch.int32, device="meta")
-    groups = (
-        Groups(starts, torch.empty(rows, dtype=torch.int64, device="meta"), each) if of_tokens else Groups(starts, None)
-    )
-    x = torch.empty(tokens if of_tokens else rows, layer.in_features, dtype=dtype, device="meta").requires_grad_()
-    return (lambda x: layer(x, groups, of_tokens)), x
+    if path.endswith(mixture.DOWN):
+        return (lambda x: layer(x, Groups(starts, None), False)), x(tokens * each)
+    order = torch.empty(tokens * each, dtype=torch.int64, device="meta")
+    return (lambda x: layer(x, Groups(starts, order, each), True)), x(tokens)
+
+
+def _is_apart(layer: GLoRALinear) -> bool:
+    """Whether `ops.expert_glora_linear` computes each expert by itself, with `ops.glora_linear`."""
+    config = layer.config
+    return config.A == "lora" and (config.variant == "hadamard" or config.dropout > 0)
 
 
 def _each(model: nn.Module, path: str) -> int:
