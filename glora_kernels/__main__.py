@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import Any
 
@@ -41,17 +40,5 @@ def main(argv: list[str] | None = None) -> int:
     return printing.show(args.command, report, args.json)
 
 
-def run() -> int:
-    """`main` for a shell: where the reader of a pipe has gone (`| head`), the status is 141, as of other programs."""
-    try:
-        try:
-            return main()
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail
-        return 141
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(printing.quietly(main))

@@ -31,6 +31,7 @@ from glora_kernels.runtime.launch import Launch
 from glora_kernels.runtime.progress import progress
 from glora_kernels.tools import elsewhere, outputs, shipped
 from glora_kernels.tools.commands import text
+from glora_kernels.tools.commands.printing import quietly
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 DTYPES = dict(reversed(tables.DTYPES.items()))
@@ -321,4 +322,4 @@ def _number(pattern: str, text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quietly(main))

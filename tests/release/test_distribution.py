@@ -42,7 +42,6 @@ def test_every_place_names_one_version():
 
 def test_sdist_and_pure_wheel_are_built_installed_and_used(tmp_path):
     """In an empty environment with this one's torch: `scripts/try_wheel.py` imports it, asks `info`, trains a layer."""
-    pytest.importorskip("build")
     said = run("scripts/build-wheels", "--pure", OUT=str(tmp_path), PYTHON=sys.executable)
     assert f"glora_kernels {VERSION} with torch" in said
     sdist, wheel = tmp_path / f"glora_kernels-{VERSION}.tar.gz", tmp_path / f"glora_kernels-{VERSION}-py3-none-any.whl"

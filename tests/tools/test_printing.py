@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from glora_kernels.__main__ import COMMANDS, main, run
+from glora_kernels.__main__ import COMMANDS, main
 from glora_kernels.tools.commands import printing
 
 SAID = {"command", "status", "failed"}
@@ -89,7 +89,7 @@ def test_a_reader_that_goes_away(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["glora_kernels", "tune", "--list", "--shape", "64x64x64"])
     with os.fdopen(write, "w") as gone, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", gone)
-        assert run() == 141
+        assert printing.quietly(main) == 141
         gone.write("the descriptor can be written to at exit")
 
 

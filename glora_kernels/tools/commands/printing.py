@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -64,6 +65,18 @@ def show(command: str, report: Report, as_json: bool) -> int:
     if report.failed:
         print(f"FAILED: {'; '.join(report.failed)}", file=sys.stderr if as_json else sys.stdout)
     return report.status
+
+
+def quietly(main: Callable[[], int]) -> int:
+    """`main` for a shell: where the reader of a pipe has gone (`| head`), the status is 141, as of other programs."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail
+        return 141
 
 
 def epilog(facts: Mapping[str, str]) -> str:
