@@ -57,6 +57,27 @@ def kernels(group, name):
     return [step["kernel"] for step in group[name]["steps"]]
 
 
+def test_convolutions(capsys, saved):
+    patches = "vit.embeddings.patch_embeddings.projection"
+    told = found(capsys, "--config", saved("vit"), "--targets", "projection", "fc1")
+    conv, linear = sorted(told["groups"], key=lambda group: not group["kernel"])
+    assert (conv["layers"], conv["n"], conv["k"], conv["kernel"]) == ([patches], 64, 3, [16, 16])
+    assert (conv["operator"], conv["forward"], conv["backward"]) == (None, None, None)
+    assert (linear["operator"], linear["kernel"]) == ("glora_linear", [])
+    assert "torch.convolution: the vendor's" in info(capsys, "--config", saved("vit"), "--targets", "projection")
+
+
+def test_a_pointwise_convolution_is_planned_as_a_linear_layer(capsys, monkeypatch):
+    def net(config, dtype):
+        return torch.nn.Sequential(torch.nn.Conv2d(64, 96, 1, device="meta", dtype=dtype))
+
+    monkeypatch.setattr(models, "build", net)
+    (group,) = found(capsys, "--config", "of this test", "--targets", "0")["groups"]
+    assert (group["operator"], group["kernel"]) == ("glora_linear", [1, 1])
+    assert "where x has its channels last in memory" in group["why"]
+    assert kernels(group, "forward") == ["_prepare_kernel", "_glora_fwd_kernel"]
+
+
 def test_every_layer_of_a_model_is_named(capsys, saved):
     """The layers of the groups and what is untouched are together all modules that have parameters."""
     told = found(capsys, "--config", saved("vit"))

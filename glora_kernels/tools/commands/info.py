@@ -31,7 +31,7 @@ FACTS = {
     "model, tokens, trainable, compilations, here, notes": "with --config: its name, M, how many parameters are "
     "trained, how many kernels a first step compiles, what this machine takes, and what inject warned of",
     "groups": "with --config, for each kind of adapted layer: layers (their names, # for numbers), number, n, k, "
-    "experts, base, adapter, bias, operator, why, forward and backward as above (null where PyTorch serves)",
+    "experts, kernel, base, adapter, bias, operator, why, forward and backward as above (null where PyTorch serves)",
     "untouched": "with --config, what is not adapted: layers, number, module (its class), shape, why",
 }
 PACKAGES = ("glora_kernels", "torch", "triton", "safetensors", "peft", "transformers", "bitsandbytes")
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--targets", nargs="+", metavar="PATTERN",
-        help="of --config: adapt only these, as q_proj v_proj (default: every linear layer but the head)",
+        help="of --config: adapt only these, as q_proj v_proj, convolutions too (default: linear layers but the head)",
     )  # fmt: skip
     parser.add_argument(
         "--exclude", nargs="+", default=[], metavar="PATTERN", help="of --config: leave these layers as they are"

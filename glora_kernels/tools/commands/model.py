@@ -15,6 +15,7 @@ from glora_kernels.experts.groups import Groups
 from glora_kernels.experts.products import of_expert
 from glora_kernels.nn import QuantizedLinear, inject, mixture, trainable_parameters
 from glora_kernels.nn.adapted import Frozen, Operands, adapted_linear
+from glora_kernels.nn.convolutions.layer import GLoRAConv
 from glora_kernels.nn.experts import ExpertLinear
 from glora_kernels.nn.frozen import dtype_name
 from glora_kernels.nn.linear import GLoRALinear
@@ -35,7 +36,7 @@ WHY = {
     "left out": "linear: the head, or what --targets and --exclude leave out",
     "experts": "weights of experts; --experts adapts them",
     "other experts": "experts of a layout that has no adapters",
-    "convolution": "a convolution, which has no adapters",
+    "convolution": "a convolution; --targets may name it, if it is of one group",
     "not linear": "no linear layer: an embedding, a norm, a parameter of its own",
 }
 """Why a module gets no adapter; all of them are frozen and computed by PyTorch."""
@@ -48,11 +49,12 @@ class Group:
     Attributes:
         layers: their names, each once, with # for the numbers of their depth.
         number: how many there are.
-        n, k: out_features and in_features.
-        experts: E, 0 for linear layers.
+        n, k: out_features and in_features; of a convolution, its channels.
+        experts: E, 0 for other layers.
+        kernel: the size of a convolution's, () for other layers.
         base, adapter: the dtypes of the two; "nf4" or "fp4" for a base in 4 bits.
         bias: whether the base has one.
-        operator: the operator of `ops` that computes them.
+        operator: the operator of `ops` that computes them; None where it is PyTorch's convolution.
         why: what serves them, and the reason.
         plans: of both passes, by their names; None where PyTorch serves them.
     """
@@ -62,10 +64,11 @@ class Group:
     n: int
     k: int
     experts: int
+    kernel: tuple[int, ...]
     base: str
     adapter: str
     bias: bool
-    operator: str
+    operator: str | None
     why: str
     plans: dict[str, Plan] | None
 
@@ -75,9 +78,11 @@ class Group:
         return {name: value for name, value in vars(self).items() if name != "plans"} | plans
 
     def __str__(self) -> str:
-        size = f"{self.experts} experts of " * (self.experts > 0) + f"N={self.n} K={self.k}"
+        size = f"{self.experts} experts of " * (self.experts > 0) + f"N={self.n} "
+        size += f"channels={self.k} kernel={_size(self.kernel)}" if self.kernel else f"K={self.k}"
         base = f"{self.base} base{' with a bias' * self.bias}, {self.adapter} adapter"
-        lines = [f"{self.number} x {size}, {base}: {', '.join(self.layers)}", f"  ops.{self.operator}: {self.why}"]
+        served = f"ops.{self.operator}" if self.operator else "torch.convolution"
+        lines = [f"{self.number} x {size}, {base}: {', '.join(self.layers)}", f"  {served}: {self.why}"]
         for name, of in (self.plans or {}).items():
             kernels = ", ".join(step.kernel for step in of.steps)
             lines.append(f"  {name + ':':9} {of.count()}, route {of.route} ({of.decided_by}): {kernels}")
@@ -192,7 +197,7 @@ def _compilations(steps: Sequence[Any], arch: str) -> int | None:
 def _key(path: str, layer: GLoRALinear) -> object:
     """Equal for layers with the same kernels and launches."""
     up = layer.experts and not path.endswith(mixture.DOWN)
-    return layer.experts, up, layer.base_dtype, layer._transposed, _adapter_dtype(layer), str(layer)
+    return type(layer), layer.experts, up, layer.base_dtype, layer._transposed, _adapter_dtype(layer), str(layer)
 
 
 def _adapter_dtype(layer: GLoRALinear) -> torch.dtype:
@@ -207,21 +212,28 @@ def _group(
     layer = model.get_submodule(path)
     assert isinstance(layer, GLoRALinear)
     dtype, each = tables.DTYPES[args.dtype], _each(model, path) if layer.experts else 1
-    if arch == "cpu":
-        plans, why = None, routes.explain(arch, dtype)[1]
+    plans: dict[str, Plan] | None = None
+    operator: str | None = "expert_glora_linear" if layer.experts else "glora_linear"
+    if isinstance(layer, GLoRAConv) and not layer.geometry.is_pointwise:
+        operator, why = None, "the vendor's, with thin ones of the adapter beside it, in PyTorch"
+    elif arch == "cpu":
+        why = routes.explain(arch, dtype)[1]
     else:
         traced = planned.of_module(*_call(layer, path, args.tokens, each, dtype), arch, args.backend)
         steps += traced.steps
-        plans = plan(traced)
-        why = f"Triton kernels on {arch}, {args.tokens} tokens" + f" with {each} experts each" * bool(layer.experts)
+        plans, why = plan(traced), f"Triton kernels on {arch}, {args.tokens} tokens"
+        if isinstance(layer, GLoRAConv):
+            why += ", where x has its channels last in memory; else the vendor's convolution and thin ones"
+        elif layer.experts:
+            why += f" with {each} experts each"
         if layer.experts and _is_apart(layer):
             why += "; A is lora, so each expert is a call of ops.glora_linear: the passes of one with its share of rows"
             why += ", without the dropped B, which PyTorch adds" * (layer.config.dropout > 0)
     base = args.four_bit if layer.quant_state is not None else dtype_name(layer.base_dtype).removeprefix("torch.")
     return Group(
-        names, number, layer.out_features, layer.in_features, layer.experts, base,
-        dtype_name(_adapter_dtype(layer)).removeprefix("torch."), layer.base_bias is not None,
-        "expert_glora_linear" if layer.experts else "glora_linear", why, plans,
+        names, number, layer.out_features, layer.in_features, layer.experts,
+        layer.geometry.kernel if isinstance(layer, GLoRAConv) else (), base,
+        dtype_name(_adapter_dtype(layer)).removeprefix("torch."), layer.base_bias is not None, operator, why, plans,
     )  # fmt: skip
 
 
@@ -231,6 +243,8 @@ def _call(layer: GLoRALinear, path: str, tokens: int, each: int, dtype: torch.dt
     def x(rows: int) -> Tensor:
         return torch.empty(rows, layer.in_features, dtype=dtype, device="meta").requires_grad_()
 
+    if isinstance(layer, GLoRAConv):
+        return layer, x(tokens).view(tokens, -1, *(1 for _ in layer.geometry.kernel))
     if not layer.experts:
         return layer, x(tokens)
     if _is_apart(layer):
@@ -268,6 +282,8 @@ def _untouched(model: nn.Module, names: Names) -> list[dict[str, Any]]:
         owners.add(linear.owner)
         size = f"{linear.experts} x " * (linear.experts > 0) + _size(linear.base.shape)
         why = "experts" if linear.experts else "left out"
+        if linear.is_convolution:
+            why, size = "convolution", _size(linear.base.weight.shape)
         alike.setdefault((type(linear.owner).__name__, size, why), []).append(linear.path)
     for path, module in all_paths(model):
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
