@@ -142,10 +142,10 @@ def _native(weight: QuantizedWeight) -> Callable[..., Tensor] | None:
         return None
     if "bitsandbytes" not in sys.modules:
         return None
-    name = "bitsandbytes::dequantize_4bit"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"):
+    operator: Any = getattr(torch.ops.bitsandbytes, "dequantize_4bit", None)
+    if operator is None or not torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::dequantize_4bit", "CPU"):
         return None
-    native: Any = torch.ops.bitsandbytes.dequantize_4bit.default
+    native: Callable[..., Tensor] = operator.default
     return native
 
 

@@ -147,7 +147,7 @@ def test_machine_code_of_a_major_version_and_ptx_of_the_newest():
 
 
 def test_what_is_missing_is_said(monkeypatch, tmp_path):
-    def missing(name):
+    def missing(name, package):
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(built_extension.importlib, "import_module", missing)

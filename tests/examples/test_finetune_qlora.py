@@ -99,9 +99,9 @@ def test_output_has_the_table_and_the_progress_bar(smoke: Finished) -> None:
     for name in METHODS:
         row = smoke.results["methods"][name]
         for text in (
-            f"{row['dense']['loss_mean']:.4f} ±",
-            f"{row['nf4']['loss_mean']:.4f} ±",
-            f"{row['difference_mean']:+.4f} ±",
+            f" {row['dense']['loss_mean']:.4f} ",
+            f" {row['nf4']['loss_mean']:.4f} ",
+            f" {row['difference_mean']:+.4f} ",
             f"{row['trainable_parameters']:,}",
         ):
             assert text in rows[name], name

@@ -109,7 +109,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (out / "pages").mkdir()
     for name, code in (item for page in WITH_PYTHON for item in programs(page).items()):
         if can_run(code):
-            paths.append(out / "pages" / f"{name}.py")
+            paths.append(out / "pages" / f"page-{name}.py")  # a script may have the name of its page
             paths[-1].write_text(code)
     failed = {}
     for path in paths:
@@ -236,7 +236,7 @@ def test_a_model_in_parts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs_as_a_reader_pastes_it(page: Path, ran: Path) -> None:
-    programs = {path.stem: path for path in (ran / "pages").glob(f"{page.stem}*.py")}
+    programs = {path.stem: path for path in (ran / "pages").glob(f"page-{page.stem}*.py")}
     if not programs:
         pytest.skip("packages that the page imports are missing")
     for name in programs:
