@@ -208,7 +208,7 @@ class Trained:
 
 
 def adapt(base: Llama, which: Which, dims: Dims) -> Trained:
-    """The base with every linear of its layers adapted, on the same weights, adapter values N(0, 0.02²).
+    """The base with every linear of its layers adapted, on the same weights, adapter values by `problems.std_of`.
 
     Raises:
         Unavailable: the implementation is not installed or has no such layer.
@@ -223,7 +223,8 @@ def adapt(base: Llama, which: Which, dims: Dims) -> Trained:
         layers: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, GLoRALinear)}
     else:
         model, layers = _peft(model, which, config, len(LINEARS) * len(base.layers))
-    params = {name.partition("layers.")[2]: parameters(layer, config) for name, layer in layers.items()}
+    layers = {name.partition("layers.")[2]: layer for name, layer in layers.items()}
+    params = {path: parameters(layer, config) for path, layer in layers.items()}
     expected = len(LINEARS) * len(base.layers)
     if len(params) != expected:
         raise AssertionError(f"{len(params)} linears adapted, not {expected}")
@@ -231,7 +232,8 @@ def adapt(base: Llama, which: Which, dims: Dims) -> Trained:
         for name in sorted(params[path]):
             value = params[path][name]
             generator = torch.Generator(value.device).manual_seed(i)
-            drawn = torch.randn(value.numel(), generator=generator, device=value.device) * problems.STD
+            drawn = torch.randn(value.numel(), generator=generator, device=value.device)
+            drawn *= problems.std_of(name, int(layers[path].in_features))  # type: ignore[arg-type]
             value.data.copy_(drawn.view(value.shape))
     return Trained(which, model.train(), params)
 

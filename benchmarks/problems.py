@@ -91,19 +91,27 @@ def random_inputs(entry: Entry, generator: torch.Generator) -> tuple[Tensor, Ten
     return x.requires_grad_(), dy
 
 
+def std_of(name: str, k: int) -> float:
+    """The standard deviation of a support, with which it changes W by some hundredths, as training does.
+
+    A vector or constant B is added to every weight of a row, so it is that much of the weights' own size, K^-½.
+    """
+    return STD * k**-0.5 if name == "B" else STD
+
+
 def adapter_values(entry: Entry, config: GLoRAConfig, device: Any, seed: int = 2) -> dict[str, Tensor]:
-    """The supports of a configuration, N(0, 0.02²), of a set those of each member: the same for the same shapes."""
+    """The supports of a configuration, of a set those of each member: the same for the same shapes."""
     found = {}
     for i, width in enumerate(entry.widths or (entry.n,)):
         generator = torch.Generator(device).manual_seed(seed + i)
         for name, size in config.parameter_shapes(entry.k, width, entry.bias).items():
-            value = normal(generator, DTYPES[entry.dtype], *size, std=STD)
+            value = normal(generator, DTYPES[entry.dtype], *size, std=std_of(name, entry.k))
             found[f"{name}.{i}" if entry.widths else name] = value
     return found
 
 
 def make_problem(entry: Entry, device: Any = "cpu", config: GLoRAConfig | None = None, seed: int = 0) -> Problem:
-    """Random values: x and dy ~ N(0,1), W ~ N(0,1/K), b and every support ~ N(0, 0.02²).
+    """Random values: x and dy ~ N(0,1), W ~ N(0,1/K), b ~ N(0, 0.02²), every support by `std_of`.
 
     config: where the entry's case has no name for it.
     """
