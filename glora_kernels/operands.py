@@ -79,14 +79,6 @@ class Numerics(NamedTuple):
     factor_precision: str
     upcast: bool
 
-    @property
-    def dtype(self) -> Any:
-        return named_dtype(self.name)
-
-    @property
-    def factor_dtype(self) -> Any:
-        return named_dtype(self.factor_name)
-
 
 def named_dtype(name: str) -> Any:
     """Triton's dtype of a name, which is PyTorch's name as well."""

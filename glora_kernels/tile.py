@@ -3,12 +3,15 @@
 import triton
 import triton.language as tl
 
-from glora_kernels.operands import Matrix, Vector
+from glora_kernels.operands import Matrix, Vector, named_dtype
 from glora_kernels.reference import random as stream
 
 _PHILOX_ROUNDS = tl.constexpr(stream.PHILOX_ROUNDS)
 _DITHER_ROW = tl.constexpr(stream.DITHER_ROW)
 _DITHER_COL = tl.constexpr(stream.DITHER_COL)
+
+dtype_of = triton.constexpr_function(named_dtype)
+"""The dtype of a name, in a kernel. (Of a structure that is a constant, Triton 3.8 keeps the entries alone.)"""
 
 
 @triton.jit
@@ -170,13 +173,13 @@ def thin_product(
     """
     acc = tl.zeros((ROWS, COLS), tl.float32)
     r = tl.arange(0, BLOCK_R)
-    left = read_banded(low, rows, r, M, width, M, BANDS).to(NUMERICS.factor_dtype)
+    left = read_banded(low, rows, r, M, width, M, BANDS).to(dtype_of(NUMERICS.factor_name))
     for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
-        factor = read(transposed(right), r0 + r, cols, R, num_cols).to(NUMERICS.factor_dtype)
+        factor = read(transposed(right), r0 + r, cols, R, num_cols).to(dtype_of(NUMERICS.factor_name))
         acc = dot_thin(left, factor, acc, NUMERICS)
         # Loaded one step ahead: a value that the loop carries reaches a wgmma through shared memory, one made in the
         # same step through registers.
-        left = read_banded(low, rows, r0 + BLOCK_R + r, M, width, M, BANDS).to(NUMERICS.factor_dtype)
+        left = read_banded(low, rows, r0 + BLOCK_R + r, M, width, M, BANDS).to(dtype_of(NUMERICS.factor_name))
     return acc
 
 
@@ -191,7 +194,7 @@ def times_factor(
         factor = read(right, cols, r, num_cols, R).to(tl.float32)
         return tl.sum(factor * left.to(tl.float32), 1)[None, :]
     else:
-        factor = read(transposed(right), r, cols, R, num_cols).to(NUMERICS.factor_dtype)
+        factor = read(transposed(right), r, cols, R, num_cols).to(dtype_of(NUMERICS.factor_name))
         return dot_thin(left, factor, tl.zeros((ROWS, COLS), tl.float32), NUMERICS)
 
 
@@ -253,7 +256,7 @@ def right_block(
         else:
             return right.load([d0, col])
     else:
-        return read(transposed(right), d, j, depth, num_cols).to(NUMERICS.dtype)
+        return read(transposed(right), d, j, depth, num_cols).to(dtype_of(NUMERICS.name))
 
 
 @triton.jit
@@ -270,7 +273,7 @@ def product(
         x = left_block(left, row, i, d0, d, num_rows, depth, TMA)
         if scale is not None:
             # With a dither, since rounding x·(1+a) to nearest would give x again where a is small.
-            x = rounded(x.to(tl.float32) * (1.0 + read_vector(scale, d, depth)[None, :]), i, d, NUMERICS.dtype)
+            x = rounded(x.to(tl.float32) * (1.0 + read_vector(scale, d, depth)[None, :]), i, d, dtype_of(NUMERICS.name))
         w = right_block(right, col, j, d0, d, num_cols, depth, TMA, COLS_FIRST, NUMERICS)
         acc = dot_wide(x, w, acc, NUMERICS)
     return acc
@@ -280,7 +283,7 @@ def product(
 def put(out, part, row, col, m, n, M, N, TMA: tl.constexpr, NUMERICS: tl.constexpr):
     """Store the rows m (from `row` on) and columns n (from `col` on) of a result (M, N)."""
     if TMA:
-        out.store([row, col], part.to(NUMERICS.dtype))
+        out.store([row, col], part.to(dtype_of(NUMERICS.name)))
     else:
         write(out, part, m, n, M, N)
 

@@ -143,6 +143,22 @@ def test_tests_are_short_too():
         assert len(path.read_text().splitlines()) <= 500, path
 
 
+def test_kernels_read_entries_of_structures_and_no_property():
+    """Of a structure that is a constant, Triton 3.8 keeps the entries and not its class."""
+    trees = {path: ast.parse(path.read_text()) for path in FILES}
+    known = [tree for path, tree in trees.items() if path.name == "operands.py" or "triton" in top_level_imports(path)]
+    classes = [n for tree in known for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
+    tuples = [n for n in classes if any(getattr(base, "id", "") == "NamedTuple" for base in n.bases)]
+    assert {"Numerics", "Layout"} <= {n.name for n in tuples}
+    properties = {part.name for n in tuples for part in n.body if isinstance(part, ast.FunctionDef)}
+    functions = [n for tree in known for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    kernels = [n for n in functions if any("triton.jit" in ast.unparse(one) for one in n.decorator_list)]
+    for kernel in kernels:
+        reads = {n for n in ast.walk(kernel) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
+        found = {ast.unparse(n) for n in reads if n.value.id.isupper() and n.attr in properties}
+        assert not found, f"{kernel.name} reads {sorted(found)}"
+
+
 def test_kernels_are_private_and_their_launchers_stand_beside_them():
     count = 0
     for path in FILES:

@@ -35,8 +35,8 @@ def _shared_grad_kernel(
     first = rows.size(factor, "first")
     for member in range(first, first + rows.size(factor, "count")):
         row = product_ptr + tl.cast(member, tl.int64) * rows.PRODUCT_WIDTH
-        left = rows.pointer(row, "left", NUMERICS.factor_dtype)
-        right = rows.pointer(row, "right", NUMERICS.dtype, ALIGN)
+        left = rows.pointer(row, "left", tile.dtype_of(NUMERICS.factor_name))
+        right = rows.pointer(row, "right", tile.dtype_of(NUMERICS.name), ALIGN)
         left_m, left_r = rows.number(row, "left_stride_m"), rows.number(row, "left_stride_r")
         right_m = rows.number(row, "right_stride_m", ALIGN)
         M = rows.size(row, "M")

@@ -63,15 +63,15 @@ def _block(
             block = _weight_tile(codes, expert * N + d0, c0, (expert + 1) * N, K, NUMERICS.upcast, BLOCK_D, BLOCK_C)
         else:
             block = _weight_tile(codes, expert * N + c0, d0, (expert + 1) * N, K, NUMERICS.upcast, BLOCK_C, BLOCK_D).T
-        return _nearest(block, NUMERICS.dtype, NUMERICS.upcast)
+        return _nearest(block, tile.dtype_of(NUMERICS.name), NUMERICS.upcast)
     else:
         own = Matrix(w.ptr + expert.to(tl.int64) * w.step, w.row, w.col)
         d = d0 + tl.arange(0, BLOCK_D)
         c = c0 + tl.arange(0, BLOCK_C)
         if OF_DX:
-            return tile.read(own, d, c, N, K).to(NUMERICS.dtype)
+            return tile.read(own, d, c, N, K).to(tile.dtype_of(NUMERICS.name))
         else:
-            return tile.read(tile.transposed(own), d, c, K, N).to(NUMERICS.dtype)
+            return tile.read(tile.transposed(own), d, c, K, N).to(tile.dtype_of(NUMERICS.name))
 
 
 @triton.jit(do_not_specialize=["seed", "M", "J"])
@@ -106,7 +106,7 @@ def _expert_product_kernel(
     if TERMS:
         row = table.row_of(table_ptr, expert)
         if LAYOUT.a and not OF_DX:
-            acc *= 1.0 + table.vector(row, "a", c, C, LAYOUT.vector_dtype)[None, :]
+            acc *= 1.0 + table.vector(row, "a", c, C, tile.dtype_of(LAYOUT.vector))[None, :]
         masked = order.rows_at(mask_rows_ptr, mask_each, i, end, M) if LAYOUT.drops and OF_DX else i
         acc = added(
             acc, low_ptr, sums_ptr, None, None, row, seed, tl.where(i < end, i, M), masked, c, c0, M, C, width,

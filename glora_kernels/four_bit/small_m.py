@@ -89,7 +89,7 @@ def _small_m_kernel(
     program stores it if `h` is not None; without, h is read. σ is computed here too, and stored in `sigma`. A row of W
     is K/2 bytes. BLOCK_M is 1, or a multiple of 16 with masked rows.
     """
-    DTYPE: tl.constexpr = NUMERICS.dtype
+    DTYPE: tl.constexpr = tile.dtype_of(NUMERICS.name)
     UPCAST: tl.constexpr = NUMERICS.upcast
     SUMS: tl.constexpr = terms.b is not None or sigma is not None
     BLOCK_H: tl.constexpr = BLOCK_K // 2
@@ -122,7 +122,7 @@ def _small_m_kernel(
                 if ONE:
                     h_acc += tile.read(b_down, r, k, R, K).to(tl.float32) * x_tile.to(tl.float32)
                 else:
-                    down = tile.read(tile.transposed(b_down), k, r, K, R).to(NUMERICS.factor_dtype)
+                    down = tile.read(tile.transposed(b_down), k, r, K, R).to(tile.dtype_of(NUMERICS.factor_name))
                     h_acc = tile.dot_thin(x_tile, down, h_acc, NUMERICS)
         of_byte = tl.broadcast_to(absmax[:, :, None], (BLOCK_N, BLOCK_H // _RUN, _RUN))
         of_byte = tl.reshape(of_byte, (BLOCK_N, BLOCK_H))
@@ -147,12 +147,12 @@ def _small_m_kernel(
             h_tile = tl.sum(h_acc, 1)[None, :]
         else:
             h_tile = h_acc
-        h_tile = _nearest(h_tile * scale, NUMERICS.factor_dtype, UPCAST)
+        h_tile = _nearest(h_tile * scale, tile.dtype_of(NUMERICS.factor_name), UPCAST)
         if h is not None:
             if tl.program_id(0) == 0:
                 tile.write(h, h_tile, m, r, M, R)
     elif h is not None:
-        h_tile = tile.read(h, m, r, M, R).to(NUMERICS.factor_dtype)
+        h_tile = tile.read(h, m, r, M, R).to(tile.dtype_of(NUMERICS.factor_name))
     row_sums = None
     if SUMS:
         # Added 0.0, so that the loop's sum has a single use: a pass of Triton 3.7 asserts that.

@@ -92,7 +92,7 @@ def _da_from_x(
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
             x = tile.read(anew.x, m, k, M, K)
-            w = tile.read(tile.transposed(anew.w), k, n, K, N).to(NUMERICS.dtype)
+            w = tile.read(tile.transposed(anew.w), k, n, K, N).to(tile.dtype_of(NUMERICS.name))
             z = tile.dot_wide(x, w, z, NUMERICS)
         total += tl.sum(tile.read(anew.dy, m, n, M, N).to(tl.float32) * z, 0)
     return total

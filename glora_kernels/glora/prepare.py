@@ -52,14 +52,14 @@ def _into_rank(
         if WITH_SUM:
             total += tl.sum(block.to(tl.float32), 1)
         if a_down is not None:
-            factor = tile.read(tile.transposed(a_down), k, p, last_k, P).to(NUMERICS.factor_dtype)
+            factor = tile.read(tile.transposed(a_down), k, p, last_k, P).to(tile.dtype_of(NUMERICS.factor_name))
             p_acc = tile.dot_thin(block, factor, p_acc, NUMERICS)
         if b_down is not None:
             if seed is not None:
                 block = tile.dropped(
                     block, tile.seed_of(seed), m, k0, threshold, 1.0, BLOCK_M, BLOCK_K, columns_before
                 )  # fmt: skip
-            factor = tile.read(tile.transposed(b_down), k, r, last_k, R).to(NUMERICS.factor_dtype)
+            factor = tile.read(tile.transposed(b_down), k, r, last_k, R).to(tile.dtype_of(NUMERICS.factor_name))
             h_acc = tile.dot_thin(block, factor, h_acc, NUMERICS)
     return p_acc, h_acc * (scale * inv_keep), total + 0.0  # one use of a loop's sum: Triton 3.7 asserts it in a pass
 
@@ -114,7 +114,7 @@ def _prepare_kernel(
                 for k0 in range(0, K, BLOCK_WK):
                     k = k0 + tl.arange(0, BLOCK_WK)
                     block = tile.read(w, n, k, N, K).to(x.ptr.dtype.element_ty)
-                    factor = tile.read(a_up, k, p, K, P).to(NUMERICS.factor_dtype)
+                    factor = tile.read(a_up, k, p, K, P).to(tile.dtype_of(NUMERICS.factor_name))
                     u = tile.dot_thin(block, factor, u, NUMERICS)
                 tile.write(Matrix(u_ptr, P, 1), u, n, p, N, P)
             else:
@@ -209,8 +209,8 @@ def _added_terms_kernel(
         _write_low(terms.low, p_acc, h_acc, a_down, b_down, m, M, P, R, BLOCK_P, BLOCK_R)
     if terms.b is not None:
         tl.store(terms.sigma.ptr + m, sigma, mask=m < M)
-    p_low = p_acc.to(NUMERICS.factor_dtype)
-    h_low = h_acc.to(NUMERICS.factor_dtype)
+    p_low = p_acc.to(tile.dtype_of(NUMERICS.factor_name))
+    h_low = h_acc.to(tile.dtype_of(NUMERICS.factor_name))
     for n0 in range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -96,7 +96,7 @@ def _dy_kernel(
     if terms.low is not None:
         low = Matrix(terms.low, P + R, 1)
     if factor is not None:
-        h = tile.read(tile.transposed(low), c, m, P + R, M).to(NUMERICS.factor_dtype)
+        h = tile.read(tile.transposed(low), c, m, P + R, M).to(tile.dtype_of(NUMERICS.factor_name))
     sigma = None
     if terms.sigma is not None:
         sigma = tile.read_vector(terms.sigma, m, M)
@@ -107,10 +107,14 @@ def _dy_kernel(
         value = tile.read(dy, m, n, M, N)
         if s is not None:
             if terms.u is not None:
-                u = tile.read(tile.transposed(Matrix(terms.u, P, 1)), p, n, P, N).to(NUMERICS.factor_dtype)
+                u = tile.read(tile.transposed(Matrix(terms.u, P, 1)), p, n, P, N).to(
+                    tile.dtype_of(NUMERICS.factor_name)
+                )
                 u_acc = tile.dot_thin(u, value.T, u_acc, NUMERICS)
             if terms.up is not None:
-                up = tile.read(tile.transposed(Matrix(terms.up, R, 1)), r, n, R, N).to(NUMERICS.factor_dtype)
+                up = tile.read(tile.transposed(Matrix(terms.up, R, 1)), r, n, R, N).to(
+                    tile.dtype_of(NUMERICS.factor_name)
+                )
                 up_acc = tile.dot_thin(up, value.T, up_acc, NUMERICS)
         if tau is not None:
             tau_acc += tl.sum(value.to(tl.float32) * tile.read_vector(terms.b, n, N)[None, :], 1)
@@ -226,7 +230,7 @@ def _x_kernel(
         if p_part is not None or v_part is not None:
             block = tile.read(x, m, k, M, K)
         if p_part is not None:
-            s_block = tile.read_banded(s, p, m, s.row, M, M, BANDS, True).to(NUMERICS.factor_dtype)
+            s_block = tile.read_banded(s, p, m, s.row, M, M, BANDS, True).to(tile.dtype_of(NUMERICS.factor_name))
             p_acc = tile.dot_thin(s_block, block, p_acc, NUMERICS)
         if v_part is not None:
             if seed is not None:
@@ -235,7 +239,7 @@ def _x_kernel(
                 )  # fmt: skip
             # Padded rows of S are read whole: the compiler knows that their length is a multiple of 16, but not of R.
             s_block = tile.read_banded(tile.columns_from(s, P), r, m, s.row - P, M, M, BANDS, True).to(
-                NUMERICS.factor_dtype
+                tile.dtype_of(NUMERICS.factor_name)
             )
             v_acc = tile.dot_thin(s_block, block, v_acc, NUMERICS)
         if dx is not None:

@@ -43,7 +43,7 @@ def _weight_as(
     """`_read_weight`, with decoded values rounded like a dequantized weight, so that both give the same numbers."""
     block = _read_weight(w, codes, first_n, first_k, N, K, NUMERICS.upcast, BLOCK_N, BLOCK_K)
     if w is None:
-        return _nearest(block, NUMERICS.dtype, NUMERICS.upcast).to(tl.float32)
+        return _nearest(block, tile.dtype_of(NUMERICS.name), NUMERICS.upcast).to(tl.float32)
     else:
         return block
 
@@ -75,7 +75,7 @@ def _hadamard_grad_kernel(
                         x_tile, tile.seed_of(seed), m, j * BLOCK_K, threshold, 1.0, BLOCK_M, BLOCK_K, columns_before
                     )  # fmt: skip
                 s_tile = tile.read_banded(s, b, m, B_RANK, M, M, BANDS, TRANSPOSED=True)
-                db = tile.dot_thin(s_tile.to(NUMERICS.factor_dtype), x_tile, db, NUMERICS)
+                db = tile.dot_thin(s_tile.to(tile.dtype_of(NUMERICS.factor_name)), x_tile, db, NUMERICS)
             tile.write(Matrix(db_down, K, 1), db * inv_keep, b, k, B_RANK, K)
     if i < num_n:
         n = i * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -85,19 +85,19 @@ def _hadamard_grad_kernel(
             dy_tile = tile.read(tile.transposed(dy), n, m, N, M)
             acc = tile.dot_wide(dy_tile, tile.read(x, m, k, M, K), acc, NUMERICS)
         w_tile = _weight_as(w, codes, i * BLOCK_N, j * BLOCK_K, N, K, NUMERICS, BLOCK_N, BLOCK_K)
-        h = (acc * w_tile).to(NUMERICS.factor_dtype)
+        h = (acc * w_tile).to(tile.dtype_of(NUMERICS.factor_name))
         if dup is not None:
             part = dup + tl.cast(j, tl.int64) * N * R
             for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
                 r = r0 + tl.arange(0, BLOCK_R)
-                down = tile.read(tile.transposed(pair.down), k, r, K, R).to(NUMERICS.factor_dtype)
+                down = tile.read(tile.transposed(pair.down), k, r, K, R).to(tile.dtype_of(NUMERICS.factor_name))
                 value = tile.dot_thin(h, down, tl.zeros((BLOCK_N, BLOCK_R), tl.float32), NUMERICS)
                 tile.write(Matrix(part, R, 1), value, n, r, N, R)
         if ddown is not None:
             part = ddown + tl.cast(i, tl.int64) * R * K
             for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
                 r = r0 + tl.arange(0, BLOCK_R)
-                up = tile.read(tile.transposed(pair.up), r, n, R, N).to(NUMERICS.factor_dtype)
+                up = tile.read(tile.transposed(pair.up), r, n, R, N).to(tile.dtype_of(NUMERICS.factor_name))
                 value = tile.dot_thin(up, h, tl.zeros((BLOCK_R, BLOCK_K), tl.float32), NUMERICS)
                 tile.write(Matrix(part, K, 1), value, r, k, R, K)
         if weff is not None:
@@ -107,7 +107,7 @@ def _hadamard_grad_kernel(
             w_tile += w_tile * tile.factor_product(
                 pair, n, k, N, K, R, PRECISION, NUMERICS.upcast, BLOCK_N, BLOCK_K, BLOCK_R
             )  # fmt: skip
-            tile.write(Matrix(weff, K, 1), tile.rounded(w_tile, n, k, NUMERICS.dtype), n, k, N, K)
+            tile.write(Matrix(weff, K, 1), tile.rounded(w_tile, n, k, tile.dtype_of(NUMERICS.name)), n, k, N, K)
 
 
 class HadamardGrad(NamedTuple):

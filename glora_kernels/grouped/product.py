@@ -59,10 +59,10 @@ def _fwd_tile(
             k = k0 + tl.arange(0, BLOCK_K)
             a = tile.left_block(x, i * BLOCK_M, m, k0, k, M, K, TMA)
             b = tile.right_block(w, j * BLOCK_N, n, k0, k, N, K, TMA, COLS_FIRST, NUMERICS)
-            factor = tile.read(Matrix(down, 1, K), k, r, K, low.rank).to(NUMERICS.factor_dtype)
+            factor = tile.read(Matrix(down, 1, K), k, r, K, low.rank).to(tile.dtype_of(NUMERICS.factor_name))
             acc = tile.dot_wide(a, b, acc, NUMERICS)
             h = tile.dot_thin(a, factor, h, NUMERICS)
-        h = (low.scale * h).to(NUMERICS.factor_dtype)
+        h = (low.scale * h).to(tile.dtype_of(NUMERICS.factor_name))
         if (j == 0) & (low.leaves != 0):
             tile.write(Matrix(low.h, low.rank, 1), h, m, r, M, low.rank)
     parts = tile.column_parts(acc, BLOCK_M, BLOCK_N, PARTS)

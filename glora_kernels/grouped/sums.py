@@ -44,7 +44,7 @@ def _grouped_down_kernel(
         if masks is not None:
             seed = tile.seed_of(members.pick(masks.seeds, t))
             x_tile = tile.dropped(x_tile, seed, m, k0, tl.cast(masks.threshold, tl.int32), 1.0, BLOCK_M, BLOCK_K)
-        acc = tile.dot_thin(x_tile, tile.read(down, k, r, K, R).to(NUMERICS.factor_dtype), acc, NUMERICS)
+        acc = tile.dot_thin(x_tile, tile.read(down, k, r, K, R).to(tile.dtype_of(NUMERICS.factor_name)), acc, NUMERICS)
     if masks is not None:
         scale *= masks.inv_keep
     tile.write(Matrix(members.pick(hs, t), R, 1), acc * scale, m, r, rows, R)
@@ -100,13 +100,13 @@ def _grouped_dy_kernel(
     if parts is not None:
         part = members.pick(parts, g) + tl.cast(i, tl.int64) * part_split
     if hs is not None:
-        h = tile.read(Matrix(members.pick(hs, g), 1, R), r, m, R, rows).to(NUMERICS.factor_dtype)
+        h = tile.read(Matrix(members.pick(hs, g), 1, R), r, m, R, rows).to(tile.dtype_of(NUMERICS.factor_name))
     first = tl.multiple_of(band * band_width, BLOCK_N)
     for n0 in range(first, tl.minimum(first + band_width, N), BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         dy_tile = tile.read(dy, m, n, rows, N)
         if ss is not None:
-            factor = tile.read(Matrix(members.pick(ups, g), 1, R), r, n, R, N).to(NUMERICS.factor_dtype)
+            factor = tile.read(Matrix(members.pick(ups, g), 1, R), r, n, R, N).to(tile.dtype_of(NUMERICS.factor_name))
             s_acc = tile.dot_thin(factor, dy_tile.T, s_acc, NUMERICS)
         if WITH_G:
             if rank_block == 0:
@@ -198,7 +198,9 @@ def _grouped_x_kernel(
         first = tl.program_id(1) * rows_per_split
         last = tl.minimum(first + rows_per_split, rows)
         m = first + tl.arange(0, BLOCK_M)
-        s_tile = tile.read_banded(s, r, m, R, last, rows, BANDS, TRANSPOSED=True).to(NUMERICS.factor_dtype)
+        s_tile = tile.read_banded(s, r, m, R, last, rows, BANDS, TRANSPOSED=True).to(
+            tile.dtype_of(NUMERICS.factor_name)
+        )
         for m0 in range(first, last, BLOCK_M):
             m = m0 + tl.arange(0, BLOCK_M)
             x_tile = tile.read(x, m, k, last, K)
@@ -208,7 +210,7 @@ def _grouped_x_kernel(
             acc = tile.dot_thin(s_tile, x_tile, acc, NUMERICS)
             # Loaded one step ahead, as in `tile.thin_product`.
             s_tile = tile.read_banded(s, r, m + BLOCK_M, R, last, rows, BANDS, TRANSPOSED=True).to(
-                NUMERICS.factor_dtype
+                tile.dtype_of(NUMERICS.factor_name)
             )
         if masks is not None:
             acc *= masks.inv_keep

@@ -26,11 +26,11 @@ def _beta(bias, wcs, row, n, N, LAYOUT: tl.constexpr):
     if bias is not None:
         beta += tile.read_vector(bias, n, N)
         if LAYOUT.d:
-            beta += beta * table.vector(row, "d", n, N, LAYOUT.vector_dtype)
+            beta += beta * table.vector(row, "d", n, N, tile.dtype_of(LAYOUT.vector))
     if LAYOUT.e:
-        beta += table.vector(row, "e", n, N, LAYOUT.vector_dtype)
+        beta += table.vector(row, "e", n, N, tile.dtype_of(LAYOUT.vector))
     if LAYOUT.wc:
-        beta += table.vector(row, "wc", n, N, LAYOUT.wc_dtype)
+        beta += table.vector(row, "wc", n, N, tile.dtype_of(LAYOUT.given_wc))
     if wcs is not None:
         at = table.number(row, "wc_row")
         offsets = at * wcs.row + n.to(tl.int64) * wcs.col
@@ -64,7 +64,7 @@ def added(
         if OF_DX:
             acc += sums
         else:
-            acc += sums * table.vector(row, "b", c, C, LAYOUT.vector_dtype)[None, :]
+            acc += sums * table.vector(row, "b", c, C, tile.dtype_of(LAYOUT.vector))[None, :]
     if not OF_DX:
         acc += _beta(bias, wcs, row, c, C, LAYOUT)[None, :]
     return acc
@@ -95,7 +95,7 @@ def _multi_expand_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     if READ:
         acc = tile.read(out, m, c, M, C).to(tl.float32)
-        acc *= 1.0 + table.vector(row, "a", c, C, LAYOUT.vector_dtype)[None, :]
+        acc *= 1.0 + table.vector(row, "a", c, C, tile.dtype_of(LAYOUT.vector))[None, :]
     acc = added(
         acc, low_ptr, sums_ptr, bias, wcs, row, None, i, own, c, c0, M, C, width,
         OF_DX, BANDS, LAYOUT, NUMERICS, BLOCK_M, BLOCK_C, BLOCK_R,

@@ -66,7 +66,7 @@ def _dropped_sum(
                 masked = i - start if seed is None else m
                 value = tile.dropped(value, key, masked, c0, threshold, 1.0, BLOCK_M, BLOCK_C)
         low = tile.read_banded(Matrix(low_ptr, width, 1), r, tl.where(i < end, i, M), R, M, M, BANDS, TRANSPOSED=True)
-        acc = tile.dot_thin(low.to(NUMERICS.factor_dtype), value, acc, NUMERICS)
+        acc = tile.dot_thin(low.to(tile.dtype_of(NUMERICS.factor_name)), value, acc, NUMERICS)
     return acc
 
 
@@ -112,7 +112,7 @@ def _multi_outer_kernel(
                 value = tile.read(dy, m, c, M, N)
                 if grads.b_up is not None:
                     low = tile.read_banded(Matrix(h_ptr, width, 1), r, i, R, M, M, BANDS, TRANSPOSED=True)
-                    acc = tile.dot_thin(low.to(NUMERICS.factor_dtype), value, acc, NUMERICS)
+                    acc = tile.dot_thin(low.to(tile.dtype_of(NUMERICS.factor_name)), value, acc, NUMERICS)
                 wide = value.to(tl.float32)
                 g += tl.sum(wide, 0)
                 if grads.b is not None:
@@ -130,7 +130,7 @@ def _multi_outer_kernel(
             if grads.d is not None:
                 _keep(grads.d, g * tile.read_vector(bias, c, N), at, inside)
             if grads.bias is not None:
-                _keep(grads.bias, g + g * table.vector(row, "d", c, N, LAYOUT.vector_dtype), at, inside)
+                _keep(grads.bias, g + g * table.vector(row, "d", c, N, tile.dtype_of(LAYOUT.vector)), at, inside)
 
 
 def multi_outer_launch(

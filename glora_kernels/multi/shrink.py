@@ -65,12 +65,12 @@ def _side(
         if side.sums is not None:
             wide = value.to(tl.float32)
             if OF_DY:
-                wide *= table.vector(row, "b", d, side.depth, LAYOUT.vector_dtype)[None, :]
+                wide *= table.vector(row, "b", d, side.depth, tile.dtype_of(LAYOUT.vector))[None, :]
             sums += tl.sum(wide, 1)
         if side.left is not None:
             if rank_block == 0:
-                scale = 1.0 + table.vector(row, "a", d, side.depth, LAYOUT.vector_dtype)
-                scaled = tile.rounded(value.to(tl.float32) * scale[None, :], m, d, NUMERICS.dtype)
+                scale = 1.0 + table.vector(row, "a", d, side.depth, tile.dtype_of(LAYOUT.vector))
+                scaled = tile.rounded(value.to(tl.float32) * scale[None, :], m, d, tile.dtype_of(NUMERICS.name))
                 tile.write(side.left, scaled, m, d, M, side.depth)
         if side.low is not None:
             if OF_DY:
@@ -80,7 +80,7 @@ def _side(
                     if threshold > 0:
                         value = tile.dropped(value, key, masked, d0, threshold, 1.0, BLOCK_M, BLOCK_K)
                 factor = tile.read(tile.transposed(table.b_down(row, LAYOUT)), d, r, side.depth, R)
-            acc = tile.dot_thin(value, factor.to(NUMERICS.factor_dtype), acc, NUMERICS)
+            acc = tile.dot_thin(value, factor.to(tile.dtype_of(NUMERICS.factor_name)), acc, NUMERICS)
     behind = tl.cast(band, tl.int64) * M
     if side.low is not None:
         tile.write(Matrix(side.low + behind * width, width, 1), acc * table.scale(row), i, r, end, width)

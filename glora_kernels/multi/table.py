@@ -18,7 +18,7 @@ from torch import Tensor
 from glora_kernels import tile
 from glora_kernels.dispatch.common import given
 from glora_kernels.multi.adapters import Adapter
-from glora_kernels.operands import Matrix, named_dtype
+from glora_kernels.operands import Matrix
 from glora_kernels.reference.random import dropout_threshold
 from glora_kernels.runtime import configs, environment, tables
 from glora_kernels.runtime.configs import Shape
@@ -57,18 +57,6 @@ class Layout(NamedTuple):
     drops: bool
     step: int
     align: int
-
-    @property
-    def factor_dtype(self) -> Any:
-        return named_dtype(self.factor)
-
-    @property
-    def vector_dtype(self) -> Any:
-        return named_dtype(self.vector)
-
-    @property
-    def wc_dtype(self) -> Any:
-        return named_dtype(self.given_wc)
 
 
 @triton.constexpr_function
@@ -130,7 +118,7 @@ def vector(row, COLUMN: tl.constexpr, index, length, DTYPE: tl.constexpr):
 def b_up(row, LAYOUT: tl.constexpr):
     """B_up (N,R); never read where R is 0."""
     STEP: tl.constexpr = LAYOUT.step
-    ptr = number(row, "b_up").to(tl.pointer_type(LAYOUT.factor_dtype))
+    ptr = number(row, "b_up").to(tl.pointer_type(tile.dtype_of(LAYOUT.factor)))
     return Matrix(tl.multiple_of(ptr, 2 * STEP), number(row, "b_up_row", STEP), 1)
 
 
@@ -138,7 +126,7 @@ def b_up(row, LAYOUT: tl.constexpr):
 def b_down(row, LAYOUT: tl.constexpr):
     """B_down (R,K); never read where R is 0."""
     ALIGN: tl.constexpr = LAYOUT.align
-    ptr = number(row, "b_down").to(tl.pointer_type(LAYOUT.factor_dtype))
+    ptr = number(row, "b_down").to(tl.pointer_type(tile.dtype_of(LAYOUT.factor)))
     return Matrix(tl.multiple_of(ptr, ALIGN), number(row, "b_down_row", ALIGN), 1)
 
 
