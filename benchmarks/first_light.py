@@ -110,6 +110,7 @@ def second(out: Path, card: str) -> list[Step]:
         Step("memcheck", 90, [*kernels, "-k", SECOND], [*check, "memcheck", sys.executable]),
         Step(f"ncu of {case} at {m}x{n}x{k}", 120, layer, [*profile, sys.executable]),
         Step("what ncu saw", 20, [], shown, shows=MUCH),
+        Step("evidence", 20, ["tests/evidence", "ncu", str(out / "worst.ncu-rep"), case]),
     ]
 
 

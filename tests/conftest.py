@@ -50,16 +50,11 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def poison():
-    """`torch.empty` and its kin are filled with NaN: what reads memory nobody wrote shows."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
+    """`helpers.poisoned`, which is imported once the interpreter is chosen."""
+    from helpers import poisoned
+
+    with poisoned():
+        yield
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ rounds to nearest, which doubles an error: its bfloat16 floor is twice that.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -286,6 +287,22 @@ def _unlucky(p: Problem, name: str, autocast: torch.dtype | None) -> float:
         return largest_error(eager(drawn, autocast)[name], truth(drawn)[0][name])
 
     return unlucky_error(p.dy, of_eager)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, `torch.empty` and its kin are filled with NaN: what reads memory nobody wrote shows."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def warmup(model: torch.nn.Module, *args: object, **kwargs: object) -> list[str]:

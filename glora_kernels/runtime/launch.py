@@ -37,7 +37,7 @@ class Launch:
             return
         if note(self):
             return
-        device = next(_tensors(tuple(self.args.values()))).device
+        device = next(tensors_of(tuple(self.args.values()))).device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self.kernel[self.grid](**self.args, **self.options)
@@ -98,14 +98,14 @@ def _is_compiled_in(value: Any, constant: bool) -> bool:
     return isinstance(value, Rows) and (constant or value.multiple < 16)
 
 
-def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
+def tensors_of(values: tuple[Any, ...]) -> Iterator[Tensor]:
     """The tensors among arguments, in their structures and behind their tensor descriptors."""
     for value in values:
         base = getattr(value, "base", value)
         if isinstance(base, Tensor):
             yield base
         elif isinstance(value, tuple):
-            yield from _tensors(value)
+            yield from tensors_of(value)
 
 
 @dataclass(frozen=True)
