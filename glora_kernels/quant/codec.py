@@ -20,7 +20,7 @@ from glora_kernels.spec import check_choice
 
 _CHUNK = 1 << 18  # elements at a time, so that the temporaries stay in the cache
 _GRID = 65535
-_NATIVE_BLOCKSIZE, _NATIVE_CHUNK = 1024, 1 << 20
+_NATIVE_BLOCKSIZE, _NATIVE_CHUNK = 1024, 1 << 19
 
 
 @torch.inference_mode(False)  # the result may be kept and used in training
