@@ -21,7 +21,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="what", required=True)
     for name in ("eager", "interpreter", "dry_card", "ttsem", "card"):
         command = commands.add_parser(name)
-        command.add_argument("--form", nargs="+", default=[], help="the beginnings of forms' names; nothing is written")
+        command.add_argument("--form", nargs="+", default=[], help="the beginnings of forms' names")
     command = commands.add_parser("ncu")
     command.add_argument("report", type=Path, help="of Nsight Compute")
     command.add_argument("case", help="the layer's, as the benchmarks name it")
@@ -35,12 +35,12 @@ def main() -> int:
         return 0
     from evidence.runs import run
 
-    kept, failed = run(args.what, args.form)
-    for name in failed:
-        print(f"wrong: {name}")
-    if not args.form:
-        table.keep(args.what, kept)
-    return int(bool(failed))
+    wrong = []
+    for form, kept in run(args.what, args.form):
+        table.keep(args.what, form, kept)  # at once: a run that is cut short has proved something too
+        wrong += [form] if kept is None else []
+    print(f"wrong: {', '.join(wrong)}" if wrong else "nothing is wrong")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

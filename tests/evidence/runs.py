@@ -4,43 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any
+
+import torch
 
 from evidence.cases import FORMS, Problem
 from evidence.instruments import DTYPES, INSTRUMENTS, Instrument, described
 from evidence.problems import on
+from evidence.table import Kept
 from glora_kernels.runtime.launch import Launch
 from glora_kernels.runtime.planning import is_planning
 from glora_kernels.runtime.program import launching
 
 
-def run(name: str, prefixes: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """What is kept of a run, and the calls that failed."""
-    instrument, failed = INSTRUMENTS[name], []
-    proved: dict[str, dict[str, list[str]]] = {}
-    with launching(cached=False):  # so that Triton's JIT makes each launch
-        for form, dtype in itertools.product(FORMS, DTYPES):
-            if prefixes and not form.startswith(tuple(prefixes)):
-                continue
-            begin, called, kernels = time.monotonic(), 0, set()
-            label = str(dtype).removeprefix("torch.")
-            try:
-                for problem in FORMS[form](dtype):
-                    called += 1
-                    kernels |= tried(problem, instrument)
-            except Exception:
-                traceback.print_exc()
-                failed.append(f"{form}, {label}, call {called}")
-            else:
-                if called:
-                    proved.setdefault(form, {})[label] = sorted(kernels)
-            spent = time.monotonic() - begin
-            print(f"{form}, {label}: {called} calls, {len(kernels)} kernels, {spent:.1f} s", flush=True)
-    return {"date": datetime.date.today().isoformat(), "with": described(name), "forms": proved}, failed
+def run(name: str, prefixes: Sequence[str] = ()) -> Iterator[tuple[str, Kept | None]]:
+    """By form what is kept of it, or None where a call was wrong; of the forms whose names begin so, or of all."""
+    made = described(name)
+    for form in FORMS:
+        if form.startswith(tuple(prefixes)) if prefixes else True:
+            with launching(cached=False):  # so that Triton's JIT makes each launch
+                kernels = {str(dtype).removeprefix("torch."): proved(name, form, dtype) for dtype in DTYPES}
+            found = {dtype: sorted(names) for dtype, names in kernels.items() if names is not None}
+            today = datetime.date.today().isoformat()
+            yield form, {"date": today, "with": made, "kernels": found} if len(found) == len(kernels) else None
+
+
+def proved(name: str, form: str, dtype: torch.dtype) -> set[str] | None:
+    """The kernels that the calls of a form launch; None where one of them was wrong."""
+    begin, called, kernels = time.monotonic(), 0, set()
+    try:
+        for problem in FORMS[form](dtype):
+            called += 1
+            kernels |= tried(problem, INSTRUMENTS[name])
+    except Exception:
+        traceback.print_exc()
+        print(f"{form}, {dtype}: call {called} is wrong", flush=True)
+        return None
+    print(f"{form}, {dtype}: {called} calls, {len(kernels)} kernels, {time.monotonic() - begin:.1f} s", flush=True)
+    return kernels
 
 
 def tried(problem: Problem, instrument: Instrument) -> set[str]:

@@ -42,41 +42,53 @@ WITHIN = {
 """By form the targets in bf16 (`benchmarks.targets`) that a card must meet, as a CUDA graph."""
 
 Kept = dict[str, Any]
-"""A run: "date", "with" (versions, the card), "forms": by form and dtype the names of the kernels."""
+"""What a run has proved of a form: "date", "with" (versions, the card), "kernels": by dtype their names."""
 
 
 def file_of(name: str, folder: Path = RESULTS) -> Path:
     return folder / "evidence" / f"{name}.json"
 
 
-def keep(name: str, kept: Kept, folder: Path = RESULTS) -> None:
-    """Write what a run has proved, and the table anew."""
+def runs(name: str, folder: Path = RESULTS) -> dict[str, Kept]:
+    """By form what an instrument has proved."""
+    path = file_of(name, folder)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def keep(name: str, form: str, kept: Kept | None, folder: Path = RESULTS) -> None:
+    """Write what a run has proved of a form, None for nothing, and the table anew."""
+    forms = {**runs(name, folder), form: kept}
     file_of(name, folder).parent.mkdir(exist_ok=True)
-    results.write_json(file_of(name, folder), kept)
+    results.write_json(file_of(name, folder), {one: own for one, own in sorted(forms.items()) if own is not None})
     results.write(folder / TABLE.name, text(folder))
+
+
+def kernels() -> set[str]:
+    """The names of the package's kernels; those that no run has launched stand at the table's end, their rows empty."""
+    sources = [path.read_text() for path in (ROOT / "glora_kernels").rglob("*.py")]
+    return {name for source in sources for name in re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE)}
 
 
 def text(folder: Path = RESULTS) -> str:
     """The table as the files in a folder have it."""
-    files = {name: file_of(name, folder) for name in COLUMNS}
-    runs: dict[str, Kept] = {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
-    forms = list(dict.fromkeys(form for run in runs.values() for form in run["forms"]))
+    proved = {name: runs(name, folder) for name in COLUMNS}
     launched = {
-        (kernel, forms.index(form), dtype)
-        for run in runs.values() for form, dtypes in run["forms"].items() for dtype, own in dtypes.items()
-        for kernel in own
+        (kernel, form, dtype)
+        for forms in proved.values() for form, kept in forms.items()
+        for dtype, kernels in kept["kernels"].items() for kernel in kernels
     }  # fmt: skip
     met = _within(results.read(folder))
     rows = []
-    for kernel, place, dtype in sorted(launched):
-        form = forms[place]
+    for kernel, form, dtype in sorted(launched):
         row = {"kernel": f"`{kernel}`", "form": form, "dtype": dtype}
         for name, (column, _) in COLUMNS.items():
-            run = runs.get(name, {"forms": {}})
-            own = run["forms"].get(form, {}).get(dtype)
-            row[column] = run["date"] if own is not None and (name == "eager" or kernel in own) else ""
+            kept = proved[name].get(form, {"kernels": {}})
+            own = kept["kernels"].get(dtype)  # eager PyTorch has no kernels, and proves what they must compute
+            row[column] = kept["date"] if own is not None and (name == "eager" or kernel in own) else ""
         rows.append(row | {"within target": met.get(form, "") if dtype == "bfloat16" else ""})
-    said = [f"- {column}: {what}. {_made(runs.get(name))}" for name, (column, what) in COLUMNS.items()]
+    empty = dict.fromkeys(("form", "dtype", *(column for column, _ in COLUMNS.values()), "within target"), "")
+    rows += [{"kernel": f"`{one}`", **empty} for one in sorted(kernels() - {kernel for kernel, _, _ in launched})]
+    said = [f"- {column}: {what}. {_made(proved[name])}" for name, (column, what) in COLUMNS.items()]
     return "\n".join([
         "# Evidence", "",
         "Which kernel was proved, in which form and dtype, by what and when; `tests/evidence` runs it and writes this.",
@@ -87,8 +99,8 @@ def text(folder: Path = RESULTS) -> str:
     ])  # fmt: skip
 
 
-def _made(run: Kept | None) -> str:
-    return "No run yet." if run is None else f"{run['with']}; {run['date']}."
+def _made(forms: Mapping[str, Kept]) -> str:
+    return f"{'; '.join(sorted({kept['with'] for kept in forms.values()}))}." if forms else "No run yet."
 
 
 def _within(found: Mapping[str, Any]) -> dict[str, str]:
@@ -120,11 +132,9 @@ def profiled(report: Path, case: str, folder: Path = RESULTS) -> None:
     if not seen:
         raise ValueError(f"{report} has no kernel of ours")
     form = "product variant" if case.startswith("glora-matmul:") else f"A={_form_of_a(case)}"
-    path = file_of("ncu", folder)
-    forms = json.loads(path.read_text())["forms"] if path.exists() else {}
     version = subprocess.run(["ncu", "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
     today = datetime.date.today().isoformat()
-    keep("ncu", {"date": today, "with": f"ncu {version}", "forms": {**forms, form: {"bfloat16": seen}}}, folder)
+    keep("ncu", form, {"date": today, "with": f"ncu {version}", "kernels": {"bfloat16": seen}}, folder)
 
 
 def _form_of_a(case: str) -> str:
