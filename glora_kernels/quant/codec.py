@@ -20,7 +20,7 @@ from glora_kernels.spec import check_choice
 
 _CHUNK = 1 << 18  # elements at a time, so that the temporaries stay in the cache
 _GRID = 65535
-_NATIVE_BLOCKSIZE, _NATIVE_CHUNK = 1024, 1 << 19
+_NATIVE_BLOCKSIZE = 1024
 
 
 @torch.inference_mode(False)  # the result may be kept and used in training
@@ -89,7 +89,7 @@ def dequantize(
     flat, begin, end = out.view(-1), first * k, first * k + count * k
     blocksize = weight.state.blocksize
     native = _native(weight)
-    step = max((_CHUNK if native is None else _NATIVE_CHUNK) // blocksize, 1) * blocksize
+    step = max(_CHUNK // blocksize, 1) * blocksize
     # One buffer for all steps: allocating one in each step would cost as much as the look-up.
     levels = torch.empty(min(step, end - begin + blocksize) // 2 + 1, dtype=torch.int64, device=weight.device)
     for a in range(begin // blocksize * blocksize, end, step):
