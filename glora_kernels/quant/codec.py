@@ -1,7 +1,7 @@
 """Quantizing and dequantizing in plain PyTorch: the reference for the kernels, and the implementation on CPUs.
 
 Every step rounds where bitsandbytes rounds, so that both give the same bits in both directions. Where bitsandbytes is
-loaded, whole blocks on a CPU are decoded by its operator, in a quarter of the time.
+loaded, whole blocks on a CPU are decoded by its operator, in about half the time.
 """
 
 from __future__ import annotations
