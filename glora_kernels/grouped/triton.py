@@ -114,8 +114,9 @@ def backward(dys: list[Tensor], operands: Operands, hs: list[Tensor], group: Gro
     call = _call(operands, group)
     dys = [dy if dy.stride(-1) == 1 else dy.contiguous() for dy in dys]
     grads = needs.without()
-    read = _read_dy(dys, call, hs, needs)
-    downs, ss = _read_x(call, read.ss, needs)
+    ms = [rows(dys[call.path_of.index(t)]) for t in range(len(call.paths))]
+    read = _read_dy(dys, ms, call, hs, needs)
+    downs, ss = _read_x(call, read.ss, ms, needs)
     _finish(dys, call, read, downs, needs, grads)
     _input_gradients(dys, call, ss, needs, grads)
     return grads
@@ -132,8 +133,8 @@ class _Read(NamedTuple):
     factor: Parts | None
 
 
-def _read_dy(dys: list[Tensor], call: _Call, hs: list[Tensor], needs: Trained) -> _Read:
-    """S of every path, or of none; and the sums along M that are wanted."""
+def _read_dy(dys: list[Tensor], ms: Sequence[int], call: _Call, hs: list[Tensor], needs: Trained) -> _Read:
+    """S of every path, of as many rows as `ms` says, or of none; and the sums along M that are wanted."""
     group, paths, path_of, rank, dy = call.group, call.paths, call.path_of, call.rank, dys[0]
     widths = [dy.shape[1] for dy in dys]
     total = sum(widths)
@@ -146,8 +147,8 @@ def _read_dy(dys: list[Tensor], call: _Call, hs: list[Tensor], needs: Trained) -
     # Each member of a path writes bands of its own. A path with fewer members than another has bands left over: zeros.
     make = empty if len(set(users)) == 1 else zeros
     ss = [
-        make(dy, bands * sharing, rows(dys[path_of.index(t)]), len(call.operands.downs[path.down]), dtype=torch.float32)
-        for t, path in enumerate(paths) if wants_s
+        make(dy, bands * sharing, m, len(call.operands.downs[path.down]), dtype=torch.float32)
+        for path, m in zip(paths, ms, strict=True) if wants_s
     ]  # fmt: skip
     with_g = any(bias != ABSENT and needs.biases[bias] for bias in group.bias)
     with_factor = any(up != ABSENT and needs.ups[up] for up in group.up)
@@ -187,8 +188,12 @@ class _Downs(NamedTuple):
     grads: dict[int, Tensor]
 
 
-def _read_x(call: _Call, ss: list[Tensor], needs: Trained) -> tuple[_Downs | None, list[Tensor]]:
+def _read_x(
+    call: _Call, ss: list[Tensor], ms: Sequence[int], needs: Trained
+) -> tuple[_Downs | None, list[Tensor]]:  # fmt: skip
     """Partial sums of S_tᵀ·x̃_t for each path whose `down` is trained; and S_t summed over its bands, for dx.
+
+    ms: the rows of each S_t. An x that no `down` needs may have none: it was not kept for backward.
 
     The launch that reads x also sums the bands, if it reads the S of every path and a kernel can hold that many bands
     (`most_bands`). Otherwise one launch sums them first.
@@ -196,13 +201,12 @@ def _read_x(call: _Call, ss: list[Tensor], needs: Trained) -> tuple[_Downs | Non
     operands = call.operands
     wanted = [t for t, path in enumerate(call.paths) if needs.downs[path.down]]
     sums: list[Tensor] | None = None
-    m = max(map(rows, operands.xs))
     if ss and any(needs.xs):
-        sums = [empty(s, m, s.shape[2], dtype=call.wide) for s in ss]
+        sums = [empty(s, m, s.shape[2], dtype=call.wide) for s, m in zip(ss, ms, strict=True)]
     many = bool(ss) and len(ss[0]) > most_bands(call.rank)
     if ss and (many or (sums is not None and len(wanted) < len(ss))):
         if len(ss[0]) > 1:
-            alone = [empty(s, 1, m, s.shape[2]) for s in ss]
+            alone = [empty(s, 1, m, s.shape[2]) for s, m in zip(ss, ms, strict=True)]
             grouped_bands_launch(ss, [s[0] for s in alone]).run()
             ss = alone
         sums = None

@@ -150,6 +150,17 @@ def test_sums_in_parts(monkeypatch, launches):
 
 
 @interpreted
+@pytest.mark.parametrize("lead", [(3,), ((3,), (2,))], ids=["one x", "of their own"])
+def test_sums_in_parts_that_only_dx_needs(lead, monkeypatch, launches):
+    """With frozen factors backward keeps no x, whose rows S has, and a launch of its own adds the bands of S."""
+    monkeypatch.setitem(configs.PROGRAMS, "cpu", 8)
+    group = build((130, 70), lead=lead, k=24, rank=2, dtype=SINGLE)
+    group.freeze([name for name in group.leaves() if name.startswith("xs")])
+    group.check(group.ours("triton"), SINGLE)
+    assert [one.args["bands"] for one in of(launches, "bands")] == [2]
+
+
+@interpreted
 def test_a_path_of_many_members_is_summed_before_it_is_read(launches):
     """One h for more members than bands are read at a time."""
     count = configs.MAX_BANDS + 1
