@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest import mock
 
 import torch
 from adapters import mixed
 from depth import test_over_depth as over_depth
 from groups import CASES as GROUPS
+from groups import build
 from helpers import config, problem, train_only
 from routed import RAGGED, routed
 
 from evidence.problems import Group, Layer, Model, Rows, Shared
+from glora_kernels.four_bit import small_m
 from glora_kernels.quant import dequantize, quantize_weight
 from glora_kernels.reference.cases import AWKWARD
+from glora_kernels.runtime import tables
+from glora_kernels.runtime.routes import batch_invariant
 from glora_kernels.spec import CHOICES, GLoRAConfig
 
 Problem = Group | Layer | Model | Rows | Shared
@@ -27,6 +35,7 @@ Form = Callable[[torch.dtype], Iterator[Problem]]
 """The problems of a form in a dtype, on the CPU."""
 
 M, N, K = 70, 264, 136
+ROUTES = [f"route {which}{scaled}" for which in ("fwd", "dx") for scaled in ("", " scaled")]
 SMALL = 0.05
 """The size of adapters, as in the tests that run on a card: y stays of the size of x·Wᵀ."""
 
@@ -47,10 +56,10 @@ def pairs(a: str) -> Form:
     return made
 
 
-def layers(*configs: GLoRAConfig, invariant: bool = False) -> Form:
+def layers(*configs: GLoRAConfig, inside: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Form:
     def made(dtype: torch.dtype) -> Iterator[Problem]:
         for one in configs:
-            yield Layer(problem(one, (M,), K, N, True, dtype, size=SMALL), invariant=invariant)
+            yield Layer(problem(one, (M,), K, N, True, dtype, size=SMALL), inside=inside)
 
     return made
 
@@ -63,21 +72,27 @@ def wide_factors(dtype: torch.dtype) -> Iterator[Problem]:
             yield Layer(p)
 
 
-def four_bits(dtype: torch.dtype, rows: int, trains: bool, *forms: str) -> Iterator[Problem]:
+def four_bits(dtype: torch.dtype, rows: int, k: int, trains: bool, *forms: str) -> Iterator[Layer]:
     for a, nested in itertools.product(forms, (False, True)):
-        p = problem(config(a, "lora", rank=16), (rows,), K, N, True, dtype, size=SMALL)
+        p = problem(config(a, "lora", rank=16), (rows,), k, N, True, dtype, size=SMALL)
         codes = quantize_weight(p.weight, "nf4", 64, nested)
         p = replace(p, weight=dequantize(codes, dtype))
         yield Layer(p if trains else train_only(p, ()), codes)
 
 
 def nf4_training(dtype: torch.dtype) -> Iterator[Problem]:
-    yield from four_bits(dtype, M, True, "none", "vector", "lora")
+    yield from four_bits(dtype, M, K, True, "none", "vector", "lora")
 
 
 def nf4_decode(dtype: torch.dtype) -> Iterator[Problem]:
-    for rows in (1, 3, 16, 33):
-        yield from four_bits(dtype, rows, False, "none", "vector")
+    """Of whole blocks a row, which a kernel of its own takes, with h in it and before it, and of others."""
+    # PyTorch on a CPU sums 3 rows in an order of its own, several times nearer to the truth than fp32 in sequence, as
+    # a card adds them: over 64 columns both are as near.
+    for rows, k in ((1, 192), (3, 64), (16, 192), (33, 192)):
+        yield from four_bits(dtype, rows, k, False, "none", "vector")
+    for layer in four_bits(dtype, 16, 192, False, "none"):
+        yield replace(layer, inside=partial(mock.patch.object, small_m, "h_before", return_value=True))
+    yield from four_bits(dtype, 16, K, False, "none", "vector")
 
 
 def siblings(dtype: torch.dtype) -> Iterator[Problem]:
@@ -85,6 +100,8 @@ def siblings(dtype: torch.dtype) -> Iterator[Problem]:
     for name, dropout, rank in (("own", 0.0, 8), ("own", 0.2, 8), ("own", 0.0, 72), ("without", 0.0, 8)):
         group = GROUPS[name](sizes=(N, 72, 40), lead=(M,), k=K, rank=rank, dropout=dropout, dtype=dtype, size=SMALL)
         yield Group(group)
+    group = build((N, 72, 40), lead=(M,), k=K, rank=8, dtype=dtype, size=SMALL)
+    yield Group(group.freeze(["xs[0]"]))  # whose S nothing else sums
 
 
 def tied(dtype: torch.dtype) -> Iterator[Problem]:
@@ -164,7 +181,11 @@ FORMS: dict[str, Form] = {
     **{f"A={a}": pairs(a) for a in CHOICES["A"]},
     "product variant": layers(*(config("lora", b, "matmul", rank=8) for b in CHOICES["B"])),
     "fp32 factors": wide_factors,
-    "batch_invariant": layers(*(config(a, "lora", rank=8) for a in ("none", "vector", "lora")), invariant=True),
+    "batch_invariant": layers(*(config(a, "lora", rank=8) for a in ("none", "vector", "lora")), inside=batch_invariant),
+    "library route": layers(
+        *(config(a, "lora", rank=8, dropout=0.2) for a in ("none", "vector", "lora")),
+        inside=partial(tables.using, None, dict.fromkeys(ROUTES, "library")),
+    ),
     "NF4 training": nf4_training,
     "NF4 decode": nf4_decode,
     "q/k/v": siblings,

@@ -6,6 +6,8 @@ They are made of the problems of the operators' own tests. `on` moves one to ano
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,7 @@ from glora_kernels import reference
 from glora_kernels.depth.deferred import Deferred
 from glora_kernels.quant import QuantizedWeight
 from glora_kernels.reference.tolerance import allowed_error, largest_error
-from glora_kernels.runtime.routes import backend, batch_invariant
+from glora_kernels.runtime.routes import backend
 
 Results = dict[str, Tensor]
 
@@ -54,18 +56,17 @@ def on(device: str, problem: Any) -> Any:
 
 @dataclass
 class Layer:
-    """One layer. codes: in the place of the weight, which is what they stand for."""
+    """One layer. codes: in the place of the weight, which is what they stand for. inside: where it is called."""
 
     problem: helpers.Problem
     codes: QuantizedWeight | None = None
-    invariant: bool = False
+    inside: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def ours(self, route: str) -> Results:
         problem = self.problem if self.codes is None else dataclasses.replace(self.problem, weight=self.codes)
-        if self.invariant:
-            with batch_invariant():
-                return _there(helpers.ours(problem, route))
-        return _there(helpers.ours(problem, route))
+        with self.inside():
+            found = helpers.ours(problem, route)
+        return {name: value for name, value in found.items() if value is not None}
 
     def check(self, found: Results, route: str) -> None:
         helpers.check(self.problem, {name: found.get(name) for name in ("y", *self.problem.leaves())}, route)
@@ -155,10 +156,6 @@ class Shared:
             exact, plain = (over_depth.true_sum(products, t) for t in (torch.float64, dtype))
             error = largest_error(found[f"factor {i}"], exact.t() if is_up else exact)
             assert error <= allowed_error(exact, plain, dtype), f"factor {i}: error {error:.3e}"
-
-
-def _there(found: dict[str, Any]) -> Results:
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _layer(p: helpers.Problem) -> gk.GLoRALinear:
