@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import devices, peers, problems
+from benchmarks import devices, peers, problems, results
 from benchmarks.cases import Entry
 from benchmarks.devices import Spread
 from benchmarks.problems import Contestant, Problem
@@ -101,11 +101,7 @@ def main() -> None:
             spread = row.get(one)
             cells.append("–" if spread is None else f"{spread.median:.2f} [{spread.p20:.2f}, {spread.p80:.2f}]")
         lines.append(f"| {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
-    print(f"\n{text}")
+    results.put_out("\n".join(lines) + "\n", args.out)
 
 
 if __name__ == "__main__":

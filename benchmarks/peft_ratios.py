@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import glora_kernels as gk
+from benchmarks import results
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ALLOWED = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
@@ -161,11 +162,7 @@ def main() -> None:
                     cells.append(f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")
                 lines.append(f"| {' | '.join(cells)} |")
                 print(lines[-1], flush=True)
-    text = "\n".join(lines) + "\n"
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
-    print(f"\n{text}")
+    results.put_out("\n".join(lines) + "\n", args.out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from benchmarks import floor, results
 from benchmarks.cases import FROZEN
 from benchmarks.results import Found, Line, Spread, over_frozen, select
-from benchmarks.tables import CASE_NAMES, IMPL_NAMES, MIXED_NAMES, is_pair, label
+from benchmarks.tables import CASE_NAMES, IMPL_NAMES, MIXED_NAMES, adapted_steps, is_pair, label, step_name
 from benchmarks.targets import PASS_NAMES
 
 
@@ -84,15 +84,15 @@ def series(found: Found, by: str) -> Series:
 
 def headline(found: Found) -> Any:
     """A training step of a small LLaMA under PEFT, as it is and accelerated: time, and what autograd keeps."""
-    pairs = [line for line in found["models"] if is_pair(line) and line["row"]["case"] != FROZEN]
-    names = list(dict.fromkeys(_pair_name(line) for line in pairs))
+    steps = adapted_steps(found)
+    names = list(dict.fromkeys(map(step_name, steps)))
     if not names:
         return None
     figure = _figure(9, 0.62 * len(names) + 1.2)
     time, kept = figure.subplots(1, 2, sharey=True)
     for impl, at in (("peft", -0.19), ("ours", 0.19)):
-        own = [line for line in pairs if line["row"]["impl"] == impl]
-        places = [names.index(_pair_name(line)) + at for line in own]
+        own = [line for line in steps if line["row"]["impl"] == impl]
+        places = [names.index(step_name(line)) + at for line in own]
         ratios = [line["detail"]["over_frozen"] for line in own]
         ends = [[abs(line["detail"][f"over_frozen_{end}"] - ratio) for line, ratio in zip(own, ratios, strict=True)]
                 for end in ("p20", "p80")]  # fmt: skip
@@ -111,10 +111,6 @@ def headline(found: Found) -> Any:
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return figure
-
-
-def _pair_name(line: Line) -> str:
-    return CASE_NAMES[line["row"]["case"]] + ", dropout" * (", dropout" in line["row"]["model"])
 
 
 def by_m(found: Found) -> Any:

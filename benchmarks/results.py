@@ -109,6 +109,14 @@ def write(path: Path, text: str) -> None:
     beside.replace(path)
 
 
+def put_out(text: str, path: Path | None) -> None:
+    """Print a text, and write it to a file where one is given, whose folder need not exist."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, text)
+    print(f"\n{text}")
+
+
 def write_json(path: Path, value: Any) -> None:
     write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 

@@ -341,7 +341,7 @@ def of_peft(found: Found, ends: bool) -> list[str]:
     for (case, dropped), unordered in pairs.items():
         pair = sorted(unordered, key=lambda line: line["row"]["impl"] == "ours")  # a row may have been measured later
         target = targets.FASTER.get((case, dropped)) if len(pair) > 1 else None
-        row = {"a step: PEFT → accelerated": CASE_NAMES[case] + ", dropout" * dropped}
+        row = {"a step: PEFT → accelerated": step_name(pair[0])}
         row["ms"] = " → ".join(f"{one['row']['median_ms']:.0f}" for one in pair)
         for name, title in (("over_frozen", "over frozen"), ("faster", "times faster")):
             figures = [shown(_spread(one, name), ends) for one in pair if name in one["detail"]]
@@ -365,15 +365,27 @@ def of_peft(found: Found, ends: bool) -> list[str]:
     ]
 
 
+def step_name(line: Line) -> str:
+    """What a training step of `--stages peft` trains, in words."""
+    return CASE_NAMES[line["row"]["case"]] + ", dropout" * (", dropout" in line["row"]["model"])
+
+
+def adapted_steps(found: Found) -> list[Line]:
+    """The training steps of `--stages peft`, PEFT's and ours, without that of the frozen model."""
+    return [line for line in filter(is_pair, found["models"]) if line["row"]["case"] != FROZEN]
+
+
 def of_headline(found: Found) -> list[str]:
     """The same steps in short, for README: PEFT's time and ours over the frozen model's, and what each keeps."""
-    pairs = [line for line in filter(is_pair, found["models"]) if line["row"]["case"] != FROZEN]
-    if not pairs or "peft" not in found["notes"]:
+    steps = adapted_steps(found)
+    if not steps or "peft" not in found["notes"]:
         return []
     rows: dict[str, dict[str, str]] = {}
-    for line in sorted(pairs, key=lambda line: line["row"]["impl"] == "ours"):
-        name = CASE_NAMES[line["row"]["case"]] + ", dropout" * (", dropout" in line["row"]["model"])
-        who, row = IMPL_NAMES[line["row"]["impl"]], rows.setdefault(name, {"a training step": name})
+    for line in sorted(steps, key=lambda line: line["row"]["impl"] == "ours"):
+        who, row = (
+            IMPL_NAMES[line["row"]["impl"]],
+            rows.setdefault(step_name(line), {"a training step": step_name(line)}),
+        )
         row[f"{who}: time over frozen"] = f"{line['detail']['over_frozen']:.2f}"
         row[f"{who}: kept for backward"] = f"{_mebibytes(line['detail']['saved_bytes'])} MiB"
     sizes = found["notes"]["peft"]

@@ -51,10 +51,8 @@ PLAIN = (nn.Parameter, Tensor)
 IN_A_TRAINED_UNIT = "in_a_trained_unit"
 """Key: FSDP1 has flattened the base together with trained parameters, so its weight is a view that requires a gradient
 only because they do."""
-_PARALLEL = (
-    "_hf_tp_plan",
-    "_hf_device_mesh",
-)  # attributes that PEFT, or transformers, sets on a tensor-parallel module
+_PARALLEL = ("_hf_tp_plan", "_hf_device_mesh")
+"""Attributes that PEFT, or transformers, sets on a tensor-parallel module."""
 Mixed = tuple[Frozen, list[Operands], Tensor, dict[str, Any]]
 """The arguments of `mixed_linear` after x."""
 _CASTING = ("layerwise_casting", "peft_autocast_disable")
@@ -177,10 +175,11 @@ class OverBase(TakesRows, _Layer):
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling the module only runs the forward of its class: no hooks, no replaced forward."""
-    return not (_has_hooks(module) or ("forward" in vars(module) and has_other_forward(module)))
+    return not (has_hooks(module) or ("forward" in vars(module) and has_other_forward(module)))
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs hooks of its own."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -194,7 +193,7 @@ def casting_hook(module: nn.Module) -> Any:
     """
     hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", {})
     forward = vars(module).get("forward")
-    if len(hooks) != 1 or _has_hooks(module) or not isinstance(forward, functools.partial):
+    if len(hooks) != 1 or has_hooks(module) or not isinstance(forward, functools.partial):
         return None
     [(name, hook)] = hooks.items()
     inner = getattr(hook.fn_ref, "original_forward", None) or hook.fn_ref.forward

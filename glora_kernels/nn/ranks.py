@@ -46,13 +46,12 @@ def refuse_fsdp(module: nn.Module, caller: str, instead: str) -> None:
 
 def refuse_sharded(module: nn.Module, caller: str, instead: str) -> None:
     """Raise a ValueError where the model is sharded. instead: what to do under FSDP2, for the message."""
-    if is_sharded(module) and not is_in_fsdp(module):
+    refuse_fsdp(module, caller, instead)
+    if is_sharded(module):
         raise ValueError(
             f"{caller}: the model is cut over ranks by tensor parallelism; do it in a model in one piece, into which "
             "the file that save_adapter writes loads"
         )
-    if is_sharded(module):
-        raise ValueError(f"{caller}: the model is sharded, each rank holds a part of its parameters; {instead}")
 
 
 def mesh_of(root: nn.Module) -> DeviceMesh | None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from adapter_files import saved, trained  # noqa: F401
 from broods import brood, calls, seeds  # noqa: F401
+from lycoris_runs import lycoris  # noqa: F401
 from small_vit import ViT
 
 from glora_kernels import GLoRAConfig

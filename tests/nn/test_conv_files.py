@@ -1,11 +1,11 @@
 """Convolutions in files of other tools: LyCORIS itself in float64, kohya's LoCon, PEFT; a UNet's names."""
 
 import copy
-import functools
 
 import pytest
 import torch
 from convs import away, config, near
+from lycoris_runs import ENDINGS, continued, loaded_there, under
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -14,10 +14,6 @@ from glora_kernels import GLoRAConfig, GLoRAConv, GLoRALinear
 
 GLORA = GLoRAConfig("lora", "lora", rank=4, alpha=2, variant="matmul", alpha_A=2)
 LORA = GLoRAConfig.lora(4, 2)
-ENDINGS = {
-    "glora": {"A_up": "a1.weight", "A_down": "a2.weight", "B_up": "b1.weight", "B_down": "b2.weight"},
-    "locon": {"B_up": "lora_up.weight", "B_down": "lora_down.weight"},
-}
 
 
 class ResnetBlock2D(nn.Module):
@@ -81,10 +77,6 @@ def adapted(own):
     return away(gk.inject(net(), own, target_modules=PATHS)).float().double()
 
 
-def trained(model):
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def steps(model, optimizer, count=3):
     for _ in range(count):
         optimizer.zero_grad()
@@ -136,63 +128,17 @@ def test_a_reader_of_the_formulas_computes_the_same(tmp_path, own, format, prefi
     assert all(torch.equal(value, load_file(path)[key]) for key, value in load_file(again).items())
 
 
-@pytest.fixture(scope="module")
-def lycoris():
-    """The package; importing it takes seconds, which collecting the tests must not."""
-    return pytest.importorskip("lycoris", reason="it is in the extra 'test'")
-
-
 def theirs(lycoris, algo, **options):
-    """A model under LyCORIS, with alpha/rank = 2/4, convolutions too."""
-    model = net()
-    lycoris.LycorisNetwork.apply_preset({"lora_prefix": "lycoris"})
-    network = lycoris.create_lycoris(
-        model, 1.0, linear_dim=4, linear_alpha=2.0, conv_dim=4, conv_alpha=2.0, algo=algo, **options
-    )
-    network.apply_to()
-    torch.manual_seed(4)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape))
-    return model, network.double()
-
-
-def twin(name, network, endings):
-    """The parameter there of a parameter here."""
-    path, _, own = name.rpartition(".")
-    return dict(network.named_parameters())[f"lycoris_{path.replace('.', '_')}.{endings[own]}"]
-
-
-adam = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+    """The model under LyCORIS, convolutions too."""
+    return under(lycoris, net(), algo, conv_dim=4, conv_alpha=2.0, **options)
 
 
 @pytest.mark.parametrize("algo", ENDINGS)
 @pytest.mark.parametrize("bypass_mode", [False, True])
 def test_a_run_continues_with_the_same_steps(lycoris, tmp_path, algo, bypass_mode):
-    path, back = tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors"
-    model, network = theirs(lycoris, algo, bypass_mode=bypass_mode)
-    optimizer = adam(network.parameters())
-    steps(model, optimizer)
-    network.save_weights(path, None, {})
-    ours = gk.load_adapter(net(), path, rs_lora=False)
+    there = theirs(lycoris, algo, bypass_mode=bypass_mode)
+    ours, _ = continued(*there, algo, net(), steps, X, near, tmp_path)
     assert len([m for m in ours.modules() if isinstance(m, GLoRALinear)]) == len(PATHS)
-    near(ours(X), model(X))
-    mine = adam(trained(ours).values())
-    for name, parameter in trained(ours).items():
-        state = optimizer.state[twin(name, network, ENDINGS[algo])]
-        flat = {key: value.reshape(parameter.shape) if value.ndim else value for key, value in state.items()}
-        mine.state[parameter] = {key: value.clone() for key, value in flat.items()}
-    steps(model, optimizer)
-    steps(ours, mine)
-    near(ours(X), model(X))
-    for name, parameter in trained(ours).items():
-        near(parameter, twin(name, network, ENDINGS[algo]).flatten(1))
-    gk.save_adapter(ours, back, format="lycoris")
-    network.save_weights(path, None, {})
-    assert load_file(back).keys() == load_file(path).keys()
-    for key, value in load_file(back).items():
-        assert value.shape == load_file(path)[key].shape
-        near(value.double(), load_file(path)[key].double())
 
 
 @pytest.mark.parametrize("algo", ENDINGS)
@@ -200,12 +146,7 @@ def test_their_package_reads_what_is_saved_here(lycoris, tmp_path, algo):
     path = tmp_path / "a.safetensors"
     ours = adapted(GLORA if algo == "glora" else LORA)
     gk.save_adapter(ours, path, format="lycoris")
-    model = net()
-    network, _ = lycoris.create_lycoris_from_weights(1.0, str(path), model)
-    for module in network.loras:
-        module.double()
-    network.apply_to()
-    near(model(X), ours(X))
+    near(loaded_there(lycoris, path, net())(X), ours(X))
 
 
 def test_tucker_cores_of_theirs_are_refused_by_name(lycoris, tmp_path):

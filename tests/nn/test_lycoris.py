@@ -1,78 +1,25 @@
 """Against the LyCORIS package itself, in float64: trained there, continued here and there, saved by either."""
 
 import copy
-import functools
 
 import pytest
 import torch
 from foreign import TARGET, X, adapted, changed, near, net, steps
-from safetensors.torch import load_file
+from lycoris_runs import ENDINGS, adam, continued, loaded_there, trained, twin, under
 
 import glora_kernels as gk
 from glora_kernels import GLoRAConfig
 
-ENDINGS = {
-    "glora": {"A_up": "a1.weight", "A_down": "a2.weight", "B_up": "b1.weight", "B_down": "b2.weight"},
-    "locon": {"B_up": "lora_up.weight", "B_down": "lora_down.weight"},
-}
-
-
-@pytest.fixture(scope="module")
-def lycoris():
-    """The package; importing it takes seconds, which collecting the tests must not."""
-    return pytest.importorskip("lycoris", reason="it is in the extra 'test'")
-
 
 def theirs(lycoris, algo, **options):
-    """A model under LyCORIS, with alpha/rank = 2/4."""
-    model = net()
-    lycoris.LycorisNetwork.apply_preset({"lora_prefix": "lycoris"})
-    network = lycoris.create_lycoris(model, 1.0, linear_dim=4, linear_alpha=2.0, algo=algo, **options)
-    network.apply_to()
-    torch.manual_seed(4)
-    with torch.no_grad():
-        for parameter in network.parameters():  # away from zero: at the start a wrong scale of a1 has no gradient
-            parameter.copy_(0.3 * torch.randn(parameter.shape))
-    return model, network.double()
-
-
-def twin(name, network, endings):
-    """The parameter there of a parameter here."""
-    path, _, own = name.rpartition(".")
-    return dict(network.named_parameters())[f"lycoris_{path.replace('.', '_')}.{endings[own]}"]
-
-
-def trained(model):
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-adam = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+    return under(lycoris, net(), algo, **options)
 
 
 @pytest.mark.parametrize("algo", ENDINGS)
 @pytest.mark.parametrize("bypass_mode", [False, True])
 def test_a_run_continues_with_the_same_steps(lycoris, tmp_path, algo, bypass_mode):
-    path, back = tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors"
-    model, network = theirs(lycoris, algo, bypass_mode=bypass_mode)
-    optimizer = adam(network.parameters())
-    steps(model, optimizer)
-    network.save_weights(path, None, {})
-    ours = gk.load_adapter(net(), path, rs_lora=False)
-    near(ours(X), model(X))
-    mine = adam(trained(ours).values())
-    for name, parameter in trained(ours).items():
-        state = optimizer.state[twin(name, network, ENDINGS[algo])]
-        mine.state[parameter] = {key: value.clone() for key, value in state.items()}
-    steps(model, optimizer)
-    steps(ours, mine)
-    near(ours(X), model(X))
-    for name, parameter in trained(ours).items():
-        near(parameter, twin(name, network, ENDINGS[algo]))
-    gk.save_adapter(ours, back, format="lycoris")
-    network.save_weights(path, None, {})
-    assert load_file(back).keys() == load_file(path).keys()
-    for key, value in load_file(back).items():
-        near(value.double(), load_file(path)[key].double())
+    there = theirs(lycoris, algo, bypass_mode=bypass_mode)
+    ours, back = continued(*there, algo, net(), steps, X, near, tmp_path)
     near(changed(back, net(), "lycoris_")[0](X), ours(X))
 
 
@@ -101,12 +48,7 @@ def test_their_package_reads_what_is_saved_here(lycoris, tmp_path, algo):
     glora = GLoRAConfig("lora", "lora", rank=4, alpha=2, variant="matmul", alpha_A=8)
     ours = adapted(glora if algo == "glora" else GLoRAConfig.lora(4, 2))  # another scale of A goes into a1
     gk.save_adapter(ours, path, format="lycoris")
-    model = net()
-    network, _ = lycoris.create_lycoris_from_weights(1.0, str(path), model)
-    for module in network.loras:  # a plain list there, made in fp32
-        module.double()
-    network.apply_to()
-    near(model(X), ours(X))
+    near(loaded_there(lycoris, path, net())(X), ours(X))
 
 
 @pytest.mark.parametrize("rs_lora", [False, True])

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
-from two_meshes import EXACT, alike, backward, filled, gradients, llama, values
+from two_meshes import EXACT, alike, backward, filled, gradients, llama, loaded_in_parts, values
 
 import glora_kernels as gk
 from glora_kernels.integrations import bases
@@ -18,12 +15,9 @@ COLUMNS, ROWS = ["q_proj", "gate_proj"], ["o_proj", "down_proj"]
 
 def accelerates(mesh, folder):
     """Every projection, with dropout, biases and a second adapter; PEFT's own row layers fail in forward."""
-    if mesh.get_local_rank() == 0:
-        llama().save_pretrained(folder / "base")
-    dist.barrier()
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.25, lora_bias=True)
     second = LoraConfig(r=2, target_modules=COLUMNS + ROWS, init_lora_weights=False)
-    ours, alone = get_peft_model(_loaded(folder, mesh), config), filled(get_peft_model(llama(), config))
+    ours, alone = get_peft_model(loaded_in_parts(folder, mesh), config), filled(get_peft_model(llama(), config))
     gk.accelerate(alone)
     gk.accelerate(ours)
     assert not gk.acceleration(ours).kept, gk.acceleration(ours)
@@ -55,7 +49,7 @@ def columns_equal_pefts(mesh, folder):
     """Beside PEFT's own path, which serves column layers: the same loss and gradients, after decelerate again."""
     config = LoraConfig(r=4, target_modules=COLUMNS, init_lora_weights=False)
     torch.manual_seed(3)
-    model = get_peft_model(_loaded(folder, mesh), config)
+    model = get_peft_model(loaded_in_parts(folder, mesh), config)
     wanted = backward(model, 0), gradients(model)
     for switch in (gk.accelerate, gk.decelerate):
         switch(model)
@@ -69,13 +63,6 @@ def columns_equal_pefts(mesh, folder):
     torch.testing.assert_close(backward(model, 0), wanted[0], rtol=0, atol=EXACT)
     alike(gradients(model), wanted[1])
     assert [reason for _, reason in gk.acceleration(model).kept] == [bases.HOOKED]
-
-
-def _loaded(folder, mesh):
-    return AutoModelForCausalLM.from_pretrained(
-        folder / "base", distributed_config=DistributedConfig(tp_plan="auto", tp_size=mesh.size()),
-        dtype=torch.float64, attn_implementation="eager",
-    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from two_meshes import (
     injected,
     layer,
     llama,
+    loaded_in_parts,
     piece,
     planned,
     quantized,
@@ -132,16 +133,7 @@ def a_plain_model_takes_a_file(mesh, folder):
 
 def of_transformers(mesh, folder):
     """A model that transformers loads in parts (`DistributedConfig`): injected, trained, generating, saved."""
-    from transformers import AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
-
-    if mesh.get_local_rank() == 0:
-        llama().save_pretrained(folder / "llama")
-    dist.barrier()
-    ours = AutoModelForCausalLM.from_pretrained(
-        folder / "llama", distributed_config=DistributedConfig(tp_plan="auto", tp_size=mesh.size()),
-        dtype=torch.float64, attn_implementation="eager",
-    )  # fmt: skip
+    ours = loaded_in_parts(folder, mesh)
     alone = injected(LORA)
     path = folder / f"own{mesh.get_local_rank()}.safetensors"
     gk.save_adapter(alone, path)

@@ -72,6 +72,21 @@ def llama(hidden=32, dtype=torch.float64, **options):
     return LlamaForCausalLM(config).to(dtype)
 
 
+def loaded_in_parts(folder, mesh):
+    """`llama()` as transformers loads it in parts (`DistributedConfig`); the first rank saves it."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    path = folder / "llama"
+    if mesh.get_local_rank() == 0 and not path.exists():
+        llama().save_pretrained(path)
+    dist.barrier()
+    return AutoModelForCausalLM.from_pretrained(
+        path, distributed_config=DistributedConfig(tp_plan="auto", tp_size=mesh.size()), dtype=torch.float64,
+        attn_implementation="eager",
+    )  # fmt: skip
+
+
 def injected(config, **options):
     return filled(gk.inject(llama(**options), config))
 

@@ -28,7 +28,7 @@ from glora_kernels.integrations.accelerated.experts import Experts
 from glora_kernels.integrations.bases import HOOKED, IDLE, ON_META, is_plain, peft_linear, tensor_of
 from glora_kernels.nn.adapted import ABSENT, Operands, mixed_linear
 from glora_kernels.nn.base import convolution_class
-from glora_kernels.nn.convolutions.forms import adapted_conv
+from glora_kernels.nn.convolutions.forms import NO_ROWS, adapted_conv
 from glora_kernels.nn.convolutions.geometry import Geometry
 from glora_kernels.runtime.planning import is_planning
 from glora_kernels.spec import SUPPORTS
@@ -53,11 +53,9 @@ class Accelerated(bases.OverBase):
         if self._rows is not None and not self._disable_adapters:
             return self.rowed(x, self._rows, *args, *kwargs.values())
         call: Any = self.call(x, args, kwargs)
-        if call == bases.TENSOR_PARALLEL:
-            call = self.in_parts(x)
-            if isinstance(call, Tensor):
-                return call
         if isinstance(call, str):
+            if call == bases.TENSOR_PARALLEL and isinstance(call := self.in_parts(x), Tensor):
+                return call
             if not torch.compiler.is_compiling():
                 self._glora_fallbacks[call] = self._glora_fallbacks.get(call, 0) + 1
             bases.before_its_own_forward(self.get_base_layer(), (x, *(() if call == IDLE else self.parameters())))
@@ -362,7 +360,7 @@ class LoraConvOperands(LoraOperands):
         return MIXED_BATCH
 
     def refusal_of_rows(self) -> str:
-        return "it is a convolution, whose adapters cannot differ by example"
+        return NO_ROWS
 
     def warmup_form(self) -> None:
         return None

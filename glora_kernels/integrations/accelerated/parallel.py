@@ -19,11 +19,11 @@ from torch import Tensor
 
 from glora_kernels.integrations import bases
 from glora_kernels.nn.adapted import Frozen, Operands
+from glora_kernels.parallel.layout import COLUMN, ROW
 from glora_kernels.spec import GLoRAConfig
 
-_PLANS = {"colwise": "column", "rowwise": "row"}
-_FACTORS = {"column": "lora_B", "row": "lora_A"}
-"""The factor that is cut with W."""
+_PLANS = {"colwise": COLUMN, "rowwise": ROW}
+_FACTORS = {"lora_A": "B_down", "lora_B": "B_up"}
 _CUT = "cut"
 """Key of what the layer keeps: the forward of its base, and how that is cut."""
 
@@ -40,7 +40,7 @@ def linear(layer: Any, x: Tensor) -> Tensor | str:
     part = Frozen(base.weight.to_local(), None)
     if reason := bases.refusal_of_x(x, part, Operands()):
         return reason
-    is_row = cut.direction == "row"
+    is_row = cut.direction == ROW
     tensors = {name: t for name, t in operands.tensors.items() if t is not None}
     whole = {
         name: t if isinstance(t, DTensor) else DTensor.from_local(t, cut.mesh, (Replicate(),), run_check=False)
@@ -69,11 +69,8 @@ def _operands(layer: Any) -> tuple[Any, Operands] | str:
     for name in layer.active_adapters:
         if name not in layer.lora_A:
             continue
-        factors = {part: getattr(layer, part)[name] for part in ("lora_A", "lora_B")}
-        for part, module in factors.items():
-            is_with_w = part == _FACTORS[cut.direction]
-            if not (_is_cut_with(module, cut) if is_with_w else bases.is_plain(module)):
-                return bases.HOOKED
+        if not all(_is_pefts(getattr(layer, part)[name], cut, own) for part, own in _FACTORS.items()):
+            return bases.HOOKED
         operands = layer.operands(name)
         if not isinstance(operands, Operands):
             return operands or bases.IDLE
@@ -103,16 +100,15 @@ def _found(base: Any) -> Any:
     return Cut(found.mesh, found.direction)
 
 
-def _is_cut_with(factor: Any, cut: Any) -> bool:
-    """Whether a factor is cut as W is, and has no hooks; PEFT's style has replaced its forward."""
-    from torch.distributed.tensor import DTensor, Shard
+def _is_pefts(factor: Any, cut: Any, name: str) -> bool:
+    """Whether a factor is as PEFT makes it: plain, or cut as our parameter of this name, with no hook of others."""
+    from torch.distributed.tensor import DTensor, Replicate
 
-    weight: Any = bases.tensor_of(factor, "weight")
-    wanted = (Shard(0 if cut.direction == "column" else 1),)
-    is_hooked = factor._forward_hooks or factor._forward_pre_hooks or factor._backward_hooks
-    return (
-        not is_hooked and isinstance(weight, DTensor) and weight.placements == wanted and weight.device_mesh == cut.mesh
-    )
+    placement, weight = cut.placement(name, GLoRAConfig.lora()), bases.tensor_of(factor, "weight")
+    if placement == Replicate():
+        return bases.is_plain(factor)
+    is_part = isinstance(weight, DTensor) and weight.placements == (placement,) and weight.device_mesh == cut.mesh
+    return is_part and not bases.has_hooks(factor)
 
 
 @lru_cache(maxsize=1024)

@@ -39,6 +39,9 @@ from glora_kernels.nn.convolutions.geometry import Geometry
 from glora_kernels.ops import glora_wc
 from glora_kernels.reference.random import round_dithered
 
+NO_ROWS = "it is a convolution, whose adapters cannot differ by example"
+"""Why `gk.rows` is refused."""
+
 _CHUNK = {True: 1 << 17, False: 1 << 24}
 """Is it on a CPU → how many elements are rounded at a time: what a cache holds, or little memory beside the rest."""
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from glora_kernels.nn.adapted import Frozen
 from glora_kernels.nn.base import FROZEN, base_of, convolution_class, shell, unsupported
-from glora_kernels.nn.convolutions.forms import adapted_conv
+from glora_kernels.nn.convolutions.forms import NO_ROWS, adapted_conv
 from glora_kernels.nn.convolutions.geometry import Geometry
 from glora_kernels.nn.frozen import check_dtype
 from glora_kernels.nn.linear import GLoRALinear
@@ -95,7 +95,7 @@ class GLoRAConv(GLoRALinear):
         return conv._conv_forward(x, self.weight, self.bias)
 
     def refusal_of_rows(self) -> str:
-        return "it is a convolution, whose adapters cannot differ by example"
+        return NO_ROWS
 
     @torch.no_grad()
     def to_conv(self, dtype: torch.dtype | None = None) -> nn.Module:

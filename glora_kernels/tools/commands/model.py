@@ -229,11 +229,11 @@ def _group(
         if layer.experts and _is_apart(layer):
             why += "; A is lora, so each expert is a call of ops.glora_linear: the passes of one with its share of rows"
             why += ", without the dropped B, which PyTorch adds" * (layer.config.dropout > 0)
-    base = args.four_bit if layer.quant_state is not None else dtype_name(layer.base_dtype).removeprefix("torch.")
+    base = args.four_bit if layer.quant_state is not None else dtype_name(layer.base_dtype)
     return Group(
         names, number, layer.out_features, layer.in_features, layer.experts,
-        layer.geometry.kernel if isinstance(layer, GLoRAConv) else (), base,
-        dtype_name(_adapter_dtype(layer)).removeprefix("torch."), layer.base_bias is not None, operator, why, plans,
+        layer.kernel, base,
+        dtype_name(_adapter_dtype(layer)), layer.base_bias is not None, operator, why, plans,
     )  # fmt: skip
 
 
@@ -244,7 +244,7 @@ def _call(layer: GLoRALinear, path: str, tokens: int, each: int, dtype: torch.dt
         return torch.empty(rows, layer.in_features, dtype=dtype, device="meta").requires_grad_()
 
     if isinstance(layer, GLoRAConv):
-        return layer, x(tokens).view(tokens, -1, *(1 for _ in layer.geometry.kernel))
+        return layer, x(tokens).view(tokens, -1, *(1 for _ in layer.kernel))
     if not layer.experts:
         return layer, x(tokens)
     if _is_apart(layer):
