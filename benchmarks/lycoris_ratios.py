@@ -86,10 +86,9 @@ def main() -> None:
     }
     names = [name for name in CONTESTANTS if any(name in row for row in found.values())]
     lines = [
-        f"{device.name()}, {args.dtype}; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"lycoris-lora {version('lycoris-lora')}; `{command}`",
-        "",
-        f"Forward and backward over the frozen layer: median of {args.rounds} rounds [20th, 80th percentile].",
+        f"Forward and backward over the frozen layer: median [p20, p80] of {args.rounds} rounds. {device.name()}, "
+        f"{args.dtype}; Python {platform.python_version()}, torch {torch.__version__}, lycoris-lora "
+        f"{version('lycoris-lora')}; `{command}`.",
         "",
         f"| layer | M x K → N, r | frozen, ms | {' | '.join(names)} |",
         f"|---|---|---|{'---|' * len(names)}",

@@ -1,4 +1,4 @@
-"""Rewrites the measured parts of README.md and docs/benchmarks.md from benchmarks/results, between markers.
+"""Rewrites the measured parts of README.md and pages of docs/ from benchmarks/results, between markers.
 
     python -m benchmarks.pages           # rewrite
     python -m benchmarks.pages --check   # exit code 1 if a page is not what the results give
@@ -13,6 +13,7 @@ import argparse
 import re
 import textwrap
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from benchmarks import plots, results, tables
@@ -20,7 +21,7 @@ from benchmarks.results import Found
 from benchmarks.store import ROOT
 
 WIDTH = 140
-README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+README, DOCS = ROOT / "README.md", ROOT / "docs"
 RESULTS = Path(__file__).parent / "results"
 FOLDER = "../benchmarks/results"  # from docs/
 WHERE = (
@@ -70,6 +71,11 @@ def headline_text(folder: Path) -> str:
     return blocks(*part)
 
 
+def written_text(name: str, folder: Path) -> str:
+    """What a script of its own wrote (`benchmarks.lycoris_ratios`, `benchmarks.peft_ratios`) on a CPU."""
+    return blocks(*(folder / name / "cpu.md").read_text().strip().split("\n\n"))
+
+
 def _pictures(folder: Path, name: str, *which: str) -> list[str]:
     files = {f"{name}_{one}.png": plots.TITLES[one] for one in which}
     return [f"![{title}]({FOLDER}/{file})" for file, title in files.items() if (folder / file).exists()]
@@ -103,7 +109,9 @@ def replaced(text: str, parts: Mapping[str, str]) -> str:
 
 PARTS: Mapping[Path, Mapping[str, Callable[[Path], str]]] = {
     README: {"headline": headline_text},
-    BENCHMARKS: {"peft": peft_text, "cpu": cpu_text, "gpu": gpu_text},
+    DOCS / "benchmarks.md": {"peft": peft_text, "cpu": cpu_text, "gpu": gpu_text},
+    DOCS / "diffusion.md": {"lycoris": partial(written_text, "lycoris")},
+    DOCS / "what-is-accelerated.md": {"peft_ratios": partial(written_text, "peft_ratios")},
 }
 """The pages, and by the name of their markers what each part shows."""
 
@@ -133,7 +141,7 @@ def main() -> None:
 
 
 def said(changed: list[str]) -> str:
-    return f"rewritten: {', '.join(changed)}" if changed else "README.md and docs/benchmarks.md are up to date"
+    return f"rewritten: {', '.join(changed)}" if changed else "README.md and the pages of docs/ are up to date"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What PEFT's DoRA layers and LoRA over experts cost, plain and accelerated, over the frozen base alone.
+"""What PEFT's DoRA, LoRA over experts and small layers cost, plain and accelerated, over the frozen base alone.
 
     python -m benchmarks.peft_ratios
     python -m benchmarks.peft_ratios --threads 2 --rounds 21 --out benchmarks/results/peft_ratios/cpu.md
@@ -13,7 +13,8 @@ import argparse
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +22,14 @@ import torch
 from torch import Tensor, nn
 
 import glora_kernels as gk
-from benchmarks import results
+from benchmarks import devices, results
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ALLOWED = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
 """The relative difference from PEFT's output: sums of about a thousand products, in another order."""
+
+MORE = 20
+"""As many times the rounds for a small layer, whose step is short."""
 
 
 class Problem(NamedTuple):
@@ -51,18 +55,39 @@ class Holder(nn.Module):
 
 def dora(rows: int, dtype: torch.dtype, features: int = 2048, rank: int = 16) -> Problem:
     """One linear layer with DoRA."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["layer"], use_dora=True)
+    return linear(f"DoRA, {rows} x {features}², rank {rank}", config, rows, features, dtype)
+
+
+def small(what: str, rows: int, features: int) -> Problem:
+    """A linear layer whose cost is that of its calls, in fp32."""
+    from peft import GloraConfig, LoraConfig
+
+    configs: dict[str, Any] = {
+        "LoRA": LoraConfig(r=8, target_modules=["layer"]),
+        "LoRA, dropout": LoraConfig(r=8, target_modules=["layer"], lora_dropout=0.1),
+        "GLoRA, A = B = vector": GloraConfig(
+            r=8, target_modules=["layer"], config_A_B="vector", config_C="none", config_D_E="none"
+        ),
+    }
+    return linear(f"{what}, {rows} x {features}²", configs[what], rows, features, torch.float32)
+
+
+def linear(name: str, config: Any, rows: int, features: int, dtype: torch.dtype) -> Problem:
+    """One linear layer."""
+    from peft import get_peft_model
 
     def make() -> nn.Module:
         torch.manual_seed(0)
         return Holder(nn.Linear(features, features, bias=False)).to(dtype).requires_grad_(False)
 
     def adapted(model: nn.Module) -> nn.Module:
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["layer"], use_dora=True)
         return get_peft_model(model, config, autocast_adapter_dtype=False)
 
     x = torch.randn(rows, features, dtype=dtype, requires_grad=True)
-    return Problem(f"DoRA, {rows} x {features}², rank {rank}", make(), adapted, (x,), make)
+    return Problem(name, make(), adapted, (x,), make)
 
 
 def experts(
@@ -100,7 +125,7 @@ def filled(model: nn.Module) -> nn.Module:
     """With adapters that change something."""
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "glora_" in name:
             nn.init.normal_(parameter, std=0.02)
     return model
 
@@ -109,8 +134,8 @@ def measure(problem: Problem, rounds: int) -> dict[str, list[float]]:
     """Seconds of a step of each contestant, round by round."""
     peft = filled(problem.adapted(problem.make()))
     ours = gk.accelerate(filled(problem.adapted(problem.make())), verbose=False)
-    with torch.no_grad():
-        expected, found = peft(*problem.arguments).double(), ours(*problem.arguments).double()
+    with torch.no_grad():  # without dropout, whose masks differ
+        expected, found = (model.eval()(*problem.arguments).double() for model in (peft, ours))
         error = float((found - expected).norm() / expected.norm())
         bound = ALLOWED[problem.arguments[0].dtype]
         if not error <= bound:
@@ -125,7 +150,7 @@ def measure(problem: Problem, rounds: int) -> dict[str, list[float]]:
         problem.arguments[0].grad = None
         return taken
 
-    models = {"frozen": problem.frozen, "PEFT": peft, "accelerated": ours}
+    models = {"frozen": problem.frozen, "PEFT": peft.train(), "accelerated": ours.train()}
     taken: dict[str, list[float]] = {name: [] for name in models}
     for place in range(rounds + 2):
         for name, model in models.items():
@@ -137,6 +162,17 @@ def measure(problem: Problem, rounds: int) -> dict[str, list[float]]:
     return taken
 
 
+def problems(rounds: int) -> Iterator[tuple[Problem, int]]:
+    """Every problem, with its number of rounds: a small one takes more of them."""
+    for kind, sizes in ((dora, (256, 1024)), (experts, (8, 64))):
+        for rows in sizes:
+            for dtype in DTYPES.values():
+                yield kind(rows, dtype), rounds
+    for what in ("LoRA", "LoRA, dropout", "GLoRA, A = B = vector"):
+        for rows, features in ((1, 256), (64, 256), (256, 512)):
+            yield small(what, rows, features), MORE * rounds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11, help="turns of each contestant (default 11)")
@@ -145,23 +181,24 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     lines = [
-        f"{platform.machine()}, {args.threads} threads, Python {platform.python_version()}, torch {torch.__version__}; "
-        f"median over {args.rounds} rounds [lowest, highest] of the ratio to the frozen base",
+        f"Forward and backward over the frozen base: median [p20, p80] of {args.rounds} rounds, "
+        f"{MORE * args.rounds} of small layers. {devices.get('cpu').name()}; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, peft {version('peft')}; "
+        f"`python -m benchmarks.peft_ratios --threads {args.threads} --rounds {args.rounds}`.",
         "",
         "| what | dtype | frozen, ms | PEFT | accelerated |",
         "|------|-------|------------|------|-------------|",
     ]
-    for kind, sizes in ((dora, (256, 1024)), (experts, (8, 64))):
-        for rows in sizes:
-            for name, dtype in DTYPES.items():
-                problem = kind(rows, dtype)
-                taken = measure(problem, args.rounds)
-                cells = [problem.name, name, f"{1e3 * statistics.median(taken['frozen']):.1f}"]
-                for contestant in ("PEFT", "accelerated"):
-                    ratios = [a / b for a, b in zip(taken[contestant], taken["frozen"], strict=True)]
-                    cells.append(f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")
-                lines.append(f"| {' | '.join(cells)} |")
-                print(lines[-1], flush=True)
+    for problem, rounds in problems(args.rounds):
+        taken = measure(problem, rounds)
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == problem.arguments[0].dtype)
+        cells = [problem.name, dtype, f"{1e3 * statistics.median(taken['frozen']):.3g}"]
+        for contestant in ("PEFT", "accelerated"):
+            ratios = [a / b for a, b in zip(taken[contestant], taken["frozen"], strict=True)]
+            low, _, _, high = statistics.quantiles(ratios, n=5)
+            cells.append(f"{statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}]")
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
     results.put_out("\n".join(lines) + "\n", args.out)
 
 

@@ -48,6 +48,14 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(autouse=True)
+def from_y(monkeypatch):
+    """Test layers are small, but take the longer way to dA, which needs the tests: from y (`glora.recover`)."""
+    from glora_kernels.glora import recover
+
+    monkeypatch.setattr(recover, "SMALL", 0)
+
+
 @pytest.fixture
 def poison():
     """`helpers.poisoned`, which is imported once the interpreter is chosen."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from glora_kernels.glora import recover
 from glora_kernels.ops import glora_linear
 from glora_kernels.quant import dequantize, quantize_weight
 
@@ -108,6 +109,19 @@ def test_the_bound(name, dtype):
     within(given, dtype, four_bit=True)
     if name not in ("near zero", "large a"):
         within(given | {"a": given["a"][:1]}, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("name", CASES)
+def test_a_small_layer_takes_da_from_x(name, dtype, monkeypatch):
+    monkeypatch.setattr(recover, "SMALL", 256 * N * K)
+    monkeypatch.setattr(recover, "_from_y", None)
+    given = case(name)
+    within(given, dtype)
+    within(given | {"a": given["a"][:1]}, dtype)
+    monkeypatch.setattr(recover, "SMALL", 256 * N * K - 1)
+    with pytest.raises(TypeError, match="not callable"):
+        within(given, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
