@@ -83,7 +83,7 @@ def small_terms(
 
 def with_terms(x: Tensor, weight: Tensor, terms: AddedTerms) -> Tensor:
     """x·Wᵀ plus the terms. The GEMM accumulates onto the terms, so that 16-bit results are rounded only once."""
-    delta = added_terms(x, len(weight), terms)
+    delta = added_terms(x, weight.shape[0], terms)
     if delta is None:
         return _product(x, weight, terms.beta)
     return torch.addmm(delta, x, weight.t(), out=delta)
@@ -301,12 +301,13 @@ def _through_low_rank(
         mask = None if own else keep
         dh = thin(dy, factor.t(), dy.dtype)
         scaled(dh[:, own:], call.scale / (1.0 - call.dropout_p))
-        if (own and needs.a_down) or (own < len(down) and needs.b_down):
-            of_a, of_b = gathered(dh, dropped(given(x), mask), dy.dtype).split([own, len(down) - own])
+        of_b = needs.b_down and own < down.shape[0]
+        if of_b or (own and needs.a_down):
+            d_down = gathered(dh, dropped(given(x), mask), dy.dtype)
             if own and needs.a_down:
-                da_down = of_a.clone() if len(of_b) else of_a
-            if len(of_b) and needs.b_down:
-                db_down = of_b.clone() if own else of_b
+                da_down = d_down[:own].clone() if of_b else d_down[:own]
+            if of_b:
+                db_down = d_down[own:].clone() if own else d_down
         if needs.x:
             term = dropped(spread(dh, down, dy.dtype), mask)
             delta = term if delta is None else delta.add_(term)
