@@ -101,6 +101,12 @@ class GLoRAConfig(_Config):
             and what is accepted.
 
     Source: Chavan et al., "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning", 2023.
+
+    Examples:
+        >>> gk.GLoRAConfig.lora(rank=8, alpha=16).scale
+        2.0
+        >>> gk.GLoRAConfig("vector", "vector", "none", "vector", "vector").parameter_shapes(16, 32, True)
+        {'A': (32,), 'B': (32,), 'D': (32,), 'E': (32,)}
     """
 
     A: Matrix = "vector"
@@ -250,6 +256,12 @@ class ShareLoRAConfig(_Config):
 
     Source: Song et al., "ShareLoRA: Parameter Efficient and Robust Large Language Model Fine-tuning via Shared
     Low-Rank Adaptation", 2024.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        >>> model = gk.inject(model, gk.ShareLoRAConfig(rank=4, share="A"), target_modules=["0", "1"])
+        >>> gk.trainable_parameters(model)
+        192
     """
 
     rank: int = 64

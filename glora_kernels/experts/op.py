@@ -105,6 +105,13 @@ def expert_glora_linear(
 
     Source: the grouped product with tokens read through an index follows Tan et al., "Scattered Mixture-of-Experts
     Implementation", 2024; the adapters of each expert are ours.
+
+    Examples:
+        >>> from glora_kernels.ops import expert_glora_linear
+        >>> x, weight = torch.randn(4, 16), torch.randn(3, 32, 16)  # three experts
+        >>> adapters = {"b_up": torch.zeros(3, 32, 4), "b_down": torch.randn(3, 4, 16)}
+        >>> expert_glora_linear(x, weight, adapters=adapters, index=torch.tensor([0, 2, 2, 1])).shape
+        torch.Size([4, 32])
     """
     if (index is None) == (offsets is None):
         raise ValueError("give one of index (the experts of each token) and offsets (where the rows of experts end)")

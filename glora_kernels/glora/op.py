@@ -111,6 +111,13 @@ def glora_linear(
         TypeError: an x that is not floating point, or a dtype that differs from the weight's.
         RuntimeError: a forced `backend` that cannot serve the call. In backward: x or a parameter was
             overwritten in place since forward, or y was while a trained vector or constant A needs it.
+
+    Examples:
+        >>> from glora_kernels.ops import glora_linear
+        >>> x, weight, bias = torch.randn(2, 16), torch.randn(32, 16), torch.randn(32)
+        >>> a = torch.zeros(32, requires_grad=True)
+        >>> torch.equal(glora_linear(x, weight, bias, a=a), nn.functional.linear(x, weight, bias))
+        True
     """
     cs = () if c is None and c_up is None and c_down is None else (c, c_up, c_down)
     if cs and wc is None and is_elsewhere(x):  # the registered operator has no C: `glora_wc` is another node

@@ -54,6 +54,11 @@ def glora_wc(
     Raises:
         ValueError: a size or device that does not fit, or not exactly one form of C.
         RuntimeError: a forced `backend` that cannot serve the call.
+
+    Examples:
+        >>> from glora_kernels.ops import glora_linear, glora_wc
+        >>> x, weight, c = torch.randn(2, 16), torch.randn(32, 16), torch.randn(16, requires_grad=True)
+        >>> y = glora_linear(x, weight, wc=glora_wc(weight, c))  # as glora_linear(x, weight, c=c)
     """
     *codes, form = codes_of(weight)
     row = stored(weight), c, c_up, c_down, *codes

@@ -70,6 +70,13 @@ def grouped_lora_linear(
             or more than 64, or a weight that requires grad.
         TypeError: an x that is not floating point, or whose dtype differs from its weight's outside autocast.
         RuntimeError: a forced `backend` that cannot serve the call.
+
+    Examples:
+        >>> from glora_kernels.ops import grouped_lora_linear
+        >>> x, weights = torch.randn(2, 16), [torch.randn(16, 16), torch.randn(8, 16)]
+        >>> downs, ups = [torch.randn(4, 16), torch.randn(4, 16)], [torch.zeros(16, 4), torch.zeros(8, 4)]
+        >>> [tuple(y.shape) for y in grouped_lora_linear(x, weights, downs, ups)]
+        [(2, 16), (2, 8)]
     """
     operands = {"xs": xs, "weights": weights, "downs": downs, "ups": ups, "biases": biases, "seeds": seeds}
     members = _size(**operands, scales=scales)

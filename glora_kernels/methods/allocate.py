@@ -21,7 +21,14 @@ from glora_kernels.spec import GLoRAConfig
 
 
 def with_ranks(config: GLoRAConfig, ranks: Mapping[str, int]) -> dict[str, GLoRAConfig | None]:
-    """A mapping for `inject`: the configuration with each layer's rank and the same s; None for a rank of 0."""
+    """A mapping for `inject`: the configuration with each layer's rank and the same s; None for a rank of 0.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        >>> model = gk.inject(model, gk.with_ranks(gk.GLoRAConfig.lora(rank=8), {"0": 12, "1": 4}))
+        >>> [layer.config.rank for layer in model]
+        [12, 4]
+    """
     return {path: config.with_rank(rank) if rank else None for path, rank in ranks.items()}
 
 
@@ -39,6 +46,11 @@ def linear_ranks(
         ValueError: a rank below 1, or a model without blocks.
 
     Source: Benedek and Wolf, "PRILoRA: Pruned and Rank-Increasing Low-Rank Adaptation", 2024.
+
+    Examples:
+        >>> blocks = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(3)))
+        >>> gk.linear_ranks(blocks, low=4, high=12)
+        {'0.0': 4, '1.0': 8, '2.0': 12}
     """
     for name, value in (("low", low), ("high", high)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -77,6 +89,10 @@ def allocate(scores: Mapping[str, float], budget: int, low: int = 1, high: int |
     Raises:
         ValueError: no scores, one that is NaN, infinite or negative (named), or a budget outside
             len(scores)·[low, high]. All-zero scores are refused as well: they say nothing.
+
+    Examples:
+        >>> gk.allocate({"q": 3.0, "v": 1.0}, budget=16, low=2)
+        {'q': 12, 'v': 4}
     """
     names = list(scores)
     values = [float(scores[name]) for name in names]

@@ -64,7 +64,13 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
 
 
 def snapshot(model: nn.Module, optimizer: Any = None) -> dict[str, dict[str, Kept]]:
-    """A copy of the factors of every low-rank layer and of their moments, for `edit_ranks(source=...)`."""
+    """A copy of the factors of every low-rank layer and of their moments, for `edit_ranks(source=...)`.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig.lora(rank=4), target_modules=["0"])
+        >>> before = gk.snapshot(model)
+        >>> gk.edit_ranks(model, {"0": [0, 0, 1, 2]}, source=before)  # rank 0 twice, as it was then
+    """
     found = inner_optimizer(optimizer)
     return {
         path: {
@@ -108,6 +114,12 @@ def edit_ranks(
             sharded, merged or fused, or whose model is wrapped in DistributedDataParallel; layers of one shared factor
             with different indices; an optimizer whose state has not the parameter's shape; a factor with a map on it
             that has no ranks of its own (a chain, tasks). The message names the layer. Nothing has changed then.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig.lora(rank=4), target_modules=["0"])
+        >>> gk.edit_ranks(model, {"0": [3, 0, None]})  # the last rank, the first, and a fresh one
+        >>> model[0].config.rank
+        3
     """
     refuse_wrapped(model, "edit_ranks")
     layers = low_rank(model, "edit_ranks")
@@ -134,6 +146,12 @@ def set_rank(model: nn.Module, ranks: Mapping[str, int], optimizer: Any = None) 
 
     Raises:
         ValueError: a rank below 1, and the errors of `edit_ranks`.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig.lora(rank=8), target_modules=["0"])
+        >>> gk.set_rank(model, {"0": 4})
+        >>> model[0].config.rank
+        4
     """
     layers = low_rank(model, "set_rank")
     edits = {}

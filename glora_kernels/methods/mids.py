@@ -142,6 +142,11 @@ def set_mid(model: nn.Module, kind: str, **options: Any) -> dict[str, Any]:
     Raises:
         ValueError: no low-rank layer; another kind; a layer that has a map, or whose D is shared (a map would be one of
             all its layers), or that is merged, fused or sharded. Nothing has changed then.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig.lora(rank=4), target_modules=["0"])
+        >>> list(gk.set_mid(model, "gain"))
+        ['0']
     """
     if kind not in MIDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, MIDS))}; got {kind!r}")
@@ -167,7 +172,14 @@ def set_mid(model: nn.Module, kind: str, **options: Any) -> dict[str, Any]:
 
 
 def mids(model: nn.Module) -> dict[str, Any]:
-    """The maps of `set_mid` by the paths of their layers."""
+    """The maps of `set_mid` by the paths of their layers.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig.lora(rank=4), target_modules=["0"])
+        >>> gates = gk.set_mid(model, "gate")
+        >>> gk.mids(model) == gates
+        True
+    """
     found = {path: own.down.maps for path, own in low_rank(model, "mids").items()}
     return {path: one for path, ones in found.items() for one in ones if isinstance(one, tuple(MIDS.values()))}
 
@@ -182,6 +194,13 @@ def fold_mids(model: nn.Module) -> None:
     Raises:
         ValueError: the model is sharded or wrapped in DistributedDataParallel.
         RuntimeError: maps for tasks, outside `tasks`.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig.lora(rank=4), target_modules=["0"])
+        >>> gates = gk.set_mid(model, "gate")
+        >>> gk.fold_mids(model)
+        >>> gk.mids(model)
+        {}
     """
     refuse_wrapped(model, "fold_mids")
     layers = low_rank(model, "fold_mids")
@@ -235,6 +254,12 @@ def tasks(model: nn.Module, ids: int | Tensor) -> Iterator[None]:
         ValueError: no layer has tasks; an id out of range.
         TypeError: ids that are no integers.
         RuntimeError: inside `rows` or another `tasks`; layers of PEFT that are not accelerated, with a tensor.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig.lora(rank=4), target_modules=["0"])
+        >>> maps = gk.set_mid(model, "tasks", tasks=3, ups=2)
+        >>> with gk.tasks(model, torch.tensor([0, 2, 1])):
+        ...     y = model(torch.randn(3, 16))
     """
     layers = low_rank(model, "tasks")
     own = {path: mid for path, mid in mids(model).items() if isinstance(mid, TaskMid)}

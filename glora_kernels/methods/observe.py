@@ -88,6 +88,13 @@ def observe(model: nn.Module, kind: str, training: bool = False) -> Iterator[See
 
     Raises:
         ValueError: another kind; no low-rank layer, or for "hidden" no blocks.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig.lora(rank=4), target_modules=["0"])
+        >>> with gk.observe(model, "sensitivity") as seen:
+        ...     model(torch.randn(2, 16)).square().sum().backward()
+        >>> list(seen)
+        ['0']
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}; got {kind!r}")

@@ -48,6 +48,12 @@ def optimizer(model: nn.Module, kind: str, lr: float, ratio: float = 16.0, **opt
     Source: Yen et al., "LoRA Done RITE: Robust Invariant Transformation Equilibration for LoRA Optimization", 2024;
     Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024; Zhang et al., "LoRA-FA: Memory-efficient
     Low-rank Adaptation for Large Language Models Fine-tuning", 2023.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig.lora(rank=4), target_modules=["0"])
+        >>> optimizer = gk.optimizer(model, "lora+", lr=1e-4, ratio=16)
+        >>> [group["lr"] for group in optimizer.param_groups]
+        [0.0001, 0.0016]
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}; got {kind!r}")

@@ -94,6 +94,11 @@ def restart(
             message has the figure); "chain" with a shared factor or a map, or over PEFT's layers, whose files could not
             hold it; "base" for some only of the layers that share a factor; a layer that is sharded, merged or fused.
             The message names the layer. Nothing has changed then.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig.lora(rank=4), target_modules=["0"])
+        >>> gk.restart(model)
+        'base'
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank must be an integer >= 1, got {rank!r}")

@@ -26,6 +26,12 @@ def using(model: nn.Module, path: str | os.PathLike[str]) -> Iterator[nn.Module]
 
     Raises:
         ValueError: and the other errors of `load_adapter`, before anything has changed.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig(), target_modules=["0"])
+        >>> gk.save_adapter(model, "best.safetensors")
+        >>> with gk.using(model, "best.safetensors"):
+        ...     y = model(torch.randn(2, 16))
     """
     layers = layers_of(model, "using")
     held = [p for layer in layers.values() for p in layer.adapter().values()]

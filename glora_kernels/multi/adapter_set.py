@@ -44,6 +44,12 @@ class AdapterSet:
     Raises:
         TypeError: an argument that `glora_linear` has not, an operand that is no tensor, or a stack of adapters, whose
             parts are other tensors in each call. Sizes are checked by the calls.
+
+    Examples:
+        >>> from glora_kernels.ops import AdapterSet, multi_glora_linear
+        >>> adapters = AdapterSet([{"a": torch.randn(32)}, {"e": torch.randn(32)}])
+        >>> multi_glora_linear(torch.randn(2, 16), torch.randn(32, 16), None, adapters, torch.tensor([1, 0])).shape
+        torch.Size([2, 32])
     """
 
     def __init__(self, adapters: Sequence[Mapping[str, Any]]) -> None:

@@ -72,6 +72,14 @@ def multi_glora_linear(
         RuntimeError: a forced `backend` that cannot serve the call.
 
     Source: the rows' index set follows Chen et al., "Punica: Multi-Tenant LoRA Serving", 2023; GLoRA's terms are ours.
+
+    Examples:
+        >>> from glora_kernels.ops import multi_glora_linear
+        >>> x, weight = torch.randn(3, 16), torch.randn(32, 16)
+        >>> adapters = [{"a": torch.randn(32)}, {"b_up": torch.randn(32, 4), "b_down": torch.randn(4, 16)}]
+        >>> y = multi_glora_linear(x, weight, None, adapters, torch.tensor([0, 1, -1]))  # -1: none
+        >>> torch.allclose(y[2], weight @ x[2], atol=1e-5)
+        True
     """
     kept = isinstance(adapters, AdapterSet)
     chosen = adapters if isinstance(adapters, AdapterSet) else AdapterSet(

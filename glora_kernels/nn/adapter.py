@@ -95,6 +95,13 @@ def load_adapter(
             (also where a value overflows the model's dtype), and the message names the first differences; or the model
             is sharded by FSDP already.
         RuntimeError: a layer of the model is merged.
+
+    Examples:
+        >>> base = nn.Sequential(nn.Linear(16, 4))
+        >>> gk.save_adapter(gk.inject(copy.deepcopy(base), gk.GLoRAConfig(), ["0"]), "adapter.safetensors")
+        >>> model = gk.load_adapter(base, "adapter.safetensors")  # a plain model gets the layers of the file
+        >>> model[0].config.A
+        'vector'
     """
     refuse_fsdp(unwrap(model), "load_adapter", "load the adapter before fully_shard")
     where = f"load_adapter: {str(path)!r}"

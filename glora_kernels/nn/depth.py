@@ -44,6 +44,11 @@ def shift_once(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model has no GLoRA layer.
         RuntimeError: a CUDA graph is being captured; or, in backward, a tensor that β depends on was overwritten.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig(C="vector", E="vector"), ["0"])
+        >>> with gk.shift_once(model):
+        ...     model(torch.randn(2, 16)).sum().backward()
     """
     layers = [layer for layer in layers_of(model, "shift_once").values() if _is_shifted(layer)]
     before = [layer._beta for layer in layers]
@@ -94,6 +99,13 @@ def deferred_shared_grads(model: nn.Module) -> Iterator[Deferred]:
     Raises:
         ValueError: the model has no GLoRA layer.
         RuntimeError: the context is open already.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        >>> model = gk.inject(model, gk.ShareLoRAConfig(rank=4), target_modules=["0", "1"])
+        >>> with gk.deferred_shared_grads(model) as deferred:
+        ...     loss = model(torch.randn(2, 16)).sum()
+        >>> loss.backward()
     """
     layers = [layer for layer in layers_of(model, "deferred_shared_grads").values() if layer.is_linear]
     if any(layer._deferred is not None for layer in layers):

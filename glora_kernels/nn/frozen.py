@@ -197,6 +197,10 @@ class QuantizedLinear(FrozenBase):
         weight: the codes and their metadata.
         bias: (N,), or None.
         compute_dtype: the dtype that x is cast to; y is cast back. None: x stays as it is.
+
+    Examples:
+        >>> gk.quantize(nn.Linear(64, 32), "nf4")
+        QuantizedLinear(in_features=64, out_features=32, bias=True, nf4, blocksize=64)
     """
 
     def __init__(

@@ -72,6 +72,17 @@ def fuse_siblings(model: nn.Module, groups: Iterable[Iterable[str]] | None = Non
         ValueError: no GLoRA layer, a pattern that matches none, a layer in two groups, or nothing to fuse (the
             message says why). The model is unchanged.
         TypeError: `groups` holds something else than patterns.
+
+    Examples:
+        >>> class Attention(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, 16) for _ in range(3))
+        ...     def forward(self, x):
+        ...         return self.q_proj(x) + self.k_proj(x) + self.v_proj(x)
+        >>> print(gk.fuse_siblings(gk.inject(nn.Sequential(Attention()), gk.GLoRAConfig.lora())))
+        1 group of siblings, each one launch forward (two with dropout, a large rank or fp32 factors)
+          1 x  #: q_proj, k_proj, v_proj
     """
     layers = layers_of(model, "fuse_siblings")
     sets = sibling_sets(unwrap(model)) if groups is None else _matched(layers, groups)

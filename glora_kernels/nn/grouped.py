@@ -36,6 +36,11 @@ class GroupedLoRALinear(nn.Module):
         TypeError: `config` is not a GLoRAConfig, or `out_features` no sequence.
         ValueError: fewer than two layers, a size below 1, a dtype or form of A or B that is not supported, or `tied`
             without B = lora.
+
+    Examples:
+        >>> qkv = gk.GroupedLoRALinear(16, [16, 8, 8], gk.GLoRAConfig.lora(rank=4))
+        >>> [y.shape[-1] for y in qkv(torch.randn(2, 16))]
+        [16, 8, 8]
     """
 
     members: nn.ModuleList

@@ -86,8 +86,8 @@ def inject(
     r"""Replace linear layers and convolutions by GLoRA layers and freeze everything but the adapters and `train`.
 
     A pattern is a module path, the end of one ("q_proj", "attn.q_proj"), a glob on the path or on its last name
-    ("blocks.0.*", "*.attn.?_proj"), or a regular expression that matches whole paths (r".*\.(q|v)_proj"); the first of
-    these that finds a module is what it means.
+    (`"blocks.0.*"`, `"*.attn.?_proj"`), or a regular expression that matches whole paths (`r".*\.(q|v)_proj"`); the
+    first of these that finds a module is what it means.
 
     Layers with equal ShareLoRAConfigs share factors by projection type; `shared(model)` shows which. A shared factor is
     one parameter with several names: copies and optimizers treat it as one, a `state_dict` has all names, and Hugging
@@ -103,7 +103,7 @@ def inject(
         target_modules: patterns of linear layers. None or "all-linear" means every linear layer but the head: what
             `get_output_embeddings()` or timm's `get_classifier()` returns, else those named lm_head, head, classifier,
             score or embed_out or directly inside a module of these names, and an "fc" of the model itself. A pattern
-            that matches no linear layer means convolutions (nn.Conv1d, Conv2d, Conv3d): "conv1", r".*resnets.*conv\d".
+            that matches no linear layer means convolutions (`nn.Conv1d`, 2d, 3d): "conv1", `r".*resnets.*conv\d"`.
         train: patterns of modules that are trained whole and saved with the adapter. Linear layers in them are not
             adapted.
         target_parameters: patterns of the weights of experts ("experts.gate_up_proj", "experts.down_proj"), which
@@ -132,6 +132,12 @@ def inject(
     Warns:
         UserWarning: target_modules is None and much of the model is in no linear layer: experts in one tensor,
             convolutions.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 4))
+        >>> model = gk.inject(model, gk.GLoRAConfig(A="vector", B="lora", rank=4), target_modules=["0"], train=["2"])
+        >>> [name for name, p in model.named_parameters() if p.requires_grad]
+        ['0.A', '0.B_up', '0.B_down', '2.weight', '2.bias']
     """
     root = unwrap(model)
     refuse_adapted("inject", root)

@@ -133,6 +133,11 @@ class GLoRALinear(TakesRows, Mergeable):
     Raises:
         TypeError: `config` is not a GLoRAConfig.
         ValueError: a size below 1 or a dtype that is not supported.
+
+    Examples:
+        >>> layer = gk.GLoRALinear.from_linear(nn.Linear(16, 32), gk.GLoRAConfig("vector", "lora", rank=4))
+        >>> layer(torch.randn(2, 16)).shape
+        torch.Size([2, 32])
     """
 
     config: GLoRAConfig
@@ -426,11 +431,10 @@ class GLoRALinear(TakesRows, Mergeable):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *found: Any) -> None:
         given = {name for name in NAMES if prefix + name in state_dict}
-        others = f"{prefix}adapters."
         *_, errors = found
         where = prefix.removesuffix(".") or "the layer"
         # In a merged layer a loaded base would be lost at unmerge, and a loaded adapter would have no effect.
-        if self.merged and (given or any(key.startswith(others) for key in state_dict)):
+        if self.merged and (given or any(key.startswith(f"{prefix}adapters.") for key in state_dict)):
             errors.append(f"{where} is merged; call unmerge() before loading")
             return
         if given and metadata.get(MERGED):
@@ -478,20 +482,17 @@ class GLoRALinear(TakesRows, Mergeable):
 
     def extra_repr(self) -> str:
         config = self.config
-        parts = [f"in_features={self.in_features}, out_features={self.out_features}"]
-        parts.append(f"bias={self.base_bias is not None}")
-        if self.quant_state is not None:
-            parts.append(describe(self.quant_state))
+        parts = [f"in_features={self.in_features}, out_features={self.out_features}, bias={self.base_bias is not None}"]
+        parts += [] if self.quant_state is None else [describe(self.quant_state)]
         forms = {name: getattr(config, name) for name in SUPPORTS if name != "D" or self.D is not None}
         parts += [f"{name}={form}" for name, form in forms.items() if form != "none"]
-        fused = self._siblings is not None and self._siblings.fused
         details = {
             f"rank={config.rank}": "lora" in (config.A, config.B, config.C),
             f"scale={config.scale:g}": config.B == "lora",
             f"scale_A={config.scale_A:g}": config.alpha_A is not None,
             f"dropout={config.dropout:g}": self._dropout,
             f"variant={config.variant}": config.variant != "hadamard",
-            f"siblings={len(self._siblings.names) if self._siblings else 0}": fused,
+            f"siblings={len(self._siblings.names) if self._siblings else 0}": self._siblings and self._siblings.fused,
             "merged": self.merged,
             "disabled": self._disabled,
             f"active={self._active!r}": self._active is not None,

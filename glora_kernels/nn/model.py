@@ -83,7 +83,12 @@ def trained_of(root: nn.Module) -> dict[str, nn.Module]:
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """The number of parameter elements that require a gradient; a shared parameter counts once."""
+    """The number of parameter elements that require a gradient; a shared parameter counts once.
+
+    Examples:
+        >>> gk.trainable_parameters(gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig.lora(rank=2), ["0"]))
+        40
+    """
     check_module(model)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 

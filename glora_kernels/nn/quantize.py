@@ -87,6 +87,12 @@ def quantize(
             whose weight is read by other code, is on the meta device, holds NaN or inf, or is shared with a module that
             stays dense. The model is unchanged.
         TypeError: a weight in float64, or an argument of the wrong kind.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        >>> model = gk.quantize(model, "nf4", double_quant=True, target_modules=["0"])
+        >>> [type(layer).__name__ for layer in model]
+        ['QuantizedLinear', 'Linear']
     """
     if quant_type not in QUANT_TYPES:
         raise ValueError(f"quant_type must be one of {', '.join(map(repr, QUANT_TYPES))}; got {quant_type!r}")

@@ -63,6 +63,11 @@ def save_adapter(
 
     Warns:
         UserWarning: other parameters require a gradient as well; they are not saved.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig.lora(), target_modules=["0"])
+        >>> gk.save_adapter(model, "adapter.safetensors")
+        >>> gk.save_adapter(model, "for-kohya.safetensors", format="kohya")
     """
     root = unwrap(model)
     layers = layers_of(model, "save_adapter")

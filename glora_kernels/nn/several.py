@@ -46,6 +46,10 @@ def adapters(model: nn.Module) -> tuple[str, ...]:
 
     Raises:
         ValueError: the model has neither GLoRA layers nor accelerated layers of PEFT.
+
+    Examples:
+        >>> gk.adapters(gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig(), target_modules=["0"]))
+        ('default',)
     """
     return _names(_taking(unwrap(model), "adapters"))
 
@@ -87,6 +91,11 @@ def add_adapter(
         ValueError: a name that exists or cannot be one, a model without GLoRA layers, sharded or wrapped in
             DistributedDataParallel, a configuration with tie_siblings, and the errors of `inject`. Nothing has changed.
         RuntimeError: inside `rows` or `disabled`, or a layer is merged.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig.lora(rank=2), target_modules=["0"])
+        >>> gk.adapters(gk.add_adapter(model, "b", gk.GLoRAConfig(rank=4)))
+        ('default', 'b')
     """
     root = unwrap(model)
     check_new(model, name, "add_adapter")
@@ -127,6 +136,10 @@ def set_adapter(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: no GLoRA layer has an adapter of this name.
         RuntimeError: a layer is merged.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig.lora(rank=2), target_modules=["0"])
+        >>> gk.set_adapter(gk.add_adapter(model, "b", gk.GLoRAConfig(rank=4)), "b")
     """
     layers = layers_of(model, "set_adapter")
     check_known(layers, name, "set_adapter")
@@ -146,6 +159,12 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: there is none of this name, or it is the first, which is part of the layers.
         RuntimeError: it is active, or this is inside `rows`.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig.lora(rank=2), target_modules=["0"])
+        >>> gk.delete_adapter(gk.add_adapter(model, "b", gk.GLoRAConfig(rank=4)), "b")
+        >>> gk.adapters(model)
+        ('default',)
     """
     layers = layers_of(model, "delete_adapter")
     check_known(layers, name, "delete_adapter")
@@ -190,6 +209,12 @@ def rows(model: nn.Module, names: Sequence[str | None] | Tensor) -> Iterator[Non
             adapter of PEFT has of its own (modules_to_save).
         TypeError: names of another kind.
         RuntimeError: a layer is merged, or cannot compute one of the adapters; the message says why.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig.lora(rank=2), target_modules=["0"])
+        >>> model = gk.add_adapter(model, "b", gk.GLoRAConfig(rank=4))
+        >>> with gk.rows(model, ["b", None, "default"]):
+        ...     y = model(torch.randn(3, 16))
     """
     layers = _taking(unwrap(model), "rows")
     _refuse_own_modules(unwrap(model))

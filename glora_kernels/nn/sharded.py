@@ -178,6 +178,10 @@ def parameter_groups(model: nn.Module, by_adapter: bool = False) -> list[dict[st
 
     The list operations that optimizers use ("foreach", the default on a GPU, and "fused") cannot mix the two kinds. A
     shared parameter appears once. A model that is not sharded has one group.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig(), target_modules=["0"])
+        >>> optimizer = torch.optim.AdamW(gk.parameter_groups(model), lr=1e-3)
     """
     check_module(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -211,6 +215,11 @@ def clip_grad_norm_(
 
     Raises:
         RuntimeError: `error_if_nonfinite`, and the norm is not finite.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig(), target_modules=["0"])
+        >>> model(torch.randn(2, 16)).sum().backward()
+        >>> norm = gk.clip_grad_norm_(model.parameters(), 1.0)
     """
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     settle(given)

@@ -274,6 +274,13 @@ def shared(model: nn.Module) -> SharedFactors:
 
     Raises:
         ValueError: the model has no GLoRA layer.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        >>> print(gk.shared(gk.inject(model, gk.ShareLoRAConfig(rank=4), target_modules=["0", "1"])))
+        factor  shape    count  uses  parameters  projection type
+        B_down  (4, 16)      1     2          64  # (16, 16)
+        trainable parameters: 192 (256 if nothing were shared)
     """
     layers, depths = layers_of(model, "shared"), numbered(unwrap(model))
     rows = []

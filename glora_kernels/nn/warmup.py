@@ -78,6 +78,11 @@ def warmup(
         TypeError: `model` is no module, or `tokens` no integers.
         ValueError: the model is sharded or has no layer that runs on our operators, tokens below 1, or a dtype that
             autocast does not support.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig(), target_modules=["0"])
+        >>> gk.warmup(model, tokens=8192, progress=False)  # nothing is compiled on a CPU
+        []
     """
     refuse_sharded(unwrap(model), "warmup", "call it before fully_shard")
     layers = named_layers(unwrap(model))

@@ -45,6 +45,11 @@ def backend(name: Backend) -> Iterator[None]:
 
     Raises:
         ValueError: an unknown name.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig(), target_modules=["0"])
+        >>> with gk.backend("eager"):
+        ...     y = model(torch.randn(2, 16))  # plain PyTorch, to compare the kernels with
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {name!r}")
@@ -89,6 +94,12 @@ def batch_invariant() -> Iterator[None]:
         RuntimeError: (in a call inside) it is transformed by torch.func, forward-mode differentiation or torch.jit,
             or its gradients are batched, which takes PyTorch's own operations; or `ops.multi_glora_linear` is called
             while a CUDA graph is captured.
+
+    Examples:
+        >>> model, x = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig(), ["0"]), torch.randn(8, 16)
+        >>> with gk.batch_invariant():
+        ...     torch.equal(model(x)[:1], model(x[:1]))
+        True
     """
     before, _state.invariant = _state.invariant, True
     try:

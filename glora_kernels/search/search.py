@@ -110,6 +110,13 @@ class Search:
         ValueError: an argument outside the accepted ones, a limit that the smallest candidate does not keep, a start
             that is not in the space, or a ledger that is damaged or of another search; the message says which.
         TypeError: an argument of the wrong kind.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+        >>> net = gk.Supernet(model, gk.SearchSpace(ranks=(2, 4)), target_modules=["0"], train=["1"])
+        >>> def evaluate(model):
+        ...     return -model(torch.ones(1, 16)).square().sum().item()
+        >>> search = gk.Search(net, evaluate, max_parameters=100, generations=2)
     """
 
     def __init__(

@@ -63,6 +63,11 @@ class SearchSpace:
         ValueError: a value outside the accepted ones, something named twice, or a space that allows nothing: no form
             of a support, no rank, or "none" alone for every support.
         TypeError: forms or ranks that are no tuple or list.
+
+    Examples:
+        >>> space = gk.SearchSpace(A=("none", "vector"), B=("lora",), C=("none",), D=("none",), E=("none",), ranks=(4,))
+        >>> space.largest.A, space.largest.rank
+        ('vector', 4)
     """
 
     A: tuple[Matrix, ...] = ("none", "vector", "lora")

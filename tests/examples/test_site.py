@@ -51,3 +51,7 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
         assert (tmp_path / page).exists(), page
     layers = (tmp_path / "reference" / "layers" / "index.html").read_text()
     assert "y = x (W + s_A" in layers, "docstrings are missing"
+    pages = [page.read_text() for page in (tmp_path / "reference").glob("*/index.html")]
+    assert not [found for text in pages for found in re.findall(r"[^ >]<em>.{1,40}", text)], (
+        "put the pattern in backticks"
+    )

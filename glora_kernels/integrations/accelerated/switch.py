@@ -96,6 +96,14 @@ def accelerate(model: P, *, verbose: bool = True) -> P:
         TypeError: `model` is no module, and has no `components` either.
         ImportError: PEFT is missing, or older than the oldest supported release.
         ValueError: the model has no PEFT layers, or none that can be accelerated.
+
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(16, 4)), LoraConfig(target_modules=["0"]))
+        >>> model = gk.accelerate(model, verbose=False)
+        >>> print(gk.acceleration(model))
+        layers  kind         runs on        because
+             1  lora.Linear  glora_kernels
     """
     root = _root(model)
     layers = _tuner_layers(root)
@@ -142,6 +150,11 @@ def decelerate(model: P) -> P:
         TypeError: `model` is no module, and has no `components` either.
         ValueError: it has no PEFT layers, or a layer's class or forward was changed since. The model is unchanged.
         RuntimeError: inside `rows`, which PEFT's own layers do not know.
+
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(16, 4)), LoraConfig(target_modules=["0"]))
+        >>> model = gk.decelerate(gk.accelerate(model, verbose=False))  # PEFT's layers again, with the same parameters
     """
     root = _root(model)
     found = _tuner_layers(root).values()
@@ -190,6 +203,12 @@ def acceleration(model: nn.Module | Pipeline, *, reset: bool = False) -> Acceler
     Args:
         model: a model with PEFT layers, or a pipeline of such.
         reset: whether to set the counts of single calls to zero after the report.
+
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(16, 4)), LoraConfig(target_modules=["0"]))
+        >>> gk.acceleration(gk.accelerate(model, verbose=False)).accelerated
+        {'lora.Linear': 1}
     """
     root = _root(model)
     layers, kinds = _tuner_layers(root), _kinds()

@@ -143,6 +143,12 @@ class GLoRAPeftConfig(AdapterConfig):
     Raises:
         ValueError: what `AdapterConfig` and `GLoRAConfig` refuse.
         TypeError: patterns that are no mapping.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from glora_kernels.integrations.peft import GLoRAPeftConfig
+        >>> config = GLoRAPeftConfig(target_modules=["0"], A="vector", B="lora", r=4)
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(16, 4)), config)
     """
 
     r: int = 8
@@ -220,6 +226,12 @@ class ShareLoRAPeftConfig(AdapterConfig):
 
     Raises:
         ValueError: what `AdapterConfig` and `ShareLoRAConfig` refuse; tie_siblings with dropout.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from glora_kernels.integrations.peft import ShareLoRAPeftConfig
+        >>> config = ShareLoRAPeftConfig(target_modules=["0", "1"], r=4, share="A")
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), config)
     """
 
     r: int = 64

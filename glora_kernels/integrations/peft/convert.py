@@ -81,6 +81,13 @@ def convert_checkpoint(
         FileExistsError: the target exists.
         ValueError: a file that cannot be read, or holds NaN, inf, or parameters that do not fit its configuration; a
             source of another method or a newer format, or one that the other form cannot express.
+
+    Examples:
+        >>> from peft import GloraConfig, get_peft_model
+        >>> from glora_kernels.integrations.peft import convert_checkpoint
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(16, 4)), GloraConfig(target_modules=["0"]))
+        >>> model.save_pretrained("peft-glora")
+        >>> convert_checkpoint("peft-glora", "ours")
     """
     source, target = Path(source_dir), Path(target_dir)
     if target.exists():

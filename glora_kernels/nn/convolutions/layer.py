@@ -31,6 +31,11 @@ class GLoRAConv(GLoRALinear):
         conv: a convolution for which `from_conv` has no objection; the layer takes over its parameters.
         config: which supports exist, rank, scale, dropout.
         adapter_dtype: of the adapter; None means the weight's.
+
+    Examples:
+        >>> layer = gk.GLoRAConv(nn.Conv2d(3, 8, 3, stride=2, padding=1), gk.GLoRAConfig.lora(rank=2))
+        >>> layer(torch.randn(1, 3, 16, 16)).shape
+        torch.Size([1, 8, 8, 8])
     """
 
     def __init__(self, conv: nn.Module, config: GLoRAConfig, *, adapter_dtype: torch.dtype | None = None) -> None:

@@ -61,6 +61,11 @@ def merge(model: nn.Module, requantize: bool = False, *, progress: bool = False)
     Warns:
         UserWarning: layers without a bias get one (from C, E) that is dropped when the model is loaded again; the
             message names the configuration flag that keeps it, if there is one.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig(), target_modules=["0"]).eval()
+        >>> gk.merge(model)  # a plain product from here on
+        >>> gk.unmerge(model)
     """
     layers = layers_of(model, "merge")
     refuse_sharded(unwrap(model), "merge", UNSHARD)
@@ -101,6 +106,14 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         ValueError: the model has no GLoRA layer.
         RuntimeError: a layer is not merged.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig(), target_modules=["0"])
+        >>> weight = model[0].weight.clone()
+        >>> gk.merge(model)
+        >>> gk.unmerge(model)
+        >>> torch.equal(model[0].weight, weight)
+        True
     """
     layers = layers_of(model, "unmerge")
     if path := next((path for path, layer in layers.items() if not layer.merged), None):
@@ -128,6 +141,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     Raises:
         ValueError: the model has no GLoRA layer.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig(), target_modules=["0"])
+        >>> with gk.disabled(model):
+        ...     reference = model(torch.randn(2, 16))  # of the base, as for DPO
     """
     layers = layers_of(model, "disabled").values()
     merged = [layer for layer in layers if layer.merged]
@@ -192,6 +210,13 @@ def merge_and_unload(model: nn.Module, requantize: bool = False, *, progress: bo
             would change, merged or rounded values that hold NaN or inf, or a layer whose forward was replaced; or C or
             E would give experts a bias that their module has no place for, or a layer of experts has hooks.
         RuntimeError: a layer is disabled, or has a 4-bit base and `requantize` is False.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig(), target_modules=["0"]).eval()
+        >>> gk.merge_and_unload(model)
+        Sequential(
+          (0): Linear(in_features=16, out_features=4, bias=True)
+        )
     """
     layers, root = layers_of(model, "merge_and_unload"), unwrap(model)
     _check_replaceable("merge_and_unload", model, root, layers)
@@ -238,6 +263,13 @@ def unload(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: as in `merge_and_unload`.
         RuntimeError: inside `disabled`, `rows` or another context.
+
+    Examples:
+        >>> model = gk.inject(nn.Sequential(nn.Linear(16, 4)), gk.GLoRAConfig(), target_modules=["0"])
+        >>> gk.unload(model)  # the adapter is gone
+        Sequential(
+          (0): Linear(in_features=16, out_features=4, bias=True)
+        )
     """
     layers, root = layers_of(model, "unload"), unwrap(model)
     _check_replaceable("unload", model, root, layers)

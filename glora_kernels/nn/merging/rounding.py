@@ -40,6 +40,13 @@ class MergeReport:
         max_error: the largest |W_q − W_eff|.
         shape: (N, K) of a layer; None for a model.
         layers: for a model, the report of each layer by its path.
+
+    Examples:
+        >>> model = gk.quantize(nn.Sequential(nn.Linear(64, 64)), target_modules=["0"])
+        >>> model = gk.inject(model, gk.GLoRAConfig(), target_modules=["0"])
+        >>> report = gk.merge(model.eval(), requantize=True)
+        >>> report.weights
+        4096
     """
 
     weights: int
