@@ -1,4 +1,4 @@
-"""`python -m glora_kernels info | check | tune | bench | params`."""
+"""`python -m glora_kernels info | check | tune | warmup | bench | params`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import argparse
 import sys
 from typing import Any
 
-from glora_kernels.tools.commands import bench, check, info, params, printing, tune
+from glora_kernels.tools.commands import bench, check, info, params, printing, tune, warmup
 
-COMMANDS: dict[str, Any] = {"info": info, "check": check, "tune": tune, "bench": bench, "params": params}
+COMMANDS: dict[str, Any] = {
+    "info": info, "check": check, "tune": tune, "warmup": warmup, "bench": bench, "params": params
+}  # fmt: skip
 """Each has HELP and DESCRIPTION, FACTS (the keys of its JSON), `add_arguments`, and `run`, which returns a `Report`."""
 
 

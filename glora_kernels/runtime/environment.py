@@ -34,6 +34,13 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def triton_cache() -> str:
+    """The folder in which Triton keeps what it compiles: TRITON_CACHE_DIR, or ~/.triton/cache."""
+    from triton import knobs
+
+    return str(knobs.cache.dir)
+
+
 def require_triton() -> None:
     """Check, before the kernels are imported, that they can be.
 

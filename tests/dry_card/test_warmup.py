@@ -45,3 +45,53 @@ def test_nor_by_kept_programs(on_card):
     warmed, late, _ = on_card(asked, FORMS[:1], True)[FORMS[0]]
     assert warmed >= 6
     assert not late
+
+
+OPTIONS = [[], ["--four-bit", "nf4"], ["--case", "glora:vector,lora,vector,none,vector"]]
+
+
+def commanded(options: list[str]) -> tuple[int, int, list[str], list[str]]:
+    """The status of the command, how many kernels it asked for, which ones a step asks for after it, and its lines."""
+    import contextlib
+    import io
+    import json
+    import tempfile
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import glora_kernels as gk
+    from dry_card import card
+    from glora_kernels.__main__ import main
+
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, vocab_size=64, architectures=["LlamaForCausalLM"])
+    printed = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, card.compilations(False) as found:
+        config.save_pretrained(folder)
+        with contextlib.redirect_stdout(printed):
+            status = main(["warmup", "--config", folder, "--rank", "8", "--tokens", "2048", "--json", *options])
+        warmed = len(found)
+        own = dict(zip(options[::2], options[1::2], strict=True))
+        forms = own.get("--case", "glora:none,lora,none,none,none").removeprefix("glora:").split(",")
+        alpha = 8 if "--case" in own else 16
+        model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+        if "--four-bit" in own:
+            gk.quantize(model, own["--four-bit"])
+        gk.inject(model, gk.GLoRAConfig(*forms, rank=8, alpha=alpha))
+        for layer in model.modules():
+            if isinstance(layer, gk.GLoRALinear):
+                for tokens in (2048, 100):
+                    x = torch.zeros(tokens, layer.in_features, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+                    layer(x).backward(torch.zeros(tokens, layer.out_features, device="cuda", dtype=torch.bfloat16))
+    return status, warmed, found[warmed:], json.loads(printed.getvalue())["kinds"]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["LoRA", "NF4", "GLoRA"])
+def test_the_command_compiles_what_a_model_of_the_config_asks_for(options, on_card):
+    pytest.importorskip("transformers")
+    status, warmed, late, kinds = on_card(commanded, options, GLORA_KERNELS_LAUNCH="slow")
+    assert status == 0
+    assert warmed >= 6
+    assert late == []
+    assert len(kinds) == 3  # 256 to 256, 256 to 512, 512 to 256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 import glora_kernels as gk
 from glora_kernels.__main__ import main
 from glora_kernels.integrations import configs
-from glora_kernels.tools.commands import models
+from glora_kernels.tools.commands import models, warmup
+from glora_kernels.tools.commands.printing import Refused
 
 transformers = pytest.importorskip("transformers")
 
@@ -238,3 +240,26 @@ def test_no_code_of_a_model_is_run(tmp_path, capsys):
     assert main(["info", "--config", str(tmp_path)]) == 2
     assert "transformers makes no model of" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
+
+
+def test_warmup_says_what_it_lacks(capsys, saved):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["warmup", "--config", saved("gpt2")]) == 2
+    assert "PyTorch sees no GPU here; `info --config` says" in capsys.readouterr().err
+    assert main(["warmup"]) == 2
+    assert "say which model: --config" in capsys.readouterr().err
+
+
+def test_warmup_runs_a_layer_of_each_kind(capsys, saved):
+    parser = argparse.ArgumentParser()
+    warmup.add_arguments(parser)
+    asked = ["--config", saved("mixtral"), "--dtype", "fp32", "--rank", "4", "--tokens", "3", "5", "--share", "A"]
+    with gk.backend("triton"):
+        report = warmup.warmed(parser.parse_args(asked), torch.device("cpu"))
+    facts = dict(report.facts)
+    assert facts["skipped"] == 0
+    assert len(facts["kinds"]) == 2  # q and o, k and v; the experts are left as they are
+    assert all("forward and backward with 3, 5 tokens" in line for line in facts["kinds"])
+    with pytest.raises(Refused, match="no_such"):
+        warmup.warmed(parser.parse_args([*asked, "--targets", "no_such"]), torch.device("cpu"))

@@ -35,7 +35,6 @@ FACTS = {
     "untouched": "with --config, what is not adapted: layers, number, module (its class), shape, why",
 }
 PACKAGES = ("glora_kernels", "torch", "triton", "safetensors", "peft", "transformers", "bitsandbytes")
-QUANT_TYPES = ("nf4", "fp4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,13 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=text.positive, default=8192, metavar="M", help="of --config: rows of x (default: 8192)"
     )
-    parser.add_argument(
-        "--targets", nargs="+", metavar="PATTERN",
-        help="of --config: adapt only these, as q_proj v_proj, convolutions too (default: linear layers but the head)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--exclude", nargs="+", default=[], metavar="PATTERN", help="of --config: leave these layers as they are"
-    )
+    model.add_what(parser)
     parser.add_argument("--experts", action="store_true", help="of --config: adapt the experts too")
     parser.add_argument(
         "--siblings", type=text.positive, nargs="+", default=[], metavar="N",
@@ -70,8 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --layer: two such layers, which share factors, inside shift_once and deferred_shared_grads; with "
         "--config: ShareLoRA",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=tables.DTYPES, default="bf16", help="of the layers and x (default: bf16)")
-    parser.add_argument("--four-bit", choices=QUANT_TYPES, help="with --layer, --config: the base is held in 4 bits")
     parser.add_argument(
         "--backend", choices=("auto", "triton", "cuda"), default="auto",
         help="with --four-bit: whose kernels serve the 4-bit weight (default: those that are measured or expected to)",

@@ -23,6 +23,7 @@ from glora_kernels.nn.model import all_paths, named_layers
 from glora_kernels.nn.names import numbered
 from glora_kernels.nn.quantize import to_quantize
 from glora_kernels.nn.targets import linears, put
+from glora_kernels.quant.codes import QUANT_TYPES
 from glora_kernels.runtime import environment, routes, tables
 from glora_kernels.runtime.launch import Launch
 from glora_kernels.spec import ShareLoRAConfig, depthless
@@ -100,18 +101,9 @@ def report(args: argparse.Namespace) -> Report:
         raise Refused("--config plans Triton launches, and the triton package is not installed; --arch cpu needs none")
     model = models.build(args.config, dtype)
     names = Names(model)
-    experts = [linear.path for linear in linears(model) if linear.experts]
-    if args.experts and not experts:
-        raise Refused("--experts: the model has no experts that can be adapted")
-    parameters = experts if args.experts else []
-    try:
-        with text.noted() as notes:
-            if args.four_bit:
-                _quantize(model, args, parameters)
-            model = inject(model, config, args.targets, args.exclude, target_parameters=parameters)
-            groups, steps = _groups(model, names, arch, args)
-    except (ValueError, RuntimeError) as error:
-        raise Refused(f"--config: {error}") from error
+    with text.noted() as notes, text.refusing("--config"):
+        model = adapted(model, config, args, args.experts)
+        groups, steps = _groups(model, names, arch, args)
     untouched, compilations, gpu = _untouched(model, names), _compilations(steps, arch), torch.cuda.is_available()
     reason = routes.explain("cuda" if gpu else "cpu", dtype)[1]
     here = f"Here, on a {'GPU' if gpu else 'machine where PyTorch sees no GPU'}: {reason}"
@@ -148,18 +140,49 @@ class Names:
         return tuple(dict.fromkeys(depthless(path, self._numbered) for path in paths))
 
 
+def add_what(parser: argparse.ArgumentParser) -> None:
+    """Add what says which layers of a model get an adapter, and whether the base is in 4 bits."""
+    parser.add_argument(
+        "--targets", nargs="+", metavar="PATTERN",
+        help="of --config: adapt only these, as q_proj v_proj, convolutions too (default: linear layers but the head)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--exclude", nargs="+", default=[], metavar="PATTERN", help="of --config: leave these layers as they are"
+    )
+    parser.add_argument("--dtype", choices=tables.DTYPES, default="bf16", help="of the layers and x (default: bf16)")
+    parser.add_argument("--four-bit", choices=QUANT_TYPES, help="the base is held in 4 bits")
+
+
+def adapted(model: nn.Module, config: Any, args: argparse.Namespace, experts: bool = False) -> nn.Module:
+    """A model of `models.build` with the adapters that the arguments of `add_what` ask for, on the meta device.
+
+    Raises:
+        Refused: `experts` were asked for, and there are none.
+        ValueError: the errors of `gk.inject`.
+    """
+    parameters = [linear.path for linear in linears(model) if linear.experts] if experts else []
+    if experts and not parameters:
+        raise Refused("--experts: the model has no experts that can be adapted")
+    if args.four_bit:
+        _quantize(model, args, parameters)
+    return inject(model, config, args.targets, args.exclude, target_parameters=parameters)
+
+
+def config_of(args: argparse.Namespace) -> Any:
+    """The configuration of --case and --share."""
+    if args.bias:
+        raise Refused("--bias is of --layer: with --config the model says which layers have one")
+    with text.refusing():
+        config = text.case(args)
+        return config if args.share is None else sharing(config, args.share)
+
+
 def _config(args: argparse.Namespace) -> Any:
     if args.siblings:
         raise Refused("--siblings is of --layer; --config has the layers of a model")
     if args.backend != "auto" and args.four_bit is None:
         raise Refused(f"--backend {args.backend} chooses the kernels of a 4-bit weight: give --four-bit too")
-    if args.bias:
-        raise Refused("--bias is of --layer: with --config the model says which layers have one")
-    try:
-        config = text.case(args)
-        return config if args.share is None else sharing(config, args.share)
-    except ValueError as error:
-        raise Refused(str(error)) from error
+    return config_of(args)
 
 
 def _quantize(model: nn.Module, args: argparse.Namespace, parameters: Sequence[str]) -> None:
@@ -177,7 +200,7 @@ def _groups(model: nn.Module, names: Names, arch: str, args: argparse.Namespace)
     """The groups of alike layers, and the steps of a call of each."""
     alike: dict[object, list[str]] = {}
     for path, layer in named_layers(model).items():
-        alike.setdefault(_key(path, layer), []).append(path)
+        alike.setdefault(key(path, layer), []).append(path)
     steps: list[Any] = []
     return [_group(names(paths), len(paths), paths[0], model, arch, args, steps) for paths in alike.values()], steps
 
@@ -194,7 +217,7 @@ def _compilations(steps: Sequence[Any], arch: str) -> int | None:
     return len(forms.found)
 
 
-def _key(path: str, layer: GLoRALinear) -> object:
+def key(path: str, layer: GLoRALinear) -> object:
     """Equal for layers with the same kernels and launches."""
     up = layer.experts and not path.endswith(mixture.DOWN)
     return type(layer), layer.experts, up, layer.base_dtype, layer._transposed, _adapter_dtype(layer), str(layer)

@@ -71,6 +71,15 @@ def noted() -> Iterator[list[str]]:
     found += dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, UserWarning))
 
 
+@contextlib.contextmanager
+def refusing(option: str = "") -> Iterator[None]:
+    """Inside, errors of values and of states are what the command refuses; `option` stands before the message."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise Refused(f"{option}: {error}" if option else str(error)) from error
+
+
 def add_case(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that describe a layer's adapter."""
     parser.add_argument(
