@@ -24,8 +24,8 @@ from dry_card import card, forms  # isort: skip  # installs the card, which come
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cells import table
 from benchmarks.devices import Spread
-from benchmarks.tables import table
 from glora_kernels.tools import outputs, timing
 
 CHAIN = 8

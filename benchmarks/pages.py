@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from benchmarks import plots, results, tables
+from benchmarks import cells, plots, results, tables
 from benchmarks.results import Found
 from benchmarks.store import ROOT
 
@@ -35,8 +35,15 @@ def cpu_text(folder: Path) -> str:
     found = results.read(folder).get("cpu")
     if found is None:
         return NOTHING.format("on a CPU")
-    head = [f"{tables.facts(found)} {WHERE.format('cpu')}"]
-    rest = (tables.of_sets, tables.of_launches, tables.of_merging, tables.of_quantized, tables.of_memory)
+    head = [f"{cells.facts(found)} {WHERE.format('cpu')}"]
+    rest = (
+        tables.of_host,
+        tables.of_sets,
+        tables.of_launches,
+        tables.of_merging,
+        tables.of_quantized,
+        tables.of_memory,
+    )
     pictures = _pictures(folder, "cpu", "by_m", "growth")
     parts = (block for section in rest for block in section(found, False))
     return blocks(*head, *tables.of_ratios(found, False), *pictures, *parts)
@@ -51,7 +58,7 @@ def gpu_text(folder: Path) -> str:
     parts = []
     for name, found in cards.items():
         missing = "; ".join(f"{impl}: {why}" for impl, why in found["unavailable"].items())
-        parts += [f"{tables.facts(found)} {WHERE.format(name)}", *tables.of_targets(found, False)]
+        parts += [f"{cells.facts(found)} {WHERE.format(name)}", *tables.of_targets(found, False)]
         parts += [*tables.of_models(found, False), f"Not measured: {missing}." if missing else ""]
         parts += _pictures(folder, name, *plots.TITLES)
     return blocks(*parts)
@@ -68,6 +75,14 @@ def headline_text(folder: Path) -> str:
     found = results.read(folder).get("cpu")
     if found is None or not (part := tables.of_headline(found)):
         return NOTHING.format("--stages peft")
+    return blocks(*part)
+
+
+def small_text(folder: Path) -> str:
+    """What of a small adapter survives 16 bits, on the CPU."""
+    found = results.read(folder).get("cpu")
+    if found is None or not (part := tables.of_small_adapters(found)):
+        return NOTHING.format("--stages small-adapters")
     return blocks(*part)
 
 
@@ -110,6 +125,7 @@ def replaced(text: str, parts: Mapping[str, str]) -> str:
 PARTS: Mapping[Path, Mapping[str, Callable[[Path], str]]] = {
     README: {"headline": headline_text},
     DOCS / "benchmarks.md": {"peft": peft_text, "cpu": cpu_text, "gpu": gpu_text},
+    DOCS / "numerics.md": {"small": small_text},
     DOCS / "diffusion.md": {"lycoris": partial(written_text, "lycoris")},
     DOCS / "what-is-accelerated.md": {"peft_ratios": partial(written_text, "peft_ratios")},
 }

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from benchmarks import floor, results
 from benchmarks.cases import FROZEN
+from benchmarks.cells import CASE_NAMES, IMPL_NAMES, label
 from benchmarks.results import Found, Line, Spread, over_frozen, select
-from benchmarks.tables import CASE_NAMES, IMPL_NAMES, MIXED_NAMES, adapted_steps, is_pair, label, step_name
+from benchmarks.tables import MIXED_NAMES, adapted_steps, is_pair, step_name
 from benchmarks.targets import PASS_NAMES
 
 

@@ -5,105 +5,17 @@ A device's Markdown file has every section; README.md and docs/benchmarks.md hav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from benchmarks import floor, results, targets
-from benchmarks.cases import FROZEN, FULL, HIRA, LORA, LORA_LORA, MLP, PEFT_STEP, VECTOR_LORA, VECTORS
+from benchmarks.cases import FROZEN, MLP, PEFT_STEP, VECTOR_LORA
+from benchmarks.cells import CASE_NAMES, COMMAND, IMPL_NAMES, about, facts, label, over_table, pivot, shown, table
 from benchmarks.devices import Spread
 from benchmarks.floor import Ceilings
-from benchmarks.results import Found, Line, Which, over_frozen, select
-from benchmarks.targets import BACKEND_NAMES, FORM_NAMES, PASS_NAMES, SETS
-
-CASE_NAMES = {
-    FROZEN: "no adapter", LORA: "LoRA", VECTOR_LORA: "GLoRA, A = vector, B = lora",
-    FULL: "GLoRA, A = vector, B = lora, C = D = E = vector", LORA_LORA: "GLoRA, A = B = lora",
-    VECTORS: "GLoRA, A = B = vector", "glora:vector,lora,vector,none,vector": "GLoRA, A = C = E = vector, B = lora",
-    HIRA: "HiRA",
-}  # fmt: skip
-IMPL_NAMES = {
-    "ours": "here", "eager": "eager PyTorch", "compile": "torch.compile", "peft": "PEFT", "bnb": "bitsandbytes",
-    "unsloth": "Unsloth", "lorafusion": "LoRAFusion", "concat": "weights concatenated",
-    "single": "here, layer by layer", "grouped_mm": "torch.nn.functional.grouped_mm",
-}  # fmt: skip
-COMMAND = "`python -m benchmarks.report --stages {}` measures this anew."
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as a Markdown table, aligned; None is shown as a dash."""
-    if not rows:
-        return "(nothing)"
-    lines = [[str(key) for key in rows[0]], *([_cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def pivot(corner: str, cells: Mapping[tuple[str, str], str]) -> str:
-    """A table of cells by the names of their row and column, both in the order in which they come."""
-    columns = list(dict.fromkeys(column for _, column in cells))
-    names = dict.fromkeys(row for row, _ in cells)
-    return table([{corner: name} | {column: cells.get((name, column), "–") for column in columns} for name in names])
-
-
-def label(case: str, impl: str, dense: bool = False) -> str:
-    """A contestant for people. dense: among layers over a 4-bit base, those on a dense one are named so."""
-    adapter = case.removeprefix("nf4-")
-    kind, _, name = adapter.partition(":")
-    adapter = kind if name in SETS else adapter
-    where = ", dense base" if dense and not case.startswith("nf4-") else ""
-    return f"{CASE_NAMES.get(adapter, adapter)}{where}: {IMPL_NAMES[impl]}"
-
-
-def shown(spread: Spread, ends: bool) -> str:
-    text = f"{spread.median:.2f}"
-    return f"{text} ({spread.p20:.2f} to {spread.p80:.2f})" if ends and spread.p20 != spread.p80 else text
-
-
-def over_table(
-    lines: Sequence[Line], corner: str, ends: bool, keep: Callable[[Which], bool] = lambda which: True
-) -> str:
-    """A row a contestant, a column an M or a set, and pass: the time over the frozen layer's of the same rounds."""
-    cells: dict[tuple[str, str], str] = {}
-    mode = results.best_mode(lines)
-    for m in sorted({line["row"]["m"] for line in lines}, reverse=True):
-        for direction, name in PASS_NAMES.items():
-            for which, spread in over_frozen(select(lines, m=m, direction=direction, mode=mode)).items():
-                column = f"{SETS.get(which[0].partition(':')[2], f'M={m}')}: {name}"
-                if keep(which):
-                    cells.setdefault((label(*which[:2]), column), shown(spread, ends))
-    return pivot(corner, cells)
-
-
-def about(found: Found, stage: str) -> str:
-    """Where, when and at which commit a stage was measured."""
-    note, head = found["notes"].get(f"stage {stage}", {}), found["header"]
-    cores = note.get("cores") or head.get("details", {}).get("cores")
-    where = f"{note.get('threads', 1)} of {cores} cores" if cores else head["device"]
-    load = f", load {note['load'][0]:.1f} before and {note['load'][1]:.1f} after" if "load" in note else ""
-    more = f"; {note['with']}" if "with" in note else ""
-    date, commit = note.get("date", head["date"]), note.get("commit", head["commit"])
-    return f"{where}{load}, {note.get('rounds')} rounds{more}; {date[:10]}, commit {commit}."
-
-
-def facts(found: Found) -> str:
-    """Device, versions and commit in one or two sentences."""
-    head, rates = found["header"], found["notes"].get("ceilings")
-    named = {"torch": head["torch"], "triton": head["triton"], **(head.get("packages") or {})}
-    versions = ", ".join(f"{name} {value}" for name, value in named.items() if value)
-    driver = f", driver {head['driver']}" if head.get("driver") else ""
-    text = f"{head['device']}{driver}; {versions}; {head['date']}, commit {head['commit']}."
-    if rates:
-        text += f" Ceilings: {rates['tflops']:.3g} TFLOP/s (a large product), {rates['gbps']:.4g} GB/s (a copy)."
-    return text
+from benchmarks.results import Found, Line, over_frozen, select
+from benchmarks.targets import BACKEND_NAMES, FORM_NAMES, PASS_NAMES
 
 
 def of_targets(found: Found, ends: bool) -> list[str]:
@@ -122,25 +34,29 @@ def of_targets(found: Found, ends: bool) -> list[str]:
 
 
 def of_ratios(found: Found, ends: bool) -> list[str]:
-    lines = [line for line in found["rows"] if line["stage"] == "ratios"]
-    if not lines:
+    over = _over(found)
+    if not over:
         return []
-    over = {which[:2]: spread for which, spread in over_frozen(lines).items()}
-    row, rows = lines[-1]["row"], []
+    row, rows = next(line["row"] for line in reversed(found["rows"]) if line["stage"] == "ratios"), []
     for case in dict.fromkeys(case for case, impl in over if impl == "ours"):
         one = {"": CASE_NAMES[case]}
         for name, impl in (("here", "ours"), ("PEFT", "peft")):
             one[name] = shown(over[case, impl], ends) if (case, impl) in over else "–"
         most, least = targets.CPU_MOST.get(case), targets.CPU_FASTER.get(case)
-        if ends:
-            one["target"] = "" if most is None else f"≤ {most:.2f}"
-            theirs = over.get((case, "peft"))
-            gain = "–" if theirs is None else f"{theirs.median / over[case, 'ours'].median:.2f}"
-            one["PEFT's over ours"] = gain if least is None else f"{gain} (≥ {least:.1f})"
+        one["target"] = "" if most is None else f"≤ {most:.2f}"
+        theirs = over.get((case, "peft"))
+        gain = "–" if theirs is None else f"{theirs.median / over[case, 'ours'].median:.2f}"
+        one["PEFT's over ours"] = gain if least is None else f"{gain} (≥ {least:.1f})"
         rows.append(one)
     shape = f"M={row['m']} K={row['k']} N={row['n']} R={row['r']} {row['dtype']}, forward and backward"
     text = f"{shape}: the median over the interleaved rounds of the time over the frozen layer's in the same round"
     return [f"{text}; {about(found, 'ratios')} {COMMAND.format('ratios')}", table(rows)]
+
+
+def _over(found: Found) -> dict[tuple[str, str], Spread]:
+    """The ratios by case and contestant."""
+    lines = [line for line in found["rows"] if line["stage"] == "ratios"]
+    return {which[:2]: spread for which, spread in over_frozen(lines).items()}
 
 
 def of_host(found: Found, ends: bool) -> list[str]:
@@ -185,6 +101,27 @@ def noted(name: str, show: Callable[[Mapping[str, Any]], list[str]]) -> Callable
 
 def counted(part: Mapping[str, Any]) -> list[str]:
     return [part["shape"], table(part["rows"])]
+
+
+def of_small_adapters(found: Found) -> list[str]:
+    """What of a small adapter y has in bfloat16, by these operators and by a W_eff in bfloat16."""
+    part: Mapping[str, Any] = found["notes"].get("small_adapters") or {}
+    rows: dict[str, dict[str, str]] = {}
+    for row in part.get("rows", ()):
+        if (row["dtype"], row["tensor"]) == ("bf16", "y") and row["size"] in (1e-3, 1e-2):
+            own = rows.setdefault(row["support"], {"": row["support"].replace(" ", " = ")})
+            own |= {f"{name}, {row['size']:g}": f"{row[f'{key}_share']:.2f}" for name, key in WHO_KEEPS}
+            own |= {f"error, {row['size']:g} (floor)": f"{row['ours_error']:.2g} ({row['floor_error']:.2g})"}
+    if not rows:
+        return []
+    return [
+        table(list(rows.values())),
+        f"{part['shape']}; {about(found, 'small-adapters')} {COMMAND.format('small-adapters')}",
+    ]
+
+
+WHO_KEEPS = (("here", "ours"), ("W_eff in bf16", "plain"))
+"""The names of two ways in the table of small adapters, and their keys in the figures."""
 
 
 def launches(part: Mapping[str, Any]) -> list[str]:
@@ -275,8 +212,9 @@ def of_quantized(found: Found, ends: bool) -> list[str]:
         f"Over a 4-bit base (NF4 in blocks of 64, double quantization): {shape}, {row['dtype']}, {about(found, 'nf4')} "
         "Time over the dense frozen layer's in the same round, then the forward of a few tokens and, as a share of a "
         "copy's bandwidth, the bytes of its weight over that time. bitsandbytes: with two thin products beside it; "
-        "eager PyTorch: its dequantizing, then the dense formula. A CPU has no fused kernel: the weight is decoded in "
-        f"plain PyTorch, which is what its times are. {COMMAND.format('nf4 nf4-decode')}",
+        "eager PyTorch: its dequantizing, then the dense formula. A CPU has no fused kernel: the weight is decoded by "
+        "bitsandbytes' operator where that is loaded, else in plain PyTorch, and that is what its times are. "
+        + COMMAND.format("nf4 nf4-decode"),
         over_table(training, over, ends, lambda which: which[0].startswith("nf4-")),
         decode_table(decode),
     ]
@@ -382,19 +320,21 @@ def of_headline(found: Found) -> list[str]:
         return []
     rows: dict[str, dict[str, str]] = {}
     for line in sorted(steps, key=lambda line: line["row"]["impl"] == "ours"):
-        who, row = (
-            IMPL_NAMES[line["row"]["impl"]],
-            rows.setdefault(step_name(line), {"a training step": step_name(line)}),
-        )
+        who = IMPL_NAMES[line["row"]["impl"]]
+        row = rows.setdefault(step_name(line), {"a training step": step_name(line)})
         row[f"{who}: time over frozen"] = f"{line['detail']['over_frozen']:.2f}"
         row[f"{who}: kept for backward"] = f"{_mebibytes(line['detail']['saved_bytes'])} MiB"
-    sizes = found["notes"]["peft"]
+    sizes, default = found["notes"]["peft"], _over(found).get((VECTOR_LORA, "ours"))
+    one = "" if default is None else (
+        "The default configuration, A = vector and B = lora, which PEFT has not: "
+        f"[{default.median:.2f} for one layer](docs/benchmarks.md#measured-on-a-cpu). "
+    )  # fmt: skip
     return [
         table(list(rows.values())),
         f"A LLaMA of {sizes['layers']} layers of width {sizes['hidden']}, {sizes['dtype']}, r = {sizes['rank']}, "
         f"{sizes['batch'] * sizes['length']} tokens, under PEFT as it is and behind `gk.accelerate`. "
-        f"{found['header']['device']}, {about(found, 'peft')} {COMMAND.format('peft')} The rest is in "
-        "[benchmarks](docs/benchmarks.md).",
+        f"{found['header']['device']}, {about(found, 'peft')} {COMMAND.format('peft')} {one}"
+        "The rest is in [benchmarks](docs/benchmarks.md).",
     ]
 
 

@@ -11,7 +11,7 @@ import made
 import pytest
 from made import HEADER
 
-from benchmarks import cases, pages, plots, results, schema, store, tables
+from benchmarks import cases, cells, pages, plots, results, schema, store, tables
 from benchmarks.schema import SchemaError
 from benchmarks.store import Store
 from benchmarks.targets import FORM_NAMES, LAYERS, QUANTIZED, SIBLINGS
@@ -237,7 +237,7 @@ def test_paragraphs_are_wrapped() -> None:
     assert " ".join(lines) == text
     assert max(map(len, lines)) <= pages.WIDTH
     assert all(line.count("`") % 2 == 0 for line in lines)
-    assert tables.table([{"a": None, "b": 1.23456, "c": True}]).split("\n")[2] == "| – | 1.235 | yes |"
+    assert cells.table([{"a": None, "b": 1.23456, "c": True}]).split("\n")[2] == "| – | 1.235 | yes |"
 
 
 def test_markers_must_stand_once() -> None:

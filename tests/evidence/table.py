@@ -10,11 +10,11 @@ import datetime
 import json
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results, tables, targets
+from benchmarks import cells, results, targets
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -93,10 +93,23 @@ def text(folder: Path = RESULTS) -> str:
         "# Evidence", "",
         "Which kernel was proved, in which form and dtype, by what and when; `tests/evidence` runs it and writes this.",
         "A form stands for several calls (`tests/evidence/cases.py`), forward and backward, and each must be right.",
-        "What no run has shown is empty.", "",
+        "What no run has shown is empty. csrc is not in it: `tests/csrc` runs its codec on the host.", "",
+        f"{len(kernels())} kernels, {len(rows)} rows. {_gaps(rows)}", "",
         *said, "- within target: the card's targets of such layers (`benchmarks/targets.py`) are met.", "",
-        tables.table(rows), "",
+        cells.table(rows), "",
     ])  # fmt: skip
+
+
+def _gaps(rows: Sequence[Mapping[str, str]]) -> str:
+    """Which kernels a column has no row of, in sentences; a column without any is said with its name alone."""
+    names, said = {row["kernel"] for row in rows}, []
+    for column, _ in COLUMNS.values():
+        lacking = sorted(names - {row["kernel"] for row in rows if row[column]})
+        if len(lacking) == len(names):
+            said.append(f"None {column}.")
+        elif lacking:
+            said.append(f"Not {column} in any form: {', '.join(lacking)}.")
+    return " ".join(said)
 
 
 def _made(forms: Mapping[str, Kept]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import re
 import subprocess
 import sys
@@ -55,3 +56,14 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     assert not [found for text in pages for found in re.findall(r"[^ >]<em>.{1,40}", text)], (
         "put the pattern in backticks"
     )
+
+
+def test_every_table_is_one() -> None:
+    """A line of dashes with other columns than its head makes text of the whole table."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+    for page in pages:
+        lines = page.read_text().splitlines()
+        for head, dashes in itertools.pairwise(lines):
+            if re.fullmatch(r"\|(\s*:?-+:?\s*\|)+", dashes):
+                cells = re.sub(r"`[^`]*`|\\\|", "", head).count("|")
+                assert cells == dashes.count("|"), f"{page.name}: {head}"
