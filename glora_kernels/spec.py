@@ -53,9 +53,19 @@ LATER: tuple[str, ...] = ("alpha_A",)
 C = TypeVar("C", bound="_Config")
 
 
+OURS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+"""Our names of what PEFT's configurations call otherwise."""
+
+
 @dataclass(frozen=True)
 class _Config:
     """Conversion of a configuration to plain JSON values and back."""
+
+    def __new__(cls, *args: Any, **values: Any) -> Any:
+        if theirs := sorted(values.keys() & OURS.keys()):
+            hints = ", ".join(f"{name} is {OURS[name]} here" for name in theirs)
+            raise TypeError(f"{cls.__name__} has no {' and no '.join(theirs)}: {hints}")
+        return super().__new__(cls)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values; `from_dict` takes it back."""

@@ -96,6 +96,8 @@ def train(model: Any, batches: list[torch.Tensor], mesh: DeviceMesh | None, name
 
 def main() -> None:
     args = parse_arguments(__doc__, steps=30, smoke=3, methods=METHODS)
+    if "RANK" not in os.environ:
+        sys.exit("start it by torchrun: torchrun --nproc-per-node 2 examples/guides/tensor_parallel.py --device cpu")
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo")

@@ -161,6 +161,12 @@ def _read(
             if value is not None:
                 raise ValueError(f"{where} is a file of this library, which {argument}={value!r} does not apply to")
         return found
+    is_pefts = any(key.startswith("base_model.model.") for key in found.tensors)
+    if is_pefts and (prefix is None or Path(path).with_name("adapter_config.json").exists()):
+        raise ValueError(
+            f"{where} is a checkpoint of PEFT, whose scale alpha/r is in adapter_config.json and not in the file: "
+            "peft.PeftModel.from_pretrained(model, folder) loads it, and gk.accelerate(model) computes it here"
+        )
     try:
         adapter = adapter_of(found.tensors, found.about, root, prefix, rs_lora)
     except ValueError as error:
@@ -334,10 +340,11 @@ def _check_entry(where: str, path: str, given: LayerEntry, own: LayerEntry) -> N
     have, want = (asdict(of.config) | {name: getattr(of, name) for name in sizes} for of in (given, own))
     if differing := [key for key in have if key != "dropout" and have[key] != want[key]]:
         first = ", ".join(f"{key}={have[key]!r} (the model: {want[key]!r})" for key in differing[:4])
-        raise ValueError(
-            f"{where} does not fit the layer {path!r}: it has {first}. Load it into the plain base model, which gets "
-            f"its adapters from the file, or inject the configuration of the file: {given.config}"
-        )
+        advice = "It is an adapter of another base model"
+        if {"in_features", "out_features", "bias", "kernel"}.isdisjoint(differing):
+            advice = "Load it into the plain base model, which gets its adapters from the file, or inject the "
+            advice += f"configuration of the file: {given.config}"
+        raise ValueError(f"{where} does not fit the layer {path!r}: it has {first}. {advice}")
 
 
 def _check_sharing(where: str, adapter: Adapter, own: Adapter) -> None:

@@ -129,6 +129,8 @@ def _skipped(root: nn.Module, left: Iterable[nn.Module]) -> tuple[str, dict[str,
             if id(module) not in inside and not is_linear(module):
                 kind = _kind(module, parameter)
                 sizes[kind] = sizes.get(kind, 0) + parameter.numel()
+    if total == 0:
+        return "it has embeddings, norms and vectors alone", {}
     parts = {kind: size / total for kind, size in sorted(sizes.items(), key=lambda item: -item[1])}
     listed = ", ".join(f"{part:.0%} {kind}" for kind, part in parts.items())
     return f"{sum(parts.values()):.0%} of the model's weights are in no linear layer ({listed or 'nothing'})", parts

@@ -372,14 +372,20 @@ def checked_configs(config: object) -> Mapping[str, Config | None]:
     if isinstance(config, Config):
         return {"*": config}
     if not isinstance(config, Mapping):
-        raise TypeError(f"config must be a mapping, a ShareLoRAConfig or a GLoRAConfig, got {type(config).__name__}")
+        ours = "; GLoRAConfig.lora(rank, alpha, dropout) is LoRA" if "lora" in type(config).__name__.lower() else ""
+        raise TypeError(
+            f"config must be a GLoRAConfig, a ShareLoRAConfig or a mapping, got {type(config).__name__}{ours}"
+        )
     if not config:
         raise ValueError("config is an empty mapping; give at least one pattern")
     for pattern, value in config.items():
         if not isinstance(pattern, str):
             raise TypeError(f"config: a pattern must be a str, got {pattern!r}")
         if value is not None and not isinstance(value, Config):
+            fields = GLoRAConfig.__dataclass_fields__
+            one = ". To make one configuration of it: GLoRAConfig(**config)" if config.keys() <= fields.keys() else ""
             raise TypeError(
-                f"config[{pattern!r}] must be a GLoRAConfig, a ShareLoRAConfig or None, got {type(value).__name__}"
+                f"config[{pattern!r}] must be a GLoRAConfig, a ShareLoRAConfig or None, got {type(value).__name__}: a "
+                f"mapping gives layers, by the pattern of their path, their configuration{one}"
             )
     return config

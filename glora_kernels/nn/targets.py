@@ -194,7 +194,9 @@ def _targeted(
     if not named:
         modules = dict(all_paths(root))
         selected = select(pattern, modules.keys())
-        other = next((f"{path!r} is a {type(m).__name__}" for path, m in modules.items() if path in selected), None)
+        other = next(
+            (f"{path!r} is of class {type(m).__name__}" for path, m in modules.items() if path in selected), None
+        )
         what = "matches no module" if other is None else f"matches no linear layer or convolution ({other})"
         raise unmatched(argument, pattern, what, *some(every))
     taken = [linear for linear in named if linear.owner in owners]

@@ -112,8 +112,9 @@ def warmup(
         seconds[i] += time.monotonic() - begun
     what = f"{'forward and backward' if training else 'forward'} with {', '.join(map(str, sizes))} tokens"
     lines = [_line(alike, what, took) for alike, took in zip(kinds.values(), seconds, strict=True)]
-    if progress and lines:
-        note(f"compiled for {len(lines)} kinds of layers in {sum(seconds):.1f} s")
+    if progress:
+        done = f"compiled for {len(lines)} kinds of layers in {sum(seconds):.1f} s"
+        note(done if lines else "warmup: no layer of this model runs on Triton kernels here, and nothing was compiled")
     return lines
 
 

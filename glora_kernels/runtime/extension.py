@@ -82,8 +82,14 @@ def _load() -> ModuleType | str:
     try:
         return importlib.import_module(".._C", __package__)
     except ModuleNotFoundError:
-        record = Path(__file__).parent.parent / _RECORD
-        why = record.read_text().strip() if record.exists() else "the package was installed without building it"
+        package = Path(__file__).parent.parent
+        record, why = package / _RECORD, "the package was installed without building it"
+        if record.exists():
+            why = record.read_text().strip()
+        elif (package.parent / "setup.py").exists():
+            why = (
+                f"this is the source tree {package.parent}, and not an installed package, which Python finds elsewhere"
+            )
         return f"the CUDA extension is missing: {why}; reinstall where nvcc is, or use backend('triton')"
     except ImportError as error:
         return f"the CUDA extension does not load: {error}"

@@ -157,6 +157,9 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
         assert not built_extension.available()
         assert "without building it" in built_extension.why_missing()
         built_extension._load.cache_clear()
+        (tmp_path.parent / "setup.py").touch()
+        assert f"this is the source tree {tmp_path.parent}" in built_extension.why_missing()
+        built_extension._load.cache_clear()
         (tmp_path / built_extension._RECORD).write_text("nvcc was not found\n")
         assert "nvcc was not found" in built_extension.why_missing()
         with pytest.raises(RuntimeError, match="nvcc was not found"):

@@ -76,18 +76,22 @@ def check_losses(printed: str) -> None:
 
 
 def programs(page: Path) -> dict[str, str]:
-    """The Python blocks of a page as one program, each line where it stands in the page; those of torchrun one each."""
+    """The Python blocks of a page as one program, each line where it stands in the page; those of torchrun one each.
+
+    Those of the README are one each as well: a reader takes one of the three.
+    """
     found: dict[str, list[str]] = {}
+    apart = page == ROOT / "README.md"
     mark, here = None, page.stem
     for number, line in enumerate(page.read_text().splitlines()):
         if line.startswith("```"):
             mark = line.removeprefix("```") if mark is None else None
-            here = f"{page.stem}-{number}" if mark == "python torchrun" else page.stem
+            here = f"{page.stem}-{number}" if apart or mark == "python torchrun" else page.stem
         elif mark in ("python", "python torchrun"):
             lines = found.setdefault(here, [])
             lines += [""] * (number - len(lines)) + [line]
     for name, lines in found.items():
-        if name != page.stem or page.stem in ("several-gpus", "parallel"):
+        if not apart and (name != page.stem or page.stem in ("several-gpus", "parallel")):
             lines[0] = TORCHRUN
     return {name: "\n".join(lines) for name, lines in found.items()}
 

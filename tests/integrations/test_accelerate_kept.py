@@ -363,7 +363,9 @@ def test_layers_added_later(twins, x):
     pair.both(lambda m: m.add_adapter("wide", LoraConfig(r=2, target_modules=["up", "down"])))
     pair.both(lambda m: m.set_adapter("wide"))
     pair.check(x, 1)
-    assert gk.acceleration(pair.fast).kept == {("lora.Linear", "accelerate() was not called since it was added"): 1}
+    assert gk.acceleration(pair.fast).kept == {
+        ("lora.Linear", "accelerate() was not called since it was added, or decelerate() was"): 1
+    }
     gk.accelerate(pair.fast, verbose=False)
     pair.check(x, 2)
 

@@ -79,7 +79,7 @@ def test_patterns_mean_linear_layers_first():
     ("targets", "own", "match"),
     [
         (["down"], PRODUCT, r"'down' \(Conv2d\) cannot be replaced: it is a grouped convolution \(groups=2\)"),
-        (["up"], PRODUCT, "matches no linear layer or convolution \\('up' is a ConvTranspose2d\\)"),
+        (["up"], PRODUCT, "matches no linear layer or convolution \\('up' is of class ConvTranspose2d\\)"),
         (["out"], ShareLoRAConfig(rank=2), "'out' is a convolution, for which there is no ShareLoRAConfig"),
         (["nothing"], PRODUCT, "matches no module"),
     ],

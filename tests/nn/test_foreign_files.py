@@ -1,5 +1,6 @@
 """Files of other tools without their packages: written, read by the formulas, read back, and what is refused."""
 
+import copy
 import json
 
 import pytest
@@ -305,3 +306,22 @@ def test_of_loras_as_diffusers_saves_them(tmp_path):
     about["transformer.alpha_pattern"] = {"to_q": 4}
     save_file(load_file(path), path, {"lora_adapter_metadata": json.dumps(about)})
     refused(net(), path, "its metadata has alpha_pattern", rs_lora=None)
+
+
+@pytest.mark.parametrize("prefix", [None, "base_model.model."])
+def test_a_checkpoint_of_peft_is_refused_since_its_scale_is_elsewhere(tmp_path, prefix):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=PATHS)
+    peft.get_peft_model(net(), config).save_pretrained(tmp_path)
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"whose scale alpha/r is in adapter_config.json .*PeftModel.from_pretrained"):
+        gk.load_adapter(model, tmp_path / "adapter_model.safetensors", prefix=prefix)
+    assert model.state_dict().keys() == before.keys()
+
+
+def test_names_of_peft_without_its_configuration_take_a_prefix(tmp_path):
+    """`format="peft"` multiplies s into the factors, so that such a file has no other scale."""
+    ours = adapted(GLoRAConfig.lora(4, 8))
+    gk.save_adapter(ours, tmp_path / "a.safetensors", format="peft", prefix="base_model.model.")
+    near(gk.load_adapter(net(), tmp_path / "a.safetensors", prefix="base_model.model.")(X), ours(X))

@@ -75,9 +75,30 @@ def test_patterns_that_match_nothing_are_named_with_what_there_is(vit):
 
 
 def test_targets_that_are_no_linear_layers_are_named_with_their_type(vit):
-    refused(vit(), CFG, ["ln"], match=r"'ln' matches no linear layer or convolution \('blocks\.0\.ln' is a LayerNorm\)")
-    refused(vit(), CFG, ["blocks.0.attn"], match="is a Attention")
+    refused(
+        vit(),
+        CFG,
+        ["ln"],
+        match=r"'ln' matches no linear layer or convolution \('blocks\.0\.ln' is of class LayerNorm\)",
+    )
+    refused(vit(), CFG, ["blocks.0.attn"], match="is of class Attention")
     assert paths(gk.inject(vit(), CFG, ["blocks.0.*"])), "a glob may match other modules as well"
+
+
+def test_configurations_of_others_are_told_what_is_theirs_here(vit):
+    peft = pytest.importorskip("peft")
+    refused(
+        vit(), {"A": "vector", "rank": 4}, error=TypeError, match=r"To make one .* of it: GLoRAConfig\(\*\*config\)"
+    )
+    refused(
+        vit(), peft.LoraConfig(r=4), error=TypeError, match=r"got LoraConfig; GLoRAConfig.lora\(rank, alpha, dropout\)"
+    )
+    with pytest.raises(
+        TypeError, match="GLoRAConfig has no lora_alpha and no r: lora_alpha is alpha here, r is rank here"
+    ):
+        gk.GLoRAConfig(r=8, lora_alpha=16)
+    with pytest.raises(TypeError, match="ShareLoRAConfig has no lora_dropout: lora_dropout is dropout here"):
+        gk.ShareLoRAConfig(lora_dropout=0.1)
 
 
 def test_train_patterns_that_match_nothing_to_train_are_refused(vit):
@@ -85,12 +106,14 @@ def test_train_patterns_that_match_nothing_to_train_are_refused(vit):
 
 
 def test_a_model_without_linear_layers_is_refused():
-    refused(nn.Sequential(nn.ReLU(), nn.LayerNorm(3)), CFG, match="no linear layer")
+    refused(
+        nn.Sequential(nn.Embedding(3, 3), nn.LayerNorm(3)), CFG, match=r"\(it has embeddings, norms and vectors alone\)"
+    )
     refused(nn.Sequential(nn.Linear(3, 3)), {"*": None}, match="no linear layer is left")
 
 
 def test_bad_arguments(vit):
-    refused(vit(), "lora", error=TypeError, match="GLoRAConfig, got str")
+    refused(vit(), "lora", error=TypeError, match="or a mapping, got str")
     refused(vit(), {"*": "lora"}, error=TypeError, match=r"config\['\*'\].*got str")
     refused(vit(), {3: CFG}, error=TypeError, match="3")
     refused(vit(), {}, match="empty")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import random
 import re
@@ -421,6 +422,13 @@ def test_check_passes_on_this_machine(capsys):
     text = out(capsys, "check", "--device", "cpu", "--quick")
     assert re.search(r"^(\d+) of \1 results passed on cpu \(.*\): \d+ comparisons, \d+ s$", text.splitlines()[-1]), text
     assert re.search(r"^eager +float32 +dA +plain PyTorch", text, re.M)
+
+
+def test_check_needs_numpy_for_the_interpreter(capsys, monkeypatch):
+    monkeypatch.setattr(environment, "interpreting", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "numpy" else object())
+    assert main(["check", "--device", "cpu"]) == 2
+    assert "needs numpy: pip install numpy, or --quick" in capsys.readouterr().err
 
 
 def test_check_names_what_fails_last(capsys, monkeypatch):

@@ -22,6 +22,7 @@ from glora_kernels.quant.bnb import free_codes, keep_codes
 
 OWN_FORWARD = "its forward was replaced, or it has accelerate's offloading hooks"
 DERIVED = "a class of its own, derived from PEFT's"
+NOT_YET = "accelerate() was not called since it was added, or decelerate() was"
 ON_OURS = "glora_kernels"
 
 
@@ -227,7 +228,7 @@ def acceleration(model: nn.Module | Pipeline, *, reset: bool = False) -> Acceler
         elif _is_ours(layer):
             reason = None
         else:
-            reason = _refusal(layer, kinds) or read.get(layer) or "accelerate() was not called since it was added"
+            reason = _refusal(layer, kinds) or read.get(layer) or NOT_YET
         if reason is None:
             served[_kind(layer)] += 1
         else:
@@ -289,7 +290,7 @@ def _refusal(layer: Any, kinds: dict[type, Any]) -> str | None:
         return "accelerated already"
     if any(isinstance(layer, kind) for kind in kinds):
         return DERIVED
-    return "no linear layer of LoRA, GLoRA or HiRA, and no convolution or experts of LoRA"
+    return "not a kind that is served: linear layers, LoRA's convolutions and experts"
 
 
 def _read(model: nn.Module, layers: Collection[Any]) -> dict[Any, str]:

@@ -141,8 +141,8 @@ def refusal(state: QuantState, report: MergeReport) -> str:
         )
     return (
         f"the base is in 4 bits ({describe(state)}), and merged weights no longer lie on its grid: {loss}. "
-        "to_linear(dtype) gives a dense merged layer, exact to that dtype; merge(requantize=True) rounds to 4 bits "
-        "and reports what is lost"
+        "to_linear(dtype) gives a dense merged layer, exact to that dtype; merge(requantize=True), and "
+        "merge_and_unload(requantize=True), round to 4 bits and report what is lost"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -67,6 +68,10 @@ def run(args: argparse.Namespace) -> Report:
 
 def _interpreted() -> list[selftest.Row]:
     """The rows of a process with TRITON_INTERPRET=1, which Triton reads when it is imported."""
+    if importlib.util.find_spec("numpy") is None:
+        raise Refused(
+            "Triton's interpreter, in which kernels run without a GPU, needs numpy: pip install numpy, or --quick"
+        )
     command = [sys.executable, "-m", "glora_kernels", "check", "--device", "cpu", "--json"]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, text=True)
     if not done.stdout:
