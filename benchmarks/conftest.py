@@ -103,4 +103,6 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     for stage in chosen(request.config):
         rounds = option("rounds") or stage.rounds or found.rounds
         more = {"rounds": rounds, **device.details()} | ({"threads": stage.threads} if stage.threads else {})
-        store.add("note", name=f"stage {stage.name}", value=about | more)
+        begun = store.note(f"stage {stage.name}") or about  # by a run that this one goes on from
+        more |= {"date": begun["date"], "commit": begun["commit"], "load": [begun["load"][0], about["load"][1]]}
+        store.add("note", name=f"stage {stage.name}", value=more)

@@ -35,6 +35,11 @@ LOOKS = {
     )
 }  # fmt: skip
 FROZEN_COLOUR = "#6c757d"
+MIXED_LOOKS = {
+    "frozen": Look("", FROZEN_COLOUR, "_", ":"), "loop": LOOKS["ours"]._replace(mark="v", line="--"),
+    "peft": LOOKS["peft"], "separate": LOOKS["peft"]._replace(mark="X", line=":"),
+}  # fmt: skip
+"""How the others of a batch of several adapters are drawn: each in the colour of whose layers it calls."""
 Points = Mapping[int, Spread]
 Series = dict[tuple[str, str], dict[int, Spread]]
 """By case and impl: points."""
@@ -179,7 +184,8 @@ def growth(found: Found) -> Any:
     for line in found["models"]:
         if not is_pair(line):
             row = line["row"]
-            layers[row["case"], row["impl"]][line["detail"]["layers"]] = Spread(*[row["median_ms"]] * 3)
+            ends = (line["detail"].get(f"{name}_ms", row["median_ms"]) for name in ("median", "p20", "p80"))
+            layers[row["case"], row["impl"]][line["detail"]["layers"]] = Spread(*ends)
     frozen = layers.pop((FROZEN, "eager"), {})
     ranks = {name: at for name, at in series(found, "r").items() if len(at) > 1}
     rows = [("rank r", "forward + backward,\nover frozen", ranks), ("decoder layers", "a step, ms", dict(layers))]
@@ -219,8 +225,8 @@ def multi(found: Found) -> Any:
     for axes, (direction, count) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         own = [row for row in rows if (row["pass"], row["adapters"]) == (direction, count)]
         ticks = [row["rows"] for row in own]
-        others = (look for impl, look in LOOKS.items() if impl != "ours")
-        for look, (key, name) in zip(others, MIXED_NAMES.items(), strict=False):
+        for key, name in MIXED_NAMES.items():
+            look = MIXED_LOOKS[key]
             if f"{key}_over_mixed" in own[0]:
                 ratios = [row[f"{key}_over_mixed"] for row in own]
                 axes.plot(ticks, ratios, look.line, marker=look.mark, color=look.colour, label=name, ms=4)

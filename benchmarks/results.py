@@ -75,7 +75,10 @@ def unavailable(found: Found) -> dict[str, str]:
 
 
 def merged(old: Found, new: Found) -> Found:
-    """An earlier run with the stages that were measured again; its header stands while anything of it does."""
+    """An earlier run with the stages that were measured again; its header stands while anything of it does.
+
+    Of the ceilings the higher ones count: a machine that others use as well does not always reach them.
+    """
     again = {line["stage"] for line in (*new["rows"], *new["models"])}
 
     def kept(name: str) -> list[dict[str, Any]]:
@@ -84,7 +87,9 @@ def merged(old: Found, new: Found) -> Found:
     errors = {(error["what"], error["reason"]): error for error in (*old["errors"], *new["errors"])}
     rows, models = kept("rows"), kept("models")
     head = old if len(rows) + len(models) > len(new["rows"]) + len(new["models"]) else new
-    notes = {**old["notes"], **new["notes"], "ceilings": head["notes"]["ceilings"]}
+    before = old["notes"]["ceilings"]
+    rates = before | {name: max(rate, before.get(name, rate)) for name, rate in new["notes"]["ceilings"].items()}
+    notes = {**old["notes"], **new["notes"], "ceilings": rates}
     present = {line["row"]["impl"] for line in (*rows, *models)}
     missing = {impl: why for impl, why in {**old["unavailable"], **new["unavailable"]}.items() if impl not in present}
     found = {"notes": notes, "rows": rows, "models": models, "errors": list(errors.values()), "unavailable": missing}

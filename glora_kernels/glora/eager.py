@@ -29,7 +29,7 @@ from glora_kernels.dispatch.common import Weight, cast, factor_dtype, given, wid
 from glora_kernels.glora import recover
 from glora_kernels.glora.call import C, Call, Made, Needs, Supports, shift, wc_dtype
 from glora_kernels.glora.chunks import gathered, row_chunks, spread, thin, weight_rows, weighted_sum, wide_chunks
-from glora_kernels.quant import QuantizedWeight, dequantize
+from glora_kernels.quant import QuantizedWeight, decodes_at_once, dequantize
 from glora_kernels.reference.random import keep_mask, round_dithered
 from glora_kernels.runtime.workspace import workspace_like
 
@@ -235,10 +235,11 @@ def weight_for(weight: Weight, s: Supports, call: Call, dtype: torch.dtype) -> T
 def cast_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
     """W in the dtype of the computation: W itself, or a copy in the workspace that each call makes again.
 
-    The copy is a cast under autocast, or the dequantized weight.
+    The copy is a cast under autocast, or the dequantized weight; one that is decoded at once has memory of its own.
     """
     if isinstance(weight, QuantizedWeight):
-        return dequantize(weight, dtype, out=workspace_like(weight, dtype))
+        out = None if decodes_at_once(weight, dtype) else workspace_like(weight, dtype)
+        return dequantize(weight, dtype, out=out)
     if weight.dtype == dtype:
         return weight
     return workspace_like(weight, dtype).copy_(weight)

@@ -6,6 +6,7 @@ loaded, whole blocks on a CPU are decoded by its operator, in about half the tim
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -82,13 +83,15 @@ def dequantize(
         out: a contiguous tensor for the result.
     """
     n, k = weight.state.shape
+    native = _native(weight)
+    if rows is None and out is None and native is not None and decodes_at_once(weight, dtype):
+        return _decoded_by(native, weight, 0, n * k).view(n, k)
     first, last, _ = (rows or slice(None)).indices(n)
     count = max(0, last - first)
     if out is None:
         out = torch.empty(count, k, dtype=dtype, device=weight.device)
     flat, begin, end = out.view(-1), first * k, first * k + count * k
     blocksize = weight.state.blocksize
-    native = _native(weight)
     step = max(_CHUNK // blocksize, 1) * blocksize
     # One buffer for all steps: allocating one in each step would cost as much as the look-up.
     levels = torch.empty(min(step, end - begin + blocksize) // 2 + 1, dtype=torch.int64, device=weight.device)
@@ -101,6 +104,12 @@ def dequantize(
         low = max(a, begin)
         flat[low - begin : b - begin] = values[low - a :]
     return out
+
+
+def decodes_at_once(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
+    """Whether all of W comes from one call of bitsandbytes' operator, which makes the memory for it."""
+    state = weight.state
+    return state.dtype == dtype and math.prod(state.shape) % state.blocksize == 0 and _native(weight) is not None
 
 
 def absmax_of(state: QuantState, blocks: slice = slice(None)) -> Tensor:

@@ -213,6 +213,9 @@ def test_what_is_not_measured_again_stays() -> None:
     assert both["notes"] == {**old["notes"], "merging": {"is": 1}}
     assert both["models"] == old["models"]
     assert both["header"] == old["header"]
+    slow, fast = ({"ceilings": {"tflops": rate, "gbps": 3.0}} for rate in (0.2, 0.4))
+    for one, other in ((slow, fast), (fast, slow)):
+        assert results.merged(old | {"notes": one}, new | {"notes": other})["notes"] == fast
     assert both["unavailable"] == {"unsloth": "unsloth is not installed", "bnb": "is not installed"}
 
 

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from glora_kernels.dispatch.common import codes_of
 from glora_kernels.ops import glora_linear, glora_wc
-from glora_kernels.quant import QuantizedWeight, dequantize, quantize_weight
+from glora_kernels.quant import QuantizedWeight, codec, dequantize, quantize_weight
 from glora_kernels.reference.cases import FORMS
 from glora_kernels.runtime import workspace
 from glora_kernels.runtime.routes import backend
@@ -315,8 +315,9 @@ class Allocations(TorchDispatchMode):
     ("lora", "vector", "matmul", torch.float32), ("vector", "lora", "hadamard", torch.bfloat16),
     ("constant", "vector", "hadamard", torch.float32), ("none", "constant", "hadamard", torch.bfloat16),
 ])  # fmt: skip
-def test_the_workspace_is_the_only_dense_weight(a, b, variant, dtype):
+def test_the_workspace_is_the_only_dense_weight(a, b, variant, dtype, monkeypatch):
     """During forward and backward nothing else of a weight's size exists; the chunks that are worked on are smaller."""
+    monkeypatch.setattr(codec, "_native", lambda weight: None)
     _, p = build(config(a, b, variant), (4,), 1024, 640, True, dtype)
     dense = p.weight.numel() * dtype.itemsize
     workspace.release()

@@ -6,8 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import glora_kernels as gk
+from glora_kernels.glora import eager
 from glora_kernels.quant import QuantizedWeight, codec, dequantize, quantize_weight
 from glora_kernels.quant.codes import FP4, NF4
 
@@ -123,6 +125,20 @@ def test_bitsandbytes_decodes_whole_blocks_with_the_same_bits(quant_type, nested
             patch.setattr(codec, "_native", lambda weight: None)
             for found, (other, rows) in zip(native, cases, strict=True):
                 assert torch.equal(found, dequantize(weight, other, rows)), (shape, blocksize, other, rows)
+
+
+def test_a_weight_decoded_at_once_is_the_only_dense_one(monkeypatch):
+    """In the dtype it was quantized from bitsandbytes' operator makes all of W, and no workspace holds it again."""
+    pytest.importorskip("bitsandbytes")
+    layer = gk.GLoRALinear.from_linear(gk.quantize(nn.Linear(512, 256)), gk.GLoRAConfig("vector", "lora", rank=4))
+    calls = []
+    decoded = codec._decoded_by
+    monkeypatch.setattr(codec, "_decoded_by", lambda *args: calls.append(args[2:]) or decoded(*args))
+    monkeypatch.setattr(eager, "workspace_like", None)
+    layer(draw((3, 512)).float().requires_grad_()).sum().backward()
+    assert calls[:2] == [(0, 512 * 256)] * 2  # forward and dx; dA recovers what y does not give
+    for other in (torch.float64, torch.bfloat16):  # rounded by pieces, into the workspace
+        assert not codec.decodes_at_once(layer.frozen().weight, other)
 
 
 @types
