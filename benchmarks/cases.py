@@ -256,7 +256,7 @@ def first_stages() -> list[Stage]:
     decode: dict[str, Any] = {"passes": ("fwd",), "nf4": True, "decode": True}
     one = (*by("ours", LORA), *by("peft", LORA))
     large = by("ours", LORA, VECTOR_LORA, FULL, LORA_LORA, VECTORS, QLORA) + PEFTS[:2] + by("peft", QLORA)
-    small = by("ours", LORA, VECTOR_LORA, QLORA) + by("peft", LORA)
+    small = by("ours", LORA, VECTOR_LORA, QLORA) + by("peft", LORA, QLORA)
     return [
         Stage("one-layer", "LoRA on q of LLaMA-3-8B, M=2048", llama(one, 2048, layers=("q",))),
         Stage("headline", "LoRA, GLoRA and QLoRA, M=8192, 2048 and 512",

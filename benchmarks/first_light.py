@@ -111,6 +111,7 @@ def second(out: Path, card: str) -> list[Step]:
         Step(f"ncu of {case} at {m}x{n}x{k}", 120, layer, [*profile, sys.executable]),
         Step("what ncu saw", 20, [], shown, shows=MUCH),
         Step("evidence", 20, ["tests/evidence", "ncu", str(out / "worst.ncu-rep"), case]),
+        Step("forms on the card", 120, ["tests/evidence", "card"]),
     ]
 
 

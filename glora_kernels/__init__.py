@@ -1,4 +1,4 @@
-"""GLoRA and LoRA fine-tuning layers at the cost of a frozen linear layer.
+"""GLoRA and LoRA fine-tuning layers at close to the cost of the frozen layer.
 
 Importing the package touches no GPU and loads no kernel.
 """

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status, which the help of every command documents."""
     parser = argparse.ArgumentParser(
         prog="python -m glora_kernels",
-        description="GLoRA and LoRA layers at the cost of a frozen linear layer.",
+        description="GLoRA and LoRA layers at close to the cost of the frozen layer.",
         epilog="COMMAND --help has the options, the keys of --json, and the exit status.",
         formatter_class=printing.Help,
     )

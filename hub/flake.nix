@@ -1,5 +1,5 @@
 {
-  description = "GLoRA and LoRA linear layers at the cost of the frozen layer";
+  description = "GLoRA and LoRA linear layers at close to the cost of the frozen layer";
 
   inputs.kernel-builder.url = "github:huggingface/kernels";
 

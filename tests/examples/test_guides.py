@@ -264,11 +264,12 @@ def test_every_script_has_a_guide() -> None:
         assert f"examples/guides/{script}.py" in (ROOT / "docs" / f"{guide}.md").read_text()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("*.md")], ids=lambda page: page.stem)
 def test_links_and_files_of_a_guide_exist(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
+    text, _, _ = text.partition("## Add an operator")  # whose files the reader makes
     for path in re.findall(r"\b(?:examples|tests|benchmarks|scripts)/[\w/.-]*\w", text):
         assert (ROOT / path).exists(), f"{page.name}: {path}"
 
