@@ -137,8 +137,13 @@ def roofline(found: Found) -> Any:
         work = floor.work(results.entry_of(line), line["row"]["pass"])
         point = (work.flops / work.bytes, work.flops / line["row"]["median_ms"] / 1e9)
         groups[line["row"]["case"]][line["row"]["impl"]].append(point)
-    figure = _figure(3.1 * len(groups), 3.4)
-    panels = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
+    columns = min(len(groups), 3)
+    rows = math.ceil(len(groups) / columns)
+    figure = _figure(3.3 * columns, 2.9 * rows + 0.7)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    panels = grid.flat[: len(groups)]
+    for empty in grid.flat[len(groups) :]:
+        empty.set_axis_off()
     bend = 1e3 * rates["tflops"] / rates["gbps"]
     for axes, case in zip(panels, sorted(groups, key=_order), strict=True):
         for impl, points in sorted(groups[case].items()):
@@ -150,8 +155,12 @@ def roofline(found: Found) -> Any:
         axes.plot(ends, [min(at * rates["gbps"] / 1e3, rates["tflops"]) for at in ends], color="black", linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel="operations per byte, at least")
         axes.set_title(_wrapped(CASE_NAMES.get(case, case)), fontsize=9)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="y", which="both", labelsize=8)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("TFLOP/s achieved")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("TFLOP/s achieved")
     measured = f"{rates['tflops']:.3g} TFLOP/s, {rates['gbps']:.4g} GB/s measured"
     return _finished(figure, panels, f"{_subtitle(lines)}; {measured}")
 
