@@ -89,8 +89,9 @@ def test_the_packed_base_is_what_the_peak_is_smaller_by(smoke: Finished) -> None
     workspace = 4 * WIDTH * HIDDEN  # the largest weight, made dense
     for name, row in smoke.results["methods"].items():
         fewer = row["dense"]["peak_memory_bytes"] - row["nf4"]["peak_memory_bytes"]
-        # Beside the workspace, NF4 holds at most the scales of the one weight that it makes dense.
-        assert saved - 1.25 * workspace <= fewer < saved, name
+        # NF4 holds the workspace and at most the scales of the one weight that it makes dense; where bitsandbytes
+        # decodes a weight at once, into memory that is given back, the peak has neither.
+        assert saved - 1.25 * workspace <= fewer <= saved, name
 
 
 def test_output_has_the_table_and_the_progress_bar(smoke: Finished) -> None:
