@@ -83,13 +83,13 @@ def first(out: Path, processes: int) -> list[Step]:
     layers = [f"--shape={m}x{LLAMA[name][0]}x{LLAMA[name][1]}" for m in (8192, 2048, 512) for name in DISTINCT]
     routes = ["-m", "glora_kernels", "tune", "--kernels", "routes", *layers, "--out", str(out / "routes.json")]
     return [
-        report("one layer", 80, out, "one-layer"),
-        tests("right", 90, "tests/gpu/test_gpu.py", processes, "-k", RIGHT),
-        report("headline", 170, out, "headline"),
-        Step("routes", 50, [*routes, "--minutes", "0.6"]),
-        report("groups", 75, out, "groups"),
-        report("few tokens", 60, out, "few-tokens"),
-        report("routed", 60, out, "routed"),
+        report("one layer", 65, out, "one-layer"),
+        tests("right", 75, "tests/gpu/test_gpu.py", processes, "-k", RIGHT),
+        report("headline", 155, out, "headline"),
+        Step("routes", 40, [*routes, "--minutes", "0.5"]),
+        report("groups", 50, out, "groups"),
+        report("few tokens", 40, out, "few-tokens"),
+        report("routed", 40, out, "routed"),
         *(tests(name, 60, name, processes) for name in gpu_files()),
     ]
 
