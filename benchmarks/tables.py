@@ -103,6 +103,10 @@ def counted(part: Mapping[str, Any]) -> list[str]:
     return [part["shape"], table(part["rows"])]
 
 
+WHO_KEEPS = (("here", "ours"), ("W_eff in bf16", "plain"))
+"""The names of two ways in the table of small adapters, and their keys in the figures."""
+
+
 def of_small_adapters(found: Found) -> list[str]:
     """What of a small adapter y has in bfloat16, by these operators and by a W_eff in bfloat16."""
     part: Mapping[str, Any] = found["notes"].get("small_adapters") or {}
@@ -118,10 +122,6 @@ def of_small_adapters(found: Found) -> list[str]:
         table(list(rows.values())),
         f"{part['shape']}; {about(found, 'small-adapters')} {COMMAND.format('small-adapters')}",
     ]
-
-
-WHO_KEEPS = (("here", "ours"), ("W_eff in bf16", "plain"))
-"""The names of two ways in the table of small adapters, and their keys in the figures."""
 
 
 def launches(part: Mapping[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ from glora_kernels.dispatch.common import Weight, cast, factor_dtype, given, wid
 from glora_kernels.glora import recover
 from glora_kernels.glora.call import C, Call, Made, Needs, Supports, shift, wc_dtype
 from glora_kernels.glora.chunks import gathered, row_chunks, spread, thin, weight_rows, weighted_sum, wide_chunks
-from glora_kernels.quant import QuantizedWeight, decodes_at_once, dequantize
+from glora_kernels.quant import QuantizedWeight, decoded_at_once, dequantize
 from glora_kernels.reference.random import keep_mask, round_dithered
 from glora_kernels.runtime.workspace import workspace_like
 
@@ -131,13 +131,13 @@ def small_gradients(
     dtype = dy.dtype
     da = da_up = db = db_up = None
     split = 0 if not call.matmul or s.a_up is None else s.a_up.shape[1]  # the columns of h that are the product's
-    if (split and needs.a_up) or needs.b_up:
-        last = None if needs.b_up else split
-        d_factor = gathered(_columns(made.h, 0 if needs.a_up else split, last), dy, dtype)  # of [U, B_up], transposed
-        if split and needs.a_up:  # hᵀ·dy takes a third of the time of dyᵀ·h in MKL
+    of_u = needs.a_up and split > 0
+    if of_u or needs.b_up:  # of [U, B_up], transposed: hᵀ·dy takes a third of the time of dyᵀ·h in MKL
+        d_factor = gathered(_columns(made.h, 0 if of_u else split, None if needs.b_up else split), dy, dtype)
+        if of_u:
             da_up = gathered(d_factor[:split].t(), weight, dtype).t()
         if needs.b_up:
-            db_up = d_factor[split if needs.a_up else 0 :].t()
+            db_up = d_factor[split if of_u else 0 :].t()
     delta, da_down, db_down = _through_low_rank(dy, x, s, made, call, needs)
     if s.b is not None:
         if needs.b:
@@ -238,8 +238,8 @@ def cast_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
     The copy is a cast under autocast, or the dequantized weight; one that is decoded at once has memory of its own.
     """
     if isinstance(weight, QuantizedWeight):
-        out = None if decodes_at_once(weight, dtype) else workspace_like(weight, dtype)
-        return dequantize(weight, dtype, out=out)
+        whole = decoded_at_once(weight, dtype)
+        return dequantize(weight, dtype, out=workspace_like(weight, dtype)) if whole is None else whole
     if weight.dtype == dtype:
         return weight
     return workspace_like(weight, dtype).copy_(weight)

@@ -161,14 +161,8 @@ def _read(
             if value is not None:
                 raise ValueError(f"{where} is a file of this library, which {argument}={value!r} does not apply to")
         return found
-    is_pefts = any(key.startswith("base_model.model.") for key in found.tensors)
-    if is_pefts and (prefix is None or Path(path).with_name("adapter_config.json").exists()):
-        raise ValueError(
-            f"{where} is a checkpoint of PEFT, whose scale alpha/r is in adapter_config.json and not in the file: "
-            "peft.PeftModel.from_pretrained(model, folder) loads it, and gk.accelerate(model) computes it here"
-        )
     try:
-        adapter = adapter_of(found.tensors, found.about, root, prefix, rs_lora)
+        adapter = adapter_of(found, root, prefix, rs_lora)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     for full, entry in adapter.layers.items():

@@ -232,8 +232,9 @@ def flush_folder(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Foreign:
-    """The metadata and tensors of a file that another tool wrote."""
+    """The place, metadata and tensors of a file that another tool wrote."""
 
+    path: Path
     about: dict[str, str]
     tensors: dict[str, Tensor]
 
@@ -281,7 +282,7 @@ def read(path: Path, is_foreign: Callable[[Iterable[str]], bool], caller: str = 
     except (SafetensorError, KeyError, RuntimeError) as error:  # KeyError: a dtype that PyTorch does not have
         raise bad(f"is truncated or damaged: {error}") from error
     if not ours:
-        return Foreign(about, tensors)
+        return Foreign(path, about, tensors)
     if about.get("sha256") != digest(about, tensors):
         raise bad("was altered or damaged: its SHA-256 does not match its contents")
     try:

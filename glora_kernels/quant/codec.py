@@ -6,7 +6,6 @@ loaded, whole blocks on a CPU are decoded by its operator, in about half the tim
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -83,15 +82,15 @@ def dequantize(
         out: a contiguous tensor for the result.
     """
     n, k = weight.state.shape
-    native = _native(weight)
-    if rows is None and out is None and native is not None and decodes_at_once(weight, dtype):
-        return _decoded_by(native, weight, 0, n * k).view(n, k)
+    if rows is None and out is None and (whole := decoded_at_once(weight, dtype)) is not None:
+        return whole
     first, last, _ = (rows or slice(None)).indices(n)
     count = max(0, last - first)
     if out is None:
         out = torch.empty(count, k, dtype=dtype, device=weight.device)
     flat, begin, end = out.view(-1), first * k, first * k + count * k
     blocksize = weight.state.blocksize
+    native = _native(weight)
     step = max(_CHUNK // blocksize, 1) * blocksize
     # One buffer for all steps: allocating one in each step would cost as much as the look-up.
     levels = torch.empty(min(step, end - begin + blocksize) // 2 + 1, dtype=torch.int64, device=weight.device)
@@ -106,10 +105,13 @@ def dequantize(
     return out
 
 
-def decodes_at_once(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
-    """Whether all of W comes from one call of bitsandbytes' operator, which makes the memory for it."""
+def decoded_at_once(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor | None:
+    """W (N, K) by one call of bitsandbytes' operator, in memory that it makes; None where it takes more than that."""
     state = weight.state
-    return state.dtype == dtype and math.prod(state.shape) % state.blocksize == 0 and _native(weight) is not None
+    n, k = state.shape
+    if state.dtype != dtype or n * k % state.blocksize or (native := _native(weight)) is None:
+        return None
+    return _decoded_by(native, weight, 0, n * k).view(n, k)
 
 
 def absmax_of(state: QuantState, blocks: slice = slice(None)) -> Tensor:

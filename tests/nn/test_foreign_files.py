@@ -311,12 +311,18 @@ def test_of_loras_as_diffusers_saves_them(tmp_path):
 @pytest.mark.parametrize("prefix", [None, "base_model.model."])
 def test_a_checkpoint_of_peft_is_refused_since_its_scale_is_elsewhere(tmp_path, prefix):
     peft = pytest.importorskip("peft")
+    from glora_kernels.integrations.peft import convert_checkpoint
+
     config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=PATHS)
     peft.get_peft_model(net(), config).save_pretrained(tmp_path)
     model = net()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"whose scale alpha/r is in adapter_config.json .*PeftModel.from_pretrained"):
         gk.load_adapter(model, tmp_path / "adapter_model.safetensors", prefix=prefix)
+    with pytest.raises(ValueError, match=r"whose scale alpha/r is in adapter_config.json .*PeftModel.from_pretrained"):
+        convert_checkpoint(
+            tmp_path / "adapter_model.safetensors", tmp_path / "out", model=model, prefix=prefix, rs_lora=False
+        )
     assert model.state_dict().keys() == before.keys()
 
 

@@ -12,6 +12,7 @@ from peft.config import PeftConfig
 from glora_kernels.integrations.peft.registry import peft_type
 from glora_kernels.spec import (
     LATER,
+    OURS,
     GLoRAConfig,
     Init,
     Matrix,
@@ -30,8 +31,8 @@ SETTINGS = tuple("r" if field.name == "rank" else field.name for field in fields
 """The fields of `GLoRAPeftConfig` that `patterns` can set for some of the layers."""
 
 _LATER = ("layers_to_transform", "layers_pattern", *LATER)
-_INSTEAD = {
-    "lora_alpha": "alpha", "lora_dropout": "dropout", "rank_pattern": "patterns, {'*.q_proj': {'r': 4}}",
+_INSTEAD = OURS | {
+    "rank_pattern": "patterns, {'*.q_proj': {'r': 4}}",
     "alpha_pattern": "patterns, {'*.q_proj': {'alpha': 8}}", "init_lora_weights": "init", "rank": "r",
     "use_rslora": "alpha=a*sqrt(r) for its scale of a/sqrt(r)", "lora_bias": "E='vector'",
     "config_A_B": "A and B", "config_C": "C", "config_D_E": "D and E",

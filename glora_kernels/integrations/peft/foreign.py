@@ -32,7 +32,7 @@ def read_file(path: Path, model: nn.Module | None, prefix: Prefix, rs_lora: bool
             "a file of another tool has names in which a '.' and a '_' look the same; give model=, the base model (on "
             "the meta device, if you like), in which they are looked up"
         )
-    return adapter_of(found.tensors, found.about, unwrap(model), prefix, rs_lora)
+    return adapter_of(found, unwrap(model), prefix, rs_lora)
 
 
 def parts_of(

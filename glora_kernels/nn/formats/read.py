@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glora_kernels.nn.file import Adapter, LayerEntry
+from glora_kernels.nn.file import Adapter, Foreign, LayerEntry
 from glora_kernels.nn.formats.layouts import ALPHA, EARLIER, ENDINGS, LAYOUTS, LYCORIS, REFUSED, Layout
 from glora_kernels.nn.formats.places import Places, Prefix, check_prefix
 from glora_kernels.nn.linear import GLoRALinear
@@ -35,14 +35,11 @@ def is_foreign(keys: Iterable[str]) -> bool:
     return any((found := _split(key)) is not None and found[1] in known for key in keys)
 
 
-def adapter_of(
-    tensors: Mapping[str, Tensor], about: Mapping[str, str], root: nn.Module, prefix: Prefix, rs_lora: bool | None
-) -> Adapter:
+def adapter_of(found: Foreign, root: nn.Module, prefix: Prefix, rs_lora: bool | None) -> Adapter:
     """The adapter of a file for an unwrapped model, under the paths of its layers.
 
     Args:
-        tensors: of the file.
-        about: its metadata.
+        found: the file.
         root: the unwrapped model, plain or with GLoRA layers.
         prefix: of the names, as users give it.
         rs_lora: whether s = alpha/√R; None where the user has not said it.
@@ -51,7 +48,14 @@ def adapter_of(
         ValueError: a key, a shape, a dtype or a value that is no adapter of this model's layers, by name.
     """
     check_prefix(prefix)
-    stored = _by_name(tensors)
+    about = found.about
+    is_pefts = any(key.startswith("base_model.model.") for key in found.tensors)
+    if is_pefts and (prefix is None or found.path.with_name("adapter_config.json").exists()):
+        raise ValueError(
+            "it is a checkpoint of PEFT, whose scale alpha/r is in adapter_config.json and not in the file: "
+            "peft.PeftModel.from_pretrained(model, folder) loads it, and gk.accelerate(model) computes it here"
+        )
+    stored = _by_name(found.tensors)
     places = Places(root, stored, prefix)
     here = {name: linear for name in stored if (linear := places.find(name)) is not None}
     if not here:

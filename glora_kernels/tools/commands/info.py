@@ -98,11 +98,9 @@ def _layer(args: argparse.Namespace) -> Report:
     arch = args.arch or text.this_arch()
     if arch == "cpu":
         raise Refused(f"{option} plans launches, and {routes.explain('cpu', tables.DTYPES[args.dtype])[1]}")
-    try:
+    with text.refusing(option):
         title, head, call, x = _own_module(args) if args.module else _asked_for(args)
         plans = plan(planned.of_module(call, x.requires_grad_(), arch, args.backend))
-    except (ValueError, RuntimeError) as error:
-        raise Refused(f"{option}: {error}") from error
     said: list[str | Table] = [f"{title}, in training on {arch}\n"]
     columns = ["", "kernel, file", "grid", "blocks", "warps", "stages", "how", "configuration"]
     for name, p in plans.items():

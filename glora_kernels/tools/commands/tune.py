@@ -88,12 +88,10 @@ def run(args: argparse.Namespace) -> Report:
     shapes = [Shape(m, n, k, args.rank) for m, n, k in dict.fromkeys(found)]
     what = tune.tasks(shapes, *kinds)
     if args.module:
-        try:
+        with text.refusing("--module"):
             call, x = called(args.module)
             args.dtype = next(name for name, dtype in DTYPES.items() if dtype == x.dtype)
             own = tune.tasks_of(call, x.requires_grad_(), args.arch or text.this_arch(), tune.tasks([_ANY], *kinds))
-        except (ValueError, RuntimeError) as error:
-            raise Refused(f"--module: {error}") from error
         what = list(dict.fromkeys([*what, *own]))
     if args.list:
         return _list(what, args.dtype, args.arch or text.this_arch())
